@@ -1,0 +1,352 @@
+"""Builds a run from its recipe, and finishes it: the one module that sees every package."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import nn
+
+from distill.data import Source
+from distill.engine import Engine, shards_of
+from distill.images import read_folder
+from distill.objective import Objective
+from distill.player import Moves, Player
+from distill.recipe import Recipe, networks_of
+from distill.seeds import seed_all
+from distill.trackers import trackers
+from eval import digits
+from eval.protocol import Protocol, images_to_samples, protocol
+from eval.samples import Samples
+from students import stock
+from students.critic import Critic
+from students.export import draw, export
+from students.generator import Generator
+from teachers.denoiser import Guided
+from teachers.errors import UserError
+from teachers.solver import evaluations, solve
+from teachers.teacher import Teacher, load
+
+TEACHER_FEW = (1, 2, 4)  # the teacher's own few-step samples, shown beside the student's
+
+
+@dataclass
+class Run:
+    """Everything that a recipe describes, ready to train."""
+
+    recipe: Recipe
+    teacher: Teacher
+    engine: Engine
+    protocol: Protocol | None
+    out: Path
+
+    @property
+    def student(self) -> Generator:
+        return self.engine.objective.student
+
+
+def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
+    """A run in `out`, taken up where it stopped if `resume`.
+
+    Nothing is written before the recipe is known to be possible.
+
+    Raises:
+        UserError: the folder holds another run, or the recipe asks for what cannot be.
+    """
+    check_folder(recipe, out, resume)
+    if recipe.train.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32")
+    log_with = trackers(recipe.train.trackers, out)
+    measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
+    teacher = load_teacher(recipe)
+    source = source_of(recipe, teacher)
+    if measure is not None:
+        check_protocol(measure, teacher)
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(recipe.train.precision, recipe.train.precision),
+        log_with=log_with,
+        project_dir=str(out),
+    )
+    shards_of(recipe.train, accelerator.num_processes)
+    teacher.denoiser.to(accelerator.device)
+    seed_all(recipe.train.seed, "init")
+    objective = objective_of(recipe, teacher, accelerator.device)
+    players = {
+        name: Player(
+            network.parameters(), accelerator, recipe.players.get(name, Moves()), recipe.train.steps
+        )
+        for name, network in player_networks(objective).items()
+    }
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
+    accelerator.wait_for_everyone()
+    run = Run(recipe, teacher, None, measure, out)  # pyright: ignore[reportArgumentType]
+    run.engine = Engine(
+        objective,
+        players,
+        source,
+        teacher,
+        recipe.train,
+        accelerator,
+        out,
+        evaluate=None if measure is None else lambda steps: evaluate_student(run, steps, seeds=1),
+        evaluate_every=recipe.eval.every,
+    )
+    resumed = run.engine.resume() if resume else False
+    if not resumed and accelerator.is_main_process:
+        (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run killed before it saved
+    accelerator.init_trackers("fewstep")
+    return run
+
+
+def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Refuse to write over a run, or to go on with a different one."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+    written = out / "recipe.yaml"
+    if not written.exists():
+        if resume and not out.exists():
+            raise UserError(f"--resume: there is no run in {out}")
+        if out.exists() and any(p for p in out.iterdir() if not p.name.startswith(".")):
+            raise UserError(f"--out {out} exists and is not a run; give a new folder")
+        return
+    if not resume:
+        raise UserError(f"--out {out} already holds a run; add --resume, or give another folder")
+    before = yaml.safe_load(written.read_text())
+    if changed := differences(before, recipe.tree()):
+        key, old, new = changed[0]
+        raise UserError(
+            f"--resume: {key} was {old!r} in {out} and is {new!r} now; "
+            "resume with the recipe it began with, or start in another folder"
+        )
+
+
+# What may change between a run and its resumption: none of it alters the weights so far.
+FREE = {"train.steps", "train.log_every", "train.save_every", "train.sample_every", "train.keep",
+        "train.trackers", "train.accumulate"}  # fmt: skip
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """The key paths at which two plain trees differ, but for those free to."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = []
+        for k in {**a, **b}:
+            found += differences(a.get(k), b.get(k), f"{path}.{k}".strip("."))
+        return found
+    free = path in FREE or path.startswith("eval")
+    return [] if a == b or free else [(path, a, b)]
+
+
+def load_teacher(recipe: Recipe) -> Teacher:
+    """The recipe's teacher, unguided."""
+    options = {}
+    if recipe.teacher.null_label is not None:
+        options["null_label"] = recipe.teacher.null_label
+    teacher = load(recipe.teacher.source, **options)
+    if recipe.teacher.guidance != 1 and teacher.codec.null is None:
+        raise UserError(
+            f"teacher.guidance: {recipe.teacher.guidance} needs a null class, and "
+            f"{recipe.teacher.source!r} names none; set teacher.null_label, or guidance to 1"
+        )
+    return teacher
+
+
+def guided(recipe: Recipe, teacher: Teacher) -> Guided:
+    """What the objective sees as its teacher; scale 1 passes straight through."""
+    return Guided(teacher.denoiser, recipe.teacher.guidance, teacher.codec.null)
+
+
+def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
+    """The objective with its networks: a student, and what else its fields name."""
+    kind = recipe.kind
+    if kind.few_step:
+        s = recipe.student
+        student = stock.student(teacher, s.steps, s.start, s.renoise)
+    else:
+        student = Generator(deepcopy(teacher.denoiser).requires_grad_(True))
+    networks: dict[str, nn.Module] = {"teacher": guided(recipe, teacher), "student": student}
+    for name in networks_of(kind):
+        if name in networks or name == "critic":
+            continue
+        networks[name] = deepcopy(teacher.denoiser).requires_grad_(True)
+    if recipe.critic is not None:
+        cond = teacher.codec.condition([0])
+        try:
+            networks["critic"] = Critic(
+                networks["fake"],  # pyright: ignore[reportArgumentType]
+                teacher.shape,
+                cond,
+                recipe.critic.blocks,
+            )
+        except ValueError as error:
+            raise UserError(f"critic.blocks: {error}") from None
+    for network in networks.values():
+        network.to(device).eval()  # dropout would differ between teacher, fake and student
+    keys = {k: v for k, v in recipe.objective.items() if k != "name"}
+    schema = recipe.keys_schema().model_validate(keys)
+    return kind(**networks, **{k: getattr(schema, k) for k in keys})  # pyright: ignore
+
+
+def player_networks(objective: Objective) -> dict[str, nn.Module]:
+    """The networks that move: all of an objective's, but for the teacher and absent ones."""
+    names = [n for n in networks_of(type(objective)) if n != "teacher"]
+    return {n: v for n in names if (v := getattr(objective, n)) is not None}
+
+
+def source_of(recipe: Recipe, teacher: Teacher) -> Source:
+    """Data and conditions as the recipe says, encoded once."""
+    kind, seed = recipe.kind, recipe.train.seed
+    classes = getattr(teacher.codec, "classes", 0)
+    if recipe.data.source is None:
+        labels = list(range(classes)) if classes else [0]
+        cond = teacher.codec.condition(labels)
+        return Source(teacher.shape, None, cond, seed, len(labels))
+    if recipe.data.source == "digits":
+        images, numbers = digits.data()
+        labels = numbers.tolist()
+    else:
+        images, labels = read_folder(Path(recipe.data.source).expanduser(), teacher, classes)
+    if classes and max(labels) >= classes:
+        raise UserError(
+            f"data.source: {recipe.data.source!r} has label {max(labels)}; "
+            f"the teacher knows {classes} classes"
+        )
+    x = teacher.codec.encode(images)
+    if x.shape[1:] != teacher.shape:
+        want, got = ("×".join(map(str, s)) for s in (teacher.shape, x.shape[1:]))
+        raise UserError(f"data.source: {recipe.data.source!r} is {got}; the teacher takes {want}")
+    needed = kind.needs_data == "always" or (kind.needs_data == "critic" and recipe.critic)
+    cond = teacher.codec.condition(labels)
+    return Source(teacher.shape, x if needed else None, cond, seed, len(x))
+
+
+def check_protocol(measure: Protocol, teacher: Teacher) -> None:
+    """Refuse a protocol whose prompts the teacher cannot take, before anything is trained."""
+    if measure.name == "digits" and (
+        teacher.shape != (1, 8, 8) or getattr(teacher.codec, "classes", 0) != 10
+    ):
+        raise UserError(
+            f"eval.protocol: digits measures 10 classes of 1×8×8 images, not "
+            f"{'×'.join(map(str, teacher.shape))} of {getattr(teacher.codec, 'classes', 0)} classes; "
+            "leave it out for other teachers"
+        )
+
+
+def timed(make: Any, device: torch.device) -> tuple[torch.Tensor, float]:
+    """What `make` returns, and the seconds until the device had it."""
+    began = time.perf_counter()
+    result = make()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - began
+
+
+def student_samples(
+    student: Generator, teacher: Teacher, prompts: Sequence[str], seed: int
+) -> Samples:
+    """A student's pictures for the prompts, by the noise that a stock pipeline would draw."""
+    device = next(student.parameters()).device
+    x, seconds = timed(lambda: draw(student, teacher, prompts, seed), device)
+    return images_to_samples(teacher.codec.decode(x), list(prompts), seconds)
+
+
+@torch.no_grad()
+def teacher_samples(
+    recipe: Recipe, teacher: Teacher, prompts: Sequence[str], seed: int, steps: int
+) -> Samples:
+    """The guided teacher's pictures for the prompts, by the recipe's solver."""
+    denoiser, method = guided(recipe, teacher), recipe.eval.teacher_solver
+    device = next(denoiser.parameters()).device
+    noise = torch.randn(
+        len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(seed)
+    )
+    cond = teacher.codec.condition(prompts)
+
+    def make() -> torch.Tensor:
+        parts = []
+        for i in range(0, len(noise), 512):
+            part = cond and {k: v[i : i + 512].to(device) for k, v in cond.items()}
+            parts.append(solve(denoiser, noise[i : i + 512].to(device), steps, method, part))
+        return torch.cat(parts)
+
+    x, seconds = timed(make, device)
+    return images_to_samples(teacher.codec.decode(x), list(prompts), seconds)
+
+
+def evaluate_student(run: Run, steps: int, seeds: int) -> dict[str, Any]:
+    """The student in `steps` steps, by the run's protocol, with the weights that are in place."""
+    assert run.protocol is not None
+    student = run.student.at(steps)
+    return run.protocol(lambda p, seed: student_samples(student, run.teacher, p, seed), seeds)
+
+
+def evaluate_teacher(run: Run, steps: int, seeds: int) -> dict[str, Any]:
+    """The teacher in `steps` steps of the recipe's solver, by the run's protocol."""
+    assert run.protocol is not None
+    found = run.protocol(
+        lambda p, seed: teacher_samples(run.recipe, run.teacher, p, seed, steps), seeds
+    )
+    solver = run.recipe.eval.teacher_solver
+    return {**found, "solver": solver, "steps": steps, "evaluations": evaluations(steps, solver)}
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Export the averaged student, measure it and its teacher, and write summary.json."""
+    engine, recipe = run.engine, run.recipe
+    summary: dict[str, Any] = {}
+    if engine.accelerator.is_main_process:
+        with engine.ema.swapped():
+            export(run.student, run.teacher, run.out / "student", recipe.tree())
+            summary = summarise(run, measure_all(run))
+        draft = run.out / ".summary.json"
+        draft.write_text(json.dumps(summary, indent=2) + "\n")
+        draft.replace(run.out / "summary.json")
+    engine.accelerator.wait_for_everyone()
+    engine.accelerator.end_training()
+    return summary
+
+
+def measure_all(run: Run) -> dict[str, Any]:
+    """Teacher at its full and its few steps, student at every count; empty without a protocol."""
+    if run.protocol is None:
+        return {}
+    seeds, steps = run.recipe.eval.seeds, run.recipe.eval.teacher_steps
+    few = {str(k): evaluate_teacher(run, k, 1) for k in TEACHER_FEW}
+    students = {str(k): evaluate_student(run, k, seeds) for k in run.student.counts}
+    return {
+        "teacher": evaluate_teacher(run, steps, seeds),
+        "teacher_few": few,
+        "student": students,
+    }
+
+
+def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What the run was, what it cost, and what came of it."""
+    engine = run.engine
+    device = engine.accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    packages = ("torch", "accelerate", "diffusers", "fewstep")
+    return {
+        "objective": run.recipe.objective["name"],
+        "steps": engine.step,
+        "seed": run.recipe.train.seed,
+        "wall_s": engine.seconds,
+        "network_evaluations": sum(engine.evaluations.values()),
+        "network_evaluations_by_network": engine.evaluations,
+        "metrics": metrics,
+        "device": f"{device.type} ({name or platform.machine()}, {torch.get_num_threads()} threads)",
+        "processes": engine.accelerator.num_processes,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+    }
+

@@ -1,0 +1,118 @@
+"""Checkpoints: whole or absent, hashed, and never unpickled.
+
+A checkpoint is a folder of one safetensors file (all tensors), one JSON file (the structure around
+them) and a manifest with both files' SHA-256. It is written beside its place, flushed to the disk,
+and renamed, so that a process killed at any moment leaves the last whole one as the newest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from teachers.errors import UserError
+
+MANIFEST, TENSORS, TREE = "manifest.json", "state.safetensors", "state.json"
+TENSOR = "__tensor__"
+
+
+def save(state: Any, folder: Path, about: dict[str, Any] | None = None) -> None:
+    """Write nested dicts, lists, numbers, strings and tensors to `folder`, atomically.
+
+    Args:
+        about: Kept in the manifest, readable without the tensors.
+    """
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {}
+    tree = _pack(state, tensors)
+    save_file(tensors, draft / TENSORS)
+    (draft / TREE).write_text(json.dumps(tree))
+    hashes = {name: _digest(draft / name) for name in (TENSORS, TREE)}
+    (draft / MANIFEST).write_text(json.dumps({"sha256": hashes, **(about or {})}, indent=2))
+    for name in (TENSORS, TREE, MANIFEST, "."):
+        _flush(draft / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
+    _flush(folder.parent)
+
+
+def load(folder: Path) -> Any:
+    """The state saved in `folder`; its tensors are on the CPU.
+
+    Raises:
+        UserError: a file is missing, or is not what the manifest's hash says it was.
+    """
+    remedy = f"delete {folder} to resume from the one before it"
+    hashes = about(folder)["sha256"]
+    for name in (TENSORS, TREE):
+        if not (folder / name).exists():
+            raise UserError(f"checkpoint {folder}: {name} is missing; {remedy}")
+        if _digest(folder / name) != hashes.get(name):
+            raise UserError(f"checkpoint {folder}: {name} is truncated or damaged; {remedy}")
+    return _unpack(json.loads((folder / TREE).read_text()), load_file(folder / TENSORS))
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint in `folder`."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["sha256"].get
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"checkpoint {folder}: {MANIFEST} is missing or damaged; "
+            f"delete {folder} to resume from the one before it"
+        ) from None
+    return manifest
+
+
+def steps(root: Path) -> list[Path]:
+    """The step checkpoints under `root`, oldest first."""
+    return sorted(root.glob("step-[0-9]*")) if root.is_dir() else []
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` step checkpoints, and drafts that a kill left behind."""
+    for folder in [*steps(root)[:-keep], *root.glob(".*.draft")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {TENSOR: name}
+    if isinstance(value, dict):
+        return {k: _pack(v, tensors) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_pack(v, tensors) for v in value]
+    return value
+
+
+def _unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        if tree.keys() == {TENSOR}:
+            return tensors[tree[TENSOR]]
+        return {k: _unpack(v, tensors) for k, v in tree.items()}
+    return [_unpack(v, tensors) for v in tree] if isinstance(tree, list) else tree
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

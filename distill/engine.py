@@ -1,0 +1,308 @@
+"""The engine: plays the objective's turns, and keeps everything that is not the objective."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torchvision.utils import save_image
+
+from distill import checkpoint
+from distill.data import Source, Stream
+from distill.ema import EMA
+from distill.objective import Objective, Turn
+from distill.player import Player
+from distill.recipe import TrainSection
+from distill.seeds import seed_all
+from distill.terminal import Progress
+from students.export import draw
+from teachers.denoiser import Network
+from teachers.errors import UserError
+from teachers.teacher import Teacher
+
+Evaluate = Callable[[int], dict[str, Any]]  # student steps -> metrics, for the weights in place
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; the step was finished and saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Engine:
+    """Trains the players of one objective.
+
+    Args:
+        objective: Who learns from what.
+        players: The networks that move, by the names the objective's turns use.
+        source: Where batches come from.
+        teacher: For the sample grids: its codec turns what the student makes into pictures.
+        train: How long, how large, how often.
+        out: The run's folder.
+        evaluate: Measures the student as it is, for `evaluate_every` and the best checkpoint.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        players: dict[str, Player],
+        source: Source,
+        teacher: Teacher,
+        train: TrainSection,
+        accelerator: Accelerator,
+        out: Path,
+        evaluate: Evaluate | None = None,
+        evaluate_every: int = 0,
+    ) -> None:
+        self.objective, self.players, self.source, self.teacher = objective, players, source, teacher
+        self.cfg, self.accelerator, self.out = train, accelerator, out
+        self.evaluate, self.evaluate_every = evaluate, evaluate_every
+        self.ema = EMA(players["student"].params, train.ema)
+        self.step = self.draws = 0
+        self.seconds, self.best = 0.0, math.inf
+        self.evaluations = {k: 0 for k, v in vars(objective).items() if isinstance(v, nn.Module)}
+        self.shards = shards_of(train, accelerator.num_processes)
+        self._stop = 0
+        self._count_evaluations()
+        for player in players.values():  # ranks that began apart would never meet again
+            if accelerator.num_processes > 1:
+                with torch.no_grad():
+                    for p in player.params:
+                        p.copy_(broadcast(p.detach().clone()))  # pyright: ignore
+
+    @property
+    def root(self) -> Path:
+        return self.out / "checkpoints"
+
+    def train(self) -> None:
+        """Play every step that is left.
+
+        Raises:
+            Stopped: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
+            UserError: a loss is no longer a finite number.
+        """
+        per = self.shards // self.accelerator.num_processes
+        first = self.accelerator.process_index * per
+        stream = Stream(
+            self.source,
+            self.accelerator.device,
+            self.draws,
+            range(first, first + per),
+            self.shards,
+            self.cfg.batch // self.shards,
+        )
+        began = time.perf_counter() - self.seconds
+        handlers = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with Progress(self.cfg.steps, self.step, self.accelerator.is_main_process) as progress:
+                while self.step < self.cfg.steps:
+                    logs = self.advance(stream)
+                    self.seconds = time.perf_counter() - began
+                    progress.advance(self.step)
+                    if self.step % self.cfg.log_every == 0 or self.step == self.cfg.steps:
+                        progress.show(self.step, self._log(logs))
+                    if self.cfg.sample_every and self.step % self.cfg.sample_every == 0:
+                        self.sample()
+                    if self.evaluate_every and self.step % self.evaluate_every == 0:
+                        progress.note(self._evaluate())
+                    stop = self._should_stop()
+                    if stop or self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps:
+                        self.save()
+                    if stop:
+                        raise Stopped(stop)
+        finally:
+            stream.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def advance(self, stream: Stream) -> dict[str, Tensor]:
+        """One step: every turn that the objective names, then the average. Scalars to log."""
+        seed, logs = self.cfg.seed, {}
+        seed_all(seed, "turns", self.step, 0)
+        for i, turn in enumerate(self.objective.turns(self.step)):
+            logs |= self.play(turn, i, stream)
+            seed_all(seed, "turns", self.step, i + 1)  # what follows a yield is alike on all ranks
+        self.ema.update()
+        self.step += 1
+        return logs
+
+    def play(self, turn: Turn, place: int, stream: Stream) -> dict[str, Tensor]:
+        """One update, its loss averaged over this batch's shards, here and on other processes."""
+        players = {name: self.players[name] for name in turn.players}
+        shards, logs = len(stream.mine), {}
+        with ExitStack() as stack:
+            for player in players.values():
+                stack.enter_context(player.turn(self.step, turn.fresh))
+            for shard in stream.mine:
+                batch = next(stream)
+                seed_all(self.cfg.seed, self.step, place, shard)
+                with self.accelerator.autocast():
+                    loss = turn.loss(batch)
+                self.accelerator.backward(loss.value / shards)
+                for key, value in {"loss": loss.value, **loss.logs}.items():
+                    logs[key] = logs.get(key, 0) + value.detach() / shards
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        self.draws += 1
+        name = "+".join(players)
+        norms = {f"{n}/grad_norm": p.grad_norm for n, p in players.items()}
+        return {f"{name}/{key}": v for key, v in logs.items()} | norms
+
+    def sample(self) -> None:
+        """A grid of the averaged student's pictures, on the same noise every time."""
+        if self.accelerator.is_main_process:
+            student, codec = self.objective.student, self.teacher.codec
+            classes = getattr(codec, "classes", 0)
+            labels = [i % classes if classes else 0 for i in range(80)]
+            with self.ema.swapped():
+                images = [codec.decode(draw(student.at(k), self.teacher, labels, 0)) for k in student.counts]
+            folder = self.out / "samples"
+            folder.mkdir(exist_ok=True)
+            for steps, grid in zip(student.counts, images, strict=True):
+                grid = nn.functional.interpolate(grid.float(), scale_factor=max(1, 256 // (10 * grid.shape[-1])))
+                name = f"step-{self.step:06d}-at-{steps}.png"
+                save_image(grid, folder / name, nrow=10, normalize=True, value_range=(-1, 1), padding=1)
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """A checkpoint of everything, of which the newest few are kept."""
+        if self.accelerator.is_main_process:
+            about = {"step": self.step, "draws": self.draws}
+            checkpoint.save(self.state_dict(), self.root / f"step-{self.step:06d}", about)
+            checkpoint.prune(self.root, self.cfg.keep)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> bool:
+        """Take up the newest checkpoint; False if there is none yet."""
+        found = checkpoint.steps(self.root)
+        if not found:
+            return False
+        self.load_state_dict(checkpoint.load(found[-1]))
+        if self.accelerator.is_main_process:
+            forget_after(self.step, self.out)
+        self.accelerator.wait_for_everyone()
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "draws": self.draws,
+            "seconds": self.seconds,
+            "best": self.best if math.isfinite(self.best) else None,
+            "evaluations": self.evaluations,
+            "players": {name: player.state_dict() for name, player in self.players.items()},
+            "ema": self.ema.state_dict(),
+            "objective": self.objective.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.draws, self.seconds = state["step"], state["draws"], state["seconds"]
+        self.best = math.inf if state["best"] is None else state["best"]
+        self.evaluations.update(state["evaluations"])
+        for name, player in self.players.items():
+            player.load_state_dict(state["players"][name])
+        self.ema.load_state_dict(state["ema"])
+        self.objective.load_state_dict(state["objective"])
+
+    def _evaluate(self) -> str:
+        """Measure the averaged student; keep it if it is the best so far. A line to show."""
+        steps = max(self.objective.student.counts)
+        line = ""
+        if self.accelerator.is_main_process and self.evaluate is not None:
+            with self.ema.swapped():
+                metrics = self.evaluate(steps)
+            kept = {f"eval/{k}": v for k, v in metrics.items() if isinstance(v, float)}
+            self.accelerator.log(kept, step=self.step)
+            line = f"fd {metrics['fd']:.3f}  coverage {metrics['coverage']:.3f} at {steps} steps"
+            if metrics["fd"] < self.best:
+                self.best = metrics["fd"]
+                state = {"ema": self.ema.state_dict(), "step": self.step}
+                checkpoint.save(state, self.root / "best", {"step": self.step, "fd": self.best})
+        self.accelerator.wait_for_everyone()
+        return line
+
+    def _log(self, logs: dict[str, Tensor]) -> dict[str, float]:
+        """Fetch the scalars, averaged over processes, in one transfer; write them to the trackers."""
+        values = torch.stack([v.float() for v in logs.values()])
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values, reduction="mean")
+        values = dict(zip(logs, values.tolist(), strict=True))  # pyright: ignore
+        for name, player in self.players.items():
+            values[f"{name}/lr"] = player.optimizer.param_groups[0]["lr"]
+        self.accelerator.log({"seconds": self.seconds, **values}, step=self.step)
+        for key, value in values.items():
+            if key.endswith("loss") and not math.isfinite(value):
+                raise UserError(
+                    f"step {self.step}: {key} is {value}; lower players.{key.split('/')[0]}.lr, or "
+                    f"raise its warmup (checkpoints are kept in {self.root})"
+                )
+        return values
+
+    def _catch(self, number: int, frame: Any) -> None:
+        self._stop = number
+
+    def _should_stop(self) -> int:
+        """The signal to stop on, agreed by all processes at the steps where they meet anyway."""
+        if self.accelerator.num_processes == 1:
+            return self._stop
+        if self.step % self.cfg.log_every:
+            return 0
+        flag = torch.tensor([self._stop], device=self.accelerator.device)
+        return int(self.accelerator.gather(flag).max())  # pyright: ignore
+
+    def _count_evaluations(self) -> None:
+        """Count samples through each network, whoever calls it; a host-side integer."""
+        for name in self.evaluations:
+            for module in getattr(self.objective, name).modules():
+                if isinstance(module, Network):
+                    module.register_forward_pre_hook(counter(self.evaluations, name))
+
+
+def counter(counts: dict[str, int], name: str) -> Callable[[nn.Module, Any], None]:
+    def count(module: nn.Module, args: Any) -> None:
+        counts[name] += len(args[0])
+
+    return count
+
+
+def shards_of(train: TrainSection, processes: int) -> int:
+    """Parts that each batch is cut into: what accumulate says, or one for each process."""
+    shards = max(train.accumulate, processes)
+    if shards % processes or train.batch % shards:
+        raise UserError(
+            f"train.accumulate: {train.batch} samples in {shards} parts cannot be shared evenly "
+            f"among {processes} processes; make accumulate a multiple of the processes, and batch of it"
+        )
+    return shards
+
+
+def forget_after(step: int, out: Path) -> None:
+    """Drop what a killed run logged after the step that is taken up again."""
+    log = out / "metrics.jsonl"
+    if log.exists():
+        lines = log.read_text().splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
+        draft = log.with_suffix(".draft")
+        draft.write_text("".join(f"{line}\n" for line in kept))
+        draft.replace(log)
+    shutil.rmtree(out / "student", ignore_errors=True)  # it was made from later weights
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf  # the line that the kill cut short

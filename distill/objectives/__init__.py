@@ -1,0 +1,19 @@
+"""The objectives, a file to a family. A new one is its class and its line here."""
+
+from distill.objective import Objective
+from distill.objectives.consistency import Consistency, ConsistencyTuning
+from distill.objectives.diffusion import Diffusion
+from distill.objectives.dmd2 import DMD2
+from distill.objectives.fdistill import FDistill
+from distill.objectives.progressive import Progressive
+from distill.objectives.sid import SiD
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "consistency": Consistency,
+    "diffusion": Diffusion,
+    "dmd2": DMD2,
+    "ect": ConsistencyTuning,
+    "fdistill": FDistill,
+    "progressive": Progressive,
+    "sid": SiD,
+}

@@ -1,0 +1,33 @@
+"""Plain diffusion training: what `distill teach` makes teachers with.
+
+Karras et al. 2022 (arXiv:2206.00364). The "student" is the network under training, used as the
+denoiser it is; conditions are dropped for classifier-free guidance as in arXiv:2207.12598.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from distill.losses import LogNormal, Times
+from distill.objective import Batch, Loss, Objective, Share, Whole
+
+
+@dataclass(kw_only=True)
+class Diffusion(Objective):
+    times: Times = LogNormal(-1.2, 1.2)
+    drop: Share = 0.0  # how often the condition is the null class
+    null_label: Whole = 0  # which class that is
+
+    few_step: ClassVar[bool] = False
+
+    def loss(self, batch: Batch, step: int) -> Loss:
+        network, cond = self.student.denoiser, batch.cond
+        if cond is not None and self.drop:
+            labels = cond["class_labels"]
+            dropped = torch.rand(len(labels), device=labels.device) < self.drop
+            cond = {"class_labels": labels.masked_fill(dropped, self.null_label)}
+        t = self.times.sample(batch.data, network.process)
+        return Loss(network.loss(batch.data, t, cond))

@@ -1,0 +1,89 @@
+"""Distribution matching: push the student's samples from where they are dense to where data is.
+
+DMD2, Yin et al. 2024 (arXiv:2405.14867). The gap between two denoisers, the teacher's and one that
+tracks the student, is the gradient of KL(student ‖ teacher) weighted by σ²/α²; a critic on the fake
+score's features, trained with real data, corrects what the teacher gets wrong.
+
+As in the authors' code: the fake score learns on every step, the student on every k-th; the fake is
+never guided; fakes and data are noised for the critic at independent times over the full range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from distill.losses import Times, Uniform, critique, mean_abs, realism, surrogate
+from distill.objective import Batch, Count, Loss, NonNegative, Objective, Turn
+from students.critic import Critic
+from students.generator import Generator
+from teachers.denoiser import Denoiser
+
+
+@dataclass(kw_only=True)
+class DMD2(Objective):
+    fake: Denoiser  # denoises the student's samples
+    critic: Critic | None = None  # tells them from data
+    student_every: Count = 5  # steps, each with a fake update, per student update
+    realism: NonNegative = 3e-3  # weight of the critic in the student's loss
+    critique: NonNegative = 1e-2  # weight of the critic's own loss beside the fake's
+    times: Times = Uniform(0.02, 0.98)  # where teacher and fake are compared
+    fake_times: Times = Uniform(0.0, 1.0)  # where the fake learns
+    critic_times: Times = Uniform(0.0, 1.0)  # where the critic compares
+
+    needs_data: ClassVar[Literal["always", "never", "critic"]] = "critic"
+
+    def turns(self, step: int) -> Iterator[Turn]:
+        student, steps = self.student.draw()
+        if step % self.student_every == 0:
+            yield Turn(("student",), partial(self.student_loss, student=student, steps=steps))
+        rivals = ("fake",) if self.critic is None else ("fake", "critic")
+        yield Turn(rivals, partial(self.rival_loss, student=student, steps=steps))
+
+    def student_loss(self, batch: Batch, student: Generator, steps: int) -> Loss:
+        """Distribution matching, and realism where there is a critic."""
+        x = student(batch.noise, batch.cond, steps)
+        t, x_t = self.noised(x, self.times)
+        with torch.no_grad():
+            real, fake = self.teacher(x_t, t, batch.cond), self.fake(x_t, t, batch.cond)
+            grad = self.weigh((fake - real) / self.scale(x, real), x_t, t, batch)
+        matching = surrogate(x, torch.nan_to_num(grad))
+        logs = {"matching": matching, "gap": (fake - real).abs().mean()}
+        if self.critic is None or not self.realism:
+            return Loss(matching, logs)
+        t, x_t = self.noised(x, self.critic_times)
+        real_enough = realism(self.critic(x_t, t, batch.cond))
+        return Loss(matching + self.realism * real_enough, {**logs, "realism": real_enough})
+
+    def rival_loss(self, batch: Batch, student: Generator, steps: int) -> Loss:
+        """The fake's denoising of the student's samples, and the critic's telling them from data."""
+        with torch.no_grad():
+            x = student(batch.noise, batch.cond, steps)
+        denoising = self.fake.loss(x, self.fake_times.sample(x, self.fake.process), batch.cond)
+        if self.critic is None:
+            return Loss(denoising)
+        (t, fake), (s, real) = (self.noised(y, self.critic_times) for y in (x, batch.data))
+        cond = batch.cond and {k: torch.cat([v, v]) for k, v in batch.cond.items()}
+        logits = self.critic(torch.cat([fake, real]), torch.cat([t, s]), cond)
+        telling = critique(*logits.chunk(2))
+        right = ((logits > 0) == (torch.arange(len(logits), device=x.device) >= len(x))).float()
+        logs = {"denoising": denoising, "telling": telling, "accuracy": right.mean()}
+        return Loss(denoising + self.critique * telling, logs)
+
+    def scale(self, x: Tensor, real: Tensor) -> Tensor:
+        """What each sample's gap is divided by, (B, 1, ..., 1): the (guided) teacher's error."""
+        return mean_abs(x - real).clamp(min=1e-5)
+
+    def weigh(self, grad: Tensor, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """Per-sample weights on the student's gradient: none here; f-divergences differ by them."""
+        return grad
+
+    def noised(self, x: Tensor, times: Times) -> tuple[Tensor, Tensor]:
+        """Times t (B,), and x (B, ...) noised to them."""
+        t = times.sample(x, self.teacher.process)
+        return t, self.teacher.process.noise(x, t, torch.randn_like(x))

@@ -1,0 +1,104 @@
+"""Progressive distillation: one step of the student is two of its teacher; then it is the teacher.
+
+Salimans & Ho 2022 (arXiv:2202.00512). The target is the x̂ whose single DDIM step lands where the
+teacher's two do; the loss is the larger of the errors of x̂ and of ε̂, max(SNR, 1)|x̃ - x̂|².
+
+Differs from the authors' code: the grid is uniform in the process's own t (σ^(1/ρ) for EDM, as in
+openai/consistency_models) and ends at the student's own times; teacher guidance, where there is
+any, is distilled by the first stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.losses import mean_square
+from distill.objective import Batch, Count, Loss, Objective, Turn
+from teachers.denoiser import Denoiser
+from teachers.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Progressive(Objective):
+    first: Count = 16  # student steps in the first stage; its teacher takes twice as many
+    stage_steps: Count = 1000  # training steps per stage; the last has all that remain
+
+    def __post_init__(self) -> None:
+        last = len(self.student.times)
+        self.grids = [self.first]
+        while self.grids[-1] > last and self.grids[-1] % 2 == 0:
+            self.grids.append(self.grids[-1] // 2)
+        if self.grids[-1] != last:
+            raise UserError(
+                f"objective.first: {self.first} does not halve to the student's {last} steps; "
+                f"try {last * 16}"
+            )
+        if last > 1 and self.student.renoise:
+            raise UserError(
+                "student.renoise: progressive students of several steps walk the ODE; set it to "
+                "false, or set student.steps to 1"
+            )
+        self.stage = 0
+
+    def turns(self, step: int) -> Iterator[Turn]:
+        stage = min(step // self.stage_steps, len(self.grids) - 1)
+        if fresh := stage > self.stage:
+            self.teacher, self.stage = self.promoted(), stage
+        yield Turn(("student",), partial(self.loss, step=step), fresh)
+
+    def promoted(self) -> Denoiser:
+        """The student as it now is, frozen."""
+        return deepcopy(self.student.denoiser).eval().requires_grad_(False)
+
+    def loss(self, batch: Batch, step: int) -> Loss:
+        process = self.student.denoiser.process
+        t, m, r = self.times(batch.data)
+        x_t = process.noise(batch.data, t, batch.noise)
+        with torch.no_grad():
+            target = self.target(x_t, t, m, r, batch.cond)
+        alpha, sigma = process.scales(t.double())
+        weight = (alpha / sigma).square().clamp(min=1).to(x_t.dtype)
+        error = mean_square(self.student.denoiser(x_t, t, batch.cond), target)
+        return Loss((weight * error).mean(), {"error": error.detach().mean()})
+
+    def times(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A step t → r of this stage's grid and its middle m, each (B,), uniform over the grid."""
+        grid = self.grid().to(x.device, torch.float32)
+        i = torch.randint(len(grid) - 1, (len(x),), device=x.device)
+        t, r = grid[i], grid[i + 1]
+        return t, (t + r) / 2, r
+
+    def grid(self) -> Tensor:
+        """This stage's times, and the 0 that ends them: (n + 1,)."""
+        n, times = self.grids[self.stage], self.student.times
+        if n == len(times):
+            return torch.tensor([*times, 0.0], dtype=torch.float64)
+        return times[0] * torch.linspace(1, 0, n + 1, dtype=torch.float64)
+
+    def target(self, x_t: Tensor, t: Tensor, m: Tensor, r: Tensor, cond: Any) -> Tensor:
+        """The x̂ whose step t → r equals the teacher's t → m → r; at r = 0 the teacher's second."""
+        process = self.student.denoiser.process
+        x_m = process.step(x_t, self.teacher(x_t, t, cond), t, m)
+        x = self.teacher(x_m, m, cond)
+        x_r = process.step(x_m, x, m, r)
+        last = (r == 0).view(-1, *(1,) * (x.ndim - 1))
+        return torch.where(last, x, process.end(x_t, x_r, t, r))
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"stage": self.stage}
+        if self.stage:
+            state["teacher"] = self.teacher.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stage = state["stage"]
+        if self.stage:
+            self.teacher = self.promoted()
+            self.teacher.load_state_dict(state["teacher"])

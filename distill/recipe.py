@@ -1,0 +1,348 @@
+"""Recipes: a run, written down. YAML in, checked objects out; a typo is an error, not a default."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from annotated_types import Ge, Gt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic_core import ErrorDetails
+
+from distill.objective import Count, NonNegative, Objective, Share, Whole
+from distill.player import Moves
+from students.critic import Critic
+from students.generator import Generator
+from teachers.denoiser import Denoiser
+from teachers.errors import UserError, nearest
+
+SHIPPED = Path(__file__).parent.parent / "recipes"
+NETWORKS = (Denoiser, Generator, Critic)
+
+
+class Section(BaseModel):
+    """A part of a recipe: no unknown keys, no changes once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TeacherSection(Section):
+    """What is distilled."""
+
+    source: str  # "digits", a diffusers folder, or a Hub id
+    guidance: Annotated[float, Ge(0)] = 1.0  # g = 1 + w of classifier-free guidance; 1 is none
+    null_label: Whole | None = None  # the class that means "no class", if there is one
+
+
+class StudentSection(Section):
+    """What it becomes."""
+
+    steps: Count = 1  # the most steps it is trained for; it also runs in those that divide them
+    start: Annotated[float, Gt(0)] | None = None  # σ/α it starts from; the teacher's highest
+    renoise: bool = True  # return to the next time with fresh noise, or along the ODE
+
+
+class CriticSection(Section):
+    """That there is a critic, and what it looks at."""
+
+    blocks: tuple[str, ...] = ("backbone.mid_block",)  # modules of the fake score
+
+
+class DataSection(Section):
+    """Real data, for objectives that need them."""
+
+    source: str | None = None  # "digits", or a folder of images (a subfolder for each class)
+
+
+class TrainSection(Section):
+    """How long, how large, how often."""
+
+    steps: Count
+    batch: Count = 64  # samples per update, over all processes
+    accumulate: Count = 1  # parts each batch is cut into; with more processes, one for each
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    ema: Share = 0.999  # decay of the student's average, which is what is exported; 0 for none
+    seed: Whole = 0
+    log_every: Count = 50
+    save_every: Count = 500
+    sample_every: Whole = 500  # 0 for never
+    keep: Count = 2  # checkpoints kept, beside the best
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl
+
+
+class EvalSection(Section):
+    """What the run is measured by."""
+
+    protocol: Literal["digits"] | None = None
+    every: Whole = 0  # steps between evaluations while training; 0 for only at the end
+    seeds: Count = 3
+    teacher_steps: Count = 18
+    teacher_solver: Literal["heun", "ddim", "dpmpp_2m", "euler", "ancestral"] = "heun"
+
+
+class Recipe(Section):
+    """A run: `objective` is kept as its checked keys, to be built once the networks exist."""
+
+    teacher: TeacherSection
+    student: StudentSection = StudentSection()
+    objective: dict[str, Any]
+    critic: CriticSection | None = None
+    players: dict[str, Moves] = Field(default_factory=dict)
+    data: DataSection = DataSection()
+    train: TrainSection
+    eval: EvalSection = EvalSection()
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @property
+    def kind(self) -> type[Objective]:
+        """The objective's class."""
+        return objective_class(self.objective["name"])
+
+    def keys_schema(self) -> type[BaseModel]:
+        """The checked form of the objective's hyper-parameters."""
+        return schema_of(self.kind)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a recipe and check all of it; nothing is built.
+
+        Args:
+            path: A YAML file, or the name of a shipped recipe such as "digits/dmd2".
+            overrides: Dotted, as in "train.steps=100"; values are YAML.
+
+        Raises:
+            UserError: one line with the key path, what was expected, and the nearest valid name.
+        """
+        file = find(path)
+        return cls.check(override(read_yaml(file), overrides), str(path))
+
+    @classmethod
+    def check(cls, tree: dict[str, Any], where: str = "recipe") -> Recipe:
+        """A recipe from a plain tree, every key and value of it checked."""
+        try:
+            recipe = cls.model_validate(tree)
+        except ValidationError as error:
+            raise UserError(f"{where}: {explain(error, cls)}") from None
+        keys = dict(recipe.objective)
+        if not isinstance(name := keys.pop("name", None), str):
+            raise UserError(f"{where}: objective.name is missing; {nearest('', _registry())}")
+        kind = objective_class(name, where)
+        schema = schema_of(kind)
+        try:
+            checked = schema.model_validate(keys).model_dump(mode="json")
+        except ValidationError as error:
+            raise UserError(f"{where}: {explain(error, schema, 'objective')}") from None
+        recipe = recipe.model_copy(update={"objective": {"name": name, **checked}})
+        recipe._agree(kind, where)
+        return recipe
+
+    def _agree(self, kind: type[Objective], where: str) -> None:
+        """Refuse what each section allows but together cannot be."""
+        roles = networks_of(kind)
+        name = self.objective["name"]
+        known = ["student", *(r for r in roles if r not in ("teacher", "student"))]
+        for player in self.players:
+            if player not in known:
+                raise UserError(
+                    f"{where}: players.{player}: {name} has no such player; "
+                    f"{nearest(player, known)}"
+                )
+        if self.critic is not None and "critic" not in roles:
+            raise UserError(f"{where}: critic: {name} has no critic; remove the section")
+        if roles.get("critic") and self.critic is None:
+            raise UserError(f"{where}: critic: {name} needs one; add the section 'critic: {{}}'")
+        needs = kind.needs_data == "always" or (kind.needs_data == "critic" and self.critic)
+        if needs and self.data.source is None:
+            why = "its critic compares with" if kind.needs_data == "critic" else "it learns from"
+            remedy = ", or remove the critic section" if not roles.get("critic") else ""
+            remedy = remedy if kind.needs_data == "critic" else ""
+            raise UserError(
+                f"{where}: data.source is missing: {name} needs real data, which {why}; "
+                f"set data.source to 'digits' or a folder of images{remedy}"
+            )
+        if self.train.batch % self.train.accumulate:
+            raise UserError(
+                f"{where}: train.batch: {self.train.batch} does not divide into "
+                f"train.accumulate = {self.train.accumulate} equal parts"
+            )
+
+    def tree(self) -> dict[str, Any]:
+        """Plain data that `check` reads back as this recipe, all defaults spelled out."""
+        return self.model_dump(mode="json")
+
+
+def find(path: str | Path) -> Path:
+    """A recipe's file: the path itself, or else that of the shipped recipe of that name."""
+    path = Path(path)
+    name = Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else path
+    for candidate in (path, SHIPPED / name, (SHIPPED / name).with_suffix(".yaml")):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"recipe {str(path)!r}: no such file; {nearest(name.stem, shipped())}")
+
+
+def shipped() -> list[str]:
+    """The names of the recipes in the package, such as "digits/dmd2"."""
+    return sorted(str(p.relative_to(SHIPPED).with_suffix("")) for p in SHIPPED.rglob("*.yaml"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-4 as a number, as everyone who writes it means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        tree = yaml.load(file.read_text(), _Loader)  # a SafeLoader: plain data only
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {file}: expected a mapping of sections")
+    return tree
+
+
+def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The tree with each "a.b=value" set in it."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip(".") or key.startswith("-"):
+            raise UserError(f"override {text!r}: expected key.path=value, as in train.steps=100")
+        node, (*parents, leaf) = tree, key.split(".")
+        for depth, parent in enumerate(parents):
+            below = node.get(parent)
+            if parent == "teacher" and isinstance(below, str):
+                below = {"source": below}
+            if below is None:
+                below = {}
+            if not isinstance(below, dict):
+                path = ".".join(parents[: depth + 1])
+                raise UserError(f"override {text!r}: {path} is a value, not a section")
+            node[parent] = below
+            node = below
+        try:
+            node[leaf] = yaml.load(value, _Loader)
+        except yaml.YAMLError:
+            raise UserError(f"override {text!r}: {value!r} is not valid YAML") from None
+    return tree
+
+
+def _registry() -> dict[str, type[Objective]]:
+    from distill.objectives import OBJECTIVES
+
+    return OBJECTIVES
+
+
+def objective_class(name: str, where: str = "recipe") -> type[Objective]:
+    """An objective by its registered name, or as "module:Class" or "path/to/file.py:Class"."""
+    place, colon, attribute = name.rpartition(":")
+    if not colon:
+        if name not in _registry():
+            raise UserError(
+                f"{where}: objective.name: {name!r} is unknown; {nearest(name, _registry())}"
+            )
+        return _registry()[name]
+    try:
+        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (ImportError, FileNotFoundError) as error:
+        raise UserError(f"{where}: objective.name: cannot import {place!r} ({error})") from None
+    kind = getattr(module, attribute, None)
+    if not (isinstance(kind, type) and issubclass(kind, Objective)):
+        raise UserError(f"{where}: objective.name: {place} has no Objective named {attribute!r}")
+    return kind
+
+
+def _import_file(path: Path) -> types.ModuleType:
+    name = f"fewstep_user_{path.stem}"
+    if name in sys.modules and sys.modules[name].__file__ == str(path.resolve()):
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError("no such file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def networks_of(kind: type[Objective]) -> dict[str, bool]:
+    """The fields of an objective that are networks, and whether it cannot do without them."""
+    found: dict[str, bool] = {}
+    for name, hint in get_type_hints(kind).items():
+        options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        if any(isinstance(o, type) and issubclass(o, NETWORKS) for o in options):
+            found[name] = type(None) not in options
+    return found
+
+
+def schema_of(kind: type[Objective]) -> type[BaseModel]:
+    """The hyper-parameters of an objective, which are its other fields, as a checked section."""
+    hints, networks = get_type_hints(kind, include_extras=True), networks_of(kind)
+    keys: dict[str, Any] = {}
+    for f in fields(kind):
+        if f.name in networks or not f.init:
+            continue
+        if f.default_factory is not MISSING:
+            default = Field(default_factory=f.default_factory)
+        else:
+            default = ... if f.default is MISSING else f.default
+        keys[f.name] = (hints[f.name], default)
+    return create_model(kind.__name__, __config__=ConfigDict(extra="forbid"), **keys)
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """The first thing wrong, as one line: key path, what was expected, the nearest valid name."""
+    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = problems[0]
+    # a union reports each member that failed; the path up to its tag is the key itself
+    loc = [str(p) for p in first["loc"] if not _is_tag(p)]
+    path = ".".join([prefix, *loc] if prefix else loc)
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _keys(model, loc[:-1])
+        return f"{path}: unknown key; {nearest(loc[-1], known)}"
+    if first["type"] == "missing":
+        return f"{path}: missing; every recipe must set it"
+    if first["type"] == "missing_argument":
+        return f"{path}: missing"
+    return f"{path}: {_expected(first)}, not {first['input']!r}"
+
+
+def _is_tag(part: int | str) -> bool:
+    return isinstance(part, str) and (part in ("Uniform", "LogNormal") or "[" in part)
+
+
+def _expected(problem: ErrorDetails) -> str:
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return message.replace("input should be", "expected")
+
+
+def _keys(model: type, path: Sequence[str]) -> list[str]:
+    """The keys that are valid under `path` of a model or a dataclass."""
+    for part in path:
+        hints = get_type_hints(model, include_extras=False)
+        hint = hints.get(part)
+        if get_origin(hint) is dict:  # players: any name, then Moves
+            model = get_args(hint)[1]
+            continue
+        options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        inner = [o for o in options if isinstance(o, type) and hasattr(o, "__annotations__")]
+        if inner:
+            model = inner[0]
+    return [k for k in get_type_hints(model) if not k.startswith(("model_", "_"))]

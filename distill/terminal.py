@@ -1,0 +1,77 @@
+"""What a run shows: a progress bar on a terminal, plain lines elsewhere, tables of results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import progress as bars
+from rich.console import Console
+from rich.table import Table
+
+out = Console(highlight=False)
+
+
+class Progress:
+    """A bar with the time left, and the latest losses beside it.
+
+    Args:
+        steps: Of the whole run.
+        done: Of them, when it begins.
+        shown: False on all processes but the main one.
+    """
+
+    def __init__(self, steps: int, done: int, shown: bool) -> None:
+        self.steps, self.shown, self.live = steps, shown, shown and out.is_terminal
+        self.bar = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.fields[losses]}", style="dim"),
+            console=out,
+            disable=not self.live,
+            refresh_per_second=4,
+        )
+        self.task = self.bar.add_task("distilling", total=steps, completed=done, losses="")
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.stop()
+
+    def advance(self, step: int) -> None:
+        if self.live:
+            self.bar.update(self.task, completed=step)
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """The losses of this step."""
+        losses = "  ".join(f"{k.split('/')[0]} {v:.4g}" for k, v in values.items() if k.endswith("/loss"))
+        if self.live:
+            self.bar.update(self.task, completed=step, losses=losses)
+        elif self.shown:
+            out.print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {losses}", soft_wrap=True)
+
+    def note(self, line: str) -> None:
+        """A line above the bar."""
+        if self.shown and line:
+            self.bar.console.print(line, soft_wrap=True)
+
+
+def results(title: str, rows: dict[str, dict[str, Any]]) -> Table:
+    """A table of metrics: a row for each sampler, the first being what speed is compared with."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    columns = ("FD", "precision", "recall", "coverage", "label acc.", "images/s", "speed-up")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    base = next(iter(rows.values()))["images_per_s"]
+    for name, row in rows.items():
+        speed = row["images_per_s"]
+        numbers = [f"{row[k]:.3f}" for k in ("precision", "recall", "coverage", "accuracy")]
+        spread = f" ±{row['spread']['fd']:.3f}" if row.get("seeds", 1) > 1 else ""
+        table.add_row(name, f"{row['fd']:.3f}{spread}", *numbers, f"{speed:,.0f}", f"{speed / base:.1f}×")
+    return table

@@ -1,0 +1,1 @@
+"""Samples in, numbers out. Stands alone: nothing here imports the rest of the project."""

@@ -1,0 +1,67 @@
+"""The digits protocol: scikit-learn's 1,797 real 8×8 digits, and a small classifier's features.
+
+Data: UCI "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak, CC BY 4.0), the part that
+scikit-learn ships as `load_digits`, stored here as counts 0 to 16.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from eval.errors import MetricError
+
+HERE = Path(__file__).parent
+
+
+@cache
+def data() -> tuple[Tensor, Tensor]:
+    """Images (1797, 1, 8, 8) in [-1, 1] and labels (1797,) int64."""
+    tensors = load_file(HERE / "data.safetensors")
+    return tensors["images"].float()[:, None] / 8 - 1, tensors["labels"].long()
+
+
+def held_out(n: int) -> Tensor:
+    """Which of n images the classifier never saw in training: every fifth, as a mask (n,)."""
+    return torch.arange(n) % 5 == 0
+
+
+class Classifier(nn.Module):
+    """A 60k-parameter convolutional classifier of digits; its 64 penultimate activations are the
+    features in which the digits metrics measure distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.SiLU(),
+            nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(), nn.AvgPool2d(2),
+            nn.Flatten(), nn.Dropout(0.3), nn.Linear(256, 64), nn.SiLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, 10) of images (N, 1, 8, 8) in [-1, 1]."""
+        return self.head(self.body(images))
+
+
+@cache
+def classifier() -> Classifier:
+    """The shipped classifier, frozen and in eval mode."""
+    net = Classifier()
+    net.load_state_dict(load_file(HERE / "classifier.safetensors"))
+    return net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def features(images: Tensor) -> Tensor:
+    """Penultimate features (N, 64) of uint8 digits (N, 1, 8, 8)."""
+    if images.shape[1:] != (1, 8, 8):
+        raise MetricError(
+            f"digits protocol: images are {tuple(images.shape[1:])}; it takes 1×8×8 digits"
+        )
+    return classifier().body(images.float().cpu() / 127.5 - 1)

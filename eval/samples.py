@@ -1,0 +1,38 @@
+"""Samples: what a generator made, as every metric takes it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eval.errors import MetricError
+
+
+class Samples(NamedTuple):
+    """Pictures, what was asked for, and how long it took.
+
+    images: uint8, (N, C, H, W), 0 to 255.
+    prompts: N strings (class labels are written as decimal strings).
+    seconds: wall-clock time of generation alone.
+    """
+
+    images: Tensor
+    prompts: list[str]
+    seconds: float = 0.0
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Pictures in [-1, 1] as bytes, rounded to the nearest (EDM's convention, arXiv:2206.00364).
+
+    Args:
+        images: (N, C, H, W), any float type; values outside [-1, 1] are clipped.
+
+    Raises:
+        MetricError: some pixel is not a finite number.
+    """
+    if not torch.isfinite(images).all():
+        bad = (~torch.isfinite(images)).flatten(1).any(1).sum().item()
+        raise MetricError(f"samples: {bad} of {len(images)} images hold NaN or infinity")
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,6 @@
+"""Few-step students: the generator, its critic, the forms that stock pipelines sample, the export."""
+
+from students.critic import Critic
+from students.generator import Generator
+
+__all__ = ["Critic", "Generator"]

@@ -1,0 +1,88 @@
+"""Critics: small heads on a denoiser's features that tell fakes from data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from teachers.denoiser import Cond, Denoiser
+
+
+class _Enough(Exception):
+    """Every feature asked for is in: the rest of the network need not run."""
+
+
+class Critic(nn.Module):
+    """Logits (B,), high for data, read off a denoiser's inner features by hooks (arXiv:2405.14867).
+
+    The denoiser is used, not owned: its weights are not among this module's parameters, and its
+    forward pass stops at the last block that is hooked.
+
+    Args:
+        denoiser: Whose features; usually the fake score, which then learns from the critic too.
+        shape: Of one datum, without the batch.
+        cond: A condition of batch size 1, to run the denoiser once and read the features' shapes.
+        blocks: Names of the hooked modules, as in `denoiser.named_modules()`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: Sequence[int],
+        cond: Cond = None,
+        blocks: Sequence[str] = ("backbone.mid_block",),
+    ) -> None:
+        super().__init__()
+        modules = dict(denoiser.named_modules())
+        if missing := [b for b in blocks if b not in modules]:
+            raise ValueError(f"critic: the denoiser has no block {missing[0]!r}")
+        self._denoiser = (denoiser, [modules[b] for b in blocks])  # in a tuple: not a submodule
+        weight = next(denoiser.parameters())
+        x = torch.zeros(1, *shape, device=weight.device)
+        cond = cond and {k: v.to(x.device) for k, v in cond.items()}
+        with torch.no_grad():
+            found = self.features(x, x.new_ones(1), cond)
+        self.heads = nn.ModuleList(head(f.shape[1], f.shape[-1]) for f in found).to(x.device)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> list[Tensor]:
+        """The hooked blocks' outputs, each (B, C, H, W), in the order in which they run."""
+        denoiser, blocks = self._denoiser
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
+            found.append(out)
+            if len(found) == len(blocks):
+                raise _Enough
+
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.callback(block.register_forward_hook(keep).remove)
+            try:
+                denoiser(x_t, t, cond)
+            except _Enough:
+                pass
+        return found
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Logits (B,) of noisy samples x_t (B, ...) at times t (B,); the mean over heads."""
+        found = self.features(x_t, t, cond)
+        logits = [h(f).flatten() for h, f in zip(self.heads, found, strict=True)]
+        return torch.stack(logits).mean(0).float()
+
+
+def head(channels: int, size: int) -> nn.Sequential:
+    """Halve (B, C, size, size) to at most 4×4, then read one logit (B, 1, 1, 1) off all of it."""
+    layers: list[nn.Module] = []
+    while size > 4:
+        layers += [nn.Conv2d(channels, channels, 4, 2, 1), *block(channels)]
+        size = (size + 1) // 2
+    layers += [nn.Conv2d(channels, channels, size), *block(channels), nn.Conv2d(channels, 1, 1)]
+    return nn.Sequential(*layers)
+
+
+def block(channels: int) -> tuple[nn.Module, nn.Module]:
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels), nn.SiLU()

@@ -1,0 +1,189 @@
+"""Export: a finished student as a folder that stock diffusers loads and samples exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from students import stock
+from students.generator import Generator
+from teachers.errors import UserError
+from teachers.teacher import Teacher, load, read_json
+from teachers.unet import UNet
+
+SIDECAR = "fewstep.json"  # what the student is; diffusers ignores it
+TOLERANCE = 1e-3  # of pixels in [0, 1]: a quarter of a grey level
+
+# Runs in another process, with none of our packages imported: what a user's machine will do.
+SCRIPT = """
+import sys, torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+folder, out, counts, labels = sys.argv[1], sys.argv[2], eval(sys.argv[3]), eval(sys.argv[4])
+pipe = DiffusionPipeline.from_pretrained(folder)
+pipe.set_progress_bar_config(disable=True)
+images = {}
+for steps in counts:
+    draw = torch.Generator().manual_seed(0)
+    images[str(steps)] = pipe(batch_size=4, num_inference_steps=steps, generator=draw,
+                              class_labels=labels, output_type="pt").images
+save_file(images, out)
+"""
+
+
+class ExportError(RuntimeError):
+    """The exported folder does not give the student's own pictures."""
+
+
+def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[str, Any]) -> None:
+    """Write the student to `path` as a diffusers folder, having checked that it loads and agrees.
+
+    The check loads the folder in a separate process with stock diffusers only and compares pixels,
+    for a fixed seed, at every step count; `path` appears only once it has passed.
+
+    Args:
+        recipe: The resolved recipe, kept in the folder's sidecar and card.
+
+    Raises:
+        UserError: the student has no stock form.
+        ExportError: the pictures differ, or the folder does not load.
+    """
+    from diffusers import ConsistencyModelPipeline
+
+    network = generator.denoiser
+    if not isinstance(network, UNet):
+        raise UserError(f"export: a {type(network).__name__} student has no diffusers form")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        pipe = ConsistencyModelPipeline(
+            unet=network.backbone,  # pyright: ignore[reportArgumentType]
+            scheduler=stock.scheduler(generator),
+        )
+        pipe.save_pretrained(draft)
+        sidecar = {
+            "steps": list(generator.counts),
+            "times": list(generator.times),
+            "renoise": generator.renoise,
+            "teacher": teacher.source,
+            "recipe": dict(recipe),
+        }
+        (draft / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
+        (draft / "README.md").write_text(card(generator, teacher, recipe))
+        verify(draft, generator, teacher)
+        shutil.rmtree(path, ignore_errors=True)
+        draft.chmod(0o755)  # mkdtemp's own is private
+        os.replace(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
+    """Compare the folder's pictures, made by stock diffusers in another process, with our own."""
+    classes = getattr(teacher.codec, "classes", 0)
+    labels = [i % classes for i in range(4)] if classes else None
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "images.safetensors"
+        # -I: neither this folder nor PYTHONPATH can lend the child our packages
+        command = [sys.executable, "-I", "-c", SCRIPT, str(folder.resolve()), str(out)]
+        result = subprocess.run(
+            [*command, repr(generator.counts), repr(labels)],
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            env={**child_environment(), "HF_HUB_OFFLINE": "1"},
+        )
+        if result.returncode:
+            raise ExportError(f"stock diffusers could not run {folder}:\n{result.stderr[-2000:]}")
+        from safetensors.torch import load_file
+
+        theirs = load_file(out)
+    for steps in generator.counts:
+        x = draw(generator.at(steps), teacher, labels or [0] * 4, seed=0)
+        ours = (teacher.codec.decode(x) / 2 + 0.5).clamp(0, 1).cpu()
+        gap = (ours - theirs[str(steps)]).abs().max().item()
+        if not gap <= TOLERANCE:
+            raise ExportError(
+                f"at {steps} steps the exported pipeline differs from the student by {gap:.2g} "
+                f"of the pixel range (at most {TOLERANCE:g} is rounding)"
+            )
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment without what makes a child join its process group."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC")
+    return {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+
+
+@torch.no_grad()
+def draw(
+    generator: Generator, teacher: Teacher, labels: Sequence[Any], seed: int, batch: int = 512
+) -> Tensor:
+    """x̂ (N, ...) for N labels, from the very noise that a stock pipeline draws for this seed.
+
+    The noise comes from one CPU generator, all of it first and then in batches, so the pictures
+    depend neither on the device nor on the batch size.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    steps, n = len(generator.times), len(labels)
+    noise = [torch.randn(n, *teacher.shape, generator=rng) for _ in range(steps)]
+    cond = teacher.codec.condition(list(labels))
+    device = next(generator.parameters()).device
+    parts = []
+    for i in range(0, n, batch):
+        z, *fresh = [x[i : i + batch].to(device) for x in noise]
+        part = cond and {k: v[i : i + batch].to(device) for k, v in cond.items()}
+        parts.append(generator(z, part, fresh=fresh))
+    return torch.cat(parts)
+
+
+def load_student(folder: Path) -> tuple[Generator, Teacher]:
+    """An exported student, ready to sample: its generator, and itself as a teacher (for the codec).
+
+    Raises:
+        UserError: the folder is not an exported student, or is not whole.
+    """
+    if not folder.is_dir():
+        raise UserError(f"student {str(folder)!r}: no such folder")
+    if not (folder / SIDECAR).exists() and (folder / "student" / SIDECAR).exists():
+        folder = folder / "student"  # a run folder was named
+    sidecar = read_json(folder / SIDECAR, f"student {str(folder)!r}")
+    teacher = load(str(folder))
+    network = teacher.denoiser
+    assert isinstance(network, UNet)
+    like = stock.student(teacher, max(sidecar["steps"]), None, sidecar["renoise"])
+    return like.eval().requires_grad_(False), teacher
+
+
+def card(generator: Generator, teacher: Teacher, recipe: Mapping[str, Any]) -> str:
+    """The folder's README: what it is, and the lines that use it."""
+    objective = recipe.get("objective", {}).get("name", "an objective of its own")
+    counts = ", ".join(map(str, generator.counts))
+    labels = ", class_labels=[3] * 16" if getattr(teacher.codec, "classes", 0) else ""
+    return f"""---
+library_name: diffusers
+tags: [fewstep, distillation]
+---
+# A {max(generator.counts)}-step student of {teacher.source}
+
+Distilled by [fewstep](https://pypi.org/project/fewstep/) with the objective `{objective}`. It was trained for
+{counts} step(s); other step counts are not what it learned. No guidance at sampling: the student
+has its teacher's guidance built in.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
+images = pipe(batch_size=16{labels}, num_inference_steps=1).images
+```
+"""

@@ -1,0 +1,23 @@
+"""Pretrained models, read as denoisers: processes, networks, solvers, and where they load from."""
+
+from teachers.denoiser import Cond, Denoiser, Guided, Network, Under
+from teachers.errors import UserError
+from teachers.process import Karras, Linear, Process, Tabulated, Trig
+from teachers.teacher import Codec, Teacher, load
+
+__all__ = [
+    "Codec",
+    "Cond",
+    "Denoiser",
+    "Guided",
+    "Karras",
+    "Linear",
+    "Network",
+    "Process",
+    "Tabulated",
+    "Teacher",
+    "Trig",
+    "Under",
+    "UserError",
+    "load",
+]

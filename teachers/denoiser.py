@@ -1,0 +1,147 @@
+"""Denoisers: every pretrained network, whatever it was trained to predict, read as x̂ = E[x | x_t].
+
+Throughout, t and s are (B,), x and x_t are (B, ...); x̂ and its coefficients are float32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teachers.process import Process, expand
+
+Cond = dict[str, Any] | None
+Prediction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # α, σ -> c_skip, c_out
+
+
+def edm(sigma_data: float = 0.5, sigma_min: float = 0.0) -> Prediction:
+    """EDM's preconditioning (arXiv:2206.00364); a σ_min > 0 makes it a consistency model's.
+
+    Then x̂(x, σ_min) = x exactly (arXiv:2303.01469, appendix C): σ - σ_min stands for σ in c_skip
+    and in the numerator of c_out. The network's input is x_t / √(σ² + σ_data²).
+    """
+    return partial(_edm, sigma_data=sigma_data, sigma_min=sigma_min)
+
+
+def _edm(alpha: Tensor, sigma: Tensor, sigma_data: float, sigma_min: float):
+    ratio = sigma / alpha  # of x_t / α, which is where EDM's formulas live
+    gap = ratio - sigma_min
+    c_skip = sigma_data**2 / (gap**2 + sigma_data**2)
+    c_out = gap * sigma_data / (ratio**2 + sigma_data**2).sqrt()
+    return c_skip / alpha, c_out
+
+
+# What a network predicts, as the (c_skip, c_out) for which x̂ = c_skip x_t + c_out F.
+PREDICTIONS: dict[str, Prediction] = {
+    "x": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha)),
+    "eps": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
+    "v": lambda alpha, sigma: (alpha / (alpha**2 + sigma**2), -sigma / (alpha**2 + sigma**2)),
+    "flow": lambda alpha, sigma: (1 / (alpha + sigma), -sigma / (alpha + sigma)),
+    "edm": edm(),
+}
+
+
+class Denoiser(nn.Module):
+    """x̂(x_t, t): the expected data behind a noisy sample."""
+
+    process: Process
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        """The denoised x̂, shaped like x_t.
+
+        A flow map is told the time s that the next step will land on; denoisers proper ignore it.
+        """
+        raise NotImplementedError
+
+    def weight(self, t: Tensor) -> Tensor:
+        """The loss weight (B,) that makes the squared error of x̂ the network's own loss."""
+        raise NotImplementedError
+
+    def loss(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """The network's own denoising loss at times t: mean over dimensions, then over the batch."""
+        x_t = self.process.noise(x, t, torch.randn_like(x))
+        error = (self(x_t, t, cond) - x).square().flatten(1).mean(1)
+        return (self.weight(t) * error).mean()
+
+
+class Network(Denoiser):
+    """A backbone F, turned into a denoiser by what it predicts.
+
+    Args:
+        predicts: A key of PREDICTIONS, or a function of (α, σ) such as `edm(sigma_data)` makes.
+    """
+
+    def __init__(self, backbone: nn.Module, process: Process, predicts: str | Prediction) -> None:
+        super().__init__()
+        self.backbone, self.process = backbone, process
+        self.coefficients = PREDICTIONS[predicts] if isinstance(predicts, str) else predicts
+
+    def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
+        """The raw backbone; an adapter overrides this to match its signature and time units."""
+        return self.backbone(x_t, t)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        c_skip, c_out = self.coefficients(*self.process.at(t, x_t))
+        return c_skip * x_t + c_out * self.call(x_t, t, cond, s).to(c_out.dtype)
+
+    def weight(self, t: Tensor) -> Tensor:
+        _, c_out = self.coefficients(*self.process.scales(t))
+        return c_out.square().clamp(min=1e-4).reciprocal()
+
+
+class Wrapper(Denoiser):
+    """A denoiser around another one, in the same process and with the same loss."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser, self.process = denoiser, denoiser.process
+
+    def weight(self, t: Tensor) -> Tensor:
+        return self.denoiser.weight(t)
+
+
+class Under(Wrapper):
+    """A denoiser seen under another process: same σ/α, same x̂, rescaled input."""
+
+    def __init__(self, denoiser: Denoiser, process: Process) -> None:
+        super().__init__(denoiser)
+        self.process = process
+
+    def own(self, t: Tensor) -> Tensor:
+        """The wrapped denoiser's time with the same σ/α, matched in float64 (ends lose digits)."""
+        alpha, sigma = self.process.scales(t.double())
+        tiny = torch.finfo(torch.float32).tiny  # where α = 0 the ratio must stay finite
+        return self.denoiser.process.time(sigma / alpha.clamp(min=tiny)).to(t.dtype)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        own = self.own(t)
+        scale = torch.hypot(*self.denoiser.process.at(own, x_t))
+        scale = scale / torch.hypot(*self.process.at(t, x_t))
+        return self.denoiser(scale * x_t, own, cond, s if s is None else self.own(s))
+
+    def weight(self, t: Tensor) -> Tensor:
+        return self.denoiser.weight(self.own(t))
+
+
+class Guided(Wrapper):
+    """Classifier-free guidance (arXiv:2207.12598): x̂ = x̂(∅) + g (x̂(cond) - x̂(∅)).
+
+    `scale` is g: 1 is unguided and costs one evaluation; the papers' w is g - 1. Both halves run
+    as one batch of 2B.
+    """
+
+    def __init__(self, denoiser: Denoiser, scale: float, null: Cond = None) -> None:
+        super().__init__(denoiser)
+        self.scale, self.null = scale, null
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        if self.scale == 1 or cond is None or self.null is None:
+            return self.denoiser(x_t, t, cond, s)
+        both = {k: torch.cat([v, self.null[k].to(v).expand_as(v)]) for k, v in cond.items()}
+        twice = s if s is None else torch.cat([s, s])
+        x, x_null = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, twice).chunk(2)
+        return x_null + self.scale * (x - x_null)

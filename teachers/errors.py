@@ -1,0 +1,20 @@
+"""The one exception that means: the user can fix this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake in what we were given. The message is one line: place, what is wrong, remedy.
+
+    The command line prints it to stderr and exits with 2; any other exception is our own fault.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Ends an error line: the known name nearest to a wrong one, or all of them when none is."""
+    known = sorted(known)
+    close = get_close_matches(name, known, 1, 0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -1,0 +1,168 @@
+"""Noising processes: x_t = α(t) x + σ(t) ε, with t running from 0 (data) to 1 (noise).
+
+Throughout, t and s are (B,), x and x_t are (B, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import pi
+
+import torch
+from torch import Tensor
+
+
+class Process:
+    """A noising process, defined by its two scales; everything else follows from them."""
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """α(t) and σ(t), shaped like t."""
+        raise NotImplementedError
+
+    def time(self, ratio: Tensor) -> Tensor:
+        """The t at which σ(t)/α(t) equals `ratio`, shaped like it."""
+        raise NotImplementedError
+
+    def grid(self, steps: int) -> Tensor:
+        """The `steps` times, from 1 down, at which a solver calls its network; float64 (steps,).
+
+        The walk ends by taking the last x̂, so t = 0 is on the grid only where it is still noisy.
+        """
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+
+    def at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """α(t) and σ(t), shaped (B, 1, ..., 1) to broadcast against x; float32 or wider.
+
+        Worked out in float64: near the ends, float32 loses most of σ's digits.
+        """
+        alpha, sigma = self.scales(t.double())
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return expand(alpha, x).to(dtype), expand(sigma, x).to(dtype)
+
+    def noise(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t, drawn from p(x_t | x) with the noise eps."""
+        alpha, sigma = self.at(t, x)
+        return alpha * x + sigma * eps
+
+    def eps(self, x_t: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The noise that separates x_t from x. Undefined where σ(t) = 0."""
+        alpha, sigma = self.at(t, x_t)
+        return (x_t - alpha * x) / sigma
+
+    def step(self, x_t: Tensor, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """x_s, one DDIM step along the probability-flow ODE whose denoised end is x."""
+        return self.noise(x, s, self.eps(x_t, x, t))
+
+    def end(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The x̂ from which a step from x_t lands on x_s: the inverse of `step`."""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.at(t, x_t), self.at(s, x_t)
+        return (sigma_t * x_s - sigma_s * x_t) / (alpha_s * sigma_t - alpha_t * sigma_s)
+
+    def velocity(self, x_t: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """dx_t/dt along the probability-flow ODE whose denoised end is x."""
+        _, (d_alpha, d_sigma) = torch.func.jvp(self.scales, (t,), (torch.ones_like(t),))
+        return expand(d_alpha, x) * x + expand(d_sigma, x) * self.eps(x_t, x, t)
+
+
+@dataclass(frozen=True)
+class Linear(Process):
+    """Rectified flow (arXiv:2209.03003): x_t = (1 - t) x + t ε."""
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t, t
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return ratio / (1 + ratio)
+
+
+@dataclass(frozen=True)
+class Trig(Process):
+    """TrigFlow (arXiv:2410.11081): x_t = cos(πt/2) x + σ_data sin(πt/2) ε."""
+
+    sigma_data: float = 1.0
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cos(pi / 2 * t), self.sigma_data * torch.sin(pi / 2 * t)
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return torch.atan(ratio / self.sigma_data) * 2 / pi
+
+
+@dataclass(frozen=True)
+class Karras(Process):
+    """Variance exploding, spaced as in EDM (arXiv:2206.00364): x_t = x + σ(t) ε.
+
+    σ^(1/ρ) is linear in t, from σ_min at t = 0 to σ_max at t = 1; a t outside [0, 1] extends it.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return torch.ones_like(t), (low + t * (high - low)) ** self.rho
+
+    def time(self, ratio: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (ratio ** (1 / self.rho) - low) / (high - low)
+
+    def grid(self, steps: int) -> Tensor:
+        return torch.linspace(1, 0, steps, dtype=torch.float64)
+
+
+class Tabulated(Process):
+    """Variance preserving, known at N indices (DDPM, arXiv:2006.11239); log σ/α is linear between.
+
+    t = 0 is index 0, which is slightly noisy, and t = 1 is index N - 1, which is not pure noise.
+
+    Args:
+        alphas_cumprod: ᾱ (N,), as diffusers' schedulers hold it: α² at each index.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor | Sequence[float]) -> None:
+        bar = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
+        bar = bar.clamp(min=1e-8)  # zero-terminal-SNR tables end at 0, where log σ/α is infinite
+        self.log_ratio = 0.5 * (torch.log1p(-bar) - bar.log())
+        self.last = len(bar) - 1
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @classmethod
+    def linear(cls, start: float = 1e-4, end: float = 0.02, n: int = 1000) -> Tabulated:
+        """DDPM's betas, linear in the index."""
+        betas = torch.linspace(start, end, n, dtype=torch.float64)
+        return cls((1 - betas).cumprod(0))
+
+    @classmethod
+    def scaled_linear(cls, start: float = 0.00085, end: float = 0.012, n: int = 1000) -> Tabulated:
+        """Stable Diffusion's betas, whose square roots are linear in the index."""
+        betas = torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2
+        return cls((1 - betas).cumprod(0))
+
+    def index(self, t: Tensor) -> Tensor:
+        """The fractional index at t, which is the time that such networks were trained to read."""
+        return t * self.last
+
+    def table(self, like: Tensor) -> Tensor:
+        key = (like.device, like.dtype)
+        if key not in self._tables:
+            self._tables[key] = self.log_ratio.to(*key)
+        return self._tables[key]
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        table, i = self.table(t), self.index(t)
+        below = i.detach().floor().clamp(0, self.last - 1).long()
+        rho = table[below] + (i - below) * (table[below + 1] - table[below])  # log σ/α
+        return torch.sigmoid(-2 * rho).sqrt(), torch.sigmoid(2 * rho).sqrt()
+
+    def time(self, ratio: Tensor) -> Tensor:
+        table, rho = self.table(ratio), ratio.log()
+        below = (torch.searchsorted(table, rho) - 1).clamp(0, self.last - 1)
+        fraction = (rho - table[below]) / (table[below + 1] - table[below])
+        return (below + fraction) / self.last
+
+
+def expand(s: Tensor, x: Tensor) -> Tensor:
+    """s of shape (B,) as (B, 1, ..., 1), to broadcast against x."""
+    return s.view(-1, *(1,) * (x.ndim - 1))

@@ -1,0 +1,136 @@
+"""Solvers: walk a denoiser from noise to data in n network-lengths.
+
+All take `times` (n,) from noisy to clean, end with the last x̂, and see only α, σ and x̂. Orders and
+formulas: DDIM (arXiv:2010.02502), Heun (arXiv:2206.00364), DPM-Solver++(2M) (arXiv:2211.01095).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from teachers.denoiser import Cond, Denoiser
+from teachers.errors import UserError, nearest
+from teachers.process import expand
+
+
+def ddim(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
+    """First order in (x/α, σ/α): Euler's method for rectified flow and EDM. n evaluations."""
+    for t, s in pairs(times, x_t):
+        x = denoiser(x_t, t, cond)
+        x_t = x if s is None else denoiser.process.step(x_t, x, t, s)
+    return x_t
+
+
+def euler(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
+    """First order in the process's own time: x_s = x_t + (s - t) dx/dt. n evaluations."""
+    for t, s in pairs(times, x_t):
+        x = denoiser(x_t, t, cond)
+        if s is None:
+            return x
+        x_t = x_t + expand(s - t, x_t) * denoiser.process.velocity(x_t, x, t)
+    return x_t
+
+
+def heun_step(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
+    """x_s, second order in (x/α, σ/α): the mean of ε at both ends. Two evaluations; needs α(t) > 0."""
+    process = denoiser.process
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, x_t), process.at(s, x_t)
+    eps = process.eps(x_t, denoiser(x_t, t, cond), t)
+    u, gap = x_t / alpha_t, sigma_s / alpha_s - sigma_t / alpha_t
+    guess = alpha_s * (u + gap * eps)
+    eps_s = process.eps(guess, denoiser(guess, s, cond), s)
+    return alpha_s * (u + gap * (eps + eps_s) / 2)
+
+
+def heun(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
+    """Second order in (x/α, σ/α), as EDM samples. 2n - 1 evaluations, one less from pure noise."""
+    process = denoiser.process
+    pure = process.scales(times[:1].cpu())[0].item() == 0  # x/α is infinite: the first step is DDIM
+    for t, s in pairs(times, x_t):
+        if s is None:
+            return denoiser(x_t, t, cond)
+        if pure:
+            x_t, pure = process.step(x_t, denoiser(x_t, t, cond), t, s), False
+        else:
+            x_t = heun_step(denoiser, x_t, t, s, cond)
+    return x_t
+
+
+def dpmpp_2m(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
+    """Second order, multistep, in λ = log α/σ. n evaluations."""
+    process, before, h_before = denoiser.process, None, None
+    for t, s in pairs(times, x_t):
+        x = denoiser(x_t, t, cond)
+        if s is None:
+            return x
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, x_t), process.at(s, x_t)
+        h = (alpha_s / sigma_s).log() - (alpha_t / sigma_t).log()  # infinite from pure noise
+        mean = x
+        if before is not None:
+            lead = h / (2 * h_before)
+            mean = (1 + lead) * x - lead * before
+        x_t = sigma_s / sigma_t * x_t - alpha_s * torch.expm1(-h) * mean
+        before, h_before = x, h
+    return x_t
+
+
+def ancestral(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
+    """DDPM's own sampler: fresh noise κ at each step, of the true posterior's size (DDIM, η = 1)."""
+    process = denoiser.process
+    for t, s in pairs(times, x_t):
+        x = denoiser(x_t, t, cond)
+        if s is None:
+            return x
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, x_t), process.at(s, x_t)
+        keep = alpha_t * sigma_s / (alpha_s * sigma_t)  # of x_t's noise; 0 from pure noise
+        kappa = sigma_s * (1 - keep**2).clamp(min=0).sqrt()
+        eps = process.eps(x_t, x, t)
+        x_t = alpha_s * x + (sigma_s**2 - kappa**2).clamp(min=0).sqrt() * eps
+        x_t = x_t + kappa * torch.randn_like(x)
+    return x_t
+
+
+def renoise(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
+    """Consistency sampling: x̂, then all the noise of the next time anew. n evaluations."""
+    for t, s in pairs(times, x_t):
+        x = denoiser(x_t, t, cond)
+        x_t = x if s is None else denoiser.process.noise(x, s, torch.randn_like(x))
+    return x_t
+
+
+SOLVERS: dict[str, Callable[..., Tensor]] = {
+    f.__name__: f for f in (ddim, euler, heun, dpmpp_2m, ancestral, renoise)
+}
+
+
+def solve(
+    denoiser: Denoiser, z: Tensor, steps: int, method: str = "heun", cond: Cond = None
+) -> Tensor:
+    """Data x̂ from unit noise z (B, ...), by `steps` steps of a named solver on the process's grid.
+
+    Raises:
+        UserError: no solver of that name, or steps < 1.
+    """
+    if method not in SOLVERS:
+        raise UserError(f"solver {method!r} is unknown: {nearest(method, SOLVERS)}")
+    if steps < 1:
+        raise UserError(f"solver steps must be at least 1, not {steps}")
+    times = denoiser.process.grid(steps).to(z.device)
+    start = times[:1].to(z.dtype).expand(len(z))
+    return SOLVERS[method](
+        denoiser, denoiser.process.noise(torch.zeros_like(z), start, z), times, cond
+    )
+
+
+def evaluations(steps: int, method: str = "heun") -> int:
+    """How many times `solve` calls its network."""
+    return 2 * steps - 1 if method == "heun" else steps
+
+
+def pairs(times: Tensor, x: Tensor):
+    """Each time with the next (None at the end), as (B,) tensors of x's type."""
+    full = [t.to(x.dtype).expand(len(x)) for t in times]
+    yield from zip(full, [*full[1:], None], strict=True)

@@ -1,0 +1,152 @@
+"""Teachers: a denoiser with its codec, and the one function that loads any of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from teachers.denoiser import Cond, Denoiser
+from teachers.errors import UserError, nearest
+
+DIGITS = Path(__file__).parent / "digits"
+
+
+class Codec(Protocol):
+    """Prompts or labels, and pixels, to and from what the denoiser sees."""
+
+    null: Cond  # what stands for no condition, each entry shaped (1, ...); None: there is none
+
+    def condition(self, prompts: Sequence[Any]) -> Cond:
+        """The condition of N prompts, each entry shaped (N, ...)."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Data (N, ...) of images (N, 3|1, H, W) in [-1, 1]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (N, 3|1, H, W) in [-1, 1] of data (N, ...)."""
+        ...
+
+
+class Pixels:
+    """A codec for models of pixels: data are images. Labels, where there are any, are integers.
+
+    Args:
+        classes: How many labels there are, not counting the null one; 0 for unconditional models.
+        null: The label that stands for no label, if the network was trained with one.
+    """
+
+    def __init__(self, classes: int = 0, null: int | None = None) -> None:
+        self.classes = classes
+        self.null: Cond = None if null is None else {"class_labels": torch.tensor([null])}
+
+    def condition(self, prompts: Sequence[Any]) -> Cond:
+        """Labels as {"class_labels": (N,) int64}; None for unconditional models.
+
+        Raises:
+            UserError: a label is not an integer in [0, classes).
+        """
+        if not self.classes:
+            return None
+        try:
+            labels = torch.tensor([int(p) for p in prompts])
+        except ValueError as error:
+            raise UserError(f"labels: {error}; expected integers below {self.classes}") from None
+        wrong = [p for p in labels.tolist() if not 0 <= p < self.classes]
+        if wrong:
+            raise UserError(f"labels: {wrong[0]} is outside 0 to {self.classes - 1}")
+        return {"class_labels": labels}
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+@dataclass
+class Teacher:
+    """A pretrained model: its denoiser, its codec, and the shape of one datum without the batch."""
+
+    denoiser: Denoiser
+    codec: Codec
+    shape: tuple[int, ...]
+    source: str = ""
+
+
+def load(source: str, **options: Any) -> Teacher:
+    """The teacher at `source`, frozen and in eval mode.
+
+    Args:
+        source: "digits" (embedded), "analytic:NAME" (closed form), a diffusers folder or a Hub id.
+        options: The family's own; for UNet2D pipelines `null_label`, the class that means none.
+
+    Raises:
+        UserError: nothing is there, the files are not whole, or the family is not supported.
+    """
+    if source.startswith("analytic:"):
+        return _analytic(source, **options)
+    if source == "digits":
+        options.setdefault("null_label", 10)
+    folder = DIGITS if source == "digits" else find(source)
+    index = read_json(folder / "model_index.json", f"teacher {source!r}")
+    family = index.get("_class_name", "a nameless class")
+    known = families()
+    if family not in known:
+        raise UserError(f"teacher {source!r}: {family} is not supported; {nearest(family, known)}")
+    teacher = known[family](folder, source, **options)
+    teacher.denoiser.eval().requires_grad_(False)
+    return teacher
+
+
+def families() -> dict[str, Any]:
+    """Loaders by the pipeline class that a folder's model_index.json names."""
+    from teachers import unet  # imports diffusers' configuration only when something is loaded
+
+    return dict.fromkeys(unet.PIPELINES, unet.load)
+
+
+def find(source: str) -> Path:
+    """The folder of a local path or of a Hub id, downloading its safetensors and configs once."""
+    if (folder := Path(source).expanduser()).is_dir():
+        return folder
+    if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
+        raise UserError(f"teacher {source!r}: no such folder, and not a Hub id (OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"teacher {source!r}: not a local folder, and the Hub said: {reason}") from None
+
+
+def read_json(path: Path, who: str) -> dict[str, Any]:
+    """A JSON object from a file that must be there and be one."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{who}: {path} is missing; give a diffusers pipeline folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{who}: {path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{who}: {path} is not a JSON object")
+    return content
+
+
+def _analytic(source: str) -> Teacher:
+    from teachers.analytic import ANALYTIC
+
+    name = source.removeprefix("analytic:")
+    if name not in ANALYTIC:
+        raise UserError(f"teacher {source!r} is unknown: {nearest(name, ANALYTIC)}")
+    denoiser = ANALYTIC[name]()
+    return Teacher(denoiser.eval(), Pixels(), tuple(denoiser.sample(1).shape[1:]), source)
