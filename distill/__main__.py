@@ -78,9 +78,13 @@ def show(out: Path) -> None:
     if metrics := summary["metrics"]:
         full = metrics["teacher"]
         rows = {f"teacher, {full['steps']}-step {full['solver']}": full}
-        rows |= {f"teacher, {k} step{'s' * (k != '1')}": v for k, v in metrics["teacher_few"].items()}
+        rows |= {
+            f"teacher, {k} step{'s' * (k != '1')}": v for k, v in metrics["teacher_few"].items()
+        }
         rows |= {f"student, {k} step{'s' * (k != '1')}": v for k, v in metrics["student"].items()}
-        console.print(results(f"{full['protocol']}: {full['n']} samples, {full['seeds']} seeds", rows))
+        console.print(
+            results(f"{full['protocol']}: {full['n']} samples, {full['seeds']} seeds", rows)
+        )
     console.print(
         f"{summary['steps']} steps in {summary['wall_s']:.0f} s, "
         f"{summary['network_evaluations']:,} network evaluations; student in {out / 'student'}",
@@ -111,7 +115,9 @@ def sample(
     classes = getattr(teacher.codec, "classes", 0)
     if labels is not None and not classes:
         raise UserError("--labels: this student is not class-conditional")
-    names = [p.strip() for p in labels.split(",")] if labels else [str(i) for i in range(classes or 1)]
+    names = (
+        [p.strip() for p in labels.split(",")] if labels else [str(i) for i in range(classes or 1)]
+    )
     wanted = [names[i % len(names)] for i in range(n)]
     teacher.codec.condition(wanted)
     images = teacher.codec.decode(draw(generator.at(steps), teacher, wanted, seed))
@@ -139,7 +145,9 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="See `distill list metrics`.")] = "digits",
     steps: Annotated[str, typer.Option(help="Step counts, such as 1,2,4; all by default.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0.")] = 3,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
 ):
     """Measure a student by a protocol, at the step counts given."""
     import json
@@ -224,7 +232,7 @@ def teachers() -> dict[str, str]:
 
     found = {"digits": "embedded: class-conditional, 8×8 handwritten digits"}
     found |= {f"analytic:{k}": "closed form, for tests and study" for k in ANALYTIC}
-    return found | {p: "a diffusers folder or Hub id of this pipeline" for p in PIPELINES}
+    return found | dict.fromkeys(PIPELINES, "a diffusers folder or Hub id of this pipeline")
 
 
 def metrics() -> dict[str, str]:

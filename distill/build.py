@@ -268,9 +268,7 @@ def teacher_samples(
     """The guided teacher's pictures for the prompts, by the recipe's solver."""
     denoiser, method = guided(recipe, teacher), recipe.eval.teacher_solver
     device = next(denoiser.parameters()).device
-    noise = torch.randn(
-        len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(seed)
-    )
+    noise = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(seed))
     cond = teacher.codec.condition(prompts)
 
     def make() -> torch.Tensor:
@@ -349,4 +347,3 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         "processes": engine.accelerator.num_processes,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
     }
-

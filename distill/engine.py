@@ -67,7 +67,12 @@ class Engine:
         evaluate: Evaluate | None = None,
         evaluate_every: int = 0,
     ) -> None:
-        self.objective, self.players, self.source, self.teacher = objective, players, source, teacher
+        self.objective, self.players, self.source, self.teacher = (
+            objective,
+            players,
+            source,
+            teacher,
+        )
         self.cfg, self.accelerator, self.out = train, accelerator, out
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.ema = EMA(players["student"].params, train.ema)
@@ -168,13 +173,20 @@ class Engine:
             classes = getattr(codec, "classes", 0)
             labels = [i % classes if classes else 0 for i in range(80)]
             with self.ema.swapped():
-                images = [codec.decode(draw(student.at(k), self.teacher, labels, 0)) for k in student.counts]
+                images = [
+                    codec.decode(draw(student.at(k), self.teacher, labels, 0))
+                    for k in student.counts
+                ]
             folder = self.out / "samples"
             folder.mkdir(exist_ok=True)
             for steps, grid in zip(student.counts, images, strict=True):
-                grid = nn.functional.interpolate(grid.float(), scale_factor=max(1, 256 // (10 * grid.shape[-1])))
+                grid = nn.functional.interpolate(
+                    grid.float(), scale_factor=max(1, 256 // (10 * grid.shape[-1]))
+                )
                 name = f"step-{self.step:06d}-at-{steps}.png"
-                save_image(grid, folder / name, nrow=10, normalize=True, value_range=(-1, 1), padding=1)
+                save_image(
+                    grid, folder / name, nrow=10, normalize=True, value_range=(-1, 1), padding=1
+                )
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:

@@ -43,7 +43,10 @@ def read_folder(folder: Path, teacher: Teacher, classes: int) -> tuple[Tensor, l
             except (UnidentifiedImageError, OSError):
                 raise UserError(f"data.source: {str(path)!r} is not a readable image") from None
             scale = max(height / image.height, width / image.width)
-            size = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
+            size = [
+                max(height, round(image.height * scale)),
+                max(width, round(image.width * scale)),
+            ]
             image = tf.center_crop(tf.resize(image, size, antialias=True), [height, width])  # pyright: ignore
             images.append(tf.pil_to_tensor(image))  # pyright: ignore
             labels.append(label)

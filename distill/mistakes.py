@@ -26,6 +26,8 @@ def stop_code(error: Exception) -> int | None:
     """128 plus the signal, for a run that a signal stopped in good order."""
     module = sys.modules.get("distill.engine")
     if module is not None and isinstance(error, module.Stopped):
-        sys.stderr.write(f"distill: {error}: the step was finished and saved; go on with --resume\n")
+        sys.stderr.write(
+            f"distill: {error}: the step was finished and saved; go on with --resume\n"
+        )
         return 128 + error.number
     return None

@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 from pydantic_core import ErrorDetails
 
-from distill.objective import Count, NonNegative, Objective, Share, Whole
+from distill.objective import Count, Objective, Share, Whole
 from distill.player import Moves
 from students.critic import Critic
 from students.generator import Generator
@@ -190,7 +190,8 @@ def find(path: str | Path) -> Path:
     for candidate in (path, SHIPPED / name, (SHIPPED / name).with_suffix(".yaml")):
         if candidate.is_file():
             return candidate
-    raise UserError(f"recipe {str(path)!r}: no such file; {nearest(name.stem, shipped())}")
+    wanted = str(name.with_suffix(""))
+    raise UserError(f"recipe {str(path)!r}: no such file; {nearest(wanted, shipped())}")
 
 
 def shipped() -> list[str]:
@@ -261,7 +262,9 @@ def objective_class(name: str, where: str = "recipe") -> type[Objective]:
             )
         return _registry()[name]
     try:
-        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = (
+            _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        )
     except (ImportError, FileNotFoundError) as error:
         raise UserError(f"{where}: objective.name: cannot import {place!r} ({error})") from None
     kind = getattr(module, attribute, None)

@@ -49,7 +49,9 @@ class Progress:
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """The losses of this step."""
-        losses = "  ".join(f"{k.split('/')[0]} {v:.4g}" for k, v in values.items() if k.endswith("/loss"))
+        losses = "  ".join(
+            f"{k.split('/')[0]} {v:.4g}" for k, v in values.items() if k.endswith("/loss")
+        )
         if self.live:
             self.bar.update(self.task, completed=step, losses=losses)
         elif self.shown:
@@ -73,5 +75,7 @@ def results(title: str, rows: dict[str, dict[str, Any]]) -> Table:
         speed = row["images_per_s"]
         numbers = [f"{row[k]:.3f}" for k in ("precision", "recall", "coverage", "accuracy")]
         spread = f" ±{row['spread']['fd']:.3f}" if row.get("seeds", 1) > 1 else ""
-        table.add_row(name, f"{row['fd']:.3f}{spread}", *numbers, f"{speed:,.0f}", f"{speed / base:.1f}×")
+        table.add_row(
+            name, f"{row['fd']:.3f}{spread}", *numbers, f"{speed:,.0f}", f"{speed / base:.1f}×"
+        )
     return table

@@ -60,7 +60,9 @@ def student(
         raise UserError("student.start: DDPM students start at their last index; leave it out")
     if not renoise:
         if (process.last + 1) % steps:
-            raise UserError(f"student.steps: {steps} does not divide the {process.last + 1} indices")
+            raise UserError(
+                f"student.steps: {steps} does not divide the {process.last + 1} indices"
+            )
         times = [(round((process.last + 1) * (1 - k / steps)) - 1) for k in range(steps)]
         network = UNet(backbone, process, source.coefficients, process.index)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teachers.process import Process, expand
+from teachers.process import Process
 
 Cond = dict[str, Any] | None
 Prediction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # α, σ -> c_skip, c_out
@@ -112,10 +112,14 @@ class Under(Wrapper):
         self.process = process
 
     def own(self, t: Tensor) -> Tensor:
-        """The wrapped denoiser's time with the same σ/α, matched in float64 (ends lose digits)."""
+        """The wrapped denoiser's time with the same σ/α, matched in float64 (ends lose digits).
+
+        Held within [0, 1]: noise beyond what it was trained on is read as the most that it knows.
+        """
         alpha, sigma = self.process.scales(t.double())
         tiny = torch.finfo(torch.float32).tiny  # where α = 0 the ratio must stay finite
-        return self.denoiser.process.time(sigma / alpha.clamp(min=tiny)).to(t.dtype)
+        own = self.denoiser.process.time(sigma / alpha.clamp(min=tiny))
+        return own.clamp(0, 1).to(t.dtype)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
         own = self.own(t)

@@ -61,8 +61,10 @@ class Process:
 
     def velocity(self, x_t: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """dx_t/dt along the probability-flow ODE whose denoised end is x."""
-        _, (d_alpha, d_sigma) = torch.func.jvp(self.scales, (t,), (torch.ones_like(t),))
-        return expand(d_alpha, x) * x + expand(d_sigma, x) * self.eps(x_t, x, t)
+        t64 = t.double().clone()  # an expanded tensor cannot carry a tangent
+        _, (d_alpha, d_sigma) = torch.func.jvp(self.scales, (t64,), (torch.ones_like(t64),))
+        d_alpha, d_sigma = expand(d_alpha, x).to(x.dtype), expand(d_sigma, x).to(x.dtype)
+        return d_alpha * x + d_sigma * self.eps(x_t, x, t)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Tabulated(Process):
 
     def __init__(self, alphas_cumprod: Tensor | Sequence[float]) -> None:
         bar = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
-        bar = bar.clamp(min=1e-8)  # zero-terminal-SNR tables end at 0, where log σ/α is infinite
+        bar = bar.clamp(min=1e-12)  # zero-terminal-SNR tables end at 0, where log σ/α is infinite
         self.log_ratio = 0.5 * (torch.log1p(-bar) - bar.log())
         self.last = len(bar) - 1
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}

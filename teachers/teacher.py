@@ -126,7 +126,9 @@ def find(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"teacher {source!r}: not a local folder, and the Hub said: {reason}") from None
+        raise UserError(
+            f"teacher {source!r}: not a local folder, and the Hub said: {reason}"
+        ) from None
 
 
 def read_json(path: Path, who: str) -> dict[str, Any]:

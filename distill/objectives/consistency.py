@@ -50,7 +50,9 @@ class Consistency(Objective):
         t, r = self.pair(batch.data, step)
         x_t = process.noise(batch.data, t, batch.noise)
         with torch.no_grad():
-            target = self.anchor(self.target(self.previous(x_t, t, r, batch), r, batch.cond), r, batch)
+            target = self.anchor(
+                self.target(self.previous(x_t, t, r, batch), r, batch.cond), r, batch
+            )
         gap = self.apart(f(x_t, t, batch.cond), target)
         return Loss((self.weight(t, r) * gap).mean(), {"distance": gap.detach().mean()})
 

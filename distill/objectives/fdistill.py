@@ -71,12 +71,12 @@ class FDistill(DMD2):
         logits = self.critic(x_t, t, batch.cond).clamp(-10, 10)
         ratio = logits.exp().clamp(self.ratio_min, self.ratio_max)
         where = (t * self.bins).long().clamp(0, self.bins - 1)
-        self.sums += torch.stack(
-            [torch.zeros_like(self.means).index_add(0, where, v) for v in (ratio, ratio * 0 + 1)]
-        )
+        ones = torch.ones_like(ratio)
+        self.sums[0].index_add_(0, where, ratio.to(self.sums.dtype))
+        self.sums[1].index_add_(0, where, ones.to(self.sums.dtype))
         if self.step < self.warmup:
             return grad
-        h = WEIGHTS[self.divergence](ratio / self.means[where])
+        h = WEIGHTS[self.divergence](ratio / self.means[where].to(ratio.dtype))
         return expand(h / h.mean(), grad) * grad
 
     def settle(self) -> None:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from distill.losses import LogNormal, Times, Uniform, mean_abs
 from distill.objective import Batch, Loss, NonNegative, Objective, Positive, Turn
@@ -41,9 +42,7 @@ class SiD(Objective):
         """The fake's denoising of the student's samples."""
         with torch.no_grad():
             x = student(batch.noise, batch.cond, steps)
-        return Loss(
-            self.fake.loss(x, self.fake_times.sample(x, self.fake.process), batch.cond)
-        )
+        return Loss(self.fake.loss(x, self.fake_times.sample(x, self.fake.process), batch.cond))
 
     def student_loss(self, batch: Batch, student: Generator, steps: int) -> Loss:
         """Δ·((T - x) - αΔ) / ω with Δ = T - F: summed over dimensions, ω their mean |x - T|."""
@@ -52,6 +51,9 @@ class SiD(Objective):
         x_t = self.teacher.process.noise(x, t, torch.randn_like(x))
         real, fake = self.teacher(x_t, t, batch.cond), self.fake(x_t, t, batch.cond)
         gap = real - fake
-        omega = mean_abs(x - real).detach().clamp(min=1e-5)
-        value = gap * ((real - x) - self.alpha * gap) / omega
+        value = gap * ((real - x) - self.alpha * gap) / self.omega(x, real)
         return Loss(self.scale * value.flatten(1).sum(1).mean(), {"gap": gap.detach().abs().mean()})
+
+    def omega(self, x: Tensor, real: Tensor) -> Tensor:
+        """What each sample's loss is divided by, (B, 1, ..., 1); no gradient."""
+        return mean_abs(x - real).detach().clamp(min=1e-5)

@@ -1,0 +1,320 @@
+"""The command line, as a user meets it: one process for each test that must be one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from distill import __main__ as cli
+from tests.toys import recipe_tree
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(*words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "distill", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        **options,
+    )
+
+
+def called(capsys, *words):
+    """Exit code, stdout and stderr of the command, run in this process."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["distill", *map(str, words)])
+        cli.main()
+    return stopped.value.code, *capsys.readouterr()
+
+
+@pytest.fixture
+def recipe(pipelines, tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(recipe_tree("dmd2", pipelines["edm"])))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(pipelines, tmp_path_factory):
+    """A finished small run, made by the command."""
+    folder = tmp_path_factory.mktemp("cli")
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(recipe_tree("dmd2", pipelines["edm"])))
+    result = command("run", path, "--out", folder / "run")
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def test_a_run_folder_holds_all_that_it_should(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert names >= {"recipe.yaml", "metrics.jsonl", "checkpoints", "student", "summary.json"}
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["objective"] == "dmd2"
+    assert summary["steps"] == 4
+    assert summary["wall_s"] > 0
+    assert (
+        summary["network_evaluations"]
+        == sum(summary["network_evaluations_by_network"].values())
+        > 0
+    )
+    assert set(summary["versions"]) == {"python", "torch", "accelerate", "diffusers", "fewstep"}
+    steps = [json.loads(v)["step"] for v in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4]
+
+
+def test_sampling_gives_the_stock_pipelines_pictures(finished, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(finished / "student")
+    pipe.set_progress_bar_config(disable=True)
+    for steps in (1, 2):
+        out = tmp_path / f"{steps}.npz"
+        sys.argv = []
+        result = command(
+            "sample",
+            finished,
+            "--steps",
+            steps,
+            "--n",
+            6,
+            "--seed",
+            5,
+            "--labels",
+            "3,1",
+            "--out",
+            out,
+        )
+        assert result.returncode == 0, result.stderr
+        stock = pipe(
+            batch_size=6, class_labels=[3, 1] * 3, num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(5), output_type="np",
+        ).images  # fmt: skip
+        ours = np.load(out)
+        assert ours["labels"].tolist() == [3, 1] * 3
+        theirs = (stock * 255).round().transpose(0, 3, 1, 2)
+        gap = np.abs(ours["images"].astype(float) - theirs)
+        assert gap.max() <= 1 and (gap > 0).mean() < 0.01
+
+
+def test_a_finished_run_is_not_written_over(finished, capsys):
+    code, _, err = called(capsys, "run", finished / "recipe.yaml", "--out", finished)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "already holds a run; add --resume" in err
+
+
+def test_resuming_a_finished_run_shows_it_again(finished, capsys):
+    before = (finished / "summary.json").stat().st_mtime
+    code, out, _ = called(capsys, "run", finished / "recipe.yaml", "--out", finished, "--resume")
+    assert code == 0
+    assert "is finished" in out
+    assert (finished / "summary.json").stat().st_mtime == before
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["run", "{r}", "train.stesp=5"], "did you mean 'steps'?"),
+        (["run", "{r}", "train.steps=-5"], "greater than or equal to 1"),
+        (["run", "{r}", "train.steps=soon"], "valid integer"),
+        (["run", "nowhere.yaml"], "no such file"),
+        (["run", "{r}", "data.source=null"], "needs real data"),
+        (["run", "{r}", "data.source=./nowhere"], "is not a folder"),
+        (["run", "{r}", "teacher.source=./nowhere"], "no such folder"),
+        (["run", "{r}", "teacher.source=analytic:ring"], "has no weights"),
+        (["run", "{r}", "teacher.null_label=44"], "null_label 44 is outside"),
+        (["run", "{r}", "teacher.null_label=null", "teacher.guidance=2"], "needs a null class"),
+        (["run", "{r}", "critic.blocks=[backbone.middle]"], "no block 'backbone.middle'"),
+        (["run", "{r}", "train.precision=fp16"], "fp16 needs a GPU"),
+        (["run", "{r}", "student.start=900"], "outside the teacher's noise levels"),
+        (["run", "{r}", "--resume"], "there is no run in"),
+        (["run", "{r}", "--outt", "x"], "No such option"),
+        (["run"], "Missing argument"),
+        (["frobnicate"], "No such command"),
+        (["sample", "nowhere", "--out", "x.png"], "no such folder"),
+        (["sample", "nowhere", "--out", "x.jpg"], "ends in .png or .npz"),
+        (["eval", "nowhere"], "no such folder"),
+        (["eval", "nowhere", "--protocol", "digit"], "'digit' is unknown"),
+        (["list", "objectivs"], "did you mean 'objectives'"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_two(recipe, tmp_path, capsys, words, line):
+    out = ["--out", tmp_path / "run"] if words[0] == "run" and "--out" not in words else []
+    words = [w.replace("{r}", str(recipe)) for w in words]
+    code, _, err = called(capsys, *words, *out)
+    assert code == 2
+    assert line in err
+    assert err.count("\n") == 1
+    assert err.startswith("distill: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is fine there")
+def test_the_list_above_ran_where_fp16_is_refused():
+    assert not torch.cuda.is_available()
+
+
+def test_steps_a_student_was_not_trained_for_are_refused(finished, tmp_path, capsys):
+    code, _, err = called(capsys, "sample", finished, "--steps", 3, "--out", tmp_path / "a.png")
+    assert code == 2
+    assert "was trained for 1 or 2 steps" in err
+
+
+def test_a_truncated_checkpoint_is_named_with_its_remedy(finished, tmp_path, capsys):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "summary.json").unlink()
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1] / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:500])
+    code, _, err = called(capsys, "run", run / "recipe.yaml", "--out", run, "--resume")
+    assert code == 2
+    assert "state.safetensors is truncated" in err and "delete" in err
+
+
+def test_resuming_with_another_recipe_names_the_key(finished, capsys):
+    code, _, err = called(
+        capsys,
+        "run",
+        finished / "recipe.yaml",
+        "players.student.lr=0.5",
+        "--out",
+        finished,
+        "--resume",
+    )
+    assert code == 2
+    assert "players" in err and "it began with" in err
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(recipe, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("dear reader")
+    code, _, err = called(capsys, "run", recipe, "--out", tmp_path / "mine")
+    assert (code, [p.name for p in (tmp_path / "mine").iterdir()]) == (2, ["thesis.tex"])
+    assert "is not a run" in err
+
+
+@pytest.mark.parametrize("what", ["objectives", "recipes", "teachers", "metrics"])
+def test_everything_there_is_can_be_listed(what, capsys):
+    code, out, _ = called(capsys, "list", what)
+    assert code == 0
+    assert {
+        "objectives": "dmd2",
+        "recipes": "digits/dmd2",
+        "teachers": "digits",
+        "metrics": "coverage",
+    }[what] in out
+
+
+MINE = '''
+from dataclasses import dataclass
+from distill.objective import Loss, Objective, Positive
+
+@dataclass(kw_only=True)
+class Regress(Objective):
+    """Say at once what the teacher says at once: an objective in one method."""
+    at: Positive = 1.0
+
+    def loss(self, batch, step):
+        t = batch.noise.new_full((len(batch.noise),), self.at)
+        x_t = self.teacher.process.noise(batch.data, t, batch.noise)
+        gap = self.student.denoiser(x_t, t, batch.cond) - self.teacher(x_t, t, batch.cond)
+        return Loss(gap.square().mean())
+'''
+
+
+def test_an_objective_in_a_users_file_runs_resumes_and_exports(pipelines, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(MINE)
+    tree = recipe_tree("sid", pipelines["edm"])
+    tree["objective"] = {"name": f"{tmp_path / 'mine.py'}:Regress", "at": 0.9}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    code, _, err = called(
+        capsys, "run", tmp_path / "r.yaml", "train.steps=2", "--out", tmp_path / "run"
+    )
+    assert code == 0, err
+    code, _, err = called(
+        capsys, "run", tmp_path / "r.yaml", "train.steps=4", "--out", tmp_path / "run", "--resume"
+    )
+    assert code == 0, err
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 4
+    code, _, err = called(
+        capsys, "run", tmp_path / "r.yaml", "objective.att=1", "--out", tmp_path / "x"
+    )
+    assert "did you mean 'at'" in err
+
+
+def launched(recipe: Path, out: Path, *words) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "distill", "run", str(recipe), *words, "--out", str(out)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, pattern: str, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not list(path.glob(pattern)):
+        assert time.monotonic() < until, f"no {pattern} in {path}"
+        time.sleep(0.02)
+
+
+def test_a_signal_stops_in_good_order(recipe, tmp_path):
+    out = tmp_path / "run"
+    process = launched(recipe, out, "train.steps=100000", "train.save_every=5")
+    wait_for(out, "checkpoints/step-*")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1].endswith("go on with --resume")
+
+
+def final(out: Path, steps: int) -> tuple[bytes, bytes]:
+    state = out / f"checkpoints/step-{steps:06d}/state.safetensors"
+    weights = out / "student/unet/diffusion_pytorch_model.safetensors"
+    return state.read_bytes(), weights.read_bytes()
+
+
+def kill_and_compare(name, pipelines, tmp_path, kills, steps=24):
+    """Kill a run at random moments, resume it to its end, compare with one never interrupted."""
+    path = tmp_path / "r.yaml"
+    tree = recipe_tree(name, pipelines["edm"], steps=steps, save_every=3)
+    if name == "progressive":
+        tree["objective"]["stage_steps"] = 8
+    path.write_text(yaml.safe_dump(tree))
+    assert command("run", path, "--out", tmp_path / "whole").returncode == 0
+    out, rng = tmp_path / "killed", np.random.default_rng(FIVE_SEED + len(name))
+    for kill in range(kills):
+        words = ["--resume"] if out.exists() else []
+        process = launched(path, out, *words)
+        wait_for(out, "recipe.yaml")
+        if kill == 0:  # at the latest once something is worth losing
+            wait_for(out, "checkpoints/step-*")
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        process.communicate()
+    result = command("run", path, "--out", out, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert final(out, steps) == final(tmp_path / "whole", steps)
+
+
+FIVE_SEED = 20
+
+
+def test_a_killed_run_resumes_to_the_same_bits(pipelines, tmp_path):
+    kill_and_compare("fdistill", pipelines, tmp_path, kills=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["dmd2", "sid", "fdistill", "consistency", "progressive"])
+def test_five_kills_at_random_moments_change_no_bit(name, pipelines, tmp_path):
+    kill_and_compare(name, pipelines, tmp_path, kills=5, steps=120)

@@ -1,0 +1,115 @@
+import pytest
+import torch
+from torch import nn
+
+from teachers.analytic import Finite, Gaussian, Mixture, ring
+from teachers.denoiser import PREDICTIONS, Denoiser, Guided, Network, Under, edm
+from teachers.process import Karras, Linear, Tabulated, Trig
+
+
+class Answer(nn.Module):
+    """A backbone that says the one right thing for a known x and ε."""
+
+    def __init__(self, out):
+        super().__init__()
+        self.out = out
+
+    def forward(self, x_t, t):
+        return self.out
+
+
+@pytest.mark.parametrize("process", [Linear(), Trig(), Tabulated.linear(), Karras()], ids=repr)
+def test_every_prediction_of_the_truth_gives_x(process):
+    x, eps = torch.randn(2, 16, 3, dtype=torch.double)
+    t = torch.rand(16, dtype=torch.double).clamp(0.1, 0.9)
+    alpha, sigma = process.at(t, x)
+    x_t = process.noise(x, t, eps)
+    u = x_t / alpha
+    n = ((sigma / alpha) ** 2 + 0.25).sqrt()
+    truth = {
+        "x": x,
+        "eps": eps,
+        "v": alpha * eps - sigma * x,
+        "flow": eps - x,
+        "edm": (x - 0.25 / n**2 * u) * n / (sigma / alpha * 0.5),
+    }
+    assert truth.keys() == PREDICTIONS.keys()
+    for name, out in truth.items():
+        torch.testing.assert_close(Network(Answer(out), process, name)(x_t, t), x)
+
+
+def test_the_weight_makes_the_squared_error_of_x_the_networks_own():
+    t = torch.rand(8, dtype=torch.double).clamp(0.1, 0.9)
+    alpha, sigma = Tabulated.linear().scales(t)
+    snr = (alpha / sigma).square()
+    weigh = {n: Network(nn.Identity(), Tabulated.linear(), n).weight(t) for n in PREDICTIONS}
+    torch.testing.assert_close(weigh["eps"], snr.clamp(max=1e4))
+    torch.testing.assert_close(weigh["v"], snr + 1)
+    torch.testing.assert_close(weigh["x"], torch.ones_like(t))
+
+
+def test_a_consistency_network_is_the_identity_at_sigma_min():
+    process = Karras()
+    network = Network(Answer(torch.randn(4, 3)), process, edm(0.5, 0.002))
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(network(x, torch.zeros(4)), x, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "process", [Karras(0.01, 20), Trig(), Trig(0.5), Tabulated.linear()], ids=repr
+)
+def test_the_process_is_only_a_clock(process):
+    straight, x = Mixture(ring(), 0.2, process), torch.randn(16, 2)
+    seen = Under(Mixture(ring(), 0.2, Linear()), process)
+    t = torch.rand(16).clamp(0.1, 0.9)
+    torch.testing.assert_close(seen(x, t), straight(x, t), atol=1e-4, rtol=1e-3)
+
+
+def test_pure_noise_under_another_process_is_finite():
+    seen = Under(Mixture(ring(), 0.2, Karras()), Linear())
+    assert torch.isfinite(seen(torch.randn(4, 2), torch.ones(4))).all()
+
+
+class Counting(Denoiser):
+    process = Linear()
+    calls = 0
+
+    def forward(self, x_t, t, cond=None, s=None):
+        self.calls += 1
+        return x_t * cond["class_labels"].view(-1, 1)
+
+
+def test_guidance_is_linear_and_scale_one_is_one_evaluation_of_the_condition():
+    inner, x, t = Counting(), torch.randn(4, 2), torch.rand(4)
+    cond, null = {"class_labels": torch.tensor([1, 2, 3, 4])}, {"class_labels": torch.tensor([10])}
+    torch.testing.assert_close(Guided(inner, 1.0, null)(x, t, cond), inner(x, t, cond))
+    assert inner.calls == 2
+    g = cond["class_labels"].view(-1, 1)
+    torch.testing.assert_close(Guided(inner, 3.0, null)(x, t, cond), x * (10 + 3 * (g - 10)))
+    assert inner.calls == 3  # both halves in one batch
+
+
+def test_a_gaussian_denoiser_is_the_posterior_mean():
+    cov = torch.tensor([[1.0, 0.5], [0.5, 0.6]], dtype=torch.double)
+    mean = torch.tensor([0.3, -1.0], dtype=torch.double)
+    teacher = Gaussian(mean, cov, Karras())
+    x_t, t = torch.randn(8, 2, dtype=torch.double), torch.full((8,), 0.4, dtype=torch.double)
+    sigma = Karras().scales(t)[1][0]
+    gain = cov @ torch.linalg.inv(cov + sigma**2 * torch.eye(2))
+    torch.testing.assert_close(teacher(x_t, t), mean + (x_t - mean) @ gain.T)
+
+
+def test_the_denoiser_of_a_finite_set_is_the_mixture_of_its_points():
+    items = ring(5).double()
+    finite, mixture = Finite(items), Mixture(items, 1e-6)
+    x_t, t = torch.randn(8, 2, dtype=torch.double), torch.full((8,), 0.5, dtype=torch.double)
+    torch.testing.assert_close(finite(x_t, t), mixture(x_t, t))
+
+
+def test_labels_restrict_the_finite_set():
+    items, labels = ring(4).double(), torch.tensor([0, 0, 1, 1])
+    cond = {"class_labels": torch.tensor([1] * 8)}
+    x_t, t = torch.randn(8, 2, dtype=torch.double), torch.full((8,), 0.5, dtype=torch.double)
+    torch.testing.assert_close(
+        Finite(items, labels)(x_t, t, cond), Finite(items[2:])(x_t, t), atol=1e-9, rtol=0
+    )

@@ -1,0 +1,306 @@
+"""The engine, in this process, on a small random UNet: turns, resuming, syncs, counts."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distill import build, checkpoint
+from distill.data import Source, Stream
+from distill.ema import EMA
+from distill.engine import Stopped
+from distill.player import Moves, Player
+from distill.recipe import Recipe
+from teachers import UserError
+from tests.toys import FIVE, recipe_tree
+
+
+def made(name, pipelines, out, resume=False, **train):
+    tree = recipe_tree(name, pipelines["edm"], **train)
+    return build.build(Recipe.check(tree), out, resume)
+
+
+def stream(engine):
+    per = engine.shards
+    return Stream(
+        engine.source, torch.device("cpu"), engine.draws, range(per), per, engine.cfg.batch // per
+    )
+
+
+def weights(engine):
+    state = engine.state_dict()
+    state.pop("seconds")
+    tensors = {}
+    tree = checkpoint._pack(state, tensors)
+    return json.dumps(tree), tensors
+
+
+def assert_same(a, b):
+    (tree, tensors), (other, others) = weights(a), weights(b)
+    assert tree == other
+    for key, value in tensors.items():
+        assert torch.equal(value, others[key]), key
+
+
+@pytest.mark.parametrize("name", [*FIVE, "ect"])
+def test_a_turn_moves_its_players_and_no_other_and_leaves_no_gradient(name, pipelines, tmp_path):
+    engine = made(name, pipelines, tmp_path / "run").engine
+    teacher = [p.clone() for p in engine.objective.teacher.parameters()]
+    data = stream(engine)
+    for i, turn in enumerate(engine.objective.turns(0)):
+        before = {n: [p.clone() for p in q.params] for n, q in engine.players.items()}
+        engine.play(turn, i, data)
+        for n, q in engine.players.items():
+            moved = any(not torch.equal(a, b) for a, b in zip(before[n], q.params))
+            assert moved == (n in turn.players), (turn.players, n)
+            assert all(p.grad is None and not p.requires_grad for p in q.params)
+    data.close()
+    for a, b in zip(teacher, engine.objective.teacher.parameters()):
+        assert torch.equal(a, b)
+        assert b.grad is None
+
+
+@pytest.mark.parametrize("name", [*FIVE, "ect"])
+def test_a_resumed_run_is_the_run(name, pipelines, tmp_path):
+    whole = made(name, pipelines, tmp_path / "a", steps=5, save_every=2)
+    whole.engine.train()
+    half = made(name, pipelines, tmp_path / "b", steps=5, save_every=2)
+    half.engine.cfg = half.engine.cfg.model_copy(update={"steps": 3})
+    half.engine.train()
+    rest = made(name, pipelines, tmp_path / "b", resume=True, steps=5, save_every=2)
+    assert rest.engine.step == 3
+    rest.engine.train()
+    assert_same(whole.engine, rest.engine)
+    logs = [
+        [json.loads(v) for v in (tmp_path / x / "metrics.jsonl").read_text().splitlines()]
+        for x in "ab"
+    ]
+    clean = [[{k: v for k, v in line.items() if k != "seconds"} for line in log] for log in logs]
+    assert clean[0] == [line for line in clean[1] if line["step"] != 3]
+
+
+def test_accumulating_is_one_large_batch(pipelines, tmp_path):
+    runs = [
+        made("consistency", pipelines, tmp_path / str(k), steps=1, accumulate=k) for k in (1, 2)
+    ]
+    one, two = (r.engine for r in runs)
+    noise = [torch.cat([two.source.batch(0, k, 2, 4).noise for k in (0, 1)]), None]
+    assert noise[0].shape == one.source.batch(0, 0, 1, 8).noise.shape
+    data = torch.cat([two.source.batch(0, k, 2, 4).x for k in (0, 1)])
+    torch.testing.assert_close(data, one.source.batch(0, 0, 1, 8).x)  # the same items either way
+
+
+class Syncs(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(func.overloadpacket.__name__.startswith(n) for n in self.NAMES):
+            self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*FIVE, "ect"])
+def test_nothing_between_two_log_steps_waits_for_the_device(name, pipelines, tmp_path):
+    engine = made(name, pipelines, tmp_path / "run").engine
+    data = stream(engine)
+    engine.advance(data)
+    with Syncs() as syncs:
+        for _ in range(2):
+            engine.advance(data)
+    data.close()
+    assert syncs.seen == []
+
+
+def test_the_counter_of_syncs_counts_them():
+    with Syncs() as syncs:
+        torch.ones(()).item()
+        bool(torch.ones(()) > 0)
+    assert len(syncs.seen) == 2
+
+
+def test_network_evaluations_are_counted_by_network(pipelines, tmp_path):
+    engine = made("sid", pipelines, tmp_path / "run", steps=3).engine
+    engine.train()
+    # a step is a fake turn (student, fake) and a student turn (student, teacher, fake), of 8 each
+    assert engine.evaluations == {"teacher": 3 * 8, "student": 3 * 16, "fake": 3 * 16}
+
+
+def test_a_signal_finishes_the_step_and_saves(pipelines, tmp_path):
+    import signal
+
+    engine = made("consistency", pipelines, tmp_path / "run", steps=50, save_every=50).engine
+    play = engine.play
+
+    def interrupted(*args):
+        if engine.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return play(*args)
+
+    engine.play = interrupted
+    with pytest.raises(Stopped) as stopped:
+        engine.train()
+    assert stopped.value.number == signal.SIGTERM
+    assert [p.name for p in checkpoint.steps(engine.root)] == ["step-000003"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_remedy(pipelines, tmp_path):
+    engine = made("consistency", pipelines, tmp_path / "run").engine
+    with torch.no_grad():
+        engine.players["student"].params[0].fill_(math.nan)
+    with pytest.raises(UserError, match=r"student/loss is nan; lower players.student.lr"):
+        engine.train()
+
+
+def test_only_the_newest_checkpoints_are_kept(pipelines, tmp_path):
+    engine = made("consistency", pipelines, tmp_path / "run", steps=5, save_every=1, keep=2).engine
+    engine.train()
+    assert [p.name for p in checkpoint.steps(engine.root)] == ["step-000004", "step-000005"]
+
+
+def test_sample_grids_are_of_every_count(pipelines, tmp_path):
+    engine = made("dmd2", pipelines, tmp_path / "run", steps=2, sample_every=2).engine
+    engine.train()
+    names = sorted(p.name for p in (tmp_path / "run" / "samples").iterdir())
+    assert names == ["step-000002-at-1.png", "step-000002-at-2.png"]
+
+
+def test_the_student_of_step_k_moves_every_kth_step(pipelines, tmp_path):
+    objective = made("dmd2", pipelines, tmp_path / "run").engine.objective
+    turns = [[t.players for t in objective.turns(step)] for step in range(4)]
+    rival = ("fake", "critic")
+    assert turns == [[("student",), rival], [rival]] * 2
+
+
+# ---- players
+
+
+def player(moves, steps=10):
+    from accelerate import Accelerator
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    return weight, Player([weight], Accelerator(cpu=True), moves, steps)
+
+
+def test_learning_rates_warm_up_and_decay():
+    linear = Moves(lr=1.0, warmup=4, decay="linear")
+    assert linear.rate(0, 10) == pytest.approx(0.2)
+    assert linear.rate(5, 10) == pytest.approx(0.5)
+    assert linear.rate(10, 10) == 0
+    cosine = Moves(lr=2.0, decay="cosine", lr_end=0.5, decay_steps=4)
+    assert cosine.rate(0, 99) == 2
+    assert cosine.rate(2, 99) == pytest.approx(1.5)
+    assert cosine.rate(50, 99) == pytest.approx(1.0)
+
+
+def test_a_turn_clips_applies_and_forgets_the_gradient():
+    weight, p = player(Moves(lr=0.1, clip=1.0, weight_decay=0))
+    with p.turn(0):
+        (30 * weight.sum()).backward()
+    assert p.grad_norm.item() == pytest.approx(30 * 3**0.5)
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
+    assert weight.grad is None
+    assert not weight.requires_grad
+
+
+def test_a_fresh_turn_starts_the_schedule_and_the_optimiser_over():
+    weight, p = player(Moves(lr=1.0, decay="linear", decay_steps=4, weight_decay=0))
+    for step in range(3):
+        with p.turn(step):
+            weight.sum().backward()
+    assert p.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+    with p.turn(3, fresh=True):
+        weight.sum().backward()
+    assert p.optimizer.param_groups[0]["lr"] == 1.0
+    assert p.optimizer.state[weight]["step"].item() == 1
+
+
+def test_the_average_has_a_short_memory_at_first():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    ema = EMA([weight], 0.9)
+    with torch.no_grad():
+        weight.fill_(1.0)
+    ema.update()
+    assert ema.mean[0].item() == pytest.approx(0.9)  # β = 1/10
+    with ema.swapped():
+        assert weight.item() == pytest.approx(0.9)
+    assert weight.item() == 1.0
+
+
+# ---- data
+
+
+def source(n=10):
+    x = torch.arange(n).float()[:, None]
+    return Source((1,), x, {"class_labels": torch.arange(n)}, seed=0, size=n)
+
+
+def test_every_epoch_visits_every_item_once():
+    batches = [source().batch(d, 0, 1, 5) for d in range(4)]
+    for epoch in (batches[:2], batches[2:]):
+        assert sorted(torch.cat([b.x for b in epoch]).flatten().tolist()) == list(range(10))
+
+
+def test_conditions_stay_with_their_data():
+    batch = source().batch(3, 1, 2, 4)
+    assert batch.x.flatten().tolist() == batch.cond["class_labels"].tolist()
+
+
+def test_any_batch_can_be_made_without_those_before_it():
+    s = source()
+    assert torch.equal(s.batch(7, 1, 2, 3).noise, source().batch(7, 1, 2, 3).noise)
+    assert not torch.equal(s.batch(7, 1, 2, 3).noise, s.batch(7, 0, 2, 3).noise)
+
+
+def test_a_stream_gives_this_process_its_own_shards_in_order():
+    s = source()
+    mine = Stream(s, torch.device("cpu"), 5, range(1, 2), 2, 3)
+    for draw in (5, 6, 7):
+        assert torch.equal(next(mine).noise, s.batch(draw, 1, 2, 3).noise)
+    mine.close()
+
+
+# ---- checkpoints
+
+
+STATE = {"a": [torch.arange(3), 2, None], "b": {"c": torch.ones(2, 2), "d": "text"}}
+
+
+def test_a_checkpoint_gives_back_what_it_was_given(tmp_path):
+    checkpoint.save(STATE, tmp_path / "step-1", {"step": 1})
+    found = checkpoint.load(tmp_path / "step-1")
+    assert torch.equal(found["a"][0], STATE["a"][0])
+    assert found["a"][1:] == [2, None]
+    assert torch.equal(found["b"]["c"], STATE["b"]["c"])
+    assert checkpoint.about(tmp_path / "step-1")["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_refused_by_name_with_its_remedy(tmp_path, name, harm):
+    checkpoint.save(STATE, tmp_path / "step-1")
+    path: Path = tmp_path / "step-1" / name
+    path.write_bytes(path.read_bytes()[:-5]) if harm == "cut" else path.unlink()
+    with pytest.raises(UserError, match=f"step-1: {name} is .*delete .*step-1 to resume"):
+        checkpoint.load(tmp_path / "step-1")
+
+
+def test_a_save_cut_short_leaves_the_one_before(tmp_path, monkeypatch):
+    checkpoint.save(STATE, tmp_path / "step-1")
+    monkeypatch.setattr(
+        checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(STATE, tmp_path / "step-2")
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-1"]
+    checkpoint.prune(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]

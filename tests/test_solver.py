@@ -1,0 +1,85 @@
+import math
+
+import pytest
+import torch
+
+from teachers.analytic import Gaussian
+from teachers.errors import UserError
+from teachers.process import Karras, Linear, Tabulated, Trig
+from teachers.solver import SOLVERS, evaluations, solve
+
+C = 0.5
+
+
+def gaussian(process):
+    return Gaussian(
+        torch.zeros(1, dtype=torch.double), torch.tensor([C**2], dtype=torch.double), process
+    )
+
+
+def error(method, process, steps):
+    """How far the slope of n steps lies from the true flow's, from t = 1 to near data."""
+    teacher, x = gaussian(process), torch.ones(1, 1, dtype=torch.double)
+    times = torch.linspace(0.9, 0.1, steps + 1, dtype=torch.double)
+    # a last time just below: its x̂ is undone by landing on it as a step
+    t, s = times[:1], times[-1:]
+    seen = {}
+
+    def record(x_t, at, cond=None):
+        seen["x"] = x_t
+        return teacher(x_t, at)
+
+    record.process = process
+    SOLVERS[method](record, x, times)
+    return (seen["x"] - teacher.flow(x, t, s)).abs().item()
+
+
+@pytest.mark.parametrize(
+    "process", [Karras(0.01, 10), Linear(), Trig(), Tabulated.linear()], ids=repr
+)
+@pytest.mark.parametrize(
+    ("method", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2)]
+)
+def test_halving_the_step_divides_the_error_by_two_to_the_order(method, order, process):
+    coarse, fine = error(method, process, 256), error(method, process, 512)
+    assert 0.75 * order < math.log2(coarse / fine) < 1.35 * order
+
+
+@pytest.mark.parametrize(("n", "slope"), [(2, 0.2), (4, 0.33344), (8, 0.41138), (16, 0.45393)])
+def test_ddim_on_uniform_angles_has_the_published_slopes(n, slope):
+    one = torch.ones(1, 1, dtype=torch.double)
+    assert solve(gaussian(Trig()), one, n, "ddim").item() == pytest.approx(slope, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", sorted(SOLVERS.keys() - {"renoise"}))
+@pytest.mark.parametrize("process", [Karras(), Linear(), Tabulated.linear()], ids=repr)
+def test_every_solver_ends_in_the_datas_law(method, process):
+    z = torch.randn(20000, 1, dtype=torch.double)
+    x = solve(gaussian(process), z, 400, method)
+    assert x.std().item() == pytest.approx(C, rel=0.06)
+    assert abs(x.mean().item()) < 0.02
+
+
+def test_renoising_keeps_the_law_under_an_exact_consistency_function():
+    teacher = gaussian(Karras())
+
+    class Consistent(Gaussian):
+        def forward(self, x_t, t, cond=None, s=None):
+            return teacher.flow(x_t, t, torch.zeros_like(t))
+
+    model = Consistent(torch.zeros(1).double(), torch.ones(1).double(), Karras())
+    x = solve(model, torch.randn(20000, 1, dtype=torch.double), 5, "renoise")
+    assert x.std().item() == pytest.approx(C, rel=0.02)
+
+
+def test_solvers_call_their_network_as_often_as_they_say():
+    for method in SOLVERS:
+        teacher, calls = gaussian(Karras()), []
+        teacher.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        solve(teacher, torch.ones(1, 1, dtype=torch.double), 5, method)
+        assert len(calls) == evaluations(5, method), method
+
+
+def test_an_unknown_solver_is_refused_by_name():
+    with pytest.raises(UserError, match="did you mean 'heun'"):
+        solve(gaussian(Karras()), torch.ones(1, 1), 2, "huen")
