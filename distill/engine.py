@@ -231,14 +231,14 @@ class Engine:
 
     def _evaluate(self) -> str:
         """Measure the averaged student; keep it if it is the best so far. A line to show."""
-        steps = max(self.objective.student.counts)
+        steps = min(self.objective.student.counts)
         line = ""
         if self.accelerator.is_main_process and self.evaluate is not None:
             with self.ema.swapped():
                 metrics = self.evaluate(steps)
             kept = {f"eval/{k}": v for k, v in metrics.items() if isinstance(v, float)}
             self.accelerator.log(kept, step=self.step)
-            line = f"fd {metrics['fd']:.3f}  coverage {metrics['coverage']:.3f} at {steps} steps"
+            line = f"fd {metrics['fd']:.3f}  coverage {metrics['coverage']:.3f} at {steps} step"
             if metrics["fd"] < self.best:
                 self.best = metrics["fd"]
                 state = {"ema": self.ema.state_dict(), "step": self.step}

@@ -84,5 +84,9 @@ def head(channels: int, size: int) -> nn.Sequential:
 
 
 def block(channels: int) -> tuple[nn.Module, nn.Module]:
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
+    """Normalise in groups of 16 channels or more, then SiLU.
+
+    The last normalisation sees one pixel: groups of one channel would leave nothing of it.
+    """
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % (16 * g) == 0 or g == 1)
     return nn.GroupNorm(groups, channels), nn.SiLU()

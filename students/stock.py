@@ -141,7 +141,7 @@ def retime(backbone: nn.Module, old: Time, new: Time) -> None:
     turns = after.diff(dim=0).abs().sum(0)  # total variation: 4 for each full period
     slow = turns < 24
     basis = torch.cat([after[:, slow], torch.ones(len(t), 1, dtype=t.dtype, device=device)], 1)
-    ridge = 1e-9 * len(t) * torch.eye(basis.shape[1], dtype=t.dtype, device=device)
+    ridge = 1e-12 * len(t) * torch.eye(basis.shape[1], dtype=t.dtype, device=device)
     solution = torch.linalg.solve(basis.T @ basis + ridge, basis.T @ target)
     with torch.no_grad():
         first.weight.zero_()

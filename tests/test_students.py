@@ -5,6 +5,7 @@ from torch import nn
 from students import Critic, Generator, stock
 from students.export import ExportError, draw, export, load_student, verify
 from teachers import Karras, UserError, load
+from teachers.unet import log_sigma
 from teachers.analytic import Gaussian
 from teachers.process import Tabulated
 from tests.toys import Affine
@@ -86,22 +87,23 @@ def test_a_student_starts_as_its_teacher(pipelines, kind):
     teacher = load(str(pipelines[kind]), **({"null_label": 10} if kind == "edm" else {}))
     student = stock.student(teacher, steps=2).denoiser
     x, cond = torch.randn(3, 1, 8, 8), teacher.codec.condition([1, 2, 3])
-    for level in (0.3, 0.6, 1.0):
+    for level in (0.5, 0.75, 1.0):  # lower, the consistency boundary makes them differ
         t = torch.full((3,), level)
+        x_t = x * teacher.denoiser.process.at(t, x)[1]
         torch.testing.assert_close(
-            student(x, t, cond), teacher.denoiser(x, t, cond), atol=2e-3, rtol=2e-3
+            student(x_t, t, cond), teacher.denoiser(x_t, t, cond), atol=2e-3, rtol=2e-3
         )
 
 
-def test_retiming_keeps_the_embedded_teacher_to_four_digits():
-    teacher = load("digits")
-    student = stock.student(teacher, steps=1).denoiser
-    x, cond = torch.randn(64, 1, 8, 8), teacher.codec.condition(list(range(10)) * 6 + [0] * 4)
-    t = torch.linspace(0.2, 1, 64)
-    x = x * teacher.denoiser.process.at(t, x)[1]
+def test_retiming_keeps_what_the_embedded_teacher_says_at_every_time():
+    before, after = load("digits").denoiser, load("digits").denoiser.backbone
+    new = log_sigma(before.process, 250.0)
+    stock.retime(after, before.time, new)
+    t = torch.linspace(0, 1, 256)
+    x, labels = torch.randn(256, 1, 8, 8), torch.arange(256) % 10
     with torch.no_grad():
-        gap = (student(x, t, cond) - teacher.denoiser(x, t, cond)).abs().max()
-    assert gap < 5e-4
+        gap = after(x, new(t), labels).sample - before.backbone(x, before.time(t), labels).sample
+    assert gap.abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("kind", ["edm", "cm"])
