@@ -153,7 +153,7 @@ def measure(name: str, kind: str, rounds: int, steps: int, batch: int) -> dict[s
                 sync()
                 began = time.perf_counter()
                 for i in range(steps):
-                    run(engine.step if False else i)
+                    run(i)
                 sync()
                 times.append(time.perf_counter() - began)
             if round_:  # the first warms up
@@ -190,7 +190,8 @@ def main() -> None:
             rows.append(row)
             sys.stdout.write(
                 f"{kind:7} {name:12} {row['parameters'] / 1e6:.2f} M  "
-                f"engine/bare {row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})  "
+                f"engine/bare {row['ratio']:.3f} "
+                f"({row['ratio_low']:.3f} to {row['ratio_high']:.3f})  "
                 f"{1e3 * row['step_s']:.0f} ms a step\n"
             )
             sys.stdout.flush()

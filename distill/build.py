@@ -238,7 +238,7 @@ def check_protocol(measure: Protocol, teacher: Teacher) -> None:
     ):
         raise UserError(
             f"eval.protocol: digits measures 10 classes of 1×8×8 images, not "
-            f"{'×'.join(map(str, teacher.shape))} of {getattr(teacher.codec, 'classes', 0)} classes; "
+            f"{'×'.join(map(str, teacher.shape))} of {getattr(teacher.codec, 'classes', 0)}; "
             "leave it out for other teachers"
         )
 
@@ -334,6 +334,7 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     engine = run.engine
     device = engine.accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    threads = torch.get_num_threads()
     packages = ("torch", "accelerate", "diffusers", "fewstep")
     return {
         "objective": run.recipe.objective["name"],
@@ -343,7 +344,7 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         "network_evaluations": sum(engine.evaluations.values()),
         "network_evaluations_by_network": engine.evaluations,
         "metrics": metrics,
-        "device": f"{device.type} ({name or platform.machine()}, {torch.get_num_threads()} threads)",
+        "device": f"{device.type} ({name or platform.machine()}, {threads} threads)",
         "processes": engine.accelerator.num_processes,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
     }

@@ -65,7 +65,7 @@ def about(folder: Path) -> dict[str, Any]:
     """The manifest of the checkpoint in `folder`."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        manifest["sha256"].get
+        manifest["sha256"].keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"checkpoint {folder}: {MANIFEST} is missing or damaged; "

@@ -247,7 +247,7 @@ class Engine:
         return line
 
     def _log(self, logs: dict[str, Tensor]) -> dict[str, float]:
-        """Fetch the scalars, averaged over processes, in one transfer; write them to the trackers."""
+        """Fetch the scalars, averaged over processes, in one transfer; write them down."""
         values = torch.stack([v.float() for v in logs.values()])
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, reduction="mean")
@@ -296,7 +296,7 @@ def shards_of(train: TrainSection, processes: int) -> int:
     if shards % processes or train.batch % shards:
         raise UserError(
             f"train.accumulate: {train.batch} samples in {shards} parts cannot be shared evenly "
-            f"among {processes} processes; make accumulate a multiple of the processes, and batch of it"
+            f"among {processes} processes; make it a multiple of the processes, and batch of it"
         )
     return shards
 

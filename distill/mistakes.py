@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 
 def is_usage(error: Exception) -> str | None:
@@ -24,10 +25,10 @@ def said(error: Exception) -> str | None:
 
 def stop_code(error: Exception) -> int | None:
     """128 plus the signal, for a run that a signal stopped in good order."""
-    module = sys.modules.get("distill.engine")
+    module: Any = sys.modules.get("distill.engine")
     if module is not None and isinstance(error, module.Stopped):
         sys.stderr.write(
             f"distill: {error}: the step was finished and saved; go on with --resume\n"
         )
-        return 128 + error.number
+        return 128 + error.number  # pyright: ignore[reportAttributeAccessIssue]
     return None

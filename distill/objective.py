@@ -91,7 +91,7 @@ class Objective:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know beside the players: nested dicts, lists, numbers, tensors."""
+        """What resuming needs beside the players: nested dicts, lists, numbers, tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -227,9 +227,10 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key.strip(".") or key.startswith("-"):
             raise UserError(f"override {text!r}: expected key.path=value, as in train.steps=100")
-        node, (*parents, leaf) = tree, key.split(".")
+        node: dict[str, Any] = tree
+        *parents, leaf = key.split(".")
         for depth, parent in enumerate(parents):
-            below = node.get(parent)
+            below: Any = node.get(parent)
             if parent == "teacher" and isinstance(below, str):
                 below = {"source": below}
             if below is None:

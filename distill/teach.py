@@ -47,7 +47,8 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
     summary: dict[str, Any] = {}
     if run.engine.accelerator.is_main_process:
         with run.engine.ema.swapped():
-            pipe.unet.load_state_dict(run.student.denoiser.backbone.state_dict())
+            network: Any = run.student.denoiser
+            pipe.unet.load_state_dict(network.backbone.state_dict())
         draft = out / ".teacher"
         shutil.rmtree(draft, ignore_errors=True)
         pipe.save_pretrained(draft)
@@ -108,12 +109,15 @@ def card(summary: dict[str, Any], recipe: Recipe) -> str:
             )
         f = metrics["floor"]
         rows = (
-            f"\nQuality by the `{recipe.eval.protocol}` protocol ({metrics['teacher']['n']} samples, "
-            f"{metrics['teacher']['seeds']} seeds, {recipe.eval.teacher_solver} solver):\n\n"
-            "| steps | evaluations | Fréchet distance | precision | recall | coverage | label accuracy |\n"
+            f"\nQuality by the `{recipe.eval.protocol}` protocol "
+            f"({metrics['teacher']['n']} samples, {metrics['teacher']['seeds']} seeds, "
+            f"{recipe.eval.teacher_solver} solver):\n\n"
+            "| steps | evaluations | Fréchet distance | precision | recall | coverage "
+            "| label accuracy |\n"
             "|---|---|---|---|---|---|---|\n" + rows + f"\nFloor, real data half against half "
-            f"(twice the sampling error, being half the samples): distance {f['fd']:.3f}, precision "
-            f"{f['precision']:.3f}, recall {f['recall']:.3f}, coverage {f['coverage']:.3f}.\n"
+            f"(twice the sampling error, being half the samples): distance {f['fd']:.3f}, "
+            f"precision {f['precision']:.3f}, recall {f['recall']:.3f}, "
+            f"coverage {f['coverage']:.3f}.\n"
         )
     return f"""---
 library_name: diffusers
@@ -121,6 +125,7 @@ license: apache-2.0
 ---
 # A small class-conditional diffusion model
 
-Trained from nothing on `{recipe.data.source}` by `distill teach`, in {summary["wall_s"] / 60:.0f} minutes on
-{summary["device"]}: {summary["steps"]} steps of {recipe.train.batch} samples.
+Trained from nothing on `{recipe.data.source}` by `distill teach`, in
+{summary["wall_s"] / 60:.0f} minutes on {summary["device"]}:
+{summary["steps"]} steps of {recipe.train.batch} samples.
 {rows}"""

@@ -74,5 +74,7 @@ def results(title: str, rows: dict[str, dict[str, Any]]) -> Table:
         spread = f" ±{row['spread']['fd']:.3f}" if row.get("seeds", 1) > 1 else ""
         shares = [f"{row[k]:.3f}" for k in ("precision", "recall", "coverage")]
         speed = row["images_per_s"]
-        table.add_row(name, f"{row['fd']:.3f}{spread}", *shares, f"{speed:,.0f}", f"{speed / base:.1f}×")
+        table.add_row(
+            name, f"{row['fd']:.3f}{spread}", *shares, f"{speed:,.0f}", f"{speed / base:.1f}×"
+        )
     return table

@@ -1,4 +1,4 @@
-"""Fidelity and diversity apart: precision, recall, density and coverage on k-nearest-neighbour balls.
+"""Fidelity and diversity apart: precision, recall, density, coverage on nearest-neighbour balls.
 
 Kynkäänniemi et al. 2019 (arXiv:1904.06991) and Naeem et al. 2020 (arXiv:2002.09797). A ball reaches
 from a point to its k-th neighbour in its own set (itself not counted), and is open: strict <.

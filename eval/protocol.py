@@ -47,7 +47,8 @@ class Protocol:
             samples = draw(self.prompts, seed)
             if len(samples.images) != len(self.prompts):
                 raise MetricError(
-                    f"protocol {self.name}: {len(samples.images)} samples; it takes {len(self.prompts)}"
+                    f"protocol {self.name}: {len(samples.images)} samples; "
+                    f"it takes {len(self.prompts)}"
                 )
             runs.append({k: v for metric in self.metrics for k, v in metric(samples).items()})
             speeds.append(len(samples.images) / max(samples.seconds, 1e-9))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +60,8 @@ class Critic(nn.Module):
         with ExitStack() as stack:
             for block in blocks:
                 stack.callback(block.register_forward_hook(keep).remove)
-            try:
-                denoiser(x_t, t, cond)
-            except _Enough:
-                pass
+            stack.enter_context(suppress(_Enough))
+            denoiser(x_t, t, cond)
         return found
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:

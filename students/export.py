@@ -176,9 +176,9 @@ tags: [fewstep, distillation]
 ---
 # A {max(generator.counts)}-step student of {teacher.source}
 
-Distilled by [fewstep](https://pypi.org/project/fewstep/) with the objective `{objective}`. It was trained for
-{counts} step(s); other step counts are not what it learned. No guidance at sampling: the student
-has its teacher's guidance built in.
+Distilled by [fewstep](https://pypi.org/project/fewstep/) with the objective `{objective}`.
+It was trained for {counts} step(s); other step counts are not what it learned.
+It needs no guidance at sampling: its teacher's is built in.
 
 ```python
 from diffusers import DiffusionPipeline

@@ -9,7 +9,7 @@ here, before training, to be those of a scheduler that diffusers ships:
 | DDPM betas | renoising | LCM | equal steps of its 50-index grid |
 | DDPM betas | the ODE | DDIM, trailing | equal steps of the index |
 
-All three run in `ConsistencyModelPipeline`, which is diffusers' pipeline for labels on a UNet2DModel.
+All three run in `ConsistencyModelPipeline`, the one that hands labels to a UNet2DModel.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def student(
     drop_null(backbone, teacher)
     if isinstance(process := source.process, Karras):
         return _consistency(source, backbone, process, steps, start, renoise)
-    assert isinstance(process, Tabulated)
+    if not isinstance(process, Tabulated):
+        raise UserError(f"student: no stock scheduler knows a {type(process).__name__} process")
     if start is not None:
         raise UserError("student.start: DDPM students start at their last index; leave it out")
     if not renoise:
@@ -120,13 +121,14 @@ class LCM(UNet):
     """
 
     def forward(self, x_t: Tensor, t: Tensor, cond=None, s: Tensor | None = None) -> Tensor:
+        assert isinstance(self.process, Tabulated)
         scaled = LCM_SCALE * self.process.index(t).view(-1, *(1,) * (x_t.ndim - 1))
         total = scaled**2 + LCM_DATA**2
         x = super().forward(x_t, t, cond, s)
         return LCM_DATA**2 / total * x_t + scaled / total.sqrt() * x
 
 
-def retime(backbone: nn.Module, old: Time, new: Time) -> None:
+def retime(backbone: Any, old: Time, new: Time) -> None:
     """Make a UNet2DModel read its time in other units, in place, saying what it said before.
 
     Both are smooth functions of log σ, so the first layer of the time embedding is refitted to the
@@ -149,8 +151,8 @@ def retime(backbone: nn.Module, old: Time, new: Time) -> None:
         first.bias.copy_(solution[-1])
 
 
-def drop_null(backbone: nn.Module, teacher: Teacher) -> None:
-    """Forget the null class: a student is guided already, and stock pipelines draw random labels."""
+def drop_null(backbone: Any, teacher: Teacher) -> None:
+    """Forget the null class: a student needs no guidance, and pipelines draw random labels."""
     if teacher.codec.null is None or backbone.class_embedding is None:
         return
     table = backbone.class_embedding
@@ -168,6 +170,7 @@ def scheduler(generator: Generator) -> Any:
     network = generator.denoiser
     assert isinstance(network, UNet)
     if isinstance(process := network.process, Karras):
+        assert network.sigma_data is not None
         sigma_max = process.scales(torch.tensor(generator.times[0], dtype=torch.float64))[1].item()
         return diffusers.CMStochasticIterativeScheduler(
             num_train_timesteps=levels(len(generator.times)),
@@ -177,6 +180,7 @@ def scheduler(generator: Generator) -> Any:
             rho=process.rho,
             clip_denoised=False,
         )
+    assert network.scheduler is not None
     _, config = network.scheduler  # the betas and the prediction type stay as they were
     if generator.renoise:
         return diffusers.LCMScheduler.from_config(

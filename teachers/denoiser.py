@@ -62,7 +62,7 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def loss(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """The network's own denoising loss at times t: mean over dimensions, then over the batch."""
+        """The network's own denoising loss at times t: mean over dimensions, then the batch."""
         x_t = self.process.noise(x, t, torch.randn_like(x))
         error = (self(x_t, t, cond) - x).square().flatten(1).mean(1)
         return (self.weight(t) * error).mean()

@@ -62,7 +62,8 @@ class Process:
     def velocity(self, x_t: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """dx_t/dt along the probability-flow ODE whose denoised end is x."""
         t64 = t.double().clone()  # an expanded tensor cannot carry a tangent
-        _, (d_alpha, d_sigma) = torch.func.jvp(self.scales, (t64,), (torch.ones_like(t64),))
+        tangents = torch.func.jvp(self.scales, (t64,), (torch.ones_like(t64),))[1]
+        d_alpha, d_sigma = tangents
         d_alpha, d_sigma = expand(d_alpha, x).to(x.dtype), expand(d_sigma, x).to(x.dtype)
         return d_alpha * x + d_sigma * self.eps(x_t, x, t)
 

@@ -35,7 +35,7 @@ def euler(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> 
 
 
 def heun_step(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
-    """x_s, second order in (x/α, σ/α): the mean of ε at both ends. Two evaluations; needs α(t) > 0."""
+    """x_s, second order in (x/α, σ/α): the mean of ε at both ends. Needs α(t) > 0."""
     process = denoiser.process
     (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, x_t), process.at(s, x_t)
     eps = process.eps(x_t, denoiser(x_t, t, cond), t)
@@ -69,7 +69,7 @@ def dpmpp_2m(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) 
         (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, x_t), process.at(s, x_t)
         h = (alpha_s / sigma_s).log() - (alpha_t / sigma_t).log()  # infinite from pure noise
         mean = x
-        if before is not None:
+        if before is not None and h_before is not None:
             lead = h / (2 * h_before)
             mean = (1 + lead) * x - lead * before
         x_t = sigma_s / sigma_t * x_t - alpha_s * torch.expm1(-h) * mean
@@ -78,7 +78,7 @@ def dpmpp_2m(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) 
 
 
 def ancestral(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
-    """DDPM's own sampler: fresh noise κ at each step, of the true posterior's size (DDIM, η = 1)."""
+    """DDPM's own sampler: fresh noise at each step, as the posterior has it (DDIM, η = 1)."""
     process = denoiser.process
     for t, s in pairs(times, x_t):
         x = denoiser(x_t, t, cond)

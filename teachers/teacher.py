@@ -89,10 +89,17 @@ def load(source: str, **options: Any) -> Teacher:
         options: The family's own; for UNet2D pipelines `null_label`, the class that means none.
 
     Raises:
-        UserError: nothing is there, the files are not whole, or the family is not supported.
+        UserError: nothing is there, the files are not whole, the family is not supported, or it
+            does not know the option.
     """
+    if unknown := sorted(options.keys() - {"null_label"}):
+        raise UserError(
+            f"teacher {source!r}: option {unknown[0]!r}: {nearest(unknown[0], ['null_label'])}"
+        )
     if source.startswith("analytic:"):
-        return _analytic(source, **options)
+        if options:
+            raise UserError(f"teacher {source!r} has no classes; leave out null_label")
+        return _analytic(source)
     if source == "digits":
         options.setdefault("null_label", 10)
     folder = DIGITS if source == "digits" else find(source)

@@ -89,7 +89,7 @@ def load(folder: Path, source: str, null_label: int | None = None) -> Teacher:
     return Teacher(denoiser, Pixels(classes, null_label), shape, source)
 
 
-def backbone_of(folder: Path, who: str) -> nn.Module:
+def backbone_of(folder: Path, who: str) -> Any:
     """The UNet2DModel in `folder`, from safetensors only."""
     from diffusers import UNet2DModel
 
@@ -108,7 +108,7 @@ def backbone_of(folder: Path, who: str) -> nn.Module:
         raise UserError(f"{who}: the weights in {folder} cannot be read ({reason})") from None
 
 
-def denoiser_of(backbone: nn.Module, name: str, config: dict[str, Any], who: str) -> UNet:
+def denoiser_of(backbone: Any, name: str, config: dict[str, Any], who: str) -> UNet:
     """The backbone read as its scheduler's config says."""
     import diffusers
 

@@ -120,6 +120,9 @@ def test_resuming_a_finished_run_shows_it_again(finished, capsys):
     assert (finished / "summary.json").stat().st_mtime == before
 
 
+BARE = ["objective={name: sid}", "critic=null", "data={}", "student={}"]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -130,7 +133,8 @@ def test_resuming_a_finished_run_shows_it_again(finished, capsys):
         (["run", "{r}", "data.source=null"], "needs real data"),
         (["run", "{r}", "data.source=./nowhere"], "is not a folder"),
         (["run", "{r}", "teacher.source=./nowhere"], "no such folder"),
-        (["run", "{r}", "teacher.source=analytic:ring"], "has no weights"),
+        (["run", "{r}", "teacher.source=analytic:ring"], "has no classes; leave out null_label"),
+        (["run", "{r}", *BARE, "teacher={source: 'analytic:ring'}"], "has no weights"),
         (["run", "{r}", "teacher.null_label=44"], "null_label 44 is outside"),
         (["run", "{r}", "teacher.null_label=null", "teacher.guidance=2"], "needs a null class"),
         (["run", "{r}", "critic.blocks=[backbone.middle]"], "no block 'backbone.middle'"),

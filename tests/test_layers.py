@@ -68,14 +68,15 @@ def test_nothing_prints_and_nothing_unpickles(path):
 
 
 def test_help_imports_no_network_library():
-    code = "import sys, distill.__main__; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    code = "import sys, distill.__main__; print({'torch', 'diffusers'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert out.stdout.strip() == "[]", out.stderr
+    assert out.stdout.strip() == "set()", out.stderr
 
 
 def test_a_users_own_eval_module_is_named_and_not_imported(tmp_path):
     (tmp_path / "eval.py").write_text("raise SystemExit('wrong module')")
-    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.path.append({str(ROOT)!r}); import distill"
+    paths = f"sys.path[:0] = [{str(tmp_path)!r}]; sys.path.append({str(ROOT)!r})"
+    code = f"import sys; {paths}; import distill"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert "fewstep needs its own package 'eval'" in out.stderr
     assert "rename that file" in out.stderr

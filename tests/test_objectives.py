@@ -156,8 +156,14 @@ def test_reverse_kl_is_dmd2_whatever_the_critic_says():
 def test_ratio_bins_settle_on_the_mean_ratio_of_their_times():
     teacher, student, network = pair()
     objective = FDistill(
-        teacher=teacher, student=student, fake=Fitted(network), critic=Ratio(), memory=0, times=ONLY,
-        ratio_min=1e-3, ratio_max=1e3,
+        teacher=teacher,
+        student=student,
+        fake=Fitted(network),
+        critic=Ratio(),
+        memory=0,
+        times=ONLY,
+        ratio_min=1e-3,
+        ratio_max=1e3,
     )
     turn = next(turns := objective.turns(0))
     turn.loss(Batch(None, noise()))
@@ -417,7 +423,7 @@ def test_the_loss_is_the_larger_of_the_errors_of_x_and_eps():
 def test_grids_that_do_not_halve_to_the_students_are_refused():
     from teachers.errors import UserError
 
-    with pytest.raises(UserError, match="objective.first"):
+    with pytest.raises(UserError, match=r"objective\.first"):
         progressive(3)
 
 

@@ -65,7 +65,7 @@ def test_overrides_reach_any_depth(tmp_path):
         (["steps"], "override 'steps': expected key.path=value"),
         (["teacher.source.deep=1"], "override 'teacher.source.deep=1': teacher.source is a value"),
         (["train.steps=[1"], "is not valid YAML"),
-        (["objective.name=dmd2", "critic={}"], "data.source is missing: dmd2 needs real data, which its critic compares with"),
+        (["objective.name=dmd2", "critic={}"], "dmd2 needs real data, which its critic compares"),
         (["objective.name=fdistill"], "critic: fdistill needs one; add the section 'critic: {}'"),
         (["objective.name=consistency"], "data.source is missing: consistency needs real data"),
         (["objective.name=nowhere.py:Mine"], "cannot import 'nowhere.py'"),

@@ -5,9 +5,9 @@ from torch import nn
 from students import Critic, Generator, stock
 from students.export import ExportError, draw, export, load_student, verify
 from teachers import Karras, UserError, load
-from teachers.unet import log_sigma
 from teachers.analytic import Gaussian
 from teachers.process import Tabulated
+from teachers.unet import log_sigma
 from tests.toys import Affine
 
 
@@ -246,5 +246,5 @@ def test_critic_gradients_reach_its_input_and_the_features_it_reads(pipelines):
 
 
 def test_a_block_that_does_not_exist_is_named(pipelines):
-    with pytest.raises(ValueError, match="no block 'backbone.middle'"):
+    with pytest.raises(ValueError, match=r"no block 'backbone\.middle'"):
         critic(pipelines, ("backbone.middle",))

@@ -42,7 +42,8 @@ class Consistency(Objective):
         yield Turn(("student",), partial(self.loss, step=step))
         if self.target_ema:  # only now has the student moved
             with torch.no_grad():
-                mean, now = list(self.target.parameters()), list(self.student.denoiser.parameters())
+                mean: list[Tensor] = list(self.target.parameters())
+                now: list[Tensor] = list(self.student.denoiser.parameters())
                 torch._foreach_lerp_(mean, now, 1 - self.target_ema)
 
     def loss(self, batch: Batch, step: int) -> Loss:

@@ -61,7 +61,7 @@ class DMD2(Objective):
         return Loss(matching + self.realism * real_enough, {**logs, "realism": real_enough})
 
     def rival_loss(self, batch: Batch, student: Generator, steps: int) -> Loss:
-        """The fake's denoising of the student's samples, and the critic's telling them from data."""
+        """The fake denoises the student's samples; the critic tells them from data."""
         with torch.no_grad():
             x = student(batch.noise, batch.cond, steps)
         denoising = self.fake.loss(x, self.fake_times.sample(x, self.fake.process), batch.cond)

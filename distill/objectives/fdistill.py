@@ -46,7 +46,7 @@ Divergence = Literal[
 
 @dataclass(kw_only=True)
 class FDistill(DMD2):
-    critic: Critic  # its logits are the ratio, so there must be one
+    critic: Critic  # pyright: ignore  # its logits are the ratio, so there must be one
     divergence: Divergence = "jensen-shannon"
     ratio_min: Positive = 0.1  # ratios are trusted within these
     ratio_max: Positive = 20.0

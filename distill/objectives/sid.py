@@ -3,8 +3,8 @@
 SiD, Zhou et al. 2024 (arXiv:2404.04057). Unlike DMD2, gradients reach the student through the
 inputs of both denoisers, whose weights stay fixed. Needs no data.
 
-α = ½ is half the true Fisher gradient, 1 leaves the sampling law out of it, 1.2 is the authors' best
-on CIFAR and ImageNet, and repels a student that is far too wide: start from the teacher.
+α = ½ is half the true Fisher gradient, 1 leaves the sampling law out of it; 1.2, the authors'
+best on CIFAR and ImageNet, repels a student that is far too wide: start from the teacher.
 """
 
 from __future__ import annotations
