@@ -4,9 +4,9 @@
 
 "Bare" is the sum, measured in the same process between the same steps, of exactly the forwards and
 backwards that the objective asks for: nothing is noised, compared, averaged, clipped or logged.
-Ratios are medians over interleaved rounds, since a shared machine's speed drifts. "Memory" is the
-peak of resident memory during a step (of the allocator, on a GPU) over weights, gradients,
-optimiser state and one step's activations, the last measured on the bare step.
+Ratios are medians over interleaved rounds, since a shared machine's speed drifts. "Memory" is what
+the engine holds and the peak of what a step allocates, over what must be held (weights, their
+average, optimiser state) and the peak of the bare step (gradients and activations).
 """
 
 from __future__ import annotations
@@ -140,6 +140,36 @@ class Bare:
             self.learn(rivals, "fake", "critic")
 
 
+def peak(run: Callable[[], Any]) -> int:
+    """The most bytes that `run` holds at once beyond what was held before, as the allocator saw."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = seen.profiler.kineto_results.events()  # pyright: ignore
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most
+
+
+def held(engine: Engine) -> int:
+    """Bytes of every weight, average and optimiser moment of the run."""
+    networks = [v for v in vars(engine.objective).values() if isinstance(v, torch.nn.Module)]
+    weights = {id(p): p for n in networks for p in n.parameters()}
+    moments = [
+        v for q in engine.players.values() for s in q.optimizer.state.values() for v in s.values()
+    ]
+    return sum(v.nbytes for v in [*weights.values(), *moments, *engine.ema.mean])
+
+
 def measure(name: str, kind: str, rounds: int, steps: int, batch: int) -> dict[str, Any]:
     """Medians over rounds, each of which times `steps` engine steps and `steps` bare ones."""
     with tempfile.TemporaryDirectory() as folder:
@@ -159,6 +189,8 @@ def measure(name: str, kind: str, rounds: int, steps: int, batch: int) -> dict[s
             if round_:  # the first warms up
                 ratios.append(times[0] / times[1])
                 cost.append(times[0] / steps)
+        memory = [peak(lambda: engine.advance(stream)), peak(lambda: bare.step(name, 0))]
+        must = held(engine)
         stream.close()
         parameters = sum(p.numel() for p in engine.players["student"].params)
     return {
@@ -169,6 +201,8 @@ def measure(name: str, kind: str, rounds: int, steps: int, batch: int) -> dict[s
         "ratio": statistics.median(ratios),
         "ratio_low": min(ratios),
         "ratio_high": max(ratios),
+        "memory": (must + memory[0]) / (must + memory[1]),
+        "memory_bytes": [must, *memory],
         "step_s": statistics.median(cost),
     }
 
@@ -192,7 +226,7 @@ def main() -> None:
                 f"{kind:7} {name:12} {row['parameters'] / 1e6:.2f} M  "
                 f"engine/bare {row['ratio']:.3f} "
                 f"({row['ratio_low']:.3f} to {row['ratio_high']:.3f})  "
-                f"{1e3 * row['step_s']:.0f} ms a step\n"
+                f"{1e3 * row['step_s']:.0f} ms a step  memory {row['memory']:.3f}\n"
             )
             sys.stdout.flush()
     if options.json:

@@ -83,9 +83,10 @@ class Generator(nn.Module):
     def draw(self) -> tuple[Generator, int]:
         """A step count, and a place in its chain: what one training step should simulate.
 
-        Uniform over counts, then over places, so that every chain is trained as it is sampled
-        (backward simulation, arXiv:2405.14867). Uses Python's `random`, which the engine seeds
-        alike on every process: ranks that took different places would wait for one another.
+        Every chain is trained as it is sampled (backward simulation, arXiv:2405.14867). A count is
+        drawn in proportion to 1/steps, which spends as much on each; a place uniformly. Uses
+        Python's `random`, which the engine seeds alike on every process: ranks that took different
+        places would wait for one another.
         """
-        steps = random.choice(self.counts)
+        steps = random.choices(self.counts, [1 / k for k in self.counts])[0]
         return self.at(steps), random.randint(1, steps)
