@@ -83,7 +83,7 @@ def show(out: Path) -> None:
         }
         rows |= {f"student, {k} step{'s' * (k != '1')}": v for k, v in metrics["student"].items()}
         console.print(
-            results(f"{full['protocol']}: {full['n']} samples, {full['seeds']} seeds", rows)
+            results(f"{full['protocol']}: {full['n']} samples; ± over seeds", rows)
         )
     console.print(
         f"{summary['steps']} steps in {summary['wall_s']:.0f} s, "

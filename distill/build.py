@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import nn
 
 from distill.data import Source
@@ -75,6 +76,8 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(recipe.train.precision, recipe.train.precision),
         log_with=log_with,
+        # A cast cached in a no_grad pass would cut the graph of the pass with gradients after it.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         project_dir=str(out),
     )
     shards_of(recipe.train, accelerator.num_processes)
@@ -89,7 +92,9 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     }
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
+        draft = out / ".recipe.yaml"
+        draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
+        draft.replace(out / "recipe.yaml")
     accelerator.wait_for_everyone()
     run = Run(recipe, teacher, None, measure, out)  # pyright: ignore[reportArgumentType]
     run.engine = Engine(
@@ -319,11 +324,11 @@ def measure_all(run: Run) -> dict[str, Any]:
     """Teacher at its full and its few steps, student at every count; empty without a protocol."""
     if run.protocol is None:
         return {}
-    seeds, steps = run.recipe.eval.seeds, run.recipe.eval.teacher_steps
-    few = {str(k): evaluate_teacher(run, k, 1) for k in TEACHER_FEW}
-    students = {str(k): evaluate_student(run, k, seeds) for k in run.student.counts}
+    cfg = run.recipe.eval
+    few = {str(k): evaluate_teacher(run, k, cfg.teacher_seeds) for k in TEACHER_FEW}
+    students = {str(k): evaluate_student(run, k, cfg.seeds) for k in run.student.counts}
     return {
-        "teacher": evaluate_teacher(run, steps, seeds),
+        "teacher": evaluate_teacher(run, cfg.teacher_steps, cfg.teacher_seeds),
         "teacher_few": few,
         "student": students,
     }

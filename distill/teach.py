@@ -89,7 +89,7 @@ def measure(run: build.Run) -> dict[str, Any]:
     """The teacher by solver steps, and the floor that real data give."""
     if run.protocol is None:
         return {}
-    seeds = run.recipe.eval.seeds
+    seeds = run.recipe.eval.teacher_seeds
     few = {str(k): build.evaluate_teacher(run, k, seeds) for k in STEPS}
     whole = build.evaluate_teacher(run, run.recipe.eval.teacher_steps, seeds)
     return {"teacher": whole, "teacher_few": few, "floor": floor(run.protocol.name)}

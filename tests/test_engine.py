@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill import build, checkpoint
@@ -14,6 +15,7 @@ from distill.ema import EMA
 from distill.engine import Stopped
 from distill.player import Moves, Player
 from distill.recipe import Recipe
+from distill.seeds import seed_all
 from teachers import UserError
 from tests.toys import FIVE, recipe_tree
 
@@ -161,10 +163,49 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_remedy(pipelines, tmp_
         engine.train()
 
 
+class Nobody:
+    params = ()
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_half_precision_has_the_gradients_of_full(name, pipelines, tmp_path):
+    found = {}
+    for precision in ("fp32", "bf16"):
+        AcceleratorState._reset_state(True)
+        engine = made(name, pipelines, tmp_path / precision, precision=precision).engine
+        data, grads = stream(engine), {}
+        for player in engine.players.values():
+            player._apply = lambda: None  # leave the gradients to be looked at
+            player.optimizer.zero_grad = lambda: None
+        seed_all(0)
+        with torch.no_grad():  # a fake that equals the teacher would leave only rounding
+            for p in engine.players.get("fake", Nobody).params:
+                p.add_(0.1 * torch.randn_like(p))
+        seed_all(1)  # draws a chain of two steps: one under no_grad before the one with gradients
+        for i, turn in enumerate(engine.objective.turns(0)):
+            engine.play(turn, i, data)
+            for n in turn.players:
+                grads[n] = torch.cat([p.grad.flatten() for p in engine.players[n].params])
+        data.close()
+        found[precision] = grads
+    for n, full in found["fp32"].items():
+        half = found["bf16"][n]
+        assert half.dtype == torch.float32
+        assert torch.cosine_similarity(full, half, 0) > 0.95, n
+
+
 def test_only_the_newest_checkpoints_are_kept(pipelines, tmp_path):
     engine = made("consistency", pipelines, tmp_path / "run", steps=5, save_every=1, keep=2).engine
     engine.train()
     assert [p.name for p in checkpoint.steps(engine.root)] == ["step-000004", "step-000005"]
+
+
+def test_tensorboard_is_fed_through_accelerate(pipelines, tmp_path):
+    run = made("consistency", pipelines, tmp_path / "run", trackers=["tensorboard"])
+    run.engine.train()
+    run.engine.accelerator.end_training()
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_sample_grids_are_of_every_count(pipelines, tmp_path):
