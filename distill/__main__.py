@@ -82,9 +82,7 @@ def show(out: Path) -> None:
             f"teacher, {k} step{'s' * (k != '1')}": v for k, v in metrics["teacher_few"].items()
         }
         rows |= {f"student, {k} step{'s' * (k != '1')}": v for k, v in metrics["student"].items()}
-        console.print(
-            results(f"{full['protocol']}: {full['n']} samples; ± over seeds", rows)
-        )
+        console.print(results(f"{full['protocol']}: {full['n']} samples; ± over seeds", rows))
     console.print(
         f"{summary['steps']} steps in {summary['wall_s']:.0f} s, "
         f"{summary['network_evaluations']:,} network evaluations; student in {out / 'student'}",
@@ -128,10 +126,9 @@ def sample(
 
         np.savez(out, images=to_uint8(images).numpy(), labels=np.array([int(p) for p in wanted]))
     else:
-        from torchvision.utils import save_image
+        from distill.pictures import save_grid
 
-        columns = min(n, 10 if n % 8 else 8)
-        save_image(images, out, nrow=columns, normalize=True, value_range=(-1, 1), padding=1)
+        save_grid(images, out, len(names) if 1 < len(names) <= 16 else 8)
 
 
 def counts(generator: Any) -> str:

@@ -16,12 +16,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torchvision.utils import save_image
 
 from distill import checkpoint
 from distill.data import Source, Stream
 from distill.ema import EMA
 from distill.objective import Objective, Turn
+from distill.pictures import save_grid
 from distill.player import Player
 from distill.recipe import TrainSection
 from distill.seeds import seed_all
@@ -180,13 +180,7 @@ class Engine:
             folder = self.out / "samples"
             folder.mkdir(exist_ok=True)
             for steps, grid in zip(student.counts, images, strict=True):
-                grid = nn.functional.interpolate(
-                    grid.float(), scale_factor=max(1, 256 // (10 * grid.shape[-1]))
-                )
-                name = f"step-{self.step:06d}-at-{steps}.png"
-                save_image(
-                    grid, folder / name, nrow=10, normalize=True, value_range=(-1, 1), padding=1
-                )
+                save_grid(grid, folder / f"step-{self.step:06d}-at-{steps}.png", 10)
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
