@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,7 +58,14 @@ def run(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resume:
 
 def finished(out: Path) -> bool:
     """Whether the run in `out` came to its end."""
-    return (out / "summary.json").exists() and (out / "student").is_dir()
+    import json
+
+    try:
+        summary = json.loads((out / "summary.json").read_text())
+    except (OSError, ValueError):
+        return False
+    whole = isinstance(summary, dict) and {"steps", "wall_s", "metrics"} <= summary.keys()
+    return whole and (out / "student").is_dir()
 
 
 def more_steps(out: Path, steps: int) -> bool:
@@ -105,8 +113,9 @@ def sample(
 
     if out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {out}: expected a name that ends in .png or .npz")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+    writable(out, "--out")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
     generator, teacher = load_student(student)
     if steps not in generator.counts:
         raise UserError(f"--steps {steps}: this student was trained for {counts(generator)} steps")
@@ -129,6 +138,18 @@ def sample(
         from distill.pictures import save_grid
 
         save_grid(images, out, len(names) if 1 < len(names) <= 16 else 8)
+
+
+def writable(path: Path, option: str) -> None:
+    """Refuse a file that could not be written, before any work is done for it."""
+    from teachers.errors import UserError
+
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: the folder {path.parent} does not exist")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{option} {path} cannot be written")
 
 
 def counts(generator: Any) -> str:
@@ -157,13 +178,13 @@ def evaluate(
     from teachers.errors import UserError
 
     measure = protocol_of(protocol)
-    if json_file is not None and not json_file.parent.is_dir():
-        raise UserError(f"--json {json_file}: the folder {json_file.parent} does not exist")
+    if json_file is not None:
+        writable(json_file, "--json")
     generator, teacher = load_student(student)
     check_protocol(measure, teacher)
     wanted = steps.split(",") if steps else [str(k) for k in generator.counts]
     for k in wanted:
-        if not k.strip().isdigit() or int(k) not in generator.counts:
+        if not k.strip().isdecimal() or int(k) not in generator.counts:
             raise UserError(f"--steps {k}: this student was trained for {counts(generator)} steps")
     found = {}
     for k in map(int, wanted):
@@ -238,11 +259,26 @@ def metrics() -> dict[str, str]:
     return METRICS
 
 
+class Terminated(BaseException):
+    """SIGTERM came outside of training, where there is no step to finish."""
+
+
+def interrupt(number: int, frame: Any) -> None:
+    raise Terminated
+
+
 def main() -> None:
     """Exit codes: 0 done; 2 the user's mistake, in one line; 130/143 stopped; 1 anything else."""
     code = 1
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         code = app(standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("distill: SIGINT: stopped; a run goes on with --resume\n")
+        code = 128 + signal.SIGINT
+    except Terminated:
+        sys.stderr.write("distill: SIGTERM: stopped; a run goes on with --resume\n")
+        code = 128 + signal.SIGTERM
     except Exception as error:
         code = code_of(error)
         if code is None:

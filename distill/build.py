@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from distill.engine import Engine, shards_of
 from distill.images import read_folder
 from distill.objective import Objective
 from distill.player import Moves, Player
-from distill.recipe import Recipe, networks_of
+from distill.recipe import Recipe, networks_of, read_yaml
 from distill.seeds import seed_all
 from distill.trackers import trackers
 from eval import digits
@@ -31,7 +32,7 @@ from eval.protocol import Protocol, images_to_samples, protocol
 from eval.samples import Samples
 from students import stock
 from students.critic import Critic
-from students.export import draw, export
+from students.export import draw, export, rehearse
 from students.generator import Generator
 from teachers.denoiser import Guided
 from teachers.errors import UserError
@@ -84,6 +85,8 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
     objective = objective_of(recipe, teacher, accelerator.device)
+    if recipe.kind.few_step:
+        rehearse(objective.student, teacher)
     players = {
         name: Player(
             network.parameters(), accelerator, recipe.players.get(name, Moves()), recipe.train.steps
@@ -117,8 +120,9 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
 
 def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
     """Refuse to write over a run, or to go on with a different one."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if exists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out {out}: {there} is not a folder that can be written to")
     written = out / "recipe.yaml"
     if not written.exists():
         if resume and not out.exists():
@@ -128,13 +132,21 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
         return
     if not resume:
         raise UserError(f"--out {out} already holds a run; add --resume, or give another folder")
-    before = yaml.safe_load(written.read_text())
+    before = read_yaml(written)
     if changed := differences(before, recipe.tree()):
         key, old, new = changed[0]
         raise UserError(
             f"--resume: {key} was {old!r} in {out} and is {new!r} now; "
             "resume with the recipe it began with, or start in another folder"
         )
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there; a path that cannot even be asked about is a mistake."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise UserError(f"--out {str(path)[:60]}…: {error.strerror}") from None
 
 
 # What may change between a run and its resumption: none of it alters the weights so far.
@@ -307,6 +319,7 @@ def evaluate_teacher(run: Run, steps: int, seeds: int) -> dict[str, Any]:
 def finish(run: Run) -> dict[str, Any]:
     """Export the averaged student, measure it and its teacher, and write summary.json."""
     engine, recipe = run.engine, run.recipe
+    engine.total_evaluations()
     summary: dict[str, Any] = {}
     if engine.accelerator.is_main_process:
         with engine.ema.swapped():

@@ -76,7 +76,8 @@ def about(folder: Path) -> dict[str, Any]:
 
 def steps(root: Path) -> list[Path]:
     """The step checkpoints under `root`, oldest first."""
-    return sorted(root.glob("step-[0-9]*")) if root.is_dir() else []
+    found = [p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def prune(root: Path, keep: int) -> None:

@@ -7,7 +7,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Engine:
         self.seconds, self.best = 0.0, math.inf
         self.evaluations = {k: 0 for k, v in vars(objective).items() if isinstance(v, nn.Module)}
         self.shards = shards_of(train, accelerator.num_processes)
-        self._stop = 0
+        self._stop, self._counting = 0, False
         self._count_evaluations()
         for player in players.values():  # ranks that began apart would never meet again
             if accelerator.num_processes > 1:
@@ -125,6 +125,7 @@ class Engine:
                         progress.note(self._evaluate())
                     stop = self._should_stop()
                     if stop or self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps:
+                        self._check(logs)  # or the last good checkpoints would be pruned
                         self.save()
                     if stop:
                         raise Stopped(stop)
@@ -136,10 +137,12 @@ class Engine:
     def advance(self, stream: Stream) -> dict[str, Tensor]:
         """One step: every turn that the objective names, then the average. Scalars to log."""
         seed, logs = self.cfg.seed, {}
+        self._counting = True
         seed_all(seed, "turns", self.step, 0)
         for i, turn in enumerate(self.objective.turns(self.step)):
             logs |= self.play(turn, i, stream)
             seed_all(seed, "turns", self.step, i + 1)  # what follows a yield is alike on all ranks
+        self._counting = False
         self.ema.update()
         self.step += 1
         return logs
@@ -196,7 +199,13 @@ class Engine:
         found = checkpoint.steps(self.root)
         if not found:
             return False
-        self.load_state_dict(checkpoint.load(found[-1]))
+        try:
+            self.load_state_dict(checkpoint.load(found[-1]))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"checkpoint {found[-1]}: it is not of this run ({type(error).__name__}: {error}); "
+                f"delete it to resume from the one before it"
+            ) from None
         if self.accelerator.is_main_process:
             forget_after(self.step, self.out)
         self.accelerator.wait_for_everyone()
@@ -222,6 +231,13 @@ class Engine:
             player.load_state_dict(state["players"][name])
         self.ema.load_state_dict(state["ema"])
         self.objective.load_state_dict(state["objective"])
+
+    def total_evaluations(self) -> None:
+        """Add up the counts of all processes, once training has ended."""
+        if self.accelerator.num_processes > 1:
+            counts = torch.tensor(list(self.evaluations.values()), device=self.accelerator.device)
+            total = self.accelerator.reduce(counts, reduction="sum").tolist()  # pyright: ignore
+            self.evaluations.update(zip(self.evaluations, total, strict=True))
 
     def _evaluate(self) -> str:
         """Measure the averaged student; keep it if it is the best so far. A line to show."""
@@ -249,13 +265,18 @@ class Engine:
         for name, player in self.players.items():
             values[f"{name}/lr"] = player.optimizer.param_groups[0]["lr"]
         self.accelerator.log({"seconds": self.seconds, **values}, step=self.step)
-        for key, value in values.items():
-            if key.endswith("loss") and not math.isfinite(value):
-                raise UserError(
-                    f"step {self.step}: {key} is {value}; lower players.{key.split('/')[0]}.lr, or "
-                    f"raise its warmup (checkpoints are kept in {self.root})"
-                )
+        self._check(values)
         return values
+
+    def _check(self, logs: Mapping[str, Tensor | float]) -> None:
+        """Refuse to go on from a loss that is not a finite number."""
+        for key, value in logs.items():
+            if key.endswith("loss") and not math.isfinite(value := float(value)):
+                names = " and ".join(f"players.{p}.lr" for p in key.split("/")[0].split("+"))
+                raise UserError(
+                    f"step {self.step}: {key} is {value}; lower {names}, or raise the warmup "
+                    f"(the last good checkpoint is kept in {self.root})"
+                )
 
     def _catch(self, number: int, frame: Any) -> None:
         self._stop = number
@@ -270,18 +291,20 @@ class Engine:
         return int(self.accelerator.gather(flag).max())  # pyright: ignore
 
     def _count_evaluations(self) -> None:
-        """Count samples through each network, whoever calls it; a host-side integer."""
+        """Count samples through each network while it trains; host-side integers."""
+        seen: set[nn.Module] = set()
         for name in self.evaluations:
             for module in getattr(self.objective, name).modules():
-                if isinstance(module, Network):
-                    module.register_forward_pre_hook(counter(self.evaluations, name))
+                if isinstance(module, Network) and module not in seen:
+                    seen.add(module)  # the same network may have two names
+                    module.register_forward_pre_hook(self._counter(name))
 
+    def _counter(self, name: str) -> Callable[[nn.Module, Any], None]:
+        def count(module: nn.Module, args: Any) -> None:
+            if self._counting:
+                self.evaluations[name] += len(args[0])
 
-def counter(counts: dict[str, int], name: str) -> Callable[[nn.Module, Any], None]:
-    def count(module: nn.Module, args: Any) -> None:
-        counts[name] += len(args[0])
-
-    return count
+        return count
 
 
 def shards_of(train: TrainSection, processes: int) -> int:
@@ -309,6 +332,6 @@ def forget_after(step: int, out: Path) -> None:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return math.inf  # the line that the kill cut short

@@ -22,13 +22,14 @@ def read_folder(folder: Path, teacher: Teacher, classes: int) -> tuple[Tensor, l
     Raises:
         UserError: no such folder, no images in it, or more subfolders than classes.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     from torchvision.transforms import functional as tf
 
     where = f"data.source: {str(folder)!r}"
     if not folder.is_dir():
         raise UserError(f"{where} is not a folder; give 'digits' or a folder of images")
-    groups = sorted(p for p in folder.iterdir() if p.is_dir()) if classes else [folder]
+    inner = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    groups = inner if classes else [folder]
     if classes and not 1 <= len(groups) <= classes:
         raise UserError(
             f"{where} has {len(groups)} subfolders; the teacher knows {classes} classes, "
@@ -39,9 +40,14 @@ def read_folder(folder: Path, teacher: Teacher, classes: int) -> tuple[Tensor, l
     for label, group in enumerate(groups):
         for path in sorted(p for p in group.rglob("*") if p.suffix.lower() in SUFFIXES):
             try:
-                image = Image.open(path).convert("L" if channels == 1 else "RGB")
-            except (UnidentifiedImageError, OSError):
-                raise UserError(f"data.source: {str(path)!r} is not a readable image") from None
+                image = Image.open(path)
+                if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+                    raise ValueError(f"mode {image.mode}; save it with 8 bits a channel")
+                image = image.convert("L" if channels == 1 else "RGB")
+            except Exception as error:  # Pillow's range over many types for a bad file
+                raise UserError(
+                    f"data.source: {str(path)!r} is not a readable image ({error})"
+                ) from None
             scale = max(height / image.height, width / image.width)
             size = [
                 max(height, round(image.height * scale)),

@@ -6,13 +6,16 @@ sums or averages over dimensions is said for each, because it changes the algori
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from annotated_types import Interval
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from distill.objective import Positive, Share
+from distill.objective import Finite, Share
 from teachers.process import Process
 
 
@@ -64,6 +67,10 @@ class Uniform:
     low: Share = 0.0
     high: Share = 1.0
 
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"low, {self.low}, is above high, {self.high}")
+
     def sample(self, like: Tensor, process: Process) -> Tensor:
         """One time for each item of `like` (B, ...), shaped (B,)."""
         u = torch.rand(len(like), device=like.device)
@@ -74,8 +81,8 @@ class Uniform:
 class LogNormal:
     """Noise levels σ/α whose logarithm is N(mean, std²), as EDM trains (arXiv:2206.00364)."""
 
-    mean: float
-    std: Positive
+    mean: Annotated[float, *Finite, Interval(ge=-20, le=20)]
+    std: Annotated[float, *Finite, Interval(ge=0, le=20)]
 
     def sample(self, like: Tensor, process: Process) -> Tensor:
         """One time for each item of `like` (B, ...), shaped (B,), held within the process."""

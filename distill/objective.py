@@ -8,7 +8,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Interval
-from pydantic import Strict
+from pydantic import AllowInfNan, BeforeValidator, Strict
 from torch import Tensor
 
 from students.generator import Generator
@@ -17,9 +17,19 @@ from teachers.denoiser import Cond, Denoiser
 # Types for hyper-parameter fields; the recipe checks them before anything is built.
 Count = Annotated[int, Strict(), Ge(1)]
 Whole = Annotated[int, Strict(), Ge(0)]
-Positive = Annotated[float, Gt(0)]
-NonNegative = Annotated[float, Ge(0)]
-Share = Annotated[float, Interval(ge=0, le=1)]
+
+
+def _not_a_switch(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("input should be a number")
+    return value
+
+
+Finite = BeforeValidator(_not_a_switch), AllowInfNan(False)
+Real = Annotated[float, *Finite]
+Positive = Annotated[float, *Finite, Gt(0)]
+NonNegative = Annotated[float, *Finite, Ge(0)]
+Share = Annotated[float, *Finite, Interval(ge=0, le=1)]
 
 
 class Batch(NamedTuple):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
+from annotated_types import Interval
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from distill.objective import Count, NonNegative, Positive, Share, Whole
+from distill.objective import Count, Finite, NonNegative, Positive, Share, Whole
 
+Decay = Annotated[float, *Finite, Interval(ge=0, lt=1)]
 BUCKET = 1 << 23  # elements averaged in one all-reduce: 32 MiB of float32
 
 
@@ -23,7 +25,7 @@ class Moves:
     """How a player's weights move: AdamW under a learning-rate schedule."""
 
     lr: Positive = 1e-4
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     clip: NonNegative = 1.0  # of the gradient's norm; 0 leaves it as it is
@@ -114,6 +116,8 @@ class Player:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for p, saved in zip(self.params, state["params"], strict=True):
+            if p.shape != saved.shape:
+                raise ValueError(f"a weight is {tuple(saved.shape)}, not {tuple(p.shape)}")
             p.copy_(saved)
         groups = self.optimizer.state_dict()["param_groups"]
         moments = {int(i): s for i, s in state["optimizer"].items()}

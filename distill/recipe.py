@@ -10,14 +10,13 @@ import types
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from annotated_types import Ge, Gt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 from pydantic_core import ErrorDetails
 
-from distill.objective import Count, Objective, Share, Whole
+from distill.objective import Count, NonNegative, Objective, Positive, Share, Whole
 from distill.player import Moves
 from students.critic import Critic
 from students.generator import Generator
@@ -38,7 +37,7 @@ class TeacherSection(Section):
     """What is distilled."""
 
     source: str  # "digits", a diffusers folder, or a Hub id
-    guidance: Annotated[float, Ge(0)] = 1.0  # g = 1 + w of classifier-free guidance; 1 is none
+    guidance: NonNegative = 1.0  # g = 1 + w of classifier-free guidance; 1 is none
     null_label: Whole | None = None  # the class that means "no class", if there is one
 
 
@@ -46,7 +45,7 @@ class StudentSection(Section):
     """What it becomes."""
 
     steps: Count = 1  # the most steps it is trained for; it also runs in those that divide them
-    start: Annotated[float, Gt(0)] | None = None  # σ/α it starts from; the teacher's highest
+    start: Positive | None = None  # σ/α it starts from; the teacher's highest
     renoise: bool = True  # return to the next time with fresh noise, or along the ODE
 
 
@@ -211,11 +210,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+# What the loader raises for text that is no YAML, or whose scalars are no values of their type.
+BAD_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
         tree = yaml.load(file.read_text(), _Loader)  # a SafeLoader: plain data only
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except BAD_YAML as error:
         raise UserError(f"recipe {file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {file}: expected a mapping of sections")
@@ -243,7 +246,7 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
             node = below
         try:
             node[leaf] = yaml.load(value, _Loader)
-        except yaml.YAMLError:
+        except BAD_YAML:
             raise UserError(f"override {text!r}: {value!r} is not valid YAML") from None
     return tree
 
@@ -267,11 +270,21 @@ def objective_class(name: str, where: str = "recipe") -> type[Objective]:
         module = (
             _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         )
-    except (ImportError, FileNotFoundError) as error:
-        raise UserError(f"{where}: objective.name: cannot import {place!r} ({error})") from None
+    except Exception as error:  # whatever a user's module raises while it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}: objective.name: cannot import {place!r} ({reason})") from None
     kind = getattr(module, attribute, None)
     if not (isinstance(kind, type) and issubclass(kind, Objective)):
         raise UserError(f"{where}: objective.name: {place} has no Objective named {attribute!r}")
+    if "__dataclass_fields__" not in vars(kind):
+        raise UserError(f"{where}: objective.name: {attribute} must be a @dataclass(kw_only=True)")
+    try:
+        schema_of(kind)
+    except Exception as error:  # a hint that is no name, or a type that no YAML value has
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{where}: objective.name: a field of {attribute}: {reason}") from None
+    if "critic" in networks_of(kind) and "fake" not in networks_of(kind):
+        raise UserError(f"{where}: objective.name: {attribute} has a critic but no field fake")
     return kind
 
 
@@ -314,12 +327,12 @@ def schema_of(kind: type[Objective]) -> type[BaseModel]:
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """The first thing wrong, as one line: key path, what was expected, the nearest valid name."""
-    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    first = problems[0]
+    problems = [e for e in error.errors() if not _other_member(e, error.errors())]
+    first = sorted(problems, key=lambda e: e["type"] not in UNKNOWN)[0]
     # a union reports each member that failed; the path up to its tag is the key itself
     loc = [str(p) for p in first["loc"] if not _is_tag(p)]
     path = ".".join([prefix, *loc] if prefix else loc)
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if first["type"] in UNKNOWN:
         known = _keys(model, loc[:-1])
         return f"{path}: unknown key; {nearest(loc[-1], known)}"
     if first["type"] == "missing":
@@ -327,6 +340,17 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     if first["type"] == "missing_argument":
         return f"{path}: missing"
     return f"{path}: {_expected(first)}, not {first['input']!r}"
+
+
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+def _other_member(problem: ErrorDetails, problems: list[ErrorDetails]) -> bool:
+    """Whether this is of a union's member that does not know the keys, where another does."""
+    tags = [p for p in problem["loc"] if _is_tag(p)]
+    strange = {str(p["loc"][:-1]) for p in problems if p["type"] in UNKNOWN}
+    mine = any(str(problem["loc"][:-1]) == s for s in strange)
+    return bool(tags) and mine and any(str(p["loc"][:-1]) not in strange for p in problems)
 
 
 def _is_tag(part: int | str) -> bool:

@@ -18,7 +18,8 @@ from distill.recipe import Recipe, find, override, read_yaml
 from distill.seeds import seed_all
 from eval.protocol import floor
 from teachers.errors import UserError, nearest
-from teachers.teacher import load
+from teachers.teacher import load, read_json
+from teachers.unet import denoiser_of
 
 STEPS = (1, 2, 4, 8, 32)  # at which the card gives the teacher's quality
 
@@ -34,14 +35,19 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
         if not isinstance(tree.get(section), dict):
             raise UserError(f"{path}: {section}: missing; a teacher recipe describes its {section}")
     network, scheduler = tree.pop("network"), tree.pop("scheduler")
-    null_label = tree.get("objective", {}).get("null_label")
+    objective = tree.get("objective")
+    null_label = objective.get("null_label") if isinstance(objective, dict) else None
     first = out / ".untrained"
     tree["teacher"] = {"source": str(first), "null_label": null_label}
     recipe = Recipe.check(tree, path)
+    if recipe.kind.few_step:
+        raise UserError(f"{path}: objective.name: teachers are taught by 'diffusion'")
     pipe = pipeline(network, scheduler, recipe.train.seed, path)
-    if not first.exists():
-        build.check_folder(recipe, out, resume)
-        pipe.save_pretrained(first)
+    classes = pipe.unet.config.num_class_embeds or 0
+    if recipe.objective["drop"] and not recipe.objective["null_label"] < classes:
+        raise UserError(f"{path}: objective.null_label: the network has {classes} classes")
+    build.check_folder(recipe, out, resume)
+    keep(pipe, first, path)
     run = build.build(recipe, out, resume)
     run.engine.train()
     summary: dict[str, Any] = {}
@@ -63,6 +69,28 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
     return summary
 
 
+def keep(pipe: Any, folder: Path, where: str) -> None:
+    """Leave the untrained pipeline in `folder`, or check that the one there is the same."""
+    if folder.exists():
+        for part, config in (("unet", pipe.unet.config), ("scheduler", pipe.scheduler.config)):
+            name = "config.json" if part == "unet" else "scheduler_config.json"
+            before = read_json(folder / part / name, where)
+            now = json.loads(json.dumps(dict(config), default=list))
+            wrong = [k for k, v in now.items() if not k.startswith("_") and before.get(k) != v]
+            if wrong:
+                section = "network" if part == "unet" else part
+                raise UserError(
+                    f"{where}: {section}.{wrong[0]} differs from the run in {folder.parent}"
+                )
+        return
+    draft = folder.with_name(f"{folder.name}.{os.getpid()}")  # each process its own
+    pipe.save_pretrained(draft)
+    try:
+        os.replace(draft, folder)
+    except OSError:  # another process was first
+        shutil.rmtree(draft, ignore_errors=True)
+
+
 def pipeline(network: dict[str, Any], scheduler: dict[str, Any], seed: int, where: str) -> Any:
     """An untrained pipeline of the two configurations."""
     import diffusers
@@ -80,9 +108,16 @@ def pipeline(network: dict[str, Any], scheduler: dict[str, Any], seed: int, wher
     seed_all(seed, "network")
     try:
         unet = diffusers.UNet2DModel(**network)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # of whatever kind a wrong size comes to
         raise UserError(f"{where}: network: {error}") from None
-    return diffusers.ConsistencyModelPipeline(unet=unet, scheduler=kind(**config))
+    try:
+        read = kind(**config)
+        denoiser_of(unet, kind.__name__, dict(read.config), f"{where}: scheduler")
+        return diffusers.ConsistencyModelPipeline(unet=unet, scheduler=read)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{where}: scheduler: {error}") from None
 
 
 def measure(run: build.Run) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         modules = dict(denoiser.named_modules())
+        if not blocks:
+            raise ValueError("critic: name at least one block")
         if missing := [b for b in blocks if b not in modules]:
             raise ValueError(f"critic: the denoiser has no block {missing[0]!r}")
         self._denoiser = (denoiser, [modules[b] for b in blocks])  # in a tuple: not a submodule
@@ -45,6 +47,11 @@ class Critic(nn.Module):
         cond = cond and {k: v.to(x.device) for k, v in cond.items()}
         with torch.no_grad():
             found = self.features(x, x.new_ones(1), cond)
+        for name, f in zip(blocks, found, strict=False):
+            if not isinstance(f, Tensor) or f.ndim != 4:
+                raise ValueError(f"critic: block {name!r} gives no feature map (B, C, H, W)")
+        if len(found) != len(blocks):
+            raise ValueError("critic: each block must run once in a forward pass")
         self.heads = nn.ModuleList(head(f.shape[1], f.shape[-1]) for f in found).to(x.device)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> list[Tensor]:

@@ -64,6 +64,8 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
     if not isinstance(network, UNet):
         raise UserError(f"export: a {type(network).__name__} student has no diffusers form")
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}-*"):  # by an export that was killed
+        shutil.rmtree(left, ignore_errors=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         pipe = ConsistencyModelPipeline(
@@ -109,14 +111,51 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
 
         theirs = load_file(out)
     for steps in generator.counts:
-        x = draw(generator.at(steps), teacher, labels or [0] * 4, seed=0)
-        ours = (teacher.codec.decode(x) / 2 + 0.5).clamp(0, 1).cpu()
-        gap = (ours - theirs[str(steps)]).abs().max().item()
+        gap = (pictures(generator, teacher, steps, labels) - theirs[str(steps)]).abs().max().item()
         if not gap <= TOLERANCE:
             raise ExportError(
                 f"at {steps} steps the exported pipeline differs from the student by {gap:.2g} "
                 f"of the pixel range (at most {TOLERANCE:g} is rounding)"
             )
+
+
+def pictures(
+    generator: Generator, teacher: Teacher, steps: int, labels: list[int] | None
+) -> Tensor:
+    """The student's four pictures for seed 0, as a stock pipeline's "pt" output: in [0, 1]."""
+    x = draw(generator.at(steps), teacher, labels or [0] * 4, seed=0)
+    return (teacher.codec.decode(x) / 2 + 0.5).clamp(0, 1).cpu()
+
+
+@torch.no_grad()
+def rehearse(generator: Generator, teacher: Teacher) -> None:
+    """Before training: does the stock pipeline, in this process, sample this very student?
+
+    Raises:
+        UserError: it does not, so a training run would end in a failed export.
+    """
+    from diffusers import ConsistencyModelPipeline
+
+    classes = getattr(teacher.codec, "classes", 0)
+    labels = [i % classes for i in range(4)] if classes else None
+    who = f"teacher {teacher.source!r}: no stock pipeline samples its students"
+    try:
+        pipe = ConsistencyModelPipeline(
+            unet=generator.denoiser.backbone,  # pyright: ignore
+            scheduler=stock.scheduler(generator),
+        )
+        pipe.set_progress_bar_config(disable=True)
+        for steps in generator.counts:
+            rng = torch.Generator().manual_seed(0)
+            out: Any = pipe(4, labels, steps, generator=rng, output_type="pt")  # pyright: ignore
+            ours = pictures(generator, teacher, steps, labels)
+            gap = (ours - out.images.cpu()).abs().max().item()
+            if not gap <= TOLERANCE:
+                raise UserError(f"{who}: at {steps} steps it differs by {gap:.2g}")
+    except UserError:
+        raise
+    except Exception as error:  # whatever an odd configuration breaks in diffusers
+        raise UserError(f"{who} ({type(error).__name__}: {error})") from None
 
 
 def child_environment() -> dict[str, str]:
@@ -158,10 +197,14 @@ def load_student(folder: Path) -> tuple[Generator, Teacher]:
     if not (folder / SIDECAR).exists() and (folder / "student" / SIDECAR).exists():
         folder = folder / "student"  # a run folder was named
     sidecar = read_json(folder / SIDECAR, f"student {str(folder)!r}")
+    counts: Any = sidecar.get("steps")
+    whole = isinstance(counts, list) and counts and all(isinstance(k, int) for k in counts)
+    if not whole or not isinstance(sidecar.get("renoise"), bool):
+        raise UserError(f"student {str(folder)!r}: {SIDECAR} is damaged; export the run again")
     teacher = load(str(folder))
     network = teacher.denoiser
     assert isinstance(network, UNet)
-    like = stock.student(teacher, max(sidecar["steps"]), None, sidecar["renoise"])
+    like = stock.student(teacher, max(counts), None, sidecar["renoise"])
     return like.eval().requires_grad_(False), teacher
 
 

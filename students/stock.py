@@ -53,6 +53,7 @@ def student(
         raise UserError(f"student.steps: {steps} is outside 1 to {CM_LEVELS}")
     backbone = deepcopy(source.backbone).requires_grad_(True)
     drop_null(backbone, teacher)
+    drop_variance(backbone)
     if isinstance(process := source.process, Karras):
         return _consistency(source, backbone, process, steps, start, renoise)
     if not isinstance(process, Tabulated):
@@ -67,9 +68,12 @@ def student(
         times = [(round((process.last + 1) * (1 - k / steps)) - 1) for k in range(steps)]
         network = UNet(backbone, process, source.coefficients, process.index)
     else:
-        jump = (process.last + 1) // LCM_LEVELS
-        grid = [jump * (i + 1) - 1 for i in reversed(range(LCM_LEVELS))]
-        times = [grid[k * LCM_LEVELS // steps] for k in range(steps)]
+        n = lcm_levels(process)
+        if steps > n:
+            raise UserError(f"student.steps: {steps} is more than the {n} times there are")
+        jump = (process.last + 1) // n
+        grid = [jump * (i + 1) - 1 for i in reversed(range(n))]
+        times = [grid[k * n // steps] for k in range(steps)]
         network = LCM(backbone, process, source.coefficients, process.index)
     network.scheduler = source.scheduler
     return Generator(network, [i / process.last for i in times], renoise, start=1.0)
@@ -113,6 +117,11 @@ def levels(steps: int) -> int:
     return steps * -(-CM_LEVELS // steps)
 
 
+def lcm_levels(process: Tabulated) -> int:
+    """The LCM scheduler's grid size: its default, or every index where there are fewer."""
+    return min(LCM_LEVELS, process.last + 1)
+
+
 class LCM(UNet):
     """A DDPM network under latent consistency models' boundary (arXiv:2310.04378): x̂ = x at t = 0.
 
@@ -151,6 +160,17 @@ def retime(backbone: Any, old: Time, new: Time) -> None:
         first.bias.copy_(solution[-1])
 
 
+def drop_variance(backbone: Any) -> None:
+    """Cut a learned variance off the network's output: no few-step scheduler reads one."""
+    channels, last = backbone.config["in_channels"], backbone.conv_out
+    if last.out_channels == 2 * channels:
+        cut = nn.Conv2d(last.in_channels, channels, last.kernel_size, padding=last.padding)
+        cut.weight = nn.Parameter(last.weight[:channels].detach().clone())
+        cut.bias = nn.Parameter(last.bias[:channels].detach().clone())
+        backbone.conv_out = cut
+        backbone.register_to_config(out_channels=channels)
+
+
 def drop_null(backbone: Any, teacher: Teacher) -> None:
     """Forget the null class: a student needs no guidance, and pipelines draw random labels."""
     if teacher.codec.null is None or backbone.class_embedding is None:
@@ -181,11 +201,12 @@ def scheduler(generator: Generator) -> Any:
             clip_denoised=False,
         )
     assert network.scheduler is not None
+    assert isinstance(network.process, Tabulated)
     _, config = network.scheduler  # the betas and the prediction type stay as they were
     if generator.renoise:
         return diffusers.LCMScheduler.from_config(
-            config, original_inference_steps=LCM_LEVELS, clip_sample=False, thresholding=False,
-            timestep_scaling=LCM_SCALE,
+            config, original_inference_steps=lcm_levels(network.process), clip_sample=False,
+            thresholding=False, timestep_scaling=LCM_SCALE,
         )  # fmt: skip
     return diffusers.DDIMScheduler.from_config(
         config, timestep_spacing="trailing", clip_sample=False, thresholding=False,

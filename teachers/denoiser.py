@@ -90,7 +90,7 @@ class Network(Denoiser):
 
     def weight(self, t: Tensor) -> Tensor:
         _, c_out = self.coefficients(*self.process.scales(t))
-        return c_out.square().clamp(min=1e-4).reciprocal()
+        return c_out.square().clamp(min=1e-8).reciprocal()
 
 
 class Wrapper(Denoiser):

@@ -104,7 +104,7 @@ def load(source: str, **options: Any) -> Teacher:
         options.setdefault("null_label", 10)
     folder = DIGITS if source == "digits" else find(source)
     index = read_json(folder / "model_index.json", f"teacher {source!r}")
-    family = index.get("_class_name", "a nameless class")
+    family = str(index.get("_class_name", "a nameless class"))
     known = families()
     if family not in known:
         raise UserError(f"teacher {source!r}: {family} is not supported; {nearest(family, known)}")

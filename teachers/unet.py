@@ -72,10 +72,10 @@ def load(folder: Path, source: str, null_label: int | None = None) -> Teacher:
         UserError: a file is missing or damaged, or the scheduler is of a kind not in the table.
     """
     who = f"teacher {source!r}"
-    backbone = backbone_of(folder / "unet", who)
-    config = read_json(folder / "scheduler" / "scheduler_config.json", who)
+    backbone = backbone_of(inside(folder, "unet"), who)
+    config = read_json(inside(folder, "scheduler") / "scheduler_config.json", who)
     config = {k: v for k, v in config.items() if not k.startswith("_diffusers")}
-    name = config.pop("_class_name", "")
+    name = str(config.pop("_class_name", ""))
     denoiser = denoiser_of(backbone, name, config, who)
     classes = backbone.config["num_class_embeds"] or 0
     if null_label is not None:
@@ -84,9 +84,15 @@ def load(folder: Path, source: str, null_label: int | None = None) -> Teacher:
         if null_label == classes - 1:
             classes -= 1  # the null class is not one to ask for
     size = backbone.config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (backbone.config["in_channels"], height, width)
+    if not isinstance(size, int):
+        raise UserError(f"{who}: sample_size is {size!r}; stock pipelines sample one square size")
+    shape = (backbone.config["in_channels"], size, size)
     return Teacher(denoiser, Pixels(classes, null_label), shape, source)
+
+
+def inside(folder: Path, part: str) -> Path:
+    """Where a part of a pipeline lies: its own subfolder, or the pipeline's, as in old ones."""
+    return folder / part if (folder / part).is_dir() else folder
 
 
 def backbone_of(folder: Path, who: str) -> Any:
@@ -96,6 +102,10 @@ def backbone_of(folder: Path, who: str) -> Any:
     config = read_json(folder / "config.json", who)
     if (kind := config.get("_class_name")) != "UNet2DModel":
         raise UserError(f"{who}: {folder / 'config.json'} holds a {kind}; expected a UNet2DModel")
+    if (embed := config.get("class_embed_type")) is not None:
+        raise UserError(
+            f"{who}: class_embed_type {embed!r} is not supported; only class labels are"
+        )
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             f"{who}: no safetensors weights in {folder}; pickled weights are never loaded, "
@@ -115,20 +125,33 @@ def denoiser_of(backbone: Any, name: str, config: dict[str, Any], who: str) -> U
     kind = getattr(diffusers, name, None)
     if kind is None:
         raise UserError(f"{who}: scheduler {name!r} is unknown: {nearest(name, [CM, *EDM])}")
-    scheduler = kind.from_config(config)
-    full = dict(scheduler.config)
+    try:
+        scheduler = kind.from_config(config)
+        full = dict(scheduler.config)
+        bar = getattr(scheduler, "alphas_cumprod", None)
+    except Exception as error:  # diffusers checks little, and late
+        raise UserError(f"{who}: the scheduler's config cannot be read ({error})") from None
     if name == CM or name in EDM:
-        process = Karras(full["sigma_min"], full["sigma_max"], full["rho"])
+        low, high = full["sigma_min"], full["sigma_max"]
+        if not (isinstance(low, float | int) and isinstance(high, float | int) and 0 < low < high):
+            raise UserError(f"{who}: sigma_min and sigma_max are {low!r}, {high!r}; 0 < min < max")
+        process = Karras(low, high, full["rho"])
         floor, scale = (full["sigma_min"], 250.0) if name == CM else (0.0, 0.25)
         if full.get("prediction_type", "epsilon") != "epsilon":
             raise UserError(f"{who}: EDM prediction_type must be 'epsilon', the F of EDM's paper")
         predicts = edm(full["sigma_data"], floor)
         time = log_sigma(process, scale)
         return UNet(backbone, process, predicts, time, full["sigma_data"], (name, full))
-    if not hasattr(scheduler, "alphas_cumprod"):
+    if bar is None:
         raise UserError(f"{who}: scheduler {name} is not supported: {nearest(name, [CM, *EDM])}")
     kind = full.get("prediction_type", "epsilon")
-    if kind not in PREDICTS:
-        raise UserError(f"{who}: prediction_type {kind!r} is unknown: {nearest(kind, PREDICTS)}")
-    process = Tabulated(scheduler.alphas_cumprod)
+    if len(bar) != full["num_train_timesteps"]:
+        raise UserError(
+            f"{who}: {len(bar)} betas for {full['num_train_timesteps']} num_train_timesteps"
+        )
+    if kind == "epsilon" and bar[-1] < 1e-10:
+        raise UserError(f"{who}: its last index is pure noise, from which ε says nothing of x")
+    if not isinstance(kind, str) or kind not in PREDICTS:
+        raise UserError(f"{who}: prediction_type {kind!r}: {nearest(str(kind), PREDICTS)}")
+    process = Tabulated(bar)
     return UNet(backbone, process, PREDICTS[kind], process.index, None, (name, full))

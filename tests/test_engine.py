@@ -134,6 +134,15 @@ def test_network_evaluations_are_counted_by_network(pipelines, tmp_path):
     engine.train()
     # a step is a fake turn (student, fake) and a student turn (student, teacher, fake), of 8 each
     assert engine.evaluations == {"teacher": 3 * 8, "student": 3 * 16, "fake": 3 * 16}
+    engine.sample()  # looking costs nothing
+    assert engine.evaluations["student"] == 3 * 16
+
+
+def test_a_network_of_two_names_is_counted_once(pipelines, tmp_path):
+    tree = recipe_tree("ect", pipelines["edm"], steps=2)  # its target is the student itself
+    engine = build.build(Recipe.check(tree), tmp_path / "run").engine
+    engine.train()
+    assert sum(engine.evaluations.values()) == 2 * 16
 
 
 def test_a_signal_finishes_the_step_and_saves(pipelines, tmp_path):
@@ -148,18 +157,19 @@ def test_a_signal_finishes_the_step_and_saves(pipelines, tmp_path):
         return play(*args)
 
     engine.play = interrupted
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped) as stopped:
         engine.train()
     assert stopped.value.number == signal.SIGTERM
     assert [p.name for p in checkpoint.steps(engine.root)] == ["step-000003"]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_remedy(pipelines, tmp_path):
     engine = made("consistency", pipelines, tmp_path / "run").engine
     with torch.no_grad():
         engine.players["student"].params[0].fill_(math.nan)
-    with pytest.raises(UserError, match=r"student/loss is nan; lower players.student.lr"):
+    with pytest.raises(UserError, match=r"student/loss is nan; lower players\.student\.lr"):
         engine.train()
 
 
@@ -192,6 +202,40 @@ def test_half_precision_has_the_gradients_of_full(name, pipelines, tmp_path):
         half = found["bf16"][n]
         assert half.dtype == torch.float32
         assert torch.cosine_similarity(full, half, 0) > 0.95, n
+
+
+def test_a_checkpoint_is_never_saved_over_good_ones_once_the_loss_is_lost(pipelines, tmp_path):
+    run = made("consistency", pipelines, tmp_path / "run", steps=9, save_every=1, log_every=9)
+    engine, advance = run.engine, run.engine.advance
+
+    def poisoned(data):
+        if engine.step == 3:
+            with torch.no_grad():
+                engine.players["student"].params[0].fill_(math.nan)
+        return advance(data)
+
+    engine.advance = poisoned
+    with pytest.raises(UserError, match="step 4: student/loss is nan"):
+        engine.train()
+    assert checkpoint.steps(engine.root)[-1].name == "step-000003"
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for step in (999_500, 1_000_000, 1_000_500):
+        checkpoint.save({"step": step}, tmp_path / f"step-{step:06d}")
+    (tmp_path / "step-9x").mkdir()
+    checkpoint.prune(tmp_path, 2)
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-1000000", "step-1000500"]
+
+
+def test_a_checkpoint_of_another_network_is_refused(pipelines, tmp_path):
+    made("consistency", pipelines, tmp_path / "run", steps=2).engine.train()
+    newest = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
+    state = checkpoint.load(newest)
+    state["players"]["student"]["params"][0] = torch.zeros(3)
+    checkpoint.save(state, newest)
+    with pytest.raises(UserError, match=r"is not of this run .*delete it to resume"):
+        made("consistency", pipelines, tmp_path / "run", resume=True, steps=2)
 
 
 def test_only_the_newest_checkpoints_are_kept(pipelines, tmp_path):

@@ -69,6 +69,13 @@ def test_overrides_reach_any_depth(tmp_path):
         (["objective.name=fdistill"], "critic: fdistill needs one; add the section 'critic: {}'"),
         (["objective.name=consistency"], "data.source is missing: consistency needs real data"),
         (["objective.name=nowhere.py:Mine"], "cannot import 'nowhere.py'"),
+        (["train.steps=2020-13-45"], "is not valid YAML"),
+        (["teacher.guidance=.inf"], "teacher.guidance: expected a finite number, not inf"),
+        (["players.student.lr=true"], "players.student.lr: value error, expected a number"),
+        (["players.student.betas=[1, 1]"], "players.student.betas.0: expected less than 1"),
+        (["objective.times={low: 0.9, high: 0.1}"], "low, 0.9, is above high, 0.1"),
+        (["objective.times={mean: .nan, std: 1}"], "expected a finite number, not nan"),
+        (["objective.name=:x"], "cannot import ''"),
         (["objective.name=json:JSONDecoder"], "json has no Objective named 'JSONDecoder'"),
     ],
 )  # fmt: skip

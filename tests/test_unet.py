@@ -116,6 +116,48 @@ def test_an_unknown_scheduler_is_refused(pipelines, tmp_path):
         load(str(tmp_path / "odd"))
 
 
+def test_a_flat_folder_loads_as_diffusers_loads_it(pipelines, tmp_path):
+    for part in ("unet", "scheduler", "."):
+        for file in (pipelines["unconditional"] / part).glob("*.*"):
+            shutil.copy(file, tmp_path)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.6])
+    nested = load(str(pipelines["unconditional"])).denoiser
+    torch.testing.assert_close(load(str(tmp_path)).denoiser(x, t), nested(x, t))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"trained_betas": [0.1, 0.2]}, "2 betas for 1000 num_train_timesteps"),
+        ({"rescale_betas_zero_snr": True}, "its last index is pure noise"),
+        ({"beta_schedule": "zzz"}, "cannot be read"),
+        ({"prediction_type": "v_predictoin"}, "did you mean 'v_prediction'"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(pipelines, tmp_path, change, says):
+    shutil.copytree(pipelines["eps"], tmp_path / "odd")
+    config = tmp_path / "odd" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(UserError, match=says):
+        load(str(tmp_path / "odd"))
+
+
+def test_a_learned_variance_is_cut_off(tmp_path):
+    from students import stock
+    from students.export import rehearse
+    from tests.toys import SMALL
+
+    unet = diffusers.UNet2DModel(**{**SMALL, "out_channels": 2})
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
+    diffusers.DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path)
+    teacher = load(str(tmp_path))
+    student = stock.student(teacher, 2)
+    assert student.denoiser.backbone.config.out_channels == 1
+    rehearse(student, teacher)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 0.9])
+    torch.testing.assert_close(student.denoiser(x, t), teacher.denoiser(x, t), atol=1e-5, rtol=1e-4)
+
+
 def test_the_embedded_teacher_denoises_digits():
     from eval.digits import data
 

@@ -14,20 +14,22 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt
+from pydantic import Strict
 from torch import Tensor
 
 from distill.losses import LogNormal, Times, huber
-from distill.objective import Batch, Count, Loss, NonNegative, Objective, Share, Turn
+from distill.objective import Batch, Count, Finite, Loss, NonNegative, Objective, Share, Turn
 from teachers.denoiser import Denoiser
 from teachers.solver import heun_step
 
 
 @dataclass(kw_only=True)
 class Consistency(Objective):
-    levels: Count = 18  # of the grid: 18 for CIFAR, 40 for ImageNet-64
+    levels: Annotated[int, Strict(), Ge(2)] = 18  # of the grid: 18 for CIFAR, 40 for ImageNet-64
     solver: Literal["heun", "ddim"] = "heun"  # the teacher's step from t to r
     distance: Literal["huber", "square"] = "huber"
     huber_c: NonNegative = 0.00054  # times √d: iCT's (arXiv:2310.14189)
@@ -95,7 +97,9 @@ class ConsistencyTuning(Consistency):
     target_ema: Share = 0.0  # ECT's target is the student itself
     huber_c: NonNegative = 0.0  # and its distance the plain norm
     times: Times = LogNormal(-1.1, 2.0)  # of t
-    q: float = 2.0  # how fast r approaches t: r/t grows as 1 - n(t)/q^(stage + 1)
+    q: Annotated[float, *Finite, Gt(1)] = (
+        2.0  # how fast r approaches t: r/t grows as 1 - n(t)/q^(stage + 1)
+    )
     stage_steps: Count = 1000  # steps per stage
 
     def pair(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from distill.losses import all_sum
 from distill.objective import Batch, Count, Positive, Share, Turn, Whole
 from distill.objectives.dmd2 import DMD2
 from students.critic import Critic
+from teachers.errors import UserError
 from teachers.process import expand
 
 # h(r) = r² f″(r); constant factors drop out with the normalisation.
@@ -55,6 +56,10 @@ class FDistill(DMD2):
     warmup: Whole = 0  # steps of plain DMD2 first, while the critic cannot tell
 
     def __post_init__(self) -> None:
+        if self.ratio_min >= self.ratio_max:
+            raise UserError(
+                f"objective.ratio_min: {self.ratio_min} is not below ratio_max, {self.ratio_max}"
+            )
         device = next(self.student.parameters()).device
         self.means = torch.ones(self.bins, device=device)  # of the ratio, by bin
         self.sums = torch.zeros(2, self.bins, device=device)  # this turn's ratios, and their count
