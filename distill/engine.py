@@ -119,7 +119,8 @@ class Engine:
                     progress.advance(self.step)
                     if self.step % self.cfg.log_every == 0 or self.step == self.cfg.steps:
                         progress.show(self.step, self._log(logs))
-                    if self.cfg.sample_every and self.step % self.cfg.sample_every == 0:
+                    every, last = self.cfg.sample_every, self.step == self.cfg.steps
+                    if every and (last or self.step % every == 0):
                         self.sample()
                     if self.evaluate_every and self.step % self.evaluate_every == 0:
                         progress.note(self._evaluate())

@@ -72,7 +72,7 @@ class TrainSection(Section):
     seed: Whole = 0
     log_every: Count = 50
     save_every: Count = 500
-    sample_every: Whole = 500  # 0 for never
+    sample_every: Whole = 500  # and at the end; 0 for never
     keep: Count = 2  # checkpoints kept, beside the best
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl
 
