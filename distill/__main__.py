@@ -91,6 +91,8 @@ def show(out: Path) -> None:
         }
         rows |= {f"student, {k} step{'s' * (k != '1')}": v for k, v in metrics["student"].items()}
         console.print(results(f"{full['protocol']}: {full['n']} samples; ± over seeds", rows))
+    else:
+        console.print("not measured: the recipe names no eval.protocol")
     console.print(
         f"{summary['steps']} steps in {summary['wall_s']:.0f} s, "
         f"{summary['network_evaluations']:,} network evaluations; student in {out / 'student'}",
@@ -137,7 +139,7 @@ def sample(
     else:
         from distill.pictures import save_grid
 
-        save_grid(images, out, len(names) if 1 < len(names) <= 16 else 8)
+        save_grid(images, out, len(names) if 6 <= len(names) <= 16 else min(n, 8))
 
 
 def writable(path: Path, option: str) -> None:
@@ -160,7 +162,7 @@ def counts(generator: Any) -> str:
 @app.command(name="eval")
 def evaluate(
     student: Student,
-    protocol: Annotated[str, typer.Option(help="See `distill list metrics`.")] = "digits",
+    protocol: Annotated[str, typer.Option(help="How to measure: digits.")] = "digits",
     steps: Annotated[str, typer.Option(help="Step counts, such as 1,2,4; all by default.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0.")] = 3,
     json_file: Annotated[
@@ -191,7 +193,8 @@ def evaluate(
         few = generator.at(k)
         found[str(k)] = measure(lambda p, seed: student_samples(few, teacher, p, seed), seeds)  # noqa: B023
     rows = {f"{k} step{'s' * (k != '1')}": v for k, v in found.items()}
-    console.print(results(f"{protocol}: {measure.name}, {seeds} seeds", rows))
+    title = f"{protocol}: {len(measure.prompts)} samples; ± over seeds"
+    console.print(results(title, rows))
     if json_file is not None:
         json_file.write_text(json.dumps({"protocol": protocol, "student": found}, indent=2) + "\n")
 

@@ -254,7 +254,7 @@ def check_protocol(measure: Protocol, teacher: Teacher) -> None:
         teacher.shape != (1, 8, 8) or getattr(teacher.codec, "classes", 0) != 10
     ):
         raise UserError(
-            f"eval.protocol: digits measures 10 classes of 1×8×8 images, not "
+            f"protocol digits measures 10 classes of 1×8×8 images, not "
             f"{'×'.join(map(str, teacher.shape))} of {getattr(teacher.codec, 'classes', 0)}; "
             "leave it out for other teachers"
         )

@@ -78,6 +78,7 @@ class Engine:
         self.ema = EMA(players["student"].params, train.ema)
         self.step = self.draws = 0
         self.seconds, self.best = 0.0, math.inf
+        self.latest: dict[str, Tensor] = {}  # of each turn: the student's may not be this step's
         self.evaluations = {k: 0 for k, v in vars(objective).items() if isinstance(v, nn.Module)}
         self.shards = shards_of(train, accelerator.num_processes)
         self._stop, self._counting = 0, False
@@ -114,11 +115,11 @@ class Engine:
         try:
             with Progress(self.cfg.steps, self.step, self.accelerator.is_main_process) as progress:
                 while self.step < self.cfg.steps:
-                    logs = self.advance(stream)
+                    self.latest |= self.advance(stream)
                     self.seconds = time.perf_counter() - began
                     progress.advance(self.step)
                     if self.step % self.cfg.log_every == 0 or self.step == self.cfg.steps:
-                        progress.show(self.step, self._log(logs))
+                        progress.show(self.step, self._log(self.latest))
                     every, last = self.cfg.sample_every, self.step == self.cfg.steps
                     if every and (last or self.step % every == 0):
                         self.sample()
@@ -126,7 +127,7 @@ class Engine:
                         progress.note(self._evaluate())
                     stop = self._should_stop()
                     if stop or self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps:
-                        self._check(logs)  # or the last good checkpoints would be pruned
+                        self._check(self.latest)  # or the last good checkpoints would be pruned
                         self.save()
                     if stop:
                         raise Stopped(stop)
@@ -219,6 +220,7 @@ class Engine:
             "seconds": self.seconds,
             "best": self.best if math.isfinite(self.best) else None,
             "evaluations": self.evaluations,
+            "latest": self.latest,
             "players": {name: player.state_dict() for name, player in self.players.items()},
             "ema": self.ema.state_dict(),
             "objective": self.objective.state_dict(),
@@ -228,6 +230,7 @@ class Engine:
         self.step, self.draws, self.seconds = state["step"], state["draws"], state["seconds"]
         self.best = math.inf if state["best"] is None else state["best"]
         self.evaluations.update(state["evaluations"])
+        self.latest = {k: v.to(self.accelerator.device) for k, v in state["latest"].items()}
         for name, player in self.players.items():
             player.load_state_dict(state["players"][name])
         self.ema.load_state_dict(state["ema"])

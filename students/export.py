@@ -220,8 +220,8 @@ tags: [fewstep, distillation]
 # A {max(generator.counts)}-step student of {teacher.source}
 
 Distilled by [fewstep](https://pypi.org/project/fewstep/) with the objective `{objective}`.
-It was trained for {counts} step(s); other step counts are not what it learned.
-It needs no guidance at sampling: its teacher's is built in.
+It was trained for {counts} step(s), and for no others.
+It is sampled without guidance.
 
 ```python
 from diffusers import DiffusionPipeline

@@ -202,7 +202,10 @@ def scheduler(generator: Generator) -> Any:
         )
     assert network.scheduler is not None
     assert isinstance(network.process, Tabulated)
-    _, config = network.scheduler  # the betas and the prediction type stay as they were
+    _, everything = network.scheduler  # the betas and the prediction type stay as they were
+    shared = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+              "prediction_type", "rescale_betas_zero_snr")  # fmt: skip
+    config = {k: v for k, v in everything.items() if k in shared}
     if generator.renoise:
         return diffusers.LCMScheduler.from_config(
             config, original_inference_steps=lcm_levels(network.process), clip_sample=False,
