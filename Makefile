@@ -10,8 +10,9 @@ quickstart: $(STAMP)
 	rm -rf runs/quickstart
 	$(BIN)/distill run recipes/digits/dmd2.yaml --out runs/quickstart
 
+# One thread for each of two workers: small networks gain nothing from sharing cores.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -143,6 +143,9 @@ class Tabulated(Process):
         betas = torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2
         return cls((1 - betas).cumprod(0))
 
+    def __repr__(self) -> str:
+        return f"Tabulated({self.last + 1} indices)"
+
     def index(self, t: Tensor) -> Tensor:
         """The fractional index at t, which is the time that such networks were trained to read."""
         return t * self.last
