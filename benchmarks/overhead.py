@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    options.steps += options.steps % 2  # a student's turn comes every second step
     kinds = ("digits", "5m") if options.network == "both" else (options.network,)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     sys.stdout.write(f"{device}, {torch.get_num_threads()} threads\n")
