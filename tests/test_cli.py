@@ -79,7 +79,6 @@ def test_sampling_gives_the_stock_pipelines_pictures(finished, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     for steps in (1, 2):
         out = tmp_path / f"{steps}.npz"
-        sys.argv = []
         result = command(
             "sample",
             finished,
@@ -298,7 +297,7 @@ def kill_and_compare(name, pipelines, tmp_path, kills, steps=24):
         tree["objective"]["stage_steps"] = 8
     path.write_text(yaml.safe_dump(tree))
     assert command("run", path, "--out", tmp_path / "whole").returncode == 0
-    out, rng = tmp_path / "killed", np.random.default_rng(FIVE_SEED + len(name))
+    out, rng = tmp_path / "killed", np.random.default_rng(20 + len(name))
     for kill in range(kills):
         words = ["--resume"] if out.exists() else []
         process = launched(path, out, *words)
@@ -311,9 +310,6 @@ def kill_and_compare(name, pipelines, tmp_path, kills, steps=24):
     result = command("run", path, "--out", out, "--resume")
     assert result.returncode == 0, result.stderr
     assert final(out, steps) == final(tmp_path / "whole", steps)
-
-
-FIVE_SEED = 20
 
 
 def test_a_killed_run_resumes_to_the_same_bits(pipelines, tmp_path):
