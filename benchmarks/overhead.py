@@ -30,7 +30,7 @@ from distill.recipe import Recipe
 
 FIVE = ("dmd2", "sid", "fdistill", "consistency", "progressive")
 LARGE = {
-    "sample_size": 32, "in_channels": 3, "out_channels": 3, "block_out_channels": (64, 96, 128),
+    "sample_size": 32, "in_channels": 3, "out_channels": 3, "block_out_channels": (64, 112, 160),
     "layers_per_block": 1, "down_block_types": ("DownBlock2D",) * 3,
     "up_block_types": ("UpBlock2D",) * 3, "norm_num_groups": 16, "num_class_embeds": 11,
     "attention_head_dim": 32,
