@@ -249,11 +249,11 @@ def recipes() -> dict[str, str]:
 
 def teachers() -> dict[str, str]:
     from teachers.analytic import ANALYTIC
-    from teachers.unet import PIPELINES
+    from teachers.teacher import families
 
     found = {"digits": "embedded: class-conditional, 8×8 handwritten digits"}
     found |= {f"analytic:{k}": "closed form, for tests and study" for k in ANALYTIC}
-    return found | dict.fromkeys(PIPELINES, "a diffusers folder or Hub id of this pipeline")
+    return found | dict.fromkeys(families(), "a diffusers folder or Hub id of this pipeline")
 
 
 def metrics() -> dict[str, str]:

@@ -18,8 +18,9 @@ from distill.recipe import Recipe, find, override, read_yaml
 from distill.seeds import seed_all
 from eval.protocol import floor
 from teachers.errors import UserError, nearest
+from teachers.schedule import read as read_schedule
 from teachers.teacher import load, read_json
-from teachers.unet import denoiser_of
+from teachers.unet import UNet
 
 STEPS = (1, 2, 4, 8, 32)  # at which the card gives the teacher's quality
 
@@ -112,7 +113,7 @@ def pipeline(network: dict[str, Any], scheduler: dict[str, Any], seed: int, wher
         raise UserError(f"{where}: network: {error}") from None
     try:
         read = kind(**config)
-        denoiser_of(unet, kind.__name__, dict(read.config), f"{where}: scheduler")
+        UNet(unet, read_schedule(kind.__name__, dict(read.config), f"{where}: scheduler"))
         return diffusers.ConsistencyModelPipeline(unet=unet, scheduler=read)
     except UserError:
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from students import stock
 from students.generator import Generator
+from students.lora import Adapted, merged, unwrap
 from teachers.errors import UserError
 from teachers.teacher import Teacher, load, read_json
 from teachers.unet import UNet
@@ -26,17 +28,18 @@ TOLERANCE = 1e-3  # of pixels in [0, 1]: a quarter of a grey level
 
 # Runs in another process, with none of our packages imported: what a user's machine will do.
 SCRIPT = """
-import sys, torch
+import json, sys, torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-folder, out, counts, labels = sys.argv[1], sys.argv[2], eval(sys.argv[3]), eval(sys.argv[4])
+folder, out, request = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 pipe = DiffusionPipeline.from_pretrained(folder)
 pipe.set_progress_bar_config(disable=True)
 images = {}
-for steps in counts:
+for steps in request["counts"]:
+    torch.manual_seed(1)  # for pipelines that do not hand their generator on to the scheduler
     draw = torch.Generator().manual_seed(0)
-    images[str(steps)] = pipe(batch_size=4, num_inference_steps=steps, generator=draw,
-                              class_labels=labels, output_type="pt").images
+    out_ = pipe(num_inference_steps=steps, generator=draw, output_type="pt", **request["arguments"])
+    images[str(steps)] = next(iter(out_.values())).float().contiguous()
 save_file(images, out)
 """
 
@@ -58,20 +61,14 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
         UserError: the student has no stock form.
         ExportError: the pictures differ, or the folder does not load.
     """
-    from diffusers import ConsistencyModelPipeline
-
-    network = generator.denoiser
-    if not isinstance(network, UNet):
-        raise UserError(f"export: a {type(network).__name__} student has no diffusers form")
+    pipe = pipeline(generator, teacher)
+    network = unwrap(generator.denoiser)
+    network.unguided(getattr(pipe, network.PART))
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}-*"):  # by an export that was killed
         shutil.rmtree(left, ignore_errors=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        pipe = ConsistencyModelPipeline(
-            unet=network.backbone,  # pyright: ignore[reportArgumentType]
-            scheduler=stock.scheduler(generator),
-        )
         pipe.save_pretrained(draft)
         sidecar = {
             "steps": list(generator.counts),
@@ -90,16 +87,55 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def pipeline(generator: Generator, teacher: Teacher) -> Any:
+    """The stock pipeline that samples this student, with its weights and its scheduler inside.
+
+    Raises:
+        UserError: the student has no stock form.
+    """
+    import diffusers
+
+    try:
+        network = unwrap(generator.denoiser)
+    except UserError as error:
+        raise UserError(f"export: {error}") from None
+    backbone, scheduler = merged(generator.denoiser), stock.scheduler(generator)
+    if isinstance(network, UNet):
+        if isinstance(generator.denoiser, Adapted):
+            stock.drop_null(backbone, teacher)
+            stock.drop_variance(backbone)
+        return diffusers.ConsistencyModelPipeline(unet=backbone, scheduler=scheduler)  # pyright: ignore
+    before = teacher.codec.pipe  # pyright: ignore[reportAttributeAccessIssue]
+    parts = {**before.components, network.PART: backbone, "scheduler": scheduler}
+    known = inspect.signature(type(before).__init__).parameters
+    settings = {k: v for k, v in before.config.items() if k in known and k not in parts}
+    return type(before)(**parts, **settings)
+
+
+def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str, Any]]:
+    """What the checks ask for: the prompts, and the stock pipeline's arguments for them."""
+    kind = type(unwrap(generator.denoiser))
+    if classes := getattr(teacher.codec, "classes", 0):
+        prompts: list[Any] = [i % classes for i in range(4)]
+    else:
+        prompts = ["a red circle", "two boats on a lake"]
+    height, width = getattr(teacher.codec, "size", teacher.shape[-2:])
+    arguments = kind.arguments(prompts, (height, width))
+    if kind is UNet and not classes:
+        arguments["class_labels"] = None
+    return prompts, arguments
+
+
 def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
     """Compare the folder's pictures, made by stock diffusers in another process, with our own."""
-    classes = getattr(teacher.codec, "classes", 0)
-    labels = [i % classes for i in range(4)] if classes else None
+    prompts, arguments = request(generator, teacher)
+    asked = json.dumps({"counts": generator.counts, "arguments": arguments})
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "images.safetensors"
         # -I: neither this folder nor PYTHONPATH can lend the child our packages
-        command = [sys.executable, "-I", "-c", SCRIPT, str(folder.resolve()), str(out)]
+        command = [sys.executable, "-I", "-c", SCRIPT, str(folder.resolve()), str(out), asked]
         result = subprocess.run(
-            [*command, repr(generator.counts), repr(labels)],
+            command,
             cwd=scratch,
             capture_output=True,
             text=True,
@@ -111,7 +147,8 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
 
         theirs = load_file(out)
     for steps in generator.counts:
-        gap = (pictures(generator, teacher, steps, labels) - theirs[str(steps)]).abs().max().item()
+        ours = pictures(generator, teacher, steps, prompts)
+        gap = (ours - theirs[str(steps)]).abs().max().item()
         if not gap <= TOLERANCE:
             raise ExportError(
                 f"at {steps} steps the exported pipeline differs from the student by {gap:.2g} "
@@ -119,12 +156,11 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
             )
 
 
-def pictures(
-    generator: Generator, teacher: Teacher, steps: int, labels: list[int] | None
-) -> Tensor:
-    """The student's four pictures for seed 0, as a stock pipeline's "pt" output: in [0, 1]."""
-    x = draw(generator.at(steps), teacher, labels or [0] * 4, seed=0)
-    return (teacher.codec.decode(x) / 2 + 0.5).clamp(0, 1).cpu()
+def pictures(generator: Generator, teacher: Teacher, steps: int, prompts: list[Any]) -> Tensor:
+    """The student's pictures for seed 0, as a stock pipeline's "pt" output: in [0, 1]."""
+    x = draw(generator.at(steps), teacher, prompts, seed=0)
+    images = (teacher.codec.decode(x) / 2 + 0.5).clamp(0, 1).cpu()
+    return images.movedim(1, 2) if images.ndim == 5 else images  # videos come frame by frame
 
 
 @torch.no_grad()
@@ -134,22 +170,18 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
     Raises:
         UserError: it does not, so a training run would end in a failed export.
     """
-    from diffusers import ConsistencyModelPipeline
-
-    classes = getattr(teacher.codec, "classes", 0)
-    labels = [i % classes for i in range(4)] if classes else None
     who = f"teacher {teacher.source!r}: no stock pipeline samples its students"
+    prompts, arguments = request(generator, teacher)
     try:
-        pipe = ConsistencyModelPipeline(
-            unet=generator.denoiser.backbone,  # pyright: ignore
-            scheduler=stock.scheduler(generator),
-        )
+        pipe = pipeline(generator, teacher)
         pipe.set_progress_bar_config(disable=True)
         for steps in generator.counts:
             rng = torch.Generator().manual_seed(0)
-            out: Any = pipe(4, labels, steps, generator=rng, output_type="pt")  # pyright: ignore
-            ours = pictures(generator, teacher, steps, labels)
-            gap = (ours - out.images.cpu()).abs().max().item()
+            with torch.random.fork_rng():
+                torch.manual_seed(1)
+                out = pipe(num_inference_steps=steps, generator=rng, output_type="pt", **arguments)
+            ours = pictures(generator, teacher, steps, prompts)
+            gap = (ours - next(iter(out.values())).float().cpu()).abs().max().item()
             if not gap <= TOLERANCE:
                 raise UserError(f"{who}: at {steps} steps it differs by {gap:.2g}")
     except UserError:
@@ -168,14 +200,21 @@ def child_environment() -> dict[str, str]:
 def draw(
     generator: Generator, teacher: Teacher, labels: Sequence[Any], seed: int, batch: int = 512
 ) -> Tensor:
-    """x̂ (N, ...) for N labels, from the very noise that a stock pipeline draws for this seed.
+    """x̂ (N, ...) for N labels or prompts, from the very noise that a stock pipeline draws.
 
-    The noise comes from one CPU generator, all of it first and then in batches, so the pictures
-    depend neither on the device nor on the batch size.
+    The noise comes from CPU generators, all of it first and then in batches, so the pictures depend
+    neither on the device nor on the batch size. Pipelines that hand their generator on to the
+    scheduler draw all from that one; the others draw their returns' noise from PyTorch's global
+    one, for which a generator seeded with `seed` + 1 stands here.
     """
+    kind = type(unwrap(generator.denoiser))
     rng = torch.Generator().manual_seed(seed)
+    again = rng if kind.SEEDED else torch.Generator().manual_seed(seed + 1)
     steps, n = len(generator.times), len(labels)
-    noise = [torch.randn(n, *teacher.shape, generator=rng) for _ in range(steps)]
+    noise = [torch.randn(n, *teacher.shape, generator=rng)]
+    layout = kind.pack(noise[0]).shape
+    for _ in range(steps - 1 if generator.renoise else 0):
+        noise.append(kind.unpack(torch.randn(layout, generator=again), teacher.shape))
     cond = teacher.codec.condition(list(labels))
     device = next(generator.parameters()).device
     parts = []
@@ -202,8 +241,6 @@ def load_student(folder: Path) -> tuple[Generator, Teacher]:
     if not whole or not isinstance(sidecar.get("renoise"), bool):
         raise UserError(f"student {str(folder)!r}: {SIDECAR} is damaged; export the run again")
     teacher = load(str(folder))
-    network = teacher.denoiser
-    assert isinstance(network, UNet)
     like = stock.student(teacher, max(counts), None, sidecar["renoise"])
     return like.eval().requires_grad_(False), teacher
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ class Generator(nn.Module):
             σ_min for consistency models (arXiv:2303.01469, algorithm 1), else 0.
         start: The scale of z that it starts from; by default σ at the first time. DDPM's samplers
             take 1 there, although their last index still holds a trace of data.
+        grids: For each step count that it can be run at, its times, where a scheduler's own are
+            not every second or every fourth of `times`, which they are by default.
     """
 
     def __init__(
@@ -31,12 +33,15 @@ class Generator(nn.Module):
         renoise: bool = True,
         floor: float = 0.0,
         start: float | None = None,
+        grids: Mapping[int, Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         self.denoiser, self.times, self.renoise = denoiser, tuple(times), renoise
         self.floor, self.start = floor, start
         if not self.times or any(s >= t for t, s in zip(times, times[1:], strict=False)):
             raise ValueError(f"times must fall, and there must be one: {self.times}")
+        grids = thinned(self.times) if grids is None else grids
+        self.grids = {k: tuple(v) for k, v in grids.items()}
 
     def forward(
         self,
@@ -66,19 +71,19 @@ class Generator(nn.Module):
     @property
     def counts(self) -> tuple[int, ...]:
         """The step counts that this student can be run at: those that divide its own."""
-        n = len(self.times)
-        return tuple(k for k in range(1, n + 1) if n % k == 0)
+        return tuple(self.grids)
 
     def at(self, steps: int) -> Generator:
-        """The same student run in fewer steps, at every (n/steps)-th of its times.
+        """The same student run in fewer steps.
 
         Raises:
             ValueError: `steps` is not one of `counts`.
         """
         if steps not in self.counts:
             raise ValueError(f"a student of {len(self.times)} steps runs in {self.counts}")
-        times = self.times[:: len(self.times) // steps]
-        return Generator(self.denoiser, times, self.renoise, self.floor, self.start)
+        grids = {k: v for k, v in self.grids.items() if steps % k == 0}
+        times = self.grids[steps]
+        return Generator(self.denoiser, times, self.renoise, self.floor, self.start, grids)
 
     def draw(self) -> tuple[Generator, int]:
         """A step count, and a place in its chain: what one training step should simulate.
@@ -90,3 +95,9 @@ class Generator(nn.Module):
         """
         steps = random.choices(self.counts, [1 / k for k in self.counts])[0]
         return self.at(steps), random.randint(1, steps)
+
+
+def thinned(times: Sequence[float]) -> dict[int, tuple[float, ...]]:
+    """A grid for each count that divides the number of times: all of them, every second, …"""
+    n = len(times)
+    return {k: tuple(times[:: n // k]) for k in range(1, n + 1) if n % k == 0}

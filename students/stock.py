@@ -8,34 +8,66 @@ here, before training, to be those of a scheduler that diffusers ships:
 | EDM | renoising | CMStochasticIterative | equal steps in σ^(1/ρ), on its 40-level grid |
 | DDPM betas | renoising | LCM | equal steps of its 50-index grid |
 | DDPM betas | the ODE | DDIM, trailing | equal steps of the index |
+| flow | renoising | FlowMatchEuler, stochastic | what it gives for each count |
+| flow | the ODE | FlowMatchEuler | what it gives for each count |
 
-All three run in `ConsistencyModelPipeline`, the one that hands labels to a UNet2DModel.
+UNet2D students run in `ConsistencyModelPipeline`, the one that hands labels to a UNet2DModel; all
+others in their teacher's own pipeline.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from students.generator import Generator
-from teachers.denoiser import edm
+from students.generator import Generator, thinned
+from students.lora import Adapted, Adapter, under, unwrap
+from teachers.denoiser import Prediction, coefficients, edm
 from teachers.errors import UserError
-from teachers.process import Karras, Tabulated
+from teachers.pipeline import Pretrained
+from teachers.process import Karras, Linear, Tabulated
+from teachers.schedule import CM, Schedule, Time, log_sigma
 from teachers.teacher import Teacher
-from teachers.unet import CM, Time, UNet, log_sigma
+from teachers.unet import UNet
 
 CM_LEVELS = 40  # CMStochasticIterativeScheduler's default, rounded up to a multiple of the steps
 LCM_LEVELS = 50  # LCMScheduler's original_inference_steps
 LCM_SCALE, LCM_DATA = 10.0, 0.5  # its boundary: c_skip = d² / ((10 i)² + d²) at index i
 
 
-def student(
-    teacher: Teacher, steps: int = 1, start: float | None = None, renoise: bool = True
-) -> Generator:
-    """A trainable few-step copy of the teacher, in a stock form.
+@dataclass(frozen=True)
+class Form:
+    """A few-step student's parametrisation and times, those of a stock scheduler.
+
+    Args:
+        grids: For each step count that it can be run at, the times, from noise to data.
+        start: The scale of the noise it starts from; None is σ at the first time.
+    """
+
+    schedule: Schedule
+    grids: dict[int, tuple[float, ...]]
+    renoise: bool
+    floor: float = 0.0
+    start: float | None = None
+
+    def generator(self, denoiser: Any) -> Generator:
+        """The student that this form makes of a network."""
+        steps = max(self.grids)
+        return Generator(
+            denoiser, self.grids[steps], self.renoise, self.floor, self.start, self.grids
+        )
+
+
+def form(
+    network: Pretrained, steps: int = 1, start: float | None = None, renoise: bool = True
+) -> Form:
+    """The stock form of a student of `steps` steps of this network.
 
     Args:
         steps: The most steps it is trained for; it also runs in those that divide them.
@@ -45,48 +77,23 @@ def student(
     Raises:
         UserError: no stock scheduler samples such a student.
     """
-    source = teacher.denoiser
-    if not isinstance(source, UNet):
-        kind = type(source).__name__
-        raise UserError(f"student: a {kind} teacher has no weights that a pipeline could load")
     if not 1 <= steps <= CM_LEVELS:
         raise UserError(f"student.steps: {steps} is outside 1 to {CM_LEVELS}")
-    backbone = deepcopy(source.backbone).requires_grad_(True)
-    drop_null(backbone, teacher)
-    drop_variance(backbone)
-    if isinstance(process := source.process, Karras):
-        return _consistency(source, backbone, process, steps, start, renoise)
+    process = network.process
+    if start is not None and not isinstance(process, Karras):
+        raise UserError("student.start: only EDM students choose where they start; leave it out")
+    if isinstance(process, Karras):
+        return _consistency(network.schedule, process, steps, start, renoise)
+    if isinstance(process, Linear):
+        return _flow(network, process, steps, renoise)
     if not isinstance(process, Tabulated):
         raise UserError(f"student: no stock scheduler knows a {type(process).__name__} process")
-    if start is not None:
-        raise UserError("student.start: DDPM students start at their last index; leave it out")
-    if not renoise:
-        if (process.last + 1) % steps:
-            raise UserError(
-                f"student.steps: {steps} does not divide the {process.last + 1} indices"
-            )
-        times = [(round((process.last + 1) * (1 - k / steps)) - 1) for k in range(steps)]
-        network = UNet(backbone, process, source.coefficients, process.index)
-    else:
-        n = lcm_levels(process)
-        if steps > n:
-            raise UserError(f"student.steps: {steps} is more than the {n} times there are")
-        jump = (process.last + 1) // n
-        grid = [jump * (i + 1) - 1 for i in reversed(range(n))]
-        times = [grid[k * n // steps] for k in range(steps)]
-        network = LCM(backbone, process, source.coefficients, process.index)
-    network.scheduler = source.scheduler
-    return Generator(network, [i / process.last for i in times], renoise, start=1.0)
+    return _ddpm(network.schedule, process, steps, renoise)
 
 
 def _consistency(
-    source: UNet,
-    backbone: nn.Module,
-    process: Karras,
-    steps: int,
-    start: float | None,
-    renoise: bool,
-) -> Generator:
+    schedule: Schedule, process: Karras, steps: int, start: float | None, renoise: bool
+) -> Form:
     if not renoise:
         raise UserError(
             "student.renoise: stock pipelines sample EDM students by renoising; leave it true"
@@ -99,16 +106,123 @@ def _consistency(
                 f"{process.sigma_min} to {process.sigma_max}"
             )
         first = process.time(torch.tensor(start, dtype=torch.float64)).item()
-    assert source.sigma_data is not None
-    time = log_sigma(process, 250.0)
-    if source.scheduler is None or source.scheduler[0] != CM:
-        retime(backbone, source.time, time)
-    network = UNet(
-        backbone, process, edm(source.sigma_data, process.sigma_min), time, source.sigma_data
-    )
+    assert schedule.sigma_data is not None
     n = levels(steps)
     times = [first * (1 - k * (n // steps) / (n - 1)) for k in range(steps)]
-    return Generator(network, times, True, floor=process.sigma_min)
+    schedule = replace(
+        schedule,
+        predicts=edm(schedule.sigma_data, process.sigma_min),
+        time=log_sigma(process, 250.0),
+    )
+    return Form(schedule, thinned(times), True, floor=process.sigma_min)
+
+
+def _ddpm(schedule: Schedule, process: Tabulated, steps: int, renoise: bool) -> Form:
+    if not renoise:
+        if (process.last + 1) % steps:
+            raise UserError(
+                f"student.steps: {steps} does not divide the {process.last + 1} indices"
+            )
+        indices = [(round((process.last + 1) * (1 - k / steps)) - 1) for k in range(steps)]
+        return Form(schedule, thinned([i / process.last for i in indices]), False, start=1.0)
+    n = lcm_levels(process)
+    if steps > n:
+        raise UserError(f"student.steps: {steps} is more than the {n} times there are")
+    jump = (process.last + 1) // n
+    grid = [jump * (i + 1) - 1 for i in reversed(range(n))]
+    times = [grid[k * n // steps] / process.last for k in range(steps)]
+    schedule = replace(schedule, predicts=partial(_lcm, process=process, own=schedule.predicts))
+    return Form(schedule, thinned(times), True, start=1.0)
+
+
+def _lcm(alpha: Tensor, sigma: Tensor, process: Tabulated, own: str | Prediction):
+    """A DDPM network under latent consistency models' boundary (arXiv:2310.04378): x̂ = x at t = 0.
+
+    The stock scheduler applies it, so the student is trained under it: c_skip x_t + c_out x̂, with
+    weights that differ from 0 and 1 only at the lowest few indices.
+    """
+    skip, out = coefficients(own)(alpha, sigma)
+    index = process.index(process.time(sigma.double() / alpha.double()))
+    scaled = (LCM_SCALE * index).to(alpha.dtype)
+    total = scaled**2 + LCM_DATA**2
+    keep, change = LCM_DATA**2 / total, scaled / total.sqrt()
+    return keep + change * skip, change * out
+
+
+def _flow(network: Pretrained, process: Linear, steps: int, renoise: bool) -> Form:
+    stock = flow_scheduler(network.schedule, process.shift, steps, renoise, network.GRID)
+    grids: dict[int, tuple[float, ...]] = {}
+    for k in [k for k in range(1, steps + 1) if steps % k == 0]:
+        if k == 1 < steps and stock.config.shift_terminal:
+            continue  # it would stretch one step over nothing
+        even = np.linspace(1.0, 1 / k, k)
+        stock.set_timesteps(k, sigmas=None if network.GRID == "own" else even)
+        sigma = stock.sigmas[:-1].double()
+        grids[k] = tuple(process.time(sigma / (1 - sigma)).tolist())
+    return Form(network.schedule, grids, renoise)
+
+
+def flow_scheduler(schedule: Schedule, shift: float, steps: int, renoise: bool, grid: str) -> Any:
+    """FlowMatchEulerDiscreteScheduler, so set that a pipeline's own way of asking for times gives
+    useful ones: left alone, those that let it choose would spend their last step at σ near 0."""
+    import diffusers
+
+    last = None
+    if grid == "own" and steps > 1:
+        last = shift / steps / (1 + (shift - 1) / steps)
+    return diffusers.FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=schedule.config["num_train_timesteps"],
+        shift=shift,
+        shift_terminal=last,  # pyright: ignore[reportArgumentType]
+        stochastic_sampling=renoise,
+    )
+
+
+def student(
+    teacher: Teacher,
+    steps: int = 1,
+    start: float | None = None,
+    renoise: bool = True,
+    adapter: Adapter | None = None,
+) -> Generator:
+    """A trainable few-step student that starts as the teacher, in a stock form.
+
+    Args:
+        steps, start, renoise: As `form` has them.
+        adapter: Train one on the teacher's own weights, which stay as they are; None is a copy.
+
+    Raises:
+        UserError: no stock scheduler samples such a student.
+    """
+    try:
+        source = unwrap(teacher.denoiser)
+    except UserError as error:
+        raise UserError(f"student: {error}") from None
+    made = form(source, steps, start, renoise)
+    if adapter is not None:
+        if isinstance(source, UNet):
+            share_time(source, made.schedule)
+        view = under(source, made.schedule)
+        return made.generator(Adapted(view, "student", adapter.config(source.LORA)))
+    backbone = deepcopy(source.backbone).requires_grad_(True)
+    if isinstance(source, UNet):
+        drop_null(backbone, teacher)
+        drop_variance(backbone)
+        if rescaled(source.schedule):
+            retime(backbone, source.time, made.schedule.time)
+    return made.generator(type(source)(backbone, made.schedule))
+
+
+def rescaled(schedule: Schedule) -> bool:
+    """Whether an EDM network reads its time in other units than the student's scheduler feeds."""
+    return isinstance(schedule.process, Karras) and schedule.name != CM
+
+
+def share_time(source: UNet, schedule: Schedule) -> None:
+    """Have an EDM teacher read its time as its student will, since they share the layer for it."""
+    if rescaled(source.schedule):
+        retime(source.backbone, source.time, schedule.time)
+        source.adopt(replace(source.schedule, time=schedule.time, name=CM))
 
 
 def levels(steps: int) -> int:
@@ -120,21 +234,6 @@ def levels(steps: int) -> int:
 def lcm_levels(process: Tabulated) -> int:
     """The LCM scheduler's grid size: its default, or every index where there are fewer."""
     return min(LCM_LEVELS, process.last + 1)
-
-
-class LCM(UNet):
-    """A DDPM network under latent consistency models' boundary (arXiv:2310.04378): x̂ = x at t = 0.
-
-    The stock scheduler applies it, so the student is trained under it: c_skip x_t + c_out x̂, with
-    weights that differ from 0 and 1 only at the lowest few indices.
-    """
-
-    def forward(self, x_t: Tensor, t: Tensor, cond=None, s: Tensor | None = None) -> Tensor:
-        assert isinstance(self.process, Tabulated)
-        scaled = LCM_SCALE * self.process.index(t).view(-1, *(1,) * (x_t.ndim - 1))
-        total = scaled**2 + LCM_DATA**2
-        x = super().forward(x_t, t, cond, s)
-        return LCM_DATA**2 / total * x_t + scaled / total.sqrt() * x
 
 
 def retime(backbone: Any, old: Time, new: Time) -> None:
@@ -187,31 +286,31 @@ def scheduler(generator: Generator) -> Any:
     """The diffusers scheduler that samples this student."""
     import diffusers
 
-    network = generator.denoiser
-    assert isinstance(network, UNet)
-    if isinstance(process := network.process, Karras):
-        assert network.sigma_data is not None
+    network = unwrap(generator.denoiser)
+    schedule, steps = network.schedule, len(generator.times)
+    if isinstance(process := schedule.process, Karras):
+        assert schedule.sigma_data is not None
         sigma_max = process.scales(torch.tensor(generator.times[0], dtype=torch.float64))[1].item()
         return diffusers.CMStochasticIterativeScheduler(
-            num_train_timesteps=levels(len(generator.times)),
+            num_train_timesteps=levels(steps),
             sigma_min=process.sigma_min,
             sigma_max=sigma_max,
-            sigma_data=network.sigma_data,
+            sigma_data=schedule.sigma_data,
             rho=process.rho,
             clip_denoised=False,
         )
-    assert network.scheduler is not None
-    assert isinstance(network.process, Tabulated)
-    _, everything = network.scheduler  # the betas and the prediction type stay as they were
+    if isinstance(process, Linear):
+        return flow_scheduler(schedule, process.shift, steps, generator.renoise, network.GRID)
+    assert isinstance(process, Tabulated)
     shared = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
               "prediction_type", "rescale_betas_zero_snr")  # fmt: skip
-    config = {k: v for k, v in everything.items() if k in shared}
+    config = {k: v for k, v in schedule.config.items() if k in shared}  # these stay as they were
     if generator.renoise:
         return diffusers.LCMScheduler.from_config(
-            config, original_inference_steps=lcm_levels(network.process), clip_sample=False,
-            thresholding=False, timestep_scaling=LCM_SCALE,
+            config, original_inference_steps=lcm_levels(process), clip_sample=False,
+            thresholding=False, timestep_scaling=LCM_SCALE, steps_offset=1,
         )  # fmt: skip
     return diffusers.DDIMScheduler.from_config(
         config, timestep_spacing="trailing", clip_sample=False, thresholding=False,
-        set_alpha_to_one=True,
+        set_alpha_to_one=True, steps_offset=1,
     )  # fmt: skip

@@ -45,6 +45,11 @@ PREDICTIONS: dict[str, Prediction] = {
 }
 
 
+def coefficients(predicts: str | Prediction) -> Prediction:
+    """The function of (α, σ) that a key of PREDICTIONS names, or that is given outright."""
+    return PREDICTIONS[predicts] if isinstance(predicts, str) else predicts
+
+
 class Denoiser(nn.Module):
     """x̂(x_t, t): the expected data behind a noisy sample."""
 
@@ -78,7 +83,7 @@ class Network(Denoiser):
     def __init__(self, backbone: nn.Module, process: Process, predicts: str | Prediction) -> None:
         super().__init__()
         self.backbone, self.process = backbone, process
-        self.coefficients = PREDICTIONS[predicts] if isinstance(predicts, str) else predicts
+        self.coefficients = coefficients(predicts)
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
         """The raw backbone; an adapter overrides this to match its signature and time units."""

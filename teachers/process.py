@@ -70,13 +70,20 @@ class Process:
 
 @dataclass(frozen=True)
 class Linear(Process):
-    """Rectified flow (arXiv:2209.03003): x_t = (1 - t) x + t ε."""
+    """Rectified flow (arXiv:2209.03003): x_t = (1 - σ) x + σ ε.
+
+    σ = t, or leans towards noise by the factor `shift` (arXiv:2403.03206, as large images need):
+    σ = shift t / (1 + (shift - 1) t), so that even times are the checkpoint's own.
+    """
+
+    shift: float = 1.0
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 - t, t
+        rest = 1 + (self.shift - 1) * t
+        return (1 - t) / rest, self.shift * t / rest
 
     def time(self, ratio: Tensor) -> Tensor:
-        return ratio / (1 + ratio)
+        return 1 / (1 + self.shift / ratio)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +22,10 @@ DIGITS = Path(__file__).parent / "digits"
 class Codec(Protocol):
     """Prompts or labels, and pixels, to and from what the denoiser sees."""
 
-    null: Cond  # what stands for no condition, each entry shaped (1, ...); None: there is none
+    @property
+    def null(self) -> Cond:
+        """What stands for no condition, each entry shaped (1, ...); None: there is none."""
+        ...
 
     def condition(self, prompts: Sequence[Any]) -> Cond:
         """The condition of N prompts, each entry shaped (N, ...)."""
@@ -86,19 +91,16 @@ def load(source: str, **options: Any) -> Teacher:
 
     Args:
         source: "digits" (embedded), "analytic:NAME" (closed form), a diffusers folder or a Hub id.
-        options: The family's own; for UNet2D pipelines `null_label`, the class that means none.
+        options: The family's own: `null_label`, the class that means none, for UNet2D pipelines;
+            `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16) for the others.
 
     Raises:
         UserError: nothing is there, the files are not whole, the family is not supported, or it
             does not know the option.
     """
-    if unknown := sorted(options.keys() - {"null_label"}):
-        raise UserError(
-            f"teacher {source!r}: option {unknown[0]!r}: {nearest(unknown[0], ['null_label'])}"
-        )
     if source.startswith("analytic:"):
         if options:
-            raise UserError(f"teacher {source!r} has no classes; leave out null_label")
+            raise UserError(f"teacher {source!r} takes no options; leave out {min(options)}")
         return _analytic(source)
     if source == "digits":
         options.setdefault("null_label", 10)
@@ -108,16 +110,26 @@ def load(source: str, **options: Any) -> Teacher:
     known = families()
     if family not in known:
         raise UserError(f"teacher {source!r}: {family} is not supported; {nearest(family, known)}")
-    teacher = known[family](folder, source, **options)
+    loader = known[family]
+    takes = list(signature(loader).parameters)[2:]
+    if unknown := sorted(options.keys() - set(takes)):
+        raise UserError(
+            f"teacher {source!r}: {family} has no option {unknown[0]!r}; "
+            f"{nearest(unknown[0], takes)}"
+        )
+    teacher = loader(folder, source, **options)
     teacher.denoiser.eval().requires_grad_(False)
     return teacher
 
 
 def families() -> dict[str, Any]:
     """Loaders by the pipeline class that a folder's model_index.json names."""
-    from teachers import unet  # imports diffusers' configuration only when something is loaded
+    from teachers import pipeline, stable, unet  # only when something is loaded
 
-    return dict.fromkeys(unet.PIPELINES, unet.load)
+    table: dict[str, Any] = dict.fromkeys(unet.UNet.PIPELINES, unet.load)
+    for kind in (stable.StableDiffusion, stable.SDXL):
+        table |= dict.fromkeys(kind.PIPELINES, partial(pipeline.load, kind))
+    return table
 
 
 def find(source: str) -> Path:
@@ -130,7 +142,11 @@ def find(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(
+            snapshot_download(
+                source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

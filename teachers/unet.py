@@ -1,68 +1,39 @@
-"""Diffusers' UNet2DModel pipelines, unconditional or class-conditional, read as denoisers.
-
-What the network predicts, its process and its time units come from the scheduler's config:
-
-| scheduler | process | predicts | time fed to the network |
-|---|---|---|---|
-| any with alphas_cumprod (DDPM, DDIM, …) | Tabulated | prediction_type | index, 0 to N - 1 |
-| EDMEuler, EDMDPMSolverMultistep | Karras | EDM | ¼ log σ |
-| CMStochasticIterative | Karras | EDM with the σ_min boundary | 250 log σ |
-"""
+"""Diffusers' UNet2DModel pipelines of pixels, unconditional or class-conditional, as denoisers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from teachers.denoiser import Cond, Network, Prediction, edm
-from teachers.errors import UserError, nearest
-from teachers.process import Karras, Process, Tabulated
+from teachers.denoiser import Cond
+from teachers.errors import UserError
+from teachers.pipeline import Pretrained
+from teachers.schedule import read
 from teachers.teacher import Pixels, Teacher, read_json
 
-PIPELINES = ("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline", "PNDMPipeline")
-CM = "CMStochasticIterativeScheduler"
-EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-PREDICTS = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
 
-Time = Callable[[Tensor], Tensor]  # the process's t (B,) -> the time that the network reads (B,)
+class UNet(Pretrained):
+    """A UNet2DModel as a denoiser."""
 
-
-class UNet(Network):
-    """A UNet2DModel as a denoiser.
-
-    Args:
-        time: From the process's t to the network's own time.
-        sigma_data: For EDM networks, whose input is x_t / √(σ² + σ_data²); None feeds x_t as it is.
-        scheduler: The diffusers scheduler class and config it was loaded with.
-    """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        process: Process,
-        predicts: str | Prediction,
-        time: Time,
-        sigma_data: float | None = None,
-        scheduler: tuple[str, dict[str, Any]] | None = None,
-    ) -> None:
-        super().__init__(backbone, process, predicts)
-        self.time, self.sigma_data, self.scheduler = time, sigma_data, scheduler
+    PIPELINES = ("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline", "PNDMPipeline")
+    PART, SEEDED = "unet", True
+    LORA = r".*(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut|time_emb_proj)"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
-        if self.sigma_data is not None:
+        if (sigma_data := self.schedule.sigma_data) is not None:
             _, sigma = self.process.at(t, x_t)
-            x_t = x_t / (sigma**2 + self.sigma_data**2).sqrt()
+            x_t = x_t / (sigma**2 + sigma_data**2).sqrt()
         labels = None if cond is None else cond["class_labels"]
+        x_t = x_t.to(self.dtype)
         out = self.backbone(x_t, self.time(t), class_labels=labels, return_dict=False)[0]
         return out[:, : x_t.shape[1]]  # a learned variance, where there is one, comes after
 
-
-def log_sigma(process: Karras, scale: float) -> Time:
-    """scale · log σ(t): EDM's time at ¼, a consistency model's at 250."""
-    return lambda t: scale * process.scales(t.double())[1].log().to(t.dtype)
+    @staticmethod
+    def arguments(prompts: list[Any], size: tuple[int, int]) -> dict[str, Any]:
+        """What ConsistencyModelPipeline calls them, whichever pipeline the teacher came in."""
+        return {"batch_size": len(prompts), "class_labels": prompts}
 
 
 def load(folder: Path, source: str, null_label: int | None = None) -> Teacher:
@@ -76,7 +47,7 @@ def load(folder: Path, source: str, null_label: int | None = None) -> Teacher:
     config = read_json(inside(folder, "scheduler") / "scheduler_config.json", who)
     config = {k: v for k, v in config.items() if not k.startswith("_diffusers")}
     name = str(config.pop("_class_name", ""))
-    denoiser = denoiser_of(backbone, name, config, who)
+    denoiser = UNet(backbone, read(name, config, who))
     classes = backbone.config["num_class_embeds"] or 0
     if null_label is not None:
         if not 0 <= null_label < classes:
@@ -116,42 +87,3 @@ def backbone_of(folder: Path, who: str) -> Any:
     except Exception as error:  # diffusers wraps a damaged file in various types
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{who}: the weights in {folder} cannot be read ({reason})") from None
-
-
-def denoiser_of(backbone: Any, name: str, config: dict[str, Any], who: str) -> UNet:
-    """The backbone read as its scheduler's config says."""
-    import diffusers
-
-    kind = getattr(diffusers, name, None)
-    if kind is None:
-        raise UserError(f"{who}: scheduler {name!r} is unknown: {nearest(name, [CM, *EDM])}")
-    try:
-        scheduler = kind.from_config(config)
-        full = dict(scheduler.config)
-        bar = getattr(scheduler, "alphas_cumprod", None)
-    except Exception as error:  # diffusers checks little, and late
-        raise UserError(f"{who}: the scheduler's config cannot be read ({error})") from None
-    if name == CM or name in EDM:
-        low, high = full["sigma_min"], full["sigma_max"]
-        if not (isinstance(low, float | int) and isinstance(high, float | int) and 0 < low < high):
-            raise UserError(f"{who}: sigma_min and sigma_max are {low!r}, {high!r}; 0 < min < max")
-        process = Karras(low, high, full["rho"])
-        floor, scale = (full["sigma_min"], 250.0) if name == CM else (0.0, 0.25)
-        if full.get("prediction_type", "epsilon") != "epsilon":
-            raise UserError(f"{who}: EDM prediction_type must be 'epsilon', the F of EDM's paper")
-        predicts = edm(full["sigma_data"], floor)
-        time = log_sigma(process, scale)
-        return UNet(backbone, process, predicts, time, full["sigma_data"], (name, full))
-    if bar is None:
-        raise UserError(f"{who}: scheduler {name} is not supported: {nearest(name, [CM, *EDM])}")
-    kind = full.get("prediction_type", "epsilon")
-    if len(bar) != full["num_train_timesteps"]:
-        raise UserError(
-            f"{who}: {len(bar)} betas for {full['num_train_timesteps']} num_train_timesteps"
-        )
-    if kind == "epsilon" and bar[-1] < 1e-10:
-        raise UserError(f"{who}: its last index is pure noise, from which ε says nothing of x")
-    if not isinstance(kind, str) or kind not in PREDICTS:
-        raise UserError(f"{who}: prediction_type {kind!r}: {nearest(str(kind), PREDICTS)}")
-    process = Tabulated(bar)
-    return UNet(backbone, process, PREDICTS[kind], process.index, None, (name, full))

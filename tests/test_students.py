@@ -7,7 +7,7 @@ from students.export import ExportError, draw, export, load_student, verify
 from teachers import Karras, UserError, load
 from teachers.analytic import Gaussian
 from teachers.process import Tabulated
-from teachers.unet import log_sigma
+from teachers.schedule import log_sigma
 from tests.toys import Affine
 
 

@@ -1,0 +1,235 @@
+"""One frozen backbone, many networks: each player is an adapter on the teacher's own weights.
+
+Adapters are *used*, never *set*: PEFT's `set_adapter` also flips requires_grad, and autograd then
+silently drops the gradients of a graph that was already built. Here which adapter is used follows
+the forward pass, and which one learns is its player's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from copy import copy, deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from teachers.denoiser import Cond, Denoiser, Wrapper
+from teachers.errors import UserError
+from teachers.pipeline import Pretrained
+from teachers.schedule import Schedule
+
+_LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # adapted ones, by module
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The shape of an adapter: low-rank changes to the layers that `targets` matches."""
+
+    kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
+    rank: int = 64
+    alpha: float | None = None  # changes are scaled by alpha / rank; by default by 1
+    targets: str | None = None  # a regex of module names; by default the family's own
+
+    def config(self, family: str) -> Any:
+        """PEFT's config for it; `family` is the regex for when `targets` names none."""
+        import peft
+
+        alpha = self.rank if self.alpha is None else self.alpha
+        targets = self.targets or family
+        if self.kind in ("lora", "dora"):
+            return peft.LoraConfig(
+                r=self.rank,
+                lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
+                target_modules=targets,
+                use_dora=self.kind == "dora",
+            )
+        kind = peft.LoHaConfig if self.kind == "loha" else peft.LoKrConfig
+        return kind(r=self.rank, alpha=alpha, target_modules=targets)  # pyright: ignore
+
+
+class Adapted(Denoiser):
+    """A denoiser run under one adapter on weights that it shares and never changes.
+
+    Its parameters are its adapter's: the denoiser is used, not owned. A deep copy is one more
+    adapter on the same weights, equal to this one.
+
+    Args:
+        denoiser: The shared network.
+        name: The adapter's; None is the frozen base.
+        config: PEFT's, to create the adapter, which begins as no change; None takes one that is
+            already there.
+
+    Raises:
+        UserError: the config's targets match no layer.
+    """
+
+    def __init__(self, denoiser: Denoiser, name: str | None, config: Any = None) -> None:
+        super().__init__()
+        self.name, self.config = name, config
+        self._denoiser = (denoiser,)  # in a tuple: not a submodule
+        if config is not None:
+            assert name is not None
+            inject(denoiser, name, config)
+        self.names = [k for k, _ in denoiser.named_parameters() if name in k.split(".")]
+        weights = dict(denoiser.named_parameters())
+        self.weights = nn.ParameterList([weights[k] for k in self.names])
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self._denoiser[0]
+
+    @property
+    def process(self) -> Any:
+        return self.denoiser.process
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        with using(self.denoiser, self.name):
+            return self.denoiser(x_t, t, cond, s)
+
+    def weight(self, t: Tensor) -> Tensor:
+        return self.denoiser.weight(t)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """This adapter's weights, by their names in the shared network."""
+        return dict(zip(self.names, self.weights, strict=True))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapted:
+        if self.name is None or self.config is None:
+            return Adapted(self.denoiser, self.name)
+        taken = {k for layer in layers(self.denoiser) for k in adapters(layer)}
+        name = next(n for i in range(2, 1000) if (n := f"{self.name}_{i}") not in taken)
+        twin = Adapted(self.denoiser, name, self.config)
+        twin.load_state_dict(self.state_dict())
+        return twin.train(self.training)
+
+
+def inject(module: nn.Module, name: str, config: Any) -> None:
+    """Add a new adapter to `module`, in float32 and frozen, and use none."""
+    from peft import inject_adapter_in_model
+
+    frozen = {p: p.requires_grad for p in module.parameters()}
+    try:
+        inject_adapter_in_model(config, module, adapter_name=name)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"adapters.targets: {config.target_modules!r}: {reason}") from None
+    _LAYERS.clear()
+    for key, p in module.named_parameters():
+        if name in key.split("."):
+            p.data = p.data.float()  # what learns is kept in full precision, whatever the base is
+            p.requires_grad_(False)
+        else:
+            p.requires_grad_(frozen.get(p, False))  # PEFT touches those as well
+    for layer in layers(module):
+        layer._active_adapter, layer._disable_adapters = [], True
+
+
+def layers(module: nn.Module) -> list[Any]:
+    """The adapted layers in `module`; looked up once."""
+    if module not in _LAYERS:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        _LAYERS[module] = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+    return _LAYERS[module]
+
+
+def adapters(layer: Any) -> set[str]:
+    """The names of the adapters on one layer."""
+    return {k for n in layer.adapter_layer_names if n in vars(layer)["_modules"]
+            or n in vars(layer)["_parameters"] for k in getattr(layer, n)}  # fmt: skip
+
+
+@contextmanager
+def using(module: nn.Module, name: str | None) -> Iterator[None]:
+    """Run `module` under one adapter (None: the base weights); requires_grad is never touched."""
+    found = layers(module)
+    before = [(m._active_adapter, m._disable_adapters) for m in found]
+    for m in found:
+        m._active_adapter, m._disable_adapters = [name], name is None
+    try:
+        yield
+    finally:
+        for m, (active, disabled) in zip(found, before, strict=True):
+            m._active_adapter, m._disable_adapters = active, disabled
+
+
+def used(module: nn.Module) -> str | None:
+    """The adapter that `module` is now run under."""
+    found = layers(module)
+    return None if not found or found[0]._disable_adapters else found[0]._active_adapter[0]
+
+
+def checkpointing(backbone: Any) -> None:
+    """Keep no activations inside the backbone's blocks; recompute them, under the same adapter.
+
+    Raises:
+        UserError: the backbone's class cannot.
+    """
+
+    def again(block: Any, *args: Any) -> Any:
+        name = used(backbone)
+        call = block.__call__ if isinstance(block, nn.Module) else block
+        context = lambda: (nullcontext(), using(backbone, name))  # noqa: E731
+        return checkpoint(call, *args, use_reentrant=False, context_fn=context)
+
+    try:
+        backbone.enable_gradient_checkpointing(again)
+    except ValueError as error:
+        raise UserError(f"train.checkpointing: {str(error).splitlines()[0]}") from None
+
+
+def unwrap(denoiser: Denoiser) -> Pretrained:
+    """The pretrained network at the heart of a teacher, a student or a fake score.
+
+    Raises:
+        UserError: there is none: it is a closed form, or a network of one's own.
+    """
+    while isinstance(denoiser, Adapted | Wrapper):
+        denoiser = denoiser.denoiser
+    if not isinstance(denoiser, Pretrained):
+        raise UserError(f"a {type(denoiser).__name__} has no weights that a pipeline could load")
+    return denoiser
+
+
+def under(network: Pretrained, schedule: Schedule) -> Pretrained:
+    """The same backbone, shared, read by another schedule."""
+    twin = copy(network)
+    twin._modules = dict(network._modules)
+    twin._forward_pre_hooks = type(network._forward_pre_hooks)()
+    return twin.adopt(schedule)
+
+
+@torch.no_grad()
+def merged(denoiser: Denoiser) -> nn.Module:
+    """The backbone of a student as a module of its own: plain layers, its adapter added in.
+
+    Without an adapter this is the backbone itself.
+    """
+    backbone: Any = unwrap(denoiser).backbone
+    if not isinstance(denoiser, Adapted) or denoiser.name is None:
+        return backbone
+    plain: dict[str, Tensor] = {}
+    for key, value in backbone.state_dict().items():
+        if not any(part.startswith(("lora_", "hada_", "lokr_")) for part in key.split(".")):
+            plain[key.replace(".base_layer.", ".")] = value
+    for key, module in backbone.named_modules():
+        if module in layers(backbone) and denoiser.name in adapters(module):
+            plain[f"{key}.weight"] = weight_with(module, denoiser.name)
+    twin = type(backbone).from_config(backbone.config)
+    weight = next(backbone.parameters())
+    twin.to(device=weight.device, dtype=weight.dtype)
+    twin.load_state_dict(plain)
+    return twin.eval()
+
+
+def weight_with(layer: Any, name: str) -> Tensor:
+    """A layer's weight with one adapter added in, worked out in float32."""
+    base = layer.base_layer.weight
+    twin = deepcopy(layer).float()
+    twin.merge(adapter_names=[name])
+    return twin.base_layer.weight.detach().to(base.dtype)

@@ -1,0 +1,258 @@
+"""Stock diffusers pipelines as teachers: one loader and one codec; a family says what differs.
+
+A family is a `Pretrained` subclass of a few lines: how its network is called, and how prompts
+become conditions. VAE scale and shift, timestep shift, time units and prediction type are read from
+the checkpoint's configs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from teachers.denoiser import Network, coefficients
+from teachers.errors import UserError, nearest
+from teachers.schedule import Schedule, read
+from teachers.teacher import Teacher, read_json
+
+
+class Pretrained(Network):
+    """A network out of a diffusers folder. A family overrides `call`, and what else differs.
+
+    Args:
+        schedule: How its outputs and times are to be read.
+    """
+
+    PIPELINES: ClassVar[tuple[str, ...]] = ()  # classes that model_index.json may name
+    PART: ClassVar[str] = "transformer"  # where the pipeline keeps the network
+    # How its pipeline asks for times: of the scheduler's own making, or σ from 1 to 1/n.
+    GRID: ClassVar[Literal["own", "trailing"]] = "own"
+    SEEDED: ClassVar[bool] = False  # whether it hands its generator on to the scheduler's steps
+    LORA: ClassVar[str] = r".*attn\d?\.(to_q|to_k|to_v|to_out\.0)"  # what adapters adapt: a regex
+
+    def __init__(self, backbone: nn.Module, schedule: Schedule) -> None:
+        super().__init__(backbone, schedule.process, schedule.predicts)
+        self.schedule = schedule
+
+    def adopt(self, schedule: Schedule) -> Self:
+        """Read the network by another schedule from now on."""
+        self.process, self.schedule = schedule.process, schedule
+        self.coefficients = coefficients(schedule.predicts)
+        return self
+
+    def time(self, t: Tensor) -> Tensor:
+        """The time (B,) that the network reads at t (B,)."""
+        return self.schedule.time(t)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of what the network is fed."""
+        return next(self.backbone.parameters()).dtype
+
+    @staticmethod
+    def embed(pipe: Any, prompts: list[Any], size: tuple[int, int]) -> dict[str, Tensor]:
+        """The condition of N prompts, each entry (N, ...) and of a shape that never varies.
+
+        Args:
+            size: Height and width of the pictures, in pixels.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def arguments(prompts: list[Any], size: tuple[int, int]) -> dict[str, Any]:
+        """How the stock pipeline is asked for pictures of the prompts, without guidance."""
+        height, width = size
+        return {"prompt": prompts, "guidance_scale": 1.0, "height": height, "width": width}
+
+    @classmethod
+    def shape(cls, pipe: Any, size: int | None) -> tuple[int, ...]:
+        """Of one latent, for pictures of `size` pixels (None: what the checkpoint was made for)."""
+        backbone = getattr(pipe, cls.PART)
+        side = backbone.config.sample_size
+        if size is not None:
+            side = size // pipe.vae_scale_factor
+        return (backbone.config.in_channels, side, side)
+
+    @staticmethod
+    def tokens(shape: tuple[int, ...]) -> int:
+        """The length of the sequence that such a latent becomes: patches of 2×2."""
+        return shape[-1] * shape[-2] // 4
+
+    @staticmethod
+    def unguided(backbone: Any) -> None:
+        """Make a student's network one that its pipeline never guides, where that can be said.
+
+        A student has its teacher's guidance in its weights already.
+        """
+
+    @property
+    def middle(self) -> str:
+        """The block whose output a critic reads unless told otherwise."""
+        return "backbone.mid_block"
+
+    @staticmethod
+    def pack(x: Tensor) -> Tensor:
+        """x (B, C, H, W) in the layout that the pipeline draws its noise for returns in."""
+        return x
+
+    @staticmethod
+    def unpack(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `pack`."""
+        return x
+
+
+class Prompted:
+    """The codec of a stock pipeline: its text encoders and its VAE.
+
+    Args:
+        pipe: The pipeline.
+        kind: Its family.
+        size: Height and width of the pictures, in pixels.
+        negative: What guidance moves away from.
+        classes: How many labels there are, where prompts are labels; 0 where they are text.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        kind: type[Pretrained],
+        size: tuple[int, int],
+        negative: str | int = "",
+        classes: int = 0,
+    ) -> None:
+        self.pipe, self.kind, self.size = pipe, kind, size
+        self.negative, self.classes = negative, classes
+        self._null: dict[str, Tensor] | None = None
+
+    @property
+    def null(self) -> dict[str, Tensor]:
+        """The negative prompt's condition, each entry (1, ...); encoded once."""
+        if self._null is None:
+            self._null = self._embed([self.negative])
+        return self._null
+
+    def condition(self, prompts: Sequence[Any]) -> dict[str, Tensor]:
+        """The condition of N prompts, each entry (N, ...).
+
+        Raises:
+            UserError: a label is not an integer in [0, classes).
+        """
+        if not self.classes:
+            return self._embed([str(p) for p in prompts])
+        try:
+            labels = [int(p) for p in prompts]
+        except ValueError as error:
+            raise UserError(f"labels: {error}; expected integers below {self.classes}") from None
+        if wrong := [p for p in labels if not 0 <= p < self.classes]:
+            raise UserError(f"labels: {wrong[0]} is outside 0 to {self.classes - 1}")
+        return self._embed(labels)
+
+    @torch.no_grad()
+    def _embed(self, prompts: list[Any]) -> dict[str, Tensor]:
+        return self.kind.embed(self.pipe, prompts, self.size)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents (N, ...) of images (N, 3, H, W) in [-1, 1]: the mode of the VAE's posterior."""
+        vae = self.pipe.vae
+        encoded = vae.encode(images.to(vae.dtype).to(vae.device))
+        # deterministic autoencoders (DC-AE) say it outright
+        latent = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent
+        shift, scale = self.affine(latent.float())
+        return (latent.float() - shift) * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] of latents (N, ...)."""
+        vae = self.pipe.vae
+        shift, scale = self.affine(latents)
+        return vae.decode((latents / scale + shift).to(vae.dtype).to(vae.device)).sample.float()
+
+    def affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """What is taken from the VAE's own latents, and what the rest is multiplied by."""
+        config = self.pipe.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        factor = config.get("scaling_factor") or 1.0
+        if mean is None or std is None:
+            return config.get("shift_factor") or 0.0, factor
+        view = (1, -1, *(1,) * (like.ndim - 2))
+        mean, std = (torch.tensor(v, device=like.device).view(view) for v in (mean, std))
+        return mean, factor / std
+
+    def to(self, device: torch.device) -> Prompted:
+        """Move text encoders and VAE; the network stays where it is."""
+        for name, part in self.pipe.components.items():
+            if name != self.kind.PART and isinstance(part, nn.Module):
+                part.to(device)
+        return self
+
+
+def load(
+    kind: type[Pretrained],
+    folder: Path,
+    source: str,
+    negative_prompt: str = "",
+    size: int | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+) -> Teacher:
+    """A pipeline folder as a teacher.
+
+    Args:
+        negative_prompt: What guidance moves away from.
+        size: Of the pictures, in pixels; by default what the checkpoint was made for.
+        precision: Of the network's frozen weights.
+
+    Raises:
+        UserError: a file is missing or damaged, or the scheduler is of an unknown kind.
+    """
+    who = f"teacher {source!r}"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in dtype:
+        raise UserError(f"{who}: precision {precision!r}: {nearest(precision, dtype)}")
+    pipe = stock(folder, who, {kind.PART: dtype[precision], "default": torch.float32})
+    backbone = getattr(pipe, kind.PART)
+    if size is not None and (size <= 0 or size % pipe.vae_scale_factor):
+        raise UserError(f"{who}: size {size} is no multiple of {pipe.vae_scale_factor} pixels")
+    shape = kind.shape(pipe, size)
+    config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
+    name = type(pipe.scheduler).__name__
+    schedule = read(name, config, who, kind.tokens(shape))
+    network = kind(backbone, schedule)
+    pixels = (shape[-2] * pipe.vae_scale_factor, shape[-1] * pipe.vae_scale_factor)
+    codec = Prompted(pipe, kind, pixels, negative_prompt)
+    return Teacher(network, codec, shape, source)
+
+
+def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
+    """The pipeline in a folder, from safetensors only, without a safety checker."""
+    import diffusers
+    from diffusers.utils import logging
+
+    index = read_json(folder / "model_index.json", who)
+    for part, entry in index.items():
+        if not isinstance(entry, list) or entry[0] is None or part == "safety_checker":
+            continue
+        if not (folder / part).is_dir():
+            raise UserError(f"{who}: {folder / part} is missing, which model_index.json names")
+        pickled = [*(folder / part).glob("*.bin"), *(folder / part).glob("*.pt")]
+        if pickled and not list((folder / part).glob("*.safetensors")):
+            raise UserError(
+                f"{who}: {pickled[0]} is pickled, and pickles are never loaded; "
+                "convert the folder with diffusers' save_pretrained first"
+            )
+    quiet = {"safety_checker": None} if "safety_checker" in index else {}
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, torch_dtype=dtypes, **quiet
+        )
+    except Exception as error:  # diffusers and transformers wrap a damaged file in various types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{who}: the pipeline in {folder} cannot be read ({reason})") from None
+    finally:
+        logging.set_verbosity(level)

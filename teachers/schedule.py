@@ -1,0 +1,132 @@
+"""What a diffusers scheduler's config says of a checkpoint: process, prediction type, time units.
+
+| scheduler | process | predicts | time fed to the network |
+|---|---|---|---|
+| any with alphas_cumprod (DDPM, DDIM, …) | Tabulated | prediction_type | index, 0 to N - 1 |
+| FlowMatch*, or any with use_flow_sigmas | Linear, shifted | flow | N σ |
+| EDMEuler, EDMDPMSolverMultistep | Karras | EDM | ¼ log σ |
+| CMStochasticIterative | Karras | EDM with the σ_min boundary | 250 log σ |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from teachers.denoiser import Prediction, edm
+from teachers.errors import UserError, nearest
+from teachers.process import Karras, Linear, Process, Tabulated
+
+CM = "CMStochasticIterativeScheduler"
+EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+PREDICTS = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
+
+Time = Callable[[Tensor], Tensor]  # the process's t (B,) -> the time that the network reads (B,)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a network is to be read.
+
+    Args:
+        name, config: The diffusers scheduler class, and its config with all defaults filled in.
+        sigma_data: For EDM networks, whose input is x_t / √(σ² + σ_data²); None feeds x_t as it is.
+    """
+
+    process: Process
+    predicts: str | Prediction
+    time: Time
+    name: str
+    config: dict[str, Any]
+    sigma_data: float | None = None
+
+
+def log_sigma(process: Karras, scale: float) -> Time:
+    """scale · log σ(t): EDM's time at ¼, a consistency model's at 250."""
+    return lambda t: scale * process.scales(t.double())[1].log().to(t.dtype)
+
+
+def flow_time(process: Linear, units: int) -> Time:
+    """units · σ(t): what flow-matching networks read."""
+    return lambda t: units * process.scales(t.double())[1].to(t.dtype)
+
+
+def read(name: str, config: dict[str, Any], who: str, tokens: int = 0) -> Schedule:
+    """The schedule that a scheduler's config describes.
+
+    Args:
+        name: The scheduler's class name.
+        tokens: Of one sample's sequence, for schedulers that shift by resolution.
+
+    Raises:
+        UserError: the scheduler is of no kind in the table above, or its config contradicts itself.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    known = [CM, *EDM, "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"]
+    if kind is None:
+        raise UserError(f"{who}: scheduler {name!r} is unknown: {nearest(name, known)}")
+    try:
+        scheduler = kind.from_config(config)
+        full = dict(scheduler.config)
+        bar = getattr(scheduler, "alphas_cumprod", None)
+    except Exception as error:  # diffusers checks little, and late
+        raise UserError(f"{who}: the scheduler's config cannot be read ({error})") from None
+    if name == CM or name in EDM:
+        return _karras(name, full, who)
+    if name.startswith("FlowMatch") or full.get("use_flow_sigmas"):
+        return _flow(name, full, who, tokens)
+    if bar is None:
+        raise UserError(f"{who}: scheduler {name} is not supported: {nearest(name, known)}")
+    kind = full.get("prediction_type", "epsilon")
+    if len(bar) != full["num_train_timesteps"]:
+        raise UserError(
+            f"{who}: {len(bar)} betas for {full['num_train_timesteps']} num_train_timesteps"
+        )
+    if kind == "epsilon" and bar[-1] < 1e-10:
+        raise UserError(f"{who}: its last index is pure noise, from which ε says nothing of x")
+    if not isinstance(kind, str) or kind not in PREDICTS:
+        raise UserError(f"{who}: prediction_type {kind!r}: {nearest(str(kind), PREDICTS)}")
+    process = Tabulated(bar)
+    return Schedule(process, PREDICTS[kind], process.index, name, full)
+
+
+def _karras(name: str, full: dict[str, Any], who: str) -> Schedule:
+    low, high = full["sigma_min"], full["sigma_max"]
+    if not (isinstance(low, float | int) and isinstance(high, float | int) and 0 < low < high):
+        raise UserError(f"{who}: sigma_min and sigma_max are {low!r}, {high!r}; 0 < min < max")
+    process = Karras(low, high, full["rho"])
+    floor, scale = (full["sigma_min"], 250.0) if name == CM else (0.0, 0.25)
+    if full.get("prediction_type", "epsilon") != "epsilon":
+        raise UserError(f"{who}: EDM prediction_type must be 'epsilon', the F of EDM's paper")
+    predicts = edm(full["sigma_data"], floor)
+    return Schedule(process, predicts, log_sigma(process, scale), name, full, full["sigma_data"])
+
+
+def _flow(name: str, full: dict[str, Any], who: str, tokens: int) -> Schedule:
+    kind = full.get("prediction_type", "flow_prediction")
+    if kind != "flow_prediction":
+        raise UserError(f"{who}: prediction_type {kind!r} under flow sigmas; 'flow_prediction' is")
+    shift = full.get("shift", full.get("flow_shift", 1.0))
+    if full.get("use_dynamic_shifting"):
+        shift = dynamic_shift(full, tokens)
+    if not isinstance(shift, float | int) or not shift > 0:
+        raise UserError(f"{who}: the scheduler's shift is {shift!r}; expected a positive number")
+    process = Linear(float(shift))
+    return Schedule(process, "flow", flow_time(process, full["num_train_timesteps"]), name, full)
+
+
+def dynamic_shift(config: dict[str, Any], tokens: int) -> float:
+    """The factor of `Linear` that resolution-dependent shifting comes to, for so many tokens.
+
+    μ is linear in the length of the sequence; σ' = e^μ σ / (1 + (e^μ - 1) σ) (arXiv:2403.03206).
+    """
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    start, end = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = start + (end - start) * (tokens - low) / (high - low)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)

@@ -1,0 +1,52 @@
+"""Every family: the stock pipeline's own numbers, students trained, exported and read back."""
+
+import pytest
+import torch
+
+from students import stock
+from students.export import export, load_student, rehearse
+from students.lora import Adapter
+from teachers import load
+from tests import families
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = families.build(name, tmp_path_factory.mktemp(name))
+        return str(made[name])
+
+    return folder
+
+
+def disturbed(student):
+    """The student, moved away from its teacher."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return student
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("adapter", [None, Adapter(rank=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("renoise", [True, False], ids=["renoise", "ode"])
+def test_a_stock_pipeline_samples_the_student(folders, name, adapter, renoise):
+    teacher = load(folders(name))
+    student = disturbed(stock.student(teacher, 4, None, renoise, adapter)).eval()
+    rehearse(student, teacher)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_an_exported_student_is_read_back(folders, name, tmp_path):
+    teacher = load(folders(name))
+    student = disturbed(stock.student(teacher, 2, None, True, Adapter(rank=4))).eval()
+    export(student, teacher, tmp_path / "student", {})
+    again, _ = load_student(tmp_path / "student")
+    z, cond = torch.randn(2, *teacher.shape), teacher.codec.condition(["a", "b c"])
+    torch.testing.assert_close(
+        again.at(2)(z, cond, 1), student.at(2)(z, cond, 1), atol=1e-4, rtol=1e-4
+    )
