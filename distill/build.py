@@ -34,7 +34,8 @@ from students import stock
 from students.critic import Critic
 from students.export import draw, export, rehearse
 from students.generator import Generator
-from teachers.denoiser import Guided
+from students.lora import Adapted, adapted, checkpointing, unwrap
+from teachers.denoiser import Guided, Network
 from teachers.errors import UserError
 from teachers.solver import evaluations, solve
 from teachers.teacher import Teacher, load
@@ -167,10 +168,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 
 def load_teacher(recipe: Recipe) -> Teacher:
     """The recipe's teacher, unguided."""
-    options = {}
-    if recipe.teacher.null_label is not None:
-        options["null_label"] = recipe.teacher.null_label
-    teacher = load(recipe.teacher.source, **options)
+    teacher = load(recipe.teacher.source, **recipe.teacher.options())
     if recipe.teacher.guidance != 1 and teacher.codec.null is None:
         raise UserError(
             f"teacher.guidance: {recipe.teacher.guidance} needs a null class, and "
@@ -187,32 +185,49 @@ def guided(recipe: Recipe, teacher: Teacher) -> Guided:
 def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
     """The objective with its networks: a student, and what else its fields name."""
     kind = recipe.kind
+    adapters = recipe.adapters
+    shared = adapters.players if adapters and kind.few_step else ()
+    names = [n for n in networks_of(kind) if n not in ("teacher", "student", "critic")]
+    # copies first: once there are adapters on the teacher's weights, a copy would hold them as well
+    networks: dict[str, nn.Module] = {
+        n: deepcopy(teacher.denoiser).requires_grad_(True) for n in names if n not in shared
+    }
     if kind.few_step:
         s = recipe.student
-        student = stock.student(teacher, s.steps, s.start, s.renoise)
+        adapter = adapters.adapter if adapters and "student" in shared else None
+        networks["student"] = stock.student(teacher, s.steps, s.start, s.renoise, adapter)
     else:
-        student = Generator(deepcopy(teacher.denoiser).requires_grad_(True))
-    networks: dict[str, nn.Module] = {"teacher": guided(recipe, teacher), "student": student}
-    for name in networks_of(kind):
-        if name in networks or name == "critic":
-            continue
-        networks[name] = deepcopy(teacher.denoiser).requires_grad_(True)
+        networks["student"] = Generator(deepcopy(teacher.denoiser).requires_grad_(True))
+    for name in [n for n in names if n in shared]:
+        assert adapters is not None
+        networks[name] = adapted(teacher, adapters.adapter, name)
+    networks["teacher"] = guided(recipe, teacher)
     if recipe.critic is not None:
+        fake: Any = networks["fake"]
         cond = teacher.codec.condition([0])
         try:
-            networks["critic"] = Critic(
-                networks["fake"],  # pyright: ignore[reportArgumentType]
-                teacher.shape,
-                cond,
-                recipe.critic.blocks,
-            )
+            blocks = recipe.critic.blocks or (unwrap(fake).middle,)
+            networks["critic"] = Critic(fake, teacher.shape, cond, blocks)
         except ValueError as error:
             raise UserError(f"critic.blocks: {error}") from None
+    if recipe.train.checkpointing:
+        for backbone in backbones(networks):
+            checkpointing(backbone)
     for network in networks.values():
         network.to(device).eval()  # dropout would differ between teacher, fake and student
     keys = {k: v for k, v in recipe.objective.items() if k != "name"}
     schema = recipe.keys_schema().model_validate(keys)
     return kind(**networks, **{k: getattr(schema, k) for k in keys})  # pyright: ignore
+
+
+def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
+    """The distinct backbones under a set of networks: adapters share one."""
+    found = []
+    for network in networks.values():
+        for module in network.modules():
+            if isinstance(module, Adapted | Network):
+                found.append(unwrap(module).backbone)
+    return list(dict.fromkeys(found))
 
 
 def player_networks(objective: Objective) -> dict[str, nn.Module]:

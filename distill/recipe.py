@@ -20,6 +20,7 @@ from distill.objective import Count, NonNegative, Objective, Positive, Share, Wh
 from distill.player import Moves
 from students.critic import Critic
 from students.generator import Generator
+from students.lora import Adapter
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, nearest
 
@@ -39,6 +40,14 @@ class TeacherSection(Section):
     source: str  # "digits", a diffusers folder, or a Hub id
     guidance: NonNegative = 1.0  # g = 1 + w of classifier-free guidance; 1 is none
     null_label: Whole | None = None  # the class that means "no class", if there is one
+    negative_prompt: str | None = None  # what guidance moves away from; by default ""
+    size: Count | None = None  # of the pictures, in pixels; by default the checkpoint's own
+    precision: Literal["fp32", "bf16", "fp16"] | None = None  # of the teacher's frozen weights
+
+    def options(self) -> dict[str, Any]:
+        """What `teachers.load` is told, beside the source."""
+        names = ("null_label", "negative_prompt", "size", "precision")
+        return {k: v for k in names if (v := getattr(self, k)) is not None}
 
 
 class StudentSection(Section):
@@ -49,10 +58,24 @@ class StudentSection(Section):
     renoise: bool = True  # return to the next time with fresh noise, or along the ODE
 
 
+class AdaptersSection(Section):
+    """That players are adapters on the teacher's own frozen weights, and of what shape."""
+
+    players: tuple[str, ...] = ("student", "fake")  # the others are full copies
+    kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
+    rank: Count = 64
+    alpha: Positive | None = None  # changes are scaled by alpha / rank; by default by 1
+    targets: str | None = None  # a regex of module names; by default the family's own
+
+    @property
+    def adapter(self) -> Adapter:
+        return Adapter(self.kind, self.rank, self.alpha, self.targets)
+
+
 class CriticSection(Section):
     """That there is a critic, and what it looks at."""
 
-    blocks: tuple[str, ...] = ("backbone.mid_block",)  # modules of the fake score
+    blocks: tuple[str, ...] | None = None  # modules of the fake score; by default a middle one
 
 
 class DataSection(Section):
@@ -74,6 +97,7 @@ class TrainSection(Section):
     save_every: Count = 500
     sample_every: Whole = 500  # and at the end; 0 for never
     keep: Count = 2  # checkpoints kept, beside the best
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl
 
 
@@ -94,6 +118,7 @@ class Recipe(Section):
     teacher: TeacherSection
     student: StudentSection = StudentSection()
     objective: dict[str, Any]
+    adapters: AdaptersSection | None = None
     critic: CriticSection | None = None
     players: dict[str, Moves] = Field(default_factory=dict)
     data: DataSection = DataSection()
@@ -159,6 +184,13 @@ class Recipe(Section):
                     f"{where}: players.{player}: {name} has no such player; "
                     f"{nearest(player, known)}"
                 )
+        adapted = () if self.adapters is None else self.adapters.players
+        copies = [k for k in known if k != "critic"]
+        for player in [p for p in adapted if p not in copies and p not in ("student", "fake")]:
+            raise UserError(
+                f"{where}: adapters.players: {name} has no such network as {player!r}; "
+                f"{nearest(player, copies)}"
+            )
         if self.critic is not None and "critic" not in roles:
             raise UserError(f"{where}: critic: {name} has no critic; remove the section")
         if roles.get("critic") and self.critic is None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 import torch
 from torch import Tensor, nn
 
+from students.lora import Adapted
 from teachers.denoiser import Cond, Denoiser
 
 
@@ -25,7 +26,8 @@ class Critic(nn.Module):
         denoiser: Whose features; usually the fake score, which then learns from the critic too.
         shape: Of one datum, without the batch.
         cond: A condition of batch size 1, to run the denoiser once and read the features' shapes.
-        blocks: Names of the hooked modules, as in `denoiser.named_modules()`.
+        blocks: Names of the hooked modules, as the denoiser's `named_modules()` has them; of the
+            shared network's, where the denoiser is an adapter on one.
     """
 
     def __init__(
@@ -36,14 +38,13 @@ class Critic(nn.Module):
         blocks: Sequence[str] = ("backbone.mid_block",),
     ) -> None:
         super().__init__()
-        modules = dict(denoiser.named_modules())
+        modules = dict(network_of(denoiser).named_modules())
         if not blocks:
             raise ValueError("critic: name at least one block")
         if missing := [b for b in blocks if b not in modules]:
             raise ValueError(f"critic: the denoiser has no block {missing[0]!r}")
         self._denoiser = (denoiser, [modules[b] for b in blocks])  # in a tuple: not a submodule
-        weight = next(denoiser.parameters())
-        x = torch.zeros(1, *shape, device=weight.device)
+        x = torch.zeros(1, *shape, device=next(network_of(denoiser).parameters()).device)
         cond = cond and {k: v.to(x.device) for k, v in cond.items()}
         with torch.no_grad():
             found = self.features(x, x.new_ones(1), cond)
@@ -76,6 +77,11 @@ class Critic(nn.Module):
         found = self.features(x_t, t, cond)
         logits = [h(f).flatten() for h, f in zip(self.heads, found, strict=True)]
         return torch.stack(logits).mean(0).float()
+
+
+def network_of(denoiser: Denoiser) -> Denoiser:
+    """The denoiser, or the shared network that it adapts."""
+    return denoiser.denoiser if isinstance(denoiser, Adapted) else denoiser
 
 
 def head(channels: int, size: int) -> nn.Sequential:

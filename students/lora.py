@@ -22,6 +22,7 @@ from teachers.denoiser import Cond, Denoiser, Wrapper
 from teachers.errors import UserError
 from teachers.pipeline import Pretrained
 from teachers.schedule import Schedule
+from teachers.teacher import Teacher
 
 _LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # adapted ones, by module
 
@@ -194,6 +195,12 @@ def unwrap(denoiser: Denoiser) -> Pretrained:
     if not isinstance(denoiser, Pretrained):
         raise UserError(f"a {type(denoiser).__name__} has no weights that a pipeline could load")
     return denoiser
+
+
+def adapted(teacher: Teacher, adapter: Adapter, name: str) -> Adapted:
+    """A network of the teacher's own form, such as a fake score: an adapter on its weights."""
+    source = unwrap(teacher.denoiser)
+    return Adapted(under(source, source.schedule), name, adapter.config(source.LORA))
 
 
 def under(network: Pretrained, schedule: Schedule) -> Pretrained:
