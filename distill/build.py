@@ -95,6 +95,7 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
         )
         for name, network in movers.items()
     }
+    accelerator.wait_for_everyone()  # a slow process must not take what is written now for old
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         draft = out / ".recipe.yaml"
