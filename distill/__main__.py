@@ -28,25 +28,33 @@ Student = Annotated[Path, typer.Argument(help="A run's folder, or the student fo
 @app.command()
 def run(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resume: Resume = False):
     """Distil: train the student of a recipe, export it, and measure it against its teacher."""
-    from distill.recipe import Recipe
-
-    checked = Recipe.load(recipe, overrides or [])
-    out = out or Path("runs") / Path(recipe).stem
-    from distill import build
     from distill.terminal import out as console
+    from distill.terminal import waiting
 
-    if finished(out) and resume and not more_steps(out, checked.train.steps):
-        build.check_folder(checked, out, resume)
+    out = out or Path("runs") / Path(recipe).stem
+    with waiting("distill: preparing"):  # the imports alone take seconds
+        from distill.recipe import Recipe
+
+        checked = Recipe.load(recipe, overrides or [])
+        from distill import build
+
+        made = None
+        if finished(out) and resume and not more_steps(out, checked.train.steps):
+            build.check_folder(checked, out, resume)
+        else:
+            made = build.build(checked, out, resume)
+    if made is None:
         console.print(f"{out} is finished; its figures:")
         return show(out)
-    made = build.build(checked, out, resume)
     main = made.engine.accelerator.is_main_process
     if main:
-        guidance = checked.teacher.guidance
+        g = checked.teacher.guidance
+        guidance = "unguided" if g == 1 else f"guidance g = {g:g}, that is w = {g - 1:g}"
         console.print(
-            f"{checked.objective['name']}: {checked.teacher.source} (guidance g = {guidance:g}, "
-            f"{'none' if guidance == 1 else 'w = g - 1'}) to {made.student.counts} steps, in {out}",
+            f"{checked.objective['name']}: from teacher {checked.teacher.source} ({guidance}) "
+            f"to a student of {counts(made.student)}, in {out}",
             soft_wrap=True,
+            markup=False,
         )
     made.engine.train()
     if main and made.protocol:
@@ -90,7 +98,8 @@ def show(out: Path) -> None:
             f"teacher, {k} step{'s' * (k != '1')}": v for k, v in metrics["teacher_few"].items()
         }
         rows |= {f"student, {k} step{'s' * (k != '1')}": v for k, v in metrics["student"].items()}
-        console.print(results(f"{full['protocol']}: {full['n']} samples; ± over seeds", rows))
+        title = f"{full['protocol']}: {full['n']} samples; ± over seeds"
+        console.print(results(title, rows, base=next(iter(rows))))
     else:
         console.print("not measured: the recipe names no eval.protocol")
     console.print(
@@ -120,7 +129,7 @@ def sample(
         raise UserError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
     generator, teacher = load_student(student)
     if steps not in generator.counts:
-        raise UserError(f"--steps {steps}: this student was trained for {counts(generator)} steps")
+        raise UserError(f"--steps {steps}: this student was trained for {counts(generator)}")
     classes = getattr(teacher.codec, "classes", 0)
     if labels is not None and not classes:
         raise UserError("--labels: this student is not class-conditional")
@@ -155,8 +164,9 @@ def writable(path: Path, option: str) -> None:
 
 
 def counts(generator: Any) -> str:
+    """The step counts that a student runs at: "1 step", or "1, 2 or 4 steps"."""
     *most, last = map(str, generator.counts)
-    return f"{', '.join(most)} or {last}" if most else last
+    return f"{', '.join(most)} or {last} steps" if most else f"{last} step{'s' * (last != '1')}"
 
 
 @app.command(name="eval")
@@ -187,7 +197,7 @@ def evaluate(
     wanted = steps.split(",") if steps else [str(k) for k in generator.counts]
     for k in wanted:
         if not k.strip().isdecimal() or int(k) not in generator.counts:
-            raise UserError(f"--steps {k}: this student was trained for {counts(generator)} steps")
+            raise UserError(f"--steps {k}: this student was trained for {counts(generator)}")
     found = {}
     for k in map(int, wanted):
         few = generator.at(k)
@@ -212,32 +222,47 @@ def teach(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resum
         metrics = summary["metrics"]
         rows = {f"{metrics['teacher']['steps']} steps": metrics["teacher"]}
         rows |= {f"{k} steps": v for k, v in metrics["teacher_few"].items()}
-        console.print(results("teacher", rows))
+        console.print(results("teacher", rows, base=next(iter(rows))))
     console.print(f"teacher in {out / 'teacher'}")
 
 
 @app.command(name="list")
-def listing(what: Annotated[str, typer.Argument(help="objectives, recipes, teachers or metrics.")]):
-    """Name what there is: objectives, recipes, teachers or metrics."""
+def listing(
+    what: Annotated[
+        str | None,
+        typer.Argument(help="objectives, recipes, teachers, metrics or protocols; all by default."),
+    ] = None,
+):
+    """Name what there is: objectives, recipes, teachers, metrics and protocols."""
     from distill.terminal import out as console
     from teachers.errors import UserError, nearest
 
-    kinds = {"objectives": objectives, "recipes": recipes, "teachers": teachers, "metrics": metrics}
-    if what not in kinds:
+    kinds = {f.__name__: f for f in (objectives, recipes, teachers, metrics, protocols)}
+    if what is not None and what not in kinds:
         raise UserError(f"list {what!r} is unknown: {nearest(what, kinds)}")
     from rich.table import Table
 
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, line in kinds[what]().items():
-        table.add_row(name, line)
-    console.print(table)
+    for kind in [what] if what else kinds:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, line in kinds[kind]().items():
+            table.add_row(name if what else f"  {name}", line)
+        if not what:
+            console.print(kind, style="bold")
+        console.print(table)
 
 
 def objectives() -> dict[str, str]:
     from distill.objectives import OBJECTIVES
 
-    docs = {k: sys.modules[v.__module__].__doc__ or "" for k, v in OBJECTIVES.items()}
-    return {k: v.strip().splitlines()[0] for k, v in docs.items()}
+    return {k: described(v) for k, v in OBJECTIVES.items()}
+
+
+def described(kind: type) -> str:
+    """The first line of a class's own docstring, or else of its module's."""
+    own = kind.__doc__ or ""
+    if own.startswith(f"{kind.__name__}("):  # its signature, which a dataclass without one gets
+        own = ""
+    return (own or sys.modules[kind.__module__].__doc__ or "").strip().partition("\n")[0]
 
 
 def recipes() -> dict[str, str]:
@@ -260,6 +285,12 @@ def metrics() -> dict[str, str]:
     from eval.protocol import METRICS
 
     return METRICS
+
+
+def protocols() -> dict[str, str]:
+    from eval.protocol import PROTOCOLS
+
+    return {k: (v.__doc__ or "").strip().partition("\n")[0] for k, v in PROTOCOLS.items()}
 
 
 class Terminated(BaseException):

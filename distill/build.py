@@ -20,9 +20,9 @@ from accelerate.utils import AutocastKwargs
 from torch import nn
 
 from distill.data import Source
-from distill.engine import Engine, shards_of
+from distill.engine import Engine, check_memory, shards_of
 from distill.images import read_folder
-from distill.objective import Objective
+from distill.objective import Objective, check_first
 from distill.player import Moves, Player
 from distill.recipe import Recipe, networks_of, read_yaml
 from distill.seeds import seed_all
@@ -82,18 +82,21 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         project_dir=str(out),
     )
-    shards_of(recipe.train, accelerator.num_processes)
+    check_memory(recipe.train, teacher.shape, shards_of(recipe.train, accelerator.num_processes))
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
     objective = objective_of(recipe, teacher, accelerator.device)
     if recipe.kind.few_step:
         rehearse(objective.student, teacher)
+    movers = player_networks(objective)
+    check_first(objective, movers)
     players = {
         name: Player(
             network.parameters(), accelerator, recipe.players.get(name, Moves()), recipe.train.steps
         )
-        for name, network in player_networks(objective).items()
+        for name, network in movers.items()
     }
+    accelerator.wait_for_everyone()  # a slow process must not take what is written now for old
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         draft = out / ".recipe.yaml"

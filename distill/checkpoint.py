@@ -2,7 +2,8 @@
 
 A checkpoint is a folder of one safetensors file (all tensors), one JSON file (the structure around
 them) and a manifest with both files' SHA-256. It is written beside its place, flushed to the disk,
-and renamed, so that a process killed at any moment leaves the last whole one as the newest.
+and renamed, so that a process killed at any moment leaves the last whole one as the newest. One of
+the same name is moved aside first; while its place is empty, it is read from there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def save(state: Any, folder: Path, about: dict[str, Any] | None = None) -> None:
     Args:
         about: Kept in the manifest, readable without the tensors.
     """
-    draft = folder.with_name(f".{folder.name}.draft")
+    _settle(folder)
+    draft, old = folder.with_name(f".{folder.name}.draft"), _aside(folder)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
@@ -40,9 +42,11 @@ def save(state: Any, folder: Path, about: dict[str, Any] | None = None) -> None:
     (draft / MANIFEST).write_text(json.dumps({"sha256": hashes, **(about or {})}, indent=2))
     for name in (TENSORS, TREE, MANIFEST, "."):
         _flush(draft / name)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
     os.replace(draft, folder)
     _flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder: Path) -> Any:
@@ -53,6 +57,7 @@ def load(folder: Path) -> Any:
     """
     remedy = f"delete {folder} to resume from the one before it"
     hashes = about(folder)["sha256"]
+    folder = _where(folder)
     for name in (TENSORS, TREE):
         if not (folder / name).exists():
             raise UserError(f"checkpoint {folder}: {name} is missing; {remedy}")
@@ -64,7 +69,7 @@ def load(folder: Path) -> Any:
 def about(folder: Path) -> dict[str, Any]:
     """The manifest of the checkpoint in `folder`."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((_where(folder) / MANIFEST).read_text())
         manifest["sha256"].keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
@@ -76,14 +81,40 @@ def about(folder: Path) -> dict[str, Any]:
 
 def steps(root: Path) -> list[Path]:
     """The step checkpoints under `root`, oldest first."""
-    found = [p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    found = {p for p in root.glob("step-*") if p.is_dir()}
+    found |= {_of(old) for old in root.glob(".step-*.old")}
+    return sorted((p for p in found if p.name[5:].isdecimal()), key=lambda p: int(p.name[5:]))
 
 
 def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` step checkpoints, and drafts that a kill left behind."""
+    """Delete all but the newest `keep` step checkpoints, and put right what a kill left behind."""
+    for old in root.glob(".*.old"):
+        _settle(_of(old))
     for folder in [*steps(root)[:-keep], *root.glob(".*.draft")]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a checkpoint waits while another takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _of(old: Path) -> Path:
+    """The checkpoint that was moved to `old`."""
+    return old.with_name(old.name[1 : -len(".old")])
+
+
+def _where(folder: Path) -> Path:
+    """Where to read a checkpoint. Nothing is moved: its writer may be about to."""
+    return _aside(folder) if not folder.exists() and _aside(folder).exists() else folder
+
+
+def _settle(folder: Path) -> None:
+    """End a replacement that a kill cut short: the old one goes, or goes back to an empty place."""
+    if folder.exists():
+        shutil.rmtree(_aside(folder), ignore_errors=True)
+    elif _aside(folder).exists():
+        os.replace(_aside(folder), folder)
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -17,6 +17,8 @@ from distill.objective import Batch
 from distill.seeds import seed_of
 from teachers.denoiser import Cond
 
+AHEAD = 3  # shards made before they are asked for
+
 
 class Source:
     """Encoded data (N, ...) with their conditions, or conditions alone, in memory.
@@ -75,7 +77,7 @@ class Stream:
         mine: range,
         shards: int,
         size: int,
-        ahead: int = 3,
+        ahead: int = AHEAD,
     ) -> None:
         self.source, self.device = source, device
         self.mine, self.shards, self.size = mine, shards, size

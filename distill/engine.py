@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from distill import checkpoint
-from distill.data import Source, Stream
+from distill.data import AHEAD, Source, Stream
 from distill.ema import EMA
-from distill.objective import Objective, Turn
+from distill.objective import Objective, Turn, check_loss, check_turn
 from distill.pictures import save_grid
 from distill.player import Player
 from distill.recipe import TrainSection
@@ -41,6 +43,24 @@ class Stopped(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
+
+
+class Asked(NamedTuple):
+    """Whether any process caught a signal: asked from host to host, and under way."""
+
+    work: dist.Work
+    flag: Tensor  # () on the CPU: the signal's number, or 0
+
+    @classmethod
+    def of(cls, signal: int, group: Any) -> Asked:
+        flag = torch.tensor(signal)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group, async_op=True)
+        assert work is not None
+        return cls(work, flag)
+
+    def answer(self) -> int:
+        self.work.wait()
+        return int(self.flag)
 
 
 class Engine:
@@ -83,6 +103,9 @@ class Engine:
         self.evaluations = {k: 0 for k, v in vars(objective).items() if isinstance(v, nn.Module)}
         self.shards = shards_of(train, accelerator.num_processes)
         self._stop, self._counting = 0, False
+        self._asked: Asked | None = None
+        # Its own group, for gloo keeps to the hosts: on the devices' an answer would be a sync.
+        self._hosts = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self._count_evaluations()
         for player in players.values():  # ranks that began apart would never meet again
             if accelerator.num_processes > 1:
@@ -152,6 +175,7 @@ class Engine:
 
     def play(self, turn: Turn, place: int, stream: Stream) -> dict[str, Tensor]:
         """One update, its loss averaged over this batch's shards, here and on other processes."""
+        check_turn(turn, self.objective, self.players)
         players = {name: self.players[name] for name in turn.players}
         shards, logs = len(stream.mine), {}
         with ExitStack() as stack:
@@ -162,6 +186,7 @@ class Engine:
                 seed_all(self.cfg.seed, self.step, place, shard)
                 with self.accelerator.autocast():
                     loss = turn.loss(batch)
+                check_loss(loss, self.objective)
                 self.accelerator.backward(loss.value / shards)
                 for key, value in {"loss": loss.value, **loss.logs}.items():
                     logs[key] = logs.get(key, 0) + value.detach() / shards
@@ -287,13 +312,14 @@ class Engine:
         self._stop = number
 
     def _should_stop(self) -> int:
-        """The signal to stop on, agreed by all processes at the steps where they meet anyway."""
-        if self.accelerator.num_processes == 1:
+        """The signal to stop on. Processes ask one another at every step, and hear at the next."""
+        if self._hosts is None:
             return self._stop
-        if self.step % self.cfg.log_every:
-            return 0
-        flag = torch.tensor([self._stop], device=self.accelerator.device)
-        return int(self.accelerator.gather(flag).max())  # pyright: ignore
+        stop = self._asked.answer() if self._asked else 0
+        self._asked = None if stop else Asked.of(self._stop, self._hosts)
+        if self._asked and self.step == self.cfg.steps:  # there is no next
+            stop, self._asked = self._asked.answer(), None
+        return stop
 
     def _count_evaluations(self) -> None:
         """Count samples through each network while it trains; host-side integers."""
@@ -321,6 +347,18 @@ def shards_of(train: TrainSection, processes: int) -> int:
             f"among {processes} processes; make it a multiple of the processes, and batch of it"
         )
     return shards
+
+
+def check_memory(train: TrainSection, shape: tuple[int, ...], shards: int) -> None:
+    """Refuse batches that this machine could not even hold the noise of."""
+    shard = train.batch // shards * math.prod(shape) * torch.float32.itemsize
+    needed, there = shard * (AHEAD + 1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"train.batch: {train.batch} samples in {shards} parts take {needed / 2**30:,.0f} GiB "
+            f"for their noise alone, and this machine has {there / 2**30:,.0f}; lower it, or raise "
+            f"train.accumulate"
+        )
 
 
 def forget_after(step: int, out: Path) -> None:

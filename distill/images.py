@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.terminal import notice
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
@@ -17,7 +18,8 @@ def read_folder(folder: Path, teacher: Teacher, classes: int) -> tuple[Tensor, l
     """Images (N, C, H, W) in [-1, 1] of the teacher's size, and a label for each.
 
     Each image's shorter side is resized to fit and its centre cropped. For a class-conditional
-    teacher every subfolder is a class, in the order of their names.
+    teacher every subfolder is a class, in the order of their names, or of their numbers where all
+    are numbers; for any other teacher subfolders mean nothing, and a line on stderr says so.
 
     Raises:
         UserError: no such folder, no images in it, or more subfolders than classes.
@@ -29,6 +31,10 @@ def read_folder(folder: Path, teacher: Teacher, classes: int) -> tuple[Tensor, l
     if not folder.is_dir():
         raise UserError(f"{where} is not a folder; give 'digits' or a folder of images")
     inner = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    if all(p.name.isdecimal() for p in inner):
+        inner.sort(key=lambda p: int(p.name))
+    if inner and not classes:
+        notice(f"{where}: the teacher has no classes, so subfolders are not read as labels")
     groups = inner if classes else [folder]
     if classes and not 1 <= len(groups) <= classes:
         raise UserError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from students.generator import Generator
 from teachers.denoiser import Cond, Denoiser
+from teachers.errors import UserError, nearest
 
 # Types for hyper-parameter fields; the recipe checks them before anything is built.
-Count = Annotated[int, Strict(), Ge(1)]
-Whole = Annotated[int, Strict(), Ge(0)]
+Count = Annotated[int, Strict(), Interval(ge=1, le=10**9)]
+Whole = Annotated[int, Strict(), Interval(ge=0, le=10**9)]
+Seed = Annotated[int, Strict(), Interval(ge=0, lt=2**63)]
 
 
 def _not_a_switch(value: Any) -> Any:
@@ -92,13 +95,14 @@ class Objective:
     def turns(self, step: int) -> Iterator[Turn]:
         """The updates that make up step `step`, in order.
 
-        What follows a `yield` runs once that turn has been played, so state may change there.
+        What follows a `yield` runs once that turn has been played, so state may change there. The
+        first turn of step 0 is also asked of a copy, before training, and not played.
         """
         yield Turn(("student",), partial(self.loss, step=step))
 
     def loss(self, batch: Batch, step: int) -> Loss:
         """The student's loss, for objectives in which only the student learns."""
-        raise NotImplementedError
+        raise UserError(f"{_named(self)}: it has no loss; define loss(self, batch, step) -> Loss")
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs beside the players: nested dicts, lists, numbers, tensors."""
@@ -106,3 +110,58 @@ class Objective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
+
+
+def check_first(objective: Objective, players: Collection[str]) -> None:
+    """Refuse an objective whose first turn could not be played; no loss is computed.
+
+    Raises:
+        UserError: it names no turn, or one of players that there are not, or it has no loss.
+    """
+    kind = type(objective)
+    if kind.turns is Objective.turns and kind.loss is Objective.loss:
+        raise UserError(
+            f"{_named(objective)}: it has no loss; define loss(self, batch, step) -> Loss, or turns"
+        )
+    turns = copy(objective).turns(0)  # a copy, as what it sets must not be set twice
+    if not isinstance(turns, Iterator):
+        raise UserError(
+            f"{_named(objective)}: turns(0) gives {_a(turns)}; write `yield Turn((...,), loss)`"
+        )
+    if (first := next(turns, None)) is None:
+        raise UserError(f"{_named(objective)}: turns(0) yields nothing; yield a Turn at every step")
+    check_turn(first, objective, players)
+
+
+def check_turn(turn: Any, objective: Objective, players: Collection[str]) -> None:
+    """Refuse what an objective yielded if it is not a turn of these players."""
+    says = f"{_named(objective)}: turns"
+    if not isinstance(turn, Turn):
+        raise UserError(f"{says} yields {_a(turn)}; yield Turn((...,), loss)")
+    if not isinstance(turn.players, tuple) or not turn.players:
+        raise UserError(
+            f"{says} yields a Turn of players {turn.players!r}; give a tuple of one or more names, "
+            f"such as ('student',)"
+        )
+    for name in turn.players:
+        if name not in players:
+            raise UserError(
+                f"{says} names the player {name!r}, and it has no such player; "
+                f"{nearest(str(name), players)}"
+            )
+    if not callable(turn.loss):
+        raise UserError(f"{says} yields a Turn whose loss is {_a(turn.loss)}; give a function")
+
+
+def check_loss(loss: Any, objective: Objective) -> None:
+    """Refuse what a turn's loss returned if it is not a `Loss`."""
+    if not isinstance(loss, Loss):
+        raise UserError(f"{_named(objective)}: its loss returns {_a(loss)}; return Loss(value)")
+
+
+def _named(objective: Objective) -> str:
+    return f"objective.name: {type(objective).__name__}"
+
+
+def _a(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

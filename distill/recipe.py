@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 from pydantic_core import ErrorDetails
 
-from distill.objective import Count, NonNegative, Objective, Positive, Share, Whole
+from distill.objective import Count, NonNegative, Objective, Positive, Seed, Share, Whole
 from distill.player import Moves
 from students.critic import Critic
 from students.generator import Generator
@@ -92,7 +92,7 @@ class TrainSection(Section):
     accumulate: Count = 1  # parts each batch is cut into; with more processes, one for each
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema: Share = 0.999  # decay of the student's average, which is what is exported; 0 for none
-    seed: Whole = 0
+    seed: Seed = 0
     log_every: Count = 50
     save_every: Count = 500
     sample_every: Whole = 500  # and at the end; 0 for never

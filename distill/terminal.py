@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 from rich import progress as bars
@@ -9,6 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 out = Console(highlight=False)
+err = Console(highlight=False, stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+
+
+def waiting(line: str) -> AbstractContextManager[Any]:
+    """A line on the terminal until the block ends; nothing where stderr is no terminal."""
+    return err.status(line)
+
+
+def notice(line: str) -> None:
+    """What a user should know but need not act on: one line on stderr."""
+    err.print(f"distill: {line}", soft_wrap=True, markup=False)
 
 
 class Progress:
@@ -63,18 +76,17 @@ class Progress:
             self.bar.console.print(line, soft_wrap=True)
 
 
-def results(title: str, rows: dict[str, dict[str, Any]]) -> Table:
-    """A table of metrics: a row for each sampler, the first being what speed is compared with."""
+def results(title: str, rows: dict[str, dict[str, Any]], base: str | None = None) -> Table:
+    """A table of metrics: a row for each sampler, and its speed over that of the row `base`."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    for name in ("FD", "prec.", "recall", "cover.", "img/s", "speed-up"):
+    names = ("FD", "prec.", "recall", "cover.", "img/s", *(["speed-up"] if base else []))
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    base = next(iter(rows.values()))["images_per_s"]
     for name, row in rows.items():
         spread = f" ±{row['spread']['fd']:.3f}" if row.get("seeds", 1) > 1 else ""
         shares = [f"{row[k]:.3f}" for k in ("precision", "recall", "coverage")]
         speed = row["images_per_s"]
-        table.add_row(
-            name, f"{row['fd']:.3f}{spread}", *shares, f"{speed:,.0f}", f"{speed / base:.1f}×"
-        )
+        over = [f"{speed / rows[base]['images_per_s']:.1f}×"] if base else []
+        table.add_row(name, f"{row['fd']:.3f}{spread}", *shares, f"{speed:,.0f}", *over)
     return table

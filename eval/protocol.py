@@ -71,6 +71,7 @@ def label_accuracy(samples: Samples) -> dict[str, float]:
 
 
 def _digits() -> Protocol:
+    """A sample for each of the 1,797 digits, with its label, against the scans themselves."""
     images, labels = digits.data()
     reference = to_uint8(images)
     metrics = (FID(digits.features, reference), PRDC(digits.features, reference), label_accuracy)

@@ -122,6 +122,9 @@ def test_resuming_a_finished_run_shows_it_again(finished, capsys):
 BARE = ["objective={name: sid}", "critic=null", "data={}", "student={}"]
 
 
+SONG = ["objective={name: consistency}", "critic=null"]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -146,6 +149,13 @@ BARE = ["objective={name: sid}", "critic=null", "data={}", "student={}"]
             "fp16 needs a GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
+        (["run", "{r}", "train.steps=1e30"], "train.steps: expected a valid integer, not 1e+30"),
+        (["run", "{r}", f"train.steps={10**30}"], "train.steps: expected less than or equal to"),
+        (["run", "{r}", f"train.seed={2**63}"], "train.seed: expected less than"),
+        (["run", "{r}", f"players.student.warmup=1{'0' * 400}"], "warmup: expected less than or"),
+        (["run", "{r}", f"train.batch={10**12}"], "train.batch: expected less than or equal to"),
+        (["run", "{r}", f"train.batch={10**9}", "critic=null"], "GiB for their noise alone"),
+        (["run", "{r}", *SONG, f"objective.levels={10**30}"], "levels: expected less than or"),
         (["run", "{r}", "student.start=900"], "outside the teacher's noise levels"),
         (["run", "{r}", "--resume"], "there is no run in"),
         (["run", "{r}", "--outt", "x"], "No such option"),
@@ -210,16 +220,116 @@ def test_a_folder_that_is_not_a_run_is_left_alone(recipe, tmp_path, capsys):
     assert "is not a run" in err
 
 
-@pytest.mark.parametrize("what", ["objectives", "recipes", "teachers", "metrics"])
+LISTED = {
+    "objectives": "dmd2",
+    "recipes": "digits/dmd2",
+    "teachers": "analytic:ring",
+    "metrics": "coverage",
+    "protocols": "digits",
+}
+
+
+@pytest.mark.parametrize("what", LISTED)
 def test_everything_there_is_can_be_listed(what, capsys):
     code, out, _ = called(capsys, "list", what)
     assert code == 0
-    assert {
-        "objectives": "dmd2",
-        "recipes": "digits/dmd2",
-        "teachers": "digits",
-        "metrics": "coverage",
-    }[what] in out
+    assert LISTED[what] in [line.split()[0] for line in out.splitlines()]
+
+
+def test_a_list_of_nothing_in_particular_is_of_everything_under_its_heading(capsys):
+    code, out, _ = called(capsys, "list")
+    assert code == 0
+    lines = out.splitlines()
+    assert [v.strip() for v in lines if not v.startswith(" ")] == list(LISTED)
+    for what, name in LISTED.items():
+        below = lines[lines.index(what) + 1 :]
+        until = next((i for i, v in enumerate(below) if not v.startswith(" ")), len(below))
+        assert name in [v.split()[0] for v in below[:until]]
+
+
+def test_everything_listed_has_a_description_and_no_two_objectives_share_one():
+    for kind in (cli.objectives, cli.recipes, cli.teachers, cli.metrics, cli.protocols):
+        assert all(kind().values())
+    lines = cli.objectives()
+    assert len(set(lines.values())) == len(lines)
+
+
+def rows(text: str, *names: str) -> dict[str, list[str]]:
+    """The cells after each of these names, at the start of a line."""
+    return {n: v[len(n) :].split() for n in names for v in text.splitlines() if v.startswith(n)}
+
+
+def test_speed_is_compared_with_the_teachers_and_never_with_the_students_own(
+    finished, monkeypatch, capsys
+):
+    from eval.protocol import Protocol
+
+    few = {"fd": 1.0, "precision": 1.0, "recall": 1.0, "coverage": 1.0, "images_per_s": 50.0}
+    monkeypatch.setattr(Protocol, "__call__", lambda *_: few)
+    code, out, err = called(capsys, "eval", finished)
+    assert code == 0, err
+    assert "1 step" in out and "speed-up" not in out and "×" not in out
+    full = {**few, "images_per_s": 20.0, "steps": 18, "solver": "heun", "protocol": "digits"}
+    metrics = {"teacher": {**full, "n": 9}, "teacher_few": {"1": few}, "student": {"1": few}}
+    summary = json.loads((finished / "summary.json").read_text())
+    folder = finished.parent / "shown"
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({**summary, "metrics": metrics}))
+    cli.show(folder)
+    out = capsys.readouterr().out
+    assert "speed-up" in out
+    cells = rows(out, "teacher, 18-step heun", "teacher, 1 step", "student, 1 step")
+    assert [v[-1] for v in cells.values()] == ["1.0×", "2.5×", "2.5×"]
+
+
+def test_the_first_line_of_a_run_reads_as_a_sentence(recipe, tmp_path, monkeypatch, capsys):
+    from distill.engine import Engine, Stopped
+
+    def enough(engine):
+        raise Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(Engine, "train", enough)
+    for words, line in (
+        ([], "(unguided) to a student of 1 or 2 steps, in "),
+        (
+            ["student.steps=1", "teacher.guidance=1.5"],
+            "(guidance g = 1.5, that is w = 0.5) to a student of 1 step, in ",
+        ),
+    ):
+        out = tmp_path / f"run{len(words)}"
+        code, said, _ = called(capsys, "run", recipe, *words, "--out", out)
+        assert code == 130
+        first = said.splitlines()[0]
+        assert first.startswith("dmd2: from teacher ")
+        assert line in first
+
+
+def on_a_terminal(*words) -> str:
+    """What the command writes to stderr when that is a terminal."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distill", *map(str, words)],
+        stdout=subprocess.DEVNULL, stderr=theirs, env={**ENV, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(theirs)
+    seen = b""
+    try:
+        while part := os.read(ours, 1 << 16):
+            seen += part
+    except OSError:  # Linux's way to say that the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 2
+    return seen.decode()
+
+
+def test_a_run_says_at_once_that_it_prepares_and_only_on_a_terminal(tmp_path):
+    words = ("run", tmp_path / "nowhere.yaml")
+    seen = on_a_terminal(*words)
+    assert seen.index("preparing") < seen.index("no such file")
+    assert command(*words).stderr.startswith("distill: recipe")
 
 
 MINE = '''
@@ -257,6 +367,106 @@ def test_an_objective_in_a_users_file_runs_resumes_and_exports(pipelines, tmp_pa
         capsys, "run", tmp_path / "r.yaml", "objective.att=1", "--out", tmp_path / "x"
     )
     assert "did you mean 'at'" in err
+
+
+PLAYS = """
+from dataclasses import dataclass
+from functools import partial
+from distill.objective import Loss, Objective, Turn
+
+@dataclass(kw_only=True)
+class Silent(Objective):
+    pass
+
+@dataclass(kw_only=True)
+class Lossless(Objective):
+    def turns(self, step):
+        yield Turn(("student",), partial(self.loss, step=step))
+
+@dataclass(kw_only=True)
+class Plays(Objective):
+    def loss(self, batch, step):
+        return {loss}
+
+    def turns(self, step):
+        {turns}
+"""
+GIVES = "Loss(self.student(batch.noise, batch.cond).square().mean())"
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "loss", "line", "early"),
+    [
+        ("Silent", "pass", GIVES, "Silent: it has no loss; define loss(self", True),
+        ("Lossless", "pass", GIVES, "Lossless: it has no loss; define loss(self", False),
+        ("Plays", 'yield Turn(("studnet",), self.loss)', GIVES, "did you mean 'student'", True),
+        ("Plays", 'yield Turn(("teacher",), self.loss)', GIVES, "known: student", True),
+        ("Plays", "yield Turn((), self.loss)", GIVES, "of players (); give a tuple", True),
+        ("Plays", 'yield Turn("student", self.loss)', GIVES, "('student',)", True),
+        ("Plays", 'yield Turn(("student",), 3)', GIVES, "whose loss is a int", True),
+        ("Plays", 'yield "student"', GIVES, "turns yields a str; yield Turn(", True),
+        ("Plays", 'return Turn(("student",), self.loss)', GIVES, "gives a Turn; write", True),
+        ("Plays", "return", GIVES, "gives None; write", True),
+        ("Plays", "yield from ()", GIVES, "yields nothing; yield a Turn", True),
+        (
+            "Plays",
+            'yield Turn(("student",), partial(self.loss, step=0)); yield Turn(("fake",), None)',
+            GIVES,
+            "names the player 'fake', and it has no such player",
+            False,
+        ),
+        (
+            "Plays",
+            'yield Turn(("student",), partial(self.loss, step=0))',
+            GIVES[5:-1],
+            "its loss returns a Tensor; return Loss(value)",
+            False,
+        ),
+    ],
+)
+def test_an_objective_that_cannot_be_played_is_one_line_naming_its_class(
+    pipelines, tmp_path, capsys, name, turns, loss, line, early
+):
+    (tmp_path / "mine.py").write_text(PLAYS.format(turns=turns, loss=loss))
+    tree = recipe_tree("sid", pipelines["edm"])
+    tree["objective"] = {"name": f"{tmp_path / 'mine.py'}:{name}"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    code, _, err = called(capsys, "run", tmp_path / "r.yaml", "--out", tmp_path / "run")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith(f"distill: objective.name: {name}: ")
+    assert line in err
+    assert (tmp_path / "run").exists() != early
+
+
+COUNTS = """
+from dataclasses import dataclass
+from distill.objective import Loss, Objective, Turn
+
+@dataclass(kw_only=True)
+class Counts(Objective):
+    def __post_init__(self):
+        self.asked, self.played = [], []
+
+    def turns(self, step):
+        self.asked = [*self.asked, step]
+        yield Turn(("student",), self.loss)
+        self.played.append(step)
+
+    def loss(self, batch):
+        return Loss(self.student(batch.noise, batch.cond).square().mean())
+"""
+
+
+def test_looking_at_an_objectives_first_turn_leaves_no_trace_in_it(pipelines, tmp_path):
+    from distill import build
+    from distill.recipe import Recipe
+
+    (tmp_path / "counts.py").write_text(COUNTS)
+    tree = recipe_tree("sid", pipelines["edm"], steps=2)
+    tree["objective"] = {"name": f"{tmp_path / 'counts.py'}:Counts"}
+    engine = build.build(Recipe.check(tree), tmp_path / "run").engine
+    engine.train()
+    assert engine.objective.asked == engine.objective.played == [0, 1]
 
 
 def launched(recipe: Path, out: Path, *words) -> subprocess.Popen:

@@ -354,6 +354,55 @@ def test_a_stream_gives_this_process_its_own_shards_in_order():
     mine.close()
 
 
+def image(path, level):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), level).save(path)
+
+
+def folder_source(pipelines, kind, folder):
+    tree = recipe_tree("consistency", pipelines[kind])
+    tree["data"]["source"] = str(folder)
+    if kind == "unconditional":
+        del tree["teacher"]["null_label"]
+    recipe = Recipe.check(tree)
+    return build.source_of(recipe, build.load_teacher(recipe))
+
+
+@pytest.mark.parametrize(
+    ("names", "ordered"),
+    [
+        (["0", "1", "10", "2"], ["0", "1", "2", "10"]),
+        (["10", "2", "cat"], ["10", "2", "cat"]),
+        (["cat", "Dog", "ant"], ["Dog", "ant", "cat"]),
+    ],
+)
+def test_class_folders_are_in_the_order_of_their_numbers_or_else_their_names(
+    pipelines, tmp_path, capsys, names, ordered
+):
+    for i, name in enumerate(names):
+        image(tmp_path / name / "a.png", 10 * i)
+    found = folder_source(pipelines, "edm", tmp_path)
+    levels = ((found.x[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+    assert levels == [10 * names.index(n) for n in ordered]
+    assert found.cond["class_labels"].tolist() == list(range(len(names)))
+    assert capsys.readouterr().err == ""
+
+
+def test_class_folders_for_a_teacher_without_classes_are_read_with_a_word(
+    pipelines, tmp_path, capsys
+):
+    image(tmp_path / "a.png", 0)
+    assert folder_source(pipelines, "unconditional", tmp_path).cond is None
+    assert capsys.readouterr().err == ""
+    image(tmp_path / "cats" / "b.png", 0)
+    assert folder_source(pipelines, "unconditional", tmp_path).size == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "has no classes, so subfolders are not read as labels" in err
+
+
 # ---- checkpoints
 
 
@@ -377,6 +426,69 @@ def test_a_damaged_checkpoint_is_refused_by_name_with_its_remedy(tmp_path, name,
     path.write_bytes(path.read_bytes()[:-5]) if harm == "cut" else path.unlink()
     with pytest.raises(UserError, match=f"step-1: {name} is .*delete .*step-1 to resume"):
         checkpoint.load(tmp_path / "step-1")
+
+
+@pytest.mark.parametrize("halfway", [False, True], ids=["before", "after"])
+def test_a_replacement_killed_at_any_moment_loses_nothing(tmp_path, monkeypatch, halfway):
+    """Stop before or after each change to the folder in turn; a removal may stop half done."""
+    old, new = ({"step": torch.tensor(v)} for v in (1, 2))
+    root, place = tmp_path / "root", tmp_path / "root" / "step-000001"
+    real = {"replace": checkpoint.os.replace, "rmtree": checkpoint.shutil.rmtree}
+    moments = 0
+
+    def killed_at(moment):
+        left = [moment]
+
+        def stops(act):
+            def do(path, *more, **options):
+                nonlocal moments
+                moments += 1
+                left[0] -= 1
+                if left[0] == 0 and not halfway:
+                    raise KeyboardInterrupt
+                if left[0] == 0 and act == "rmtree" and path.exists():
+                    (path / "manifest.json").unlink()
+                else:
+                    real[act](path, *more, **options)
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+
+            return do
+
+        monkeypatch.setattr(checkpoint.os, "replace", stops("replace"))
+        monkeypatch.setattr(checkpoint.shutil, "rmtree", stops("rmtree"))
+
+    def unharmed():
+        monkeypatch.setattr(checkpoint.os, "replace", real["replace"])
+        monkeypatch.setattr(checkpoint.shutil, "rmtree", real["rmtree"])
+
+    for moment in range(1, 20):
+        unharmed()
+        checkpoint.save(old, place)
+        moments = 0
+        killed_at(moment)
+        try:
+            checkpoint.save(new, place)
+            break
+        except KeyboardInterrupt:
+            unharmed()
+        found = int(checkpoint.load(place)["step"])  # as a reader finds it
+        assert found in (1, 2)
+        assert checkpoint.steps(root) == [place]
+        checkpoint.prune(root, 2)
+        assert [p.name for p in root.iterdir()] == [place.name]
+        assert int(checkpoint.load(place)["step"]) == found
+    assert moments >= 4  # a draft, two renames and a removal; the last time none was cut
+
+
+def test_a_save_after_a_killed_one_takes_its_place(tmp_path, monkeypatch):
+    best = tmp_path / "best"
+    checkpoint.save({"step": 1}, best)
+    best.rename(tmp_path / ".best.old")  # all that a kill between the two renames leaves
+    assert checkpoint.load(best) == {"step": 1}
+    checkpoint.save({"step": 2}, best)
+    assert checkpoint.load(best) == {"step": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
 def test_a_save_cut_short_leaves_the_one_before(tmp_path, monkeypatch):

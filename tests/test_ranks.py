@@ -1,5 +1,6 @@
 """Two processes are one process: the same weights after 20 steps, for each family."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,26 +12,29 @@ from safetensors.torch import load_file
 
 from tests.toys import FIVE
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+ROOT = Path(__file__).parent.parent
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def launch(n: int, port: int, script: str, *words) -> None:
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command = [sys.executable, *(["-m", *launcher] if n == 2 else []), str(ROOT / "tests" / script)]
+    result = subprocess.run([*command, *map(str, words)], env=ENV, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def trained(pipelines, tmp_path_factory) -> dict[int, Path]:
     """Folders of final weights, by the number of processes that made them."""
     folders = {}
-    script = Path(__file__).parent / "ranks.py"
     for n in (1, 2):
-        folder = folders[n] = tmp_path_factory.mktemp(f"ranks{n}")
-        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
-        words = ["-m", *launcher, str(script)] if n == 2 else [str(script)]
-        env = {**ENV, "PYTHONPATH": str(script.parent.parent)}
-        result = subprocess.run(
-            [sys.executable, *words, str(pipelines["edm"]), str(folder)],
-            env=env,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+        folders[n] = tmp_path_factory.mktemp(f"ranks{n}")
+        launch(n, 29517, "ranks.py", pipelines["edm"], folders[n])
     return folders
 
 
@@ -48,3 +52,22 @@ def test_two_processes_equal_one(name, trained):
 def test_ranks_agree_to_the_bit(name, trained):
     first, second = (load_file(trained[2] / f"{name}-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.fixture(scope="module")
+def stopped(pipelines, tmp_path_factory) -> Path:
+    """What two processes did when one of them, and not the other, was asked to stop."""
+    folder = tmp_path_factory.mktemp("stopped")
+    launch(2, 29519, "ranks_stopped.py", pipelines["edm"], folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("signalled", "heard"), [(3, 4), (8, 8)], ids=["on the way", "on the last step"]
+)
+def test_a_signal_to_one_process_stops_all_within_a_step(stopped, signalled, heard):
+    """A log step, where the processes meet anyway, is only the last."""
+    found = [json.loads((stopped / f"{signalled}-{r}.json").read_text()) for r in (0, 1)]
+    assert found == [{"signal": "SIGTERM", "step": heard}] * 2
+    kept = [p.name for p in (stopped / str(signalled) / "checkpoints").iterdir()]
+    assert kept == [f"step-{heard:06d}"]

@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt
-from pydantic import Strict
 from torch import Tensor
 
 from distill.losses import LogNormal, Times, huber
@@ -29,7 +28,7 @@ from teachers.solver import heun_step
 
 @dataclass(kw_only=True)
 class Consistency(Objective):
-    levels: Annotated[int, Strict(), Ge(2)] = 18  # of the grid: 18 for CIFAR, 40 for ImageNet-64
+    levels: Annotated[Count, Ge(2)] = 18  # of the grid: 18 for CIFAR, 40 for ImageNet-64
     solver: Literal["heun", "ddim"] = "heun"  # the teacher's step from t to r
     distance: Literal["huber", "square"] = "huber"
     huber_c: NonNegative = 0.00054  # times √d: iCT's (arXiv:2310.14189)
@@ -94,6 +93,8 @@ class Consistency(Objective):
 
 @dataclass(kw_only=True)
 class ConsistencyTuning(Consistency):
+    """Consistency tuning (ECT): no teacher; steps along the line to the data, ever shorter."""
+
     target_ema: Share = 0.0  # ECT's target is the student itself
     huber_c: NonNegative = 0.0  # and its distance the plain norm
     times: Times = LogNormal(-1.1, 2.0)  # of t
