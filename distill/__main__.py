@@ -1,4 +1,4 @@
-"""The command line: `distill run | sample | eval | teach | list`."""
+"""The command line: `distill run | sample | eval | teach | convert | list`."""
 
 from __future__ import annotations
 
@@ -214,6 +214,19 @@ def teach(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resum
         rows |= {f"{k} steps": v for k, v in metrics["teacher_few"].items()}
         console.print(results("teacher", rows))
     console.print(f"teacher in {out / 'teacher'}")
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A published EDM or EDM2 network: FILE.pkl.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder: safetensors and config.json.")],
+):
+    """Turn a pickled EDM or EDM2 network into safetensors, without executing anything in it."""
+    from distill.terminal import out as console
+    from teachers.edm_files import convert as write
+
+    write(file.expanduser(), folder.expanduser())
+    console.print(f"teacher in {folder}", soft_wrap=True)
 
 
 @app.command(name="list")
