@@ -26,8 +26,8 @@ from teachers import edm, edm2, pickles
 from teachers.denoiser import edm as preconditioning
 from teachers.errors import UserError, nearest
 from teachers.process import Karras
-from teachers.teacher import Pixels, Teacher, read_json
 from teachers.schedule import log_sigma
+from teachers.teacher import Pixels, Teacher, read_json
 
 WEIGHTS = "model.safetensors"
 NETWORKS: dict[str, dict[str, type[nn.Module]]] = {
@@ -113,9 +113,7 @@ def recognises(path: Path) -> bool:
     return isinstance(config, dict) and config.get("_class_name") in NETWORKS
 
 
-def load(
-    path: Path, source: str, null_label: int | None = None, vae: str | None = None
-) -> Teacher:
+def load(path: Path, source: str, null_label: int | None = None, vae: str | None = None) -> Teacher:
     """An EDM or EDM2 network as a teacher, from a pickle or a converted folder.
 
     Args:

@@ -107,7 +107,9 @@ def load(source: str, **options: Any) -> Teacher:
     if source == "digits":
         options.setdefault("null_label", 10)
     pickled = source.endswith(".pkl")
-    folder = DIGITS if source == "digits" else Path(source).expanduser() if pickled else find(source)
+    folder = (
+        DIGITS if source == "digits" else Path(source).expanduser() if pickled else find(source)
+    )
     family, loader = loader_of(folder, source)
     takes = list(signature(loader).parameters)[2:]
     if unknown := sorted(options.keys() - set(takes)):
