@@ -266,6 +266,7 @@ def teachers() -> dict[str, str]:
 
     found = {"digits": "embedded: class-conditional, 8×8 handwritten digits"}
     found |= {f"analytic:{k}": "closed form, for tests and study" for k in ANALYTIC}
+    found["NAME.pkl"] = "a published EDM or EDM2 network, or the folder that `convert` makes of it"
     return found | dict.fromkeys(families(), "a diffusers folder or Hub id of this pipeline")
 
 
