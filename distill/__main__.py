@@ -1,4 +1,4 @@
-"""The command line: `distill run | sample | eval | teach | list`."""
+"""The command line: `distill run | sample | eval | teach | convert | list`."""
 
 from __future__ import annotations
 
@@ -226,6 +226,19 @@ def teach(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resum
     console.print(f"teacher in {out / 'teacher'}")
 
 
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A published EDM or EDM2 network: FILE.pkl.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder: safetensors and config.json.")],
+):
+    """Turn a pickled EDM or EDM2 network into safetensors, without executing anything in it."""
+    from distill.terminal import out as console
+    from teachers.edm_files import convert as write
+
+    write(file.expanduser(), folder.expanduser())
+    console.print(f"teacher in {folder}", soft_wrap=True)
+
+
 @app.command(name="list")
 def listing(
     what: Annotated[
@@ -278,6 +291,7 @@ def teachers() -> dict[str, str]:
 
     found = {"digits": "embedded: class-conditional, 8×8 handwritten digits"}
     found |= {f"analytic:{k}": "closed form, for tests and study" for k in ANALYTIC}
+    found["NAME.pkl"] = "a published EDM or EDM2 network, or the folder that `convert` makes of it"
     return found | dict.fromkeys(families(), "a diffusers folder or Hub id of this pipeline")
 
 

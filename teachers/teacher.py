@@ -90,8 +90,10 @@ def load(source: str, **options: Any) -> Teacher:
     """The teacher at `source`, frozen and in eval mode.
 
     Args:
-        source: "digits" (embedded), "analytic:NAME" (closed form), a diffusers folder or a Hub id.
+        source: "digits" (embedded), "analytic:NAME" (closed form), a diffusers folder or a Hub id,
+            a published EDM or EDM2 .pkl, or the folder that it was converted to.
         options: The family's own: `null_label`, the class that means none, for UNet2D pipelines;
+            that and `vae`, the folder of their latents' AutoencoderKL, for EDM and EDM2;
             `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16) for the others.
 
     Raises:
@@ -104,13 +106,11 @@ def load(source: str, **options: Any) -> Teacher:
         return _analytic(source)
     if source == "digits":
         options.setdefault("null_label", 10)
-    folder = DIGITS if source == "digits" else find(source)
-    index = read_json(folder / "model_index.json", f"teacher {source!r}")
-    family = str(index.get("_class_name", "a nameless class"))
-    known = families()
-    if family not in known:
-        raise UserError(f"teacher {source!r}: {family} is not supported; {nearest(family, known)}")
-    loader = known[family]
+    pickled = source.endswith(".pkl")
+    folder = (
+        DIGITS if source == "digits" else Path(source).expanduser() if pickled else find(source)
+    )
+    family, loader = loader_of(folder, source)
     takes = list(signature(loader).parameters)[2:]
     if unknown := sorted(options.keys() - set(takes)):
         raise UserError(
@@ -120,6 +120,21 @@ def load(source: str, **options: Any) -> Teacher:
     teacher = loader(folder, source, **options)
     teacher.denoiser.eval().requires_grad_(False)
     return teacher
+
+
+def loader_of(path: Path, source: str) -> tuple[str, Any]:
+    """The family of a folder or pickle, by name, and its loader."""
+    if path.suffix == ".pkl" or (path / "config.json").is_file():
+        from teachers import edm_files
+
+        if edm_files.recognises(path):
+            return "an EDM network", edm_files.load
+    index = read_json(path / "model_index.json", f"teacher {source!r}")
+    family = str(index.get("_class_name", "a nameless class"))
+    known = families()
+    if family not in known:
+        raise UserError(f"teacher {source!r}: {family} is not supported; {nearest(family, known)}")
+    return family, known[family]
 
 
 def families() -> dict[str, Any]:

@@ -1,0 +1,423 @@
+"""EDM and EDM2 networks on disk: the published pickles, and our own folders made of them.
+
+| in the pickle | in the folder |
+|---|---|
+| class, init_args, init_kwargs | config.json: `_class_name`, `network`, `arguments` |
+| parameters and buffers | model.safetensors, by our networks' own names |
+| EDM2's encoder | config.json: `latents`, a scale and a bias per channel |
+
+A folder may hold a diffusers AutoencoderKL as `vae/`, for EDM2's latents.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from teachers import edm, edm2, pickles
+from teachers.denoiser import edm as preconditioning
+from teachers.errors import UserError, nearest
+from teachers.process import Karras
+from teachers.schedule import log_sigma
+from teachers.teacher import Pixels, Teacher, read_json
+
+WEIGHTS = "model.safetensors"
+NETWORKS: dict[str, dict[str, type[nn.Module]]] = {
+    "EDMPrecond": {"SongUNet": edm.SongUNet, "DhariwalUNet": edm.DhariwalUNet},
+    "EDM2Precond": {"UNet": edm2.UNet},
+}
+# The classes as the pickles name them, with the argument that names the network inside.
+PICKLED = {"EDMPrecond": "EDMPrecond", "Precond": "EDM2Precond"}
+# Arguments of the pickles that no network here takes: what they say is said elsewhere, or is only
+# of training, or, as use_fp16, of the machine that it once ran on.
+DROPPED = {"augment_dim", "label_dropout", "logvar_channels", "sigma_data", "model_type"}
+DROPPED |= {"sigma_min", "sigma_max", "use_fp16"}
+# EDM2's statistics of its VAE's latents (arXiv:2312.02696, appendix B), for pickles without them.
+MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
+
+# From the pickles' names to ours, in turn; None: not kept, for it follows from the arguments.
+EDM_NAMES = [
+    (r".*resample_filter$", None),
+    (r"^model\.map_augment\.weight$", None),
+    (r"^model\.map_noise\.freqs$", "frequencies"),
+    (r"^model\.map_label\.", "label."),
+    (r"^model\.map_layer0\.", "mlp.0."),
+    (r"^model\.map_layer1\.", "mlp.2."),
+    (r"^model\.enc\.(\d+)x\d+_conv\.", "stem."),
+    (r"^model\.enc\.(\d+)x\d+_aux_(?:residual|skip)\.", r"encoder.\1.side.conv."),
+    (r"^model\.dec\.(\d+)x\d+_aux_(norm|conv)\.", r"heads.\1.\2."),
+    (r"^model\.out_(norm|conv)\.", r"heads.{img_resolution}.\1."),
+    (r"^model\.enc\.(\d+)x\d+_", r"encoder.\1."),
+    (r"^model\.dec\.(\d+)x\d+_", r"decoder.\1."),
+    (r"\.(?:down|up)\.", ".resize."),
+    (r"\.in(\d)\.", r".middle.\1."),
+    (r"\.block(\d+)\.", r".blocks.\1."),
+    (r"\.norm0\.", ".norm_in."),
+    (r"\.conv0\.", ".conv_in."),
+    (r"\.affine\.", ".embed."),
+    (r"\.norm1\.", ".norm_out."),
+    (r"\.conv1\.", ".conv_out."),
+    (r"\.norm2\.", ".attention.norm."),
+    (r"\.qkv\.", ".attention.qkv."),
+    (r"\.proj\.", ".attention.out."),
+]
+EDM2_NAMES = [
+    (r"^logvar_fourier\.freqs$", "uncertainty.noise.frequencies"),
+    (r"^logvar_fourier\.phases$", "uncertainty.noise.phases"),
+    (r"^logvar_linear\.", "uncertainty.linear."),
+    (r"^unet\.emb_fourier\.freqs$", "noise.frequencies"),
+    (r"^unet\.emb_fourier\.phases$", "noise.phases"),
+    (r"^unet\.emb_noise\.", "time."),
+    (r"^unet\.emb_label\.", "label."),
+    (r"^unet\.out_conv\.", "out."),
+    (r"^unet\.out_gain$", "gain"),
+    (r"^unet\.enc\.(\d+)x\d+_conv\.", "stem."),
+    (r"^unet\.enc\.(\d+)x\d+_", r"encoder.\1."),
+    (r"^unet\.dec\.(\d+)x\d+_", r"decoder.\1."),
+    (r"\.(?:down|up)\.", ".resize."),
+    (r"\.in(\d)\.", r".middle.\1."),
+    (r"\.block(\d+)\.", r".blocks.\1."),
+    (r"\.conv_skip\.", ".skip."),
+    (r"\.conv_res0\.", ".conv_in."),
+    (r"\.conv_res1\.", ".conv_out."),
+    (r"\.emb_linear\.", ".embed."),
+    (r"\.emb_gain$", ".gain"),
+    (r"\.attn_qkv\.", ".attention.qkv."),
+    (r"\.attn_proj\.", ".attention.out."),
+]
+
+
+class Files(NamedTuple):
+    """A network as it lies on disk."""
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
+def recognises(path: Path) -> bool:
+    """Whether it is a pickle, or a folder of ours with an EDM network."""
+    if path.suffix == ".pkl":
+        return True
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("_class_name") in NETWORKS
+
+
+def load(path: Path, source: str, null_label: int | None = None, vae: str | None = None) -> Teacher:
+    """An EDM or EDM2 network as a teacher, from a pickle or a converted folder.
+
+    Args:
+        null_label: The label that stands for none, which can only be label_dim, a row of zeros. It
+            is known already for networks that were trained with label dropout.
+        vae: The folder of a diffusers AutoencoderKL, for latent EDM2; without one (and without a
+            `vae` folder beside the weights) the codec takes and gives latents.
+
+    Raises:
+        UserError: nothing is there, it is damaged or refused, or the options do not fit it.
+    """
+    who = f"teacher {source!r}"
+    files = unpickle(path) if path.suffix == ".pkl" else open_folder(path, who)
+    denoiser = denoiser_of(files, who)
+    config, arguments = files.config, files.config["arguments"]
+    classes = arguments.get("label_dim", 0)
+    null = classes if classes and config.get("label_dropout") else None
+    if null_label is not None:
+        if not classes or null_label != classes:
+            raise UserError(f"{who}: null_label {null_label}: {no_label(classes)}")
+        null = classes
+    size, channels = arguments["img_resolution"], arguments["img_channels"]
+    codec = Pixels(classes, null)
+    if latents := config.get("latents"):
+        if vae is None and (path / "vae").is_dir():
+            vae = str(path / "vae")
+        loaded = None if vae is None else autoencoder(Path(vae).expanduser(), channels, who)
+        codec = edm2.Latents(classes, null, latents["scale"], latents["bias"], loaded)
+    elif vae is not None:
+        raise UserError(f"{who}: vae: this network makes pixels; leave it out")
+    return Teacher(denoiser, codec, (channels, size, size), source)
+
+
+def no_label(classes: int) -> str:
+    return f"only {classes}, a row of zeros, stands for none" if classes else "it has no classes"
+
+
+def convert(source: Path, out: Path) -> None:
+    """Writes a published pickle as a folder of safetensors and JSON, executing nothing of it.
+
+    Raises:
+        UserError: the pickle is damaged or refused, or `out` already holds something.
+    """
+    from safetensors.torch import save_file
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} already exists; give a new folder")
+    files = unpickle(source)
+    denoiser_of(files, str(source))  # whatever load would refuse is refused before it is written
+    draft = out.parent / f".{out.name}.draft"
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        weights = {k: v.contiguous().clone() for k, v in files.weights.items()}
+        save_file(weights, draft / WEIGHTS, {"format": "pt"})
+        (draft / "config.json").write_text(json.dumps(files.config, indent=2) + "\n")
+        if out.exists():
+            out.rmdir()
+        draft.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def unpickle(path: Path) -> Files:
+    """The network of a published pickle, under our names."""
+    content = pickles.read(path)
+    network = content.get("ema") if isinstance(content, dict) else content
+    if not isinstance(network, pickles.Record):
+        raise UserError(f"{path}: holds no network by the name 'ema', as EDM's pickles do")
+    if network.kind not in PICKLED:
+        raise UserError(f"{path}: {network.kind[:60]} is not supported; {nearest('', PICKLED)}")
+    kind = PICKLED[network.kind]
+    state = network.state or {}
+    given, unnamed = state.get("_init_kwargs"), state.get("_init_args")
+    if type(given) is not dict or unnamed not in ((), []):
+        raise UserError(f"{path}: does not say what its network was made with (init_kwargs)")
+    given = json_of(given, str(path))
+    default = "UNet" if kind == "EDM2Precond" else "DhariwalUNet"
+    arguments = {k: v for k, v in given.items() if k not in DROPPED}
+    config = {
+        "_class_name": kind,
+        "network": given.get("model_type", default),
+        "sigma_data": given.get("sigma_data", 0.5),
+        "label_dropout": given.get("label_dropout", 0),
+        "arguments": arguments,
+    }
+    if kind == "EDM2Precond":
+        config["logvar_channels"] = given.get("logvar_channels", 128)
+        config["latents"] = latents_of(content, arguments.get("img_channels"), str(path))
+    check(config, str(path))
+    found = pickles.tensors(network, str(path))
+    if kind == "EDM2Precond":
+        found = round_gains(found)
+    return Files(config, renamed(found, config))
+
+
+def json_of(value: Any, who: str, depth: int = 0) -> Any:
+    """A value of a pickle as JSON holds it."""
+    if depth < 4 and isinstance(value, dict):
+        return {k: json_of(v, who, depth + 1) for k, v in value.items()}
+    if depth < 4 and isinstance(value, list | tuple):
+        return [json_of(v, who, depth + 1) for v in value]
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else str(value)  # sigma_max is infinite by default
+    raise UserError(f"{who}: its network was made with a {type(value).__name__}, not plain data")
+
+
+def latents_of(content: Any, channels: Any, who: str) -> dict[str, list[float]] | None:
+    """How EDM2 scales its VAE's latents; None for networks of pixels."""
+    encoder = content.get("encoder") if isinstance(content, dict) else None
+    if encoder is None and channels != 4:
+        return None
+    if encoder is None:
+        return {
+            "scale": [0.5 / std for std in STD],
+            "bias": [-0.5 * mean / std for mean, std in zip(MEAN, STD)],
+        }
+    if isinstance(encoder, pickles.Record) and encoder.kind == "StandardRGBEncoder":
+        return None
+    if not isinstance(encoder, pickles.Record) or encoder.kind != "StabilityVAEEncoder":
+        raise UserError(f"{who}: its encoder is neither StandardRGBEncoder nor StabilityVAEEncoder")
+    arrays = {k: (encoder.state or {}).get(k) for k in ("scale", "bias")}
+    for name, array in arrays.items():
+        if not isinstance(array, pickles.Array) or array.state is None:
+            raise UserError(f"{who}: its encoder has no {name}")
+    return {k: v.state.tolist() for k, v in arrays.items()}  # pyright: ignore
+
+
+def renamed(found: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors by our networks' names; one that has none keeps its own, and is refused later."""
+    rules = EDM_NAMES if config["_class_name"] == "EDMPrecond" else EDM2_NAMES
+    size = str(config["arguments"]["img_resolution"])
+    ours = {}
+    for name, tensor in found.items():
+        new: str | None = name
+        for pattern, to in rules:
+            if re.search(pattern, new):
+                new = None if to is None else re.sub(pattern, to, new)
+            if new is None:
+                break
+        if new is not None:
+            ours[new.replace("{img_resolution}", size)] = tensor
+    return ours
+
+
+def round_gains(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """EDM2's gains as its code applies them when they are stored in half precision.
+
+    There g/√n, which scales a weight of n inputs, is rounded once more; ours is worked out in
+    float32, from a g that gives the same.
+    """
+    rounded = dict(found)
+    for name, gain in found.items():
+        if gain.dtype == torch.float16 and name.endswith(("emb_gain", "out_gain")):
+            user = name.replace("emb_gain", "emb_linear").replace("out_gain", "out_conv")
+            if (weight := found.get(f"{user}.weight")) is not None and weight.numel():
+                root = math.sqrt(weight[0].numel())
+                rounded[name] = (gain / root).float() * root
+    return rounded
+
+
+def open_folder(folder: Path, who: str) -> Files:
+    """A folder that `convert` wrote."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = read_json(folder / "config.json", who)
+    check(config, who)
+    try:
+        return Files(config, load_file(folder / WEIGHTS))
+    except FileNotFoundError:
+        raise UserError(f"{who}: {folder / WEIGHTS} is missing; convert the pickle again") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{who}: {folder / WEIGHTS} cannot be read ({error})") from None
+
+
+def check(config: dict[str, Any], who: str) -> None:
+    """Refuses a config from which no network could be built, before one is."""
+    networks = NETWORKS[config["_class_name"]]
+    name, arguments = config.get("network"), config.get("arguments")
+    if not isinstance(name, str) or name not in networks:
+        raise UserError(f"{who}: network {name!r}: {nearest(str(name), networks)}")
+    if not isinstance(arguments, dict):
+        raise UserError(f"{who}: arguments: expected a mapping")
+    known = inspect.signature(networks[name]).parameters
+    for key, value in arguments.items():
+        if key not in known:
+            raise UserError(f"{who}: argument {key!r} of {name}: {nearest(key, known)}")
+        if not fits(key, value):
+            raise UserError(f"{who}: argument {key!r} of {name} cannot be {str(value)[:60]!r}")
+    for key in ("img_resolution", "img_channels"):
+        if key not in arguments:
+            raise UserError(f"{who}: argument {key!r} of {name} is missing")
+    halvings = len(arguments.get("channel_mult", known["channel_mult"].default)) - 1
+    if arguments["img_resolution"] % 2**halvings:
+        raise UserError(
+            f"{who}: img_resolution {arguments['img_resolution']} cannot be halved {halvings} times"
+        )
+    if not number(config.get("sigma_data"), 1e-6, 1e6):
+        raise UserError(f"{who}: sigma_data is {config.get('sigma_data')!r}; expected a number")
+    if not (latents := config.get("latents")):
+        return
+    for key in ("scale", "bias"):
+        row = latents.get(key) if isinstance(latents, dict) else None
+        if not isinstance(row, list) or len(row) != arguments["img_channels"]:
+            raise UserError(f"{who}: latents.{key}: expected a number for each channel")
+        if not all(number(v, -1e6, 1e6) and (v or key == "bias") for v in row):
+            raise UserError(f"{who}: latents.{key}: expected a number for each channel")
+
+
+CHOICES = {
+    "embedding_type": ("positional", "fourier"),
+    "encoder_type": ("standard", "skip", "residual"),
+    "decoder_type": ("standard", "skip"),
+}
+LISTS = {"channel_mult": 64, "attn_resolutions": 2**16, "resample_filter": 1e6}
+SHARES = ("dropout", "label_balance", "concat_balance", "res_balance", "attn_balance")
+
+
+def fits(key: str, value: Any) -> bool:
+    """Whether an argument has a value that a network could be built with."""
+    if key in CHOICES:
+        return value in CHOICES[key]
+    if key in LISTS:
+        low = 0 if key == "resample_filter" else 1
+        if not isinstance(value, list) or len(value) > 16:
+            return False
+        whole = key == "resample_filter" or all(type(v) is int for v in value)
+        if key == "resample_filter" and (len(value) % 2 or not any(value)):
+            return False
+        good = whole and all(number(v, low, LISTS[key]) for v in value)
+        return good and (bool(value) or key == "attn_resolutions")
+    if key in SHARES:
+        return number(value, 0, 1)
+    if key == "clip_act":
+        return value is None or number(value, 0, 1e9)
+    if value is None:
+        return key in ("channel_mult_noise", "channel_mult_emb")
+    most = 64 if key == "num_blocks" else 2**16
+    return type(value) is int and (0 if key == "label_dim" else 1) <= value <= most
+
+
+def number(value: Any, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high
+
+
+def denoiser_of(files: Files, who: str) -> edm.EDM:
+    """The network with its weights in float32, under EDM's process and preconditioning."""
+    config = files.config
+    process, sigma_data = Karras(), float(config["sigma_data"])
+    predicts, time = preconditioning(sigma_data), log_sigma(process, 0.25)
+    with torch.device("meta"):  # shapes are compared before anything is allocated
+        backbone = NETWORKS[config["_class_name"]][config["network"]](**config["arguments"])
+    if config["_class_name"] == "EDMPrecond":
+        fill(backbone, files.weights, who)
+        return edm.EDM(backbone, process, predicts, time, sigma_data)
+    head = {k: v for k, v in files.weights.items() if k.startswith("uncertainty.")}
+    fill(backbone, {k: v for k, v in files.weights.items() if k not in head}, who)
+    uncertainty = None
+    if head:
+        channels = config.get("logvar_channels")
+        if type(channels) is not int or not 1 <= channels <= 2**16:
+            raise UserError(f"{who}: logvar_channels is {channels!r}; expected a number")
+        with torch.device("meta"):
+            uncertainty = edm2.Uncertainty(channels)
+        fill(uncertainty, {k.removeprefix("uncertainty."): v for k, v in head.items()}, who)
+    return edm2.EDM2(backbone, process, predicts, time, sigma_data, uncertainty)
+
+
+def fill(network: nn.Module, weights: dict[str, Tensor], who: str) -> None:
+    """Gives a network on the meta device its weights, all of them and no others."""
+    expected = network.state_dict()
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise UserError(f"{who}: the weights lack {missing[0]!r}; the arguments do not fit them")
+    if extra := sorted(weights.keys() - expected.keys()):
+        raise UserError(f"{who}: the weights hold {extra[0][:80]!r}, which the network has not")
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise UserError(
+                f"{who}: {name!r} is {list(weights[name].shape)}; "
+                f"the arguments make it {list(tensor.shape)}"
+            )
+        if not weights[name].is_floating_point():
+            raise UserError(f"{who}: {name!r} holds {weights[name].dtype}, not floating point")
+    copies = {k: weights[k].to(torch.float32, copy=True).contiguous() for k in expected}
+    network.load_state_dict(copies, assign=True)
+
+
+def autoencoder(folder: Path, channels: int, who: str) -> Any:
+    """A diffusers AutoencoderKL, from safetensors only."""
+    from diffusers import AutoencoderKL
+
+    config = read_json(folder / "config.json", who)
+    if (kind := config.get("_class_name")) != "AutoencoderKL":
+        raise UserError(f"{who}: vae: {folder} holds a {kind}; expected an AutoencoderKL")
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    except Exception as error:  # diffusers wraps a damaged file in various types
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{who}: vae: {folder} cannot be read ({reason})") from None
+    if (has := config.get("latent_channels")) != channels:
+        raise UserError(f"{who}: vae: {has} latent channels; the network has {channels}")
+    return vae.eval().requires_grad_(False)
