@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 import tempfile
 import time
@@ -406,18 +407,21 @@ def asked(error: Exception) -> float:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings and no bars of the client's: they repeat what the server said, in full."""
-    from huggingface_hub.utils import are_progress_bars_disabled as no_bars
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, logging
+    """No logs, warnings or bars: the client's and its transport's repeat what the server said."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
-    before, bars = logging.get_verbosity(), not no_bars()
-    logging.set_verbosity(logging.CRITICAL)
+    before, bars = logging.root.manager.disable, not are_progress_bars_disabled()
+    logging.disable(logging.CRITICAL)
     disable_progress_bars()
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logging.set_verbosity(before)
+        logging.disable(before)
         if bars:
             enable_progress_bars()
 

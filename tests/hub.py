@@ -201,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         if verb == "preupload":
             return self.preupload(repo, branch, json.loads(body))
         assert verb == "commit", path
-        return self.commit(repo, branch, body)
+        return self.commit(f"{owner}/{name}", branch, body)
 
     def repo(self, name: str) -> Repo:
         if name not in self.server.repos:
@@ -280,7 +280,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "not uploaded")
         return ok({})
 
-    def commit(self, repo: Repo, branch: str, body: bytes) -> tuple[int, bytes, dict[str, str]]:
+    def commit(self, name: str, branch: str, body: bytes) -> tuple[int, bytes, dict[str, str]]:
+        repo = self.repo(name)
         if (meanwhile := self.server.before_commit) is not None:
             self.server.before_commit = None
             meanwhile()
@@ -300,7 +301,7 @@ class Handler(BaseHTTPRequestHandler):
                 assert line["key"] == "deletedFile", line
                 del files[value["path"]]
         oid = repo.add(branch, files, header["summary"])
-        return ok({"commitUrl": f"{self.server.url}/commit/{oid}", "commitOid": oid})
+        return ok({"commitUrl": f"{self.server.url}/{name}/commit/{oid}", "commitOid": oid})
 
 
 def ok(content: Any) -> tuple[int, bytes, dict[str, str]]:
