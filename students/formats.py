@@ -23,7 +23,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -326,101 +327,99 @@ def single_file(pipe: Any) -> State:
     return states
 
 
-# ---- checked in another process, by stock diffusers
+# ---- written, once stock diffusers has drawn the student's pictures from them
 
-LOADS = {
-    "lora": "pipe = DiffusionPipeline.from_pretrained(folder); pipe.load_lora_weights(file)",
-    "single": "pipe = getattr(diffusers, kind).from_single_file(file, config=folder,"
-    " local_files_only=True)",
-}
+# Runs in another process, with none of our packages imported.
 SCRIPT = """
 import sys, diffusers, torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-folder, file, out, kind, counts = *sys.argv[1:5], eval(sys.argv[5])
-{load}
-pipe.set_progress_bar_config(disable=True)
-images = {{}}
-for steps in counts:
-    images[str(steps)] = pipe("a red circle", num_inference_steps=steps, guidance_scale=1.0,
-                              generator=torch.Generator().manual_seed(0), output_type="pt").images
+folder, out, kind, files, counts = *sys.argv[1:4], eval(sys.argv[4]), eval(sys.argv[5])
+kind, images = getattr(diffusers, kind), {}
+for i, (whole, file) in enumerate(files):
+    if whole:
+        pipe = kind.from_single_file(file, config=folder, local_files_only=True)
+    else:
+        pipe = kind.from_pretrained(folder)
+        pipe.load_lora_weights(file)
+    pipe.set_progress_bar_config(disable=True)
+    for steps in counts:
+        draw = torch.Generator().manual_seed(0)
+        images[f"{i} {steps}"] = pipe("a red circle", num_inference_steps=steps, generator=draw,
+                                      guidance_scale=1.0, output_type="pt").images
 save_file(images, out)
 """
 
 
-def save_lora(lora: State, file: Path, student: Any, folder: Path, counts: Iterable[int]) -> None:
-    """Write a LoRA file, having checked it: at strength 1.0 it makes `folder` the student.
+@dataclass(frozen=True)
+class File:
+    """A file to be written: LoRA weights in any of the forms above, or all of a pipeline's."""
+
+    path: Path
+    state: State
+    whole: bool = False
+
+
+def write(files: Sequence[File], student: Any, folder: Path, counts: Sequence[int]) -> None:
+    """Write the files, once stock diffusers, in another process, has been seen to agree with them.
+
+    A LoRA is loaded at strength 1.0 onto `folder`, a whole file by `from_single_file`; either must
+    give the student's pictures. The files appear under their names only when all of them do.
 
     Args:
-        lora: In diffusers' or kohya's keys.
-        student: A pipeline with the adapter merged, which the pictures are compared with.
+        student: The pipeline with the adapter merged, which pictures are compared with.
         folder: The diffusers folder of the base, with the student's scheduler.
         counts: The step counts to compare at.
 
     Raises:
-        ExportError: stock diffusers cannot load it, or its pictures differ.
+        ExportError: stock diffusers cannot load a file, or its pictures differ.
     """
-    save(lora, file, "lora", student, folder, counts)
-
-
-def save_single_file(file: Path, student: Any, folder: Path, counts: Iterable[int]) -> None:
-    """Write a pipeline as one file, having checked that stock diffusers draws its pictures from it.
-
-    Args:
-        student: The pipeline.
-        folder: A diffusers folder of the same configuration.
-        counts: The step counts to compare at.
-
-    Raises:
-        UserError: the pipeline has no such form.
-        ExportError: stock diffusers cannot load it, or its pictures differ.
-    """
-    save(single_file(student), file, "single", student, folder, counts)
-
-
-def save(
-    state: State, file: Path, how: str, student: Any, folder: Path, counts: Iterable[int]
-) -> None:
-    """Write, check, and only then give the file its name."""
-    draft = file.with_name(f".draft-{file.name}")
+    drafts = [f.path.with_name(f".draft-{f.path.name}") for f in files]
     try:
-        save_file({k: v.contiguous() for k, v in state.items()}, draft)
-        verify(draft, how, student, folder, list(counts))
-        draft.replace(file)
+        for file, draft in zip(files, drafts, strict=True):
+            save_file({k: v.contiguous() for k, v in file.state.items()}, draft)
+        jobs = [(f.whole, str(d.resolve())) for f, d in zip(files, drafts, strict=True)]
+        theirs = drawn_elsewhere(jobs, type(student).__name__, folder, counts)
+        student.set_progress_bar_config(disable=True)
+        for steps in counts:
+            rng = torch.Generator().manual_seed(0)
+            ours = student(
+                "a red circle", num_inference_steps=steps, generator=rng, guidance_scale=1.0,
+                output_type="pt",
+            ).images.cpu()  # fmt: skip
+            for i, file in enumerate(files):
+                compare(ours, theirs[f"{i} {steps}"], steps, file.path.name)
+        for file, draft in zip(files, drafts, strict=True):
+            draft.replace(file.path)
     finally:
-        draft.unlink(missing_ok=True)
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
 
 
-def verify(file: Path, how: str, student: Any, folder: Path, counts: list[int]) -> None:
-    """Compare what stock diffusers draws from the file, in another process, with the student's."""
-    theirs = drawn_elsewhere(file, LOADS[how], type(student).__name__, folder, counts)
-    student.set_progress_bar_config(disable=True)
-    for steps in counts:
-        rng = torch.Generator().manual_seed(0)
-        ours = student(
-            "a red circle", num_inference_steps=steps, guidance_scale=1.0, generator=rng,
-            output_type="pt",
-        ).images.cpu()  # fmt: skip
-        gap = (ours - theirs[str(steps)]).abs().max().item()
-        if not gap <= TOLERANCE:
-            raise ExportError(
-                f"at {steps} steps {file.name} differs from the student by {gap:.2g} of the pixel "
-                f"range (at most {TOLERANCE:g} is rounding)"
-            )
+def compare(ours: Tensor, theirs: Tensor, steps: int, name: str) -> None:
+    """Raise unless the pictures agree to rounding."""
+    gap = (ours - theirs).abs().max().item()
+    if not gap <= TOLERANCE:
+        raise ExportError(
+            f"at {steps} steps {name} differs from the student by {gap:.2g} of the pixel range "
+            f"(at most {TOLERANCE:g} is rounding)"
+        )
 
 
-def drawn_elsewhere(file: Path, load: str, kind: str, folder: Path, counts: list[int]) -> State:
-    """The pictures at every step count, by a process that has only stock packages."""
+def drawn_elsewhere(
+    jobs: list[tuple[bool, str]], kind: str, folder: Path, counts: Sequence[int]
+) -> State:
+    """The pictures of each file at each step count, by a process that has only stock packages."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "images.safetensors"
-        code, words = SCRIPT.format(load=load), [str(folder.resolve()), str(file.resolve())]
+        words = [str(folder.resolve()), str(out), kind, repr(jobs), repr(list(counts))]
         result = subprocess.run(
-            [sys.executable, "-I", "-c", code, *words, str(out), kind, repr(counts)],
+            [sys.executable, "-I", "-c", SCRIPT, *words],
             cwd=scratch,
             capture_output=True,
             text=True,
             env={**child_environment(), "HF_HUB_OFFLINE": "1"},
         )
         if result.returncode:
-            raise ExportError(f"stock diffusers could not use {file}:\n{result.stderr[-2000:]}")
+            names = ", ".join(Path(file).name.removeprefix(".draft-") for _, file in jobs)
+            raise ExportError(f"stock diffusers could not use {names}:\n{result.stderr[-2000:]}")
         return load_file(out)

@@ -142,23 +142,22 @@ def names_for(pipe):
 # ---- LoRA
 
 
-def test_stock_diffusers_draws_the_merged_student_from_a_diffusers_lora(
-    pipe, lora, folder, tmp_path
-):
-    state, student = lora
-    formats.save_lora(state, tmp_path / formats.LORA, student, folder, [1, 2])  # compares
-    assert load_file(tmp_path / formats.LORA).keys() == state.keys()
-
-
-def test_stock_diffusers_draws_the_merged_student_from_a_kohya_lora(pipe, lora, folder, tmp_path):
+def test_stock_diffusers_draws_the_merged_student_from_every_file(pipe, lora, folder, tmp_path):
+    """At strength 1.0, in another process, at one and two steps."""
     state, student = lora
     kohya = formats.to_kohya(state, names_for(pipe))
-    formats.save_lora(kohya, tmp_path / "kohya.safetensors", student, folder, [2])
-    if type(pipe) is StableDiffusionXLPipeline:
-        assert "lora_unet_input_blocks_4_1_proj_in.lora_down.weight" in kohya
-        assert "lora_unet_label_emb_0_0.alpha" in kohya
-    else:
-        assert "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight" in kohya
+    files = [
+        formats.File(tmp_path / formats.LORA, state),
+        formats.File(tmp_path / "kohya.safetensors", kohya),
+        formats.File(tmp_path / "whole.safetensors", formats.single_file(student), whole=True),
+    ]
+    formats.write(files, student, folder, [1, 2])  # compares
+    assert {p.name for p in tmp_path.iterdir()} == {f.path.name for f in files}
+    assert load_file(tmp_path / "kohya.safetensors").keys() == kohya.keys()
+    block = "input_blocks_4_1" if isinstance(pipe, StableDiffusionXLPipeline) else (
+        "down_blocks_0_attentions_0"
+    )  # fmt: skip
+    assert f"lora_unet_{block}_proj_in.lora_down.weight" in kohya
 
 
 def test_the_file_alone_says_what_strength_one_is(pipe):
@@ -195,15 +194,19 @@ def test_another_alpha_is_folded_in_when_a_kohya_file_is_read(pipe, lora):
     torch.testing.assert_close(again[key], state[key] / 2)
 
 
-def test_a_lora_that_is_not_the_students_is_refused_and_leaves_nothing(
+def test_a_file_that_is_not_the_students_is_refused_and_leaves_nothing(
     pipe, lora, folder, tmp_path
 ):
     if type(pipe) is StableDiffusionXLPipeline:
         pytest.skip("one pipeline is enough")
     state, student = lora
     wrong = {k: 1.5 * v if "lora_B" in k else v for k, v in state.items()}
-    with pytest.raises(ExportError, match="differs from the student"):
-        formats.save_lora(wrong, tmp_path / "x.safetensors", student, folder, [2])
+    files = [
+        formats.File(tmp_path / "right.safetensors", state),
+        formats.File(tmp_path / "wrong.safetensors", wrong),
+    ]
+    with pytest.raises(ExportError, match=r"wrong\.safetensors differs from the student"):
+        formats.write(files, student, folder, [2])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -261,11 +264,6 @@ def test_a_kohya_key_of_another_model_is_named(pipe):
 # ---- single files
 
 
-def test_stock_diffusers_draws_the_student_from_a_single_file(pipe, lora, folder, tmp_path):
-    _, student = lora
-    formats.save_single_file(tmp_path / "student.safetensors", student, folder, [1, 2])  # compares
-
-
 def test_diffusers_own_converters_undo_ours(pipe):
     """Every weight, and none besides, comes back: UNet, VAE, both kinds of text encoder."""
     state = formats.single_file(pipe)
@@ -287,7 +285,7 @@ def test_names_are_those_of_the_published_checkpoints():
         (old, "down_blocks.0.downsamplers.0.conv.weight", "input_blocks.3.0.op.weight"),
         (old, "up_blocks.0.upsamplers.0.conv.weight", "output_blocks.2.1.conv.weight"),
         (old, "up_blocks.1.upsamplers.0.conv.weight", "output_blocks.5.2.conv.weight"),
-        (old, "up_blocks.3.resnets.2.conv_shortcut.bias", "output_blocks.11.0.skip_connection.bias"),
+        (old, "up_blocks.3.resnets.2.conv_shortcut", "output_blocks.11.0.skip_connection"),
         (old, "mid_block.resnets.1.conv1.bias", "middle_block.2.in_layers.2.bias"),
         (new, "add_embedding.linear_2.weight", "label_emb.0.2.weight"),
         (new, "down_blocks.2.attentions.0.transformer_blocks.9.attn2.to_k.weight",
