@@ -76,7 +76,8 @@ def push(
     require_finished(run)
     check_name(repo, revision)
     record = Record.read(run)
-    files = local_files(run, record, repo, revision, licence_override)
+    with quiet():  # the licence of a teacher on the Hub is asked for there
+        files = local_files(run, record, repo, revision, licence_override)
     token = get_token()
     if not token:
         raise UserError("push: no token; set HF_TOKEN, or log in once with `hf auth login`")
@@ -179,7 +180,10 @@ def local_files(
 def portable_json(path: Path) -> bytes:
     """A JSON file without this machine's folders: an absolute path becomes its last name."""
     text = path.read_bytes()
-    before = json.loads(text)
+    try:
+        before = json.loads(text)
+    except ValueError:
+        raise UserError(f"push: {path} is not valid JSON; export the run again") from None
     after = portable(before)
     return text if before == after else json.dumps(after, indent=2).encode() + b"\n"
 

@@ -308,6 +308,12 @@ def test_a_damaged_record_is_named(hub, run, capsys):
     assert "hub.json is damaged" in refused(capsys, run, REPO)
 
 
+def test_a_damaged_file_is_named_before_anything_is_sent(hub, run, capsys):
+    (run / "student" / "unet" / "config.json").write_text("{")
+    assert "config.json is not valid JSON" in refused(capsys, run, REPO)
+    assert hub.seen == []
+
+
 def test_offline_mode_is_said(hub, run, capsys, monkeypatch, pauses):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refused(capsys, run, REPO)
