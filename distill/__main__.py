@@ -1,4 +1,4 @@
-"""The command line: `distill run | sample | eval | teach | convert | list`."""
+"""The command line: `distill run | sample | eval | teach | convert | card | push | list`."""
 
 from __future__ import annotations
 
@@ -237,6 +237,63 @@ def convert(
 
     write(file.expanduser(), folder.expanduser())
     console.print(f"teacher in {folder}", soft_wrap=True)
+
+
+Licence = Annotated[
+    str, typer.Option("--licence-override", help="Why it may be shared though its licence says no.")
+]
+RunArg = Annotated[Path, typer.Argument(help="A finished run's folder.")]
+
+
+@app.command()
+def card(
+    run: RunArg,
+    out: Annotated[Path | None, typer.Option(help="A file to write it to.")] = None,
+    repo: Annotated[str, typer.Option(help="The Hub id that its snippet loads.")] = "",
+    licence_override: Licence = "",
+):
+    """Write the model card of a finished run."""
+    from students.card import card as card_of
+
+    if out is not None:
+        writable(out, "--out")
+    made = card_of(run, repo, licence_override)
+    if out is None:
+        sys.stdout.write(made.text)
+    else:
+        out.write_text(made.text)
+
+
+@app.command()
+def push(
+    run: RunArg,
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new one private.")] = False,
+    revision: Annotated[str, typer.Option(help="The branch.")] = "main",
+    message: Annotated[str, typer.Option(help="The commit's.")] = "",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is there, whoever put it there.")
+    ] = False,
+    licence_override: Licence = "",
+):
+    """Upload a finished run's student to the Hub; the token is HF_TOKEN's or `hf auth login`'s."""
+    from distill.push import push as go
+    from distill.terminal import out as console
+
+    done = go(
+        run,
+        repo,
+        private=private,
+        revision=revision,
+        message=message,
+        overwrite=overwrite,
+        licence_override=licence_override,
+    )
+    console.print(
+        f"{done.sent} files sent, {done.deleted} deleted, {done.present} there already: "
+        f"{done.url} at {done.commit[:7]}",
+        soft_wrap=True,
+    )
 
 
 @app.command(name="list")

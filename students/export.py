@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from students import stock
+from students import card, stock
 from students.generator import Generator
 from students.lora import Adapted, merged, unwrap
 from teachers.errors import UserError
@@ -78,7 +78,7 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
             "recipe": dict(recipe),
         }
         (draft / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
-        (draft / "README.md").write_text(card(generator, teacher, recipe))
+        (draft / "README.md").write_text(card.draft(draft))
         verify(draft, generator, teacher)
         shutil.rmtree(path, ignore_errors=True)
         draft.chmod(0o755)  # mkdtemp's own is private
@@ -243,27 +243,3 @@ def load_student(folder: Path) -> tuple[Generator, Teacher]:
     teacher = load(str(folder))
     like = stock.student(teacher, max(counts), None, sidecar["renoise"])
     return like.eval().requires_grad_(False), teacher
-
-
-def card(generator: Generator, teacher: Teacher, recipe: Mapping[str, Any]) -> str:
-    """The folder's README: what it is, and the lines that use it."""
-    objective = recipe.get("objective", {}).get("name", "an objective of its own")
-    counts = ", ".join(map(str, generator.counts))
-    labels = ", class_labels=[3] * 16" if getattr(teacher.codec, "classes", 0) else ""
-    return f"""---
-library_name: diffusers
-tags: [fewstep, distillation]
----
-# A {max(generator.counts)}-step student of {teacher.source}
-
-Distilled by [fewstep](https://pypi.org/project/fewstep/) with the objective `{objective}`.
-It was trained for {counts} step(s), and for no others.
-It is sampled without guidance.
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
-images = pipe(batch_size=16{labels}, num_inference_steps=1).images
-```
-"""

@@ -1,0 +1,554 @@
+"""The model card of a student, written from its run: what it is, what it cost, what it may be.
+
+The front matter follows the Hub's model-card specification, so that the Hub links the student to
+its base model, shows its licence, and lists its figures.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from teachers.errors import UserError
+from teachers.teacher import DIGITS, read_json
+
+GRID = "grid.png"  # the sample grid's name beside the card
+HUB = "https://huggingface.co"
+
+
+class Paper(NamedTuple):
+    """A method's paper: `arxiv` is its identifier."""
+
+    title: str
+    authors: str  # BibTeX's form
+    year: int
+    arxiv: str
+
+    def bibtex(self, key: str) -> str:
+        return (
+            f"@misc{{{key},\n  title = {{{self.title}}},\n  author = {{{self.authors}}},\n"
+            f"  year = {{{self.year}}},\n  eprint = {{{self.arxiv}}},\n"
+            "  archivePrefix = {arXiv}\n}"
+        )
+
+
+# By the objective's name in a recipe.
+PAPERS = {
+    "consistency": Paper(
+        "Consistency Models",
+        "Song, Yang and Dhariwal, Prafulla and Chen, Mark and Sutskever, Ilya",
+        2023,
+        "2303.01469",
+    ),
+    "diffusion": Paper(
+        "Elucidating the Design Space of Diffusion-Based Generative Models",
+        "Karras, Tero and Aittala, Miika and Aila, Timo and Laine, Samuli",
+        2022,
+        "2206.00364",
+    ),
+    "dmd2": Paper(
+        "Improved Distribution Matching Distillation for Fast Image Synthesis",
+        'Yin, Tianwei and Gharbi, Micha{\\"e}l and Park, Taesung and Zhang, Richard and '
+        "Shechtman, Eli and Durand, Fr{\\'e}do and Freeman, William T.",
+        2024,
+        "2405.14867",
+    ),
+    "ect": Paper(
+        "Consistency Models Made Easy",
+        "Geng, Zhengyang and Pokle, Ashwini and Luo, William and Lin, Justin and Kolter, J. Zico",
+        2024,
+        "2406.14548",
+    ),
+    "fdistill": Paper(
+        "One-step Diffusion Models with f-Divergence Distribution Matching",
+        "Xu, Yilun and Nie, Weili and Vahdat, Arash",
+        2025,
+        "2502.15681",
+    ),
+    "progressive": Paper(
+        "Progressive Distillation for Fast Sampling of Diffusion Models",
+        "Salimans, Tim and Ho, Jonathan",
+        2022,
+        "2202.00512",
+    ),
+    "sid": Paper(
+        "Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion "
+        "Models for One-Step Generation",
+        "Zhou, Mingyuan and Zheng, Huangjie and Wang, Zhendong and Yin, Mingzhang and Huang, Hai",
+        2024,
+        "2404.04057",
+    ),
+}
+
+# The figures a card shows, in this order, of those that the protocol gives.
+FIGURES = {
+    "fd": "Fréchet distance",
+    "fid": "FID",
+    "precision": "precision",
+    "recall": "recall",
+    "coverage": "coverage",
+    "accuracy": "label accuracy",
+    "caption_accuracy": "caption accuracy",
+    "clip_score": "CLIP score",
+}
+
+
+# ---- licences
+
+# What a licence is known by in its text, where a folder holds only that; the first that fits.
+TEXTS = {
+    r"Attribution-NonCommercial-NoDerivatives 4\.0": "cc-by-nc-nd-4.0",
+    r"Attribution-NoDerivatives 4\.0": "cc-by-nd-4.0",
+    r"Attribution-NonCommercial-ShareAlike 4\.0": "cc-by-nc-sa-4.0",
+    r"Attribution-NonCommercial 4\.0": "cc-by-nc-4.0",
+    r"CreativeML Open RAIL\+\+-M": "openrail++",
+    r"CreativeML Open RAIL-M": "creativeml-openrail-m",
+    r"Apache License\s+Version 2\.0": "apache-2.0",
+    r"MIT License": "mit",
+}
+# Words of a licence's identifier or, under `license: other`, of its name, that forbid derivatives.
+FORBIDS = re.compile(
+    r"(^|[-_ .])(nd|no-?derivatives?|no-?derivs?|all-rights-reserved|proprietary|evaluation-only)"
+    r"($|[-_ .])"
+)
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A model's licence in the Hub's terms; `id` is None where none is stated."""
+
+    id: str | None = None
+    name: str | None = None  # with id "other": what it calls itself
+    link: str | None = None
+    file: Path | None = None  # its text, when the model's folder has it
+
+    @property
+    def forbids(self) -> bool:
+        """Whether it lets nobody share what is derived from the model."""
+        words = [w.lower().replace(" ", "-") for w in (self.id, self.name) if w]
+        return any(FORBIDS.search(w) for w in words)
+
+    @property
+    def called(self) -> str:
+        return (self.name if self.id == "other" and self.name else self.id) or "not stated"
+
+
+def licence_of(source: str) -> Licence:
+    """The licence of the teacher at `source`: its README's front matter, index, or LICENSE file.
+
+    Args:
+        source: What recipes name as `teacher.source`; a Hub id's README is fetched, and no licence
+            is known where it cannot be.
+    """
+    folder = folder_of(source)
+    if folder is None:
+        return licence_in(readme_of(source), {}, None, source)
+    index = folder / "model_index.json"
+    about = read_json(index, f"teacher {source!r}") if index.is_file() else {}
+    texts = [p for p in sorted(folder.glob("LICEN[SC]E*")) if p.is_file()]
+    readme = folder / "README.md"
+    text = readme.read_text(errors="replace") if readme.is_file() else ""
+    return licence_in(text, about, texts[0] if texts else None, hub_id(source))
+
+
+def licence_in(
+    readme: str, index: Mapping[str, Any], file: Path | None, base: str | None
+) -> Licence:
+    """The licence that these say, the README first."""
+    front = front_matter(readme)
+    found = front.get("license") or index.get("license")
+    if isinstance(found, list):  # several apply: one that forbids decides
+        found = next((v for v in found if Licence(str(v)).forbids), found[0] if found else None)
+    if found:
+        link = front.get("license_link")
+        if isinstance(link, str) and "://" not in link and base is not None:
+            link = f"{HUB}/{base}/blob/main/{link.removeprefix('./')}"
+        name = front.get("license_name")
+        return Licence(str(found), name and str(name), link and str(link), file)
+    if file is None:
+        return Licence()
+    text = file.read_text(errors="replace")
+    known = next((v for k, v in TEXTS.items() if re.search(k, text, re.IGNORECASE)), None)
+    return (
+        Licence(known, None, None, file) if known else Licence("other", "see-licence", None, file)
+    )
+
+
+def check_licence(source: str, override: str = "") -> Licence:
+    """The teacher's licence, which its student inherits.
+
+    Args:
+        override: Why the student may be shared all the same, such as a permission in writing;
+            the card repeats it.
+
+    Raises:
+        UserError: the licence forbids sharing derivatives, and no reason is given.
+    """
+    licence = licence_of(source)
+    if licence.forbids and not override.strip():
+        raise UserError(
+            f"teacher {source!r}: its licence ({licence.called}) forbids sharing what is derived "
+            "from it; with the owner's permission, say so by --licence-override REASON"
+        )
+    return licence
+
+
+def front_matter(readme: str) -> dict[str, Any]:
+    """The YAML between a README's first two --- lines; empty if there is none."""
+    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", readme, re.DOTALL)
+    try:
+        found = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def folder_of(source: str) -> Path | None:
+    """The teacher's local folder, if it has one."""
+    folder = DIGITS if source == "digits" else Path(source).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def readme_of(source: str) -> str:
+    """A Hub model's README, from the cache or the Hub; empty where neither has it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    if hub_id(source) is None:
+        return ""
+    try:
+        return Path(hf_hub_download(source, "README.md")).read_text(errors="replace")
+    except (HTTPError, OSError, ValueError):
+        return ""
+
+
+def hub_id(source: str) -> str | None:
+    """The Hub id of a teacher; None for local folders and embedded ones."""
+    if folder_of(source) is not None or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        return None
+    return source
+
+
+# ---- the card
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card with what belongs beside it."""
+
+    text: str
+    grid: Path | None  # a picture of samples, to lie beside it as grid.png
+    licence: Licence
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card is written from.
+
+    Attributes:
+        index: The exported pipeline's model_index.json.
+        sidecar: Its fewstep.json: steps, teacher, recipe.
+        summary: The run's summary.json; empty before the run is measured.
+        where: What the snippet loads: a Hub id, or a folder.
+    """
+
+    index: dict[str, Any]
+    sidecar: dict[str, Any]
+    summary: dict[str, Any] = field(default_factory=dict)
+    where: str = "path/to/this/folder"
+    revision: str = "main"
+    classes: bool = False
+    adapter: bool = False
+    grid: bool = False
+    override: str = ""
+
+    def setting(self, section: str, key: str, default: Any = None) -> Any:
+        part = self.sidecar.get("recipe", {}).get(section) or {}
+        return part.get(key, default)
+
+    @property
+    def counts(self) -> list[int]:
+        return self.sidecar["steps"]
+
+    @property
+    def teacher(self) -> str:
+        return str(self.sidecar["teacher"])
+
+    @property
+    def objective(self) -> str:
+        return str(self.setting("objective", "name", "an objective of its own"))
+
+    @property
+    def text(self) -> bool:
+        """Whether prompts are what it is conditioned on."""
+        return "tokenizer" in self.index
+
+    @property
+    def task(self) -> str:
+        if not self.text:
+            return "unconditional-image-generation"
+        video = str(self.index.get("_class_name", "")).startswith("Wan")
+        return "text-to-video" if video else "text-to-image"
+
+
+def require_finished(run: Path) -> None:
+    """Refuse a folder that does not hold a finished run.
+
+    Raises:
+        UserError: it is no run, or its training or measuring has not come to its end.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"run {str(run)!r}: no run is there; give a folder that `distill run` made")
+    if not (run / "summary.json").is_file() or not (run / "student").is_dir():
+        raise UserError(f"run {str(run)!r} is not finished; go on with `distill run … --resume`")
+
+
+def card(run: Path, repo: str = "", licence_override: str = "", revision: str = "main") -> Card:
+    """The card of a finished run.
+
+    Args:
+        repo: The Hub id that the snippet loads; without one, the run's student folder.
+        licence_override: As for `check_licence`; a recipe's export.licence_override serves too.
+
+    Raises:
+        UserError: the run is not finished or not whole, or the teacher's licence forbids it.
+    """
+    require_finished(run)
+    summary = read_json(run / "summary.json", f"run {str(run)!r}")
+    facts = facts_of(run / "student", summary, repo or str(run / "student"), revision)
+    grid = newest_grid(run, facts.counts)
+    override = licence_override or str(facts.setting("export", "licence_override", "") or "")
+    licence = check_licence(facts.teacher, override)
+    adapter = any((run / "lora").glob("*.safetensors"))
+    made = {**vars(facts), "grid": grid is not None, "override": override}
+    return Card(
+        written(Facts(**{**made, "adapter": adapter or facts.adapter}), licence), grid, licence
+    )
+
+
+def draft(folder: Path) -> str:
+    """The card of a freshly exported folder, before it is measured."""
+    facts = facts_of(folder, {})
+    return written(facts, licence_of(facts.teacher))
+
+
+def facts_of(
+    folder: Path, summary: dict[str, Any], where: str = Facts.where, revision: str = "main"
+) -> Facts:
+    """What an exported folder says of itself."""
+    who = f"student {str(folder)!r}"
+    sidecar = read_json(folder / "fewstep.json", who)
+    steps = sidecar.get("steps")
+    if not isinstance(steps, list) or not steps or not isinstance(sidecar.get("recipe"), dict):
+        raise UserError(f"{who}: fewstep.json is damaged; export the run again")
+    config = folder / "unet" / "config.json"
+    classes = config.is_file() and bool(read_json(config, who).get("num_class_embeds"))
+    lora = (folder / "pytorch_lora_weights.safetensors").is_file()
+    index = read_json(folder / "model_index.json", who)
+    return Facts(index, sidecar, summary, where, revision, classes, lora)
+
+
+def newest_grid(run: Path, counts: Sequence[int]) -> Path | None:
+    """The last sample grid, at the most steps the student takes."""
+    grids = sorted((run / "samples").glob(f"step-*-at-{max(counts)}.png"))
+    return grids[-1] if grids else None
+
+
+def written(facts: Facts, licence: Licence) -> str:
+    """Front matter and text."""
+    parts = [
+        f"# {title(facts)}",
+        method(facts),
+        "![Samples, one for each prompt or label](" + GRID + ")" if facts.grid else "",
+        f"## Use\n\n```python\n{snippet(facts)}\n```",
+        training(facts),
+        quality(facts),
+        limitations(facts),
+        licensed(facts, licence),
+        citation(facts),
+    ]
+    return f"---\n{metadata(facts, licence)}\n---\n" + "\n\n".join(p for p in parts if p) + "\n"
+
+
+def title(facts: Facts) -> str:
+    return f"A {max(facts.counts)}-step student of {named(facts)}"
+
+
+def named(facts: Facts) -> str:
+    """The teacher without this machine's folders in it."""
+    local = folder_of(facts.teacher) is not None or hub_id(facts.teacher) is None
+    return Path(facts.teacher).name if local else facts.teacher
+
+
+def metadata(facts: Facts, licence: Licence) -> str:
+    """The front matter's YAML, in the Hub's terms."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base, results = hub_id(facts.teacher), []
+    metrics = facts.summary.get("metrics") or {}
+    for steps, row in metrics.get("student", {}).items():
+        results += [
+            EvalResult(
+                task_type=facts.task,
+                dataset_type=row["protocol"],
+                dataset_name=f"{row['protocol']} ({row['n']} samples, {row['seeds']} seeds)",
+                metric_type=key,
+                metric_name=f"{name}, {steps} step{'s' * (steps != '1')}",
+                metric_value=round(row[key], 6),
+            )
+            for key, name in FIGURES.items()
+            if key in row
+        ]
+    parameters: dict[str, Any] = {"num_inference_steps": max(facts.counts)}
+    data = ModelCardData(
+        license=licence.id,
+        license_name=licence.name,
+        license_link=licence.link,
+        library_name="diffusers",
+        pipeline_tag=facts.task,
+        base_model=base,
+        base_model_relation=None if base is None else ("adapter" if facts.adapter else "finetune"),
+        tags=["fewstep", "distillation", "few-step", facts.objective.split(":")[-1]]
+        + ["lora"] * facts.adapter,
+        inference={"parameters": parameters | guidance_arguments(facts)},
+        model_name=facts.where.rsplit("/", 1)[-1] if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def guidance_arguments(facts: Facts) -> dict[str, float]:
+    """How this pipeline is told not to guide: what it guides by is in the student already."""
+    if not facts.text:
+        return {}
+    kind = str(facts.index.get("_class_name", ""))
+    if kind.startswith("QwenImage"):
+        return {"true_cfg_scale": 1.0}
+    if kind.startswith("Flux"):  # there it is a condition of the network, not a second pass
+        return {"guidance_scale": float(facts.setting("teacher", "guidance", 1.0))}
+    return {"guidance_scale": 1.0}
+
+
+def snippet(facts: Facts) -> str:
+    """Six lines that load the student and save a picture."""
+    call = ['"a lighthouse at dusk"'] if facts.text else ["batch_size=16"]
+    call += ["class_labels=[3] * 16"] * facts.classes
+    call += [f"num_inference_steps={max(facts.counts)}"]
+    call += [f"{k}={v}" for k, v in guidance_arguments(facts).items()]
+    branch = f", revision={facts.revision!r}" * (facts.revision != "main")
+    which = "frames" if facts.task == "text-to-video" else "images"
+    return f"""import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({json.dumps(facts.where)}{branch})
+generator = torch.Generator().manual_seed(0)
+images = pipe({", ".join(call)}, generator=generator).{which}{"[0]" * (which == "frames")}
+images[0].save("sample.png")"""
+
+
+def method(facts: Facts) -> str:
+    paper = PAPERS.get(facts.objective)
+    cited = f" ([{paper.title}](https://arxiv.org/abs/{paper.arxiv}))" if paper else ""
+    *most, last = map(str, facts.counts)
+    counts = f"{', '.join(most)} or {last}" if most else last
+    plural = "s" * (facts.counts != [1])
+    return (
+        "Distilled by [fewstep](https://pypi.org/project/fewstep/) "
+        f"with `{facts.objective}`{cited}. It is sampled in {counts} step{plural}, for which it "
+        "was trained, and in no other number; its scheduler lies in this folder."
+    )
+
+
+def training(facts: Facts) -> str:
+    """Teacher, guidance, data, length and cost."""
+    g = float(facts.setting("teacher", "guidance", 1.0))
+    guided = "unguided (g = 1)" if g == 1 else f"guided at g = {g:g} (g = 1 + w; 1 is unguided)"
+    source = facts.setting("data", "source")
+    data = f"`{Path(str(source)).name if folder_of(str(source)) else source}`" if source else "none"
+    lines = [
+        f"- **Teacher**: {named(facts)}, {guided}. The student is sampled without guidance.",
+        f"- **Data**: {data}.",
+    ]
+    if summary := facts.summary:
+        batch = facts.setting("train", "batch")
+        size = f" of {batch} samples" if batch else ""
+        lines += [
+            f"- **Training**: {summary['steps']} steps{size}, seed {summary.get('seed', 0)}.",
+            f"- **Cost**: {cost(summary)}.",
+        ]
+    return "## Training\n\n" + "\n".join(lines)
+
+
+def cost(summary: Mapping[str, Any]) -> str:
+    """Hours of all processes together."""
+    device, processes = str(summary.get("device", "")), summary.get("processes", 1)
+    kind = "GPU-hours" if device.startswith("cuda") else "CPU-hours"
+    hours = summary["wall_s"] * processes / 3600
+    shared = f", {processes} processes" * (processes > 1)
+    evaluations = summary.get("network_evaluations")
+    count = f", {evaluations:,} network evaluations" if evaluations else ""
+    return f"{hours:.2g} {kind} on {device or 'an unnamed device'}{shared}{count}"
+
+
+def quality(facts: Facts) -> str:
+    """The figures, with the protocol and seeds they are of."""
+    metrics = facts.summary.get("metrics")
+    if not metrics:
+        return "## Quality\n\nNot measured." if facts.summary else ""
+    full = metrics["teacher"]
+    rows = {f"student, {k} step{'s' * (k != '1')}": v for k, v in metrics["student"].items()}
+    rows[f"teacher, {full['steps']} steps ({full['solver']})"] = full
+    rows |= {
+        f"teacher, {k} step{'s' * (k != '1')}": v for k, v in metrics.get("teacher_few", {}).items()
+    }
+    keys = [k for k in FIGURES if k in full]
+    table = ["| | " + " | ".join(FIGURES[k] for k in keys) + " |", "|---|" + "---|" * len(keys)]
+    for name, row in rows.items():
+        table.append(f"| {name} | " + " | ".join(figure(row, k) for k in keys) + " |")
+    student = next(iter(metrics["student"].values()), full)
+    return (
+        f"## Quality\n\nProtocol `{full['protocol']}`: {full['n']} samples, "
+        f"{student['seeds']} seeds for the student and {full['seeds']} for the teacher; "
+        "± is the spread over seeds.\n\n" + "\n".join(table)
+    )
+
+
+def figure(row: Mapping[str, Any], key: str) -> str:
+    spread = row.get("spread", {}).get(key)
+    if key not in row:
+        return ""
+    return f"{row[key]:.3f}" + (f" ± {spread:.3f}" if spread and row.get("seeds", 1) > 1 else "")
+
+
+def limitations(facts: Facts) -> str:
+    prompts = " and negative prompts have no effect" if facts.text else " has no effect"
+    return (
+        "## Limitations\n\n"
+        f"- Other step counts and other schedulers than the ones above give poor pictures.\n"
+        f"- Guidance is built in; a guidance scale{prompts}.\n"
+        "- It has its teacher's biases and gaps, and usually less variety than its teacher: "
+        "compare recall above, where it is given.\n"
+        "- It was trained at its teacher's resolution and is not tested at others."
+    )
+
+
+def licensed(facts: Facts, licence: Licence) -> str:
+    link = f" ({licence.link})" if licence.link else ""
+    lines = [f"The teacher's, which a student inherits: **{licence.called}**{link}."]
+    if licence.id is None:
+        lines = ["The teacher states none; ask its owner before you share or use this."]
+    if licence.forbids:
+        lines.append(f"It forbids derivatives; this one is shared because: {facts.override}.")
+    return "## Licence\n\n" + " ".join(lines)
+
+
+def citation(facts: Facts) -> str:
+    paper = PAPERS.get(facts.objective)
+    if paper is None:
+        return ""
+    return f"## Citation\n\n```bibtex\n{paper.bibtex(facts.objective)}\n```"

@@ -1,0 +1,272 @@
+"""Model cards: what they say, what the Hub makes of them, and when there may be none."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from distill import __main__ as cli
+from distill.objectives import OBJECTIVES
+from students import card
+from students.card import check_licence, licence_of
+from teachers.errors import UserError
+from tests.test_push import make_run
+
+ROW = {
+    "fd": 0.2874, "precision": 0.92, "accuracy": 0.978, "images_per_s": 2619.0,
+    "spread": {"fd": 0.0198, "precision": 0.0, "accuracy": 0.0},
+    "protocol": "digits", "n": 1797, "seeds": 3,
+}  # fmt: skip
+
+
+def teacher_folder(path, readme=None, licence=None, index=None):
+    path.mkdir(parents=True)
+    (path / "model_index.json").write_text(json.dumps(index or {}))
+    if readme is not None:
+        (path / "README.md").write_text(f"---\n{readme}\n---\n# A model\n")
+    if licence is not None:
+        (path / "LICENSE").write_text(licence)
+    return str(path)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A measured run."""
+    made = make_run(tmp_path / "run")
+    summary = json.loads((made / "summary.json").read_text())
+    few = {"1": {**ROW, "fd": 14.8, "steps": 1, "solver": "heun", "seeds": 1}}
+    full = {**ROW, "fd": 0.138, "steps": 18, "solver": "heun", "seeds": 1}
+    summary["metrics"] = {"teacher": full, "teacher_few": few, "student": {"1": ROW, "2": ROW}}
+    (made / "summary.json").write_text(json.dumps(summary))
+    return made
+
+
+def front(text):
+    return ModelCard(text).data.to_dict()
+
+
+def of_teacher(tmp_path, source, **changes):
+    """The card of a run on this teacher, and its front matter."""
+    run = make_run(tmp_path / f"run-{len(list(tmp_path.iterdir()))}", teacher=source)
+    for name, content in changes.items():
+        (run / "student" / f"{name}.json").write_text(json.dumps(content))
+    text = card.card(run, "me/student").text
+    return text, front(text)
+
+
+# ---- what it says
+
+
+def test_the_front_matter_is_what_the_hub_reads(run):
+    made = card.card(run, "me/student")
+    data = front(made.text)
+    assert data["license"] == "apache-2.0"  # the embedded teacher's
+    assert data["library_name"] == "diffusers"
+    assert data["pipeline_tag"] == "unconditional-image-generation"
+    assert {"fewstep", "dmd2"} <= set(data["tags"])
+    assert data["inference"] == {"parameters": {"num_inference_steps": 2}}
+    assert "base_model" not in data  # the embedded teacher has no Hub id
+    again = ModelCard(made.text).data.eval_results
+    found = {(r.metric_name, r.metric_value) for r in again}
+    assert ("Fréchet distance, 1 step", 0.2874) in found
+    assert {r.dataset_name for r in again} == {"digits (1797 samples, 3 seeds)"}
+
+
+def test_figures_come_with_protocol_seeds_and_spread(run):
+    text = card.card(run).text
+    assert "Protocol `digits`: 1797 samples, 3 seeds for the student and 1 for the teacher" in text
+    assert "| student, 1 step | 0.287 ± 0.020 | 0.920 ± 0.000 | 0.978 ± 0.000 |".replace(
+        " ± 0.000", ""
+    ) in text.replace(" ± 0.000", "")
+    assert "| teacher, 18 steps (heun) | 0.138 | 0.920 | 0.978 |" in text
+
+
+def test_cost_guidance_data_and_method_are_said(run):
+    text = card.card(run).text
+    assert "2 CPU-hours on cpu" in text
+    assert "guided at g = 2 (g = 1 + w; 1 is unguided)" in text
+    assert "**Data**: `digits`" in text
+    assert "4 steps of 8 samples, seed 0" in text
+    assert "It is sampled in 1 or 2 steps" in text
+    assert "arxiv.org/abs/2405.14867" in text and "eprint = {2405.14867}" in text
+
+
+def test_hours_of_all_processes_are_counted():
+    summary = {"wall_s": 1800.0, "processes": 8, "device": "cuda (H100, 4 threads)"}
+    assert card.cost(summary).startswith("4 GPU-hours on cuda (H100, 4 threads), 8 processes")
+
+
+def test_the_snippet_is_six_lines_that_run(tmp_path, pipelines):
+    from students import stock
+    from students.export import export
+    from teachers import load
+
+    teacher = load(str(pipelines["edm"]), null_label=10)
+    export(stock.student(teacher, 2), teacher, tmp_path / "student", {"objective": {"name": "sid"}})
+    text = (tmp_path / "student" / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1]
+    assert len(code.splitlines()) == 6
+    code = code.replace("path/to/this/folder", str(tmp_path / "student"))
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "sample.png").stat().st_size > 0
+    assert str(pipelines["edm"]) not in text  # this machine's folders stay here
+
+
+def test_a_text_pipelines_card_prompts_it_unguided(tmp_path):
+    index = {"_class_name": "StableDiffusionPipeline", "tokenizer": ["transformers", "x"]}
+    text, data = of_teacher(tmp_path, "digits", model_index=index)
+    assert data["pipeline_tag"] == "text-to-image"
+    assert data["inference"]["parameters"] == {"num_inference_steps": 2, "guidance_scale": 1.0}
+    assert 'pipe("a lighthouse at dusk"' in text and "guidance_scale=1.0" in text
+    assert len(re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1].splitlines()) == 6
+
+
+def test_the_newest_grid_at_the_most_steps_lies_beside_the_card(run):
+    for name in ("step-000002-at-2", "step-000009-at-1", "step-000009-at-2"):
+        (run / "samples" / f"{name}.png").write_text(name)
+    made = card.card(run)
+    assert made.grid.name == "step-000009-at-2.png"
+    assert "(grid.png)" in made.text
+    for picture in (run / "samples").iterdir():
+        picture.unlink()
+    assert "grid.png" not in card.card(run).text
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_its_paper(name):
+    paper = card.PAPERS[name]
+    assert f"arXiv:{paper.arxiv}" in sys.modules[OBJECTIVES[name].__module__].__doc__
+    assert paper.bibtex(name).count("{") == paper.bibtex(name).count("}")
+    assert f"year = {{{paper.year}}}" in paper.bibtex(name)
+
+
+# ---- licences
+
+
+def test_a_hub_teacher_is_named_as_the_base_model(tmp_path, monkeypatch):
+    readme = "---\nlicense: other\nlicense_name: their-terms\nlicense_link: LICENSE.md\n---\n"
+    monkeypatch.setattr(card, "readme_of", lambda source: readme)
+    text, data = of_teacher(tmp_path, "owner/model")
+    assert (data["base_model"], data["base_model_relation"]) == ("owner/model", "finetune")
+    assert (data["license"], data["license_name"]) == ("other", "their-terms")
+    assert data["license_link"] == "https://huggingface.co/owner/model/blob/main/LICENSE.md"
+    assert "student of owner/model" in text
+
+
+def test_a_lora_is_an_adapter_of_its_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(card, "readme_of", lambda source: "---\nlicense: mit\n---\n")
+    run = make_run(tmp_path / "run", teacher="owner/model")
+    (run / "lora").mkdir()
+    (run / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    data = front(card.card(run).text)
+    assert data["base_model_relation"] == "adapter"
+    assert "lora" in data["tags"]
+
+
+@pytest.mark.parametrize(
+    ("readme", "file", "expected"),
+    [
+        ("license: creativeml-openrail-m", "MIT License", "creativeml-openrail-m"),
+        (None, "Apache License\n   Version 2.0, January 2004", "apache-2.0"),
+        (None, "CreativeML Open RAIL++-M License", "openrail++"),
+        (None, "Terms of our own", "other"),
+        ("license: [mit, cc-by-nc-nd-4.0]", None, "cc-by-nc-nd-4.0"),
+        ("tags: [x]", None, None),
+        ("license: [unclosed", None, None),
+        (None, None, None),
+    ],
+)
+def test_a_licence_is_read_from_readme_then_file(tmp_path, readme, file, expected):
+    assert licence_of(teacher_folder(tmp_path / "t", readme, file)).id == expected
+
+
+def test_an_unstated_licence_is_said_to_be_unstated(tmp_path):
+    text, data = of_teacher(tmp_path, teacher_folder(tmp_path / "t"))
+    assert "license" not in data
+    assert "states none; ask its owner" in text
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [
+        "license: cc-by-nd-4.0", "license: cc-by-nc-nd-3.0",
+        "license: other\nlicense_name: no-derivatives", "license: other\nlicense_name: CC BY ND",
+        "license: other\nlicense_name: All Rights Reserved",
+    ],
+)  # fmt: skip
+def test_a_licence_that_forbids_derivatives_stops_the_card_unless_a_reason_is_given(
+    tmp_path, readme
+):
+    source = teacher_folder(tmp_path / "t", readme)
+    with pytest.raises(UserError, match="forbids sharing what is derived") as error:
+        check_licence(source)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="forbids"):
+        check_licence(source, "  ")
+    run = make_run(tmp_path / "run", teacher=source)
+    with pytest.raises(UserError, match="forbids"):
+        card.card(run)
+    text = card.card(run, licence_override="permission of 3 May").text
+    assert "shared because: permission of 3 May" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["cc-by-nc-4.0", "cc-by-sa-4.0", "openrail++", "mit", "bsd", "wtfpl"]
+)
+def test_other_licences_do_not_stop_it(tmp_path, name):
+    assert check_licence(teacher_folder(tmp_path / "t", f"license: {name}")).id == name
+
+
+def test_a_recipe_may_give_the_reason(tmp_path):
+    run = make_run(
+        tmp_path / "run", teacher=teacher_folder(tmp_path / "t", "license: cc-by-nd-4.0")
+    )
+    path = run / "student" / "fewstep.json"
+    sidecar = json.loads(path.read_text())
+    sidecar["recipe"]["export"] = {"licence_override": "we are the owners"}
+    path.write_text(json.dumps(sidecar))
+    assert "we are the owners" in card.card(run).text
+
+
+# ---- the command
+
+
+def called(capsys, *words):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["distill", "card", *map(str, words)])
+        cli.main()
+    return stopped.value.code, *capsys.readouterr()
+
+
+def test_the_command_prints_the_card_or_writes_it(run, tmp_path, capsys):
+    code, out, err = called(capsys, run)
+    assert (code, err) == (0, "")
+    assert yaml.safe_load(out.split("---")[1])["library_name"] == "diffusers"
+    assert called(capsys, run, "--out", tmp_path / "x.md")[:2] == (0, "")
+    assert (tmp_path / "x.md").read_text() == out
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda run: (run / "summary.json").unlink(), "is not finished"),
+        (lambda run: (run / "summary.json").write_text("{"), "not valid JSON"),
+        (
+            lambda run: (run / "student" / "fewstep.json").write_text("{}"),
+            "fewstep.json is damaged",
+        ),
+        (lambda run: (run / "recipe.yaml").unlink(), "no run is there"),
+    ],
+)
+def test_a_run_that_is_not_whole_is_refused_in_one_line(run, capsys, damage, says):
+    damage(run)
+    code, out, err = called(capsys, run)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
