@@ -42,10 +42,12 @@ def run(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resume:
     made = build.build(checked, out, resume)
     main = made.engine.accelerator.is_main_process
     if main:
-        guidance = checked.teacher.guidance
+        from teachers.guidance import describe
+
+        guidance = describe(build.guided(checked, made.teacher))
         console.print(
-            f"{checked.objective['name']}: {checked.teacher.source} (guidance g = {guidance:g}, "
-            f"{'none' if guidance == 1 else 'w = g - 1'}) to {made.student.counts} steps, in {out}",
+            f"{checked.objective['name']}: {checked.teacher.source} ({guidance}) "
+            f"to {made.student.counts} steps, in {out}",
             soft_wrap=True,
         )
     made.engine.train()
