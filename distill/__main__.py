@@ -1,4 +1,4 @@
-"""The command line: `distill run | sample | eval | teach | list`."""
+"""The command line: `distill run | sample | eval | teach | doctor | list`."""
 
 from __future__ import annotations
 
@@ -216,6 +216,52 @@ def teach(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resum
         rows |= {f"{k} steps": v for k, v in metrics["teacher_few"].items()}
         console.print(results("teacher", rows))
     console.print(f"teacher in {out / 'teacher'}")
+
+
+@app.command()
+def doctor(
+    teacher: Annotated[str, typer.Argument(help="As a recipe names it, or file.py:function.")],
+    image: Annotated[
+        Path | None, typer.Option(help="A picture such as it was trained on, or a folder of them.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the picture shows.")] = None,
+    null_label: Annotated[
+        int | None, typer.Option(min=0, help="The class that means none, if there is one.")
+    ] = None,
+    structure_only: Annotated[
+        bool, typer.Option("--structure-only", help="Leave out what needs trained weights.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the checks here.")] = None,
+):
+    """Examine a teacher's adapter before money is spent on it; exit 2 at a broken promise."""
+    import json
+    from dataclasses import asdict
+
+    from distill.doctor import diagnose, pictures_for, table
+    from distill.terminal import out as console
+    from teachers.errors import UserError
+    from teachers.teacher import load
+
+    if json_file is not None:
+        writable(json_file, "--json")
+    loaded = load(teacher, **({} if null_label is None else {"null_label": null_label}))
+    prompts = None
+    if teacher == "digits" and image is None:
+        from eval.digits import data
+
+        images, labels = (v[::60] for v in data())
+        prompts = labels.tolist() if prompt is None else None
+    else:
+        images = pictures_for(loaded, image)
+    if prompt is not None:
+        prompts = [prompt] * len(images)
+    checks = diagnose(loaded, images, prompts, structure_only)
+    console.print(table(teacher, checks))
+    if json_file is not None:
+        plain = {"teacher": teacher, "checks": [asdict(c) for c in checks]}
+        json_file.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+    if broken := [c for c in checks if c.verdict in ("broken", "untrained?")]:
+        raise UserError(f"doctor {teacher!r}: {broken[0].remedy}")
 
 
 @app.command(name="list")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 import sys
 import types
@@ -31,6 +30,7 @@ from students.critic import Critic
 from students.generator import Generator
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, nearest
+from teachers.plugin import import_file
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
 NETWORKS = (Denoiser, Generator, Critic)
@@ -314,7 +314,7 @@ def objective_class(name: str, where: str = "recipe") -> type[Objective]:
         return _registry()[name]
     try:
         module = (
-            _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+            import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         )
     except Exception as error:  # whatever a user's module raises while it is imported
         reason = f"{type(error).__name__}: {error}"
@@ -332,18 +332,6 @@ def objective_class(name: str, where: str = "recipe") -> type[Objective]:
     if "critic" in networks_of(kind) and "fake" not in networks_of(kind):
         raise UserError(f"{where}: objective.name: {attribute} has a critic but no field fake")
     return kind
-
-
-def _import_file(path: Path) -> types.ModuleType:
-    name = f"fewstep_user_{path.stem}"
-    if name in sys.modules and sys.modules[name].__file__ == str(path.resolve()):
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError("no such file")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def networks_of(kind: type[Objective]) -> dict[str, bool]:
