@@ -53,14 +53,15 @@ def trained_as_sampled(subject: Subject) -> Check:
         student = Generator(denoiser, times, renoise)
         at = [z.new_full((len(z),), t) for t in times]
         x_t = z * process.at(at[0], z)[1]
-        for i, t in enumerate(at):
+        for i, (t, s) in enumerate(zip(at, [*at[1:], None])):
             with torch.no_grad():
                 x = denoiser(x_t, t, cond)
-                worst = max(worst, relative(student(z, cond, i + 1, fresh).detach(), x))
-                if i + 1 < len(at):
-                    s = at[i + 1]
-                    walked = process.noise(x, s, fresh[i]) if renoise else None
-                    x_t = process.step(x_t, x, t, s) if walked is None else walked
+            in_training = student(z, cond, i + 1, fresh).detach()  # gradients are on
+            worst = max(worst, relative(in_training, x))
+            if s is not None and renoise:
+                x_t = process.noise(x, s, fresh[i])
+            elif s is not None:
+                x_t = process.step(x_t, x, t, s)
     return check(
         "train input = inference input", worst, "≤ 1e-3", worst <= 1e-3,
         "call(): a student's chain differs between training and sampling; the network keeps a "

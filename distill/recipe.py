@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
