@@ -10,7 +10,17 @@ from distill.doctor import diagnose, pictures_for
 from eval import digits
 from teachers import Guided, Teacher, UserError, load
 from teachers.denoiser import PREDICTIONS, Network
-from teachers.doctor import conditions, denoising, description, examine, leaves, subject_of, tried
+from teachers.doctor import (
+    conditions,
+    denoising,
+    description,
+    examine,
+    leaves,
+    outputs,
+    round_trip,
+    subject_of,
+    tried,
+)
 from teachers.process import Karras, Linear, Process, Tabulated
 from teachers.teacher import Pixels
 from tests.test_cli import called
@@ -104,7 +114,7 @@ def test_a_codec_whose_ways_differ_is_named(teacher, data):
         def decode(self, latents):
             return latents
 
-    line = first_broken(examine(replace(teacher, codec=Lopsided(0.4)), *data))
+    line = first_broken(round_trip(subject_of(replace(teacher, codec=Lopsided(0.4)), *data, None)))
     assert line.startswith("vae scaling_factor/shift_factor: decode does not undo encode")
 
 
@@ -132,7 +142,8 @@ def test_a_condition_that_is_not_passed_on_is_caught(teacher, data):
         def call(self, x_t, t, cond, s):
             return super().call(x_t, t, {"class_labels": torch.full((len(t),), 10)}, s)
 
-    line = first_broken(examine(replace(teacher, denoiser=Deaf(teacher.denoiser)), *data))
+    wrong = replace(teacher, denoiser=Deaf(teacher.denoiser))
+    line = first_broken(conditions(subject_of(wrong, *data, None)))
     assert line.startswith("call(): x̂ is the same with the condition and without")
 
 
@@ -171,7 +182,9 @@ def test_a_half_precision_x_is_caught(teacher, data):
         def forward(self, x_t, t, cond=None, s=None):
             return super().forward(x_t, t, cond, s).bfloat16()
 
-    line = first_broken(examine(replace(teacher, denoiser=Half(teacher.denoiser)), *data))
+    line = first_broken(
+        outputs(subject_of(replace(teacher, denoiser=Half(teacher.denoiser)), *data, None))
+    )
     assert line.startswith("call(): x̂ is torch.bfloat16; convert")
 
 
