@@ -237,6 +237,8 @@ def doctor(
     import json
     from dataclasses import asdict
 
+    import torch
+
     from distill.doctor import diagnose, pictures_for, table
     from distill.terminal import out as console
     from teachers.errors import UserError
@@ -245,6 +247,8 @@ def doctor(
     if json_file is not None:
         writable(json_file, "--json")
     loaded = load(teacher, **({} if null_label is None else {"null_label": null_label}))
+    if torch.cuda.is_available():
+        loaded.denoiser.to("cuda")
     prompts = None
     if teacher == "digits" and image is None:
         from eval.digits import data
@@ -301,6 +305,7 @@ def teachers() -> dict[str, str]:
 
     found = {"digits": "embedded: class-conditional, 8×8 handwritten digits"}
     found |= {f"analytic:{k}": "closed form, for tests and study" for k in ANALYTIC}
+    found["FILE.py:FUNCTION"] = "your own: a function that returns a Teacher (docs/teachers.md)"
     return found | dict.fromkeys(PIPELINES, "a diffusers folder or Hub id of this pipeline")
 
 

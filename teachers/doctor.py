@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from teachers.denoiser import PREDICTIONS, Cond, Denoiser, Guided, Network
+from teachers.errors import UserError
 from teachers.process import Process
 from teachers.teacher import Pixels, Teacher
 
@@ -131,9 +132,15 @@ def examine(
 
 
 def tried(name: str, part: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    """The checks of a part; an adapter that raises keeps no promise."""
+    """The checks of a part; an adapter that raises keeps no promise.
+
+    Raises:
+        UserError: the adapter's own, such as for a prompt that is no label.
+    """
     try:
         yield from part()
+    except UserError:  # not the adapter's mistake, but of what it was asked
+        raise
     except Exception as error:  # whatever a user's adapter raises
         first = (str(error).strip().splitlines() or ["no message"])[0]
         reason = f"{name}: the adapter raised {type(error).__name__}: {first}"
@@ -390,7 +397,8 @@ STRUCTURE: dict[str, Callable[[Subject], Iterator[Check]]] = {
 @torch.no_grad()
 def round_trip(subject: Subject) -> Iterator[Check]:
     """Pictures survive the codec, whose data are of the size that networks are trained on."""
-    back = subject.teacher.codec.decode(subject.x).to(subject.images)
+    back = subject.teacher.codec.decode(subject.x.to(subject.images.device))
+    back = back.to(subject.images)
     if back.ndim > 2:  # points have no range
         back = back.clamp(-1, 1)
     error = (back - subject.images).square().mean().item()
