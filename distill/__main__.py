@@ -1,4 +1,4 @@
-"""The command line: `distill run | sample | eval | teach | convert | card | push | list`."""
+"""The command line: `distill COMMAND`; see `distill --help`."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ def run(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resume:
         return show(out)
     main = made.engine.accelerator.is_main_process
     if main:
-        g = checked.teacher.guidance
-        guidance = "unguided" if g == 1 else f"guidance g = {g:g}, that is w = {g - 1:g}"
+        from teachers.guidance import describe
+
+        guidance = describe(build.guided(checked, made.teacher))
         console.print(
             f"{checked.objective['name']}: from teacher {checked.teacher.source} ({guidance}) "
             f"to a student of {counts(made.student)}, in {out}",
@@ -296,6 +297,55 @@ def push(
     )
 
 
+def doctor(
+    teacher: Annotated[str, typer.Argument(help="As a recipe names it, or file.py:function.")],
+    image: Annotated[
+        Path | None, typer.Option(help="A picture such as it was trained on, or a folder of them.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the picture shows.")] = None,
+    null_label: Annotated[
+        int | None, typer.Option(min=0, help="The class that means none, if there is one.")
+    ] = None,
+    structure_only: Annotated[
+        bool, typer.Option("--structure-only", help="Leave out what needs trained weights.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the checks here.")] = None,
+):
+    """Examine a teacher's adapter before money is spent on it; exit 2 at a broken promise."""
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from distill.doctor import diagnose, pictures_for, table
+    from distill.terminal import out as console
+    from teachers.errors import UserError
+    from teachers.teacher import load
+
+    if json_file is not None:
+        writable(json_file, "--json")
+    loaded = load(teacher, **({} if null_label is None else {"null_label": null_label}))
+    if torch.cuda.is_available():
+        loaded.denoiser.to("cuda")
+    prompts = None
+    if teacher == "digits" and image is None:
+        from eval.digits import data
+
+        images, labels = (v[::60] for v in data())
+        prompts = labels.tolist() if prompt is None else None
+    else:
+        images = pictures_for(loaded, image)
+    if prompt is not None:
+        prompts = [prompt] * len(images)
+    checks = diagnose(loaded, images, prompts, structure_only)
+    console.print(table(teacher, checks))
+    if json_file is not None:
+        plain = {"teacher": teacher, "checks": [asdict(c) for c in checks]}
+        json_file.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+    if broken := [c for c in checks if c.verdict in ("broken", "untrained?")]:
+        raise UserError(f"doctor {teacher!r}: {broken[0].remedy}")
+
+
 @app.command(name="list")
 def listing(
     what: Annotated[
@@ -349,6 +399,7 @@ def teachers() -> dict[str, str]:
     found = {"digits": "embedded: class-conditional, 8×8 handwritten digits"}
     found |= {f"analytic:{k}": "closed form, for tests and study" for k in ANALYTIC}
     found["NAME.pkl"] = "a published EDM or EDM2 network, or the folder that `convert` makes of it"
+    found["FILE.py:FUNCTION"] = "your own: a function that returns a Teacher (docs/teachers.md)"
     return found | dict.fromkeys(families(), "a diffusers folder or Hub id of this pipeline")
 
 

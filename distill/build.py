@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from distill.engine import Engine, check_memory, shards_of
 from distill.images import read_folder
 from distill.objective import Objective, check_first
 from distill.player import Moves, Player
-from distill.recipe import Recipe, networks_of, read_yaml
+from distill.recipe import GuidanceSection, Recipe, networks_of, read_yaml
 from distill.seeds import seed_all
 from distill.trackers import trackers
 from eval import digits
@@ -35,8 +36,9 @@ from students.critic import Critic
 from students.export import draw, export, rehearse
 from students.generator import Generator
 from students.lora import Adapted, adapted, checkpointing, unwrap
-from teachers.denoiser import Guided, Network
+from teachers.denoiser import Denoiser, Guided, Mix, Network, Under, linear
 from teachers.errors import UserError
+from teachers.guidance import Auto, Interval, Projected, Rescaled, Skipping, describe
 from teachers.solver import evaluations, solve
 from teachers.teacher import Teacher, load
 
@@ -172,17 +174,58 @@ def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 def load_teacher(recipe: Recipe) -> Teacher:
     """The recipe's teacher, unguided."""
     teacher = load(recipe.teacher.source, **recipe.teacher.options())
-    if recipe.teacher.guidance != 1 and teacher.codec.null is None:
+    how = guidance_of(recipe)
+    if how.kind in ("cfg", "apg") and how.scale != 1 and teacher.codec.null is None:
         raise UserError(
-            f"teacher.guidance: {recipe.teacher.guidance} needs a null class, and "
+            f"teacher.guidance: {how.scale} needs a null class, and "
             f"{recipe.teacher.source!r} names none; set teacher.null_label, or guidance to 1"
         )
     return teacher
 
 
-def guided(recipe: Recipe, teacher: Teacher) -> Guided:
-    """What the objective sees as its teacher; scale 1 passes straight through."""
-    return Guided(teacher.denoiser, recipe.teacher.guidance, teacher.codec.null)
+def guidance_of(recipe: Recipe) -> GuidanceSection:
+    """The recipe's guidance, all of it spelled out: a number alone is classifier-free."""
+    how = recipe.teacher.guidance
+    return how if isinstance(how, GuidanceSection) else GuidanceSection(scale=how)
+
+
+def guided(recipe: Recipe, teacher: Teacher) -> Denoiser:
+    """What the objective sees as its teacher; scale 1 passes straight through.
+
+    Raises:
+        UserError: a block that is to be skipped is not there, or the weaker teacher does not fit.
+    """
+    how, denoiser = guidance_of(recipe), teacher.denoiser
+    mix: Mix = linear
+    if how.kind == "apg":
+        mix = Projected(how.eta or 0.0, how.threshold)
+    if how.rescale:
+        mix = Rescaled(how.rescale, mix)
+    if how.kind == "skip":
+        found: Guided = Skipping(denoiser, how.scale, how.blocks, mix)
+    elif how.weaker is not None:
+        found = Auto(denoiser, how.scale, weaker(how.weaker, recipe, teacher), mix)
+    else:
+        found = Guided(denoiser, how.scale, teacher.codec.null, mix)
+    return found if how.interval is None else Interval(found, *how.interval)
+
+
+def weaker(source: str, recipe: Recipe, teacher: Teacher) -> Denoiser:
+    """Autoguidance's weaker network, under the teacher's process and on its device."""
+    other = read_once(source, recipe.teacher.null_label)
+    if other.shape != teacher.shape:
+        want, got = ("×".join(map(str, s)) for s in (teacher.shape, other.shape))
+        raise UserError(f"teacher.guidance.weaker: {source!r} is {got}; the teacher is {want}")
+    parameters = [*teacher.denoiser.parameters(), *teacher.denoiser.buffers()]
+    denoiser = other.denoiser.to(parameters[0].device)
+    same = denoiser.process == teacher.denoiser.process
+    return denoiser if same else Under(denoiser, teacher.denoiser.process)
+
+
+@lru_cache(maxsize=1)
+def read_once(source: str, null_label: int | None) -> Teacher:
+    """A weaker teacher: asked for at each evaluation, read once."""
+    return load(source, **({} if null_label is None else {"null_label": null_label}))
 
 
 def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
@@ -376,6 +419,7 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         "objective": run.recipe.objective["name"],
         "steps": engine.step,
         "seed": run.recipe.train.seed,
+        "guidance": describe(guided(run.recipe, run.teacher)),
         "wall_s": engine.seconds,
         "network_evaluations": sum(engine.evaluations.values()),
         "network_evaluations_by_network": engine.evaluations,

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
-import sys
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    create_model,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from distill.objective import Count, NonNegative, Objective, Positive, Seed, Share, Whole
@@ -23,6 +30,7 @@ from students.generator import Generator
 from students.lora import Adapter
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, nearest
+from teachers.plugin import import_file
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
 NETWORKS = (Denoiser, Generator, Critic)
@@ -34,11 +42,46 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class GuidanceSection(Section):
+    """How the teacher is guided; see teachers/guidance.py."""
+
+    scale: NonNegative  # g = 1 + w; 1 is none
+    kind: Literal["cfg", "apg", "skip", "auto"] = "cfg"
+    interval: tuple[NonNegative, NonNegative] | None = None  # of σ/α; guided only in it
+    rescale: Share = 0.0  # of the way back to the unguided standard deviation
+    eta: NonNegative | None = None  # apg: share of the parallel component; 0 by default
+    threshold: Positive | None = None  # apg: the greatest norm of what is moved by
+    blocks: tuple[str, ...] = ()  # skip: the blocks left out
+    weaker: str | None = None  # auto: a teacher's source
+
+    def agree(self, where: str) -> None:
+        """Refuse keys of another kind of guidance, and the lack of those of this one."""
+        own = {"eta": "apg", "threshold": "apg", "blocks": "skip", "weaker": "auto"}
+        for key, kind in own.items():
+            given = getattr(self, key) not in (None, ())
+            if given and kind != self.kind:
+                raise UserError(f"{where}: teacher.guidance.{key}: only kind {kind!r} has it")
+            if not given and kind == self.kind and kind != "apg":
+                raise UserError(f"{where}: teacher.guidance.{key}: kind {kind!r} needs it")
+        if self.interval is not None and not self.interval[0] < self.interval[1]:
+            low, high = self.interval
+            raise UserError(
+                f"{where}: teacher.guidance.interval: low, {low:g}, is not below high, {high:g}"
+            )
+
+
+# A number is a scale. The tags' brackets mark them as no part of a key's path, for `explain`.
+Guidance = Annotated[
+    Annotated[NonNegative, Tag("[scale]")] | Annotated[GuidanceSection, Tag("[mapping]")],
+    Discriminator(lambda v: "[mapping]" if isinstance(v, dict | GuidanceSection) else "[scale]"),
+]
+
+
 class TeacherSection(Section):
     """What is distilled."""
 
-    source: str  # "digits", a diffusers folder, or a Hub id
-    guidance: NonNegative = 1.0  # g = 1 + w of classifier-free guidance; 1 is none
+    source: str  # "digits", a diffusers folder, a Hub id, or "file.py:function"
+    guidance: Guidance = 1.0  # g = 1 + w of classifier-free guidance, 1 is none; or a mapping
     null_label: Whole | None = None  # the class that means "no class", if there is one
     negative_prompt: str | None = None  # what guidance moves away from; by default ""
     size: Count | None = None  # of the pictures, in pixels; by default the checkpoint's own
@@ -204,6 +247,8 @@ class Recipe(Section):
                 f"{where}: data.source is missing: {name} needs real data, which {why}; "
                 f"set data.source to 'digits' or a folder of images{remedy}"
             )
+        if isinstance(self.teacher.guidance, GuidanceSection):
+            self.teacher.guidance.agree(where)
         if self.train.batch % self.train.accumulate:
             raise UserError(
                 f"{where}: train.batch: {self.train.batch} does not divide into "
@@ -300,7 +345,7 @@ def objective_class(name: str, where: str = "recipe") -> type[Objective]:
         return _registry()[name]
     try:
         module = (
-            _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+            import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         )
     except Exception as error:  # whatever a user's module raises while it is imported
         reason = f"{type(error).__name__}: {error}"
@@ -318,18 +363,6 @@ def objective_class(name: str, where: str = "recipe") -> type[Objective]:
     if "critic" in networks_of(kind) and "fake" not in networks_of(kind):
         raise UserError(f"{where}: objective.name: {attribute} has a critic but no field fake")
     return kind
-
-
-def _import_file(path: Path) -> types.ModuleType:
-    name = f"fewstep_user_{path.stem}"
-    if name in sys.modules and sys.modules[name].__file__ == str(path.resolve()):
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError("no such file")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def networks_of(kind: type[Objective]) -> dict[str, bool]:

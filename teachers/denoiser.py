@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from teachers.process import Process
 
 Cond = dict[str, Any] | None
+Mix = Callable[[Tensor, Tensor, float], Tensor]  # x̂, the negative x̂, g -> the guided x̂
 Prediction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # α, σ -> c_skip, c_out
 
 
@@ -136,21 +137,43 @@ class Under(Wrapper):
         return self.denoiser.weight(self.own(t))
 
 
+def linear(x: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """The guided x̂ of classifier-free guidance, on the line from the negative through x̂."""
+    return negative + scale * (x - negative)
+
+
 class Guided(Wrapper):
     """Classifier-free guidance (arXiv:2207.12598): x̂ = x̂(∅) + g (x̂(cond) - x̂(∅)).
 
     `scale` is g: 1 is unguided and costs one evaluation; the papers' w is g - 1. Both halves run
-    as one batch of 2B.
+    as one batch of 2B. Other guidances are in `teachers/guidance.py`.
+
+    Args:
+        null: What is moved away from, each entry (1, ...): no condition, or a negative prompt's.
+        mix: From x̂, the negative x̂ and g to the guided x̂.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float, null: Cond = None) -> None:
+    def __init__(
+        self, denoiser: Denoiser, scale: float, null: Cond = None, mix: Mix = linear
+    ) -> None:
         super().__init__(denoiser)
-        self.scale, self.null = scale, null
+        self.scale, self.null, self.mix = scale, null, mix
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
-        if self.scale == 1 or cond is None or self.null is None:
-            return self.denoiser(x_t, t, cond, s)
+    def guides(self, cond: Cond) -> bool:
+        """Whether there is something to move away from."""
+        return cond is not None and self.null is not None
+
+    def pair(
+        self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x̂, and the negative x̂ that guidance moves away from; needs `guides(cond)`."""
+        assert cond is not None and self.null is not None
         both = {k: torch.cat([v, self.null[k].to(v).expand_as(v)]) for k, v in cond.items()}
         twice = s if s is None else torch.cat([s, s])
         x, x_null = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, twice).chunk(2)
-        return x_null + self.scale * (x - x_null)
+        return x, x_null
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        if self.scale == 1 or not self.guides(cond):
+            return self.denoiser(x_t, t, cond, s)
+        return self.mix(*self.pair(x_t, t, cond, s), self.scale)

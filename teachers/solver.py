@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from teachers.denoiser import Cond, Denoiser
+from teachers.denoiser import Cond, Denoiser, Guided
 from teachers.errors import UserError, nearest
 from teachers.process import expand
 
@@ -90,6 +90,29 @@ def ancestral(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None)
         eps = process.eps(x_t, x, t)
         x_t = alpha_s * x + (sigma_s**2 - kappa**2).clamp(min=0).sqrt() * eps
         x_t = x_t + kappa * torch.randn_like(x)
+    return x_t
+
+
+def cfgpp(
+    guided: Guided, x_t: Tensor, times: Tensor, cond: Cond = None, strength: float = 0.6
+) -> Tensor:
+    """CFG++ (arXiv:2406.08070): DDIM to the guided x̂ by the unconditional noise. n × 2 evaluations.
+
+    It is no guidance scale g: x̂ is mixed with λ = `strength` in [0, 1] and noised again with the
+    negative's ε, so that λ = 0 is unconditional DDIM. Of `guided` only its pair of x̂ is used.
+
+    Raises:
+        UserError: `strength` is outside [0, 1].
+    """
+    if not 0 <= strength <= 1:
+        raise UserError(f"CFG++ strength is λ in [0, 1], not {strength}: it is no guidance scale")
+    process = guided.process
+    for t, s in pairs(times, x_t):
+        x, negative = guided.pair(x_t, t, cond)
+        mixed = negative + strength * (x - negative)
+        if s is None:
+            return mixed
+        x_t = process.noise(mixed, s, process.eps(x_t, negative, t))
     return x_t
 
 

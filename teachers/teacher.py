@@ -90,8 +90,9 @@ def load(source: str, **options: Any) -> Teacher:
     """The teacher at `source`, frozen and in eval mode.
 
     Args:
-        source: "digits" (embedded), "analytic:NAME" (closed form), a diffusers folder or a Hub id,
-            a published EDM or EDM2 .pkl, or the folder that it was converted to.
+        source: "digits" (embedded), "analytic:NAME" (closed form), a diffusers folder, a Hub id,
+            a published EDM or EDM2 .pkl, the folder that it was converted to, or
+            "path/to/file.py:function" for a function that returns a Teacher.
         options: The family's own: `null_label`, the class that means none, for UNet2D pipelines;
             that and `vae`, the folder of their latents' AutoencoderKL, for EDM and EDM2;
             `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16) for the others.
@@ -104,6 +105,10 @@ def load(source: str, **options: Any) -> Teacher:
         if options:
             raise UserError(f"teacher {source!r} takes no options; leave out {min(options)}")
         return _analytic(source)
+    if source.rpartition(":")[0].endswith(".py"):
+        if options:
+            raise UserError(f"teacher {source!r} takes no options; leave out {min(options)}")
+        return _own(source)
     if source == "digits":
         options.setdefault("null_label", 10)
     pickled = source.endswith(".pkl")
@@ -190,3 +195,28 @@ def _analytic(source: str) -> Teacher:
         raise UserError(f"teacher {source!r} is unknown: {nearest(name, ANALYTIC)}")
     denoiser = ANALYTIC[name]()
     return Teacher(denoiser.eval(), Pixels(), tuple(denoiser.sample(1).shape[1:]), source)
+
+
+def _own(source: str) -> Teacher:
+    """What a user's own function returns."""
+    from teachers.plugin import import_file
+
+    place, _, name = source.rpartition(":")
+    try:
+        module = import_file(Path(place).expanduser())
+        function = getattr(module, name, None)
+        teacher = function() if callable(function) else None
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's module raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"teacher {source!r}: {place} raised {reason}") from None
+    if function is None:
+        known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+        raise UserError(f"teacher {source!r}: no function {name!r} in it; {nearest(name, known)}")
+    if not isinstance(teacher, Teacher):
+        kind = type(teacher).__name__
+        raise UserError(f"teacher {source!r}: {name} must return a Teacher, not {kind}")
+    teacher.denoiser.eval().requires_grad_(False)
+    teacher.source = teacher.source or source
+    return teacher

@@ -1,0 +1,242 @@
+"""Guidance: wrappers that move x̂ away from a worse answer. Everywhere g = 1 is unguided.
+
+What the worse answer is, is a class: no condition or a negative prompt (`Guided`), the same network
+without some blocks (`Skipping`), a weaker network (`Auto`). How far to move from it is a `mix`:
+`linear`, `Projected` or `Rescaled`. Where to, is `Interval`. All of them combine. CFG++ changes the
+sampler and not x̂, so it is a solver: `teachers.solver.cfgpp`.
+
+| paper | here |
+|---|---|
+| CFG, arXiv:2207.12598 | `Guided(denoiser, g, null)` |
+| limited interval, arXiv:2404.07724 | `Interval(guided, low, high)` |
+| APG, arXiv:2410.02416 | `Guided(denoiser, g, null, Projected(eta, threshold))` |
+| CFG rescale, arXiv:2305.08891 | `Guided(denoiser, g, null, Rescaled(factor))` |
+| autoguidance, arXiv:2406.02507 | `Auto(denoiser, g, weaker)` |
+| skip-layer guidance | `Skipping(denoiser, g, blocks)` |
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teachers.denoiser import Cond, Denoiser, Guided, Mix, Wrapper, linear
+from teachers.errors import UserError, nearest
+from teachers.process import expand
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Adaptive projected guidance (arXiv:2410.02416), without its momentum.
+
+    x̂ - negative is shortened to at most `threshold`, and of what remains the component along x̂,
+    which oversaturates, is multiplied by eta. eta = 1 without a threshold is linear guidance.
+    The paper's momentum is left out: it is a state of the sampler, and a denoiser has none.
+
+    Args:
+        eta: Share of the parallel component that is kept; the paper's 0.
+        threshold: The greatest norm over one datum; None for no limit.
+    """
+
+    eta: float = 0.0
+    threshold: float | None = None
+
+    def __call__(self, x: Tensor, negative: Tensor, scale: float) -> Tensor:
+        gap = x - negative
+        if self.threshold is not None:
+            norm = expand(gap.flatten(1).norm(dim=1), gap)
+            gap = gap * (self.threshold / norm.clamp(min=self.threshold))
+        along = nn.functional.normalize(x.flatten(1), dim=1).view_as(x)
+        parallel = expand((gap * along).flatten(1).sum(1), gap) * along
+        return x + (scale - 1) * (gap - (1 - self.eta) * parallel)
+
+    def __str__(self) -> str:
+        limit = "" if self.threshold is None else f" and threshold {self.threshold:g}"
+        return f"projected with η = {self.eta:g}{limit}"
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """Guidance whose result is brought back towards x̂'s own standard deviation (arXiv:2305.08891).
+
+    The paper scales the network's output; here it is x̂, whatever the network predicts.
+
+    Args:
+        factor: φ from 0 (not at all) to 1 (entirely).
+        mix: What is rescaled.
+    """
+
+    factor: float
+    mix: Mix = linear
+
+    def __call__(self, x: Tensor, negative: Tensor, scale: float) -> Tensor:
+        guided = self.mix(x, negative, scale)
+        if self.factor == 0:
+            return guided
+        gain = x.flatten(1).std(1) / guided.flatten(1).std(1)
+        return expand(1 + self.factor * (gain - 1), guided) * guided
+
+    def __str__(self) -> str:
+        inner = "" if self.mix is linear else f"{self.mix}, "
+        return f"{inner}rescaled by {self.factor:g}"
+
+
+class Auto(Guided):
+    """Autoguidance (arXiv:2406.02507): away from what a weaker network says of the same condition.
+
+    Args:
+        weaker: Smaller or less trained, under the same process; see `Under` for another one.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, scale: float, weaker: Denoiser, mix: Mix = linear
+    ) -> None:
+        super().__init__(denoiser, scale, None, mix)
+        self.weaker = weaker
+
+    def guides(self, cond: Cond) -> bool:
+        return True
+
+    def pair(
+        self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.denoiser(x_t, t, cond, s), self.weaker(x_t, t, cond, s)
+
+
+class Skipping(Guided):
+    """Skip-layer guidance: away from what the same network says without some of its blocks.
+
+    A skipped block still runs, and forward hooks put its input in place of its output.
+
+    Args:
+        blocks: Modules of the denoiser, by name, whose output is shaped like their input.
+
+    Raises:
+        UserError: the denoiser has no such block.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, scale: float, blocks: Sequence[str], mix: Mix = linear
+    ) -> None:
+        super().__init__(denoiser, scale, None, mix)
+        self.blocks, modules = tuple(blocks), dict(denoiser.named_modules())
+        if not self.blocks:
+            raise UserError("guidance.blocks: name at least one block to skip")
+        if missing := [b for b in self.blocks if b not in modules]:
+            raise UserError(
+                f"guidance.blocks: the network has no block {missing[0]!r}; "
+                f"{nearest(missing[0], shown(denoiser))}"
+            )
+
+    def guides(self, cond: Cond) -> bool:
+        return True
+
+    def pair(
+        self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        modules = dict(self.denoiser.named_modules())
+        x = self.denoiser(x_t, t, cond, s)
+        if torch.is_grad_enabled() and x_t.requires_grad and checkpointed(self.denoiser):
+            # its backward would run the blocks again, when the hooks are gone
+            raise UserError("skip-layer guidance: turn gradient checkpointing off in the teacher")
+        with ExitStack() as hooks:
+            for name in self.blocks:
+                hook = modules[name].register_forward_hook(passed, with_kwargs=True)
+                hooks.callback(hook.remove)
+            return x, self.denoiser(x_t, t, cond, s)
+
+
+def shown(denoiser: Denoiser) -> list[str]:
+    """Names of modules that are worth naming: those three levels down at most."""
+    return [n for n, _ in denoiser.named_modules() if n and n.count(".") <= 2]
+
+
+def checkpointed(denoiser: Denoiser) -> bool:
+    """Whether a part of it recomputes its activations, as diffusers' models say that they do."""
+    return any(vars(m).get("gradient_checkpointing", False) for m in denoiser.modules())
+
+
+def passed(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """A forward hook: the block's input in the form of its output.
+
+    Blocks with two streams return them as a pair, (text, image) or (image, text).
+    """
+    given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+    inputs = [v for v in given.values() if isinstance(v, Tensor)]
+    image = given.get("hidden_states", inputs[0] if inputs else None)
+    text = given.get("encoder_hidden_states")
+    if isinstance(output, Tensor):
+        found: Any = image
+        fits = alike(image, output)
+    else:
+        output = tuple(output)
+        choices = [(image,)] if len(output) == 1 else [(text, image), (image, text)]
+        fitting = [c for c in choices if len(c) == len(output) and all(map(alike, c, output))]
+        fits = bool(fitting)
+        # the last block of a two-stream network may have no text to return
+        found = fits and tuple(a if o is not None else None for a, o in zip(fitting[0], output))
+    if not fits:
+        raise UserError(
+            f"guidance.blocks: a {type(block).__name__} does not return what it was given in shape "
+            "and cannot be skipped; name a transformer block or an attention layer"
+        )
+    return found
+
+
+def alike(a: Any, b: Any) -> bool:
+    return b is None or (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape)
+
+
+class Interval(Wrapper):
+    """Guidance where low < σ/α ≤ high, and elsewhere none (arXiv:2404.07724).
+
+    Samples outside cost one evaluation. Which they are is asked of t, so the host waits for it.
+    """
+
+    def __init__(self, guided: Guided, low: float, high: float) -> None:
+        super().__init__(guided.denoiser)
+        self.guided, self.low, self.high = guided, low, high
+
+    def inside(self, t: Tensor) -> Tensor:
+        """Whether each t (B,) is guided."""
+        alpha, sigma = self.process.scales(t.double())
+        return (sigma > self.low * alpha) & (sigma <= self.high * alpha)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        inside = self.inside(t)
+        count = int(inside.sum())
+        if count in (0, len(t)):
+            denoiser = self.guided if count else self.denoiser
+            return denoiser(x_t, t, cond, s)
+        parts = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
+        found = []
+        for denoiser, i in zip((self.guided, self.denoiser), parts):
+            some = cond and {k: v[i] for k, v in cond.items()}
+            found.append(denoiser(x_t[i], t[i], some, s if s is None else s[i]))
+        return torch.cat(found)[torch.cat(parts).argsort()]
+
+
+def describe(denoiser: Denoiser) -> str:
+    """How a denoiser is guided, as one line; g = 1 is unguided."""
+    if isinstance(denoiser, Interval):
+        inner = describe(denoiser.guided)
+        if denoiser.guided.scale == 1:
+            return inner
+        return f"{inner}, where {denoiser.low:g} < σ/α ≤ {denoiser.high:g}"
+    if isinstance(denoiser, Guided) and denoiser.scale != 1:
+        kind, detail = "classifier-free guidance", ""
+        if isinstance(denoiser, Auto):
+            kind = "autoguidance"
+        if isinstance(denoiser, Skipping):
+            kind, detail = "skip-layer guidance", f", without {', '.join(denoiser.blocks)}"
+        mix = "" if denoiser.mix is linear else f", {denoiser.mix}"
+        return f"{kind}, g = {denoiser.scale:g} (1 is none){detail}{mix}"
+    if isinstance(denoiser, Wrapper) and not isinstance(denoiser, Guided):
+        return describe(denoiser.denoiser)
+    return "unguided, g = 1"
