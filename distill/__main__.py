@@ -1,4 +1,4 @@
-"""The command line: `distill run | sample | eval | teach | list`."""
+"""The command line: `distill run | cache | sample | eval | teach | list`."""
 
 from __future__ import annotations
 
@@ -214,6 +214,21 @@ def teach(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resum
         rows |= {f"{k} steps": v for k, v in metrics["teacher_few"].items()}
         console.print(results("teacher", rows))
     console.print(f"teacher in {out / 'teacher'}")
+
+
+@app.command()
+def cache(recipe: RecipeArg, overrides: Overrides = None):
+    """Encode a recipe's prompts and images once, into a cache that its runs read."""
+    from distill.recipe import Recipe
+
+    checked = Recipe.load(recipe, overrides or [])
+    from distill.build import make_cache
+    from distill.terminal import say
+
+    report = make_cache(checked)
+    kinds = ", ".join(f"{n} {kind}" for kind, n in report["by_kind"].items())
+    skipped = f"; {report['skipped']} skipped ({kinds}), see data-report.json" if kinds else ""
+    say(f"{report['items'] - report['skipped']:,} items cached{skipped}")
 
 
 @app.command(name="list")
