@@ -216,13 +216,16 @@ def _members(shard: Path) -> Iterator[tuple[str, Span]]:
     Raises:
         tarfile.TarError: it ends too soon; what came before is good.
     """
+    length = shard.stat().st_size
     with tarfile.open(shard, "r:") as tar:
         for member in tar:
+            if member.offset_data + member.size > length:
+                raise tarfile.ReadError("unexpected end of data")
             if member.isfile() and not member.issparse():
                 yield member.name, Span(shard, member.offset_data, member.size)
         end = tar.offset
     with shard.open("rb") as file:  # cut between two members, it would look whole
-        file.seek(end - tarfile.BLOCKSIZE)
+        file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("no end-of-archive mark")
 
@@ -274,19 +277,20 @@ def _some(listing: Listing) -> Listing:
 def sizes_of(buckets: Bucketing | None, height: int, width: int) -> list[tuple[int, int]]:
     """Heights and widths to cut images to: the one asked for, or all of about its area.
 
-    Buckets are every pair of multiples whose area is nearest to height × width for their height,
-    with no side more than `ratio` times the other.
+    Buckets are, for every multiple that a side may be, it and the other side that brings the area
+    nearest to height × width, either way round, with none more than `ratio` times the other.
     """
     if buckets is None:
         return [(height, width)]
     m, area = buckets.multiple, height * width
     if m > min(height, width):
         raise UserError(f"data.buckets.multiple: {m} is more than the image size of {height}")
-    sizes = []
-    for tall in range(m, math.isqrt(round(area * buckets.ratio)) + 1, m):
-        wide = max(m, round(area / tall / m) * m)
-        if max(tall, wide) <= buckets.ratio * min(tall, wide):
-            sizes.append((tall, wide))
+    found: set[tuple[int, int]] = set()
+    for side in range(m, math.isqrt(round(area * buckets.ratio)) + 1, m):
+        other = max(m, round(area / side / m) * m)
+        if max(side, other) <= buckets.ratio * min(side, other):
+            found |= {(side, other), (other, side)}
+    sizes = sorted(found)
     if not sizes:
         raise UserError(f"data.buckets: no sizes of multiples of {m} lie within {buckets.ratio:g}")
     return sizes
