@@ -301,10 +301,16 @@ def _write(path: Path, tensors: dict[str, Tensor], bad: list[Bad]) -> None:
     """A shard, whole or absent."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {k: v.contiguous() for k, v in tensors.items()}
-    save_file(tensors, draft, {"bad": json.dumps(bad)})  # one key: their order is not kept
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        save_file(tensors, draft, {"bad": json.dumps(bad)})  # one key: their order is not kept
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except (SafetensorError, OSError) as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(
+            f"data.cache: {path} cannot be written ({error}); make room, and it goes on from there"
+        ) from None
 
 
 def _opened(path: Path) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill.data import Buckets, Source
 from distill.fingerprint import networks
-from distill.images import pixels, signed
+from distill.images import READERS, pixels, signed
 from distill.listing import Bad, Item, Listing, report
 from distill.seeds import seed_of
 from teachers.denoiser import Cond
@@ -24,7 +24,6 @@ from teachers.errors import UserError
 from teachers.teacher import Teacher
 
 TOGETHER = 16  # items encoded at once
-READERS = 8  # threads that read and decode images
 COND = "cond."  # begins the names of conditions among encoded tensors; data are "x"
 
 Encoded = dict[str, Tensor]
@@ -116,8 +115,7 @@ class Work:
         return {k: v.detach().cpu().contiguous() for k, v in found.items()}
 
     def _pixels(self, item: Item) -> Tensor | Bad:
-        assert item.image is not None
-        return pixels(item.name, item.image, self.channels, *self.sizes[item.bucket])
+        return pixels(item, self.channels, *self.sizes[item.bucket])
 
 
 def split(found: Encoded) -> tuple[Tensor | None, Cond]:

@@ -10,7 +10,8 @@ import json
 import math
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from teachers.errors import UserError
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel, or fewer
 CAPTION_KEYS = ("caption", "text", "prompt")  # of a JSON sidecar, unless it is told
+READERS = 8  # threads that read and decode
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 CORRUPT = "corrupt image"
 
@@ -200,7 +202,9 @@ def _webdataset(
                 listing.bad.append(Bad(f"{shard}/{key}", "missing image", reason))
                 continue
             if classes and captions is None:
-                prompt = spans["cls"].read().decode().strip() if "cls" in spans else None
+                prompt = (
+                    spans["cls"].read().decode(errors="replace").strip() if "cls" in spans else None
+                )
             elif captions == "folder":
                 prompt = key.rpartition("/")[0].rpartition("/")[2]
             else:
@@ -302,46 +306,48 @@ def into_buckets(listing: Listing, sizes: list[tuple[int, int]]) -> None:
         return
     logs = [math.log(h / w) for h, w in sizes]
     items, listing.items = listing.items, []
-    for item in items:
-        assert item.image is not None
-        aspect = aspect_of(item.name, item.image)
-        if isinstance(aspect, Bad):
-            listing.bad.append(aspect)
-            continue
-        gaps = [abs(log - math.log(aspect)) for log in logs]
-        listing.items.append(item._replace(bucket=gaps.index(min(gaps))))
+    with ThreadPoolExecutor(READERS) as pool:
+        for item, aspect in zip(items, pool.map(aspect_of, items), strict=True):
+            if isinstance(aspect, Bad):
+                listing.bad.append(aspect)
+                continue
+            gaps = [abs(log - math.log(aspect)) for log in logs]
+            listing.items.append(item._replace(bucket=gaps.index(min(gaps))))
 
 
-def aspect_of(name: str, read: Callable[[], bytes]) -> float | Bad:
+def aspect_of(item: Item) -> float | Bad:
     """An image's height over its width, from its header."""
     from PIL import Image
 
     try:
-        image = Image.open(io.BytesIO(read()))
+        image = Image.open(_stream(item))
         turned = image.getexif().get(0x0112) in TURNED
         return image.width / image.height if turned else image.height / image.width
     except Exception as error:  # Pillow's range over many types for a bad file
-        return _corrupt(name, error)
+        return _corrupt(item.name, error)
 
 
-def pixels(
-    name: str, read: Callable[[], bytes], channels: int, height: int, width: int
-) -> Tensor | Bad:
+def pixels(item: Item, channels: int, height: int, width: int) -> Tensor | Bad:
     """An image (C, H, W) in uint8: upright, its shorter side resized to fit, its centre cropped."""
     from PIL import Image, ImageOps
     from torchvision.transforms import functional as tf
 
     try:
-        image = Image.open(io.BytesIO(read()))
+        image = Image.open(_stream(item))
         if image.mode not in MODES:
             raise ValueError(f"mode {image.mode}; save it with 8 bits a channel")
         image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     except Exception as error:  # as above
-        return _corrupt(name, error)
+        return _corrupt(item.name, error)
     scale = max(height / image.height, width / image.width)
     size = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
     image = tf.center_crop(tf.resize(image, size, antialias=True), [height, width])  # pyright: ignore
     return tf.pil_to_tensor(image)  # pyright: ignore
+
+
+def _stream(item: Item) -> io.BytesIO:
+    assert item.image is not None, "prompts have no pixels"
+    return io.BytesIO(item.image())
 
 
 def _corrupt(name: str, error: Exception) -> Bad:
