@@ -171,6 +171,12 @@ def test_over_as_many_batches_as_items_every_item_comes_as_often_as_a_batch_is_l
         assert torch.bincount(torch.cat(seen).long()).tolist() == [4] * 30
 
 
+def test_no_two_batches_of_buckets_share_their_noise():
+    source = buckets()
+    noises = [source.batch(d, k, 2, 2).noise[0, 0].item() for d in range(90) for k in range(2)]
+    assert len(set(noises)) == 180
+
+
 def test_within_a_bucket_every_epoch_visits_every_item_once():
     source = buckets((6, 10))
     batches = [source.batch(d, 0, 1, 2).data for d in range(32)]
