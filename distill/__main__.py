@@ -297,6 +297,7 @@ def push(
     )
 
 
+@app.command()
 def doctor(
     teacher: Annotated[str, typer.Argument(help="As a recipe names it, or file.py:function.")],
     image: Annotated[
@@ -344,6 +345,21 @@ def doctor(
         json_file.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
     if broken := [c for c in checks if c.verdict in ("broken", "untrained?")]:
         raise UserError(f"doctor {teacher!r}: {broken[0].remedy}")
+
+
+@app.command()
+def cache(recipe: RecipeArg, overrides: Overrides = None):
+    """Encode a recipe's prompts and images once, into a cache that its runs read."""
+    from distill.recipe import Recipe
+
+    checked = Recipe.load(recipe, overrides or [])
+    from distill.build import make_cache
+    from distill.terminal import say
+
+    report = make_cache(checked)
+    kinds = ", ".join(f"{n} {kind}" for kind, n in report["by_kind"].items())
+    skipped = f"; {report['skipped']} skipped ({kinds}), see data-report.json" if kinds else ""
+    say(f"{report['items'] - report['skipped']:,} items cached{skipped}")
 
 
 @app.command(name="list")

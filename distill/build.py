@@ -20,11 +20,15 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import nn
 
+from distill import cache
 from distill.data import Source
+from distill.encode import Work, picture_shape
 from distill.engine import Engine, check_memory, shards_of
-from distill.images import read_folder
+from distill.images import into_buckets, list_images, sizes_of
+from distill.listing import write_report
 from distill.objective import Objective, check_first
 from distill.player import Moves, Player
+from distill.prompts import list_prompts
 from distill.recipe import GuidanceSection, Recipe, networks_of, read_yaml
 from distill.seeds import seed_all
 from distill.trackers import trackers
@@ -74,9 +78,9 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     log_with = trackers(recipe.train.trackers, out)
     measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
     teacher = load_teacher(recipe)
-    source = source_of(recipe, teacher)
     if measure is not None:
         check_protocol(measure, teacher)
+    source = source_of(recipe, teacher)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(recipe.train.precision, recipe.train.precision),
         log_with=log_with,
@@ -104,6 +108,8 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
         draft = out / ".recipe.yaml"
         draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
         draft.replace(out / "recipe.yaml")
+        if source.report is not None:
+            write_report(out, source.report)
     accelerator.wait_for_everyone()
     run = Run(recipe, teacher, None, measure, out)  # pyright: ignore[reportArgumentType]
     run.engine = Engine(
@@ -157,7 +163,8 @@ def exists(path: Path) -> bool:
 
 # What may change between a run and its resumption: none of it alters the weights so far.
 FREE = {"train.steps", "train.log_every", "train.save_every", "train.sample_every", "train.keep",
-        "train.trackers", "train.accumulate"}  # fmt: skip
+        "train.trackers", "train.accumulate", "data.cache", "data.cache_limit_gb",
+        "data.in_memory_gb", "data.skip_share"}  # fmt: skip
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
@@ -283,30 +290,92 @@ def player_networks(objective: Objective) -> dict[str, nn.Module]:
 
 
 def source_of(recipe: Recipe, teacher: Teacher) -> Source:
-    """Data and conditions as the recipe says, encoded once."""
-    kind, seed = recipe.kind, recipe.train.seed
-    classes = getattr(teacher.codec, "classes", 0)
-    if recipe.data.source is None:
-        labels = list(range(classes)) if classes else [0]
-        cond = teacher.codec.condition(labels)
-        return Source(teacher.shape, None, cond, seed, len(labels))
+    """Data and conditions as the recipe says, encoded once: in memory, or in a cache."""
+    seed, codec = recipe.train.seed, teacher.codec
     if recipe.data.source == "digits":
-        images, numbers = digits.data()
-        labels = numbers.tolist()
-    else:
-        images, labels = read_folder(Path(recipe.data.source).expanduser(), teacher, classes)
+        return digits_source(recipe, teacher)
+    if (work := work_of(recipe, teacher)) is not None:
+        return cache.source(work, recipe.data, seed)
+    labels = list(range(getattr(codec, "classes", 0))) or [0]
+    return Source(teacher.shape, None, codec.condition(labels), seed, len(labels))
+
+
+def digits_source(recipe: Recipe, teacher: Teacher) -> Source:
+    """The embedded digits."""
+    classes = getattr(teacher.codec, "classes", 0)
+    images, numbers = digits.data()
+    labels = numbers.tolist()
     if classes and max(labels) >= classes:
         raise UserError(
-            f"data.source: {recipe.data.source!r} has label {max(labels)}; "
-            f"the teacher knows {classes} classes"
+            f"data.source: 'digits' has label {max(labels)}; the teacher knows {classes} classes"
         )
     x = teacher.codec.encode(images)
     if x.shape[1:] != teacher.shape:
         want, got = ("×".join(map(str, s)) for s in (teacher.shape, x.shape[1:]))
-        raise UserError(f"data.source: {recipe.data.source!r} is {got}; the teacher takes {want}")
-    needed = kind.needs_data == "always" or (kind.needs_data == "critic" and recipe.critic)
+        raise UserError(f"data.source: 'digits' is {got}; the teacher takes {want}")
     cond = teacher.codec.condition(labels)
-    return Source(teacher.shape, x if needed else None, cond, seed, len(x))
+    return Source(teacher.shape, x if needs_data(recipe) else None, cond, recipe.train.seed, len(x))
+
+
+def needs_data(recipe: Recipe) -> bool:
+    """Whether batches must hold real data, or prompts and labels will do."""
+    kind = recipe.kind
+    critic = kind.needs_data == "critic" and recipe.critic is not None
+    return kind.needs_data == "always" or critic
+
+
+def work_of(recipe: Recipe, teacher: Teacher) -> Work | None:
+    """What there is to encode; None where labels are all, or data are embedded."""
+    data, codec = recipe.data, teacher.codec
+    if data.source == "digits":
+        return None
+    classes = getattr(codec, "classes", 0)
+    reads_text = not classes and codec.condition([""]) is not None
+    with_data, sizes = False, [(0, 0)]
+    if data.source is not None:
+        listing = list_images(data.source, data.captions, classes, reads_text)
+        if with_data := needs_data(recipe):
+            sizes = sizes_for(recipe, teacher)
+            into_buckets(listing, sizes)
+    elif data.prompts is not None and not classes and not reads_text:
+        raise UserError(f"data.prompts: {teacher.source!r} takes no prompts; remove it")
+    elif data.prompts is not None or reads_text:
+        listing = list_prompts(data.prompts or "pack:starter")
+    else:
+        return None
+    listing.check(listing.bad, listing.total, data.skip_share)
+    if classes:
+        listing.check_labels(classes)
+    return Work(teacher, listing, sizes, with_data)
+
+
+def sizes_for(recipe: Recipe, teacher: Teacher) -> list[tuple[int, int]]:
+    """Heights and widths that images are cut to."""
+    data = recipe.data
+    _, *sides = picture_shape(teacher)
+    height, width = (data.size, data.size) if data.size else sides
+    factor = sides[0] // teacher.shape[-2]
+    if height % factor:
+        raise UserError(f"data.size: {height} is no multiple of {factor}, as the codec needs")
+    if data.buckets and data.buckets.multiple % factor:
+        raise UserError(
+            f"data.buckets.multiple: {data.buckets.multiple} is no multiple of {factor}, "
+            "as the codec needs"
+        )
+    return sizes_of(data.buckets, height, width)
+
+
+def make_cache(recipe: Recipe) -> dict[str, Any]:
+    """Encode the recipe's prompts and images into their cache; what data-report.json holds.
+
+    Raises:
+        UserError: there is nothing to encode, or too much of it is bad or large.
+    """
+    work = work_of(recipe, load_teacher(recipe))
+    if work is None:
+        raise UserError("cache: the recipe's data are embedded or labels, which need no cache")
+    made = cache.fill(work, recipe.data)
+    return made.open(recipe.train.seed, recipe.data.skip_share).report or {}
 
 
 def check_protocol(measure: Protocol, teacher: Teacher) -> None:

@@ -6,9 +6,10 @@ its count of batches, and N processes draw exactly what one process would.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ AHEAD = 3  # shards made before they are asked for
 class Source:
     """Encoded data (N, ...) with their conditions, or conditions alone, in memory.
 
+    A subclass that keeps them elsewhere overrides `take`; one that holds several, `batch`.
+
     Args:
         shape: Of one datum.
         x: (N, ...), or None where the objective needs no data.
@@ -34,6 +37,7 @@ class Source:
     ) -> None:
         self.shape, self.x, self.cond, self.seed = shape, x, cond, seed
         self.size = size  # how many items there are: of x, or of cond
+        self.report: dict[str, Any] | None = None  # how files were read, where any were
         self._order = lru_cache(2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> Tensor:
@@ -56,8 +60,45 @@ class Source:
         )
         rng = torch.Generator().manual_seed(seed_of(self.seed, "noise", draw, shard))
         noise = torch.randn(size, *self.shape, generator=rng)
+        x, cond = self.take(index)
+        return Batch(x, noise, cond)
+
+    def take(self, index: Tensor) -> tuple[Tensor | None, Cond]:
+        """Data and conditions of the items numbered `index` (B,)."""
         cond = self.cond and {k: v[index] for k, v in self.cond.items()}
-        return Batch(None if self.x is None else self.x[index], noise, cond)
+        return None if self.x is None else self.x[index], cond
+
+
+class Buckets(Source):
+    """Sources of differently shaped data, one for each batch: all its shards are of one shape.
+
+    Batches come from each in proportion to its size, spread evenly: of any run of as many batches
+    as there are items, each source gives as many as it has items. Within a source every epoch
+    visits every item once.
+    """
+
+    def __init__(self, parts: Sequence[Source], seed: int) -> None:
+        size = sum(p.size for p in parts)
+        super().__init__(parts[0].shape, None, None, seed, size)
+        self.parts = parts
+        self._rounds = lru_cache(2)(self._round)
+
+    def _round(self, number: int) -> tuple[Tensor, Tensor]:
+        """Of `size` batches, the part that each is from, and how many of that part came before."""
+        rng = torch.Generator().manual_seed(seed_of(self.seed, "buckets", number))
+        sizes = torch.tensor([p.size for p in self.parts])
+        part = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        turn = torch.cat([torch.arange(p.size) for p in self.parts])
+        offsets = torch.rand(len(sizes), dtype=torch.float64, generator=rng)
+        order = ((turn + offsets[part]) / sizes[part]).argsort(stable=True)
+        return part[order], turn[order]
+
+    def batch(self, draw: int, shard: int, shards: int, size: int) -> Batch:
+        """Shard `shard` of batch number `draw`, whose part is a function of `draw` alone."""
+        number, place = divmod(draw, self.size)
+        part, turn = (int(v[place]) for v in self._rounds(number))
+        source = self.parts[part]
+        return source.batch(number * source.size + turn, shard, shards, size)
 
 
 class Stream:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from annotated_types import Ge
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,7 +24,16 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from distill.objective import Count, NonNegative, Objective, Positive, Seed, Share, Whole
+from distill.objective import (
+    Count,
+    Finite,
+    NonNegative,
+    Objective,
+    Positive,
+    Seed,
+    Share,
+    Whole,
+)
 from distill.player import Moves
 from students.critic import Critic
 from students.generator import Generator
@@ -121,10 +131,42 @@ class CriticSection(Section):
     blocks: tuple[str, ...] | None = None  # modules of the fake score; by default a middle one
 
 
-class DataSection(Section):
-    """Real data, for objectives that need them."""
+class Column(Section):
+    """A column of a dataset: of the Hub, of a folder that was saved, or of a table file."""
 
-    source: str | None = None  # "digits", or a folder of images (a subfolder for each class)
+    hf: str  # a Hub id, a folder, or a .parquet, .csv or .jsonl file
+    column: str
+    split: str = "train"
+
+
+class Bucketing(Section):
+    """Sizes of one area and several aspect ratios, of which each batch has one."""
+
+    multiple: Count = 64  # of which every side is one
+    ratio: Annotated[float, *Finite, Ge(1)] = 2.0  # of the longer side to the shorter, at most
+
+
+# A text, or a mapping; the tags keep one's errors out of the other's.
+Place = Annotated[
+    Annotated[str, Tag("[text]")] | Annotated[Column, Tag("[column]")],
+    Discriminator(lambda v: "[column]" if isinstance(v, dict | Column) else "[text]"),
+]
+
+
+class DataSection(Section):
+    """Prompts, or real data for objectives that need them."""
+
+    # "digits", a folder of images (for labels, a subfolder for each class), .tar shards, or
+    # "DATASET:COLUMN"
+    source: Place | None = None
+    prompts: Place | None = None  # a text file, "pack:starter", or "DATASET:COLUMN"
+    captions: str | None = None  # of images: "txt", "json:KEY", "folder", or a dataset's column
+    size: Count | None = None  # pixels of a side; by default the teacher's
+    buckets: Bucketing | None = None  # several aspect ratios of size × size's area; none: squares
+    in_memory_gb: NonNegative = 4.0  # what is larger, once encoded, is read from a cache
+    cache: str = "~/.cache/fewstep"  # the folder of all caches
+    cache_limit_gb: NonNegative = 100.0  # of one
+    skip_share: Share = 0.01  # of items that may be bad; with more, the run stops
 
 
 class TrainSection(Section):
@@ -249,6 +291,14 @@ class Recipe(Section):
             )
         if isinstance(self.teacher.guidance, GuidanceSection):
             self.teacher.guidance.agree(where)
+
+        if self.data.prompts is not None and self.data.source is not None:
+            raise UserError(
+                f"{where}: data.prompts: the images of data.source have captions of their own; "
+                "remove one of the two"
+            )
+        if self.data.buckets is not None and self.data.source in (None, "digits"):
+            raise UserError(f"{where}: data.buckets: there are no images to sort; remove it")
         if self.train.batch % self.train.accumulate:
             raise UserError(
                 f"{where}: train.batch: {self.train.batch} does not divide into "

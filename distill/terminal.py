@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +23,23 @@ def waiting(line: str) -> AbstractContextManager[Any]:
 def notice(line: str) -> None:
     """What a user should know but need not act on: one line on stderr."""
     err.print(f"distill: {line}", soft_wrap=True, markup=False)
+
+
+def say(line: str) -> None:
+    """A line, from the first of all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        out.print(line, soft_wrap=True)
+
+
+def follow(counts: Iterable[int], total: int, task: str) -> None:
+    """Run through `counts`, the items done so far of `total`, with a bar on a terminal."""
+    say(task)
+    columns = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeRemainingColumn())
+    live = out.is_terminal and os.environ.get("RANK", "0") == "0"
+    with bars.Progress(*columns, console=out, disable=not live) as bar:
+        shown = bar.add_task("", total=total)
+        for done in counts:
+            bar.update(shown, completed=done)
 
 
 class Progress:

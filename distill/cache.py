@@ -1,0 +1,341 @@
+"""Caches of encoded data: sharded safetensors in a folder named after all that they depend on.
+
+The name is a hash of the codec (its weights and configuration), the teacher's source, the image
+sizes, and the items' contents, so that a change of any makes another cache and none is ever stale.
+Shards are written aside, flushed and renamed, each a function of its items alone: a build that was
+killed goes on at the first shard that is missing, and ends with the same bytes. With several
+processes each builds its share.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill import terminal
+from distill.data import Source
+from distill.encode import TOGETHER, Work, bucket_seed, encoders_on, held, joined, parts, split
+from distill.fingerprint import fingerprint
+from distill.listing import Bad, Item, report, write_report
+from distill.recipe import DataSection
+from teachers.denoiser import Cond
+from teachers.errors import UserError
+
+FORMAT = 1  # of the shards; a new one makes every cache anew
+SHARD_BYTES = 1 << 28  # about what one file holds
+SHARD_ITEMS = 2048  # and at most so many items, which is what a kill can lose
+INDEX, NULL, DIGESTS = "index.json", "null.safetensors", "digests.json"
+GB = 1e9
+
+
+def source(work: Work, data: DataSection, seed: int) -> Source:
+    """The work's results: from its cache if there is one, else from memory if they fit, else from
+    a cache that is built now.
+
+    Raises:
+        UserError: too many items are bad, or the cache would be over its limit.
+    """
+    root = Path(data.cache).expanduser()
+    if work.bytes > data.in_memory_gb * GB:
+        return fill(work, data).open(seed, data.skip_share)
+    if root.is_dir() and (cache := Cache(work, root)).ready:
+        return cache.open(seed, data.skip_share)
+    return held(work, seed, data.skip_share)
+
+
+def fill(work: Work, data: DataSection) -> Cache:
+    """The work's cache, built where it is not whole yet; says its size first.
+
+    Raises:
+        UserError: as `check_room` and `Cache.build` do.
+    """
+    root = Path(data.cache).expanduser()
+    count = len(work.listing.items)
+    terminal.say(f"{count:,} items, {work.bytes / GB:.3g} GB once encoded")
+    check_room(work, root, data.cache_limit_gb)
+    cache = Cache(work, root)
+    if cache.ready:
+        terminal.say(f"cached already in {cache.folder}")
+    else:
+        terminal.follow(cache.build(data.skip_share), count, f"encoding into {cache.folder}")
+    return cache
+
+
+class Shard(NamedTuple):
+    """A file of a cache, and the items that it is made of."""
+
+    file: str
+    bucket: int
+    items: list[Item]
+
+
+def check_room(work: Work, root: Path, limit_gb: float) -> None:
+    """Refuse a cache that would be too large, before anything is written.
+
+    Raises:
+        UserError: it is over the limit, the disk has no such room, or is not to be written to.
+    """
+    count, gb = len(work.listing.items), work.bytes / GB
+    if gb > limit_gb:
+        each = work.bytes / max(count, 1) / 1e6
+        raise UserError(
+            f"data.cache_limit_gb: {count:,} items of {each:.3g} MB make a cache of {gb:.3g} GB, "
+            f"over the limit of {limit_gb:g}; raise it, or use fewer items"
+        )
+    there = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"data.cache: {root}: {there} is not a folder that can be written to")
+    if (free := shutil.disk_usage(there).free / GB) < gb:
+        raise UserError(
+            f"data.cache: {root} has {free:.3g} GB left and the cache takes {gb:.3g}; "
+            "name a folder on another disk"
+        )
+
+
+class Cache:
+    """One piece of work, encoded on the disk.
+
+    Args:
+        root: The folder of all caches.
+    """
+
+    def __init__(self, work: Work, root: Path) -> None:
+        self.work, self.root = work, root
+        self.digests = _Digests(root)
+        self.shards = list(_shards(work))
+        self.about = {
+            "format": FORMAT,
+            "teacher": work.teacher.source,
+            "encoder": fingerprint(work.teacher),
+            "items": self._items(),
+            "sizes": work.sizes if work.with_data else [],
+            "data": work.with_data,
+            "shards": [(s.bucket, len(s.items)) for s in self.shards],
+        }
+        text = json.dumps(self.about, sort_keys=True)
+        self.folder = root / hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def _items(self) -> str:
+        """A hash of what the items are: their captions, and the bytes of their files."""
+        digest = hashlib.blake2b(digest_size=16)
+        for item in self.work.listing.items:
+            digest.update(f"{item.prompt!r}\n".encode())
+        if self.work.with_data:
+            for content in self.digests(self.work.listing.contents):
+                digest.update(f"{content}\n".encode())
+        return digest.hexdigest()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is whole."""
+        files = (INDEX, NULL, *(s.file for s in self.shards))
+        return all((self.folder / f).is_file() for f in files)
+
+    def build(self, share: float) -> Iterator[int]:
+        """Encode what is missing; after each shard, the number of items that are done.
+
+        Raises:
+            UserError: more than `share` of the items are bad.
+        """
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        listing, done = self.work.listing, 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.digests.save()
+        bad = list(listing.bad)
+        with encoders_on(self.work.teacher, self.work.device):
+            if not (self.folder / NULL).exists():
+                null = self.work.teacher.codec.null or {}
+                _write(self.folder / NULL, {k: v.detach().cpu() for k, v in null.items()}, [])
+            for shard in self.shards[rank::world]:
+                if not _whole(self.folder / shard.file):
+                    self._encode(shard)
+                bad += _read_bad(self.folder / shard.file)
+                self._check(bad, share)
+                done += len(shard.items)
+                yield done
+        while world > 1 and not all((self.folder / s.file).is_file() for s in self.shards):
+            time.sleep(0.2)  # the others' shards; a process that fails ends all
+        content = report(listing.total, self._bad())
+        self._check(self._bad(), share)
+        write_report(self.folder, content)
+        for left in self.folder.glob(".shard-*"):  # drafts of builds that were killed
+            left.unlink(missing_ok=True)
+        draft = self.folder / f".{INDEX}.{os.getpid()}"
+        draft.write_text(json.dumps(self.about, indent=2) + "\n")
+        draft.replace(self.folder / INDEX)
+
+    def _encode(self, shard: Shard) -> None:
+        found: list[dict[str, Tensor]] = []
+        bad: list[Bad] = []
+        for some in parts(shard.items):
+            encoded, faults = self.work.encode(some)
+            bad += faults
+            if encoded:
+                found.append(encoded)
+        full = {k: torch.cat([f[k] for f in found]) for k in found[0]} if found else {}
+        _write(self.folder / shard.file, full, bad)
+
+    def _bad(self) -> list[Bad]:
+        """All that is bad, in the items' order."""
+        bad = list(self.work.listing.bad)
+        for shard in self.shards:
+            bad += _read_bad(self.folder / shard.file)
+        return bad
+
+    def _check(self, bad: list[Bad], share: float) -> None:
+        total = self.work.listing.total
+        if len(bad) > share * total:
+            write_report(self.folder, report(total, bad))
+        self.work.listing.check(bad, total, share)
+
+    def open(self, seed: int, share: float) -> Source:
+        """The whole cache as a source; files are mapped, and read where a batch needs them.
+
+        Raises:
+            UserError: a file is damaged, or more than `share` of the items were bad.
+        """
+        bad, total = self._bad(), self.work.listing.total
+        self.work.listing.check(bad, total, share)
+        sources: list[Source] = []
+        for bucket in self.work.groups:
+            files = [self.folder / s.file for s in self.shards if s.bucket == bucket]
+            shapes = self.work.shapes(bucket)
+            shape = shapes.get("x", self.work.teacher.shape)
+            sources.append(Cached(files, list(shapes), shape, bucket_seed(seed, bucket)))
+        return joined(sources, seed, report(total, bad))
+
+    def null(self) -> Cond:
+        """The null condition, each entry (1, ...), without the text encoder."""
+        with _opened(self.folder / NULL) as file:
+            return {k: file.get_tensor(k) for k in file.keys()} or None  # noqa: SIM118
+
+
+class Cached(Source):
+    """Encoded data in safetensors files, which together hold the items in order.
+
+    Args:
+        names: Of the tensors in each.
+        shape: Of one datum.
+    """
+
+    def __init__(
+        self, files: list[Path], names: list[str], shape: tuple[int, ...], seed: int
+    ) -> None:
+        rows = [_rows(file, names[0]) for file in files]
+        super().__init__(shape, None, None, seed, sum(rows))
+        self.files, self.names = files, names
+        self.starts = [sum(rows[:i]) for i in range(len(rows))]
+        self._file = lru_cache(128)(_opened)
+
+    def take(self, index: Tensor) -> tuple[Tensor | None, Cond]:
+        found: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        for item in index.tolist():
+            number = bisect.bisect_right(self.starts, item) - 1
+            row = item - self.starts[number]
+            for name in self.names:
+                rows = self._file(self.files[number]).get_slice(name)
+                found[name].append(rows[row : row + 1])
+        return split({k: torch.cat(v) for k, v in found.items()})
+
+
+class _Digests:
+    """Hashes of files, remembered by their size and time of change."""
+
+    def __init__(self, root: Path) -> None:
+        self.file = root / DIGESTS
+        try:
+            self.known: dict[str, list[Any]] = json.loads(self.file.read_text())
+        except (OSError, ValueError):
+            self.known = {}
+        self.new = False
+
+    def __call__(self, contents: list[Path | str]) -> list[str]:
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(self._of, contents))
+
+    def _of(self, content: Path | str) -> str:
+        if isinstance(content, str):
+            return content
+        stat = content.stat()
+        name, mark = str(content.absolute()), [stat.st_size, stat.st_mtime_ns]
+        if (found := self.known.get(name)) is None or found[:2] != mark:
+            with content.open("rb") as file:
+                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+            found = self.known[name] = [*mark, digest.hexdigest()]
+            self.new = True
+        return str(found[2])
+
+    def save(self) -> None:
+        if self.new:
+            draft = self.file.with_name(f".{DIGESTS}.{os.getpid()}")
+            draft.write_text(json.dumps(self.known))
+            draft.replace(self.file)
+
+
+def _shards(work: Work) -> Iterator[Shard]:
+    """The work cut into files, each of one bucket and of whole groups of TOGETHER."""
+    number = 0
+    for bucket, items in work.groups.items():
+        each = max(1, work.bytes // max(1, len(work.listing.items)))
+        rows = min(SHARD_ITEMS, max(TOGETHER, SHARD_BYTES // each // TOGETHER * TOGETHER))
+        for some in parts(items, rows):
+            yield Shard(f"shard-{number:05d}.safetensors", bucket, some)
+            number += 1
+
+
+def _write(path: Path, tensors: dict[str, Tensor], bad: list[Bad]) -> None:
+    """A shard, whole or absent."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    try:
+        save_file(tensors, draft, {"bad": json.dumps(bad)})  # one key: their order is not kept
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except (SafetensorError, OSError) as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(
+            f"data.cache: {path} cannot be written ({error}); make room, and it goes on from there"
+        ) from None
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"data.cache: {path} is missing or damaged ({error}); delete it, and it is made again"
+        ) from None
+
+
+def _whole(path: Path) -> bool:
+    """Whether a shard is there and of its full length, which its header says."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def _read_bad(path: Path) -> list[Bad]:
+    with _opened(path) as file:
+        return [Bad(*b) for b in json.loads(file.metadata()["bad"])]
+
+
+def _rows(path: Path, name: str) -> int:
+    with _opened(path) as file:
+        return file.get_slice(name).get_shape()[0] if name in file.keys() else 0  # noqa: SIM118

@@ -1,0 +1,76 @@
+"""Prompts alone, for objectives that need no images: a text file, a table's column, or a pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill.listing import Item, Listing
+from distill.recipe import Column
+from distill.tables import SUFFIXES, open_table
+from teachers.errors import UserError, nearest
+
+PACKS = Path(__file__).parent / "packs"
+
+
+def list_prompts(place: str | Column) -> Listing:
+    """The prompts that `data.prompts` names.
+
+    Args:
+        place: A text file with a prompt on each line, "pack:NAME", "DATASET:COLUMN" where DATASET
+            is a table file, a saved dataset or a Hub id, or the same in a mapping.
+
+    Raises:
+        UserError: there is no such file, pack, dataset or column, or it holds no prompts.
+    """
+    if isinstance(place, Column):
+        return _column(place)
+    if place.startswith("pack:"):
+        return _lines(pack(place.removeprefix("pack:")), place)
+    file = Path(place).expanduser()
+    if file.is_file() and file.suffix in SUFFIXES:
+        raise UserError(f"data.prompts: {place!r} is a table; name its column: '{place}:COLUMN'")
+    if file.is_file():
+        return _lines(file, place)
+    name, colon, column = place.rpartition(":")
+    if not colon or not name or not column:
+        raise UserError(
+            f"data.prompts: no such file: {place!r}; give a text file, 'pack:starter', or "
+            "'DATASET:COLUMN'"
+        )
+    return _column(Column(hf=name, column=column))
+
+
+def pack(name: str) -> Path:
+    """The file of a pack that comes with the package."""
+    packs = [p.stem for p in PACKS.glob("*.txt")]
+    if name not in packs:
+        raise UserError(f"data.prompts: no pack {name!r}; {nearest(name, packs)}")
+    return PACKS / f"{name}.txt"
+
+
+def _lines(file: Path, place: str) -> Listing:
+    """A line each; blank ones at the end are none, those before it are empty captions."""
+    listing = Listing(f"data.prompts: {place!r}")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{listing.where} is not readable as UTF-8 text ({error})") from None
+    for number, line in enumerate(text.rstrip().splitlines(), 1):
+        listing.add(Item(f"{place}:{number}", line.strip()), True)
+    return _some(listing)
+
+
+def _column(place: Column) -> Listing:
+    listing = Listing(f"data.prompts: '{place.hf}:{place.column}'")
+    table = open_table(place.hf, place.split, listing.where)
+    table.need(place.column, listing.where)
+    for row, value in enumerate(table.values(place.column)):
+        text = value.strip() if isinstance(value, str) else value
+        listing.add(Item(f"{table.name}[{row}]", text), True)
+    return _some(listing)
+
+
+def _some(listing: Listing) -> Listing:
+    if not listing.items:
+        raise UserError(f"{listing.where} holds no prompts")
+    return listing
