@@ -59,7 +59,7 @@ def kinds(denoiser, scale, mix=linear):
     ]
 
 
-@pytest.mark.parametrize("mix", MIXES, ids=str)
+@pytest.mark.parametrize("mix", MIXES, ids=lambda m: "linear" if m is linear else str(m))
 def test_scale_one_is_unguided_bit_for_bit_and_costs_one_evaluation(teacher, point, mix):
     plain = teacher(*point)
     for guided in kinds(teacher, 1.0, mix):
@@ -69,7 +69,7 @@ def test_scale_one_is_unguided_bit_for_bit_and_costs_one_evaluation(teacher, poi
         assert describe(guided) == "unguided, g = 1"
 
 
-@pytest.mark.parametrize("mix", MIXES, ids=str)
+@pytest.mark.parametrize("mix", MIXES, ids=lambda m: "linear" if m is linear else str(m))
 def test_every_mix_at_scale_one_would_give_x_itself(mix):
     x, negative = torch.randn(2, 5, D, dtype=torch.double)
     torch.testing.assert_close(mix(x, negative, 1.0), x)
