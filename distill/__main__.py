@@ -348,6 +348,45 @@ def doctor(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="The card to run on.")] = "rtx-4090",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here.")] = None,
+):
+    """Say what a recipe's run would take: memory by part, time, cost; exit 2 if it will not fit."""
+    import json
+    import warnings
+
+    from distill.plan import GPUS, RESERVE, advice
+    from distill.recipe import Recipe
+    from distill.terminal import out as console
+    from distill.terminal import planned, waiting
+    from teachers.errors import UserError, nearest
+
+    if gpu not in GPUS:
+        raise UserError(f"--gpu {gpu!r}: {nearest(gpu, GPUS)}")
+    if json_file is not None:
+        writable(json_file, "--json")
+    checked = Recipe.load(recipe, overrides or [])
+    card = GPUS[gpu]
+    with waiting("distill: playing a step on shapes alone"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fake tensors, which have no addresses
+        from distill import build
+
+        made = build.plan(checked)
+    tree = made.tree(gpu, card)
+    console.print(planned(tree, card.memory, RESERVE))
+    if json_file is not None:
+        json_file.write_text(json.dumps(tree, indent=2) + "\n")
+    if remedies := advice(checked, made, card):
+        raise UserError(
+            f"plan: {made.peak + RESERVE:.1f} GB do not fit on {gpu} ({card.memory:g} GB); "
+            + "; ".join(remedies)
+        )
+
+
+@app.command()
 def cache(recipe: RecipeArg, overrides: Overrides = None):
     """Encode a recipe's prompts and images once, into a cache that its runs read."""
     from distill.recipe import Recipe

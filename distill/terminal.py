@@ -108,3 +108,32 @@ def results(title: str, rows: dict[str, dict[str, Any]], base: str | None = None
         over = [f"{speed / rows[base]['images_per_s']:.1f}×"] if base else []
         table.add_row(name, f"{row['fd']:.3f}{spread}", *shares, f"{speed:,.0f}", *over)
     return table
+
+
+def planned(tree: dict[str, Any], memory: float, reserve: float) -> Table:
+    """A plan as a table: memory by part, then work, time and cost."""
+    table = Table(title=f"on {tree['gpu']}, batch {tree['batch']}", title_justify="left")
+    table.add_column("part")
+    table.add_column("", justify="right")
+    for name, size in tree["parts_gb"].items():
+        table.add_row(name, f"{size:.2f} GB")
+    table.add_section()
+    verdict = "fits" if tree["fits"] else "does not fit"
+    peak = tree["peak_gb"]
+    table.add_row("peak", f"{peak:.2f} GB")
+    table.add_row(
+        f"with CUDA's own {reserve:g} GB", f"{peak + reserve:.2f} of {memory:g}: {verdict}"
+    )
+    table.add_row(
+        "weights and optimiser state", f"{tree['bytes_per_base_param']:.2f} bytes a base parameter"
+    )
+    if tree["encoders_gb"]:
+        table.add_row("encoders, before training only", f"{tree['encoders_gb']:.2f} GB")
+    table.add_section()
+    samples = ", ".join(f"{k} {v:g}" for k, v in tree["evaluations_per_step"].items() if v)
+    table.add_row("samples through each network a step", samples)
+    table.add_row("work a step", f"{tree['tflop_per_step']:.3g} TFLOP")
+    share = f"at {tree['assumed_share_of_peak']:.0%} of the card's peak, assumed"
+    table.add_row(f"1,000 steps, {share}", f"{tree['hours_per_1k_steps']:.2g} h")
+    table.add_row("and at its usual rent", f"${tree['dollars_per_1k_steps']:.2f}")
+    return table

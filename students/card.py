@@ -273,6 +273,12 @@ class Facts:
         return part.get(key, default)
 
     @property
+    def guidance(self) -> float:
+        """The scale g of the teacher's; in the recipe it may be a mapping's."""
+        how = self.setting("teacher", "guidance", 1.0)
+        return float(how["scale"] if isinstance(how, dict) else how)
+
+    @property
     def counts(self) -> list[int]:
         return self.sidecar["steps"]
 
@@ -431,7 +437,7 @@ def guidance_arguments(facts: Facts) -> dict[str, float]:
     if kind.startswith("QwenImage"):
         return {"true_cfg_scale": 1.0}
     if kind.startswith("Flux"):  # there it is a condition of the network, not a second pass
-        return {"guidance_scale": float(facts.setting("teacher", "guidance", 1.0))}
+        return {"guidance_scale": facts.guidance}
     return {"guidance_scale": 1.0}
 
 
@@ -466,7 +472,7 @@ def method(facts: Facts) -> str:
 
 def training(facts: Facts) -> str:
     """Teacher, guidance, data, length and cost."""
-    g = float(facts.setting("teacher", "guidance", 1.0))
+    g = facts.guidance
     guided = "unguided (g = 1)" if g == 1 else f"guided at g = {g:g} (g = 1 + w; 1 is unguided)"
     source = facts.setting("data", "source")
     data = f"`{Path(str(source)).name if folder_of(str(source)) else source}`" if source else "none"

@@ -272,10 +272,10 @@ def drop_variance(backbone: Any) -> None:
 
 def drop_null(backbone: Any, teacher: Teacher) -> None:
     """Forget the null class: a student needs no guidance, and pipelines draw random labels."""
-    if teacher.codec.null is None or backbone.class_embedding is None:
+    null: int | None = teacher.codec.null_label  # pyright: ignore[reportAttributeAccessIssue]
+    if null is None or backbone.class_embedding is None:
         return
     table = backbone.class_embedding
-    null = int(teacher.codec.null["class_labels"])
     if null == table.num_embeddings - 1:
         kept = nn.Parameter(table.weight[:null].detach().clone())
         backbone.class_embedding = nn.Embedding(null, table.embedding_dim, _weight=kept)

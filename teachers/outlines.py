@@ -1,13 +1,13 @@
 """Outlines of well-known checkpoints: their shapes, without a weight.
 
 So that a run can be planned before anything is downloaded. The networks are the real classes with
-the published configs, on PyTorch's meta device; what is counted are parameters, and what prompts
-become.
+the published configs, made without memory; what prompts become is known by its shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,24 +142,31 @@ class Blank:
         return self.condition([""])
 
     def condition(self, prompts: Sequence[Any]) -> Cond:
-        """Conditions without values, each entry (N, ...), on the meta device."""
+        """Conditions of no meaning, each entry (N, ...)."""
         return {
-            k: torch.empty(
-                len(prompts), *shape, device="meta",
-                dtype=torch.long if k in self.outline.whole else torch.float32,
+            k: torch.ones(
+                len(prompts), *shape, dtype=torch.long if k in self.outline.whole else torch.float32
             )
             for k, shape in self.outline.cond.items()
-        }  # fmt: skip
+        }
 
     def encode(self, images: Tensor) -> Tensor:
-        return images.new_empty(len(images), *self.outline.shape, device="meta")
+        return images.new_zeros(len(images), *self.outline.shape)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return latents.new_empty(len(latents), 3, *self.size, device="meta")
+        return latents.new_zeros(len(latents), 3, *self.size)
 
 
-def outline(source: str, size: int | None = None, precision: str = "fp32") -> Teacher:
-    """A known checkpoint's teacher on the meta device.
+def outline(
+    source: str,
+    without: AbstractContextManager[Any],
+    size: int | None = None,
+    precision: str = "fp32",
+) -> Teacher:
+    """A known checkpoint's teacher, with a network that has shapes alone.
+
+    Args:
+        without: In which networks are made without memory: a FakeTensorMode, or the meta device.
 
     Raises:
         UserError: it is not among OUTLINES.
@@ -179,9 +186,20 @@ def outline(source: str, size: int | None = None, precision: str = "fp32") -> Te
     name, config = known.scheduler
     schedule = read(name, config, f"teacher {source!r}", kind.tokens(shape))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    with torch.device("meta"):
-        backbone = getattr(diffusers, known.network).from_config(known.config).to(dtype)
-        network = kind(backbone, schedule)
+    with without, dtype_of_new(dtype):
+        backbone = getattr(diffusers, known.network).from_config(known.config)
+    network = kind(backbone, schedule)
     pixels = (shape[-2] * known.factor, shape[-1] * known.factor)
     network.eval().requires_grad_(False)
     return Teacher(network, Blank(known, pixels), shape, source)
+
+
+@contextmanager
+def dtype_of_new(dtype: torch.dtype) -> Iterator[None]:
+    """Make new networks in this type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

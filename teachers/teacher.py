@@ -49,7 +49,7 @@ class Pixels:
     """
 
     def __init__(self, classes: int = 0, null: int | None = None) -> None:
-        self.classes = classes
+        self.classes, self.null_label = classes, null
         self.null: Cond = None if null is None else {"class_labels": torch.tensor([null])}
 
     def condition(self, prompts: Sequence[Any]) -> Cond:

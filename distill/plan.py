@@ -1,0 +1,307 @@
+"""What a run would take: the real step, played on shapes alone.
+
+The objective's own turns run forward and backward on fake tensors, which have no memory, while the
+birth and death of each is followed. So the figures come from the code that will run, not from a
+formula beside it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.objective import Batch, Objective, Turn
+from distill.recipe import Recipe
+
+GB = 1e9
+BUSY = 0.4  # of a GPU's peak that training reaches: what is assumed of time, not measured
+RESERVE = 1.0  # GB that CUDA's context and libraries take, and the allocator cannot use
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card: memory in GB, dense bf16 and fp32 TFLOP/s, and dollars an hour to rent."""
+
+    memory: float
+    bf16: float
+    fp32: float
+    price: float
+
+
+GPUS = {
+    "rtx-3090": Gpu(24, 71, 36, 0.30),
+    "rtx-4090": Gpu(24, 165, 83, 0.45),
+    "rtx-5090": Gpu(32, 210, 105, 0.70),
+    "l40s": Gpu(48, 362, 92, 1.00),
+    "a100-40gb": Gpu(40, 312, 19.5, 1.20),
+    "a100-80gb": Gpu(80, 312, 19.5, 1.60),
+    "h100": Gpu(80, 989, 67, 2.50),
+    "h200": Gpu(141, 989, 67, 3.30),
+}
+
+
+@dataclass
+class Plan:
+    """What a run would take, in bytes, FLOPs and network evaluations for each step.
+
+    Args:
+        weights: Every network's, once each.
+        gradients: The most that are held at one time.
+        optimizer: All players' moments.
+        average: The student's EMA.
+        activations: The most that a turn holds beside all of the above.
+        beside: Text encoders and VAE, while what they encode is not cached yet.
+        base: Parameters of the teacher.
+        evaluations: Samples through each network in one step, on average.
+        flops: Of one step, on average.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    beside: int
+    base: int
+    batch: int
+    precision: str
+    evaluations: dict[str, float] = field(default_factory=dict)
+    flops: float = 0.0
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """In GB."""
+        names = ("weights", "gradients", "optimizer", "average", "activations")
+        return {k: getattr(self, k) / GB for k in names}
+
+    @property
+    def peak(self) -> float:
+        """The most memory held at once, in GB, without CUDA's own."""
+        return sum(self.parts.values())
+
+    @property
+    def bytes_per_base_param(self) -> float:
+        """Of weights and optimiser state; three full copies in fp32 under Adam come to 28."""
+        return (self.weights + self.optimizer) / self.base
+
+    def seconds(self, gpu: Gpu) -> float:
+        """Of one step, if the card is BUSY."""
+        rate = gpu.fp32 if self.precision == "fp32" else gpu.bf16
+        return self.flops / (rate * 1e12 * BUSY)
+
+    def tree(self, name: str, gpu: Gpu) -> dict[str, Any]:
+        """As plain data, for --json."""
+        hours = self.seconds(gpu) * 1000 / 3600
+        return {
+            "gpu": name,
+            "peak_gb": self.peak,
+            "fits": self.peak + RESERVE <= gpu.memory,
+            "bytes_per_base_param": self.bytes_per_base_param,
+            "parts_gb": self.parts,
+            "encoders_gb": self.beside / GB,
+            "base_params": self.base,
+            "batch": self.batch,
+            "evaluations_per_step": self.evaluations,
+            "tflop_per_step": self.flops / 1e12,
+            "hours_per_1k_steps": hours,
+            "dollars_per_1k_steps": hours * gpu.price,
+            "assumed_share_of_peak": BUSY,
+        }
+
+
+class Held(TorchDispatchMode):
+    """Follows the bytes that are alive among tensors made inside it."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.known, self.now, self.most = known, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self._born(tensor)
+        return out
+
+    def _born(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.known:
+            return
+        size = storage.nbytes()
+        self.known.add(storage._cdata)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, storage._cdata, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+class _Attention(torch.autograd.Function):
+    """Attention as fused kernels hold it: queries, keys, values, output; never the N × N matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # pyright: ignore
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])  # fake, like all that is played
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
+        q, k, v, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@contextmanager
+def fused(flops: list[float]) -> Iterator[None]:
+    """Attention without its matrix, its FLOPs added up in `flops`: forward 4 N M d, backward 10."""
+    before = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Tensor:
+        q, k, v = query, key, value
+        learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        each = q.shape[:-1].numel() * k.shape[-2] * q.shape[-1]
+        flops[0] += (14 if learns else 4) * each
+        return _Attention.apply(q, k, v)  # pyright: ignore[reportReturnType]
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before
+
+
+def unique(tensors: Any) -> int:
+    """Bytes of tensors, each storage once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def play(
+    objective: Objective,
+    players: dict[str, list[nn.Parameter]],
+    batch: Batch,
+    parts: int,
+    steps: int,
+    precision: str,
+) -> tuple[int, int, float, dict[str, float]]:
+    """The turns of the objective's first `steps` steps, each kind once, without updates.
+
+    Args:
+        batch: One of the `parts` that a step's batch is cut into.
+
+    Returns:
+        The most bytes of activations, the most of gradients, and the FLOPs and the samples through
+        each network of an average step.
+    """
+    networks = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}
+    tensors = [t for n in networks.values() for t in [*n.parameters(), *n.buffers()]]
+    tensors += [*(batch.cond or {}).values(), batch.noise]
+    kinds: dict[tuple[str, ...], Cost] = {}
+    plays: list[tuple[str, ...]] = []
+    counts = dict.fromkeys(networks, 0)
+    hooks = _count(networks, counts)
+    for step in range(steps):
+        for turn in objective.turns(step):
+            plays.append(turn.players)
+            if turn.players not in kinds:
+                moving = [p for name in turn.players for p in players[name]]
+                kinds[turn.players] = _cost(turn, batch, moving, tensors, precision, counts)
+    for hook in hooks:
+        hook.remove()
+    scale = parts / steps
+    return (
+        max(c.activations for c in kinds.values()),
+        max(c.gradients for c in kinds.values()),
+        sum(kinds[k].flops for k in plays) * scale,
+        {n: sum(kinds[k].evaluations[n] for k in plays) * scale for n in networks},
+    )
+
+
+@dataclass
+class Cost:
+    """What one turn takes."""
+
+    activations: int
+    gradients: int
+    flops: float
+    evaluations: dict[str, int]
+
+
+def _cost(
+    turn: Turn,
+    batch: Batch,
+    moving: list[nn.Parameter],
+    tensors: list[Tensor],
+    precision: str,
+    counts: dict[str, int],
+) -> Cost:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    for p in moving:
+        p.requires_grad_(True)
+    before, attention = dict(counts), [0.0]
+    known = {t.untyped_storage()._cdata for t in tensors}
+    counter = FlopCounterMode(display=False)
+    with Held(known) as held, counter, fused(attention):
+        # the CPU's autocast, since fake tensors are the CPU's; it casts the same products
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = turn.loss(batch)
+        loss.value.backward()
+        del loss
+    gradients = unique(p.grad for p in moving if p.grad is not None)
+    for p in moving:
+        p.grad = None
+        p.requires_grad_(False)
+    return Cost(
+        held.most - gradients,
+        gradients,
+        counter.get_total_flops() + attention[0],
+        {k: v - before[k] for k, v in counts.items()},
+    )
+
+
+def _count(networks: dict[str, nn.Module], counts: dict[str, int]) -> list[Any]:
+    from students.lora import Adapted
+    from teachers.denoiser import Network
+
+    hooks = []
+    for name, network in networks.items():
+
+        def count(module: nn.Module, args: Any, name: str = name) -> None:
+            counts[name] += len(args[0])
+
+        for module in network.modules():
+            if isinstance(module, Network | Adapted):
+                hooks.append(module.register_forward_pre_hook(count))
+    return hooks
+
+
+def advice(recipe: Recipe, plan: Plan, gpu: Gpu) -> list[str]:
+    """Which keys to change when it does not fit, the most telling first."""
+    if plan.peak + RESERVE <= gpu.memory:
+        return []
+    found = []
+    largest = max(plan.parts, key=plan.parts.__getitem__)
+    if recipe.adapters is None:
+        found.append("adapters: {rank: 64} keeps one set of weights instead of three")
+    if recipe.teacher.precision in (None, "fp32"):
+        found.append("teacher.precision: bf16 halves the frozen weights")
+    if recipe.train.precision == "fp32":
+        found.append("train.precision: bf16 halves the activations")
+    if not recipe.train.checkpointing:
+        found.append("train.checkpointing: true recomputes activations instead of keeping them")
+    parts = recipe.train.accumulate
+    if largest == "activations" and recipe.train.batch > parts:
+        found.append(f"train.accumulate: {2 * parts} halves the activations at the same batch")
+    if recipe.adapters is not None and recipe.adapters.rank > 16:
+        found.append(f"adapters.rank: {recipe.adapters.rank // 2} halves what learns")
+    return found or ["a smaller teacher.size, or a larger card"]
