@@ -1,4 +1,4 @@
-"""Qwen-Image (arXiv:2508.02324): a two-stream transformer on packed latents of a video autoencoder."""
+"""Qwen-Image (arXiv:2508.02324): two streams, on packed latents of a video autoencoder."""
 
 from __future__ import annotations
 

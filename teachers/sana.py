@@ -1,4 +1,4 @@
-"""SANA (arXiv:2410.10629): a linear transformer on 32-fold compressed latents, prompted by Gemma."""
+"""SANA (arXiv:2410.10629): linear attention on 32-fold compressed latents, prompted by Gemma."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wan (arXiv:2503.20314): text to video. Latents are (C, F, H, W), and a prompt is UMT5's tokens."""
+"""Wan (arXiv:2503.20314): text to video. Latents are (C, F, H, W), prompts UMT5's tokens."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 
 LETTERS = [chr(c) for c in range(33, 127)]
@@ -44,7 +43,7 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
-LANGUAGE = {
+LANGUAGE: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 2048,
 }  # fmt: skip
