@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from students import stock
-from students.export import pictures, pipeline, request
-from students.lora import Adapter, unwrap
+from students.export import draw, pictures, pipeline, request
+from students.lora import Adapter, merged, unwrap
 from teachers import load
 from teachers.denoiser import Denoiser, Guided
 from teachers.errors import UserError
@@ -50,11 +50,11 @@ def opened(folders, name, by=0.05, **options):
     return teacher
 
 
-def walk(pipe, steps=2, **arguments):
-    """The stock pipeline's pictures, its noise being that of `pictures`."""
+def walk(pipe, steps=2, output_type="pt", **arguments):
+    """The stock pipeline's pictures or latents, its noise being that of `draw`."""
     pipe.set_progress_bar_config(disable=True)
     rng = torch.Generator().manual_seed(0)
-    out = pipe(num_inference_steps=steps, generator=rng, output_type="pt", **arguments)
+    out = pipe(num_inference_steps=steps, generator=rng, output_type=output_type, **arguments)
     return next(iter(out.values()))
 
 
@@ -115,11 +115,11 @@ def test_guidance_is_what_its_pipeline_means_by_it(folders, name):
     guided = form.generator(kind(network, 3.0, teacher.codec.null)).eval()
     plain = form.generator(network).eval()
     _, arguments = request(plain, teacher)
-    with torch.no_grad():
-        theirs = walk(pipeline(plain, teacher), **arguments | GUIDED[name])
-    ours = pictures(guided, teacher, 2, PROMPTS)
-    assert (theirs - pictures(plain, teacher, 2, PROMPTS)).abs().max() > 0.01
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    arguments |= {"output_type": "latent", **GUIDED[name]}
+    theirs = walk(pipeline(plain, teacher), **arguments)
+    ours, unguided = (network.pack(draw(g, teacher, PROMPTS, 0)) for g in (guided, plain))
+    assert (theirs - unguided).abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", families_b.FAMILIES)
@@ -159,6 +159,14 @@ def test_weights_in_bfloat16_are_fed_bfloat16_and_answer_in_float32(folders, nam
         x, y = (teacher.denoiser(x_t, t, cond) for teacher in (whole, half))
     assert y.dtype == torch.float32 and unwrap(half.denoiser).dtype == torch.bfloat16
     assert 0 < (x - y).square().mean().sqrt() < 0.06 * (x - x_t).square().mean().sqrt()
+
+
+def test_merging_an_adapter_keeps_every_weight_in_its_own_precision(folders):
+    teacher = opened(folders, "wan", precision="bf16")
+    before = {k: p.dtype for k, p in unwrap(teacher.denoiser).backbone.named_parameters()}
+    assert set(before.values()) == {torch.bfloat16, torch.float32}
+    student = stock.student(teacher, 2, None, True, Adapter(rank=2))
+    assert {k: p.dtype for k, p in merged(student.denoiser).named_parameters()} == before
 
 
 @pytest.mark.parametrize("name", families_b.FAMILIES)
