@@ -48,4 +48,5 @@ class Lumina2(Pretrained):
 
     @property
     def middle(self) -> str:
-        return f"backbone.layers.{len(self.backbone.layers) // 2}"
+        blocks: Any = self.backbone.layers
+        return f"backbone.layers.{len(blocks) // 2}"

@@ -21,7 +21,8 @@ class Sana(Pretrained):
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
         assert cond is not None
-        time = self.time(t) * self.backbone.config.timestep_scale
+        config: Any = self.backbone.config
+        time = self.time(t) * config.timestep_scale
         x_t, text = x_t.to(self.dtype), cond["text"].to(self.dtype)
         out = self.backbone(
             x_t, text, time, encoder_attention_mask=cond["mask"], return_dict=False
@@ -52,7 +53,8 @@ class Sana(Pretrained):
 
     @property
     def middle(self) -> str:
-        return f"backbone.transformer_blocks.{len(self.backbone.transformer_blocks) // 2}"
+        blocks: Any = self.backbone.transformer_blocks
+        return f"backbone.transformer_blocks.{len(blocks) // 2}"
 
 
 def _embed(pipe: Any, prompts: list[str], instruction: list[str] | None) -> dict[str, Tensor]:

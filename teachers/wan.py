@@ -72,7 +72,8 @@ class Wan(Pretrained):
 
     @property
     def middle(self) -> str:
-        return f"backbone.blocks.{len(self.backbone.blocks) // 2}"
+        blocks: Any = self.backbone.blocks
+        return f"backbone.blocks.{len(blocks) // 2}"
 
 
 def load(

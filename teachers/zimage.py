@@ -58,4 +58,5 @@ class ZImage(Pretrained):
 
     @property
     def middle(self) -> str:
-        return f"backbone.layers.{len(self.backbone.layers) // 2}"
+        blocks: Any = self.backbone.layers
+        return f"backbone.layers.{len(blocks) // 2}"
