@@ -436,6 +436,8 @@ def guidance_arguments(facts: Facts) -> dict[str, float]:
     kind = str(facts.index.get("_class_name", ""))
     if kind.startswith("QwenImage"):
         return {"true_cfg_scale": 1.0}
+    if kind.startswith("ZImage"):  # it counts from 0
+        return {"guidance_scale": 0.0}
     if kind.startswith("Flux"):  # there it is a condition of the network, not a second pass
         return {"guidance_scale": facts.guidance}
     return {"guidance_scale": 1.0}

@@ -229,8 +229,8 @@ def merged(denoiser: Denoiser) -> nn.Module:
             plain[f"{key}.weight"] = weight_with(module, denoiser.name)
     twin = type(backbone).from_config(backbone.config)
     weight = next(backbone.parameters())
-    twin.to(device=weight.device, dtype=weight.dtype)
-    twin.load_state_dict(plain)
+    twin.to(device=weight.device)
+    twin.load_state_dict(plain, assign=True)  # some are of a precision of their own
     return twin.eval()
 
 

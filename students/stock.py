@@ -158,6 +158,7 @@ def _flow(network: Pretrained, process: Linear, steps: int, renoise: bool) -> Fo
         even = np.linspace(1.0, 1 / k, k)
         stock.set_timesteps(k, sigmas=None if network.GRID == "own" else even)
         sigma = stock.sigmas[:-1].double()
+        sigma = sigma.clamp(max=1)  # shifting in float32 may end beyond
         grids[k] = tuple(process.time(sigma / (1 - sigma)).tolist())
     return Form(network.schedule, grids, renoise)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -84,6 +84,7 @@ class Teacher:
     codec: Codec
     shape: tuple[int, ...]
     source: str = ""
+    options: dict[str, Any] = field(default_factory=dict)  # what it was loaded with
 
 
 def load(source: str, **options: Any) -> Teacher:
@@ -95,7 +96,8 @@ def load(source: str, **options: Any) -> Teacher:
             "path/to/file.py:function" for a function that returns a Teacher.
         options: The family's own: `null_label`, the class that means none, for UNet2D pipelines;
             that and `vae`, the folder of their latents' AutoencoderKL, for EDM and EDM2;
-            `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16) for the others.
+            `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16) for the others,
+            and `frames` for videos.
 
     Raises:
         UserError: nothing is there, the files are not whole, the family is not supported, or it
@@ -123,6 +125,7 @@ def load(source: str, **options: Any) -> Teacher:
             f"{nearest(unknown[0], takes)}"
         )
     teacher = loader(folder, source, **options)
+    teacher.options = options
     teacher.denoiser.eval().requires_grad_(False)
     return teacher
 
@@ -144,12 +147,19 @@ def loader_of(path: Path, source: str) -> tuple[str, Any]:
 
 def families() -> dict[str, Any]:
     """Loaders by the pipeline class that a folder's model_index.json names."""
-    from teachers import pipeline, stable, unet  # only when something is loaded
+    from teachers import lumina, pipeline, qwen, sana, stable, unet, wan, zimage  # only when needed
 
     table: dict[str, Any] = dict.fromkeys(unet.UNet.PIPELINES, unet.load)
-    for kind in (stable.StableDiffusion, stable.SDXL):
+    for kind in (
+        stable.StableDiffusion,
+        stable.SDXL,
+        sana.Sana,
+        lumina.Lumina2,
+        qwen.QwenImage,
+        zimage.ZImage,
+    ):
         table |= dict.fromkeys(kind.PIPELINES, partial(pipeline.load, kind))
-    return table
+    return table | dict.fromkeys(wan.Wan.PIPELINES, wan.load)
 
 
 def find(source: str) -> Path:

@@ -35,14 +35,14 @@ def disturbed(student):
 @pytest.mark.parametrize("adapter", [None, Adapter(rank=4)], ids=["full", "lora"])
 @pytest.mark.parametrize("renoise", [True, False], ids=["renoise", "ode"])
 def test_a_stock_pipeline_samples_the_student(folders, name, adapter, renoise):
-    teacher = load(folders(name))
+    teacher = load(folders(name), **families.OPTIONS.get(name, {}))
     student = disturbed(stock.student(teacher, 4, None, renoise, adapter)).eval()
     rehearse(student, teacher)
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_an_exported_student_is_read_back(folders, name, tmp_path):
-    teacher = load(folders(name))
+    teacher = load(folders(name), **families.OPTIONS.get(name, {}))
     student = disturbed(stock.student(teacher, 2, None, True, Adapter(rank=4))).eval()
     export(student, teacher, tmp_path / "student", {})
     again, _ = load_student(tmp_path / "student")
