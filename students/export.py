@@ -20,10 +20,12 @@ from students import stock
 from students.generator import Generator
 from students.lora import Adapted, merged, unwrap
 from teachers.errors import UserError
+from teachers.pipeline import Prompted
 from teachers.teacher import Teacher, load, read_json
 from teachers.unet import UNet
 
 SIDECAR = "fewstep.json"  # what the student is; diffusers ignores it
+SHAPING = ("size", "embedded_guidance")  # options of the teacher that its student is read back with
 TOLERANCE = 1e-3  # of pixels in [0, 1]: a quarter of a grey level
 
 # Runs in another process, with none of our packages imported: what a user's machine will do.
@@ -38,7 +40,8 @@ images = {}
 for steps in request["counts"]:
     torch.manual_seed(1)  # for pipelines that do not hand their generator on to the scheduler
     draw = torch.Generator().manual_seed(0)
-    out_ = pipe(num_inference_steps=steps, generator=draw, output_type="pt", **request["arguments"])
+    arguments = json.loads(sys.argv[3])["arguments"]  # afresh: some pipelines write to their lists
+    out_ = pipe(num_inference_steps=steps, generator=draw, output_type="pt", **arguments)
     images[str(steps)] = next(iter(out_.values())).float().contiguous()
 save_file(images, out)
 """
@@ -75,6 +78,7 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
             "times": list(generator.times),
             "renoise": generator.renoise,
             "teacher": teacher.source,
+            "options": {k: v for k, v in teacher.options.items() if k in SHAPING},
             "recipe": dict(recipe),
         }
         (draft / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
@@ -119,8 +123,9 @@ def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str
         prompts: list[Any] = [i % classes for i in range(4)]
     else:
         prompts = ["a red circle", "two boats on a lake"]
-    height, width = getattr(teacher.codec, "size", teacher.shape[-2:])
-    arguments = kind.arguments(prompts, (height, width))
+    if isinstance(teacher.codec, Prompted):
+        return prompts, teacher.codec.arguments([*prompts])
+    arguments = kind.arguments([*prompts], teacher.shape[-2:])
     if kind is UNet and not classes:
         arguments["class_labels"] = None
     return prompts, arguments
@@ -171,7 +176,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
         UserError: it does not, so a training run would end in a failed export.
     """
     who = f"teacher {teacher.source!r}: no stock pipeline samples its students"
-    prompts, arguments = request(generator, teacher)
+    prompts, _ = request(generator, teacher)
     try:
         pipe = pipeline(generator, teacher)
         pipe.set_progress_bar_config(disable=True)
@@ -179,6 +184,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
             rng = torch.Generator().manual_seed(0)
             with torch.random.fork_rng():
                 torch.manual_seed(1)
+                _, arguments = request(generator, teacher)  # afresh: some write to their lists
                 out = pipe(num_inference_steps=steps, generator=rng, output_type="pt", **arguments)
             ours = pictures(generator, teacher, steps, prompts)
             gap = (ours - next(iter(out.values())).float().cpu()).abs().max().item()
@@ -238,9 +244,11 @@ def load_student(folder: Path) -> tuple[Generator, Teacher]:
     sidecar = read_json(folder / SIDECAR, f"student {str(folder)!r}")
     counts: Any = sidecar.get("steps")
     whole = isinstance(counts, list) and counts and all(isinstance(k, int) for k in counts)
+    options = sidecar.get("options", {})  # students of before had none
+    whole = whole and isinstance(options, dict) and options.keys() <= set(SHAPING)
     if not whole or not isinstance(sidecar.get("renoise"), bool):
         raise UserError(f"student {str(folder)!r}: {SIDECAR} is damaged; export the run again")
-    teacher = load(str(folder))
+    teacher = load(str(folder), **options)
     like = stock.student(teacher, max(counts), None, sidecar["renoise"])
     return like.eval().requires_grad_(False), teacher
 

@@ -32,6 +32,7 @@ class Pretrained(Network):
     # How its pipeline asks for times: of the scheduler's own making, or σ from 1 to 1/n.
     GRID: ClassVar[Literal["own", "trailing"]] = "own"
     SEEDED: ClassVar[bool] = False  # whether it hands its generator on to the scheduler's steps
+    FRAMED: ClassVar[bool] = False  # whether its VAE is one for videos, of which it makes pictures
     LORA: ClassVar[str] = r".*attn\d?\.(to_q|to_k|to_v|to_out\.0)"  # what adapters adapt: a regex
 
     def __init__(self, backbone: nn.Module, schedule: Schedule) -> None:
@@ -54,19 +55,40 @@ class Pretrained(Network):
         return next(self.backbone.parameters()).dtype
 
     @staticmethod
-    def embed(pipe: Any, prompts: list[Any], size: tuple[int, int]) -> dict[str, Tensor]:
+    def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
         """The condition of N prompts, each entry (N, ...) and of a shape that never varies.
 
         Args:
-            size: Height and width of the pictures, in pixels.
+            size: Height and width of the pictures, in pixels; a video's frames come before them.
         """
         raise NotImplementedError
 
+    @classmethod
+    def embed_negative(cls, pipe: Any, prompt: Any, size: tuple[int, ...]) -> dict[str, Tensor]:
+        """The condition of what guidance moves away from, each entry (1, ...)."""
+        return cls.embed(pipe, [prompt], size)
+
     @staticmethod
-    def arguments(prompts: list[Any], size: tuple[int, int]) -> dict[str, Any]:
+    def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
         """How the stock pipeline is asked for pictures of the prompts, without guidance."""
         height, width = size
         return {"prompt": prompts, "guidance_scale": 1.0, "height": height, "width": width}
+
+    @staticmethod
+    def classes(pipe: Any) -> int:
+        """How many labels there are, where prompts are labels and the one after is the null label;
+        0 where prompts are text."""
+        return 0
+
+    @classmethod
+    def factor(cls, pipe: Any) -> int:
+        """How many pixels of a side become one of a latent's."""
+        return pipe.vae_scale_factor
+
+    @classmethod
+    def grain(cls, pipe: Any) -> int:
+        """What the side of a picture must be a multiple of, in pixels."""
+        return cls.factor(pipe)
 
     @classmethod
     def shape(cls, pipe: Any, size: int | None) -> tuple[int, ...]:
@@ -74,12 +96,17 @@ class Pretrained(Network):
         backbone = getattr(pipe, cls.PART)
         side = backbone.config.sample_size
         if size is not None:
-            side = size // pipe.vae_scale_factor
+            side = size // cls.factor(pipe)
         return (backbone.config.in_channels, side, side)
+
+    @classmethod
+    def pixels(cls, pipe: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The size of the pictures that latents of this shape become."""
+        return (shape[-2] * cls.factor(pipe), shape[-1] * cls.factor(pipe))
 
     @staticmethod
     def tokens(shape: tuple[int, ...]) -> int:
-        """The length of the sequence that such a latent becomes: patches of 2×2."""
+        """What its pipeline takes for the length of such a latent's sequence: patches of 2×2."""
         return shape[-1] * shape[-2] // 4
 
     @staticmethod
@@ -111,7 +138,7 @@ class Prompted:
     Args:
         pipe: The pipeline.
         kind: Its family.
-        size: Height and width of the pictures, in pixels.
+        size: Height and width of the pictures, in pixels; a video's frames come before them.
         negative: What guidance moves away from.
         classes: How many labels there are, where prompts are labels; 0 where they are text.
     """
@@ -120,7 +147,7 @@ class Prompted:
         self,
         pipe: Any,
         kind: type[Pretrained],
-        size: tuple[int, int],
+        size: tuple[int, ...],
         negative: str | int = "",
         classes: int = 0,
     ) -> None:
@@ -132,7 +159,8 @@ class Prompted:
     def null(self) -> dict[str, Tensor]:
         """The negative prompt's condition, each entry (1, ...); encoded once."""
         if self._null is None:
-            self._null = self._embed([self.negative])
+            with torch.no_grad():
+                self._null = self.kind.embed_negative(self.pipe, self.negative, self.size)
         return self._null
 
     def condition(self, prompts: Sequence[Any]) -> dict[str, Tensor]:
@@ -151,17 +179,28 @@ class Prompted:
             raise UserError(f"labels: {wrong[0]} is outside 0 to {self.classes - 1}")
         return self._embed(labels)
 
+    def arguments(self, prompts: list[Any]) -> dict[str, Any]:
+        """How the stock pipeline is asked for the pictures that these conditions mean."""
+        return self.kind.arguments(prompts, self.size)
+
     @torch.no_grad()
     def _embed(self, prompts: list[Any]) -> dict[str, Tensor]:
         return self.kind.embed(self.pipe, prompts, self.size)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Latents (N, ...) of images (N, 3, H, W) in [-1, 1]: the mode of the VAE's posterior."""
+        """Latents (N, ...) of images (N, 3, H, W) in [-1, 1]: the mode of the VAE's posterior.
+
+        Videos are (N, 3, F, H, W).
+        """
         vae = self.pipe.vae
+        if self.kind.FRAMED:
+            images = images.unsqueeze(2)
         encoded = vae.encode(images.to(vae.dtype).to(vae.device))
         # deterministic autoencoders (DC-AE) say it outright
         latent = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent
+        if self.kind.FRAMED:
+            latent = latent.squeeze(2)
         shift, scale = self.affine(latent.float())
         return (latent.float() - shift) * scale
 
@@ -170,7 +209,10 @@ class Prompted:
         """Images (N, 3, H, W) in [-1, 1] of latents (N, ...)."""
         vae = self.pipe.vae
         shift, scale = self.affine(latents)
-        return vae.decode((latents / scale + shift).to(vae.dtype).to(vae.device)).sample.float()
+        latents = (latents / scale + shift).to(vae.dtype).to(vae.device)
+        if self.kind.FRAMED:
+            return vae.decode(latents.unsqueeze(2)).sample.float().squeeze(2)
+        return vae.decode(latents).sample.float()
 
     def affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """What is taken from the VAE's own latents, and what the rest is multiplied by."""
@@ -207,7 +249,8 @@ def load(
         precision: Of the network's frozen weights.
 
     Raises:
-        UserError: a file is missing or damaged, or the scheduler is of an unknown kind.
+        UserError: a file is missing or damaged, the scheduler is of an unknown kind, or the family
+            has no use for the option.
     """
     who = f"teacher {source!r}"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -215,15 +258,17 @@ def load(
         raise UserError(f"{who}: precision {precision!r}: {nearest(precision, dtype)}")
     pipe = stock(folder, who, {kind.PART: dtype[precision], "default": torch.float32})
     backbone = getattr(pipe, kind.PART)
-    if size is not None and (size <= 0 or size % pipe.vae_scale_factor):
-        raise UserError(f"{who}: size {size} is no multiple of {pipe.vae_scale_factor} pixels")
+    if size is not None and (size <= 0 or size % kind.grain(pipe)):
+        raise UserError(f"{who}: size {size} is no multiple of {kind.grain(pipe)} pixels")
     shape = kind.shape(pipe, size)
     config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     name = type(pipe.scheduler).__name__
     schedule = read(name, config, who, kind.tokens(shape))
     network = kind(backbone, schedule)
-    pixels = (shape[-2] * pipe.vae_scale_factor, shape[-1] * pipe.vae_scale_factor)
-    codec = Prompted(pipe, kind, pixels, negative_prompt)
+    classes = kind.classes(pipe)
+    if classes and negative_prompt:
+        raise UserError(f"{who}: it takes labels and not prompts; leave out negative_prompt")
+    codec = Prompted(pipe, kind, kind.pixels(pipe, shape), classes or negative_prompt, classes)
     return Teacher(network, codec, shape, source)
 
 

@@ -34,7 +34,7 @@ class StableDiffusion(Pretrained):
             backbone.register_to_config(time_cond_proj_dim=256)
 
     @staticmethod
-    def embed(pipe: Any, prompts: list[Any], size: tuple[int, int]) -> dict[str, Tensor]:
+    def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
         text, _ = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)
         return {"text": text.float()}
 
@@ -54,7 +54,7 @@ class SDXL(StableDiffusion):
         )[0]  # fmt: skip
 
     @staticmethod
-    def embed(pipe: Any, prompts: list[Any], size: tuple[int, int]) -> dict[str, Tensor]:
+    def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
         device = pipe.text_encoder_2.device
         text, _, pooled, _ = pipe.encode_prompt(
             prompts, device=device, do_classifier_free_guidance=False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -84,6 +84,7 @@ class Teacher:
     codec: Codec
     shape: tuple[int, ...]
     source: str = ""
+    options: dict[str, Any] = field(default_factory=dict)  # what it was loaded with
 
 
 def load(source: str, **options: Any) -> Teacher:
@@ -92,7 +93,8 @@ def load(source: str, **options: Any) -> Teacher:
     Args:
         source: "digits" (embedded), "analytic:NAME" (closed form), a diffusers folder or a Hub id.
         options: The family's own: `null_label`, the class that means none, for UNet2D pipelines;
-            `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16) for the others.
+            `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16) for the others,
+            and `embedded_guidance` for FLUX.1-dev.
 
     Raises:
         UserError: nothing is there, the files are not whole, the family is not supported, or it
@@ -118,18 +120,26 @@ def load(source: str, **options: Any) -> Teacher:
             f"{nearest(unknown[0], takes)}"
         )
     teacher = loader(folder, source, **options)
+    teacher.options = options
     teacher.denoiser.eval().requires_grad_(False)
     return teacher
 
 
 def families() -> dict[str, Any]:
     """Loaders by the pipeline class that a folder's model_index.json names."""
-    from teachers import pipeline, stable, unet  # only when something is loaded
+    from teachers import dit, flux, pipeline, pixart, sd3, stable, unet  # only when needed
 
     table: dict[str, Any] = dict.fromkeys(unet.UNet.PIPELINES, unet.load)
-    for kind in (stable.StableDiffusion, stable.SDXL):
+    for kind in (
+        stable.StableDiffusion,
+        stable.SDXL,
+        dit.DiT,
+        pixart.PixArtAlpha,
+        pixart.PixArtSigma,
+        sd3.StableDiffusion3,
+    ):
         table |= dict.fromkeys(kind.PIPELINES, partial(pipeline.load, kind))
-    return table
+    return table | dict.fromkeys(flux.Flux.PIPELINES, flux.load)
 
 
 def find(source: str) -> Path:

@@ -31,7 +31,7 @@ class UNet(Pretrained):
         return out[:, : x_t.shape[1]]  # a learned variance, where there is one, comes after
 
     @staticmethod
-    def arguments(prompts: list[Any], size: tuple[int, int]) -> dict[str, Any]:
+    def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
         """What ConsistencyModelPipeline calls them, whichever pipeline the teacher came in."""
         return {"batch_size": len(prompts), "class_labels": prompts}
 

@@ -11,6 +11,8 @@ import diffusers
 import torch
 import transformers
 
+from tests import families_a
+
 
 def clip_tokenizer(folder: Path, length: int = 40) -> Any:
     """A CLIP tokenizer of single characters."""
@@ -93,7 +95,9 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "sd": stable,
     "sd2": lambda root: stable(root, "v_prediction"),
     "sdxl": sdxl,
+    **families_a.FAMILIES,
 }
+OPTIONS = families_a.OPTIONS  # what each is loaded with
 
 
 def build(name: str, root: Path) -> Path:
