@@ -34,7 +34,7 @@ import json, sys, torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 folder, out, request = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-pipe = DiffusionPipeline.from_pretrained(folder)
+pipe = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(request["absent"]))
 pipe.set_progress_bar_config(disable=True)
 images = {}
 for steps in request["counts"]:
@@ -131,10 +131,20 @@ def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str
     return prompts, arguments
 
 
+def absent(teacher: Teacher) -> list[str]:
+    """Parts that its pipeline insists on being given, if only as None: SD3's T5, left out."""
+    if not isinstance(teacher.codec, Prompted):
+        return []
+    pipe = teacher.codec.pipe
+    optional = type(pipe)._optional_components
+    return [k for k, v in pipe.components.items() if v is None and k not in optional]
+
+
 def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
     """Compare the folder's pictures, made by stock diffusers in another process, with our own."""
     prompts, arguments = request(generator, teacher)
-    asked = json.dumps({"counts": generator.counts, "arguments": arguments})
+    lacks = absent(teacher)
+    asked = json.dumps({"counts": generator.counts, "arguments": arguments, "absent": lacks})
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "images.safetensors"
         # -I: neither this folder nor PYTHONPATH can lend the child our packages

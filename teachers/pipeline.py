@@ -289,12 +289,18 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
                 f"{who}: {pickled[0]} is pickled, and pickles are never loaded; "
                 "convert the folder with diffusers' save_pretrained first"
             )
-    quiet = {"safety_checker": None} if "safety_checker" in index else {}
+    # a part that is listed as null must be passed as None where its class does not call it optional
+    absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
+    absent += [k for k in index if k == "safety_checker"]
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         return diffusers.DiffusionPipeline.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, torch_dtype=dtypes, **quiet
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            torch_dtype=dtypes,
+            **dict.fromkeys(absent),
         )
     except Exception as error:  # diffusers and transformers wrap a damaged file in various types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -11,7 +11,7 @@ from teachers.pipeline import Pretrained
 
 
 class StableDiffusion3(Pretrained):
-    """An SD3Transformer2DModel that reads the tokens of two CLIPs and of T5, which may be absent."""
+    """An SD3Transformer2DModel that reads the tokens of two CLIPs and of T5, which may be null."""
 
     PIPELINES = ("StableDiffusion3Pipeline",)
     LORA = (

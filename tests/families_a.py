@@ -17,7 +17,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "flux-schnell": {"size": 24},
 }
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
-TRANSFORMER = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
+TRANSFORMER: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
 
 
 def t5(width: int = 32) -> tuple[Any, Any]:
