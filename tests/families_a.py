@@ -70,7 +70,7 @@ def pixart(root: Path, sigma: bool) -> None:
             cross_attention_dim=24,
             **TRANSFORMER,
         ),
-        scheduler=diffusers.DPMSolverMultistepScheduler(**BETAS),
+        scheduler=diffusers.DPMSolverMultistepScheduler(**BETAS),  # pyright: ignore
     ).save_pretrained(root)
 
 
