@@ -50,4 +50,5 @@ class DiT(Pretrained):
 
     @property
     def middle(self) -> str:
-        return f"backbone.transformer_blocks.{len(self.backbone.transformer_blocks) // 2}"
+        blocks: Any = self.backbone.transformer_blocks
+        return f"backbone.transformer_blocks.{len(blocks) // 2}"

@@ -58,7 +58,8 @@ class Flux(Pretrained):
 
     @property
     def middle(self) -> str:
-        double, single = self.backbone.transformer_blocks, self.backbone.single_transformer_blocks
+        backbone: Any = self.backbone
+        double, single = backbone.transformer_blocks, backbone.single_transformer_blocks
         half = (len(double) + len(single)) // 2
         if half < len(double):
             return f"backbone.transformer_blocks.{half}"

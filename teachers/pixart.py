@@ -52,7 +52,8 @@ class PixArtSigma(Pretrained):
 
     @property
     def middle(self) -> str:
-        return f"backbone.transformer_blocks.{len(self.backbone.transformer_blocks) // 2}"
+        blocks: Any = self.backbone.transformer_blocks
+        return f"backbone.transformer_blocks.{len(blocks) // 2}"
 
 
 class PixArtAlpha(PixArtSigma):

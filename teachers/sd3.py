@@ -37,4 +37,5 @@ class StableDiffusion3(Pretrained):
 
     @property
     def middle(self) -> str:
-        return f"backbone.transformer_blocks.{len(self.backbone.transformer_blocks) // 2}"
+        blocks: Any = self.backbone.transformer_blocks
+        return f"backbone.transformer_blocks.{len(blocks) // 2}"
