@@ -96,10 +96,14 @@ class TeacherSection(Section):
     negative_prompt: str | None = None  # what guidance moves away from; by default ""
     size: Count | None = None  # of the pictures, in pixels; by default the checkpoint's own
     precision: Literal["fp32", "bf16", "fp16"] | None = None  # of the teacher's frozen weights
+    frames: Count | None = None  # of videos
+    embedded_guidance: Positive | None = None  # what FLUX.1-dev's network is told; by default 3.5
+    vae: str | None = None  # the folder of EDM2's autoencoder, for pictures of its latents
 
     def options(self) -> dict[str, Any]:
         """What `teachers.load` is told, beside the source."""
-        names = ("null_label", "negative_prompt", "size", "precision")
+        names = ("null_label", "negative_prompt", "size", "precision", "frames",
+                 "embedded_guidance", "vae")  # fmt: skip
         return {k: v for k in names if (v := getattr(self, k)) is not None}
 
 

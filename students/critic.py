@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,19 +50,27 @@ class Critic(nn.Module):
         with torch.no_grad():
             found = self.features(x, x.new_ones(1), cond)
         for name, f in zip(blocks, found, strict=False):
-            if not isinstance(f, Tensor) or f.ndim != 4:
-                raise ValueError(f"critic: block {name!r} gives no feature map (B, C, H, W)")
+            if not isinstance(f, Tensor) or f.ndim not in (3, 4):
+                raise ValueError(
+                    f"critic: block {name!r} gives neither a feature map (B, C, H, W) "
+                    "nor tokens (B, N, C)"
+                )
         if len(found) != len(blocks):
             raise ValueError("critic: each block must run once in a forward pass")
-        self.heads = nn.ModuleList(head(f.shape[1], f.shape[-1]) for f in found).to(x.device)
+        self.heads = nn.ModuleList(
+            Tokens(f.shape[-1]) if f.ndim == 3 else head(f.shape[1], f.shape[-1]) for f in found
+        ).to(x.device)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> list[Tensor]:
-        """The hooked blocks' outputs, each (B, C, H, W), in the order in which they run."""
+        """The hooked blocks' outputs, (B, C, H, W) or tokens (B, N, C), in the order they run in.
+
+        Of a block with two streams, of text and of the picture, this is the picture's.
+        """
         denoiser, blocks = self._denoiser
         found: list[Tensor] = []
 
-        def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
-            found.append(out)
+        def keep(module: nn.Module, args: tuple, out: Any) -> None:
+            found.append(picture(out))
             if len(found) == len(blocks):
                 raise _Enough
 
@@ -75,7 +84,7 @@ class Critic(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Logits (B,) of noisy samples x_t (B, ...) at times t (B,); the mean over heads."""
         found = self.features(x_t, t, cond)
-        logits = [h(f).flatten() for h, f in zip(self.heads, found, strict=True)]
+        logits = [h(f.float()).flatten() for h, f in zip(self.heads, found, strict=True)]
         return torch.stack(logits).mean(0).float()
 
 
@@ -92,6 +101,32 @@ def head(channels: int, size: int) -> nn.Sequential:
         size = (size + 1) // 2
     layers += [nn.Conv2d(channels, channels, size), *block(channels), nn.Conv2d(channels, 1, 1)]
     return nn.Sequential(*layers)
+
+
+def picture(out: Any) -> Any:
+    """The picture's stream of a block's output: the last tensor, since that of text comes first."""
+    if not isinstance(out, tuple):
+        return out
+    return next((o for o in reversed(out) if isinstance(o, Tensor)), None)
+
+
+class Tokens(nn.Module):
+    """One logit (B, 1) of tokens (B, N, C), whatever their number: each is read on its own, and
+    what was read is averaged with learned weights, equal at first."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.read = nn.Sequential(
+            nn.LayerNorm(channels), nn.Linear(channels, channels), nn.SiLU(),
+            nn.Linear(channels, channels), nn.SiLU(),
+        )  # fmt: skip
+        self.attend = nn.Linear(channels, 1, bias=False)
+        nn.init.zeros_(self.attend.weight)
+        self.out = nn.Linear(channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.read(x)
+        return self.out((self.attend(x).softmax(1) * x).sum(1))
 
 
 def block(channels: int) -> tuple[nn.Module, nn.Module]:

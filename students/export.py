@@ -20,11 +20,12 @@ from students import card, stock
 from students.generator import Generator
 from students.lora import Adapted, merged, unwrap
 from teachers.errors import UserError
+from teachers.pipeline import Prompted
 from teachers.teacher import Teacher, load, read_json
 from teachers.unet import UNet
 
 SIDECAR = "fewstep.json"  # what the student is; diffusers ignores it
-SHAPING = ("size", "frames")  # options of the teacher that its student is read back with
+SHAPING = ("size", "frames", "embedded_guidance")  # teacher's options that its students share
 TOLERANCE = 1e-3  # of pixels in [0, 1]: a quarter of a grey level
 
 # Runs in another process, with none of our packages imported: what a user's machine will do.
@@ -33,7 +34,7 @@ import json, sys, torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 folder, out, request = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-pipe = DiffusionPipeline.from_pretrained(folder)
+pipe = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(request["absent"]))
 pipe.set_progress_bar_config(disable=True)
 images = {}
 for steps in request["counts"]:
@@ -122,17 +123,28 @@ def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str
         prompts: list[Any] = [i % classes for i in range(4)]
     else:
         prompts = ["a red circle", "two boats on a lake"]
-    size = getattr(teacher.codec, "size", teacher.shape[-2:])
-    arguments = kind.arguments([*prompts], size)
+    if isinstance(teacher.codec, Prompted):
+        return prompts, teacher.codec.arguments([*prompts])
+    arguments = kind.arguments([*prompts], teacher.shape[-2:])
     if kind is UNet and not classes:
         arguments["class_labels"] = None
     return prompts, arguments
 
 
+def absent(teacher: Teacher) -> list[str]:
+    """Parts that its pipeline insists on being given, if only as None: SD3's T5, left out."""
+    if not isinstance(teacher.codec, Prompted):
+        return []
+    pipe = teacher.codec.pipe
+    optional = type(pipe)._optional_components
+    return [k for k, v in pipe.components.items() if v is None and k not in optional]
+
+
 def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
     """Compare the folder's pictures, made by stock diffusers in another process, with our own."""
     prompts, arguments = request(generator, teacher)
-    asked = json.dumps({"counts": generator.counts, "arguments": arguments})
+    lacks = absent(teacher)
+    asked = json.dumps({"counts": generator.counts, "arguments": arguments, "absent": lacks})
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "images.safetensors"
         # -I: neither this folder nor PYTHONPATH can lend the child our packages

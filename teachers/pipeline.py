@@ -74,6 +74,12 @@ class Pretrained(Network):
         height, width = size
         return {"prompt": prompts, "guidance_scale": 1.0, "height": height, "width": width}
 
+    @staticmethod
+    def classes(pipe: Any) -> int:
+        """How many labels there are, where prompts are labels and the one after is the null label;
+        0 where prompts are text."""
+        return 0
+
     @classmethod
     def factor(cls, pipe: Any) -> int:
         """How many pixels of a side become one of a latent's."""
@@ -90,7 +96,7 @@ class Pretrained(Network):
         backbone = getattr(pipe, cls.PART)
         side = backbone.config.sample_size
         if size is not None:
-            side = size // pipe.vae_scale_factor
+            side = size // cls.factor(pipe)
         return (backbone.config.in_channels, side, side)
 
     @classmethod
@@ -173,6 +179,10 @@ class Prompted:
             raise UserError(f"labels: {wrong[0]} is outside 0 to {self.classes - 1}")
         return self._embed(labels)
 
+    def arguments(self, prompts: list[Any]) -> dict[str, Any]:
+        """How the stock pipeline is asked for the pictures that these conditions mean."""
+        return self.kind.arguments(prompts, self.size)
+
     @torch.no_grad()
     def _embed(self, prompts: list[Any]) -> dict[str, Tensor]:
         return self.kind.embed(self.pipe, prompts, self.size)
@@ -239,7 +249,8 @@ def load(
         precision: Of the network's frozen weights.
 
     Raises:
-        UserError: a file is missing or damaged, or the scheduler is of an unknown kind.
+        UserError: a file is missing or damaged, the scheduler is of an unknown kind, or the family
+            has no use for the option.
     """
     who = f"teacher {source!r}"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -254,7 +265,10 @@ def load(
     name = type(pipe.scheduler).__name__
     schedule = read(name, config, who, kind.tokens(shape))
     network = kind(backbone, schedule)
-    codec = Prompted(pipe, kind, kind.pixels(pipe, shape), negative_prompt)
+    classes = kind.classes(pipe)
+    if classes and negative_prompt:
+        raise UserError(f"{who}: it takes labels and not prompts; leave out negative_prompt")
+    codec = Prompted(pipe, kind, kind.pixels(pipe, shape), classes or negative_prompt, classes)
     return Teacher(network, codec, shape, source)
 
 
@@ -275,12 +289,18 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
                 f"{who}: {pickled[0]} is pickled, and pickles are never loaded; "
                 "convert the folder with diffusers' save_pretrained first"
             )
-    quiet = {"safety_checker": None} if "safety_checker" in index else {}
+    # a part that is listed as null must be passed as None where its class does not call it optional
+    absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
+    absent += [k for k in index if k == "safety_checker"]
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         return diffusers.DiffusionPipeline.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, torch_dtype=dtypes, **quiet
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            torch_dtype=dtypes,
+            **dict.fromkeys(absent),
         )
     except Exception as error:  # diffusers and transformers wrap a damaged file in various types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

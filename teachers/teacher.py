@@ -97,7 +97,7 @@ def load(source: str, **options: Any) -> Teacher:
         options: The family's own: `null_label`, the class that means none, for UNet2D pipelines;
             that and `vae`, the folder of their latents' AutoencoderKL, for EDM and EDM2;
             `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16) for the others,
-            and `frames` for videos.
+            `frames` for videos, and `embedded_guidance` for FLUX.1-dev.
 
     Raises:
         UserError: nothing is there, the files are not whole, the family is not supported, or it
@@ -147,18 +147,36 @@ def loader_of(path: Path, source: str) -> tuple[str, Any]:
 
 def families() -> dict[str, Any]:
     """Loaders by the pipeline class that a folder's model_index.json names."""
-    from teachers import lumina, pipeline, qwen, sana, stable, unet, wan, zimage  # only when needed
+    from teachers import (
+        dit,
+        flux,
+        lumina,
+        pipeline,
+        pixart,
+        qwen,
+        sana,
+        sd3,
+        stable,
+        unet,
+        wan,
+        zimage,  # all of them only when something is loaded
+    )
 
     table: dict[str, Any] = dict.fromkeys(unet.UNet.PIPELINES, unet.load)
     for kind in (
         stable.StableDiffusion,
         stable.SDXL,
+        dit.DiT,
+        pixart.PixArtAlpha,
+        pixart.PixArtSigma,
+        sd3.StableDiffusion3,
         sana.Sana,
         lumina.Lumina2,
         qwen.QwenImage,
         zimage.ZImage,
     ):
         table |= dict.fromkeys(kind.PIPELINES, partial(pipeline.load, kind))
+    table |= dict.fromkeys(flux.Flux.PIPELINES, flux.load)
     return table | dict.fromkeys(wan.Wan.PIPELINES, wan.load)
 
 

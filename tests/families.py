@@ -11,7 +11,7 @@ import diffusers
 import torch
 import transformers
 
-from tests import families_b
+from tests import families_a, families_b
 
 
 def clip_tokenizer(folder: Path, length: int = 40) -> Any:
@@ -95,9 +95,10 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "sd": stable,
     "sd2": lambda root: stable(root, "v_prediction"),
     "sdxl": sdxl,
+    **families_a.FAMILIES,
     **families_b.FAMILIES,
 }
-OPTIONS = families_b.OPTIONS  # what each is loaded with
+OPTIONS = families_a.OPTIONS | families_b.OPTIONS  # what each is loaded with
 
 
 def build(name: str, root: Path) -> Path:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from students import stock
-from students.export import export, load_student, rehearse
+from students.export import export, load_student, rehearse, request
 from students.lora import Adapter
 from teachers import load
 from tests import families
@@ -46,7 +46,8 @@ def test_an_exported_student_is_read_back(folders, name, tmp_path):
     student = disturbed(stock.student(teacher, 2, None, True, Adapter(rank=4))).eval()
     export(student, teacher, tmp_path / "student", {})
     again, _ = load_student(tmp_path / "student")
-    z, cond = torch.randn(2, *teacher.shape), teacher.codec.condition(["a", "b c"])
+    prompts = request(student, teacher)[0][:2]
+    z, cond = torch.randn(2, *teacher.shape), teacher.codec.condition(prompts)
     torch.testing.assert_close(
         again.at(2)(z, cond, 1), student.at(2)(z, cond, 1), atol=1e-4, rtol=1e-4
     )

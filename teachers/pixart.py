@@ -1,0 +1,72 @@
+"""PixArt-α (arXiv:2310.00426) and PixArt-Σ (arXiv:2403.04692)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teachers.denoiser import Cond
+from teachers.pipeline import Pretrained
+
+
+class PixArtSigma(Pretrained):
+    """A PixArtTransformer2DModel that reads T5's tokens, of which a mask hides the padding."""
+
+    PIPELINES = ("PixArtSigmaPipeline",)
+    SEEDED = True
+    LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
+
+    def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
+        assert cond is not None
+        sizes = {k: cond[k].to(self.dtype) for k in ("resolution", "aspect_ratio") if k in cond}
+        x_t = x_t.to(self.dtype)
+        out = self.backbone(
+            x_t,
+            cond["text"].to(self.dtype),
+            self.time(t),
+            sizes or {"resolution": None, "aspect_ratio": None},
+            encoder_attention_mask=cond["mask"],
+            return_dict=False,
+        )[0]
+        return out[:, : x_t.shape[1]]  # a learned variance, where there is one, comes after
+
+    @staticmethod
+    def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
+        from diffusers.utils import is_bs4_available, is_ftfy_available
+
+        clean = is_bs4_available() and is_ftfy_available()  # as the pipeline does, without a word
+        device = pipe.text_encoder.device
+        text, mask, _, _ = pipe.encode_prompt(prompts, False, device=device, clean_caption=clean)
+        return {"text": text.float(), "mask": mask}
+
+    @staticmethod
+    def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
+        # binning would draw in the nearest of its training's sizes, and then resize
+        return {**Pretrained.arguments(prompts, size), "use_resolution_binning": False}
+
+    @classmethod
+    def grain(cls, pipe: Any) -> int:
+        return cls.factor(pipe) * pipe.transformer.config.patch_size
+
+    @property
+    def middle(self) -> str:
+        blocks: Any = self.backbone.transformer_blocks
+        return f"backbone.transformer_blocks.{len(blocks) // 2}"
+
+
+class PixArtAlpha(PixArtSigma):
+    """Its network for 1024 pixels is told of the picture's size and aspect ratio as well."""
+
+    PIPELINES = ("PixArtAlphaPipeline",)
+
+    @staticmethod
+    def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
+        cond = PixArtSigma.embed(pipe, prompts, size)
+        if pipe.transformer.config.sample_size == 128:  # how its pipeline tells them apart
+            height, width = size
+            like = cond["text"].new_ones(len(prompts), 1)
+            cond["resolution"] = like * torch.tensor([height, width], device=like.device)
+            cond["aspect_ratio"] = like * (height / width)
+        return cond
