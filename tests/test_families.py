@@ -51,3 +51,11 @@ def test_an_exported_student_is_read_back(folders, name, tmp_path):
     torch.testing.assert_close(
         again.at(2)(z, cond, 1), student.at(2)(z, cond, 1), atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux-dev", "sana"])
+def test_a_teacher_in_half_precision_is_rehearsed_and_exported(folders, name, tmp_path):
+    teacher = load(folders(name), **families.OPTIONS.get(name, {}), precision="bf16")
+    student = disturbed(stock.student(teacher, 2, None, True, Adapter(rank=4))).eval()
+    rehearse(student, teacher)
+    export(student, teacher, tmp_path / "student", {})
