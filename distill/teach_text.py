@@ -1,9 +1,9 @@
 """Train a small text-to-image teacher from nothing, as an ordinary StableDiffusionPipeline folder.
 
-Latent diffusion in two stages (Rombach et al. 2022, arXiv:2112.10752): an AutoencoderKL on pictures,
-then a UNet and a CLIP text encoder together on the cached latents, with some captions dropped so
-that the empty prompt is the unconditional one of classifier-free guidance (arXiv:2207.12598). Each
-stage keeps a checkpoint from which it resumes exactly.
+Latent diffusion (Rombach et al. 2022, arXiv:2112.10752) in two stages: first an AutoencoderKL,
+then a UNet and a CLIP text encoder together, on cached latents, with some captions dropped so that
+the empty prompt is the unconditional one of classifier-free guidance (arXiv:2207.12598). Each stage
+keeps a checkpoint from which it resumes exactly.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import inspect
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -119,16 +120,15 @@ class TextRecipe(Section):
         return self.model_dump(mode="json")
 
 
-def train(recipe: TextRecipe, scenes: Scenes, out: Path, where: str) -> dict[str, Any]:
-    """Train what the recipe describes; the folder is left in `out`/teacher.
+def train(pipe: Any, recipe: TextRecipe, scenes: Scenes, out: Path) -> dict[str, Any]:
+    """Train the pipeline as its recipe says; the folder is left in `out`/teacher.
 
     Returns what the two stages cost and came to: seconds, steps per second, the share of held-out
     pictures still read right after the autoencoder.
     """
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
-        raise UserError(f"{where}: a text-to-image teacher is taught by one process")
-    pipe = pipeline(recipe, scenes.captions, out / ".tokenizer", where)
+        raise UserError("distill teach: a text-to-image teacher is taught by one process")
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.to(accelerator.device)
     cfg, report = recipe.train, {}
@@ -156,7 +156,7 @@ def train(recipe: TextRecipe, scenes: Scenes, out: Path, where: str) -> dict[str
     networks = [pipe.unet, pipe.text_encoder]
     stage = Stage("unet", networks, cfg.unet.moves, cfg, cfg.unet.steps, accelerator, out)
     report["unet"] = stage.run(lambda: unet_loss(pipe, latents, which, ids, cfg.unet))
-    save(pipe, out / "teacher")
+    save(pipe, scenes.captions, out / "teacher")
     return report
 
 
@@ -275,7 +275,7 @@ def unet_loss(
     return {"loss": mse_loss(pipe.unet(x_t, t, text).sample, target)}
 
 
-def pipeline(recipe: TextRecipe, captions: list[str], scratch: Path, where: str) -> Any:
+def pipeline(recipe: TextRecipe, captions: Sequence[str], where: str) -> Any:
     """An untrained StableDiffusionPipeline of the recipe's configurations.
 
     Raises:
@@ -300,7 +300,7 @@ def pipeline(recipe: TextRecipe, captions: list[str], scratch: Path, where: str)
     length = recipe.text_encoder.get(
         "max_position_embeddings", known["max_position_embeddings"].default
     )
-    tokenizer = clip_tokenizer(captions, scratch, length)
+    tokenizer = clip_tokenizer(captions, length)
     longest = max(len(ids) for ids in tokenizer(captions).input_ids)
     if longest > length:
         raise UserError(
@@ -312,11 +312,10 @@ def pipeline(recipe: TextRecipe, captions: list[str], scratch: Path, where: str)
     text.vocab_size, text.pad_token_id = len(tokenizer), tokenizer.pad_token_id
     text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     vae = part(diffusers.AutoencoderKL, recipe.vae, "vae", where)
+    start_quiet(vae)
     cross = {"cross_attention_dim": text.hidden_size}
     channels = dict.fromkeys(("in_channels", "out_channels"), vae.config.latent_channels)
-    unet = part(
-        diffusers.UNet2DConditionModel, {**cross, **channels, **recipe.unet}, "unet", where
-    )
+    unet = part(diffusers.UNet2DConditionModel, {**cross, **channels, **recipe.unet}, "unet", where)
     pipe = diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=transformers.CLIPTextModel(text),
@@ -336,6 +335,16 @@ def pipeline(recipe: TextRecipe, captions: list[str], scratch: Path, where: str)
     return pipe
 
 
+@torch.no_grad()
+def start_quiet(vae: Any) -> None:
+    """Start the latents' noise at a standard deviation of 0.05.
+
+    The encoder's untrained means are small beside a deviation of one, and nothing gets through.
+    """
+    last = vae.encoder.conv_out if vae.quant_conv is None else vae.quant_conv
+    last.bias[vae.config.latent_channels :] = -6.0
+
+
 def part(kind: Any, config: dict[str, Any], section: str, where: str) -> Any:
     """An object of `kind` from its section, every key of it checked."""
     known = set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"}
@@ -347,41 +356,44 @@ def part(kind: Any, config: dict[str, Any], section: str, where: str) -> Any:
         raise UserError(f"{where}: {section}: {' '.join(str(error).split())}") from None
 
 
-def clip_tokenizer(captions: Sequence[str], folder: Path, length: int) -> Any:
-    """A CLIPTokenizer whose vocabulary holds the captions' words, read back from `folder`.
+def clip_tokenizer(captions: Sequence[str], length: int) -> Any:
+    """A CLIPTokenizer whose vocabulary holds the captions' words, of texts up to `length` tokens.
 
-    The files are CLIP's own kind: every byte, every byte that ends a word, then merges in order of
-    rank. Any text can be tokenised; the captions' words take one token each.
+    It is CLIP's own kind: every byte, every byte that ends a word, then merges in order of rank.
+    Any text can be tokenised; the captions' words take one token each.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    words = sorted({word for caption in captions for word in caption.split()})
+    merges = merges_of({word for caption in captions for word in caption.split()})
+    alphabet = sorted(ByteLevel.alphabet())
+    names = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges)]
+    names += ["<|startoftext|>", "<|endoftext|>"]
+    with TemporaryDirectory() as folder:  # read from files, the one way that every version has
+        write_vocabulary(Path(folder), {name: i for i, name in enumerate(names)}, merges)
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
+
+
+def merges_of(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, best rank first, that make each of the words one token."""
     merges: list[tuple[str, str]] = []
-    for word in words:
+    for word in sorted(words):
         symbols = [*word[:-1], word[-1] + "</w>"]
         for pair in merges:  # those that came earlier have the better rank, and act first
             symbols = merge(symbols, pair)
         while len(symbols) > 1:
             merges.append((symbols[0], symbols[1]))
             symbols = merge(symbols, merges[-1])
-    alphabet = sorted(ByteLevel.alphabet())
-    names = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges)]
-    names += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {name: i for i, name in enumerate(names)}
+    return merges
+
+
+def write_vocabulary(
+    folder: Path, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]
+) -> None:
+    """CLIP's vocab.json and merges.txt, which newer transformers no longer write by themselves."""
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({
-            "tokenizer_class": "CLIPTokenizer", "model_max_length": length,
-            "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
-            "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-            "do_lower_case": True, "add_prefix_space": False,
-        }, indent=2)
-    )  # fmt: skip
-    return CLIPTokenizer.from_pretrained(folder)
 
 
 def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
@@ -403,11 +415,8 @@ def tokens(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     ).input_ids
 
 
-def save(pipe: Any, folder: Path) -> None:
+def save(pipe: Any, captions: Sequence[str], folder: Path) -> None:
     """Leave the pipeline in `folder`, the UNet's weights in half precision.
-
-    The tokenizer's vocab.json and merges.txt lie beside what transformers writes, which need not
-    include them.
 
     Raises:
         UserError: the folder is larger than the package may carry.
@@ -417,8 +426,8 @@ def save(pipe: Any, folder: Path) -> None:
     pipe.save_pretrained(draft)
     pipe.unet.half().save_pretrained(draft / "unet")
     pipe.unet.float()
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(folder.parent / ".tokenizer" / name, draft / "tokenizer" / name)
+    merges = merges_of({word for caption in captions for word in caption.split()})
+    write_vocabulary(draft / "tokenizer", pipe.tokenizer.get_vocab(), merges)
     size = sum(p.stat().st_size for p in draft.rglob("*") if p.is_file())
     shutil.rmtree(folder, ignore_errors=True)
     draft.replace(folder)

@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+from eval.shapes.classifier import features
 from eval.shapes.reader import accuracy, read
-from eval.shapes.scenes import Scene, all_captions, captions, draw, parse
+from eval.shapes.scenes import (
+    COLOURS,
+    COUNTS,
+    POSITIONS,
+    SHAPES,
+    Scene,
+    all_captions,
+    captions,
+    draw,
+    parse,
+)
 
-__all__ = ["Scene", "accuracy", "all_captions", "captions", "draw", "parse", "read"]
+__all__ = [
+    "COLOURS",
+    "COUNTS",
+    "POSITIONS",
+    "SHAPES",
+    "Scene",
+    "accuracy",
+    "all_captions",
+    "captions",
+    "draw",
+    "features",
+    "parse",
+    "read",
+]

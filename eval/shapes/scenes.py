@@ -74,9 +74,7 @@ class Scene(NamedTuple):
 
 @cache
 def _scenes() -> dict[str, Scene]:
-    scenes = (
-        Scene(s, c, n, p) for s in SHAPES for c in COLOURS for n in COUNTS for p in POSITIONS
-    )
+    scenes = (Scene(s, c, n, p) for s in SHAPES for c in COLOURS for n in COUNTS for p in POSITIONS)
     return {scene.caption: scene for scene in scenes}
 
 
@@ -156,7 +154,9 @@ def coverage(shape: np.ndarray, x: np.ndarray, y: np.ndarray, extent: np.ndarray
     for kind in range(len(SHAPES)):
         own = shape == kind
         if own.any():
-            cover[own] = _COVER[kind](x[own, None, None], y[own, None, None], extent[own, None, None])
+            cover[own] = _COVER[kind](
+                x[own, None, None], y[own, None, None], extent[own, None, None]
+            )
     return cover
 
 
