@@ -36,10 +36,6 @@ def recipe(*overrides):
     return tree
 
 
-def nothing_shown(images, background=24):
-    return (images.float() - background).abs().amax((1, 2, 3)) < 20
-
-
 # The grammar
 
 
@@ -91,11 +87,9 @@ def test_areas_and_centroids_are_those_of_plane_geometry(kind):
     assert np.abs(below - SINKS[kind] * r).max() < 0.12
 
 
-def test_no_object_touches_the_border_or_another():
+def test_no_object_touches_another():
     wanted = shapes.all_captions() * 4
     images = shapes.draw(wanted, 7)
-    rim = torch.cat([images[..., 0], images[..., -1], images[..., 0, :], images[..., -1, :]], -1)
-    assert nothing_shown(rim[..., None]).all()
     solid = (images.float() - torch.tensor([24.0, 24, 32])[:, None, None]).norm(dim=1) > 100
     labelled = components(solid.numpy())
     found = [len(np.unique(one[one > 0])) for one in labelled]
@@ -116,7 +110,7 @@ def test_components_of_a_case_worked_by_hand():
 
 
 def test_the_reader_reads_clean_drawings():
-    wanted = shapes.captions(4000, 11)
+    wanted = shapes.captions(3000, 11)
     found = shapes.accuracy(shapes.draw(wanted, 12), wanted)
     assert min(found.values()) >= 0.999
 
@@ -124,7 +118,7 @@ def test_the_reader_reads_clean_drawings():
 def test_the_reader_reads_through_noise_and_blur():
     from torchvision.transforms.functional import gaussian_blur
 
-    wanted = shapes.captions(1500, 13)
+    wanted = shapes.captions(1000, 13)
     images = shapes.draw(wanted, 14).float()
     noise = 10 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     for seen in (images + noise, gaussian_blur(images, [5, 5], [0.5, 0.5]) + noise):

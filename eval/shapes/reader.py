@@ -34,6 +34,7 @@ from eval.shapes.scenes import (
 SEEN, SEEN_SHARE = 70.0, 0.45
 SPECK = 6  # components of fewer pixels are not objects; the smallest triangle drawn has 23
 OFF_COLOUR = 75.0  # further than this from every colour of the palette is none of them
+EXTENTS = (2.5, 7.0)  # half extents of what counts as an object; those drawn are 3.4 to 5.5
 MISFIT = 0.22  # squared difference to the best shape, over the area; beyond it, it is no shape
 
 
@@ -112,7 +113,9 @@ def _read(pixels: np.ndarray) -> list[Scene | None]:
         misfit[kind] = ((drawn - cover) ** 2).sum((1, 2)) / area
     shape = misfit.argmin(0)
     y = middle[shape, np.arange(len(names))]
+    extent = np.sqrt(area / AREA[shape])
     good = (misfit.min(0) < MISFIT) & (off_colour < OFF_COLOUR)
+    good &= (extent > EXTENTS[0]) & (extent < EXTENTS[1])
 
     found: list[Scene | None] = []
     starts = np.searchsorted(owner, np.arange(n + 1))
