@@ -192,10 +192,11 @@ def teach_pictures(recipe: TextRecipe, out: Path, resume: bool, where: str) -> d
     draft.replace(out / "recipe.yaml")
     stages = teach_text.train(pipe, recipe, scenes, out)
     threads = torch.get_num_threads()
+    cpu = f"cpu ({platform.machine()}, {threads} thread{'s' * (threads != 1)})"
     summary = {
         "stages": stages,
         "seed": recipe.train.seed,
-        "device": f"cpu ({platform.machine()}, {threads} thread{'s' * (threads != 1)})",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "wall_s": sum(stage["seconds"] for stage in stages.values()),
         "metrics": measure_pictures(recipe, out / "teacher"),
         "recipe": recipe.tree(),
@@ -218,6 +219,7 @@ def measure_pictures(recipe: TextRecipe, folder: Path) -> dict[str, Any]:
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     measure = protocol(cfg.protocol)
 
     def figures(steps: int, guidance: float) -> dict[str, Any]:
