@@ -321,9 +321,10 @@ def pictures_tables(metrics: dict[str, Any], recipe: TextRecipe) -> str:
     return f"""
 ## Quality
 
-By the `{best["protocol"]}` protocol: {best["n"]} pictures, {best["seeds"]} seeds. Accuracies are
-read off the pixels by exact code. The scheduler is {recipe.scheduler["class"]}; guidance 1 is none.
-The floor is fresh drawings against the same reference.
+By the `{best["protocol"]}` protocol: {best["n"]} pictures a seed, seeds: {best["seeds"]}.
+Accuracies are read off the pixels by exact code.
+The scheduler is {recipe.scheduler["class"]}; guidance 1
+is none. The floor is fresh drawings against the same reference.
 
 At {best["steps"]} steps, by guidance:
 
