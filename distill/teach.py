@@ -1,7 +1,8 @@
 """`distill teach`: train a small teacher from nothing, as an ordinary diffusers folder.
 
 A teacher recipe is a recipe without a teacher: in its place it has `network`, the configuration of
-a UNet2DModel, and `scheduler`, that of the diffusers scheduler that says how it is read.
+a UNet2DModel, and `scheduler`, that of the diffusers scheduler that says how it is read. One that
+has `text_encoder` instead is of a text-to-image pipeline; distill/teach_text.py trains it.
 """
 
 from __future__ import annotations
@@ -9,14 +10,22 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import platform
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
-from distill import build
+import torch
+import yaml
+
+from distill import build, teach_text
 from distill.recipe import Recipe, find, override, read_yaml
 from distill.seeds import seed_all
-from eval.protocol import floor
+from distill.teach_text import Scenes, TextRecipe
+from eval import shapes
+from eval.protocol import floor, images_to_samples, protocol
+from eval.samples import Samples
 from teachers.errors import UserError, nearest
 from teachers.schedule import read as read_schedule
 from teachers.teacher import load, read_json
@@ -32,6 +41,8 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
         UserError: as for any recipe, and for unknown keys of the network or the scheduler.
     """
     tree = override(read_yaml(find(path)), overrides)
+    if "text_encoder" in tree:
+        return teach_pictures(TextRecipe.check(tree, path), out, resume, path)
     for section in ("network", "scheduler"):
         if not isinstance(tree.get(section), dict):
             raise UserError(f"{path}: {section}: missing; a teacher recipe describes its {section}")
@@ -165,3 +176,160 @@ Trained from nothing on `{recipe.data.source}` by `distill teach`, in
 {summary["wall_s"] / 60:.0f} minutes on {summary["device"]}:
 {summary["steps"]} steps of {recipe.train.batch} samples.
 {rows}"""
+
+
+def teach_pictures(recipe: TextRecipe, out: Path, resume: bool, where: str) -> dict[str, Any]:
+    """Train the text-to-image teacher of a checked recipe; it is left in `out`/teacher.
+
+    Raises:
+        UserError: as for any recipe, and for unknown keys of any part's configuration.
+    """
+    build.check_folder(recipe, out, resume)  # pyright: ignore[reportArgumentType]
+    scenes = Scenes(shapes.all_captions(), shapes.draw, shapes.accuracy)
+    pipe = teach_text.pipeline(recipe, scenes.captions, where)
+    out.mkdir(parents=True, exist_ok=True)
+    draft = out / ".recipe.yaml"
+    draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
+    draft.replace(out / "recipe.yaml")
+    stages = teach_text.train(pipe, recipe, scenes, out)
+    threads = torch.get_num_threads()
+    cpu = f"cpu ({platform.machine()}, {threads} thread{'s' * (threads != 1)})"
+    summary = {
+        "stages": stages,
+        "seed": recipe.train.seed,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "wall_s": sum(stage["seconds"] for stage in stages.values()),
+        "metrics": measure_pictures(recipe, out / "teacher"),
+        "recipe": recipe.tree(),
+    }
+    text = json.dumps(summary, indent=2) + "\n"
+    (out / "summary.json").write_text(text)
+    (out / "teacher" / "measurements.json").write_text(text)
+    (out / "teacher" / "README.md").write_text(pictures_card(summary, recipe))
+    return summary
+
+
+def measure_pictures(recipe: TextRecipe, folder: Path) -> dict[str, Any]:
+    """The stock pipeline in `folder`: each guidance at the most steps, and the best at each count.
+
+    The best guidance is the one whose pictures most often show the whole caption.
+    """
+    cfg = recipe.eval
+    if cfg.protocol is None:
+        return {}
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    measure = protocol(cfg.protocol)
+
+    def figures(steps: int, guidance: float) -> dict[str, Any]:
+        def draw(prompts: list[str], seed: int) -> Samples:
+            began = time.perf_counter()
+            images = teach_text.samples(pipe, prompts, seed, steps, guidance)
+            return images_to_samples(images, prompts, time.perf_counter() - began)
+
+        evaluations = steps * (1 if guidance == 1 else 2)
+        found = measure(draw, cfg.seeds)
+        return {**found, "steps": steps, "guidance": guidance, "evaluations": evaluations}
+
+    most = max(cfg.steps)
+    by_guidance = {f"{g:g}": figures(most, g) for g in cfg.guidance}
+    best = max(by_guidance.values(), key=lambda row: row["accuracy"])
+    few = {str(k): figures(k, best["guidance"]) for k in sorted(cfg.steps) if k != most}
+    return {
+        "teacher": best,
+        "teacher_few": few,
+        "guidance": by_guidance,
+        "floor": floor(cfg.protocol),
+    }
+
+
+def pictures_card(summary: dict[str, Any], recipe: TextRecipe) -> str:
+    """The README of a text-to-image teacher: data, cost, shape, and what it can do."""
+    vae, unet = summary["stages"]["vae"], summary["stages"]["unet"]
+    held, cfg = vae["held_out"], recipe.train
+    prompt, side = shapes.all_captions()[0], recipe.unet["sample_size"]
+    latents = f"AutoencoderKL, {recipe.vae['latent_channels']}×{side}×{side} latents"
+    rows = "\n".join(
+        f"| {name} | {stage['parameters']:,} | {stage['steps']} steps of {batch} "
+        f"| {stage['seconds'] / 60:.1f} min | {stage['steps_per_s']:.2f} |"
+        for name, stage, batch in (
+            (latents, vae, cfg.vae.batch),
+            ("UNet2DConditionModel, CLIPTextModel", unet, cfg.unet.batch),
+        )
+    )
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+license: apache-2.0
+---
+# A small text-to-image diffusion model of captioned shapes
+
+An ordinary `StableDiffusionPipeline` of 32×32 pictures, trained from nothing by `distill teach` in
+{summary["wall_s"] / 60:.0f} minutes on {summary["device"]}.
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("teachers/shapes")
+image = pipe("{prompt}", num_inference_steps=25, guidance_scale=3).images[0]
+```
+
+## Data
+
+{len(shapes.all_captions())} captions of one grammar, "one | two | three", a colour, a shape and a
+place, with {recipe.data.each} pictures of each, drawn by `eval/shapes`. Sizes, places and shades
+vary within what a caption allows. Nothing is taken from anywhere else.
+
+- colours: {", ".join(shapes.COLOURS)}
+- shapes: {", ".join(shapes.SHAPES)}
+- places: {", ".join(shapes.POSITIONS)}
+
+## Parts
+
+| part | parameters | trained for | wall time | steps/s |
+|---|---|---|---|---|
+{rows}
+
+The prediction type is {recipe.scheduler.get("prediction_type", "epsilon")}, the schedule Stable
+Diffusion's. {cfg.unet.drop:.0%} of the captions were dropped, so that the empty prompt is
+unconditional. Of pictures that the autoencoder never saw, {held["accuracy"]:.2%} still show their
+whole caption after it ({held["psnr_db"]:.1f} dB).
+{pictures_tables(summary["metrics"], recipe)}"""
+
+
+COLUMNS = {
+    "fd": "Fréchet distance", "accuracy": "caption", "shape_accuracy": "shape",
+    "colour_accuracy": "colour", "count_accuracy": "count", "position_accuracy": "position",
+    "precision": "precision", "recall": "recall", "coverage": "coverage",
+}  # fmt: skip
+
+
+def pictures_tables(metrics: dict[str, Any], recipe: TextRecipe) -> str:
+    """Quality by guidance and by steps, and the floor; empty without a protocol."""
+    if not metrics:
+        return ""
+
+    def line(name: str, row: dict[str, Any]) -> str:
+        return f"| {name} | " + " | ".join(f"{row[k]:.3f}" for k in COLUMNS) + " |\n"
+
+    head = " | ".join(COLUMNS.values()) + " |\n|---" + "|---" * len(COLUMNS) + "|\n"
+    best = metrics["teacher"]
+    by_guidance = "".join(line(g, row) for g, row in metrics["guidance"].items())
+    few = {**metrics["teacher_few"], str(best["steps"]): best}
+    by_steps = "".join(line(k, row) for k, row in few.items())
+    return f"""
+## Quality
+
+By the `{best["protocol"]}` protocol: {best["n"]} pictures a seed, seeds: {best["seeds"]}.
+Accuracies are read off the pixels by exact code.
+The scheduler is {recipe.scheduler["class"]}; guidance 1
+is none. The floor is fresh drawings against the same reference.
+
+At {best["steps"]} steps, by guidance:
+
+| guidance | {head}{by_guidance}
+At guidance {best["guidance"]:g}, by steps:
+
+| steps | {head}{by_steps}{line("floor", metrics["floor"])}"""

@@ -1,0 +1,32 @@
+"""The shapes protocol: captioned pictures drawn by our own code, and an exact reader of them."""
+
+from __future__ import annotations
+
+from eval.shapes.classifier import features
+from eval.shapes.reader import accuracy, read
+from eval.shapes.scenes import (
+    COLOURS,
+    COUNTS,
+    POSITIONS,
+    SHAPES,
+    Scene,
+    all_captions,
+    captions,
+    draw,
+    parse,
+)
+
+__all__ = [
+    "COLOURS",
+    "COUNTS",
+    "POSITIONS",
+    "SHAPES",
+    "Scene",
+    "accuracy",
+    "all_captions",
+    "captions",
+    "draw",
+    "features",
+    "parse",
+    "read",
+]
