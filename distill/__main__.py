@@ -451,7 +451,10 @@ def teachers() -> dict[str, str]:
     from teachers.analytic import ANALYTIC
     from teachers.teacher import families
 
-    found = {"digits": "embedded: class-conditional, 8×8 handwritten digits"}
+    found = {
+        "digits": "embedded: class-conditional, 8×8 handwritten digits",
+        "shapes": "embedded: text to 32×32 pictures of coloured shapes, a StableDiffusionPipeline",
+    }
     found |= {f"analytic:{k}": "closed form, for tests and study" for k in ANALYTIC}
     found["NAME.pkl"] = "a published EDM or EDM2 network, or the folder that `convert` makes of it"
     found["FILE.py:FUNCTION"] = "your own: a function that returns a Teacher (docs/teachers.md)"

@@ -35,7 +35,7 @@ from distill.prompts import list_prompts
 from distill.recipe import GuidanceSection, Recipe, networks_of, read_yaml
 from distill.seeds import seed_all
 from distill.trackers import trackers
-from eval import digits
+from eval import digits, shapes
 from eval.protocol import Protocol, images_to_samples, protocol
 from eval.samples import Samples
 from students import stock
@@ -49,7 +49,7 @@ from teachers.guidance import Auto, Interval, Projected, Rescaled, Skipping, des
 from teachers.outlines import OUTLINES, Blank, dtype_of_new, outline
 from teachers.schedule import CM
 from teachers.solver import evaluations, solve
-from teachers.teacher import Codec, Teacher, load
+from teachers.teacher import EMBEDDED, Codec, Teacher, load
 
 TEACHER_FEW = (1, 2, 4)  # the teacher's own few-step samples, shown beside the student's
 
@@ -127,6 +127,7 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
         out,
         evaluate=None if measure is None else lambda steps: evaluate_student(run, steps, seeds=1),
         evaluate_every=recipe.eval.every,
+        shown=shown(recipe, teacher),
     )
     resumed = run.engine.resume() if resume else False
     if not resumed and accelerator.is_main_process:
@@ -181,6 +182,17 @@ def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
         return found
     free = path in FREE or path.startswith("eval")
     return [] if a == b or free else [(path, a, b)]
+
+
+def shown(recipe: Recipe, teacher: Teacher) -> list[Any]:
+    """What the sample grids show: every class in turn, or some of the prompts."""
+    if classes := getattr(teacher.codec, "classes", 0):
+        return [i % classes for i in range(80)]
+    if teacher.codec.condition([""]) is None:
+        return [0] * 80
+    if recipe.eval.protocol == "shapes":
+        return shapes.captions(40, seed=0)
+    return [item.prompt for item in list_prompts("pack:starter").items[:10]]
 
 
 def load_teacher(recipe: Recipe) -> Teacher:
@@ -297,29 +309,38 @@ def player_networks(objective: Objective) -> dict[str, nn.Module]:
 def source_of(recipe: Recipe, teacher: Teacher) -> Source:
     """Data and conditions as the recipe says, encoded once: in memory, or in a cache."""
     seed, codec = recipe.train.seed, teacher.codec
-    if recipe.data.source == "digits":
-        return digits_source(recipe, teacher)
+    if recipe.data.source in EMBEDDED:
+        return embedded_source(recipe, teacher)
     if (work := work_of(recipe, teacher)) is not None:
         return cache.source(work, recipe.data, seed)
     labels = list(range(getattr(codec, "classes", 0))) or [0]
     return Source(teacher.shape, None, codec.condition(labels), seed, len(labels))
 
 
-def digits_source(recipe: Recipe, teacher: Teacher) -> Source:
-    """The embedded digits."""
-    classes = getattr(teacher.codec, "classes", 0)
-    images, numbers = digits.data()
-    labels = numbers.tolist()
-    if classes and max(labels) >= classes:
-        raise UserError(
-            f"data.source: 'digits' has label {max(labels)}; the teacher knows {classes} classes"
-        )
-    x = teacher.codec.encode(images)
-    if x.shape[1:] != teacher.shape:
+def embedded_source(recipe: Recipe, teacher: Teacher) -> Source:
+    """The digits, or drawings of the shapes, as many as the caption protocol compares with."""
+    name, codec = str(recipe.data.source), teacher.codec
+    classes = getattr(codec, "classes", 0)
+    needed = needs_data(recipe)
+    if name == "digits":
+        images, numbers = digits.data()
+        prompts: list[Any] = numbers.tolist()
+        if classes and max(prompts) >= classes:
+            raise UserError(
+                f"data.source: 'digits' has label {max(prompts)}; "
+                f"the teacher knows {classes} classes"
+            )
+    else:
+        if classes or codec.condition(["a"]) is None:
+            raise UserError("data.source: 'shapes' has captions, which this teacher does not read")
+        prompts = shapes.all_captions() * (10 if needed else 1)
+        images = shapes.draw(prompts, seed=recipe.train.seed).float() / 127.5 - 1
+    x = codec.encode(images) if needed or name == "digits" else None
+    if x is not None and x.shape[1:] != teacher.shape:
         want, got = ("×".join(map(str, s)) for s in (teacher.shape, x.shape[1:]))
-        raise UserError(f"data.source: 'digits' is {got}; the teacher takes {want}")
-    cond = teacher.codec.condition(labels)
-    return Source(teacher.shape, x if needs_data(recipe) else None, cond, recipe.train.seed, len(x))
+        raise UserError(f"data.source: {name!r} is {got}; the teacher takes {want}")
+    cond = codec.condition(prompts)
+    return Source(teacher.shape, x if needed else None, cond, recipe.train.seed, len(prompts))
 
 
 def needs_data(recipe: Recipe) -> bool:
@@ -332,7 +353,7 @@ def needs_data(recipe: Recipe) -> bool:
 def work_of(recipe: Recipe, teacher: Teacher) -> Work | None:
     """What there is to encode; None where labels are all, or data are embedded."""
     data, codec = recipe.data, teacher.codec
-    if data.source == "digits":
+    if data.source in EMBEDDED:
         return None
     classes = getattr(codec, "classes", 0)
     reads_text = not classes and codec.condition([""]) is not None
@@ -392,6 +413,12 @@ def check_protocol(measure: Protocol, teacher: Teacher) -> None:
             f"protocol digits measures 10 classes of 1×8×8 images, not "
             f"{'×'.join(map(str, teacher.shape))} of {getattr(teacher.codec, 'classes', 0)}; "
             "leave it out for other teachers"
+        )
+    if measure.name == "shapes" and (
+        getattr(teacher.codec, "classes", 0) or getattr(teacher.codec, "size", None) != (32, 32)
+    ):
+        raise UserError(
+            "protocol shapes measures 32×32 pictures of captions; leave it out for other teachers"
         )
 
 

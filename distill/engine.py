@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +74,7 @@ class Engine:
         train: How long, how large, how often.
         out: The run's folder.
         evaluate: Measures the student as it is, for `evaluate_every` and the best checkpoint.
+        shown: The labels or prompts of the sample grids.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Engine:
         out: Path,
         evaluate: Evaluate | None = None,
         evaluate_every: int = 0,
+        shown: Sequence[Any] = (0,) * 80,
     ) -> None:
         self.objective, self.players, self.source, self.teacher = (
             objective,
@@ -95,7 +97,7 @@ class Engine:
             teacher,
         )
         self.cfg, self.accelerator, self.out = train, accelerator, out
-        self.evaluate, self.evaluate_every = evaluate, evaluate_every
+        self.evaluate, self.evaluate_every, self.shown = evaluate, evaluate_every, shown
         self.ema = EMA(players["student"].params, train.ema)
         self.step = self.draws = 0
         self.seconds, self.best = 0.0, math.inf
@@ -201,11 +203,9 @@ class Engine:
         """A grid of the averaged student's pictures, on the same noise every time."""
         if self.accelerator.is_main_process:
             student, codec = self.objective.student, self.teacher.codec
-            classes = getattr(codec, "classes", 0)
-            labels = [i % classes if classes else 0 for i in range(80)]
             with self.ema.swapped():
                 images = [
-                    codec.decode(draw(student.at(k), self.teacher, labels, 0))
+                    codec.decode(draw(student.at(k), self.teacher, self.shown, 0))
                     for k in student.counts
                 ]
             folder = self.out / "samples"

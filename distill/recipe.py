@@ -193,7 +193,7 @@ class TrainSection(Section):
 class EvalSection(Section):
     """What the run is measured by."""
 
-    protocol: Literal["digits"] | None = None
+    protocol: Literal["digits", "shapes"] | None = None
     every: Whole = 0  # steps between evaluations while training; 0 for only at the end
     seeds: Count = 3  # over which the student's figures are averaged
     teacher_seeds: Count = 1  # and the teacher's, which take longer

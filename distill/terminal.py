@@ -98,12 +98,16 @@ def results(title: str, rows: dict[str, dict[str, Any]], base: str | None = None
     """A table of metrics: a row for each sampler, and its speed over that of the row `base`."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    names = ("FD", "prec.", "recall", "cover.", "img/s", *(["speed-up"] if base else []))
+    keys = ["precision", "recall", "coverage"]
+    heads = ["FD", "prec.", "recall", "cover."]
+    if any("shape_accuracy" in row for row in rows.values()):  # captions are what can be wrong
+        keys, heads = ["coverage", "accuracy"], ["FD", "cover.", "accuracy"]
+    names = (*heads, "img/s", *(["speed-up"] if base else []))
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for name, row in rows.items():
         spread = f" ±{row['spread']['fd']:.3f}" if row.get("seeds", 1) > 1 else ""
-        shares = [f"{row[k]:.3f}" for k in ("precision", "recall", "coverage")]
+        shares = [f"{row[k]:.3f}" for k in keys]
         speed = row["images_per_s"]
         over = [f"{speed / rows[base]['images_per_s']:.1f}×"] if base else []
         table.add_row(name, f"{row['fd']:.3f}{spread}", *shares, f"{speed:,.0f}", *over)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from teachers.errors import UserError
-from teachers.teacher import DIGITS, read_json
+from teachers.teacher import EMBEDDED, read_json
 
 GRID = "grid.png"  # the sample grid's name beside the card
 HUB = "https://huggingface.co"
@@ -211,7 +211,7 @@ def front_matter(readme: str) -> dict[str, Any]:
 
 def folder_of(source: str) -> Path | None:
     """The teacher's local folder, if it has one."""
-    folder = DIGITS if source == "digits" else Path(source).expanduser()
+    folder = EMBEDDED.get(source) or Path(source).expanduser()
     return folder if folder.is_dir() else None
 
 

@@ -22,7 +22,7 @@ from students.generator import Generator
 from students.lora import Adapted, merged, unwrap, using
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError
-from teachers.pipeline import Prompted
+from teachers.pipeline import Prompted, quiet
 from teachers.teacher import Teacher, load, read_json
 from teachers.unet import UNet
 
@@ -75,7 +75,8 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
         shutil.rmtree(left, ignore_errors=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        pipe.save_pretrained(draft)
+        with quiet():
+            pipe.save_pretrained(draft)
         sidecar = {
             "steps": list(generator.counts),
             "times": list(generator.times),

@@ -7,7 +7,9 @@ the checkpoint's configs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -275,7 +277,6 @@ def load(
 def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
     """The pipeline in a folder, from safetensors only, without a safety checker."""
     import diffusers
-    from diffusers.utils import logging
 
     index = read_json(folder / "model_index.json", who)
     for part, entry in index.items():
@@ -292,18 +293,35 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
     # a part that is listed as null must be passed as None where its class does not call it optional
     absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
     absent += [k for k in index if k == "safety_checker"]
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            torch_dtype=dtypes,
-            **dict.fromkeys(absent),
-        )
+        with quiet():
+            return diffusers.DiffusionPipeline.from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                torch_dtype=dtypes,
+                **dict.fromkeys(absent),
+            )
     except Exception as error:  # diffusers and transformers wrap a damaged file in various types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{who}: the pipeline in {folder} cannot be read ({reason})") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars and notes that diffusers and transformers show for every file they touch."""
+    from diffusers.utils import logging as ours
+    from transformers.utils import logging as theirs
+
+    levels = ours.get_verbosity(), theirs.get_verbosity()
+    for part in (ours, theirs):
+        part.set_verbosity_error()
+        part.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
-        logging.set_verbosity(level)
+        for part, level in zip((ours, theirs), levels, strict=True):
+            part.set_verbosity(level)
+            part.enable_progress_bar()

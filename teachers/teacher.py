@@ -16,7 +16,7 @@ from torch import Tensor
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError, nearest
 
-DIGITS = Path(__file__).parent / "digits"
+EMBEDDED = {name: Path(__file__).parent / name for name in ("digits", "shapes")}
 
 
 class Codec(Protocol):
@@ -91,8 +91,8 @@ def load(source: str, **options: Any) -> Teacher:
     """The teacher at `source`, frozen and in eval mode.
 
     Args:
-        source: "digits" (embedded), "analytic:NAME" (closed form), a diffusers folder, a Hub id,
-            a published EDM or EDM2 .pkl, the folder that it was converted to, or
+        source: "digits" or "shapes" (embedded), "analytic:NAME" (closed form), a diffusers folder,
+            a Hub id, a published EDM or EDM2 .pkl, the folder that it was converted to, or
             "path/to/file.py:function" for a function that returns a Teacher.
         options: The family's own: `null_label`, the class that means none, for UNet2D pipelines;
             that and `vae`, the folder of their latents' AutoencoderKL, for EDM and EDM2;
@@ -114,9 +114,7 @@ def load(source: str, **options: Any) -> Teacher:
     if source == "digits":
         options.setdefault("null_label", 10)
     pickled = source.endswith(".pkl")
-    folder = (
-        DIGITS if source == "digits" else Path(source).expanduser() if pickled else find(source)
-    )
+    folder = EMBEDDED.get(source) or (Path(source).expanduser() if pickled else find(source))
     family, loader = loader_of(folder, source)
     takes = list(signature(loader).parameters)[2:]
     if unknown := sorted(options.keys() - set(takes)):
