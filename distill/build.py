@@ -38,7 +38,7 @@ from distill.trackers import trackers
 from eval import digits, shapes
 from eval.protocol import Protocol, images_to_samples, protocol
 from eval.samples import Samples
-from students import stock
+from students import lora_files, stock
 from students.critic import Critic
 from students.export import draw, export, rehearse
 from students.generator import Generator
@@ -276,7 +276,8 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
         fake: Any = networks["fake"]
         cond = teacher.codec.condition([0])
         try:
-            blocks = recipe.critic.blocks or (unwrap(fake).middle,)
+            named = recipe.critic.blocks
+            blocks = (unwrap(fake).middle,) if named is None else named
             networks["critic"] = Critic(fake, teacher.shape, cond, blocks)
         except ValueError as error:
             raise UserError(f"critic.blocks: {error}") from None
@@ -598,6 +599,10 @@ def finish(run: Run) -> dict[str, Any]:
     if engine.accelerator.is_main_process:
         with engine.ema.swapped():
             export(run.student, run.teacher, run.out / "student", recipe.tree())
+            if lora_files.possible(run.student):
+                lora_files.export_lora(
+                    run.student, run.teacher, run.out / "student", run.out / "lora"
+                )
             summary = summarise(run, measure_all(run))
         draft = run.out / ".summary.json"
         draft.write_text(json.dumps(summary, indent=2) + "\n")

@@ -19,6 +19,7 @@ All conversions are pure functions on dicts of tensors.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -331,21 +332,22 @@ def single_file(pipe: Any) -> State:
 
 # Runs in another process, with none of our packages imported.
 SCRIPT = """
-import sys, diffusers, torch
+import json, sys, diffusers, torch
 from safetensors.torch import save_file
-folder, out, kind, files, counts = *sys.argv[1:4], eval(sys.argv[4]), eval(sys.argv[5])
+folder, out, kind, files, counts, arguments, absent = *sys.argv[1:4], *map(json.loads, sys.argv[4:])
 kind, images = getattr(diffusers, kind), {}
 for i, (whole, file) in enumerate(files):
     if whole:
         pipe = kind.from_single_file(file, config=folder, local_files_only=True)
     else:
-        pipe = kind.from_pretrained(folder)
+        pipe = kind.from_pretrained(folder, **dict.fromkeys(absent))
         pipe.load_lora_weights(file)
     pipe.set_progress_bar_config(disable=True)
     for steps in counts:
         draw = torch.Generator().manual_seed(0)
-        images[f"{i} {steps}"] = pipe("a red circle", num_inference_steps=steps, generator=draw,
-                                      guidance_scale=1.0, output_type="pt").images
+        torch.manual_seed(1)
+        made = pipe(num_inference_steps=steps, generator=draw, output_type="pt", **arguments)
+        images[f"{i} {steps}"] = next(iter(made.values())).contiguous()
 save_file(images, out)
 """
 
@@ -359,7 +361,17 @@ class File:
     whole: bool = False
 
 
-def write(files: Sequence[File], student: Any, folder: Path, counts: Sequence[int]) -> None:
+# What pictures are compared on, unless the family asks for other arguments.
+ONE = {"prompt": ["a red circle"], "guidance_scale": 1.0}
+
+
+def write(
+    files: Sequence[File],
+    student: Any,
+    folder: Path,
+    counts: Sequence[int],
+    arguments: Mapping[str, Any] = ONE,
+) -> None:
     """Write the files, once stock diffusers, in another process, has been seen to agree with them.
 
     A LoRA is loaded at strength 1.0 onto `folder`, a whole file by `from_single_file`; either must
@@ -369,6 +381,7 @@ def write(files: Sequence[File], student: Any, folder: Path, counts: Sequence[in
         student: The pipeline with the adapter merged, which pictures are compared with.
         folder: The diffusers folder of the base, with the student's scheduler.
         counts: The step counts to compare at.
+        arguments: Of the pipelines, as JSON has them, for unguided pictures.
 
     Raises:
         ExportError: stock diffusers cannot load a file, or its pictures differ.
@@ -378,14 +391,15 @@ def write(files: Sequence[File], student: Any, folder: Path, counts: Sequence[in
         for file, draft in zip(files, drafts, strict=True):
             save_file({k: v.contiguous() for k, v in file.state.items()}, draft)
         jobs = [(f.whole, str(d.resolve())) for f, d in zip(files, drafts, strict=True)]
-        theirs = drawn_elsewhere(jobs, type(student).__name__, folder, counts)
+        theirs = drawn_elsewhere(jobs, type(student).__name__, folder, counts, arguments)
         student.set_progress_bar_config(disable=True)
         for steps in counts:
             rng = torch.Generator().manual_seed(0)
-            ours = student(
-                "a red circle", num_inference_steps=steps, generator=rng, guidance_scale=1.0,
-                output_type="pt",
-            ).images.cpu()  # fmt: skip
+            with torch.random.fork_rng():
+                torch.manual_seed(1)  # for pipelines that do not hand their generator on
+                asked = json.loads(json.dumps(arguments))  # some write to their lists
+                made = student(num_inference_steps=steps, generator=rng, output_type="pt", **asked)
+            ours = next(iter(made.values())).cpu()
             for i, file in enumerate(files):
                 compare(ours, theirs[f"{i} {steps}"], steps, file.path.name)
         for file, draft in zip(files, drafts, strict=True):
@@ -406,12 +420,19 @@ def compare(ours: Tensor, theirs: Tensor, steps: int, name: str) -> None:
 
 
 def drawn_elsewhere(
-    jobs: list[tuple[bool, str]], kind: str, folder: Path, counts: Sequence[int]
+    jobs: list[tuple[bool, str]],
+    kind: str,
+    folder: Path,
+    counts: Sequence[int],
+    arguments: Mapping[str, Any],
 ) -> State:
     """The pictures of each file at each step count, by a process that has only stock packages."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "images.safetensors"
-        words = [str(folder.resolve()), str(out), kind, repr(jobs), repr(list(counts))]
+        index = json.loads((folder / "model_index.json").read_text())
+        absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
+        plain = [json.dumps(v) for v in (jobs, list(counts), dict(arguments), absent)]
+        words = [str(folder.resolve()), str(out), kind, *plain]
         result = subprocess.run(
             [sys.executable, "-I", "-c", SCRIPT, *words],
             cwd=scratch,

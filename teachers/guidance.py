@@ -236,7 +236,7 @@ def describe(denoiser: Denoiser) -> str:
         if isinstance(denoiser, Skipping):
             kind, detail = "skip-layer guidance", f", without {', '.join(denoiser.blocks)}"
         mix = "" if denoiser.mix is linear else f", {denoiser.mix}"
-        return f"{kind}, g = {denoiser.scale:g} (1 is none){detail}{mix}"
+        return f"{kind}, g = {denoiser.scale:g}: 1 is none{detail}{mix}"
     if isinstance(denoiser, Wrapper) and not isinstance(denoiser, Guided):
         return describe(denoiser.denoiser)
     return "unguided, g = 1"

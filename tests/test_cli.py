@@ -135,13 +135,13 @@ SONG = ["objective={name: consistency}", "critic=null"]
         (["run", "{r}", "data.source=null"], "needs real data"),
         (["run", "{r}", "data.source=./nowhere"], "is not a folder"),
         (["run", "{r}", "teacher.source=./nowhere"], "no such folder"),
-        (["run", "{r}", "teacher.source=analytic:ring"], "has no classes; leave out null_label"),
+        (["run", "{r}", "teacher.source=analytic:ring"], "takes no options; leave out null_label"),
         (["run", "{r}", *BARE, "teacher={source: 'analytic:ring'}"], "has no weights"),
         (["run", "{r}", "teacher.null_label=44"], "null_label 44 is outside"),
         (["run", "{r}", "teacher.null_label=null", "teacher.guidance=2"], "needs a null class"),
         (["run", "{r}", "critic.blocks=[backbone.middle]"], "no block 'backbone.middle'"),
         (["run", "{r}", "critic.blocks=[]"], "name at least one block"),
-        (["run", "{r}", "critic.blocks=[backbone.time_embedding]"], "gives no feature map"),
+        (["run", "{r}", "critic.blocks=[backbone.time_embedding]"], "gives neither a feature map"),
         (["run", "{r}", "--out", "{r}/run"], "is not a folder that can be written to"),
         (["run", "{r}", "--out", "x" * 300], "File name too long"),
         pytest.param(
@@ -290,10 +290,10 @@ def test_the_first_line_of_a_run_reads_as_a_sentence(recipe, tmp_path, monkeypat
 
     monkeypatch.setattr(Engine, "train", enough)
     for words, line in (
-        ([], "(unguided) to a student of 1 or 2 steps, in "),
+        ([], "(unguided, g = 1) to a student of 1 or 2 steps, in "),
         (
             ["student.steps=1", "teacher.guidance=1.5"],
-            "(guidance g = 1.5, that is w = 0.5) to a student of 1 step, in ",
+            "guidance, g = 1.5: 1 is none) to a student of 1 step, in ",
         ),
     ):
         out = tmp_path / f"run{len(words)}"

@@ -40,7 +40,15 @@ def test_a_stock_pipeline_samples_the_student(folders, name, adapter, renoise):
     rehearse(student, teacher)
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+def some(chosen):
+    """These families in every run, the others in the slow one: each starts another process."""
+    return [
+        name if name in chosen else pytest.param(name, marks=pytest.mark.slow)
+        for name in families.FAMILIES
+    ]
+
+
+@pytest.mark.parametrize("name", some({"sd", "dit", "flux-dev", "wan"}))
 def test_an_exported_student_is_read_back(folders, name, tmp_path):
     teacher = load(folders(name), **families.OPTIONS.get(name, {}))
     student = disturbed(stock.student(teacher, 2, None, True, Adapter(rank=4))).eval()
@@ -53,7 +61,7 @@ def test_an_exported_student_is_read_back(folders, name, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux-dev", "sana"])
+@pytest.mark.parametrize("name", some({"sdxl", "flux-dev"}))
 def test_a_teacher_in_half_precision_is_rehearsed_and_exported(folders, name, tmp_path):
     teacher = load(folders(name), **families.OPTIONS.get(name, {}), precision="bf16")
     student = disturbed(stock.student(teacher, 2, None, True, Adapter(rank=4))).eval()

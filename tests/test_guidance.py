@@ -257,15 +257,15 @@ def test_a_guided_walk_ends_nearer_to_its_class_than_an_unguided_one(teacher):
     ("guidance", "line"),
     [
         ("1", "unguided, g = 1"),
-        ("3", "classifier-free guidance, g = 3 (1 is none)"),
+        ("3", "classifier-free guidance, g = 3: 1 is none"),
         ("{scale: 2, interval: [0.2, 5]}",
-         "classifier-free guidance, g = 2 (1 is none), where 0.2 < σ/α ≤ 5"),
+         "classifier-free guidance, g = 2: 1 is none, where 0.2 < σ/α ≤ 5"),
         ("{scale: 4, kind: apg, threshold: 15, rescale: 0.5}",
-         "classifier-free guidance, g = 4 (1 is none), projected with η = 0 and threshold 15, "
+         "classifier-free guidance, g = 4: 1 is none, projected with η = 0 and threshold 15, "
          "rescaled by 0.5"),
         ("{scale: 2, kind: skip, blocks: [backbone.mid_block.resnets.0]}",
-         "skip-layer guidance, g = 2 (1 is none), without backbone.mid_block.resnets.0"),
-        ("{scale: 2, kind: auto, weaker: digits}", "autoguidance, g = 2 (1 is none)"),
+         "skip-layer guidance, g = 2: 1 is none, without backbone.mid_block.resnets.0"),
+        ("{scale: 2, kind: auto, weaker: digits}", "autoguidance, g = 2: 1 is none"),
     ],
 )  # fmt: skip
 def test_a_recipe_makes_what_it_says(tmp_path, guidance, line):
