@@ -30,12 +30,16 @@ def run(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resume:
     """Distil: train the student of a recipe, export it, and measure it against its teacher."""
     from distill.terminal import out as console
     from distill.terminal import waiting
+    from teachers.errors import UserError
 
     out = out or Path("runs") / Path(recipe).stem
     with waiting("distill: preparing"):  # the imports alone take seconds
         from distill.recipe import Recipe
 
         checked = Recipe.load(recipe, overrides or [])
+        if not checked.kind.few_step:
+            name = checked.objective["name"]
+            raise UserError(f"{recipe}: objective.name: {name} makes teachers; use distill teach")
         from distill import build
 
         made = None
@@ -118,6 +122,9 @@ def sample(
     n: Annotated[int, typer.Option("--n", help="How many pictures.", min=1)] = 16,
     seed: Annotated[int, typer.Option(help="The stock pipeline's generator seed.")] = 0,
     labels: Annotated[str | None, typer.Option(help="Such as 3, or 0,1,2: repeated to n.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="For text students; may be repeated, and is up to n.")
+    ] = None,
 ):
     """Draw pictures from a student: those that the stock pipeline draws for the same seed."""
     from students.export import draw, load_student
@@ -134,9 +141,16 @@ def sample(
     classes = getattr(teacher.codec, "classes", 0)
     if labels is not None and not classes:
         raise UserError("--labels: this student is not class-conditional")
-    names = (
-        [p.strip() for p in labels.split(",")] if labels else [str(i) for i in range(classes or 1)]
-    )
+    text = not classes and teacher.codec.condition([""]) is not None
+    if text and not prompt:
+        raise UserError(
+            '--prompt is missing: this student draws what it is told, as in --prompt "…"'
+        )
+    if prompt and not text:
+        raise UserError("--prompt: this student does not read text")
+    names = [str(i) for i in range(classes or 1)]
+    if labels or prompt:
+        names = prompt or [p.strip() for p in str(labels).split(",")]
     wanted = [names[i % len(names)] for i in range(n)]
     teacher.codec.condition(wanted)
     images = teacher.codec.decode(draw(generator.at(steps), teacher, wanted, seed))
@@ -145,7 +159,11 @@ def sample(
 
         from eval.samples import to_uint8
 
-        np.savez(out, images=to_uint8(images).numpy(), labels=np.array([int(p) for p in wanted]))
+        np.savez(
+            out,
+            images=to_uint8(images).numpy(),
+            labels=np.array(wanted if text else [int(p) for p in wanted]),
+        )
     else:
         from distill.pictures import save_grid
 

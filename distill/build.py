@@ -256,11 +256,13 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
     """The objective with its networks: a student, and what else its fields name."""
     kind = recipe.kind
     adapters = recipe.adapters
-    shared = adapters.players if adapters and kind.few_step else ()
     names = [n for n in networks_of(kind) if n not in ("teacher", "student", "critic")]
+    shared: tuple[str, ...] = ()
+    if adapters and kind.few_step:
+        shared = ("student", *names) if adapters.players is None else adapters.players
     # copies first: once there are adapters on the teacher's weights, a copy would hold them as well
     networks: dict[str, nn.Module] = {
-        n: deepcopy(teacher.denoiser).requires_grad_(True) for n in names if n not in shared
+        n: deepcopy(teacher.denoiser).float().requires_grad_(True) for n in names if n not in shared
     }
     if kind.few_step:
         s = recipe.student
@@ -336,6 +338,11 @@ def embedded_source(recipe: Recipe, teacher: Teacher) -> Source:
             raise UserError("data.source: 'shapes' has captions, which this teacher does not read")
         prompts = shapes.all_captions() * (10 if needed else 1)
         images = shapes.draw(prompts, seed=recipe.train.seed).float() / 127.5 - 1
+    if images.shape[1] != (channels := picture_shape(teacher)[0]):
+        raise UserError(
+            f"data.source: {name!r} has pictures of {images.shape[1]} channels; "
+            f"the teacher takes {channels}"
+        )
     x = codec.encode(images) if needed or name == "digits" else None
     if x is not None and x.shape[1:] != teacher.shape:
         want, got = ("×".join(map(str, s)) for s in (teacher.shape, x.shape[1:]))

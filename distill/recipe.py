@@ -118,7 +118,7 @@ class StudentSection(Section):
 class AdaptersSection(Section):
     """That players are adapters on the teacher's own frozen weights, and of what shape."""
 
-    players: tuple[str, ...] = ("student", "fake")  # the others are full copies
+    players: tuple[str, ...] | None = None  # the others are full copies; by default there are none
     kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
     rank: Count = 64
     alpha: Positive | None = None  # changes are scaled by alpha / rank; by default by 1
@@ -273,9 +273,11 @@ class Recipe(Section):
                     f"{where}: players.{player}: {name} has no such player; "
                     f"{nearest(player, known)}"
                 )
-        adapted = () if self.adapters is None else self.adapters.players
+        adapted = () if self.adapters is None else self.adapters.players or ()
         copies = [k for k in known if k != "critic"]
-        for player in [p for p in adapted if p not in copies and p not in ("student", "fake")]:
+        if self.adapters is not None and self.adapters.players == ():
+            raise UserError(f"{where}: adapters.players: name one, or remove the section")
+        for player in [p for p in adapted if p not in copies]:
             raise UserError(
                 f"{where}: adapters.players: {name} has no such network as {player!r}; "
                 f"{nearest(player, copies)}"

@@ -476,7 +476,7 @@ def training(facts: Facts) -> str:
     """Teacher, guidance, data, length and cost."""
     g = facts.guidance
     guided = "unguided (g = 1)" if g == 1 else f"guided at g = {g:g} (g = 1 + w; 1 is unguided)"
-    source = facts.setting("data", "source")
+    source = facts.setting("data", "source") or facts.setting("data", "prompts")
     data = f"`{Path(str(source)).name if folder_of(str(source)) else source}`" if source else "none"
     lines = [
         f"- **Teacher**: {named(facts)}, {guided}. The student is sampled without guidance.",

@@ -7,6 +7,7 @@ the forward pass, and which one learns is its player's business.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
@@ -41,7 +42,7 @@ class Adapter:
         import peft
 
         alpha = self.rank if self.alpha is None else self.alpha
-        targets = self.targets or family
+        targets = family if self.targets is None else self.targets
         if self.kind in ("lora", "dora"):
             return peft.LoraConfig(
                 r=self.rank,
@@ -116,9 +117,12 @@ def inject(module: nn.Module, name: str, config: Any) -> None:
     frozen = {p: p.requires_grad for p in module.parameters()}
     try:
         inject_adapter_in_model(config, module, adapter_name=name)
-    except ValueError as error:
+    except (ValueError, TypeError, re.error) as error:  # PEFT's ways to say so
         reason = str(error).splitlines()[0]
         raise UserError(f"adapters.targets: {config.target_modules!r}: {reason}") from None
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"adapters.rank: {config.r} cannot be made ({reason})") from None
     _LAYERS.clear()
     for key, p in module.named_parameters():
         if name in key.split("."):

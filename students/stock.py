@@ -205,7 +205,8 @@ def student(
             share_time(source, made.schedule)
         view = under(source, made.schedule)
         return made.generator(Adapted(view, "student", adapter.config(source.LORA)))
-    backbone = deepcopy(source.backbone).requires_grad_(True)
+    # what learns is kept in full precision, whatever the teacher's is
+    backbone: Any = deepcopy(source.backbone).float().requires_grad_(True)
     if isinstance(source, UNet):
         drop_null(backbone, teacher)
         drop_variance(backbone)

@@ -70,6 +70,33 @@ def test_an_adapter_begins_as_no_change_and_the_base_is_still_there(teacher, kin
     assert torch.equal(Adapted(fake.denoiser, None)(x, t, cond), before)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "line"),
+    [
+        ({"targets": "(unclosed"}, r"adapters\.targets.*unterminated"),
+        ({"targets": ""}, r"adapters\.targets"),
+        ({"targets": ".*norm.*", "kind": "loha"}, r"adapters\.targets.*not supported"),
+        ({"players": []}, r"adapters\.players: name one"),
+        ({"players": ["fake"]}, r"adapters\.players: consistency has no such network as 'fake'"),
+    ],
+)
+def test_adapters_that_cannot_be_are_one_line(pipelines, tmp_path, adapter, line):
+    tree = recipe_tree("consistency", pipelines["edm"])
+    with pytest.raises(UserError, match=line):
+        build.build(Recipe.check({**tree, "adapters": adapter}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_full_copies_of_a_half_precision_teacher_learn_in_full_precision(tmp_path):
+    from tests import families
+
+    folder = families.build("sd", tmp_path / "sd")
+    teacher = load(str(folder), precision="bf16")
+    student = stock.student(teacher)
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    assert {p.dtype for p in teacher.denoiser.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
 def test_a_merged_adapter_is_an_ordinary_network(teacher, kind):
     x, t, cond = inputs(teacher)
