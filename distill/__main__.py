@@ -390,9 +390,9 @@ def plan(
     card = GPUS[gpu]
     with waiting("distill: playing a step on shapes alone"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fake tensors, which have no addresses
-        from distill import build
+        from distill import forecast
 
-        made = build.plan(checked)
+        made = forecast.plan(checked)
     tree = made.tree(gpu, card)
     console.print(planned(tree, card.memory, RESERVE))
     if json_file is not None:

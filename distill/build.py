@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +26,7 @@ from distill.encode import Work, picture_shape
 from distill.engine import Engine, check_memory, shards_of
 from distill.images import into_buckets, list_images, sizes_of
 from distill.listing import write_report
-from distill.objective import Batch, Objective, check_first
-from distill.plan import Plan, play, unique
+from distill.objective import Objective, check_first
 from distill.player import Moves, Player
 from distill.prompts import list_prompts
 from distill.recipe import GuidanceSection, Recipe, networks_of, read_yaml
@@ -42,14 +39,12 @@ from students import lora_files, stock
 from students.critic import Critic
 from students.export import draw, export, rehearse
 from students.generator import Generator
-from students.lora import Adapted, adapted, checkpointing, unwrap
+from students.lora import Adapted, adapted, checkpointing, unwrap, whole
 from teachers.denoiser import Denoiser, Guided, Mix, Network, Under, linear
 from teachers.errors import UserError
 from teachers.guidance import Auto, Interval, Projected, Rescaled, Skipping, describe
-from teachers.outlines import OUTLINES, Blank, dtype_of_new, outline
-from teachers.schedule import CM
 from teachers.solver import evaluations, solve
-from teachers.teacher import EMBEDDED, Codec, Teacher, load
+from teachers.teacher import EMBEDDED, Teacher, load
 
 TEACHER_FEW = (1, 2, 4)  # the teacher's own few-step samples, shown beside the student's
 
@@ -262,7 +257,7 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
         shared = ("student", *names) if adapters.players is None else adapters.players
     # copies first: once there are adapters on the teacher's weights, a copy would hold them as well
     networks: dict[str, nn.Module] = {
-        n: deepcopy(teacher.denoiser).float().requires_grad_(True) for n in names if n not in shared
+        n: whole(deepcopy(teacher.denoiser)).requires_grad_(True) for n in names if n not in shared
     }
     if kind.few_step:
         s = recipe.student
@@ -484,118 +479,6 @@ def evaluate_teacher(run: Run, steps: int, seeds: int) -> dict[str, Any]:
     )
     solver = run.recipe.eval.teacher_solver
     return {**found, "solver": solver, "steps": steps, "evaluations": evaluations(steps, solver)}
-
-
-def plan(recipe: Recipe) -> Plan:
-    """What a run of this recipe would take, on one device. Nothing of its size is allocated.
-
-    Raises:
-        UserError: the teacher is neither here nor known by its outline.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    teacher = shape_of(recipe, fake)
-    train, parts = recipe.train, recipe.train.accumulate
-    n = train.batch // parts
-    with fake, shaped():
-        objective = objective_of(recipe, teacher, torch.device("cpu"))
-        movers = {k: list(v.parameters()) for k, v in player_networks(objective).items()}
-        x = torch.zeros(n, *teacher.shape)
-        cond = teacher.codec.condition([0] * n)
-        cond = cond and {k: v.clone() for k, v in cond.items()}
-        batch = Batch(x if needs_data(recipe) else None, x.clone(), cond)
-        steps = getattr(objective, "student_every", 1)
-        random.seed(0)
-        most, gradients, flops, evaluations = play(
-            objective, movers, batch, parts, max(steps, 4), train.precision
-        )
-    networks = [v for v in vars(objective).values() if isinstance(v, nn.Module)]
-    params = [p for network in networks for p in network.parameters()]
-    learns = {k: sum(p.numel() for p in v) for k, v in movers.items()}
-    return Plan(
-        weights=unique(params),
-        gradients=gradients,
-        optimizer=8 * sum(learns.values()),  # AdamW's two moments in float32
-        average=4 * learns["student"] if train.ema else 0,
-        activations=most,
-        beside=encoders(teacher),
-        base=sum(p.numel() for p in unwrap(teacher.denoiser).backbone.parameters()),
-        batch=train.batch,
-        precision=train.precision
-        if train.precision != "fp32"
-        else recipe.teacher.precision or "fp32",
-        evaluations=evaluations,
-        flops=flops,
-    )
-
-
-def shape_of(recipe: Recipe, without: Any) -> Teacher:
-    """The recipe's teacher with a network of shapes alone: from its files, or from its outline."""
-    t = recipe.teacher
-    options = t.options()
-    if t.source in OUTLINES and not Path(t.source).expanduser().is_dir():
-        return outline(t.source, without, t.size, t.precision or "fp32")
-    teacher = load(t.source, **options)
-    network = unwrap(teacher.denoiser)
-    before: Any = network.backbone
-    with without, dtype_of_new(next(before.parameters()).dtype):
-        backbone = type(before).from_config(before.config)
-    # an EDM student's time is refitted, which takes values; here there are none
-    named = replace(network.schedule, name=CM if network.schedule.sigma_data else "")
-    twin = type(network)(backbone.requires_grad_(False).eval(), named)
-    return Teacher(twin, Still(teacher.codec), teacher.shape, teacher.source)
-
-
-class Still:
-    """A codec whose every condition is that of one prompt, made before any tensor is fake."""
-
-    def __init__(self, codec: Codec) -> None:
-        self.classes = getattr(codec, "classes", 0)
-        self.null_label = getattr(codec, "null_label", None)
-        self.null, self.one = codec.null, codec.condition([0])
-        self.pipe = getattr(codec, "pipe", None)
-
-    def condition(self, prompts: Sequence[Any]) -> Any:
-        n = len(prompts)
-        return self.one and {k: v.expand(n, *v.shape[1:]) for k, v in self.one.items()}
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return images
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents
-
-
-def encoders(teacher: Teacher) -> int:
-    """Bytes of text encoders and VAE, in float32 as they are read."""
-    codec: Any = teacher.codec
-    if isinstance(codec, Blank):
-        return 4 * codec.outline.beside
-    if (pipe := getattr(codec, "pipe", None)) is None:
-        return 0
-    part = unwrap(teacher.denoiser).PART
-    modules = [v for k, v in pipe.components.items() if k != part and isinstance(v, nn.Module)]
-    return sum(p.nbytes for m in modules for p in m.parameters())
-
-
-@contextmanager
-def shaped() -> Iterator[None]:
-    """Work out students' times on real numbers, where all else is shapes; move no module."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    before, to = stock.form, nn.Module.to
-
-    def form(*args: Any, **kwargs: Any) -> Any:
-        with unset_fake_temporarily():
-            return before(*args, **kwargs)
-
-    stock.form = form
-    nn.Module.to = lambda self, *args, **kwargs: self  # fake weights cannot be moved, nor need be
-    try:
-        yield
-    finally:
-        stock.form, nn.Module.to = before, to
 
 
 def finish(run: Run) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,7 @@ from teachers.pipeline import Pretrained
 from teachers.schedule import Schedule
 from teachers.teacher import Teacher
 
+Module = TypeVar("Module", bound=nn.Module)
 _LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # adapted ones, by module
 
 
@@ -132,6 +133,14 @@ def inject(module: nn.Module, name: str, config: Any) -> None:
             p.requires_grad_(frozen.get(p, False))  # PEFT touches those as well
     for layer in layers(module):
         layer._active_adapter, layer._disable_adapters = [], True
+
+
+def whole(module: Module) -> Module:
+    """The module with its weights in float32, as what learns is kept."""
+    for p in [*module.parameters(), *module.buffers()]:
+        if p.is_floating_point() and p.dtype != torch.float32:
+            p.data = p.data.float()
+    return module
 
 
 def layers(module: nn.Module) -> list[Any]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from students.generator import Generator, thinned
-from students.lora import Adapted, Adapter, under, unwrap
+from students.lora import Adapted, Adapter, under, unwrap, whole
 from teachers.denoiser import Prediction, coefficients, edm
 from teachers.errors import UserError
 from teachers.pipeline import Pretrained
@@ -206,7 +206,7 @@ def student(
         view = under(source, made.schedule)
         return made.generator(Adapted(view, "student", adapter.config(source.LORA)))
     # what learns is kept in full precision, whatever the teacher's is
-    backbone: Any = deepcopy(source.backbone).float().requires_grad_(True)
+    backbone: Any = whole(deepcopy(source.backbone)).requires_grad_(True)
     if isinstance(source, UNet):
         drop_null(backbone, teacher)
         drop_variance(backbone)
