@@ -100,6 +100,7 @@ def test_hours_of_all_processes_are_counted():
     assert card.cost(summary).startswith("4 GPU-hours on cuda (H100, 4 threads), 8 processes")
 
 
+@pytest.mark.slow
 def test_the_snippet_is_six_lines_that_run(tmp_path, pipelines):
     from students import stock
     from students.export import export

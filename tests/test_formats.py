@@ -194,6 +194,7 @@ def test_another_alpha_is_folded_in_when_a_kohya_file_is_read(pipe, lora):
     torch.testing.assert_close(again[key], state[key] / 2)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_the_students_is_refused_and_leaves_nothing(
     pipe, lora, folder, tmp_path
 ):
