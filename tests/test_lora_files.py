@@ -12,7 +12,11 @@ from tests import families
 from tests.test_families import disturbed
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux-schnell"])
+@pytest.mark.parametrize(
+    "name",  # two text encoders, packed latents; the others take half a minute
+    [pytest.param("sdxl", marks=pytest.mark.slow), pytest.param("sd3", marks=pytest.mark.slow),
+     "flux-schnell"],
+)  # fmt: skip
 def test_a_lora_file_draws_the_students_pictures(name, tmp_path):
     folder = families.build(name, tmp_path / "teacher")
     teacher = load(str(folder), **families.OPTIONS.get(name, {}))
@@ -26,6 +30,7 @@ def test_a_lora_file_draws_the_students_pictures(name, tmp_path):
     assert (tmp_path / "lora" / "scheduler" / "scheduler_config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_is_another_students_is_never_named(tmp_path):
     teacher = load(str(families.build("sd", tmp_path / "teacher")))
     student = disturbed(stock.student(teacher, 1, None, True, Adapter(rank=4))).eval()

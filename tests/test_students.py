@@ -167,7 +167,11 @@ def test_an_analytic_teacher_has_no_weights_to_start_from():
 
 @pytest.mark.parametrize(
     ("kind", "steps", "renoise"),
-    [("edm", 4, True), ("v", 2, True), ("unconditional", 2, False)],
+    [
+        ("edm", 4, True),
+        pytest.param("v", 2, True, marks=pytest.mark.slow),
+        ("unconditional", 2, False),
+    ],
 )
 def test_stock_diffusers_in_another_process_draws_the_students_pictures(
     pipelines, tmp_path, kind, steps, renoise
