@@ -52,19 +52,22 @@ def run(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resume:
         return show(out)
     main = made.engine.accelerator.is_main_process
     if main:
+        from distill.teaching import guided
         from teachers.guidance import describe
 
-        guidance = describe(build.guided(checked, made.teacher))
+        guidance = describe(guided(checked, made.teacher))
         console.print(
             f"{checked.objective['name']}: from teacher {checked.teacher.source} ({guidance}) "
             f"to a student of {counts(made.student)}, in {out}",
             soft_wrap=True,
             markup=False,
         )
+    from distill.finish import finish
+
     made.engine.train()
     if main and made.protocol:
         console.print("exporting and measuring")
-    build.finish(made)
+    finish(made)
     if main:
         show(out)
 
@@ -201,7 +204,7 @@ def evaluate(
     """Measure a student by a protocol, at the step counts given."""
     import json
 
-    from distill.build import check_protocol, student_samples
+    from distill.measure import check_protocol, evaluate_student
     from distill.terminal import out as console
     from distill.terminal import results
     from eval.protocol import protocol as protocol_of
@@ -219,8 +222,7 @@ def evaluate(
             raise UserError(f"--steps {k}: this student was trained for {counts(generator)}")
     found = {}
     for k in map(int, wanted):
-        few = generator.at(k)
-        found[str(k)] = measure(lambda p, seed: student_samples(few, teacher, p, seed), seeds)  # noqa: B023
+        found[str(k)] = evaluate_student(generator.at(k), teacher, measure, seeds)
     rows = {f"{k} step{'s' * (k != '1')}": v for k, v in found.items()}
     title = f"{protocol}: {len(measure.prompts)} samples; ± over seeds"
     console.print(results(title, rows))
@@ -427,10 +429,10 @@ def listing(
     ] = None,
 ):
     """Name what there is: objectives, recipes, teachers, metrics and protocols."""
+    from distill.catalogue import KINDS as kinds
     from distill.terminal import out as console
     from teachers.errors import UserError, nearest
 
-    kinds = {f.__name__: f for f in (objectives, recipes, teachers, metrics, protocols)}
     if what is not None and what not in kinds:
         raise UserError(f"list {what!r} is unknown: {nearest(what, kinds)}")
     from rich.table import Table
@@ -442,53 +444,6 @@ def listing(
         if not what:
             console.print(kind, style="bold")
         console.print(table)
-
-
-def objectives() -> dict[str, str]:
-    from distill.objectives import OBJECTIVES
-
-    return {k: described(v) for k, v in OBJECTIVES.items()}
-
-
-def described(kind: type) -> str:
-    """The first line of a class's own docstring, or else of its module's."""
-    own = kind.__doc__ or ""
-    if own.startswith(f"{kind.__name__}("):  # its signature, which a dataclass without one gets
-        own = ""
-    return (own or sys.modules[kind.__module__].__doc__ or "").strip().partition("\n")[0]
-
-
-def recipes() -> dict[str, str]:
-    from distill.recipe import SHIPPED, shipped
-
-    lines = {k: (SHIPPED / f"{k}.yaml").read_text().splitlines()[0] for k in shipped()}
-    return {k: v.lstrip("# ") for k, v in lines.items()}
-
-
-def teachers() -> dict[str, str]:
-    from teachers.analytic import ANALYTIC
-    from teachers.teacher import families
-
-    found = {
-        "digits": "embedded: class-conditional, 8×8 handwritten digits",
-        "shapes": "embedded: text to 32×32 pictures of coloured shapes, a StableDiffusionPipeline",
-    }
-    found |= {f"analytic:{k}": "closed form, for tests and study" for k in ANALYTIC}
-    found["NAME.pkl"] = "a published EDM or EDM2 network, or the folder that `convert` makes of it"
-    found["FILE.py:FUNCTION"] = "your own: a function that returns a Teacher (docs/teachers.md)"
-    return found | dict.fromkeys(families(), "a diffusers folder or Hub id of this pipeline")
-
-
-def metrics() -> dict[str, str]:
-    from eval.protocol import METRICS
-
-    return METRICS
-
-
-def protocols() -> dict[str, str]:
-    from eval.protocol import PROTOCOLS
-
-    return {k: (v.__doc__ or "").strip().partition("\n")[0] for k, v in PROTOCOLS.items()}
 
 
 class Terminated(BaseException):

@@ -13,7 +13,8 @@ from torch import Tensor
 from distill.images import SUFFIXES
 from students.generator import Generator
 from teachers.analytic import Finite, Gaussian, Mixture
-from teachers.doctor import Check, Subject, check, examine, leaves, relative, subject_of, tried
+from teachers.checks import Check, Subject, check, relative
+from teachers.doctor import examine, leaves, subject_of, tried
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 

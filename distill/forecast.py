@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.build import needs_data, objective_of, player_networks
+from distill.build import objective_of, player_networks
 from distill.objective import Batch
 from distill.plan import Plan, play, unique
 from distill.recipe import Recipe
+from distill.sources import needs_data
 from students import stock
 from students.lora import unwrap
 from teachers.outlines import OUTLINES, Blank, dtype_of_new, outline

@@ -20,6 +20,8 @@ import torch
 import yaml
 
 from distill import build, teach_text
+from distill.finish import summarise
+from distill.measure import evaluate_teacher
 from distill.recipe import Recipe, find, override, read_yaml
 from distill.seeds import seed_all
 from distill.teach_text import Scenes, TextRecipe
@@ -73,7 +75,7 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
         shutil.rmtree(out / "teacher", ignore_errors=True)
         os.replace(draft, out / "teacher")
         run.teacher = load(str(out / "teacher"), null_label=null_label)
-        summary = build.summarise(run, measure(run))
+        summary = summarise(run, measure(run))
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         (out / "teacher" / "README.md").write_text(card(summary, recipe))
     run.engine.accelerator.wait_for_everyone()
@@ -137,8 +139,9 @@ def measure(run: build.Run) -> dict[str, Any]:
     if run.protocol is None:
         return {}
     seeds = run.recipe.eval.teacher_seeds
-    few = {str(k): build.evaluate_teacher(run, k, seeds) for k in STEPS}
-    whole = build.evaluate_teacher(run, run.recipe.eval.teacher_steps, seeds)
+    few = {str(k): evaluate_teacher(run.recipe, run.teacher, run.protocol, k, seeds) for k in STEPS}
+    steps = run.recipe.eval.teacher_steps
+    whole = evaluate_teacher(run.recipe, run.teacher, run.protocol, steps, seeds)
     return {"teacher": whole, "teacher_few": few, "floor": floor(run.protocol.name)}
 
 

@@ -7,84 +7,18 @@ its base model, shows its licence, and lists its figures.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import yaml
-
+from students.licence import Licence, check_licence, folder_of, hub_id, licence_of
+from students.papers import PAPERS
 from teachers.errors import UserError
-from teachers.teacher import EMBEDDED, read_json
+from teachers.teacher import read_json
 
 GRID = "grid.png"  # the sample grid's name beside the card
-HUB = "https://huggingface.co"
 
-
-class Paper(NamedTuple):
-    """A method's paper: `arxiv` is its identifier."""
-
-    title: str
-    authors: str  # BibTeX's form
-    year: int
-    arxiv: str
-
-    def bibtex(self, key: str) -> str:
-        return (
-            f"@misc{{{key},\n  title = {{{self.title}}},\n  author = {{{self.authors}}},\n"
-            f"  year = {{{self.year}}},\n  eprint = {{{self.arxiv}}},\n"
-            "  archivePrefix = {arXiv}\n}"
-        )
-
-
-# By the objective's name in a recipe.
-PAPERS = {
-    "consistency": Paper(
-        "Consistency Models",
-        "Song, Yang and Dhariwal, Prafulla and Chen, Mark and Sutskever, Ilya",
-        2023,
-        "2303.01469",
-    ),
-    "diffusion": Paper(
-        "Elucidating the Design Space of Diffusion-Based Generative Models",
-        "Karras, Tero and Aittala, Miika and Aila, Timo and Laine, Samuli",
-        2022,
-        "2206.00364",
-    ),
-    "dmd2": Paper(
-        "Improved Distribution Matching Distillation for Fast Image Synthesis",
-        'Yin, Tianwei and Gharbi, Micha{\\"e}l and Park, Taesung and Zhang, Richard and '
-        "Shechtman, Eli and Durand, Fr{\\'e}do and Freeman, William T.",
-        2024,
-        "2405.14867",
-    ),
-    "ect": Paper(
-        "Consistency Models Made Easy",
-        "Geng, Zhengyang and Pokle, Ashwini and Luo, William and Lin, Justin and Kolter, J. Zico",
-        2024,
-        "2406.14548",
-    ),
-    "fdistill": Paper(
-        "One-step Diffusion Models with f-Divergence Distribution Matching",
-        "Xu, Yilun and Nie, Weili and Vahdat, Arash",
-        2025,
-        "2502.15681",
-    ),
-    "progressive": Paper(
-        "Progressive Distillation for Fast Sampling of Diffusion Models",
-        "Salimans, Tim and Ho, Jonathan",
-        2022,
-        "2202.00512",
-    ),
-    "sid": Paper(
-        "Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion "
-        "Models for One-Step Generation",
-        "Zhou, Mingyuan and Zheng, Huangjie and Wang, Zhendong and Yin, Mingzhang and Huang, Hai",
-        2024,
-        "2404.04057",
-    ),
-}
 
 # The figures a card shows, in this order, of those that the protocol gives.
 FIGURES = {
@@ -100,139 +34,6 @@ FIGURES = {
 
 
 # ---- licences
-
-# What a licence is known by in its text, where a folder holds only that; the first that fits.
-TEXTS = {
-    r"Attribution-NonCommercial-NoDerivatives 4\.0": "cc-by-nc-nd-4.0",
-    r"Attribution-NoDerivatives 4\.0": "cc-by-nd-4.0",
-    r"Attribution-NonCommercial-ShareAlike 4\.0": "cc-by-nc-sa-4.0",
-    r"Attribution-NonCommercial 4\.0": "cc-by-nc-4.0",
-    r"CreativeML Open RAIL\+\+-M": "openrail++",
-    r"CreativeML Open RAIL-M": "creativeml-openrail-m",
-    r"Apache License\s+Version 2\.0": "apache-2.0",
-    r"MIT License": "mit",
-}
-# Words of a licence's identifier or, under `license: other`, of its name, that forbid derivatives.
-FORBIDS = re.compile(
-    r"(^|[-_ .])(nd|no-?derivatives?|no-?derivs?|all-rights-reserved|proprietary|evaluation-only)"
-    r"($|[-_ .])"
-)
-
-
-@dataclass(frozen=True)
-class Licence:
-    """A model's licence in the Hub's terms; `id` is None where none is stated."""
-
-    id: str | None = None
-    name: str | None = None  # with id "other": what it calls itself
-    link: str | None = None
-    file: Path | None = None  # its text, when the model's folder has it
-
-    @property
-    def forbids(self) -> bool:
-        """Whether it lets nobody share what is derived from the model."""
-        words = [w.lower().replace(" ", "-") for w in (self.id, self.name) if w]
-        return any(FORBIDS.search(w) for w in words)
-
-    @property
-    def called(self) -> str:
-        return (self.name if self.id == "other" and self.name else self.id) or "not stated"
-
-
-def licence_of(source: str) -> Licence:
-    """The licence of the teacher at `source`: its README's front matter, index, or LICENSE file.
-
-    Args:
-        source: What recipes name as `teacher.source`; a Hub id's README is fetched, and no licence
-            is known where it cannot be.
-    """
-    folder = folder_of(source)
-    if folder is None:
-        return licence_in(readme_of(source), {}, None, source)
-    index = folder / "model_index.json"
-    about = read_json(index, f"teacher {source!r}") if index.is_file() else {}
-    texts = [p for p in sorted(folder.glob("LICEN[SC]E*")) if p.is_file()]
-    readme = folder / "README.md"
-    text = readme.read_text(errors="replace") if readme.is_file() else ""
-    return licence_in(text, about, texts[0] if texts else None, hub_id(source))
-
-
-def licence_in(
-    readme: str, index: Mapping[str, Any], file: Path | None, base: str | None
-) -> Licence:
-    """The licence that these say, the README first."""
-    front = front_matter(readme)
-    found = front.get("license") or index.get("license")
-    if isinstance(found, list):  # several apply: one that forbids decides
-        found = next((v for v in found if Licence(str(v)).forbids), found[0] if found else None)
-    if found:
-        link = front.get("license_link")
-        if isinstance(link, str) and "://" not in link and base is not None:
-            link = f"{HUB}/{base}/blob/main/{link.removeprefix('./')}"
-        name = front.get("license_name")
-        return Licence(str(found), name and str(name), link and str(link), file)
-    if file is None:
-        return Licence()
-    text = file.read_text(errors="replace")
-    known = next((v for k, v in TEXTS.items() if re.search(k, text, re.IGNORECASE)), None)
-    return (
-        Licence(known, None, None, file) if known else Licence("other", "see-licence", None, file)
-    )
-
-
-def check_licence(source: str, override: str = "") -> Licence:
-    """The teacher's licence, which its student inherits.
-
-    Args:
-        override: Why the student may be shared all the same, such as a permission in writing;
-            the card repeats it.
-
-    Raises:
-        UserError: the licence forbids sharing derivatives, and no reason is given.
-    """
-    licence = licence_of(source)
-    if licence.forbids and not override.strip():
-        raise UserError(
-            f"teacher {source!r}: its licence ({licence.called}) forbids sharing what is derived "
-            "from it; with the owner's permission, say so by --licence-override REASON"
-        )
-    return licence
-
-
-def front_matter(readme: str) -> dict[str, Any]:
-    """The YAML between a README's first two --- lines; empty if there is none."""
-    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", readme, re.DOTALL)
-    try:
-        found = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def folder_of(source: str) -> Path | None:
-    """The teacher's local folder, if it has one."""
-    folder = EMBEDDED.get(source) or Path(source).expanduser()
-    return folder if folder.is_dir() else None
-
-
-def readme_of(source: str) -> str:
-    """A Hub model's README, from the cache or the Hub; empty where neither has it."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
-
-    if hub_id(source) is None:
-        return ""
-    try:
-        return Path(hf_hub_download(source, "README.md")).read_text(errors="replace")
-    except (HTTPError, OSError, ValueError):
-        return ""
-
-
-def hub_id(source: str) -> str | None:
-    """The Hub id of a teacher; None for local folders and embedded ones."""
-    if folder_of(source) is not None or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        return None
-    return source
 
 
 # ---- the card

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distill import build
+from distill.finish import finish
 from distill.objectives import OBJECTIVES
 from distill.recipe import Recipe
 from students import stock
@@ -227,7 +228,7 @@ def test_a_resumed_adapter_run_is_the_run(name, pipelines, tmp_path):
 def test_an_adapter_run_is_exported_merged(pipelines, tmp_path):
     run = made("sid", pipelines, tmp_path / "run", steps=2)
     run.engine.train()
-    summary = build.finish(run)
+    summary = finish(run)
     assert summary["steps"] == 2
     student, teacher = load_student(tmp_path / "run" / "student")
     z, cond = torch.randn(2, 1, 8, 8), teacher.codec.condition([1, 2])

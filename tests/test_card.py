@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard
 
 from distill import __main__ as cli
 from distill.objectives import OBJECTIVES
-from students import card
-from students.card import check_licence, licence_of
+from students import card, licence
+from students.licence import check_licence, licence_of
+from students.papers import PAPERS
 from teachers.errors import UserError
 from tests.test_push import make_run
 
@@ -142,7 +143,7 @@ def test_the_newest_grid_at_the_most_steps_lies_beside_the_card(run):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_has_its_paper(name):
-    paper = card.PAPERS[name]
+    paper = PAPERS[name]
     assert f"arXiv:{paper.arxiv}" in sys.modules[OBJECTIVES[name].__module__].__doc__
     assert paper.bibtex(name).count("{") == paper.bibtex(name).count("}")
     assert f"year = {{{paper.year}}}" in paper.bibtex(name)
@@ -153,7 +154,7 @@ def test_every_objective_has_its_paper(name):
 
 def test_a_hub_teacher_is_named_as_the_base_model(tmp_path, monkeypatch):
     readme = "---\nlicense: other\nlicense_name: their-terms\nlicense_link: LICENSE.md\n---\n"
-    monkeypatch.setattr(card, "readme_of", lambda source: readme)
+    monkeypatch.setattr(licence, "readme_of", lambda source: readme)
     text, data = of_teacher(tmp_path, "owner/model")
     assert (data["base_model"], data["base_model_relation"]) == ("owner/model", "finetune")
     assert (data["license"], data["license_name"]) == ("other", "their-terms")
@@ -162,7 +163,7 @@ def test_a_hub_teacher_is_named_as_the_base_model(tmp_path, monkeypatch):
 
 
 def test_a_lora_is_an_adapter_of_its_base(tmp_path, monkeypatch):
-    monkeypatch.setattr(card, "readme_of", lambda source: "---\nlicense: mit\n---\n")
+    monkeypatch.setattr(licence, "readme_of", lambda source: "---\nlicense: mit\n---\n")
     run = make_run(tmp_path / "run", teacher="owner/model")
     (run / "lora").mkdir()
     (run / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")

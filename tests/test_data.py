@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.transforms import functional as tf
 
 from distill import __main__ as cli
-from distill import build, cache, encode
+from distill import build, cache, encode, sources
 from distill.cache import Cache, Cached
 from distill.data import Buckets, Source
 from distill.fingerprint import fingerprint
@@ -216,7 +216,7 @@ def test_images_go_to_the_bucket_nearest_in_shape_and_keep_their_captions(tmp_pa
     folder_of(tmp_path / "a/tall", 6, size=(40, 20))
     folder_of(tmp_path / "a/wide", 10, size=(20, 40))
     r = recipe(source=str(tmp_path / "a"), buckets={"multiple": 2}, captions="folder")
-    source = build.source_of(r, toy())
+    source = sources.source_of(r, toy())
     text = {k: toy().codec.condition([k])["pooled"] for k in ("tall", "wide")}
     shapes = set()
     for draw in range(16):
@@ -241,7 +241,7 @@ def test_the_starter_pack_is_varied_and_whole():
 
 
 def test_a_teacher_that_reads_text_gets_the_pack_by_default():
-    assert build.source_of(recipe("sid"), toy()).size == len(
+    assert sources.source_of(recipe("sid"), toy()).size == len(
         pack("starter").read_text().splitlines()
     )
 
@@ -291,10 +291,10 @@ def test_images_of_datasets_and_parquet_files_equal_those_of_the_folder(tmp_path
     datasets.Dataset.from_dict({**rows, "image": inside}).to_parquet(
         tmp_path / "p.parquet", batch_size=7
     )
-    want = build.source_of(recipe(source=str(folder)), toy())
+    want = sources.source_of(recipe(source=str(folder)), toy())
     for name in ("saved", "p.parquet"):
         place = f"{tmp_path / name}:image"
-        same(build.source_of(recipe(source=place, captions="caption"), toy()), want)
+        same(sources.source_of(recipe(source=place, captions="caption"), toy()), want)
 
 
 def test_without_the_package_a_dataset_is_refused_in_one_line(tmp_path, monkeypatch):
@@ -334,7 +334,7 @@ def test_prompts_that_are_not_there_are_refused_by_name(tmp_path, place, line):
 
 def test_prompts_alone_give_batches_without_data(tmp_path):
     (tmp_path / "p.txt").write_text("".join(f"{i} words\n" for i in range(40)))
-    source = build.source_of(recipe("sid", prompts=str(tmp_path / "p.txt")), toy())
+    source = sources.source_of(recipe("sid", prompts=str(tmp_path / "p.txt")), toy())
     assert source.size == 40
     batch = source.batch(3, 1, 2, 5)
     assert batch.x is None and batch.noise.shape == (5, 4, 4, 4)
@@ -348,9 +348,9 @@ def test_prompts_alone_give_batches_without_data(tmp_path):
 
 def test_prompts_for_a_teacher_that_takes_none_are_refused():
     with pytest.raises(UserError, match=r"data\.prompts: 'pixels' takes no prompts"):
-        build.source_of(recipe("sid", prompts="pack:starter"), pixels())
+        sources.source_of(recipe("sid", prompts="pack:starter"), pixels())
     with pytest.raises(UserError, match="the teacher knows 10 classes"):
-        build.source_of(recipe("sid", prompts="pack:starter"), pixels(10))
+        sources.source_of(recipe("sid", prompts="pack:starter"), pixels(10))
 
 
 # ---- images
@@ -359,7 +359,7 @@ def test_prompts_for_a_teacher_that_takes_none_are_refused():
 def test_a_class_folder_in_memory_is_bit_for_bit_what_it_always_was(tmp_path):
     for name in ("ant", "bee"):
         folder_of(tmp_path / "a" / name, 12, captioned=False)
-    source = build.source_of(recipe(source=str(tmp_path / "a")), pixels(3))
+    source = sources.source_of(recipe(source=str(tmp_path / "a")), pixels(3))
     images = []
     for path in sorted((tmp_path / "a").rglob("*.png")):
         image = tf.resize(Image.open(path).convert("RGB"), [8, round(11 * 8 / 9)], antialias=True)
@@ -389,9 +389,9 @@ def test_shards_hold_what_the_folder_holds(tmp_path):
     samples = [(p.name, p.read_bytes()) for p in sorted(a.iterdir())]
     for k in range(4):
         tar_of(tmp_path / f"s-{k:02d}.tar", samples[k * 10 : k * 10 + 10])
-    want = build.source_of(recipe(source=str(a)), toy())
+    want = sources.source_of(recipe(source=str(a)), toy())
     for place in ("s-{00..03}.tar", "s-*.tar"):
-        same(build.source_of(recipe(source=str(tmp_path / place)), toy()), want)
+        same(sources.source_of(recipe(source=str(tmp_path / place)), toy()), want)
     with pytest.raises(UserError, match=r"no such file: .*s-04\.tar"):
         list_images(str(tmp_path / "s-{00..04}.tar"), None, 0, True)
 
@@ -403,7 +403,7 @@ def test_labels_of_shards_are_their_cls_members(tmp_path):
     assert [i.prompt for i in items] == ["2", "0"]
     assert items[1].image() == png(2)
     with pytest.raises(UserError, match=r"s\.tar/x/1 has label '2'; the teacher knows 2 classes"):
-        build.source_of(recipe(source=str(tmp_path / "s.tar")), pixels(2))
+        sources.source_of(recipe(source=str(tmp_path / "s.tar")), pixels(2))
 
 
 def test_a_photograph_that_lies_on_its_side_is_turned(tmp_path):
@@ -415,7 +415,7 @@ def test_a_photograph_that_lies_on_its_side_is_turned(tmp_path):
     exif[0x0112] = 6
     upright.rotate(90, expand=True).save(tmp_path / "a/1.png", exif=exif)
     upright.save(tmp_path / "a/2.png")
-    source = build.source_of(recipe(source=str(tmp_path / "a")), pixels())
+    source = sources.source_of(recipe(source=str(tmp_path / "a")), pixels())
     assert torch.equal(source.x[0], source.x[1])
 
 
@@ -457,7 +457,7 @@ def test_what_is_bad_is_counted_named_and_skipped(good, tmp_path, kind, memory):
     place = tmp_path / ("d/a.tar" if kind == "truncated shard" else "d/a")
     name = spoil(place, kind)
     data = {"source": str(place), "cache": str(tmp_path / "c"), "in_memory_gb": memory}
-    source = build.source_of(recipe(**data), toy())
+    source = sources.source_of(recipe(**data), toy())
     assert source.report["by_kind"] == {kind: 1}
     assert source.report["skipped"] == 1
     assert source.report["items"] == 200
@@ -478,7 +478,7 @@ def test_more_bad_than_allowed_stops_at_the_first_by_name(good, tmp_path, kind, 
     name = spoil(place, kind)
     data = {"source": str(place), "cache": str(tmp_path / "c"), "in_memory_gb": memory}
     with pytest.raises(UserError) as error:
-        build.source_of(recipe(**data, skip_share=0.001), toy())
+        sources.source_of(recipe(**data, skip_share=0.001), toy())
     assert f"data.source: {str(place)!r}: {kind}: {name}: " in str(error.value)
     assert "1 of 200 items are bad, more than data.skip_share = 0.001 allows" in str(error.value)
     assert "\n" not in str(error.value)
@@ -500,14 +500,14 @@ def test_a_blank_line_among_prompts_is_named_by_its_number(tmp_path):
     place = str(tmp_path / "p.txt")
     assert [b.name for b in list_prompts(place).bad] == [f"{place}:2"]
     with pytest.raises(UserError, match=r"empty caption: .*p\.txt:2"):
-        build.source_of(recipe("sid", prompts=place), toy())
+        sources.source_of(recipe("sid", prompts=place), toy())
 
 
 # ---- caches
 
 
 def work(teacher=None, **data):
-    made = build.work_of(recipe(**data), teacher or toy())
+    made = sources.work_of(recipe(**data), teacher or toy())
     assert made is not None
     return made
 
@@ -523,11 +523,11 @@ def test_cached_data_are_the_bits_of_data_in_memory(tmp_path, small, more):
     folder_of(tmp_path / "a", 50)
     folder_of(tmp_path / "a/wide", 20, size=(8, 16))
     data = {"source": str(tmp_path / "a"), "cache": str(tmp_path / "c"), **more}
-    held = build.source_of(recipe(**data), toy())
-    cached = build.source_of(recipe(**data, in_memory_gb=0), toy())
+    held = sources.source_of(recipe(**data), toy())
+    cached = sources.source_of(recipe(**data, in_memory_gb=0), toy())
     assert len(list((tmp_path / "c").glob("*/shard-*"))) >= 5
     same(cached, held)
-    again = build.source_of(recipe(**data), toy())  # it is there now, and so it is read
+    again = sources.source_of(recipe(**data), toy())  # it is there now, and so it is read
     assert again.x is None
     same(again, held)
 
@@ -536,9 +536,9 @@ def test_a_cache_of_prompts_is_the_same_bits_and_holds_the_null_prompt(tmp_path,
     (tmp_path / "p.txt").write_text("".join(f"{i} words\n" for i in range(40)))
     data = {"prompts": str(tmp_path / "p.txt"), "cache": str(tmp_path / "c")}
     teacher = toy("blurry")
-    held = build.source_of(recipe("sid", **data), teacher)
-    same(build.source_of(recipe("sid", **data, in_memory_gb=0), teacher), held)
-    made = build.work_of(recipe("sid", **data), teacher)
+    held = sources.source_of(recipe("sid", **data), teacher)
+    same(sources.source_of(recipe("sid", **data, in_memory_gb=0), teacher), held)
+    made = sources.work_of(recipe("sid", **data), teacher)
     null = Cache(made, tmp_path / "c").null()
     want = teacher.codec.condition(["blurry"])
     assert null.keys() == want.keys()
@@ -548,9 +548,9 @@ def test_a_cache_of_prompts_is_the_same_bits_and_holds_the_null_prompt(tmp_path,
 def test_a_ready_cache_is_read_without_the_encoders(tmp_path, monkeypatch):
     folder_of(tmp_path / "a", 40)
     data = {"source": str(tmp_path / "a"), "cache": str(tmp_path / "c"), "in_memory_gb": 0}
-    first = build.source_of(recipe(**data), toy())
+    first = sources.source_of(recipe(**data), toy())
     monkeypatch.setattr(encode.Work, "encode", lambda *_: pytest.fail("it encoded again"))
-    same(build.source_of(recipe(**data), toy()), first)
+    same(sources.source_of(recipe(**data), toy()), first)
 
 
 def forked(folder, root, rank=0, world=1, pause=0.0):
@@ -569,7 +569,7 @@ def forked(folder, root, rank=0, world=1, pause=0.0):
 
         encode.Work.encode = later
         data = {"source": str(folder), "cache": str(root), "in_memory_gb": 0, "skip_share": 0.1}
-        build.source_of(recipe(**data), toy())
+        sources.source_of(recipe(**data), toy())
         code = 0
     finally:
         os._exit(code)
@@ -610,16 +610,16 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path):
 def test_a_damaged_shard_is_named_and_a_deleted_one_made_again(tmp_path, small):
     folder_of(tmp_path / "a", 40)
     data = {"source": str(tmp_path / "a"), "cache": str(tmp_path / "c"), "in_memory_gb": 0}
-    first = build.source_of(recipe(**data), toy())
+    first = sources.source_of(recipe(**data), toy())
     victim = next((tmp_path / "c").glob("*/shard-00001*"))
     whole = victim.read_bytes()
     victim.write_bytes(whole[:-9])
     with pytest.raises(
         UserError, match=r"shard-00001\.safetensors is missing or damaged.*delete it"
     ):
-        build.source_of(recipe(**data), toy())
+        sources.source_of(recipe(**data), toy())
     victim.unlink()
-    same(build.source_of(recipe(**data), toy()), first)
+    same(sources.source_of(recipe(**data), toy()), first)
     assert victim.read_bytes() == whole
 
 
@@ -665,7 +665,7 @@ def test_the_key_is_not_of_what_does_not_matter(tmp_path):
     shutil.copytree(a, tmp_path / "b")
     used = toy()
     used.codec.null  # noqa: B018  (it is kept once made)
-    build.source_of(recipe(source=str(a)), used)
+    sources.source_of(recipe(source=str(a)), used)
     with torch.no_grad():
         used.denoiser.layer.weight += 1
     os.utime(a / "003.png")
@@ -698,13 +698,13 @@ def test_a_cache_over_its_limit_is_refused_and_nothing_is_written(tmp_path):
     need = work(**data).bytes
     assert need == 20 * 4 * (4 * 4 * 4 + 6 * 8 + 8)
     with pytest.raises(UserError, match=r"data\.cache_limit_gb: 20 items of .* over the limit"):
-        build.source_of(
+        sources.source_of(
             recipe(**data, cache=str(tmp_path / "c"), cache_limit_gb=need * 0.99 / 1e9), toy()
         )
     with pytest.raises(UserError, match=r"is not a folder that can be written to"):
-        build.source_of(recipe(**data, cache=str(tmp_path / "a/001.png/c")), toy())
+        sources.source_of(recipe(**data, cache=str(tmp_path / "a/001.png/c")), toy())
     assert {p.name for p in tmp_path.iterdir()} == {"a"}
-    build.source_of(recipe(**data, cache=str(tmp_path / "c"), cache_limit_gb=need / 1e9), toy())
+    sources.source_of(recipe(**data, cache=str(tmp_path / "c"), cache_limit_gb=need / 1e9), toy())
 
 
 def test_a_codec_whose_conditions_vary_in_length_is_named(tmp_path):
@@ -712,7 +712,7 @@ def test_a_codec_whose_conditions_vary_in_length_is_named(tmp_path):
     teacher = toy()
     teacher.codec.condition = lambda prompts: {"text": torch.zeros(len(prompts), len(prompts[-1]))}
     with pytest.raises(UserError, match=r"its codec made cond.text of shape .* pad it"):
-        build.source_of(recipe("sid", prompts=str(tmp_path / "p.txt")), teacher)
+        sources.source_of(recipe("sid", prompts=str(tmp_path / "p.txt")), teacher)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
@@ -735,11 +735,11 @@ def test_a_cache_is_not_read_into_memory(tmp_path):
 def test_a_data_size_that_is_not_the_teachers_is_refused(tmp_path):
     folder_of(tmp_path / "a")
     with pytest.raises(UserError, match="is 4×8×8; the teacher takes 4×4×4"):
-        build.source_of(recipe(source=str(tmp_path / "a"), size=16), toy())
+        sources.source_of(recipe(source=str(tmp_path / "a"), size=16), toy())
     with pytest.raises(UserError, match=r"data\.size: 9 is no multiple of 2"):
-        build.source_of(recipe(source=str(tmp_path / "a"), size=9), toy())
+        sources.source_of(recipe(source=str(tmp_path / "a"), size=9), toy())
     with pytest.raises(UserError, match=r"data\.buckets\.multiple: 3 is no multiple of 2"):
-        build.source_of(recipe(source=str(tmp_path / "a"), buckets={"multiple": 3}), toy())
+        sources.source_of(recipe(source=str(tmp_path / "a"), buckets={"multiple": 3}), toy())
 
 
 @pytest.mark.parametrize(

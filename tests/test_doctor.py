@@ -359,6 +359,6 @@ def test_a_mistaken_command_is_one_line(capsys, words, line):
 
 
 def test_every_prediction_has_its_published_name():
-    from teachers.doctor import PUBLISHED
+    from teachers.evidence import PUBLISHED
 
     assert PUBLISHED.keys() >= PREDICTIONS.keys()

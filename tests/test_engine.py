@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill import build, checkpoint
+from distill import build, checkpoint, sources, teaching
 from distill.data import Source, Stream
 from distill.ema import EMA
 from distill.engine import Stopped
@@ -367,7 +367,7 @@ def folder_source(pipelines, kind, folder):
     if kind == "unconditional":
         del tree["teacher"]["null_label"]
     recipe = Recipe.check(tree)
-    return build.source_of(recipe, build.load_teacher(recipe))
+    return sources.source_of(recipe, teaching.load_teacher(recipe))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 import yaml
 from torch import nn
 
-from distill import build
+from distill import teaching
 from distill.recipe import Recipe
 from teachers import UserError
 from teachers.analytic import Gaussian
@@ -271,8 +271,8 @@ def test_a_guided_walk_ends_nearer_to_its_class_than_an_unguided_one(teacher):
 def test_a_recipe_makes_what_it_says(tmp_path, guidance, line):
     recipe = written(tmp_path, guidance)
     assert Recipe.check(recipe.tree()) == recipe
-    teacher = build.load_teacher(recipe)
-    guided = build.guided(recipe, teacher)
+    teacher = teaching.load_teacher(recipe)
+    guided = teaching.guided(recipe, teacher)
     assert describe(guided) == line
     cond = teacher.codec.condition([1, 2])
     x = guided(torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.6]), cond)
@@ -314,4 +314,4 @@ def test_a_mistaken_guidance_is_one_line(tmp_path, guidance, line):
 def test_a_weaker_teacher_of_another_shape_is_refused(tmp_path):
     recipe = written(tmp_path, "{scale: 2, kind: auto, weaker: 'analytic:ring'}")
     with pytest.raises(UserError, match=r"weaker: 'analytic:ring' is 2; the teacher is 1×8×8"):
-        build.guided(recipe, build.load_teacher(recipe))
+        teaching.guided(recipe, teaching.load_teacher(recipe))

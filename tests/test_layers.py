@@ -20,7 +20,10 @@ MAY = {
     "distill": {"teachers", "students", "distill"},
     "eval": {"eval"},
 }
-SEES_ALL = {"distill/build.py", "distill/__main__.py", "distill/teach.py"}
+SEES_ALL = {
+    f"distill/{name}.py"
+    for name in ("build", "sources", "measure", "finish", "teach", "catalogue", "__main__")
+}
 
 
 def imports(path: Path) -> set[str]:

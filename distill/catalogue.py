@@ -1,0 +1,55 @@
+"""What there is to choose from: objectives, recipes, teachers, metrics and protocols, by name."""
+
+from __future__ import annotations
+
+import sys
+
+
+def objectives() -> dict[str, str]:
+    from distill.objectives import OBJECTIVES
+
+    return {k: described(v) for k, v in OBJECTIVES.items()}
+
+
+def described(kind: type) -> str:
+    """The first line of a class's own docstring, or else of its module's."""
+    own = kind.__doc__ or ""
+    if own.startswith(f"{kind.__name__}("):  # its signature, which a dataclass without one gets
+        own = ""
+    return (own or sys.modules[kind.__module__].__doc__ or "").strip().partition("\n")[0]
+
+
+def recipes() -> dict[str, str]:
+    from distill.recipe import SHIPPED, shipped
+
+    lines = {k: (SHIPPED / f"{k}.yaml").read_text().splitlines()[0] for k in shipped()}
+    return {k: v.lstrip("# ") for k, v in lines.items()}
+
+
+def teachers() -> dict[str, str]:
+    from teachers.analytic import ANALYTIC
+    from teachers.teacher import families
+
+    found = {
+        "digits": "embedded: class-conditional, 8×8 handwritten digits",
+        "shapes": "embedded: text to 32×32 pictures of coloured shapes, a StableDiffusionPipeline",
+    }
+    found |= {f"analytic:{k}": "closed form, for tests and study" for k in ANALYTIC}
+    found["NAME.pkl"] = "a published EDM or EDM2 network, or the folder that `convert` makes of it"
+    found["FILE.py:FUNCTION"] = "your own: a function that returns a Teacher (docs/teachers.md)"
+    return found | dict.fromkeys(families(), "a diffusers folder or Hub id of this pipeline")
+
+
+def metrics() -> dict[str, str]:
+    from eval.protocol import METRICS
+
+    return METRICS
+
+
+def protocols() -> dict[str, str]:
+    from eval.protocol import PROTOCOLS
+
+    return {k: (v.__doc__ or "").strip().partition("\n")[0] for k, v in PROTOCOLS.items()}
+
+
+KINDS = {f.__name__: f for f in (objectives, recipes, teachers, metrics, protocols)}

@@ -1,0 +1,64 @@
+"""What is wrong with a recipe, in one line: the key's path, what was expected, the nearest name."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Union, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from teachers.errors import nearest
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """The first thing wrong, as one line: key path, what was expected, the nearest valid name."""
+    problems = [e for e in error.errors() if not _other_member(e, error.errors())]
+    first = sorted(problems, key=lambda e: e["type"] not in UNKNOWN)[0]
+    # a union reports each member that failed; the path up to its tag is the key itself
+    loc = [str(p) for p in first["loc"] if not _is_tag(p)]
+    path = ".".join([prefix, *loc] if prefix else loc)
+    if first["type"] in UNKNOWN:
+        known = _keys(model, loc[:-1])
+        return f"{path}: unknown key; {nearest(loc[-1], known)}"
+    if first["type"] == "missing":
+        return f"{path}: missing; every recipe must set it"
+    if first["type"] == "missing_argument":
+        return f"{path}: missing"
+    return f"{path}: {_expected(first)}, not {first['input']!r}"
+
+
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+def _other_member(problem: ErrorDetails, problems: list[ErrorDetails]) -> bool:
+    """Whether this is of a union's member that does not know the keys, where another does."""
+    tags = [p for p in problem["loc"] if _is_tag(p)]
+    strange = {str(p["loc"][:-1]) for p in problems if p["type"] in UNKNOWN}
+    mine = any(str(problem["loc"][:-1]) == s for s in strange)
+    return bool(tags) and mine and any(str(p["loc"][:-1]) not in strange for p in problems)
+
+
+def _is_tag(part: int | str) -> bool:
+    return isinstance(part, str) and (part in ("Uniform", "LogNormal") or "[" in part)
+
+
+def _expected(problem: ErrorDetails) -> str:
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return message.replace("input should be", "expected")
+
+
+def _keys(model: type, path: Sequence[str]) -> list[str]:
+    """The keys that are valid under `path` of a model or a dataclass."""
+    for part in path:
+        hints = get_type_hints(model, include_extras=False)
+        hint = hints.get(part)
+        if get_origin(hint) is dict:  # players: any name, then Moves
+            model = get_args(hint)[1]
+            continue
+        options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        inner = [o for o in options if isinstance(o, type) and hasattr(o, "__annotations__")]
+        if inner:
+            model = inner[0]
+    return [k for k in get_type_hints(model) if not k.startswith(("model_", "_"))]

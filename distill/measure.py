@@ -1,0 +1,92 @@
+"""Students and teachers measured by a protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from distill.recipe import Recipe
+from distill.teaching import guided
+from eval.protocol import Protocol, images_to_samples
+from eval.samples import Samples
+from students.export import draw
+from students.generator import Generator
+from teachers.errors import UserError
+from teachers.solver import evaluations, solve
+from teachers.teacher import Teacher
+
+
+def check_protocol(measure: Protocol, teacher: Teacher) -> None:
+    """Refuse a protocol whose prompts the teacher cannot take, before anything is trained."""
+    if measure.name == "digits" and (
+        teacher.shape != (1, 8, 8) or getattr(teacher.codec, "classes", 0) != 10
+    ):
+        raise UserError(
+            f"protocol digits measures 10 classes of 1×8×8 images, not "
+            f"{'×'.join(map(str, teacher.shape))} of {getattr(teacher.codec, 'classes', 0)}; "
+            "leave it out for other teachers"
+        )
+    if measure.name == "shapes" and (
+        getattr(teacher.codec, "classes", 0) or getattr(teacher.codec, "size", None) != (32, 32)
+    ):
+        raise UserError(
+            "protocol shapes measures 32×32 pictures of captions; leave it out for other teachers"
+        )
+
+
+def timed(make: Any, device: torch.device) -> tuple[torch.Tensor, float]:
+    """What `make` returns, and the seconds until the device had it."""
+    began = time.perf_counter()
+    result = make()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - began
+
+
+def student_samples(
+    student: Generator, teacher: Teacher, prompts: Sequence[str], seed: int
+) -> Samples:
+    """A student's pictures for the prompts, by the noise that a stock pipeline would draw."""
+    device = next(student.parameters()).device
+    x, seconds = timed(lambda: draw(student, teacher, prompts, seed), device)
+    return images_to_samples(teacher.codec.decode(x), list(prompts), seconds)
+
+
+@torch.no_grad()
+def teacher_samples(
+    recipe: Recipe, teacher: Teacher, prompts: Sequence[str], seed: int, steps: int
+) -> Samples:
+    """The guided teacher's pictures for the prompts, by the recipe's solver."""
+    denoiser, method = guided(recipe, teacher), recipe.eval.teacher_solver
+    device = next(denoiser.parameters()).device
+    noise = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(seed))
+    cond = teacher.codec.condition(prompts)
+
+    def make() -> torch.Tensor:
+        parts = []
+        for i in range(0, len(noise), 512):
+            part = cond and {k: v[i : i + 512].to(device) for k, v in cond.items()}
+            parts.append(solve(denoiser, noise[i : i + 512].to(device), steps, method, part))
+        return torch.cat(parts)
+
+    x, seconds = timed(make, device)
+    return images_to_samples(teacher.codec.decode(x), list(prompts), seconds)
+
+
+def evaluate_student(
+    student: Generator, teacher: Teacher, measure: Protocol, seeds: int
+) -> dict[str, Any]:
+    """A student, run in all of its steps, by the protocol, with the weights that are in place."""
+    return measure(lambda p, seed: student_samples(student, teacher, p, seed), seeds)
+
+
+def evaluate_teacher(
+    recipe: Recipe, teacher: Teacher, measure: Protocol, steps: int, seeds: int
+) -> dict[str, Any]:
+    """The guided teacher in `steps` steps of the recipe's solver, by the protocol."""
+    found = measure(lambda p, seed: teacher_samples(recipe, teacher, p, seed, steps), seeds)
+    solver = recipe.eval.teacher_solver
+    return {**found, "solver": solver, "steps": steps, "evaluations": evaluations(steps, solver)}

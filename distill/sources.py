@@ -1,0 +1,105 @@
+"""The data and conditions that a recipe asks for, as a Source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill import cache
+from distill.data import Source
+from distill.encode import Work, picture_shape
+from distill.images import into_buckets, list_images, sizes_of
+from distill.prompts import list_prompts
+from distill.recipe import Recipe
+from eval import digits, shapes
+from teachers.errors import UserError
+from teachers.teacher import EMBEDDED, Teacher
+
+
+def source_of(recipe: Recipe, teacher: Teacher) -> Source:
+    """Data and conditions as the recipe says, encoded once: in memory, or in a cache."""
+    seed, codec = recipe.train.seed, teacher.codec
+    if recipe.data.source in EMBEDDED:
+        return embedded_source(recipe, teacher)
+    if (work := work_of(recipe, teacher)) is not None:
+        return cache.source(work, recipe.data, seed)
+    labels = list(range(getattr(codec, "classes", 0))) or [0]
+    return Source(teacher.shape, None, codec.condition(labels), seed, len(labels))
+
+
+def embedded_source(recipe: Recipe, teacher: Teacher) -> Source:
+    """The digits, or drawings of the shapes, as many as the caption protocol compares with."""
+    name, codec = str(recipe.data.source), teacher.codec
+    classes = getattr(codec, "classes", 0)
+    needed = needs_data(recipe)
+    if name == "digits":
+        images, numbers = digits.data()
+        prompts: list[Any] = numbers.tolist()
+        if classes and max(prompts) >= classes:
+            raise UserError(
+                f"data.source: 'digits' has label {max(prompts)}; "
+                f"the teacher knows {classes} classes"
+            )
+    else:
+        if classes or codec.condition(["a"]) is None:
+            raise UserError("data.source: 'shapes' has captions, which this teacher does not read")
+        prompts = shapes.all_captions() * (10 if needed else 1)
+        images = shapes.draw(prompts, seed=recipe.train.seed).float() / 127.5 - 1
+    if images.shape[1] != (channels := picture_shape(teacher)[0]):
+        raise UserError(
+            f"data.source: {name!r} has pictures of {images.shape[1]} channels; "
+            f"the teacher takes {channels}"
+        )
+    x = codec.encode(images) if needed or name == "digits" else None
+    if x is not None and x.shape[1:] != teacher.shape:
+        want, got = ("×".join(map(str, s)) for s in (teacher.shape, x.shape[1:]))
+        raise UserError(f"data.source: {name!r} is {got}; the teacher takes {want}")
+    cond = codec.condition(prompts)
+    return Source(teacher.shape, x if needed else None, cond, recipe.train.seed, len(prompts))
+
+
+def needs_data(recipe: Recipe) -> bool:
+    """Whether batches must hold real data, or prompts and labels will do."""
+    kind = recipe.kind
+    critic = kind.needs_data == "critic" and recipe.critic is not None
+    return kind.needs_data == "always" or critic
+
+
+def work_of(recipe: Recipe, teacher: Teacher) -> Work | None:
+    """What there is to encode; None where labels are all, or data are embedded."""
+    data, codec = recipe.data, teacher.codec
+    if data.source in EMBEDDED:
+        return None
+    classes = getattr(codec, "classes", 0)
+    reads_text = not classes and codec.condition([""]) is not None
+    with_data, sizes = False, [(0, 0)]
+    if data.source is not None:
+        listing = list_images(data.source, data.captions, classes, reads_text)
+        if with_data := needs_data(recipe):
+            sizes = sizes_for(recipe, teacher)
+            into_buckets(listing, sizes)
+    elif data.prompts is not None and not classes and not reads_text:
+        raise UserError(f"data.prompts: {teacher.source!r} takes no prompts; remove it")
+    elif data.prompts is not None or reads_text:
+        listing = list_prompts(data.prompts or "pack:starter")
+    else:
+        return None
+    listing.check(listing.bad, listing.total, data.skip_share)
+    if classes:
+        listing.check_labels(classes)
+    return Work(teacher, listing, sizes, with_data)
+
+
+def sizes_for(recipe: Recipe, teacher: Teacher) -> list[tuple[int, int]]:
+    """Heights and widths that images are cut to."""
+    data = recipe.data
+    _, *sides = picture_shape(teacher)
+    height, width = (data.size, data.size) if data.size else sides
+    factor = sides[0] // teacher.shape[-2]
+    if height % factor:
+        raise UserError(f"data.size: {height} is no multiple of {factor}, as the codec needs")
+    if data.buckets and data.buckets.multiple % factor:
+        raise UserError(
+            f"data.buckets.multiple: {data.buckets.multiple} is no multiple of {factor}, "
+            "as the codec needs"
+        )
+    return sizes_of(data.buckets, height, width)

@@ -1,0 +1,68 @@
+"""The teacher that a recipe asks for: loaded, and guided."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from distill.recipe import GuidanceSection, Recipe
+from teachers.denoiser import Denoiser, Guided, Mix, Under, linear
+from teachers.errors import UserError
+from teachers.guidance import Auto, Interval, Projected, Rescaled, Skipping
+from teachers.teacher import Teacher, load
+
+
+def load_teacher(recipe: Recipe) -> Teacher:
+    """The recipe's teacher, unguided."""
+    teacher = load(recipe.teacher.source, **recipe.teacher.options())
+    how = guidance_of(recipe)
+    if how.kind in ("cfg", "apg") and how.scale != 1 and teacher.codec.null is None:
+        raise UserError(
+            f"teacher.guidance: {how.scale} needs a null class, and "
+            f"{recipe.teacher.source!r} names none; set teacher.null_label, or guidance to 1"
+        )
+    return teacher
+
+
+def guidance_of(recipe: Recipe) -> GuidanceSection:
+    """The recipe's guidance, all of it spelled out: a number alone is classifier-free."""
+    how = recipe.teacher.guidance
+    return how if isinstance(how, GuidanceSection) else GuidanceSection(scale=how)
+
+
+def guided(recipe: Recipe, teacher: Teacher) -> Denoiser:
+    """What the objective sees as its teacher; scale 1 passes straight through.
+
+    Raises:
+        UserError: a block that is to be skipped is not there, or the weaker teacher does not fit.
+    """
+    how, denoiser = guidance_of(recipe), teacher.denoiser
+    mix: Mix = linear
+    if how.kind == "apg":
+        mix = Projected(how.eta or 0.0, how.threshold)
+    if how.rescale:
+        mix = Rescaled(how.rescale, mix)
+    if how.kind == "skip":
+        found: Guided = Skipping(denoiser, how.scale, how.blocks, mix)
+    elif how.weaker is not None:
+        found = Auto(denoiser, how.scale, weaker(how.weaker, recipe, teacher), mix)
+    else:
+        found = Guided(denoiser, how.scale, teacher.codec.null, mix)
+    return found if how.interval is None else Interval(found, *how.interval)
+
+
+def weaker(source: str, recipe: Recipe, teacher: Teacher) -> Denoiser:
+    """Autoguidance's weaker network, under the teacher's process and on its device."""
+    other = read_once(source, recipe.teacher.null_label)
+    if other.shape != teacher.shape:
+        want, got = ("×".join(map(str, s)) for s in (teacher.shape, other.shape))
+        raise UserError(f"teacher.guidance.weaker: {source!r} is {got}; the teacher is {want}")
+    parameters = [*teacher.denoiser.parameters(), *teacher.denoiser.buffers()]
+    denoiser = other.denoiser.to(parameters[0].device)
+    same = denoiser.process == teacher.denoiser.process
+    return denoiser if same else Under(denoiser, teacher.denoiser.process)
+
+
+@lru_cache(maxsize=1)
+def read_once(source: str, null_label: int | None) -> Teacher:
+    """A weaker teacher: asked for at each evaluation, read once."""
+    return load(source, **({} if null_label is None else {"null_label": null_label}))
