@@ -112,7 +112,8 @@ def show(out: Path) -> None:
         console.print("not measured: the recipe names no eval.protocol")
     console.print(
         f"{summary['steps']} steps in {summary['wall_s']:.0f} s, "
-        f"{summary['network_evaluations']:,} network evaluations; student in {out / 'student'}",
+        f"{summary['network_evaluations']:,} network evaluations; student in {out / 'student'}, "
+        f"report in {out / 'report.html'}",
         soft_wrap=True,
     )
 
@@ -283,6 +284,44 @@ def card(
         sys.stdout.write(made.text)
     else:
         out.write_text(made.text)
+
+
+@app.command()
+def report(
+    run: RunArg,
+    out: Annotated[Path | None, typer.Option(help="Instead of RUN/report.html.")] = None,
+):
+    """Write a finished run's report: verdict, pictures, curves, figures and cost on one page."""
+    from distill.report import report as write
+    from distill.terminal import out as console
+
+    if out is not None:
+        writable(out, "--out")
+    console.print(f"report in {write(run, out)}", soft_wrap=True, markup=False)
+
+
+@app.command()
+def compare(
+    run: RunArg,
+    reference: Annotated[
+        str | None, typer.Argument(help="A shipped reference, a file, or another run's folder.")
+    ] = None,
+):
+    """Say where a run's curves leave the band of known-good runs of its recipe."""
+    from distill import curves
+    from distill.terminal import out as console
+
+    found, good = curves.series(run), curves.reference_for(run, reference)
+    left = curves.departures(found, good)
+    for departure in left:
+        console.print(str(departure), soft_wrap=True, markup=False)
+    kept = "every curve keeps to its band"
+    console.print(
+        f"{len(left)} of {len(good.bands)} curves leave their bands" if left else kept,
+        f"({curves.compared(found, good)} logged steps; {good.recipe}, {good.runs} runs)",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 @app.command()

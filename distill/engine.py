@@ -23,7 +23,7 @@ from distill import checkpoint
 from distill.data import AHEAD, Source, Stream
 from distill.ema import EMA
 from distill.objective import Objective, Turn, check_loss, check_turn
-from distill.pictures import save_grid
+from distill.pictures import COLUMNS, save_grid
 from distill.player import Player
 from distill.recipe import TrainSection
 from distill.seeds import seed_all
@@ -211,7 +211,7 @@ class Engine:
             folder = self.out / "samples"
             folder.mkdir(exist_ok=True)
             for steps, grid in zip(student.counts, images, strict=True):
-                save_grid(grid, folder / f"step-{self.step:06d}-at-{steps}.png", 10)
+                save_grid(grid, folder / f"step-{self.step:06d}-at-{steps}.png", COLUMNS)
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:

@@ -10,8 +10,16 @@ from typing import Any
 import torch
 
 from distill.build import Run
-from distill.measure import evaluate_student, evaluate_teacher
+from distill.measure import (
+    evaluate_student,
+    evaluate_teacher,
+    student_samples,
+    teacher_samples,
+)
+from distill.pictures import COLUMNS, save_grid
+from distill.report import PICTURES, report
 from distill.teaching import guided
+from eval.samples import Samples
 from students import lora_files
 from students.export import export
 from teachers.guidance import describe
@@ -31,13 +39,30 @@ def finish(run: Run) -> dict[str, Any]:
                 lora_files.export_lora(
                     run.student, run.teacher, run.out / "student", run.out / "lora"
                 )
+            save_pictures(run)
             summary = summarise(run, measure_all(run))
         draft = run.out / ".summary.json"
         draft.write_text(json.dumps(summary, indent=2) + "\n")
         draft.replace(run.out / "summary.json")
+        report(run.out)
     engine.accelerator.wait_for_everyone()
     engine.accelerator.end_training()
     return summary
+
+
+def save_pictures(run: Run) -> None:
+    """Grids of the teacher's and the student's pictures, all from the same noise."""
+    folder, shown = run.out / "samples" / PICTURES, run.engine.shown
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prompts.json").write_text(json.dumps(shown))
+
+    def save(who: str, steps: int, samples: Samples) -> None:
+        save_grid(samples.images / 127.5 - 1, folder / f"{who}-{steps}.png", COLUMNS)
+
+    for steps in (run.recipe.eval.teacher_steps, 1):
+        save("teacher", steps, teacher_samples(run.recipe, run.teacher, shown, 0, steps))
+    for k in run.student.counts:
+        save("student", k, student_samples(run.student.at(k), run.teacher, shown, 0))
 
 
 def measure_all(run: Run) -> dict[str, Any]:

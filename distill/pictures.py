@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+COLUMNS = 10  # of a run's sample grids
 CELL = 40  # pixels that a small picture is enlarged to, at least
 
 

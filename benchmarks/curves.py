@@ -1,0 +1,32 @@
+"""Write a recipe's reference curves from a few good runs of it with different seeds.
+
+python benchmarks/curves.py digits/dmd2 runs/a runs/b runs/c
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from distill.curves import REFERENCES, record
+from distill.recipe import shipped
+from teachers.errors import UserError, nearest
+
+
+def main(name: str, *runs: str) -> None:
+    if name not in shipped():
+        raise SystemExit(f"recipe {name!r} is unknown: {nearest(name, shipped())}")
+    try:
+        made = record([Path(run) for run in runs], name)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    path = REFERENCES / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(made, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
+    main(*sys.argv[1:])

@@ -1,0 +1,209 @@
+"""A run's report: one self-contained page with the verdict, pictures, curves, figures and cost."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from distill import curves
+from distill.charts import chart
+from students.card import (
+    FIGURES,
+    Facts,
+    cost,
+    facts_of,
+    limitations,
+    named,
+    require_finished,
+    snippet,
+)
+from teachers.errors import UserError
+
+PICTURES = "final"  # under samples/: teacher and student on the same noise, written as a run ends
+CURVES = ("loss", "grad_norm")  # the series that are shown first; the others can be unfolded
+LOWER = {"fd", "fid"}  # figures of which less is better
+
+
+class Picture(NamedTuple):
+    """A grid of samples: what drew it, and the image as a data URI."""
+
+    name: str
+    uri: str
+
+
+def report(run: Path, out: Path | None = None) -> Path:
+    """Write the report of a finished run, by default as `report.html` in its folder.
+
+    Raises:
+        UserError: the run is not finished, or its records are damaged.
+    """
+    require_finished(run)
+    out = run / "report.html" if out is None else out
+    page = render(run)
+    draft = out.with_name(f".{out.name}")
+    draft.write_text(page, encoding="utf-8")
+    draft.replace(out)
+    return out
+
+
+def render(run: Path) -> str:
+    """The page as HTML."""
+    from jinja2 import Environment, StrictUndefined
+
+    summary = read_summary(run)
+    facts = facts_of(run / "student", summary, str(run / "student"))
+    recipe = curves.tree_of(run)
+    found, reference = curves.series(run), curves.match(recipe)
+    bands = reference.bands if reference else {}
+    drawn = {name: chart(name, values, bands.get(name)) for name, values in found.items()}
+    first = {k: v for k, v in drawn.items() if k.endswith(CURVES)}
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(files("distill").joinpath("report.html").read_text("utf-8"))
+    return template.render(
+        title=f"{named(facts)} in {steps_of(facts.counts)}",
+        verdict=verdict(summary),
+        facts=headline(facts, summary, recipe),
+        teacher=[p for p in pictures(run) if p.name.startswith("teacher")],
+        student=[p for p in pictures(run) if p.name.startswith("student")],
+        prompts=prompts(run),
+        table=table(summary),
+        protocol=protocol(summary),
+        curves=first,
+        more={k: v for k, v in drawn.items() if k not in first},
+        reference=reference,
+        departures=curves.departures(found, reference) if reference else [],
+        snippet=snippet(facts),
+        limitations=[li[2:] for li in limitations(facts).splitlines() if li.startswith("- ")],
+        recipe=yaml.safe_dump(recipe, sort_keys=False),
+        versions=summary.get("versions", {}),
+        device=summary.get("device", "not recorded"),
+    )
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run / "summary.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{run}: summary.json is damaged; run it again with --resume") from None
+
+
+def steps_of(counts: Any) -> str:
+    """One step; 1, 2 or 4 steps."""
+    *most, last = map(str, sorted(counts))
+    return f"{', '.join(most)} or {last} steps" if most else f"{last} step{'s' * (last != '1')}"
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """What came of it, in one sentence: the best of the student's step counts by distance."""
+    metrics = summary.get("metrics")
+    if not metrics:
+        return "Not measured: the recipe names no evaluation protocol."
+    full = metrics["teacher"]
+    key = next((k for k in FIGURES if k in full), None)
+    if key is None:
+        return f"Measured by protocol {full['protocol']}."
+    steps, best = min(
+        metrics["student"].items(), key=lambda i: i[1][key] if key in LOWER else -i[1][key]
+    )
+    ratio = best[key] / full[key]
+    speed = best["images_per_s"] / full["images_per_s"]
+    alone = metrics.get("teacher_few", {}).get(steps)
+    without = f"; the teacher in {steps_of([int(steps)])} has {alone[key]:.3g}" if alone else ""
+    said = " ± ".join(filter(None, figure(best, key)))
+    return (
+        f"In {steps_of([int(steps)])} the student's {FIGURES[key]} is {said}, "
+        f"{ratio:.2f}× that of the teacher's {full['steps']} ({full[key]:.3g}), "
+        f"at {speed:.1f}× its speed{without}."
+    )
+
+
+def figure(row: Mapping[str, Any], key: str) -> tuple[str, str]:
+    """A figure, and its spread over seeds where there was more than one."""
+    spread = row.get("spread", {}).get(key, 0.0) if row.get("seeds", 1) > 1 else None
+    return f"{row[key]:.3f}", "" if spread is None else f"{spread:.3f}"
+
+
+def headline(facts: Facts, summary: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, str]:
+    """What was distilled, and how."""
+    learnt = "all weights"
+    if adapters := recipe.get("adapters"):
+        learnt = f"{adapters['kind']} adapters of rank {adapters['rank']}"
+    return {
+        "Teacher": f"{named(facts)}, {summary.get('guidance', 'unguided')}",
+        "Objective": facts.objective,
+        "What learnt": learnt,
+        "Training": f"{summary['steps']:,} steps of {recipe['train']['batch']}, "
+        f"seed {summary.get('seed', 0)}",
+        "Cost": cost(summary),
+    }
+
+
+def pictures(run: Path) -> list[Picture]:
+    """The last grids of teacher and student; the newest samples where a run kept no others."""
+    folder = run / "samples" / PICTURES
+    found = {("teacher", steps_in(p)): p for p in folder.glob("teacher-*.png")}
+    found |= {("student", steps_in(p)): p for p in folder.glob("student-*.png")}
+    if not found:
+        for path in sorted((run / "samples").glob("step-*-at-*.png")):  # a newer one replaces
+            found["student", steps_in(path)] = path
+    return [
+        Picture(
+            f"{who}, {steps_of([steps])}",
+            "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
+        )
+        for (who, steps), path in sorted(found.items())
+    ]
+
+
+def steps_in(path: Path) -> int:
+    """The step count that ends the name of a grid's file."""
+    return int(path.stem.rpartition("-")[2])
+
+
+def prompts(run: Path) -> list[str]:
+    """What the pictures were asked for, row by row; empty for unconditional ones."""
+    path = run / "samples" / PICTURES / "prompts.json"
+    return [str(p) for p in json.loads(path.read_text())] if path.is_file() else []
+
+
+def table(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures: heads, and a row for each sampler with whether it is the student's."""
+    metrics = summary.get("metrics")
+    if not metrics:
+        return {}
+    full = metrics["teacher"]
+    keys = [k for k in FIGURES if k in full]
+    rows = {f"student, {steps_of([int(k)])}": (True, v) for k, v in metrics["student"].items()}
+    rows[f"teacher, {steps_of([full['steps']])} ({full['solver']})"] = (False, full)
+    for k, v in metrics.get("teacher_few", {}).items():
+        rows[f"teacher, {steps_of([int(k)])}"] = (False, v)
+    return {
+        "heads": [FIGURES[k] for k in keys] + ["images/s", "speed-up"],
+        "rows": [
+            (
+                name,
+                own,
+                [figure(v, k) for k in keys]
+                + [(f"{v['images_per_s']:,.0f}", "")]
+                + [(f"{v['images_per_s'] / full['images_per_s']:.1f}×", "")],
+            )
+            for name, (own, v) in rows.items()
+        ],
+    }
+
+
+def protocol(summary: Mapping[str, Any]) -> str:
+    metrics = summary.get("metrics")
+    if not metrics:
+        return ""
+    full, student = metrics["teacher"], next(iter(metrics["student"].values()))
+    return (
+        f"Protocol {full['protocol']}: {full['n']:,} samples a seed; {student['seeds']} seeds for "
+        f"the student, {full['seeds']} for the teacher; ± is the spread over seeds."
+    )
