@@ -131,6 +131,7 @@ def sample(
     ] = None,
 ):
     """Draw pictures from a student: those that the stock pipeline draws for the same seed."""
+    from distill.terminal import waiting
     from students.export import draw, load_student
     from teachers.errors import UserError
 
@@ -157,7 +158,8 @@ def sample(
         names = prompt or [p.strip() for p in str(labels).split(",")]
     wanted = [names[i % len(names)] for i in range(n)]
     teacher.codec.condition(wanted)
-    images = teacher.codec.decode(draw(generator.at(steps), teacher, wanted, seed))
+    with waiting(f"drawing {n} pictures in {steps} step{'s' * (steps != 1)}"):
+        images = teacher.codec.decode(draw(generator.at(steps), teacher, wanted, seed))
     if out.suffix == ".npz":
         import numpy as np
 
@@ -207,7 +209,7 @@ def evaluate(
 
     from distill.measure import check_protocol, evaluate_student
     from distill.terminal import out as console
-    from distill.terminal import results
+    from distill.terminal import results, waiting
     from eval.protocol import protocol as protocol_of
     from students.export import load_student
     from teachers.errors import UserError
@@ -223,7 +225,8 @@ def evaluate(
             raise UserError(f"--steps {k}: this student was trained for {counts(generator)}")
     found = {}
     for k in map(int, wanted):
-        found[str(k)] = evaluate_student(generator.at(k), teacher, measure, seeds)
+        with waiting(f"{protocol}: {seeds} × {len(measure.prompts):,} pictures in {k}"):
+            found[str(k)] = evaluate_student(generator.at(k), teacher, measure, seeds)
     rows = {f"{k} step{'s' * (k != '1')}": v for k, v in found.items()}
     title = f"{protocol}: {len(measure.prompts)} samples; ± over seeds"
     console.print(results(title, rows))

@@ -293,7 +293,7 @@ class Engine:
             values = self.accelerator.reduce(values, reduction="mean")
         values = dict(zip(logs, values.tolist(), strict=True))  # pyright: ignore
         for name, player in self.players.items():
-            values[f"{name}/lr"] = player.optimizer.param_groups[0]["lr"]
+            values[f"{name}/lr"] = player.rate(self.step - 1)
         self.accelerator.log({"seconds": self.seconds, **values}, step=self.step)
         self._check(values)
         return values

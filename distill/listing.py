@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from teachers.errors import UserError
 
 REPORT = "data-report.json"
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")  # tabs and line ends are white space
 
 
 class Item(NamedTuple):
@@ -58,6 +60,9 @@ class Listing:
         """Take an item; where captions are needed, one without is bad."""
         if captioned and (item.prompt is None or not str(item.prompt).strip()):
             self.bad.append(Bad(item.name, "empty caption", "its caption is missing or empty"))
+        elif captioned and (strange := CONTROL.search(str(item.prompt))):
+            reason = f"its caption holds the control character {strange[0]!r}"
+            self.bad.append(Bad(item.name, "control character", reason))
         else:
             self.items.append(item)
 

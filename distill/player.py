@@ -71,6 +71,10 @@ class Player:
         for p in self.params:
             p.requires_grad_(flag)
 
+    def rate(self, step: int) -> float:
+        """The learning rate of a turn at the engine's `step`."""
+        return self.moves.rate(step - self.born, self.steps)
+
     @contextmanager
     def turn(self, step: int, fresh: bool = False) -> Iterator[None]:
         """Inside, these weights learn; on exit their gradients are averaged, clipped and applied.
@@ -83,7 +87,7 @@ class Player:
             self.optimizer.state.clear()
             self.born = step
         for group in self.optimizer.param_groups:
-            group["lr"] = self.moves.rate(step - self.born, self.steps)
+            group["lr"] = self.rate(step)
         self.requires_grad_(True)
         try:
             yield

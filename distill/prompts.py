@@ -27,6 +27,10 @@ def list_prompts(place: str | Column) -> Listing:
     if place.startswith("pack:"):
         return _lines(pack(place.removeprefix("pack:")), place)
     file = Path(place).expanduser()
+    if file.is_dir():
+        raise UserError(
+            f"data.prompts: {place!r} is a folder; give a text file in it, one prompt a line"
+        )
     if file.is_file() and file.suffix in SUFFIXES:
         raise UserError(f"data.prompts: {place!r} is a table; name its column: '{place}:COLUMN'")
     if file.is_file():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from teachers.denoiser import Network, coefficients
 from teachers.errors import UserError, nearest
 from teachers.schedule import Schedule, read
-from teachers.teacher import Teacher, read_json
+from teachers.teacher import Teacher, labels_of, read_json
 
 
 class Pretrained(Network):
@@ -173,13 +173,7 @@ class Prompted:
         """
         if not self.classes:
             return self._embed([str(p) for p in prompts])
-        try:
-            labels = [int(p) for p in prompts]
-        except ValueError as error:
-            raise UserError(f"labels: {error}; expected integers below {self.classes}") from None
-        if wrong := [p for p in labels if not 0 <= p < self.classes]:
-            raise UserError(f"labels: {wrong[0]} is outside 0 to {self.classes - 1}")
-        return self._embed(labels)
+        return self._embed(labels_of(prompts, self.classes))
 
     def arguments(self, prompts: list[Any]) -> dict[str, Any]:
         """How the stock pipeline is asked for the pictures that these conditions mean."""

@@ -40,6 +40,18 @@ class Codec(Protocol):
         ...
 
 
+def labels_of(prompts: Sequence[Any], classes: int) -> list[int]:
+    """Class labels, given as integers or as decimal strings.
+
+    Raises:
+        UserError: one is not an integer in [0, classes).
+    """
+    for p in prompts:
+        if not str(p).strip().isdecimal() or int(p) >= classes:
+            raise UserError(f"labels: {p!s} is outside 0 to {classes - 1}")
+    return [int(p) for p in prompts]
+
+
 class Pixels:
     """A codec for models of pixels: data are images. Labels, where there are any, are integers.
 
@@ -60,14 +72,7 @@ class Pixels:
         """
         if not self.classes:
             return None
-        try:
-            labels = torch.tensor([int(p) for p in prompts])
-        except ValueError as error:
-            raise UserError(f"labels: {error}; expected integers below {self.classes}") from None
-        wrong = [p for p in labels.tolist() if not 0 <= p < self.classes]
-        if wrong:
-            raise UserError(f"labels: {wrong[0]} is outside 0 to {self.classes - 1}")
-        return {"class_labels": labels}
+        return {"class_labels": torch.tensor(labels_of(prompts, self.classes))}
 
     def encode(self, images: Tensor) -> Tensor:
         return images

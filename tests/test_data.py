@@ -851,3 +851,16 @@ def test_two_processes_build_one_cache_between_them(tmp_path):
     assert [ended(c) for c in children] == [0, 0]
     assert ended(forked(a, tmp_path / "one")) == 0
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+
+
+def test_a_control_character_in_a_prompt_is_a_bad_item(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("a fox\n\0a crow\na\tstork\n")
+    listing = list_prompts(str(file))
+    assert [i.prompt for i in listing.items] == ["a fox", "a\tstork"]
+    assert [(b.kind, b.name) for b in listing.bad] == [("control character", f"{file}:2")]
+
+
+def test_a_folder_of_prompts_is_answered_with_the_remedy(tmp_path):
+    with pytest.raises(UserError, match="is a folder; give a text file"):
+        list_prompts(str(tmp_path))

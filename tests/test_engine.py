@@ -84,6 +84,21 @@ def test_a_resumed_run_is_the_run(name, pipelines, tmp_path):
     assert clean[0] == [line for line in clean[1] if line["step"] != 3]
 
 
+def test_a_resumed_run_logs_the_rates_of_one_left_alone(pipelines, tmp_path):
+    """Also those of players whose turn has not come yet."""
+    rates = []
+    for steps in ([5], [3, 5]):
+        for last in steps:
+            run = made("dmd2", pipelines, tmp_path / str(len(steps)), resume=last != steps[0],
+                       steps=5, save_every=1, log_every=1)  # fmt: skip
+            run.engine.objective.student_every = 4
+            run.engine.cfg = run.engine.cfg.model_copy(update={"steps": last})
+            run.engine.train()
+        lines = (tmp_path / str(len(steps)) / "metrics.jsonl").read_text().splitlines()
+        rates.append([json.loads(line)["student/lr"] for line in lines])
+    assert rates[0] == rates[1]
+
+
 def test_accumulating_is_one_large_batch(pipelines, tmp_path):
     runs = [
         made("consistency", pipelines, tmp_path / str(k), steps=1, accumulate=k) for k in (1, 2)
