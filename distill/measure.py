@@ -14,6 +14,7 @@ from eval.protocol import Protocol, images_to_samples
 from eval.samples import Samples
 from students.export import draw
 from students.generator import Generator
+from teachers.denoiser import Denoiser
 from teachers.errors import UserError
 from teachers.solver import evaluations, solve
 from teachers.teacher import Teacher
@@ -55,12 +56,19 @@ def student_samples(
     return images_to_samples(teacher.codec.decode(x), list(prompts), seconds)
 
 
-@torch.no_grad()
 def teacher_samples(
     recipe: Recipe, teacher: Teacher, prompts: Sequence[str], seed: int, steps: int
 ) -> Samples:
     """The guided teacher's pictures for the prompts, by the recipe's solver."""
-    denoiser, method = guided(recipe, teacher), recipe.eval.teacher_solver
+    denoiser = guided(recipe, teacher)
+    return solved(denoiser, teacher, prompts, seed, steps, recipe.eval.teacher_solver)
+
+
+@torch.no_grad()
+def solved(
+    denoiser: Denoiser, teacher: Teacher, prompts: Sequence[str], seed: int, steps: int, method: str
+) -> Samples:
+    """Pictures for the prompts by a solver, from the same noise as a student's of that seed."""
     device = next(denoiser.parameters()).device
     noise = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(seed))
     cond = teacher.codec.condition(prompts)
