@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from distill.curves import REFERENCES, record
-from distill.recipe import shipped
+from distill.curves import REFERENCES, changes, record, tree_of
+from distill.recipe import Recipe, shipped
 from teachers.errors import UserError, nearest
 
 
@@ -19,6 +19,8 @@ def main(name: str, *runs: str) -> None:
         raise SystemExit(f"recipe {name!r} is unknown: {nearest(name, shipped())}")
     try:
         made = record([Path(run) for run in runs], name)
+        if key := next(changes(Recipe.load(name).tree(), tree_of(Path(runs[0]))), None):
+            raise UserError(f"{runs[0]}: {key} is not as {name} has it")
     except UserError as error:
         raise SystemExit(str(error)) from None
     path = REFERENCES / f"{name}.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.build import differences
-from distill.recipe import SHIPPED, read_yaml
+from distill.recipe import SHIPPED, Recipe, read_yaml
 from teachers.errors import UserError, nearest
 
 REFERENCES = SHIPPED / "curves"
@@ -48,7 +48,6 @@ class Reference:
 
     recipe: str
     runs: int
-    tree: Mapping[str, Any]
     bands: Mapping[str, Band]
 
 
@@ -130,7 +129,7 @@ def record(runs: Sequence[Path], name: str) -> dict[str, Any]:
             }
     if not bands:
         raise UserError(f"{runs[0]}: these runs share no logged step")
-    return {"recipe": name, "runs": len(runs), "tree": trees[0], "bands": bands}
+    return {"recipe": name, "runs": len(runs), "bands": bands}
 
 
 def significant(value: float) -> float:
@@ -156,7 +155,7 @@ def read(path: Path) -> Reference:
             k: Band(tuple(v["steps"]), tuple(v["low"]), tuple(v["high"]))
             for k, v in tree["bands"].items()
         }
-        return Reference(tree["recipe"], tree["runs"], tree["tree"], bands)
+        return Reference(tree["recipe"], tree["runs"], bands)
     except OSError as error:
         raise UserError(f"reference {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -171,10 +170,10 @@ def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
 
 
 def match(tree: Mapping[str, Any]) -> Reference | None:
-    """The shipped reference of this very recipe, if there is one."""
-    for path in references().values():
-        if next(changes((found := read(path)).tree, tree), None) is None:
-            return found
+    """The shipped reference of the shipped recipe that this one is, if there is one."""
+    for name, path in references().items():
+        if next(changes(Recipe.load(name).tree(), tree), None) is None:
+            return read(path)
     return None
 
 
@@ -197,7 +196,7 @@ def reference_for(run: Path, name: str | None) -> Reference:
     if path.is_dir():
         made = record([path], str(path))
         bands = {k: Band(*(tuple(v[s]) for s in v)) for k, v in made["bands"].items()}
-        return Reference(str(path), 1, made["tree"], bands)
+        return Reference(str(path), 1, bands)
     if path.is_file():
         return read(path)
     raise UserError(f"reference {name!r} is unknown: {nearest(name, known)}")

@@ -15,6 +15,7 @@ from distill import curves
 from distill.charts import chart
 from distill.curves import Band, Reference
 from distill.pictures import save_grid
+from distill.recipe import Recipe, shipped
 from distill.report import report, verdict
 from teachers.errors import UserError
 from tests.test_card import ROW
@@ -50,9 +51,9 @@ def run(tmp_path):
     return made
 
 
-def reference(low, high, **tree):
+def reference(low, high):
     band = Band((10, 20, 30), tuple(low), tuple(high))
-    return Reference("some/recipe", 3, tree, {"student/loss": band})
+    return Reference("some/recipe", 3, {"student/loss": band})
 
 
 # ---- curves
@@ -224,3 +225,19 @@ def test_a_browser_shows_the_whole_page(run, tmp_path, width):
     assert found["wide"] <= 0 and found["loaded"] and found["verdict"] > 0
     assert "20%" in found["cut"] and found["right"] == "student, 2 steps"
     assert found["rows"] == 4 and found["charts"] == 1
+
+
+def test_a_run_of_a_shipped_recipe_finds_its_reference(tmp_path):
+    """Whatever its seed; but not one of other settings."""
+    for words, known in (["train.seed=7"], True), (["train.batch=32"], False):
+        tree = Recipe.load("digits/dmd2", words).tree()
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+        found = curves.match(curves.tree_of(tmp_path))
+        assert (found is not None and found.recipe == "digits/dmd2") == known
+
+
+@pytest.mark.parametrize("name", curves.references())
+def test_a_shipped_reference_is_of_a_shipped_recipe(name):
+    found = curves.read(curves.references()[name])
+    assert found.recipe == name and name in shipped() and found.runs >= 3
+    assert found.bands and all(b.steps for b in found.bands.values())
