@@ -115,8 +115,7 @@ def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
     scheduler = stock.scheduler(generator)
     if isinstance(network, UNet):
         if isinstance(generator.denoiser, Adapted):
-            stock.drop_null(backbone, teacher)
-            stock.drop_variance(backbone)
+            stock.trim(backbone, teacher)
         return diffusers.ConsistencyModelPipeline(unet=backbone, scheduler=scheduler)  # pyright: ignore
     before = teacher.codec.pipe  # pyright: ignore[reportAttributeAccessIssue]
     parts = {**before.components, network.PART: backbone, "scheduler": scheduler}
@@ -135,7 +134,7 @@ def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str
     if isinstance(teacher.codec, Prompted):
         return prompts, teacher.codec.arguments([*prompts])
     arguments = kind.arguments([*prompts], teacher.shape[-2:])
-    if kind is UNet and not classes:
+    if issubclass(kind, UNet) and not classes:
         arguments["class_labels"] = None
     return prompts, arguments
 

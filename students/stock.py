@@ -34,7 +34,6 @@ from teachers.pipeline import Pretrained
 from teachers.process import Karras, Linear, Tabulated
 from teachers.schedule import CM, Schedule, Time, log_sigma
 from teachers.teacher import Teacher
-from teachers.unet import UNet
 
 CM_LEVELS = 40  # CMStochasticIterativeScheduler's default, rounded up to a multiple of the steps
 LCM_LEVELS = 50  # LCMScheduler's original_inference_steps
@@ -201,30 +200,41 @@ def student(
         raise UserError(f"student: {error}") from None
     made = form(source, steps, start, renoise)
     if adapter is not None:
-        if isinstance(source, UNet):
-            share_time(source, made.schedule)
+        share_time(source, made.schedule)
         view = under(source, made.schedule)
         return made.generator(Adapted(view, "student", adapter.config(source.LORA)))
     # what learns is kept in full precision, whatever the teacher's is
     backbone: Any = whole(deepcopy(source.backbone)).requires_grad_(True)
-    if isinstance(source, UNet):
-        drop_null(backbone, teacher)
-        drop_variance(backbone)
-        if rescaled(source.schedule):
-            retime(backbone, source.time, made.schedule.time)
+    trim(backbone, teacher)
+    if rescaled(source):
+        retime(backbone, source.time, made.schedule.time)
     return made.generator(type(source)(backbone, made.schedule))
 
 
-def rescaled(schedule: Schedule) -> bool:
-    """Whether an EDM network reads its time in other units than the student's scheduler feeds."""
-    return isinstance(schedule.process, Karras) and schedule.name != CM
+def rescaled(network: Pretrained) -> bool:
+    """Whether a UNet2DModel of EDM's reads its time in other units than its student's scheduler
+    feeds."""
+    from diffusers import UNet2DModel
+
+    own = network.schedule
+    stock = isinstance(network.backbone, UNet2DModel)
+    return stock and isinstance(own.process, Karras) and own.name != CM
 
 
-def share_time(source: UNet, schedule: Schedule) -> None:
+def share_time(source: Pretrained, schedule: Schedule) -> None:
     """Have an EDM teacher read its time as its student will, since they share the layer for it."""
-    if rescaled(source.schedule):
+    if rescaled(source):
         retime(source.backbone, source.time, schedule.time)
         source.adopt(replace(source.schedule, time=schedule.time, name=CM))
+
+
+def trim(backbone: Any, teacher: Teacher) -> None:
+    """Cut off a student's UNet2DModel what it has no use for: null class and learned variance."""
+    from diffusers import UNet2DModel
+
+    if isinstance(backbone, UNet2DModel):
+        drop_null(backbone, teacher)
+        drop_variance(backbone)
 
 
 def levels(steps: int) -> int:

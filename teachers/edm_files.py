@@ -16,18 +16,21 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from teachers import edm, edm2, pickles
-from teachers.denoiser import edm as preconditioning
+from teachers import adm, edm, edm2, pickles
+from teachers.edm_latents import Latents
+from teachers.edm_model import EDM, EDMModel
 from teachers.errors import UserError, nearest
 from teachers.process import Karras
-from teachers.schedule import log_sigma
+from teachers.schedule import log_sigma, read
 from teachers.teacher import Pixels, Teacher, read_json
+from teachers.unet import UNet
 
 WEIGHTS = "model.safetensors"
 NETWORKS: dict[str, dict[str, type[nn.Module]]] = {
@@ -127,7 +130,6 @@ def load(path: Path, source: str, null_label: int | None = None, vae: str | None
     """
     who = f"teacher {source!r}"
     files = unpickle(path) if path.suffix == ".pkl" else open_folder(path, who)
-    denoiser = denoiser_of(files, who)
     config, arguments = files.config, files.config["arguments"]
     classes = arguments.get("label_dim", 0)
     null = classes if classes and config.get("label_dropout") else None
@@ -135,13 +137,14 @@ def load(path: Path, source: str, null_label: int | None = None, vae: str | None
         if not classes or null_label != classes:
             raise UserError(f"{who}: null_label {null_label}: {no_label(classes)}")
         null = classes
+    denoiser = denoiser_of(files, who, null is not None)
     size, channels = arguments["img_resolution"], arguments["img_channels"]
     codec = Pixels(classes, null)
     if latents := config.get("latents"):
         if vae is None and (path / "vae").is_dir():
             vae = str(path / "vae")
         loaded = None if vae is None else autoencoder(Path(vae).expanduser(), channels, who)
-        codec = edm2.Latents(classes, null, latents["scale"], latents["bias"], loaded)
+        codec = Latents(classes, null, latents["scale"], latents["bias"], loaded)
     elif vae is not None:
         raise UserError(f"{who}: vae: this network makes pixels; leave it out")
     return Teacher(denoiser, codec, (channels, size, size), source)
@@ -281,17 +284,22 @@ def round_gains(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def open_folder(folder: Path, who: str) -> Files:
     """A folder that `convert` wrote."""
+    config = read_json(folder / "config.json", who)
+    check(config, who)
+    return Files(config, open_weights(folder / WEIGHTS, who))
+
+
+def open_weights(path: Path, who: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = read_json(folder / "config.json", who)
-    check(config, who)
     try:
-        return Files(config, load_file(folder / WEIGHTS))
+        return load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{who}: {folder / WEIGHTS} is missing; convert the pickle again") from None
+        raise UserError(f"{who}: {path} is missing; convert the pickle again") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{who}: {folder / WEIGHTS} cannot be read ({error})") from None
+        raise UserError(f"{who}: {path} cannot be read ({error})") from None
 
 
 def check(config: dict[str, Any], who: str) -> None:
@@ -364,18 +372,27 @@ def number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= value <= high
 
 
-def denoiser_of(files: Files, who: str) -> edm.EDM:
-    """The network with its weights in float32, under EDM's process and preconditioning."""
-    config = files.config
-    process, sigma_data = Karras(), float(config["sigma_data"])
-    predicts, time = preconditioning(sigma_data), log_sigma(process, 0.25)
+def denoiser_of(files: Files, who: str, null: bool = False) -> UNet:
+    """The network with its weights in float32, under EDM's process and preconditioning.
+
+    Args:
+        null: Whether it will be asked for no label.
+    """
+    config, name = files.config, files.config["network"]
+    karras = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": float(config["sigma_data"])}
+    schedule = read("EDMEulerScheduler", karras, who)
+    about = model_config(name, config["arguments"])
+    if name == "DhariwalUNet" and (stock := adm.config(config["arguments"], null)):
+        with torch.device("meta"):
+            network = edm.DhariwalUNet(**config["arguments"])
+        fill(network, files.weights, who)
+        return UNet(adm.stock(network, stock), schedule)
     with torch.device("meta"):  # shapes are compared before anything is allocated
-        backbone = NETWORKS[config["_class_name"]][config["network"]](**config["arguments"])
-    if config["_class_name"] == "EDMPrecond":
-        fill(backbone, files.weights, who)
-        return edm.EDM(backbone, process, predicts, time, sigma_data)
+        backbone = EDMModel(**about)
+    assert isinstance(schedule.process, Karras)
+    schedule = replace(schedule, time=log_sigma(schedule.process, 250.0))
     head = {k: v for k, v in files.weights.items() if k.startswith("uncertainty.")}
-    fill(backbone, {k: v for k, v in files.weights.items() if k not in head}, who)
+    fill(backbone.network, {k: v for k, v in files.weights.items() if k not in head}, who)
     uncertainty = None
     if head:
         channels = config.get("logvar_channels")
@@ -384,7 +401,35 @@ def denoiser_of(files: Files, who: str) -> edm.EDM:
         with torch.device("meta"):
             uncertainty = edm2.Uncertainty(channels)
         fill(uncertainty, {k.removeprefix("uncertainty."): v for k, v in head.items()}, who)
-    return edm2.EDM2(backbone, process, predicts, time, sigma_data, uncertainty)
+    return EDM(backbone, schedule, uncertainty)
+
+
+def model_config(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """EDMModel's config for a network."""
+    return {
+        "kind": kind,
+        "arguments": arguments,
+        "sample_size": arguments["img_resolution"],
+        "in_channels": arguments["img_channels"],
+        "num_class_embeds": arguments.get("label_dim") or None,
+    }
+
+
+def model_of(folder: Path, config: dict[str, Any], who: str) -> EDMModel:
+    """The EDMModel of an exported student, by our own code and not by that beside its weights.
+
+    Raises:
+        UserError: its config or its weights are damaged.
+    """
+    network, arguments = config.get("kind"), config.get("arguments")
+    kind = "EDM2Precond" if network == "UNet" else "EDMPrecond"
+    made = {"_class_name": kind, "network": network, "arguments": arguments, "sigma_data": 0.5}
+    check(made, who)
+    weights = open_weights(folder / "diffusion_pytorch_model.safetensors", who)
+    with torch.device("meta"):
+        model = EDMModel(**model_config(str(network), made["arguments"]))
+    fill(model, weights, who)
+    return model
 
 
 def fill(network: nn.Module, weights: dict[str, Tensor], who: str) -> None:
