@@ -11,8 +11,9 @@ here, before training, to be those of a scheduler that diffusers ships:
 | flow | renoising | FlowMatchEuler, stochastic | what it gives for each count |
 | flow | the ODE | FlowMatchEuler | what it gives for each count |
 
-UNet2D students run in `ConsistencyModelPipeline`, the one that hands labels to a UNet2DModel; all
-others in their teacher's own pipeline.
+Students of pixels run in `ConsistencyModelPipeline`, the one that hands labels to a UNet2DModel; all
+others in their teacher's own pipeline. EDM's networks that are no UNet2DModel bring their own source
+(`edm_source.py`), which that pipeline runs as it would one.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from students.generator import Generator, thinned
 from students.lora import Adapted, Adapter, under, unwrap, whole
 from teachers.denoiser import Prediction, coefficients, edm
+from teachers.edm_latents import Latents
 from teachers.errors import UserError
 from teachers.pipeline import Pretrained
 from teachers.process import Karras, Linear, Tabulated
@@ -198,6 +200,11 @@ def student(
         source = unwrap(teacher.denoiser)
     except UserError as error:
         raise UserError(f"student: {error}") from None
+    if isinstance(teacher.codec, Latents):
+        raise UserError(
+            "student: no stock pipeline decodes EDM2's latents; EDM2's networks of pixels "
+            "(ImageNet-64) can be distilled"
+        )
     made = form(source, steps, start, renoise)
     if adapter is not None:
         share_time(source, made.schedule)

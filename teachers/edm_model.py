@@ -67,7 +67,7 @@ class EDM(UNet):
     """
 
     PIPELINES = ()
-    LORA = r".*(qkv|attention\.out|conv_in|conv_out|skip|embed)"
+    LORA = r".*(qkv|attention\.out|conv_in|conv_out|embed)"
 
     def __init__(
         self, backbone: nn.Module, schedule: Schedule, uncertainty: nn.Module | None = None

@@ -14,7 +14,7 @@ def one_hot(labels: Tensor | None, classes: int, x: Tensor) -> Tensor:
     """Rows (B, classes) of x's type; no labels, or the label `classes`, are rows of zeros."""
     if labels is None:
         return x.new_zeros(len(x), classes)
-    return F.one_hot(labels, classes + 1)[:, :classes].to(x.dtype)
+    return F.one_hot(labels.long(), classes + 1)[:, :classes].to(x.dtype)
 
 
 class Resample(nn.Module):
