@@ -16,7 +16,6 @@ from types import ModuleType
 from teachers import edm_model, edm_parts
 from teachers.edm_model import EDMModel
 
-MODULE = "edm_model"  # what model_index.json names it
 HEADER = '''"""The network of a few-step student (arXiv:2206.00364, arXiv:2312.02696); Apache-2.0.
 
 Load the whole folder: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
@@ -26,9 +25,11 @@ Load the whole folder: DiffusionPipeline.from_pretrained(folder, trust_remote_co
 
 def write(folder: Path, model: EDMModel) -> None:
     """Make the pipeline saved in `folder` one that loads without our packages."""
-    (folder / "unet" / f"{MODULE}.py").write_text(source(model))
+    # a name for each kind: diffusers gives modules of one name one namespace
+    name = f"edm_{type(model.network).__name__.lower()}"
+    (folder / "unet" / f"{name}.py").write_text(source(model))
     index = json.loads((folder / "model_index.json").read_text())
-    index["unet"] = [MODULE, EDMModel.__name__]
+    index["unet"] = [name, EDMModel.__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -11,9 +11,9 @@ here, before training, to be those of a scheduler that diffusers ships:
 | flow | renoising | FlowMatchEuler, stochastic | what it gives for each count |
 | flow | the ODE | FlowMatchEuler | what it gives for each count |
 
-Students of pixels run in `ConsistencyModelPipeline`, the one that hands labels to a UNet2DModel; all
-others in their teacher's own pipeline. EDM's networks that are no UNet2DModel bring their own source
-(`edm_source.py`), which that pipeline runs as it would one.
+Students of pixels run in `ConsistencyModelPipeline`, the one that hands labels to a UNet2DModel;
+all others in their teacher's own pipeline. EDM's networks that are no UNet2DModel bring their own
+source (`edm_source.py`), and that pipeline calls them alike.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teachers.edm import Attention, Block, DhariwalUNet, stages
+from teachers.edm import Attention, Block, DhariwalUNet, Head
+from teachers.edm_parts import stages
 
 GROUPS, HEAD = 32, 64  # of UNet2DModel's norms, and the channels of one attention head
 
@@ -95,6 +96,7 @@ def stock(adm: DhariwalUNet, config: dict[str, Any]) -> Any:
 def embeddings(adm: DhariwalUNet, classes: int | None) -> Iterator[tuple[str, Tensor]]:
     """What is at neither side: the time's and the labels' embeddings, the first and last layer."""
     (head,) = adm.heads.values()
+    assert isinstance(head, Head)
     yield from named("conv_in", adm.stem).items()
     yield from named("time_embedding.linear_1", adm.mlp[0]).items()
     yield from named("time_embedding.linear_2", adm.mlp[2]).items()
