@@ -21,6 +21,7 @@ METHODS = {
     "sid": ("SiD", "Zhou et al. 2024, arXiv:2404.04057", "sid.py", "none"),
     "fdistill": ("f-distill (JS)", "Xu et al. 2025, arXiv:2502.15681", "fdistill.py", "yes"),
     "consistency": ("Consistency", "Song et al. 2023, arXiv:2303.01469", "consistency.py", "yes"),
+    "ect": ("ECT", "Geng et al. 2024, arXiv:2406.14548", "consistency.py", "yes"),
     "progressive": ("Progressive", "Salimans & Ho 2022, arXiv:2202.00512", "progressive.py", "yes"),
 }
 
@@ -84,10 +85,6 @@ def methods() -> str:
         lines.append(
             f"| {title} | {paper} | `{file}` | `digits/{name}` | {data} | {value} | {cost} |"
         )
-    lines.append(
-        "| ECT | Geng et al. 2024, arXiv:2406.14548 | `consistency.py` (`name: ect`) | none yet "
-        "| yes | not measured | |"
-    )
     return "\n".join(lines)
 
 

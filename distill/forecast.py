@@ -72,7 +72,7 @@ def shape_of(recipe: Recipe, without: Any) -> Teacher:
     """The recipe's teacher with a network of shapes alone: from its files, or from its outline."""
     t = recipe.teacher
     options = t.options()
-    if t.source in OUTLINES and not Path(t.source).expanduser().is_dir():
+    if t.source in OUTLINES and not Path(t.source).expanduser().exists():
         return outline(t.source, without, t.size, t.precision or "fp32")
     teacher = load(t.source, **options)
     network = unwrap(teacher.denoiser)

@@ -57,6 +57,7 @@ class Facts:
         sidecar: Its fewstep.json: steps, teacher, recipe.
         summary: The run's summary.json; empty before the run is measured.
         where: What the snippet loads: a Hub id, or a folder.
+        own: Whether the folder holds its network's source, which diffusers runs only when told to.
     """
 
     index: dict[str, Any]
@@ -68,6 +69,7 @@ class Facts:
     adapter: bool = False
     grid: bool = False
     override: str = ""
+    own: bool = False
 
     def setting(self, section: str, key: str, default: Any = None) -> Any:
         part = self.sidecar.get("recipe", {}).get(section) or {}
@@ -158,7 +160,8 @@ def facts_of(
     classes = config.is_file() and bool(read_json(config, who).get("num_class_embeds"))
     lora = (folder / "pytorch_lora_weights.safetensors").is_file()
     index = read_json(folder / "model_index.json", who)
-    return Facts(index, sidecar, summary, where, revision, classes, lora)
+    own = any(folder.glob("*/*.py"))
+    return Facts(index, sidecar, summary, where, revision, classes, lora, own=own)
 
 
 def newest_grid(run: Path, counts: Sequence[int]) -> Path | None:
@@ -251,6 +254,7 @@ def snippet(facts: Facts) -> str:
     call += [f"num_inference_steps={max(facts.counts)}"]
     call += [f"{k}={v}" for k, v in guidance_arguments(facts).items()]
     branch = f", revision={facts.revision!r}" * (facts.revision != "main")
+    branch += ", trust_remote_code=True" * facts.own
     which = "frames" if facts.task == "text-to-video" else "images"
     return f"""import torch
 from diffusers import DiffusionPipeline

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from students import card, stock
+from students import card, edm_source, stock
 from students.generator import Generator
 from students.lora import Adapted, merged, unwrap, using
 from teachers.denoiser import Denoiser
+from teachers.edm_model import EDM
 from teachers.errors import UserError
 from teachers.pipeline import Prompted, quiet
 from teachers.teacher import Teacher, load, read_json
@@ -37,7 +38,8 @@ import json, sys, torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 folder, out, request = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-pipe = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(request["absent"]))
+options = {"trust_remote_code": True} if request["own"] else {}
+pipe = DiffusionPipeline.from_pretrained(folder, **options, **dict.fromkeys(request["absent"]))
 pipe.to(request["device"]).set_progress_bar_config(disable=True)
 images = {}
 for steps in request["counts"]:
@@ -77,6 +79,8 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
     try:
         with quiet():
             pipe.save_pretrained(draft)
+        if isinstance(network, EDM):
+            edm_source.write(draft, getattr(pipe, network.PART))
         sidecar = {
             "steps": list(generator.counts),
             "times": list(generator.times),
@@ -115,8 +119,7 @@ def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
     scheduler = stock.scheduler(generator)
     if isinstance(network, UNet):
         if isinstance(generator.denoiser, Adapted):
-            stock.drop_null(backbone, teacher)
-            stock.drop_variance(backbone)
+            stock.trim(backbone, teacher)
         return diffusers.ConsistencyModelPipeline(unet=backbone, scheduler=scheduler)  # pyright: ignore
     before = teacher.codec.pipe  # pyright: ignore[reportAttributeAccessIssue]
     parts = {**before.components, network.PART: backbone, "scheduler": scheduler}
@@ -135,7 +138,7 @@ def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str
     if isinstance(teacher.codec, Prompted):
         return prompts, teacher.codec.arguments([*prompts])
     arguments = kind.arguments([*prompts], teacher.shape[-2:])
-    if kind is UNet and not classes:
+    if issubclass(kind, UNet) and not classes:
         arguments["class_labels"] = None
     return prompts, arguments
 
@@ -154,9 +157,9 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
     prompts, arguments = request(generator, teacher)
     lacks = absent(teacher)
     device = next(generator.parameters()).device.type
-    asked = json.dumps(
-        {"counts": generator.counts, "arguments": arguments, "absent": lacks, "device": device}
-    )
+    own = isinstance(unwrap(generator.denoiser), EDM)
+    asked = {"counts": generator.counts, "arguments": arguments, "absent": lacks}
+    asked = json.dumps({**asked, "device": device, "own": own})
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "images.safetensors"
         # -I: neither this folder nor PYTHONPATH can lend the child our packages
@@ -166,7 +169,7 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
             cwd=scratch,
             capture_output=True,
             text=True,
-            env={**child_environment(), "HF_HUB_OFFLINE": "1"},
+            env={**child_environment(), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch},
         )
         if result.returncode:
             raise ExportError(f"stock diffusers could not run {folder}:\n{result.stderr[-2000:]}")

@@ -11,8 +11,9 @@ here, before training, to be those of a scheduler that diffusers ships:
 | flow | renoising | FlowMatchEuler, stochastic | what it gives for each count |
 | flow | the ODE | FlowMatchEuler | what it gives for each count |
 
-UNet2D students run in `ConsistencyModelPipeline`, the one that hands labels to a UNet2DModel; all
-others in their teacher's own pipeline.
+Students of pixels run in `ConsistencyModelPipeline`, the one that hands labels to a UNet2DModel;
+all others in their teacher's own pipeline. EDM's networks that are no UNet2DModel bring their own
+source (`edm_source.py`), and that pipeline calls them alike.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from torch import Tensor, nn
 from students.generator import Generator, thinned
 from students.lora import Adapted, Adapter, under, unwrap, whole
 from teachers.denoiser import Prediction, coefficients, edm
+from teachers.edm_latents import Latents
 from teachers.errors import UserError
 from teachers.pipeline import Pretrained
 from teachers.process import Karras, Linear, Tabulated
 from teachers.schedule import CM, Schedule, Time, log_sigma
 from teachers.teacher import Teacher
-from teachers.unet import UNet
 
 CM_LEVELS = 40  # CMStochasticIterativeScheduler's default, rounded up to a multiple of the steps
 LCM_LEVELS = 50  # LCMScheduler's original_inference_steps
@@ -199,32 +200,48 @@ def student(
         source = unwrap(teacher.denoiser)
     except UserError as error:
         raise UserError(f"student: {error}") from None
+    if isinstance(teacher.codec, Latents):
+        raise UserError(
+            "student: no stock pipeline decodes EDM2's latents; EDM2's networks of pixels "
+            "(ImageNet-64) can be distilled"
+        )
     made = form(source, steps, start, renoise)
     if adapter is not None:
-        if isinstance(source, UNet):
-            share_time(source, made.schedule)
+        share_time(source, made.schedule)
         view = under(source, made.schedule)
         return made.generator(Adapted(view, "student", adapter.config(source.LORA)))
     # what learns is kept in full precision, whatever the teacher's is
     backbone: Any = whole(deepcopy(source.backbone)).requires_grad_(True)
-    if isinstance(source, UNet):
-        drop_null(backbone, teacher)
-        drop_variance(backbone)
-        if rescaled(source.schedule):
-            retime(backbone, source.time, made.schedule.time)
+    trim(backbone, teacher)
+    if rescaled(source):
+        retime(backbone, source.time, made.schedule.time)
     return made.generator(type(source)(backbone, made.schedule))
 
 
-def rescaled(schedule: Schedule) -> bool:
-    """Whether an EDM network reads its time in other units than the student's scheduler feeds."""
-    return isinstance(schedule.process, Karras) and schedule.name != CM
+def rescaled(network: Pretrained) -> bool:
+    """Whether a UNet2DModel of EDM's reads its time in other units than its student's scheduler
+    feeds."""
+    from diffusers import UNet2DModel
+
+    own = network.schedule
+    stock = isinstance(network.backbone, UNet2DModel)
+    return stock and isinstance(own.process, Karras) and own.name != CM
 
 
-def share_time(source: UNet, schedule: Schedule) -> None:
+def share_time(source: Pretrained, schedule: Schedule) -> None:
     """Have an EDM teacher read its time as its student will, since they share the layer for it."""
-    if rescaled(source.schedule):
+    if rescaled(source):
         retime(source.backbone, source.time, schedule.time)
         source.adopt(replace(source.schedule, time=schedule.time, name=CM))
+
+
+def trim(backbone: Any, teacher: Teacher) -> None:
+    """Cut off a student's UNet2DModel what it has no use for: null class and learned variance."""
+    from diffusers import UNet2DModel
+
+    if isinstance(backbone, UNet2DModel):
+        drop_null(backbone, teacher)
+        drop_variance(backbone)
 
 
 def levels(steps: int) -> int:

@@ -10,71 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.denoiser import Cond, Network, Prediction
-from teachers.process import Process
-
-
-class EDM(Network):
-    """One of EDM's networks as a denoiser; its input is x_t / √(σ² + σ_data²).
-
-    Args:
-        time: From the process's t to the network's own time, ¼ log σ.
-    """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        process: Process,
-        predicts: str | Prediction,
-        time: Callable[[Tensor], Tensor],
-        sigma_data: float = 0.5,
-    ) -> None:
-        super().__init__(backbone, process, predicts)
-        self.time, self.sigma_data = time, sigma_data
-
-    def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
-        _, sigma = self.process.at(t, x_t)
-        x_t = x_t / (sigma**2 + self.sigma_data**2).sqrt()
-        labels = None if cond is None else cond["class_labels"]
-        return self.backbone(x_t, self.time(t), labels)
-
-
-def one_hot(labels: Tensor | None, classes: int, x: Tensor) -> Tensor:
-    """Rows (B, classes) of x's type; no labels, or the label `classes`, are rows of zeros."""
-    if labels is None:
-        return x.new_zeros(len(x), classes)
-    return F.one_hot(labels, classes + 1)[:, :classes].to(x.dtype)
-
-
-class Resample(nn.Module):
-    """Twice or half the size by a separable filter, each channel on its own.
-
-    Args:
-        taps: The filter, an even number of them; [1, 1] averages, or repeats.
-        up: Twice the size, or else half of it.
-        pad: At each side; by default what keeps the picture in its place.
-    """
-
-    kernel: Tensor
-
-    def __init__(self, taps: Sequence[float], up: bool, pad: int | None = None) -> None:
-        super().__init__()
-        row = torch.tensor(taps, dtype=torch.float32, device="cpu")
-        kernel = torch.outer(row, row) / row.sum() ** 2
-        self.register_buffer("kernel", 4 * kernel if up else kernel, persistent=False)
-        self.pad = (len(taps) - 1) // 2 if pad is None else pad
-        self.convolve = F.conv_transpose2d if up else F.conv2d
-
-    def forward(self, x: Tensor) -> Tensor:
-        c = x.shape[1]
-        weight = self.kernel.to(x.dtype).expand(c, 1, -1, -1)
-        return self.convolve(x, weight, stride=2, padding=self.pad, groups=c)
+from teachers.edm_parts import Resample, Stage, one_hot, stages
 
 
 class Attention(nn.Module):
@@ -185,21 +126,6 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.silu(self.norm(x)))
-
-
-class Stage(nn.Module):
-    """The blocks of one resolution, after those that lead to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.resize: nn.Module | None = None
-        self.side: nn.Module | None = None
-        self.middle, self.blocks = nn.ModuleList(), nn.ModuleList()
-
-
-def stages(named: nn.ModuleDict) -> dict[str, Stage]:
-    """The stages by their resolutions, in the order that they run."""
-    return cast("dict[str, Stage]", named)
 
 
 # Makes a block of (channels in, channels out); `attends` and `resize` by name.

@@ -1,4 +1,4 @@
-"""EDM2's network (arXiv:2312.02696), which keeps its activations' magnitudes, and its latents.
+"""EDM2's network (arXiv:2312.02696), which keeps its activations' magnitudes.
 
 Weights are normalised wherever they are used, so only their directions matter. The paper also
 rewrites them at unit length after every training step (eq. 66), which steers the effective learning
@@ -9,38 +9,13 @@ the backward, so that is left out here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.denoiser import Prediction
-from teachers.edm import EDM, Resample, Stage, one_hot, stages
-from teachers.process import Process
-from teachers.teacher import Pixels
-
-
-class EDM2(EDM):
-    """EDM2's network as a denoiser, with its own estimate of how hard each noise level is."""
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        process: Process,
-        predicts: str | Prediction,
-        time: Callable[[Tensor], Tensor],
-        sigma_data: float = 0.5,
-        uncertainty: nn.Module | None = None,
-    ) -> None:
-        super().__init__(backbone, process, predicts, time, sigma_data)
-        self.uncertainty = uncertainty
-
-    def logvar(self, t: Tensor) -> Tensor:
-        """u(σ), (B,): the log of the weighted error expected at t (eq. 21)."""
-        assert self.uncertainty is not None, "this network came without its uncertainty"
-        return self.uncertainty(self.time(t))
+from teachers.edm_parts import Resample, Stage, one_hot, stages
 
 
 class Uncertainty(nn.Module):
@@ -299,46 +274,3 @@ class UNet(nn.Module):
             for block in stage.blocks:
                 x = block(join(x, skips.pop(), self.concat_balance), emb)
         return self.out(x, self.gain)
-
-
-class Latents(Pixels):
-    """The codec of latent EDM2: a VAE's latents, each channel shifted and scaled to σ_data = ½.
-
-    Without a VAE there are no pixels: data are then the latents themselves, in and out.
-
-    Args:
-        scale, bias: Per channel, from the VAE's raw latents to the network's.
-        vae: A diffusers AutoencoderKL; EDM2 shows it pixels in [0, 1], and so does this.
-    """
-
-    def __init__(
-        self,
-        classes: int,
-        null: int | None,
-        scale: Sequence[float],
-        bias: Sequence[float],
-        vae: Any = None,
-    ) -> None:
-        super().__init__(classes, null)
-        self.vae = vae
-        self.scale, self.bias = torch.tensor([*scale]), torch.tensor([*bias])
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Latents of images; without a VAE, the latents that were given."""
-        if self.vae is None:
-            return images
-        raw = self.vae.to(images.device).encode((images + 1) / 2).latent_dist.sample()
-        return raw * shaped(self.scale, raw) + shaped(self.bias, raw)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents; without a VAE, the latents as they are."""
-        if self.vae is None:
-            return latents
-        raw = (latents - shaped(self.bias, latents)) / shaped(self.scale, latents)
-        return 2 * self.vae.to(latents.device).decode(raw).sample.clamp(0, 1) - 1
-
-
-def shaped(values: Tensor, x: Tensor) -> Tensor:
-    """(C,) to broadcast against x, (B, C, H, W)."""
-    return values.to(x)[:, None, None]

@@ -11,29 +11,28 @@ A folder may hold a diffusers AutoencoderKL as `vae/`, for EDM2's latents.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
-import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from teachers import edm, edm2, pickles
-from teachers.denoiser import edm as preconditioning
+from teachers import adm, edm, edm2, pickles
+from teachers.edm_checks import NETWORKS, check
+from teachers.edm_latents import Latents
+from teachers.edm_model import EDM, EDMModel
+from teachers.edm_names import renamed
 from teachers.errors import UserError, nearest
 from teachers.process import Karras
-from teachers.schedule import log_sigma
+from teachers.schedule import log_sigma, read
 from teachers.teacher import Pixels, Teacher, read_json
+from teachers.unet import UNet
 
 WEIGHTS = "model.safetensors"
-NETWORKS: dict[str, dict[str, type[nn.Module]]] = {
-    "EDMPrecond": {"SongUNet": edm.SongUNet, "DhariwalUNet": edm.DhariwalUNet},
-    "EDM2Precond": {"UNet": edm2.UNet},
-}
 # The classes as the pickles name them, with the argument that names the network inside.
 PICKLED = {"EDMPrecond": "EDMPrecond", "Precond": "EDM2Precond"}
 # Arguments of the pickles that no network here takes: what they say is said elsewhere, or is only
@@ -42,57 +41,6 @@ DROPPED = {"augment_dim", "label_dropout", "logvar_channels", "sigma_data", "mod
 DROPPED |= {"sigma_min", "sigma_max", "use_fp16"}
 # EDM2's statistics of its VAE's latents (arXiv:2312.02696, appendix B), for pickles without them.
 MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
-
-# From the pickles' names to ours, in turn; None: not kept, for it follows from the arguments.
-EDM_NAMES = [
-    (r".*resample_filter$", None),
-    (r"^model\.map_augment\.weight$", None),
-    (r"^model\.map_noise\.freqs$", "frequencies"),
-    (r"^model\.map_label\.", "label."),
-    (r"^model\.map_layer0\.", "mlp.0."),
-    (r"^model\.map_layer1\.", "mlp.2."),
-    (r"^model\.enc\.(\d+)x\d+_conv\.", "stem."),
-    (r"^model\.enc\.(\d+)x\d+_aux_(?:residual|skip)\.", r"encoder.\1.side.conv."),
-    (r"^model\.dec\.(\d+)x\d+_aux_(norm|conv)\.", r"heads.\1.\2."),
-    (r"^model\.out_(norm|conv)\.", r"heads.{img_resolution}.\1."),
-    (r"^model\.enc\.(\d+)x\d+_", r"encoder.\1."),
-    (r"^model\.dec\.(\d+)x\d+_", r"decoder.\1."),
-    (r"\.(?:down|up)\.", ".resize."),
-    (r"\.in(\d)\.", r".middle.\1."),
-    (r"\.block(\d+)\.", r".blocks.\1."),
-    (r"\.norm0\.", ".norm_in."),
-    (r"\.conv0\.", ".conv_in."),
-    (r"\.affine\.", ".embed."),
-    (r"\.norm1\.", ".norm_out."),
-    (r"\.conv1\.", ".conv_out."),
-    (r"\.norm2\.", ".attention.norm."),
-    (r"\.qkv\.", ".attention.qkv."),
-    (r"\.proj\.", ".attention.out."),
-]
-EDM2_NAMES = [
-    (r"^logvar_fourier\.freqs$", "uncertainty.noise.frequencies"),
-    (r"^logvar_fourier\.phases$", "uncertainty.noise.phases"),
-    (r"^logvar_linear\.", "uncertainty.linear."),
-    (r"^unet\.emb_fourier\.freqs$", "noise.frequencies"),
-    (r"^unet\.emb_fourier\.phases$", "noise.phases"),
-    (r"^unet\.emb_noise\.", "time."),
-    (r"^unet\.emb_label\.", "label."),
-    (r"^unet\.out_conv\.", "out."),
-    (r"^unet\.out_gain$", "gain"),
-    (r"^unet\.enc\.(\d+)x\d+_conv\.", "stem."),
-    (r"^unet\.enc\.(\d+)x\d+_", r"encoder.\1."),
-    (r"^unet\.dec\.(\d+)x\d+_", r"decoder.\1."),
-    (r"\.(?:down|up)\.", ".resize."),
-    (r"\.in(\d)\.", r".middle.\1."),
-    (r"\.block(\d+)\.", r".blocks.\1."),
-    (r"\.conv_skip\.", ".skip."),
-    (r"\.conv_res0\.", ".conv_in."),
-    (r"\.conv_res1\.", ".conv_out."),
-    (r"\.emb_linear\.", ".embed."),
-    (r"\.emb_gain$", ".gain"),
-    (r"\.attn_qkv\.", ".attention.qkv."),
-    (r"\.attn_proj\.", ".attention.out."),
-]
 
 
 class Files(NamedTuple):
@@ -127,7 +75,6 @@ def load(path: Path, source: str, null_label: int | None = None, vae: str | None
     """
     who = f"teacher {source!r}"
     files = unpickle(path) if path.suffix == ".pkl" else open_folder(path, who)
-    denoiser = denoiser_of(files, who)
     config, arguments = files.config, files.config["arguments"]
     classes = arguments.get("label_dim", 0)
     null = classes if classes and config.get("label_dropout") else None
@@ -135,13 +82,14 @@ def load(path: Path, source: str, null_label: int | None = None, vae: str | None
         if not classes or null_label != classes:
             raise UserError(f"{who}: null_label {null_label}: {no_label(classes)}")
         null = classes
+    denoiser = denoiser_of(files, who, null is not None)
     size, channels = arguments["img_resolution"], arguments["img_channels"]
     codec = Pixels(classes, null)
     if latents := config.get("latents"):
         if vae is None and (path / "vae").is_dir():
             vae = str(path / "vae")
         loaded = None if vae is None else autoencoder(Path(vae).expanduser(), channels, who)
-        codec = edm2.Latents(classes, null, latents["scale"], latents["bias"], loaded)
+        codec = Latents(classes, null, latents["scale"], latents["bias"], loaded)
     elif vae is not None:
         raise UserError(f"{who}: vae: this network makes pixels; leave it out")
     return Teacher(denoiser, codec, (channels, size, size), source)
@@ -246,23 +194,6 @@ def latents_of(content: Any, channels: Any, who: str) -> dict[str, list[float]] 
     return {k: v.state.tolist() for k, v in arrays.items()}  # pyright: ignore
 
 
-def renamed(found: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors by our networks' names; one that has none keeps its own, and is refused later."""
-    rules = EDM_NAMES if config["_class_name"] == "EDMPrecond" else EDM2_NAMES
-    size = str(config["arguments"]["img_resolution"])
-    ours = {}
-    for name, tensor in found.items():
-        new: str | None = name
-        for pattern, to in rules:
-            if re.search(pattern, new):
-                new = None if to is None else re.sub(pattern, to, new)
-            if new is None:
-                break
-        if new is not None:
-            ours[new.replace("{img_resolution}", size)] = tensor
-    return ours
-
-
 def round_gains(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """EDM2's gains as its code applies them when they are stored in half precision.
 
@@ -281,101 +212,44 @@ def round_gains(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def open_folder(folder: Path, who: str) -> Files:
     """A folder that `convert` wrote."""
+    config = read_json(folder / "config.json", who)
+    check(config, who)
+    return Files(config, open_weights(folder / WEIGHTS, who, "convert the pickle again"))
+
+
+def open_weights(path: Path, who: str, remedy: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; `remedy` is for when there is none."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = read_json(folder / "config.json", who)
-    check(config, who)
     try:
-        return Files(config, load_file(folder / WEIGHTS))
+        return load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{who}: {folder / WEIGHTS} is missing; convert the pickle again") from None
+        raise UserError(f"{who}: {path} is missing; {remedy}") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{who}: {folder / WEIGHTS} cannot be read ({error})") from None
+        raise UserError(f"{who}: {path} cannot be read ({error})") from None
 
 
-def check(config: dict[str, Any], who: str) -> None:
-    """Refuses a config from which no network could be built, before one is."""
-    networks = NETWORKS[config["_class_name"]]
-    name, arguments = config.get("network"), config.get("arguments")
-    if not isinstance(name, str) or name not in networks:
-        raise UserError(f"{who}: network {name!r}: {nearest(str(name), networks)}")
-    if not isinstance(arguments, dict):
-        raise UserError(f"{who}: arguments: expected a mapping")
-    known = inspect.signature(networks[name]).parameters
-    for key, value in arguments.items():
-        if key not in known:
-            raise UserError(f"{who}: argument {key!r} of {name}: {nearest(key, known)}")
-        if not fits(key, value):
-            raise UserError(f"{who}: argument {key!r} of {name} cannot be {str(value)[:60]!r}")
-    for key in ("img_resolution", "img_channels"):
-        if key not in arguments:
-            raise UserError(f"{who}: argument {key!r} of {name} is missing")
-    halvings = len(arguments.get("channel_mult", known["channel_mult"].default)) - 1
-    if arguments["img_resolution"] % 2**halvings:
-        raise UserError(
-            f"{who}: img_resolution {arguments['img_resolution']} cannot be halved {halvings} times"
-        )
-    if not number(config.get("sigma_data"), 1e-6, 1e6):
-        raise UserError(f"{who}: sigma_data is {config.get('sigma_data')!r}; expected a number")
-    if not (latents := config.get("latents")):
-        return
-    for key in ("scale", "bias"):
-        row = latents.get(key) if isinstance(latents, dict) else None
-        if not isinstance(row, list) or len(row) != arguments["img_channels"]:
-            raise UserError(f"{who}: latents.{key}: expected a number for each channel")
-        if not all(number(v, -1e6, 1e6) and (v or key == "bias") for v in row):
-            raise UserError(f"{who}: latents.{key}: expected a number for each channel")
+def denoiser_of(files: Files, who: str, null: bool = False) -> UNet:
+    """The network with its weights in float32, under EDM's process and preconditioning.
 
-
-CHOICES = {
-    "embedding_type": ("positional", "fourier"),
-    "encoder_type": ("standard", "skip", "residual"),
-    "decoder_type": ("standard", "skip"),
-}
-LISTS = {"channel_mult": 64, "attn_resolutions": 2**16, "resample_filter": 1e6}
-SHARES = ("dropout", "label_balance", "concat_balance", "res_balance", "attn_balance")
-
-
-def fits(key: str, value: Any) -> bool:
-    """Whether an argument has a value that a network could be built with."""
-    if key in CHOICES:
-        return value in CHOICES[key]
-    if key in LISTS:
-        low = 0 if key == "resample_filter" else 1
-        if not isinstance(value, list) or len(value) > 16:
-            return False
-        whole = key == "resample_filter" or all(type(v) is int for v in value)
-        if key == "resample_filter" and (len(value) % 2 or not any(value)):
-            return False
-        good = whole and all(number(v, low, LISTS[key]) for v in value)
-        return good and (bool(value) or key == "attn_resolutions")
-    if key in SHARES:
-        return number(value, 0, 1)
-    if key == "clip_act":
-        return value is None or number(value, 0, 1e9)
-    if value is None:
-        return key in ("channel_mult_noise", "channel_mult_emb")
-    most = 64 if key == "num_blocks" else 2**16
-    return type(value) is int and (0 if key == "label_dim" else 1) <= value <= most
-
-
-def number(value: Any, low: float, high: float) -> bool:
-    return type(value) in (int, float) and low <= value <= high
-
-
-def denoiser_of(files: Files, who: str) -> edm.EDM:
-    """The network with its weights in float32, under EDM's process and preconditioning."""
-    config = files.config
-    process, sigma_data = Karras(), float(config["sigma_data"])
-    predicts, time = preconditioning(sigma_data), log_sigma(process, 0.25)
+    Args:
+        null: Whether it will be asked for no label.
+    """
+    config, name = files.config, files.config["network"]
+    karras = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": float(config["sigma_data"])}
+    schedule = read("EDMEulerScheduler", karras, who)
+    if name == "DhariwalUNet" and (stock := adm.config(config["arguments"], null)):
+        with torch.device("meta"):
+            network = edm.DhariwalUNet(**config["arguments"])
+        fill(network, files.weights, who)
+        return UNet(adm.stock(network, stock), schedule)
     with torch.device("meta"):  # shapes are compared before anything is allocated
-        backbone = NETWORKS[config["_class_name"]][config["network"]](**config["arguments"])
-    if config["_class_name"] == "EDMPrecond":
-        fill(backbone, files.weights, who)
-        return edm.EDM(backbone, process, predicts, time, sigma_data)
+        backbone = EDMModel(**model_config(name, config["arguments"]))
+    assert isinstance(schedule.process, Karras)
+    schedule = replace(schedule, time=log_sigma(schedule.process, 250.0))
     head = {k: v for k, v in files.weights.items() if k.startswith("uncertainty.")}
-    fill(backbone, {k: v for k, v in files.weights.items() if k not in head}, who)
+    fill(backbone.network, {k: v for k, v in files.weights.items() if k not in head}, who)
     uncertainty = None
     if head:
         channels = config.get("logvar_channels")
@@ -384,7 +258,36 @@ def denoiser_of(files: Files, who: str) -> edm.EDM:
         with torch.device("meta"):
             uncertainty = edm2.Uncertainty(channels)
         fill(uncertainty, {k.removeprefix("uncertainty."): v for k, v in head.items()}, who)
-    return edm2.EDM2(backbone, process, predicts, time, sigma_data, uncertainty)
+    return EDM(backbone, schedule, uncertainty)
+
+
+def model_config(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """EDMModel's config for a network."""
+    return {
+        "kind": kind,
+        "arguments": arguments,
+        "sample_size": arguments["img_resolution"],
+        "in_channels": arguments["img_channels"],
+        "num_class_embeds": arguments.get("label_dim") or None,
+    }
+
+
+def model_of(folder: Path, config: dict[str, Any], who: str) -> EDMModel:
+    """The EDMModel of an exported student, by our own code and not by that beside its weights.
+
+    Raises:
+        UserError: its config or its weights are damaged.
+    """
+    network, arguments = config.get("kind"), config.get("arguments")
+    kind = "EDM2Precond" if network == "UNet" else "EDMPrecond"
+    made = {"_class_name": kind, "network": network, "arguments": arguments, "sigma_data": 0.5}
+    check(made, who)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    weights = open_weights(file, who, "export the run again")
+    with torch.device("meta"):
+        model = EDMModel(**model_config(str(network), made["arguments"]))
+    fill(model, weights, who)
+    return model
 
 
 def fill(network: nn.Module, weights: dict[str, Tensor], who: str) -> None:

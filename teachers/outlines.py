@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teachers import adm
 from teachers.denoiser import Cond
 from teachers.errors import UserError, nearest
-from teachers.schedule import read
+from teachers.schedule import CM, read
 from teachers.teacher import Teacher, families
+from teachers.unet import UNet
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -33,6 +35,8 @@ class Outline:
         scheduler: Class name and config.
         beside: Parameters of text encoders and VAE, which leave the device once all is encoded.
         factor: Pixels per latent.
+        classes: How many labels there are; 0 where prompts are text.
+        whole: Entries of the condition that hold integers.
     """
 
     pipeline: str
@@ -43,7 +47,8 @@ class Outline:
     scheduler: tuple[str, dict[str, Any]]
     beside: int
     factor: int = 8
-    whole: tuple[str, ...] = field(default=())  # entries of the condition that hold integers
+    classes: int = 0
+    whole: tuple[str, ...] = field(default=())
 
 
 SD15 = Outline(
@@ -118,8 +123,21 @@ PIXART_SIGMA = Outline(
     4_850_000_000,
     whole=("mask",),
 )
+EDM_IN64 = Outline(
+    "ConsistencyModelPipeline",
+    "UNet2DModel",
+    adm.config({"img_resolution": 64, "img_channels": 3, "label_dim": 1000}) or {},
+    (3, 64, 64),
+    {"class_labels": ()},
+    (CM, {}),  # as its students read their time: to refit a layer for that takes values
+    0,
+    factor=1,
+    classes=1000,
+    whole=("class_labels",),
+)
 
 OUTLINES = {
+    "edm-imagenet-64x64-cond-adm.pkl": EDM_IN64,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
     "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
@@ -132,10 +150,10 @@ OUTLINES = {
 class Blank:
     """A codec that knows shapes alone."""
 
-    classes = 0
+    null_label = None
 
     def __init__(self, outline: Outline, size: tuple[int, int]) -> None:
-        self.outline, self.size = outline, size
+        self.outline, self.size, self.classes = outline, size, outline.classes
 
     @property
     def null(self) -> Cond:
@@ -179,7 +197,7 @@ def outline(
             f"or name a known one: {nearest(source, OUTLINES)}"
         )
     known = OUTLINES[source]
-    kind = families()[known.pipeline].args[0]
+    kind = UNet if known.pipeline in UNet.PIPELINES else families()[known.pipeline].args[0]
     shape = known.shape
     if size is not None:
         shape = (shape[0], size // known.factor, size // known.factor)

@@ -43,11 +43,11 @@ def load(folder: Path, source: str, null_label: int | None = None) -> Teacher:
         UserError: a file is missing or damaged, or the scheduler is of a kind not in the table.
     """
     who = f"teacher {source!r}"
-    backbone = backbone_of(inside(folder, "unet"), who)
+    kind, backbone = backbone_of(inside(folder, "unet"), who)
     config = read_json(inside(folder, "scheduler") / "scheduler_config.json", who)
     config = {k: v for k, v in config.items() if not k.startswith("_diffusers")}
     name = str(config.pop("_class_name", ""))
-    denoiser = UNet(backbone, read(name, config, who))
+    denoiser = kind(backbone, read(name, config, who))
     classes = backbone.config["num_class_embeds"] or 0
     if null_label is not None:
         if not 0 <= null_label < classes:
@@ -66,11 +66,15 @@ def inside(folder: Path, part: str) -> Path:
     return folder / part if (folder / part).is_dir() else folder
 
 
-def backbone_of(folder: Path, who: str) -> Any:
-    """The UNet2DModel in `folder`, from safetensors only."""
+def backbone_of(folder: Path, who: str) -> tuple[type[UNet], Any]:
+    """The UNet2DModel in `folder`, or an EDM student's own network, from safetensors only."""
     from diffusers import UNet2DModel
 
     config = read_json(folder / "config.json", who)
+    if config.get("_class_name") == "EDMModel":
+        from teachers import edm_files, edm_model
+
+        return edm_model.EDM, edm_files.model_of(folder, config, who)
     if (kind := config.get("_class_name")) != "UNet2DModel":
         raise UserError(f"{who}: {folder / 'config.json'} holds a {kind}; expected a UNet2DModel")
     if (embed := config.get("class_embed_type")) is not None:
@@ -83,7 +87,9 @@ def backbone_of(folder: Path, who: str) -> Any:
             "convert them with diffusers' save_pretrained first"
         )
     try:
-        return UNet2DModel.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+        return UNet, UNet2DModel.from_pretrained(
+            folder, use_safetensors=True, low_cpu_mem_usage=False
+        )
     except Exception as error:  # diffusers wraps a damaged file in various types
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{who}: the weights in {folder} cannot be read ({reason})") from None

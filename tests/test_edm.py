@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
-from teachers import Karras, UserError, edm, edm2, edm_files, load
+from teachers import Karras, UserError, edm_files, load
 from teachers.denoiser import Guided
 from teachers.denoiser import edm as preconditioning
+from teachers.edm_latents import Latents
+from teachers.edm_model import EDM
 from tests import edm_pickles
 from tests.edm_pickles import CASES, inputs
 
@@ -26,7 +29,7 @@ def files(tmp_path_factory):
 
 def conditions(teacher):
     """The golden runs' labels: the last class, the first, and none."""
-    classes = teacher.denoiser.backbone.label_dim
+    classes = teacher.denoiser.backbone.network.label_dim
     return {"class_labels": torch.tensor([classes - 1, 0, classes])} if classes else None
 
 
@@ -37,7 +40,7 @@ def test_a_network_gives_what_the_published_code_gives(files, name):
     x, sigma = inputs(channels, size)
     cond = conditions(teacher)
     labels = None if cond is None else cond["class_labels"]
-    raw = teacher.denoiser.backbone(x, sigma.log() / 4, labels)
+    raw = teacher.denoiser.backbone.network(x, sigma.log() / 4, labels)
     expected = FIGURES[f"{name}.raw"]
     assert expected.std() > 0.3
     torch.testing.assert_close(raw, expected, atol=1e-5, rtol=1e-5)
@@ -56,7 +59,7 @@ def test_a_denoiser_gives_what_the_published_code_gives(files, name):
 @pytest.mark.parametrize("name", ["edm2", "edm2-pixels"])
 def test_edm2s_uncertainty_is_the_published_codes(files, name):
     denoiser = load(str(files / name)).denoiser
-    assert isinstance(denoiser, edm2.EDM2)
+    assert isinstance(denoiser, EDM)
     t = denoiser.process.time(torch.tensor([0.01, 1.0, 40.0], dtype=torch.double))
     torch.testing.assert_close(denoiser.logvar(t), FIGURES[f"{name}.logvar"])
 
@@ -64,7 +67,7 @@ def test_edm2s_uncertainty_is_the_published_codes(files, name):
 def test_gains_stored_in_half_precision_are_applied_as_the_published_code_applies_them(tmp_path):
     teacher = load(str(edm_pickles.save(KNOWN["edm2"], tmp_path / "half.pkl", half=True)))
     x, sigma = inputs(4, 16)
-    raw = teacher.denoiser.backbone(x, sigma.log() / 4, conditions(teacher)["class_labels"])
+    raw = teacher.denoiser.backbone.network(x, sigma.log() / 4, conditions(teacher)["class_labels"])
     expected = FIGURES["edm2-half.raw"]
     assert (expected - FIGURES["edm2.raw"]).abs().max() > 1e-3
     torch.testing.assert_close(raw, expected, atol=2e-5, rtol=1e-5)
@@ -81,7 +84,7 @@ def test_a_pickle_and_its_folder_are_one_teacher(files):
 
 def test_without_a_network_there_is_only_the_skip(files):
     teacher = load(str(files / "skip"))  # its σ_data is 0.7
-    for p in teacher.denoiser.backbone.heads.parameters():
+    for p in teacher.denoiser.backbone.network.heads.parameters():
         p.zero_()
     x, sigma = inputs(3, 16)
     t = teacher.denoiser.process.time(sigma.double())
@@ -101,7 +104,7 @@ def test_gradients_reach_every_weight(files, name):
     denoiser = load(str(files / name)).denoiser.requires_grad_(True)
     channels, size = (4, 16) if name == "edm2" else (3, 16)
     x = torch.randn(2, channels, size, size)
-    labels = torch.tensor([0, 1]) if denoiser.backbone.label_dim else None
+    labels = torch.tensor([0, 1]) if denoiser.backbone.network.label_dim else None
     cond = None if labels is None else {"class_labels": labels}
     denoiser.loss(x, torch.tensor([0.3, 0.7]), cond).backward()
     still = [
@@ -113,7 +116,10 @@ def test_gradients_reach_every_weight(files, name):
 @pytest.mark.parametrize("name", ["ddpmpp", "adm", "edm2"])
 def test_dropout_is_off_in_eval_mode(files, name):
     denoiser = load(str(files / name)).denoiser
-    x, t = torch.randn(2, denoiser.backbone.stem.weight.shape[1] - (name == "edm2"), 16, 16), 0.5
+    x, t = (
+        torch.randn(2, denoiser.backbone.network.stem.weight.shape[1] - (name == "edm2"), 16, 16),
+        0.5,
+    )
     t = torch.full((2,), t)
     assert torch.equal(denoiser(x, t), denoiser(x, t))
     denoiser.train()
@@ -159,17 +165,17 @@ def test_a_student_can_be_made_of_what_the_denoiser_says(files):
     source = load(str(files / "ddpmpp-labels")).denoiser
     process = source.process
     assert process == Karras(0.002, 80.0, 7.0)
-    predicts = preconditioning(source.sigma_data, process.sigma_min)
-    student = edm.EDM(source.backbone, process, predicts, source.time, source.sigma_data)
+    predicts = preconditioning(source.schedule.sigma_data, process.sigma_min)
+    student = EDM(source.backbone, replace(source.schedule, predicts=predicts))
     x = torch.randn(2, 3, 16, 16)
     ends = torch.zeros(2, dtype=torch.double)
     torch.testing.assert_close(student(x, ends), x)  # a consistency model's boundary
-    torch.testing.assert_close(source.time(torch.ones(1)), torch.tensor([80.0]).log() / 4)
+    torch.testing.assert_close(source.time(torch.ones(1)), torch.tensor([80.0]).log() * 250)
 
 
 def test_latents_are_scaled_to_edm2s_statistics(files):
     codec = load(str(files / "edm2")).codec
-    assert isinstance(codec, edm2.Latents)
+    assert isinstance(codec, Latents)
     mean, std = torch.tensor([5.81, 3.25, 0.12, -2.15]), torch.tensor([4.17, 4.62, 3.71, 3.28])
     torch.testing.assert_close(codec.scale, 0.5 / std)
     torch.testing.assert_close(codec.bias, -0.5 * mean / std)

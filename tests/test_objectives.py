@@ -315,6 +315,13 @@ def test_ects_steps_shrink_as_published(q, sigma, share, monkeypatch):
     assert (objective.ratio(r) / objective.ratio(t)).item() == pytest.approx(share, abs=1e-3)
 
 
+def test_ects_last_stages_neither_overflow_nor_let_the_times_meet():
+    objective, x = tuning(256.0), torch.zeros(64, 1)
+    t, r = objective.pair(x, 10_000)  # where q^stage is beyond any float
+    ratio = objective.ratio(r) / objective.ratio(t)
+    assert ratio.max().item() == pytest.approx(0.999, abs=2e-4) and (r < t)[t > 0].all()
+
+
 def test_ects_first_stage_is_plain_diffusion_below_its_threshold(monkeypatch):
     objective = tuning()
     t = objective.teacher.process.time(torch.tensor([1.8, 2.0], dtype=D))

@@ -89,3 +89,12 @@ def test_sdxl_under_adapters_holds_at_most_three_and_a_half_bytes_a_parameter(tm
     assert plan["base_params"] == 2_567_463_684
     assert plan["bytes_per_base_param"] <= 3.5
     assert plan["fits"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dmd2", "sid", "fdistill", "ect"])
+def test_edms_recipes_of_imagenet_64_fit_a_small_card_offline(tmp_path, name):
+    file = tmp_path / "plan.json"
+    app(["plan", f"edm/{name}", "--json", str(file)], standalone_mode=False)
+    plan = json.loads(file.read_text())
+    assert plan["base_params"] == 295_899_267 and plan["fits"]

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from distill.losses import LogNormal, Times, huber
@@ -98,17 +98,17 @@ class ConsistencyTuning(Consistency):
     target_ema: Share = 0.0  # ECT's target is the student itself
     huber_c: NonNegative = 0.0  # and its distance the plain norm
     times: Times = LogNormal(-1.1, 2.0)  # of t
-    q: Annotated[float, *Finite, Gt(1)] = (
-        2.0  # how fast r approaches t: r/t grows as 1 - n(t)/q^(stage + 1)
-    )
+    q: Annotated[float, *Finite, Gt(1)] = 2.0  # r/t grows as 1 - n(t) / q^(stage + 1)
+    ratio_max: Annotated[float, Ge(0), Lt(1)] = 0.999  # of r/t: closer, only rounding is learned
     stage_steps: Count = 1000  # steps per stage
 
     def pair(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
         process = self.student.denoiser.process
         t = self.times.sample(x, process)
         sigma = self.ratio(t)
-        shrink = (1 + 8 * torch.sigmoid(-sigma)) / self.q ** (step // self.stage_steps + 1)
-        r = process.time(sigma * (1 - shrink).clamp(min=0)).clamp(min=0)
+        finest = self.q ** -(step // self.stage_steps + 1)  # late stages end at 0: no overflow
+        ratio = 1 - (1 + 8 * torch.sigmoid(-sigma)) * finest
+        r = process.time(sigma * ratio.clamp(0, self.ratio_max)).clamp(min=0)
         return t, torch.minimum(r, t)
 
     def previous(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch) -> Tensor:

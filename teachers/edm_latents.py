@@ -1,0 +1,54 @@
+"""The latents that EDM2's networks of ImageNet-512 are of (arXiv:2312.02696)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teachers.teacher import Pixels
+
+
+class Latents(Pixels):
+    """The codec of latent EDM2: a VAE's latents, each channel shifted and scaled to σ_data = ½.
+
+    Without a VAE there are no pixels: data are then the latents themselves, in and out.
+
+    Args:
+        scale, bias: Per channel, from the VAE's raw latents to the network's.
+        vae: A diffusers AutoencoderKL; EDM2 shows it pixels in [0, 1], and so does this.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        null: int | None,
+        scale: Sequence[float],
+        bias: Sequence[float],
+        vae: Any = None,
+    ) -> None:
+        super().__init__(classes, null)
+        self.vae = vae
+        self.scale, self.bias = torch.tensor([*scale]), torch.tensor([*bias])
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents of images; without a VAE, the latents that were given."""
+        if self.vae is None:
+            return images
+        raw = self.vae.to(images.device).encode((images + 1) / 2).latent_dist.sample()
+        return raw * shaped(self.scale, raw) + shaped(self.bias, raw)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents; without a VAE, the latents as they are."""
+        if self.vae is None:
+            return latents
+        raw = (latents - shaped(self.bias, latents)) / shaped(self.scale, latents)
+        return 2 * self.vae.to(latents.device).decode(raw).sample.clamp(0, 1) - 1
+
+
+def shaped(values: Tensor, x: Tensor) -> Tensor:
+    """(C,) to broadcast against x, (B, C, H, W)."""
+    return values.to(x)[:, None, None]
