@@ -27,7 +27,7 @@ def finish(run: Run) -> dict[str, Any]:
     if engine.accelerator.is_main_process:
         with engine.ema.swapped():
             export(run.student, run.teacher, run.out / "student", recipe.tree())
-            if lora_files.possible(run.student):
+            if lora_files.possible(run.student, run.teacher):
                 lora_files.export_lora(
                     run.student, run.teacher, run.out / "student", run.out / "lora"
                 )
