@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distill.build import Run
+from distill.lock import release
 from distill.measure import evaluate_student, evaluate_teacher
 from distill.teaching import guided
 from students import lora_files
@@ -37,6 +38,7 @@ def finish(run: Run) -> dict[str, Any]:
         draft.replace(run.out / "summary.json")
     engine.accelerator.wait_for_everyone()
     engine.accelerator.end_training()
+    release(run.out)
     return summary
 
 
