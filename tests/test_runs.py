@@ -20,6 +20,7 @@ UNET = "unet"  # a class-conditional UNet2D of pixels
 NAMES = (*families.FAMILIES, UNET)
 LABELLED = ("dit", UNET)
 STEPS, BATCH = 5, 2
+SLOW = pytest.mark.slow
 SUMMARY = {
     "objective", "steps", "seed", "guidance", "wall_s", "network_evaluations",
     "network_evaluations_by_network", "metrics", "device", "processes", "versions",
@@ -70,13 +71,16 @@ def write(path, tree):
     return path
 
 
-def quick(name):
-    """Stable Diffusion in every run, the others in the slow one: each starts other processes."""
-    return name if name == "sd" else pytest.param(name, marks=pytest.mark.slow)
+# One in every run, the others in the slow one: each starts other processes.
+PAIRS = [
+    pytest.param(name, objective, marks=[] if (name, objective) == ("sd", "dmd2") else SLOW)
+    for name in NAMES
+    for objective in ("dmd2", "consistency")
+    if name != "wan"
+]
 
 
-@pytest.mark.parametrize("objective", ["dmd2", "consistency"])
-@pytest.mark.parametrize("name", [quick(n) for n in NAMES if n != "wan"])
+@pytest.mark.parametrize(("name", "objective"), PAIRS)
 def test_five_steps_leave_a_student_that_draws(folder, name, objective, pictures, tmp_path, capsys):
     runs_and_draws(name, folder(name), objective, pictures, tmp_path, capsys)
 
@@ -89,6 +93,7 @@ def test_five_steps_on_prompts_leave_a_student_of_videos(folder, pictures, tmp_p
 
 def test_learning_from_real_videos_is_refused(folder, pictures, tmp_path, capsys):
     recipe = write(tmp_path / "r.yaml", tree("wan", folder("wan"), "consistency", pictures))
+    capsys.readouterr()  # what saving the teacher printed
     code, _, err = called(capsys, "run", recipe, "--out", tmp_path / "run")
     assert code == 2 and err.count("\n") == 1
     assert "data.source: consistency learns from real data" in err
