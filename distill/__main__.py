@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +23,23 @@ RecipeArg = Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe
 Overrides = Annotated[list[str] | None, typer.Argument(help="Such as train.steps=500.")]
 Out = Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/RECIPE")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
+Licence = Annotated[
+    str, typer.Option("--licence-override", help="Why it may be shared though its licence says no.")
+]
 Student = Annotated[Path, typer.Argument(help="A run's folder, or the student folder in it.")]
 
 
 @app.command()
-def run(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resume: Resume = False):
+def run(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    licence_override: Licence = "",
+):
     """Distil: train the student of a recipe, export it, and measure it against its teacher."""
+    import json
+
     from distill.terminal import out as console
     from distill.terminal import waiting
     from teachers.errors import UserError
@@ -36,7 +48,8 @@ def run(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resume:
     with waiting("distill: preparing"):  # the imports alone take seconds
         from distill.recipe import Recipe
 
-        checked = Recipe.load(recipe, overrides or [])
+        reason = [f"export.licence_override={json.dumps(licence_override)}"]
+        checked = Recipe.load(recipe, [*(overrides or []), *(reason if licence_override else [])])
         if not checked.kind.few_step:
             name = checked.objective["name"]
             raise UserError(f"{recipe}: objective.name: {name} makes teachers; use distill teach")
@@ -264,9 +277,6 @@ def convert(
     console.print(f"teacher in {folder}", soft_wrap=True)
 
 
-Licence = Annotated[
-    str, typer.Option("--licence-override", help="Why it may be shared though its licence says no.")
-]
 RunArg = Annotated[Path, typer.Argument(help="A finished run's folder.")]
 
 
@@ -380,24 +390,21 @@ def doctor(
 
     import torch
 
-    from distill.doctor import diagnose, pictures_for, table
+    from distill.doctor import diagnose, pictures_for, table, verdict
+    from distill.sources import examples
     from distill.terminal import out as console
     from teachers.errors import UserError
-    from teachers.teacher import load
+    from teachers.teacher import EMBEDDED, load
 
     if json_file is not None:
         writable(json_file, "--json")
     loaded = load(teacher, **({} if null_label is None else {"null_label": null_label}))
     if torch.cuda.is_available():
         loaded.denoiser.to("cuda")
-    prompts = None
-    if teacher == "digits" and image is None:
-        from eval.digits import data
-
-        images, labels = (v[::60] for v in data())
-        prompts = labels.tolist() if prompt is None else None
+    if teacher in EMBEDDED and image is None:
+        images, prompts = examples(teacher)
     else:
-        images = pictures_for(loaded, image)
+        images, prompts = pictures_for(loaded, image), None
     if prompt is not None:
         prompts = [prompt] * len(images)
     checks = diagnose(loaded, images, prompts, structure_only)
@@ -405,6 +412,7 @@ def doctor(
     if json_file is not None:
         plain = {"teacher": teacher, "checks": [asdict(c) for c in checks]}
         json_file.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+    console.print(verdict(checks))
     if broken := [c for c in checks if c.verdict in ("broken", "untrained?")]:
         raise UserError(f"doctor {teacher!r}: {broken[0].remedy}")
 
@@ -418,7 +426,6 @@ def plan(
 ):
     """Say what a recipe's run would take: memory by part, time, cost; exit 2 if it will not fit."""
     import json
-    import warnings
 
     from distill.plan import GPUS, RESERVE, advice
     from distill.recipe import Recipe
@@ -500,6 +507,8 @@ def main() -> None:
     """Exit codes: 0 done; 2 the user's mistake, in one line; 130/143 stopped; 1 anything else."""
     code = 1
     signal.signal(signal.SIGTERM, interrupt)
+    if not sys.warnoptions:  # what our dependencies will change is no user's concern
+        warnings.simplefilter("ignore", FutureWarning)
     try:
         code = app(standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):

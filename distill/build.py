@@ -17,6 +17,7 @@ from torch import nn
 from distill import cache
 from distill.engine import Engine, check_memory, shards_of
 from distill.listing import write_report
+from distill.lock import refuse_live, take
 from distill.measure import check_protocol, evaluate_student
 from distill.objective import Objective, check_first
 from distill.player import Moves, Player
@@ -32,6 +33,7 @@ from students import stock
 from students.critic import Critic
 from students.export import rehearse
 from students.generator import Generator
+from students.licence import check_licence
 from students.lora import Adapted, adapted, checkpointing, unwrap, whole
 from teachers.denoiser import Network
 from teachers.errors import UserError
@@ -59,9 +61,11 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     Nothing is written before the recipe is known to be possible.
 
     Raises:
-        UserError: the folder holds another run, or the recipe asks for what cannot be.
+        UserError: the folder holds another run or one that is at work, the teacher's licence lets
+            nobody share its student, or the recipe asks for what cannot be.
     """
     check_folder(recipe, out, resume)
+    check_licence(recipe.teacher.source, recipe.export.licence_override)
     if recipe.train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32")
     log_with = trackers(recipe.train.trackers, out)
@@ -94,6 +98,8 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     accelerator.wait_for_everyone()  # a slow process must not take what is written now for old
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
+        take(out)
+        check_folder(recipe, out, resume)  # again: another may have begun meanwhile
         draft = out / ".recipe.yaml"
         draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
         draft.replace(out / "recipe.yaml")
@@ -126,10 +132,11 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
 
 
 def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Refuse to write over a run, or to go on with a different one."""
+    """Refuse to write over a run, or to go on with a different one, or with one that is at work."""
     there = next(p for p in (out.absolute(), *out.absolute().parents) if exists(p))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--out {out}: {there} is not a folder that can be written to")
+    refuse_live(out)
     written = out / "recipe.yaml"
     if not written.exists():
         if resume and not out.exists():
@@ -169,7 +176,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
         for k in {**a, **b}:
             found += differences(a.get(k), b.get(k), f"{path}.{k}".strip("."))
         return found
-    free = path in FREE or path.startswith("eval")
+    free = path in FREE or path.startswith(("eval", "export"))
     return [] if a == b or free else [(path, a, b)]
 
 

@@ -177,6 +177,7 @@ class Cache:
         draft = self.folder / f".{INDEX}.{os.getpid()}"
         draft.write_text(json.dumps(self.about, indent=2) + "\n")
         draft.replace(self.folder / INDEX)
+        self.work.tell()
 
     def _encode(self, shard: Shard) -> None:
         found: list[dict[str, Tensor]] = []

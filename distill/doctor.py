@@ -16,10 +16,12 @@ from teachers.analytic import Finite, Gaussian, Mixture
 from teachers.checks import Check, Subject, check, relative
 from teachers.doctor import examine, leaves, subject_of, tried
 from teachers.errors import UserError
+from teachers.pipeline import Prompted
 from teachers.teacher import Teacher
 
 PICTURES = 4  # how many are drawn, or noised, where there are not more
-MOST = 32  # and how many are used of a folder
+VIDEOS = 2  # and of videos
+MOST = 32  # how many are used of a folder
 
 
 def diagnose(
@@ -74,7 +76,8 @@ def pictures_for(teacher: Teacher, path: Path | None) -> Tensor:
     """Pictures of the teacher's size: of a file, of a folder, or drawn for lack of any.
 
     Returns:
-        (N, C, H, W) in [-1, 1], or (N, D) points for teachers in closed form.
+        (N, C, H, W) in [-1, 1]; (N, C, F, H, W), in which nothing moves, for teachers of videos;
+        or (N, D) points for teachers in closed form.
 
     Raises:
         UserError: the path holds no readable picture, or the codec takes none.
@@ -86,22 +89,33 @@ def pictures_for(teacher: Teacher, path: Path | None) -> Tensor:
         if isinstance(denoiser, Finite):
             return denoiser.items
         return denoiser.sample(256)
-    channels, size = picture_shape(teacher)
+    channels, *frames, height, width = picture_shape(teacher)
+    few = VIDEOS if frames else PICTURES
     if path is None:
-        return leaves(PICTURES, channels, size)
+        read = leaves(few, channels, (height, width))
+    else:
+        read = torch.stack([picture(p, channels, (height, width)) for p in files_in(path)])
+        read = read if len(read) >= few else read.repeat(few, 1, 1, 1)
+    return read.unsqueeze(2).expand(-1, -1, frames[0], -1, -1) if frames else read
+
+
+def files_in(path: Path) -> list[Path]:
+    """The picture that --image names, or the first of a folder."""
     if not path.exists():
         raise UserError(f"--image {path}: no such file or folder")
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)[:MOST]
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)[:MOST]
     if not files:
         raise UserError(f"--image {path} holds no images ({', '.join(sorted(SUFFIXES))})")
-    read = torch.stack([picture(p, channels, size) for p in files])
-    return read if len(read) >= PICTURES else read.repeat(PICTURES, 1, 1, 1)
+    return files
 
 
-def picture_shape(teacher: Teacher) -> tuple[int, tuple[int, int]]:
-    """Channels, height and width of the pictures that become data of the teacher's shape."""
+def picture_shape(teacher: Teacher) -> tuple[int, ...]:
+    """Channels, height and width of the pictures that become data of the teacher's shape; for
+    videos (C, F, H, W)."""
+    if isinstance(teacher.codec, Prompted):
+        return (3, *teacher.codec.size)
     shape = teacher.shape
     channels = shape[0] if shape[0] in (1, 3) else 3
     try:
@@ -114,7 +128,7 @@ def picture_shape(teacher: Teacher) -> tuple[int, tuple[int, int]]:
             f"(1, {channels}, 64, 64): {first}"
         ) from None
     factor = max(64 // data.shape[-1], 1)
-    return channels, (shape[-2] * factor, shape[-1] * factor)
+    return channels, shape[-2] * factor, shape[-1] * factor
 
 
 def picture(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
@@ -142,3 +156,13 @@ def table(source: str, checks: Sequence[Check]) -> Table:
         value = "" if c.value is None else f"{c.value:.3g}"
         found.add_row(c.name, value, c.bound, f"[{styles.get(c.verdict, 'red')}]{c.verdict}[/]")
     return found
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    """The table in one line: passed or broken, and how many checks there were."""
+    counts = {v: sum(c.verdict == v for c in checks) for v in ("ok", "left out")}
+    broken = len(checks) - sum(counts.values())
+    rest = f", {counts['left out']} left out" if counts["left out"] else ""
+    if broken:
+        return f"broken: {broken} of {len(checks) - counts['left out']} checks{rest}"
+    return f"passed: {counts['ok']} checks{rest}"

@@ -19,8 +19,10 @@ from distill.fingerprint import networks
 from distill.images import READERS, pixels, signed
 from distill.listing import Bad, Item, Listing, report
 from distill.seeds import seed_of
+from distill.terminal import notice
 from teachers.denoiser import Cond
 from teachers.errors import UserError
+from teachers.pipeline import Prompted
 from teachers.teacher import Teacher
 
 TOGETHER = 16  # items encoded at once
@@ -47,6 +49,7 @@ class Work:
         self.teacher, self.listing, self.sizes = teacher, listing, sizes
         self.with_data = with_data
         self.device = device()
+        self.read = self.truncated = 0  # prompts encoded here, and of them those cut at their end
         self.channels = picture_shape(teacher)[0] if with_data else 0
         used = sorted({i.bucket for i in listing.items})
         self.groups = {b: [i for i in listing.items if i.bucket == b] for b in used}
@@ -95,7 +98,11 @@ class Work:
         if not good:
             return {}, bad
         x = signed(images) if self.with_data else None
-        found = self._through(x, [i.prompt for i in good])
+        prompts = [i.prompt for i in good]
+        found = self._through(x, prompts)
+        if isinstance(self.teacher.codec, Prompted) and not self.teacher.codec.classes:
+            self.read += len(prompts)
+            self.truncated += self.teacher.codec.truncated(prompts)
         for name, shape in self.shapes(good[0].bucket).items():
             if found[name].shape[1:] != shape:
                 raise UserError(
@@ -103,6 +110,14 @@ class Work:
                     f"{tuple(found[name].shape[1:])} after {shape}; pad it to one length"
                 )
         return found, bad
+
+    def tell(self) -> None:
+        """Say how many prompts were cut, if any."""
+        if self.truncated:
+            notice(
+                f"{self.listing.where}: {self.truncated:,} of {self.read:,} prompts "
+                "are longer than the text encoder reads; their ends have no effect"
+            )
 
     @torch.no_grad()
     def _through(self, images: Tensor | None, prompts: list) -> Encoded:
@@ -156,6 +171,7 @@ def held(work: Work, seed: int, share: float) -> Source:
             x, cond = split({k: v[:rows] for k, v in full.items()})
             shape = work.shapes(bucket).get("x", work.teacher.shape)
             sources.append(Source(shape, x, cond, bucket_seed(seed, bucket), rows))
+    work.tell()
     return joined(sources, seed, report(total, bad))
 
 
@@ -175,7 +191,10 @@ def joined(sources: list[Source], seed: int, content: dict) -> Source:
 
 
 def picture_shape(teacher: Teacher) -> tuple[int, ...]:
-    """Channels, height and width of the teacher's pictures, as its codec decodes them."""
+    """Channels, height and width of the teacher's pictures, as its codec decodes them; for videos
+    (C, F, H, W)."""
+    if isinstance(teacher.codec, Prompted):  # which knows, and may be large
+        return (3, *teacher.codec.size)
     with torch.no_grad():
         return tuple(teacher.codec.decode(torch.zeros(1, *teacher.shape)).shape[1:])
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distill.build import Run
+from distill.lock import release
 from distill.measure import (
     evaluate_student,
     evaluate_teacher,
@@ -35,7 +36,7 @@ def finish(run: Run) -> dict[str, Any]:
     if engine.accelerator.is_main_process:
         with engine.ema.swapped():
             export(run.student, run.teacher, run.out / "student", recipe.tree())
-            if lora_files.possible(run.student):
+            if lora_files.possible(run.student, run.teacher):
                 lora_files.export_lora(
                     run.student, run.teacher, run.out / "student", run.out / "lora"
                 )
@@ -47,6 +48,7 @@ def finish(run: Run) -> dict[str, Any]:
         report(run.out)
     engine.accelerator.wait_for_everyone()
     engine.accelerator.end_training()
+    release(run.out)
     return summary
 
 

@@ -201,6 +201,13 @@ class EvalSection(Section):
     teacher_solver: Literal["heun", "ddim", "dpmpp_2m", "euler", "ancestral"] = "heun"
 
 
+class ExportSection(Section):
+    """What becomes of the student."""
+
+    # Why it may be shared though its teacher's licence says no; the card repeats it.
+    licence_override: str = ""
+
+
 class Recipe(Section):
     """A run: `objective` is kept as its checked keys, to be built once the networks exist."""
 
@@ -213,6 +220,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     train: TrainSection
     eval: EvalSection = EvalSection()
+    export: ExportSection = ExportSection()
 
     @field_validator("teacher", mode="before")
     @classmethod

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from distill import cache
 from distill.data import Source
 from distill.encode import Work, picture_shape
@@ -16,7 +18,11 @@ from teachers.teacher import EMBEDDED, Teacher
 
 
 def source_of(recipe: Recipe, teacher: Teacher) -> Source:
-    """Data and conditions as the recipe says, encoded once: in memory, or in a cache."""
+    """Data and conditions as the recipe says, encoded once: in memory, or in a cache.
+
+    Raises:
+        UserError: the data are not of the teacher's kind, or too many of them are bad.
+    """
     seed, codec = recipe.train.seed, teacher.codec
     if recipe.data.source in EMBEDDED:
         return embedded_source(recipe, teacher)
@@ -28,6 +34,7 @@ def source_of(recipe: Recipe, teacher: Teacher) -> Source:
 
 def embedded_source(recipe: Recipe, teacher: Teacher) -> Source:
     """The digits, or drawings of the shapes, as many as the caption protocol compares with."""
+    refuse_videos(recipe, teacher)
     name, codec = str(recipe.data.source), teacher.codec
     classes = getattr(codec, "classes", 0)
     needed = needs_data(recipe)
@@ -57,6 +64,15 @@ def embedded_source(recipe: Recipe, teacher: Teacher) -> Source:
     return Source(teacher.shape, x if needed else None, cond, recipe.train.seed, len(prompts))
 
 
+def examples(name: str) -> tuple[Tensor, list[Any]]:
+    """Some of what an embedded teacher was trained on, in [-1, 1], and what it shows."""
+    if name == "digits":
+        images, labels = (v[::60] for v in digits.data())
+        return images, labels.tolist()
+    captions = shapes.all_captions()[::40]
+    return shapes.draw(captions, seed=0).float() / 127.5 - 1, captions
+
+
 def needs_data(recipe: Recipe) -> bool:
     """Whether batches must hold real data, or prompts and labels will do."""
     kind = recipe.kind
@@ -64,8 +80,21 @@ def needs_data(recipe: Recipe) -> bool:
     return kind.needs_data == "always" or critic
 
 
+def refuse_videos(recipe: Recipe, teacher: Teacher) -> None:
+    """Refuse to learn from real videos, which no source holds."""
+    if len(teacher.shape) == 4 and needs_data(recipe):
+        name = recipe.objective["name"]
+        critic = recipe.kind.needs_data == "critic"
+        remedy = "remove the critic section" if critic else "take another, such as dmd2"
+        raise UserError(
+            f"data.source: {name} learns from real data, the teacher {teacher.source!r} makes "
+            f"videos, and only images can be read as yet; {remedy}, with data.prompts alone"
+        )
+
+
 def work_of(recipe: Recipe, teacher: Teacher) -> Work | None:
     """What there is to encode; None where labels are all, or data are embedded."""
+    refuse_videos(recipe, teacher)
     data, codec = recipe.data, teacher.codec
     if data.source in EMBEDDED:
         return None

@@ -21,6 +21,7 @@ import yaml
 
 from distill import build, teach_text
 from distill.finish import summarise
+from distill.lock import release, take
 from distill.measure import evaluate_teacher
 from distill.recipe import Recipe, find, override, read_yaml
 from distill.seeds import seed_all
@@ -80,6 +81,7 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
         (out / "teacher" / "README.md").write_text(card(summary, recipe))
     run.engine.accelerator.wait_for_everyone()
     run.engine.accelerator.end_training()
+    release(out)
     return summary
 
 
@@ -191,6 +193,7 @@ def teach_pictures(recipe: TextRecipe, out: Path, resume: bool, where: str) -> d
     scenes = Scenes(shapes.all_captions(), shapes.draw, shapes.accuracy)
     pipe = teach_text.pipeline(recipe, scenes.captions, where)
     out.mkdir(parents=True, exist_ok=True)
+    take(out)
     draft = out / ".recipe.yaml"
     draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
     draft.replace(out / "recipe.yaml")
@@ -209,6 +212,7 @@ def teach_pictures(recipe: TextRecipe, out: Path, resume: bool, where: str) -> d
     (out / "summary.json").write_text(text)
     (out / "teacher" / "measurements.json").write_text(text)
     (out / "teacher" / "README.md").write_text(pictures_card(summary, recipe))
+    release(out)
     return summary
 
 

@@ -334,7 +334,8 @@ def single_file(pipe: Any) -> State:
 SCRIPT = """
 import json, sys, diffusers, torch
 from safetensors.torch import save_file
-folder, out, kind, files, counts, arguments, absent = *sys.argv[1:4], *map(json.loads, sys.argv[4:])
+folder, out, kind, asked = sys.argv[1:5]
+files, counts, absent = map(json.loads, sys.argv[5:])
 kind, images = getattr(diffusers, kind), {}
 for i, (whole, file) in enumerate(files):
     if whole:
@@ -346,6 +347,7 @@ for i, (whole, file) in enumerate(files):
     for steps in counts:
         draw = torch.Generator().manual_seed(0)
         torch.manual_seed(1)
+        arguments = json.loads(asked)  # afresh: some pipelines write to their lists
         made = pipe(num_inference_steps=steps, generator=draw, output_type="pt", **arguments)
         images[f"{i} {steps}"] = next(iter(made.values())).contiguous()
 save_file(images, out)
@@ -431,7 +433,7 @@ def drawn_elsewhere(
         out = Path(scratch) / "images.safetensors"
         index = json.loads((folder / "model_index.json").read_text())
         absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
-        plain = [json.dumps(v) for v in (jobs, list(counts), dict(arguments), absent)]
+        plain = [json.dumps(v) for v in (dict(arguments), jobs, list(counts), absent)]
         words = [str(folder.resolve()), str(out), kind, *plain]
         result = subprocess.run(
             [sys.executable, "-I", "-c", SCRIPT, *words],

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from teachers.errors import UserError
-from teachers.teacher import EMBEDDED, read_json
+from teachers.teacher import EMBEDDED, TERMS, read_json
 
 HUB = "https://huggingface.co"
 
@@ -58,12 +58,12 @@ def licence_of(source: str) -> Licence:
     """The licence of the teacher at `source`: its README's front matter, index, or LICENSE file.
 
     Args:
-        source: What recipes name as `teacher.source`; a Hub id's README is fetched, and no licence
-            is known where it cannot be.
+        source: What recipes name as `teacher.source`; of a Hub id these files are fetched, and no
+            licence is known where they cannot be.
     """
-    folder = folder_of(source)
+    folder = folder_of(source) or fetched(source)
     if folder is None:
-        return licence_in(readme_of(source), {}, None, source)
+        return Licence()
     index = folder / "model_index.json"
     about = read_json(index, f"teacher {source!r}") if index.is_file() else {}
     texts = [p for p in sorted(folder.glob("LICEN[SC]E*")) if p.is_file()]
@@ -109,7 +109,8 @@ def check_licence(source: str, override: str = "") -> Licence:
     if licence.forbids and not override.strip():
         raise UserError(
             f"teacher {source!r}: its licence ({licence.called}) forbids sharing what is derived "
-            "from it; with the owner's permission, say so by --licence-override REASON"
+            "from it; with the owner's permission, say so by --licence-override REASON, or in a "
+            "recipe's export.licence_override"
         )
     return licence
 
@@ -130,17 +131,28 @@ def folder_of(source: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def readme_of(source: str) -> str:
-    """A Hub model's README, from the cache or the Hub; empty where neither has it."""
-    from huggingface_hub import hf_hub_download
+def fetched(source: str) -> Path | None:
+    """The folder with a Hub model's README and licence, from the Hub or the cache; None where
+    neither has it."""
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     if hub_id(source) is None:
-        return ""
+        return None
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
     try:
-        return Path(hf_hub_download(source, "README.md")).read_text(errors="replace")
+        return Path(snapshot_download(source, allow_patterns=list(TERMS)))
     except (HTTPError, OSError, ValueError):
-        return ""
+        return None
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def hub_id(source: str) -> str | None:

@@ -11,18 +11,22 @@ from students.export import pipeline, request
 from students.formats import File, diffusers_lora, ldm_names, to_kohya, write
 from students.generator import Generator
 from students.lora import Adapted, unwrap
+from teachers.pipeline import Prompted
 from teachers.stable import SDXL
 from teachers.teacher import EMBEDDED, Teacher, find
-from teachers.unet import UNet
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 KOHYA = "comfyui_lora.safetensors"
 
 
-def possible(generator: Generator) -> bool:
-    """Whether there is a file form: of plain LoRA, on a network that pipelines load LoRA onto."""
-    student = generator.denoiser
-    if not isinstance(student, Adapted) or isinstance(unwrap(student), UNet):
+def possible(generator: Generator, teacher: Teacher) -> bool:
+    """Whether there is a file form: of plain LoRA, for a pipeline that loads LoRA (not all do)."""
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
+    student, codec = generator.denoiser, teacher.codec
+    if not isinstance(student, Adapted) or not isinstance(codec, Prompted):
+        return False
+    if not isinstance(codec.pipe, LoraBaseMixin):
         return False
     return type(student.config).__name__ == "LoraConfig" and not student.config.use_dora
 

@@ -35,6 +35,8 @@ class Pretrained(Network):
     GRID: ClassVar[Literal["own", "trailing"]] = "own"
     SEEDED: ClassVar[bool] = False  # whether it hands its generator on to the scheduler's steps
     FRAMED: ClassVar[bool] = False  # whether its VAE is one for videos, of which it makes pictures
+    # The tokenizer whose length is all that is read of a prompt; where a longer one reads on, none.
+    READER: ClassVar[str] = ""
     LORA: ClassVar[str] = r".*attn\d?\.(to_q|to_k|to_v|to_out\.0)"  # what adapters adapt: a regex
 
     def __init__(self, backbone: nn.Module, schedule: Schedule) -> None:
@@ -161,7 +163,7 @@ class Prompted:
     def null(self) -> dict[str, Tensor]:
         """The negative prompt's condition, each entry (1, ...); encoded once."""
         if self._null is None:
-            with torch.no_grad():
+            with torch.no_grad(), quiet():
                 self._null = self.kind.embed_negative(self.pipe, self.negative, self.size)
         return self._null
 
@@ -179,9 +181,19 @@ class Prompted:
         """How the stock pipeline is asked for the pictures that these conditions mean."""
         return self.kind.arguments(prompts, self.size)
 
+    def truncated(self, prompts: Sequence[Any]) -> int:
+        """How many of these prompts the text encoder does not read to their end."""
+        if not self.kind.READER:
+            return 0
+        tokenizer = getattr(self.pipe, self.kind.READER)
+        with quiet():
+            found = tokenizer([str(p) for p in prompts]).input_ids
+        return sum(len(ids) > tokenizer.model_max_length for ids in found)
+
     @torch.no_grad()
     def _embed(self, prompts: list[Any]) -> dict[str, Tensor]:
-        return self.kind.embed(self.pipe, prompts, self.size)
+        with quiet():  # of prompts that are cut, of which `truncated` tells
+            return self.kind.embed(self.pipe, prompts, self.size)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -35,14 +35,22 @@ def euler(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> 
 
 
 def heun_step(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
-    """x_s, second order in (x/α, σ/α): the mean of ε at both ends. Needs α(t) > 0."""
+    """x_s, second order in (x/α, σ/α): the mean of ε at both ends.
+
+    First order, as DDIM, for samples that start from pure noise, where x/α is infinite, or land on
+    data, where ε is undefined.
+    """
     process = denoiser.process
     (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, x_t), process.at(s, x_t)
-    eps = process.eps(x_t, denoiser(x_t, t, cond), t)
+    x = denoiser(x_t, t, cond)
+    one_sided = (alpha_t == 0) | (sigma_s == 0)
+    alpha_t, sigma_s = alpha_t.masked_fill(one_sided, 1), sigma_s.masked_fill(one_sided, 1)
+    eps = process.eps(x_t, x, t)
     u, gap = x_t / alpha_t, sigma_s / alpha_s - sigma_t / alpha_t
     guess = alpha_s * (u + gap * eps)
-    eps_s = process.eps(guess, denoiser(guess, s, cond), s)
-    return alpha_s * (u + gap * (eps + eps_s) / 2)
+    eps_s = (guess - alpha_s * denoiser(guess, s, cond)) / sigma_s
+    second = alpha_s * (u + gap * (eps + eps_s) / 2)
+    return torch.where(one_sided, process.noise(x, s, eps), second)
 
 
 def heun(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:

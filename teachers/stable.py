@@ -15,7 +15,7 @@ class StableDiffusion(Pretrained):
     """A UNet2DConditionModel that reads CLIP's tokens."""
 
     PIPELINES = ("StableDiffusionPipeline",)
-    PART, SEEDED = "unet", True
+    PART, SEEDED, READER = "unet", True, "tokenizer"
     LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|proj_in|proj_out)"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError, nearest
 
+TERMS = ("README.md", "LICEN[SC]E*")  # files of a model's folder that may state its licence
 EMBEDDED = {name: Path(__file__).parent / name for name in ("digits", "shapes")}
 
 
@@ -184,7 +185,8 @@ def families() -> dict[str, Any]:
 
 
 def find(source: str) -> Path:
-    """The folder of a local path or of a Hub id, downloading its safetensors and configs once."""
+    """The folder of a local path or of a Hub id, downloading its safetensors and configs once, and
+    its licence with them."""
     if (folder := Path(source).expanduser()).is_dir():
         return folder
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
@@ -193,11 +195,8 @@ def find(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
-            )
-        )
+        wanted = ["*.json", "*.safetensors", "*.txt", "*.model", *TERMS]
+        return Path(snapshot_download(source, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -209,6 +209,9 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.repos[name]
 
     def branch(self, repo: Repo, name: str) -> list[str]:
+        """The commits of a branch, or the one that is named outright."""
+        if name in repo.commits:
+            return [name]
         if name not in repo.branches:
             raise Refused(404, f"Invalid rev id: {name}", "RevisionNotFound")
         return repo.branches[name]
@@ -237,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
         if file not in files:
             raise Refused(404, "Entry not found", "EntryNotFound")
         tag = hashlib.sha256(files[file]).hexdigest()
-        commit = {"X-Repo-Commit": repo.branches[branch][-1], "ETag": f'"{tag}"'}
+        commit = {"X-Repo-Commit": self.branch(repo, branch)[-1], "ETag": f'"{tag}"'}
         return 200, files[file], commit
 
     def preupload(

@@ -4,18 +4,22 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 
 from distill import __main__ as cli
+from distill import build
 from distill.objectives import OBJECTIVES
 from students import card, licence
 from students.licence import check_licence, licence_of
 from students.papers import PAPERS
 from teachers.errors import UserError
-from tests.test_push import make_run
+from teachers.teacher import find
+from tests.test_push import hub, make_run, pauses  # noqa: F401
+from tests.toys import recipe_tree
 
 ROW = {
     "fd": 0.2874, "precision": 0.92, "accuracy": 0.978, "images_per_s": 2619.0,
@@ -153,8 +157,9 @@ def test_every_objective_has_its_paper(name):
 
 
 def test_a_hub_teacher_is_named_as_the_base_model(tmp_path, monkeypatch):
-    readme = "---\nlicense: other\nlicense_name: their-terms\nlicense_link: LICENSE.md\n---\n"
-    monkeypatch.setattr(licence, "readme_of", lambda source: readme)
+    readme = "license: other\nlicense_name: their-terms\nlicense_link: LICENSE.md"
+    there = teacher_folder(tmp_path / "t", readme)
+    monkeypatch.setattr(licence, "fetched", lambda source: Path(there))
     text, data = of_teacher(tmp_path, "owner/model")
     assert (data["base_model"], data["base_model_relation"]) == ("owner/model", "finetune")
     assert (data["license"], data["license_name"]) == ("other", "their-terms")
@@ -163,7 +168,8 @@ def test_a_hub_teacher_is_named_as_the_base_model(tmp_path, monkeypatch):
 
 
 def test_a_lora_is_an_adapter_of_its_base(tmp_path, monkeypatch):
-    monkeypatch.setattr(licence, "readme_of", lambda source: "---\nlicense: mit\n---\n")
+    there = teacher_folder(tmp_path / "t", "license: mit")
+    monkeypatch.setattr(licence, "fetched", lambda source: Path(there))
     run = make_run(tmp_path / "run", teacher="owner/model")
     (run / "lora").mkdir()
     (run / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
@@ -235,6 +241,60 @@ def test_a_recipe_may_give_the_reason(tmp_path):
     sidecar["recipe"]["export"] = {"licence_override": "we are the owners"}
     path.write_text(json.dumps(sidecar))
     assert "we are the owners" in card.card(run).text
+
+
+def test_a_run_is_refused_before_anything_is_built_unless_a_reason_is_given(
+    tmp_path, pipelines, monkeypatch, capsys
+):
+    source = Path(teacher_folder(tmp_path / "t", "license: cc-by-nd-4.0"))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_tree("dmd2", source)))
+
+    class Built(Exception):
+        pass
+
+    def load(recipe):
+        raise Built(recipe.export.licence_override)
+
+    monkeypatch.setattr(build, "load_teacher", load)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["distill", "run", str(recipe), "--out", str(tmp_path / "o")])
+        cli.main()
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1
+    assert "its licence (cc-by-nd-4.0) forbids sharing what is derived" in err
+    assert "--licence-override REASON, or in a recipe's export.licence_override" in err
+    assert not (tmp_path / "o").exists()
+    reason = "ours: by letter, 3 May"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Built, match=reason):
+        words = ["run", str(recipe), "--out", str(tmp_path / "o"), "--licence-override", reason]
+        patch.setattr(sys, "argv", ["distill", *words])
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("front", "kept"), [("license: cc-by-nd-4.0", "cc-by-nd-4.0"), ("", "mit")]
+)
+def test_a_hub_teachers_licence_is_known_before_it_is_downloaded_and_offline(
+    hub,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    front,
+    kept,
+):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    readme = f"---\n{front}\n---\n# A model\n".encode()
+    files = {"README.md": readme, "LICENSE": b"MIT License", "model_index.json": b"{}"}
+    hub.create("owner/model", **files)
+    assert licence_of("owner/model").id == kept
+    assert not hub.count("model_index.json")
+    assert licence_of("owner/other") == licence.Licence()  # of which nothing is known
+    folder = find("owner/model")
+    assert {p.name for p in folder.iterdir()} == set(files)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(hub.seen)
+    assert licence_of("owner/model").id == kept
+    assert len(hub.seen) == asked
 
 
 # ---- the command

@@ -21,7 +21,7 @@ def test_a_lora_file_draws_the_students_pictures(name, tmp_path):
     folder = families.build(name, tmp_path / "teacher")
     teacher = load(str(folder), **families.OPTIONS.get(name, {}))
     student = disturbed(stock.student(teacher, 2, None, True, Adapter(rank=4, alpha=8.0))).eval()
-    assert possible(student)
+    assert possible(student, teacher)
     export(student, teacher, tmp_path / "student", {})
     export_lora(student, teacher, tmp_path / "student", tmp_path / "lora")
     state = load_file(tmp_path / "lora" / DIFFUSERS)
@@ -43,5 +43,12 @@ def test_a_file_that_is_another_students_is_never_named(tmp_path):
 
 def test_only_plain_lora_on_a_pipelines_network_has_files(tmp_path):
     teacher = load(str(families.build("sd", tmp_path / "teacher")))
-    assert not possible(stock.student(teacher))
-    assert not possible(stock.student(teacher, adapter=Adapter("dora", rank=2)))
+    assert not possible(stock.student(teacher), teacher)
+    assert not possible(stock.student(teacher, adapter=Adapter("dora", rank=2)), teacher)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart-sigma"])
+def test_a_pipeline_that_loads_no_lora_has_no_files(name, tmp_path):
+    folder = families.build(name, tmp_path / "teacher")
+    teacher = load(str(folder), **families.OPTIONS.get(name, {}))
+    assert not possible(stock.student(teacher, adapter=Adapter(rank=2)), teacher)

@@ -6,7 +6,7 @@ import torch
 from teachers.analytic import Gaussian
 from teachers.errors import UserError
 from teachers.process import Karras, Linear, Tabulated, Trig
-from teachers.solver import SOLVERS, evaluations, solve
+from teachers.solver import SOLVERS, evaluations, heun_step, solve
 
 C = 0.5
 
@@ -83,3 +83,15 @@ def test_solvers_call_their_network_as_often_as_they_say():
 def test_an_unknown_solver_is_refused_by_name():
     with pytest.raises(UserError, match="did you mean 'heun'"):
         solve(gaussian(Karras()), torch.ones(1, 1), 2, "huen")
+
+
+def test_a_heun_step_from_noise_or_onto_data_is_a_ddim_step_and_others_are_not():
+    process = Linear()
+    teacher, x_t = gaussian(process), torch.tensor([[1.0], [0.7], [0.4]], dtype=torch.double)
+    t, s = torch.tensor([[1.0, 0.6, 0.5], [0.5, 0.0, 0.45]], dtype=torch.double)
+    got = heun_step(teacher, x_t, t, s)
+    first = process.noise(teacher(x_t, t), s, process.eps(x_t, teacher(x_t, t), t))
+    torch.testing.assert_close(got[:2], first[:2], rtol=0, atol=0)
+    assert (got[2] - first[2]).abs() > 1e-3
+    exact = teacher.flow(x_t, t, s)
+    assert (got[2] - exact[2]).abs() < 0.3 * (first[2] - exact[2]).abs()
