@@ -100,14 +100,15 @@ def show(out: Path) -> None:
 
     summary = json.loads((out / "summary.json").read_text())
     if metrics := summary["metrics"]:
-        full = metrics["teacher"]
-        rows = {f"teacher, {full['steps']}-step {full['solver']}": full}
-        rows |= {
-            f"teacher, {k} step{'s' * (k != '1')}": v for k, v in metrics["teacher_few"].items()
-        }
+        rows, base, few = {}, None, metrics.get("teacher_few", {})
+        if full := metrics.get("teacher"):
+            base = f"teacher, {full['steps']}-step {full['solver']}"
+            rows[base] = full
+        rows |= {f"teacher, {k} step{'s' * (k != '1')}": v for k, v in few.items()}
         rows |= {f"student, {k} step{'s' * (k != '1')}": v for k, v in metrics["student"].items()}
-        title = f"{full['protocol']}: {full['n']} samples; ± over seeds"
-        console.print(results(title, rows, base=next(iter(rows))))
+        any_row = full or next(iter(metrics["student"].values()))
+        title = f"{any_row['protocol']}: {any_row['n']} samples; ± over seeds"
+        console.print(results(title, rows, base))
     else:
         console.print("not measured: the recipe names no eval.protocol")
     console.print(

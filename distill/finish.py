@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import resource
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 from distill.build import Run
 from distill.measure import evaluate_student, evaluate_teacher
 from distill.teaching import guided
-from students import lora_files
+from eval.fid import Moments, frechet
+from students import linear, lora_files
 from students.export import export
 from teachers.guidance import describe
 
@@ -26,7 +29,10 @@ def finish(run: Run) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     if engine.accelerator.is_main_process:
         with engine.ema.swapped():
-            export(run.student, run.teacher, run.out / "student", recipe.tree())
+            if linear.exact(run.teacher):
+                linear.save(run.student, run.out / "student")
+            else:
+                export(run.student, run.teacher, run.out / "student", recipe.tree())
             if lora_files.possible(run.student):
                 lora_files.export_lora(
                     run.student, run.teacher, run.out / "student", run.out / "lora"
@@ -41,7 +47,9 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def measure_all(run: Run) -> dict[str, Any]:
-    """Teacher at its full and its few steps, student at every count; empty without a protocol."""
+    """Student at every count, teacher at its full and its few steps; empty without a protocol."""
+    if linear.exact(run.teacher):
+        return {"student": {"1": exact_distance(run)}}
     if (measure := run.protocol) is None:
         return {}
     cfg, student = run.recipe.eval, run.student
@@ -49,16 +57,26 @@ def measure_all(run: Run) -> dict[str, Any]:
     def taught(steps: int) -> dict[str, Any]:
         return evaluate_teacher(run.recipe, run.teacher, measure, steps, cfg.teacher_seeds)
 
-    few = {str(k): taught(k) for k in TEACHER_FEW}
+    teachers = {}
+    if cfg.teacher_seeds:
+        few = {str(k): taught(k) for k in TEACHER_FEW}
+        teachers = {"teacher": taught(cfg.teacher_steps), "teacher_few": few}
     students = {
         str(k): evaluate_student(student.at(k), run.teacher, measure, cfg.seeds)
         for k in student.counts
     }
-    return {
-        "teacher": taught(cfg.teacher_steps),
-        "teacher_few": few,
-        "student": students,
-    }
+    return {**teachers, "student": students}
+
+
+@torch.no_grad()
+def exact_distance(run: Run) -> dict[str, Any]:
+    """The Fréchet distance of a linear student's law to the teacher's: no sample is drawn."""
+    teacher: Any = run.teacher.denoiser
+    made: Any = run.student.denoiser
+    cov = teacher.vectors * teacher.values @ teacher.vectors.T
+    wanted = Moments(teacher.mean.double().cpu(), cov.double().cpu(), 0)
+    found = Moments(made.mean.double().cpu(), made.cov.double().cpu(), 0)
+    return {"fd": frechet(found, wanted), "protocol": "closed form", "n": 0, "seeds": 1}
 
 
 def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -76,8 +94,17 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         "wall_s": engine.seconds,
         "network_evaluations": sum(engine.evaluations.values()),
         "network_evaluations_by_network": engine.evaluations,
+        "peak_memory_gb": peak_memory(device),
         "metrics": metrics,
         "device": f"{device.type} ({name or platform.machine()}, {threads} threads)",
         "processes": engine.accelerator.num_processes,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
     }
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held, in GB: the device's, or its own on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts in bytes
