@@ -41,6 +41,7 @@ def run(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resume:
             name = checked.objective["name"]
             raise UserError(f"{recipe}: objective.name: {name} makes teachers; use distill teach")
         from distill import build
+        from distill.finish import finished
 
         made = None
         if finished(out) and resume and not more_steps(out, checked.train.steps):
@@ -70,18 +71,6 @@ def run(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resume:
     finish(made)
     if main:
         show(out)
-
-
-def finished(out: Path) -> bool:
-    """Whether the run in `out` came to its end."""
-    import json
-
-    try:
-        summary = json.loads((out / "summary.json").read_text())
-    except (OSError, ValueError):
-        return False
-    whole = isinstance(summary, dict) and {"steps", "wall_s", "metrics"} <= summary.keys()
-    return whole and (out / "student").is_dir()
 
 
 def more_steps(out: Path, steps: int) -> bool:
@@ -405,6 +394,35 @@ def plan(
             f"plan: {made.peak + RESERVE:.1f} GB do not fit on {gpu} ({card.memory:g} GB); "
             + "; ".join(remedies)
         )
+
+
+@app.command()
+def bench(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a shipped one: bench/digits.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Such as seeds=[0] budget.network_evaluations=20000.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Its folder.", show_default="runs/bench-RECIPE")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+):
+    """Race objectives at one budget: every row and seed a run, then a leaderboard and plots.
+
+    Called again, it goes on where it was: what is finished is kept, and what failed too, until its
+    row changes. OUT gets leaderboard.json, leaderboard.md and plots; OUT/runs, every run.
+    """
+    from distill.terminal import out as console
+    from distill.terminal import waiting
+
+    out = out or Path("runs") / f"bench-{Path(recipe).stem}"
+    with waiting("distill: preparing"):
+        from distill import race
+    lines = race.bench(recipe, overrides or [], out, jobs)
+    failed = {v.name for v in lines if v.failed}
+    console.print(race.standings(lines))
+    note = f"; failed: {', '.join(sorted(failed))}" if failed else ""
+    console.print(f"leaderboard and plots in {out}{note}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,16 @@ def measure_all(run: Run) -> dict[str, Any]:
         for k in student.counts
     }
     return {**teachers, "student": students}
+
+
+def finished(out: Path) -> bool:
+    """Whether the run in `out` came to its end."""
+    try:
+        summary = json.loads((out / "summary.json").read_text())
+    except (OSError, ValueError):
+        return False
+    whole = isinstance(summary, dict) and {"steps", "wall_s", "metrics"} <= summary.keys()
+    return whole and (out / "student").is_dir()
 
 
 @torch.no_grad()
