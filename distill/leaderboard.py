@@ -117,7 +117,9 @@ def ordered(lines: Iterable[Line]) -> list[Line]:
     Rows of which no run came through are last.
     """
     lines = list(lines)
-    best = {v.name: v.value("fd") for v in reversed(lines) if v.metrics}  # the fewest steps' stays
+    best: dict[str, float] = {}
+    for line in sorted((v for v in lines if v.metrics), key=lambda v: v.steps or 0):
+        best.setdefault(line.name, line.value("fd"))
     kinds = ("teacher", "baseline", "student")
 
     def key(line: Line) -> tuple[int, float, str, int]:

@@ -28,7 +28,7 @@ def plot(lines: Sequence[Line], out: Path) -> list[Path]:
     """Write every picture that the lines have figures for; their paths."""
     import matplotlib as mpl
 
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
              "axes.edgecolor": GREY, "axes.titlesize": 10, "axes.titlelocation": "left",
              "xtick.color": BLACK, "ytick.color": BLACK, "grid.color": "#e6e6e6",
              "figure.dpi": 150, "savefig.bbox": "tight", "axes.axisbelow": True}  # fmt: skip

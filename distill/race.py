@@ -113,9 +113,7 @@ def teacher_lines(race: Race, recipe: Recipe, teacher: Teacher, measure: Protoco
         return sampled(known[key])
 
     say(f"measuring the teacher: {full} steps of {solver}, and {len(race.bench.baselines)} others")
-    metrics = once(
-        [solver, full], lambda: evaluate_teacher(recipe, teacher, measure, full, count)
-    )
+    metrics = once([solver, full], lambda: evaluate_teacher(recipe, teacher, measure, full, count))
     lines.append(Line(f"teacher, {solver}", "teacher", None, full, seeds, metrics))
     for b in race.bench.baselines:
         for k in b.steps:

@@ -23,7 +23,14 @@ MAY = {
 SEES_ALL = {
     f"distill/{name}.py"
     for name in (
-        "baselines", "build", "catalogue", "finish", "measure", "race", "sources", "teach",
+        "baselines",
+        "build",
+        "catalogue",
+        "finish",
+        "measure",
+        "race",
+        "sources",
+        "teach",
         "__main__",
     )
 }
