@@ -212,24 +212,26 @@ def in_margin(ax: Any, points: Sequence[Point]) -> None:
     gap = NAME / (ax.figure.get_figheight() - 1.0)
     for p, y in zip(points, apart(places, gap), strict=True):
         ax.annotate(
-            p.name, (p.x, p.y), xytext=(1.05, y), textcoords="axes fraction", color=p.colour,
+            p.name, (p.x, p.y), xytext=(1.09, y), textcoords="axes fraction", color=p.colour,
             va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": p.colour, "lw": 0.5, "alpha": 0.55,
-                        "shrinkA": 1, "shrinkB": 3},
+                        "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)},
         )  # fmt: skip
     ax.set_ylim(low, high)
     ax.set_xlim(right=right)
 
 
-def apart(places: Sequence[float], gap: float) -> list[float]:
-    """Rising places moved as little as they can be, in squares, to lie `gap` apart."""
+def apart(places: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
+    """Rising places moved as little as they can be, in squares, to lie `gap` apart, all within
+    `low` and `high`, or from `low` on where there is no room."""
     blocks: list[list[float]] = []  # of places less what the gaps alone give: means that must rise
     for i, place in enumerate(places):
         blocks.append([place - i * gap])
         while len(blocks) > 1 and _mean(blocks[-2]) > _mean(blocks[-1]):
             last = blocks.pop()
             blocks[-1] += last
-    level = [_mean(b) for b in blocks for _ in b]
+    most = high - (len(places) - 1) * gap
+    level = [max(low, min(most, _mean(b))) for b in blocks for _ in b]
     return [v + i * gap for i, v in enumerate(level)]
 
 
