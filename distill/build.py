@@ -69,6 +69,8 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     teacher = load_teacher(recipe)
     if measure is not None:
         check_protocol(measure, teacher)
+    if recipe.kind.few_step and linear.exact(teacher):
+        check_exact(recipe, teacher)
     source = source_of(recipe, teacher)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(recipe.train.precision, recipe.train.precision),
@@ -223,11 +225,11 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
     return assembled(recipe, networks, device)
 
 
-def exact_objective(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
-    """The objective of a closed-form Gaussian teacher: a linear student, and fake scores as exact.
+def check_exact(recipe: Recipe, teacher: Teacher) -> None:
+    """Refuse what the linear student of a closed-form Gaussian has not.
 
     Raises:
-        UserError: the recipe asks for what a linear student has not.
+        UserError: naming the section.
     """
     where, names = f"teacher {teacher.source!r}", networks_of(recipe.kind)
     if "fake" not in names:
@@ -242,6 +244,11 @@ def exact_objective(recipe: Recipe, teacher: Teacher, device: torch.device) -> O
         raise UserError(f"{where}: student.steps: its students are linear and take 1")
     if recipe.train.sample_every:
         raise UserError(f"{where}: train.sample_every: it has no pictures to show; set it to 0")
+
+
+def exact_objective(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
+    """The objective of a closed-form Gaussian teacher: a linear student, fake scores as exact."""
+    names = networks_of(recipe.kind)
     networks: dict[str, nn.Module] = {
         n: linear.score(teacher) for n in names if n not in ("teacher", "student", "critic")
     }
