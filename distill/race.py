@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +79,13 @@ def standings(lines: list[Line]) -> Table:
     return table
 
 
-def ended(race: Race, jobs: int, before: int) -> Any:
-    """The count of runs that have ended, each said as it does."""
+def ended(race: Race, jobs: int, before: int) -> Iterator[int]:
+    """The count of runs that have ended, each said as it does, with the time that is left."""
+    began, runs = time.monotonic(), len(race.entries)
     for count, entry in enumerate(race.run(jobs), before + 1):
-        say(f"{count}/{len(race.entries)}  {said(race, entry)}")
+        left = (time.monotonic() - began) / (count - before) * (runs - count) / 60
+        rest = f"; about {left:.0f} min left" if count < runs else ""
+        say(f"{count}/{runs}  {said(race, entry)}{rest}")
         yield count
 
 

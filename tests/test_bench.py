@@ -90,8 +90,11 @@ def figures(lines):
     return [{k: v for k, v in asdict(line).items() if k not in SPENT} for line in lines]
 
 
-def test_a_benchmark_ends_in_means_and_spreads_over_its_seeds(file, tmp_path, played):
+def test_a_benchmark_ends_in_means_and_spreads_over_its_seeds(file, tmp_path, played, capsys):
     race.bench(str(file), [], tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "1/4  DMD2, seed 0: fd " in said and " min left" in said
+    assert " min left" not in said.splitlines()[-1]
     lines = json.loads((tmp_path / "out/leaderboard.json").read_text())
     assert {v["name"] for v in lines} == {"DMD2", "SiD α = 1"}
     line = next(v for v in lines if v["objective"] == "sid")
