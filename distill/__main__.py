@@ -469,6 +469,9 @@ class Terminated(BaseException):
     """SIGTERM came outside of training, where there is no step to finish."""
 
 
+AGAIN = "stopped; a run goes on with --resume, a benchmark when it is called again"
+
+
 def interrupt(number: int, frame: Any) -> None:
     raise Terminated
 
@@ -480,10 +483,14 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("distill: SIGINT: stopped; a run goes on with --resume\n")
+        sys.stderr.write(
+            "distill: SIGINT: stopped; a run goes on with --resume, a benchmark by itself\n"
+        )
         code = 128 + signal.SIGINT
     except Terminated:
-        sys.stderr.write("distill: SIGTERM: stopped; a run goes on with --resume\n")
+        sys.stderr.write(
+            "distill: SIGTERM: stopped; a run goes on with --resume, a benchmark by itself\n"
+        )
         code = 128 + signal.SIGTERM
     except Exception as error:
         code = code_of(error)

@@ -160,7 +160,7 @@ def table(lines: Sequence[Line]) -> str:
     heads += ["trained steps", "evaluations", "wall s", "memory GB"] if trained else []
     rows = [heads, ["---"] * len(heads)]
     for line in lines:
-        cells = [line.name, str(line.steps), *(figure(line, k) for k in keys)]
+        cells = [line.name.replace("|", "\\|"), str(line.steps), *(figure(line, k) for k in keys)]
         cells += [f"{line.value('images_per_s'):,.0f}"] if timed else []
         if trained:
             assert line.network_evaluations is not None and line.train_steps is not None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lin
         done = [e for e in race.entries if race.done(e)]
         if done:
             say(f"{len(done)} of {runs} runs were done before")
-        follow(ended(race, jobs, len(done)), runs, f"{runs - len(done)} runs, for {made.budget}")
+        with closing(ended(race, jobs, len(done))) as counts:
+            follow(counts, runs, f"{runs - len(done)} runs, each for {made.budget}")
         lines = [*taught, *leaderboard.student_lines(race)]
         leaderboard.save(race, lines)
     finally:
@@ -79,7 +81,7 @@ def standings(lines: list[Line]) -> Table:
     return table
 
 
-def ended(race: Race, jobs: int, before: int) -> Iterator[int]:
+def ended(race: Race, jobs: int, before: int) -> Generator[int]:
     """The count of runs that have ended, each said as it does, with the time that is left."""
     began, runs = time.monotonic(), len(race.entries)
     for count, entry in enumerate(race.run(jobs), before + 1):

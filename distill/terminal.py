@@ -28,7 +28,7 @@ def notice(line: str) -> None:
 def say(line: str) -> None:
     """A line, from the first of all processes."""
     if os.environ.get("RANK", "0") == "0":
-        out.print(line, soft_wrap=True)
+        out.print(line, soft_wrap=True, markup=False)
 
 
 def follow(counts: Iterable[int], total: int, task: str) -> None:

@@ -269,7 +269,7 @@ def start(file, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["term", "kill"])
 def test_killing_the_command_and_calling_it_again_gives_the_same_leaderboard(
     file, tmp_path, number
 ):
