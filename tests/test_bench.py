@@ -260,6 +260,63 @@ def test_a_mistake_in_a_benchmark_is_one_line(file, tmp_path, capsys, change, li
     assert not (tmp_path / "out").exists()
 
 
+class Child:
+    """A process that has ended already."""
+
+    def __init__(self, code, said):
+        self.returncode, self.said = code, said
+
+    def communicate(self):
+        return None, self.said
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "why"),
+    [
+        (0, "", None),
+        (2, "distill: step 3: loss is nan; lower it\n", "step 3: loss is nan; lower it"),
+        (1, "Traceback …\n  line 1\nKeyError: 'x'\n\n", "KeyError: 'x'"),
+        (-9, "", "it ended with exit code -9, without a word"),
+    ],
+)
+def test_why_a_run_failed_is_its_last_line(file, tmp_path, monkeypatch, code, said, why):
+    monkeypatch.setattr(benches.subprocess, "Popen", lambda *_, **__: Child(code, said))
+    contest = Race(Bench.load(str(file)), tmp_path / "out")
+    assert contest.play(contest.entries[0]) == why
+    assert (tmp_path / "out/logs/dmd2-seed0.txt").read_text() == said
+    contest.close()
+
+
+@pytest.mark.parametrize("code", [130, 143, -signal.SIGTERM])
+def test_a_run_that_was_stopped_stops_the_benchmark(file, tmp_path, monkeypatch, code):
+    monkeypatch.setattr(benches.subprocess, "Popen", lambda *_, **__: Child(code, ""))
+    contest = Race(Bench.load(str(file)), tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        contest.play(contest.entries[0])
+    contest.close()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_as_many_runs_are_under_way_as_there_are_jobs(file, tmp_path, monkeypatch, jobs):
+    now, most = [], []
+
+    def play(self, entry):
+        now.append(entry)
+        time.sleep(0.1)
+        most.append(len(now))
+        now.remove(entry)
+        return "not run"
+
+    monkeypatch.setattr(Race, "play", play)
+    monkeypatch.setattr(benches.Entry, "write_recipe", lambda _: None)
+    contest = Race(Bench.load(str(file)), tmp_path / "out")
+    ended = list(contest.run(jobs))
+    assert sorted(e.name for e in ended) == sorted(e.name for e in contest.entries)
+    assert max(most) == jobs
+    assert contest.failure(ended[0]) == "not run"
+    contest.close()
+
+
 def start(file, out):
     words = [sys.executable, "-m", "distill", "bench", file, "--out", out]
     return subprocess.Popen(
