@@ -54,6 +54,7 @@ def run(
             name = checked.objective["name"]
             raise UserError(f"{recipe}: objective.name: {name} makes teachers; use distill teach")
         from distill import build
+        from distill.finish import finished
 
         made = None
         if finished(out) and resume and not more_steps(out, checked.train.steps):
@@ -85,18 +86,6 @@ def run(
         show(out)
 
 
-def finished(out: Path) -> bool:
-    """Whether the run in `out` came to its end."""
-    import json
-
-    try:
-        summary = json.loads((out / "summary.json").read_text())
-    except (OSError, ValueError):
-        return False
-    whole = isinstance(summary, dict) and {"steps", "wall_s", "metrics"} <= summary.keys()
-    return whole and (out / "student").is_dir()
-
-
 def more_steps(out: Path, steps: int) -> bool:
     """Whether the recipe now asks for more steps than the finished run took."""
     import json
@@ -113,14 +102,15 @@ def show(out: Path) -> None:
 
     summary = json.loads((out / "summary.json").read_text())
     if metrics := summary["metrics"]:
-        full = metrics["teacher"]
-        rows = {f"teacher, {full['steps']}-step {full['solver']}": full}
-        rows |= {
-            f"teacher, {k} step{'s' * (k != '1')}": v for k, v in metrics["teacher_few"].items()
-        }
+        rows, base, few = {}, None, metrics.get("teacher_few", {})
+        if full := metrics.get("teacher"):
+            base = f"teacher, {full['steps']}-step {full['solver']}"
+            rows[base] = full
+        rows |= {f"teacher, {k} step{'s' * (k != '1')}": v for k, v in few.items()}
         rows |= {f"student, {k} step{'s' * (k != '1')}": v for k, v in metrics["student"].items()}
-        title = f"{full['protocol']}: {full['n']} samples; ± over seeds"
-        console.print(results(title, rows, base=next(iter(rows))))
+        any_row = full or next(iter(metrics["student"].values()))
+        title = f"{any_row['protocol']}: {any_row['n']} samples; ± over seeds"
+        console.print(results(title, rows, base))
     else:
         console.print("not measured: the recipe names no eval.protocol")
     console.print(
@@ -456,6 +446,35 @@ def plan(
 
 
 @app.command()
+def bench(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a shipped one: bench/digits.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Such as seeds=[0] budget.network_evaluations=20000.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Its folder.", show_default="runs/bench-RECIPE")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+):
+    """Race objectives at one budget: every row and seed a run, then a leaderboard and plots.
+
+    Called again, it goes on where it was: what is finished is kept, and what failed too, until its
+    row changes. OUT gets leaderboard.json, leaderboard.md and plots; OUT/runs, every run.
+    """
+    from distill.terminal import out as console
+    from distill.terminal import waiting
+
+    out = out or Path("runs") / f"bench-{Path(recipe).stem}"
+    with waiting("distill: preparing"):
+        from distill import race
+    lines = race.bench(recipe, overrides or [], out, jobs)
+    failed = {v.name for v in lines if v.failed}
+    console.print(race.standings(lines))
+    note = f"; failed: {', '.join(sorted(failed))}" if failed else ""
+    console.print(f"leaderboard and plots in {out}{note}", soft_wrap=True, markup=False)
+
+
+@app.command()
 def cache(recipe: RecipeArg, overrides: Overrides = None):
     """Encode a recipe's prompts and images once, into a cache that its runs read."""
     from distill.recipe import Recipe
@@ -499,6 +518,9 @@ class Terminated(BaseException):
     """SIGTERM came outside of training, where there is no step to finish."""
 
 
+AGAIN = "stopped; a run goes on with --resume, a benchmark when it is called again"
+
+
 def interrupt(number: int, frame: Any) -> None:
     raise Terminated
 
@@ -512,10 +534,14 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("distill: SIGINT: stopped; a run goes on with --resume\n")
+        sys.stderr.write(
+            "distill: SIGINT: stopped; a run goes on with --resume, a benchmark by itself\n"
+        )
         code = 128 + signal.SIGINT
     except Terminated:
-        sys.stderr.write("distill: SIGTERM: stopped; a run goes on with --resume\n")
+        sys.stderr.write(
+            "distill: SIGTERM: stopped; a run goes on with --resume, a benchmark by itself\n"
+        )
         code = 128 + signal.SIGTERM
     except Exception as error:
         code = code_of(error)

@@ -29,7 +29,7 @@ from distill.teaching import guided, load_teacher
 from distill.trackers import trackers
 from eval import shapes
 from eval.protocol import Protocol, protocol
-from students import stock
+from students import linear, stock
 from students.critic import Critic
 from students.export import rehearse
 from students.generator import Generator
@@ -73,6 +73,8 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     teacher = load_teacher(recipe)
     if measure is not None:
         check_protocol(measure, teacher)
+    if recipe.kind.few_step and linear.exact(teacher):
+        check_exact(recipe, teacher)
     source = source_of(recipe, teacher)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(recipe.train.precision, recipe.train.precision),
@@ -85,7 +87,7 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
     objective = objective_of(recipe, teacher, accelerator.device)
-    if recipe.kind.few_step:
+    if recipe.kind.few_step and not linear.exact(teacher):  # linear students have no pipeline
         rehearse(objective.student, teacher)
     movers = player_networks(objective)
     check_first(objective, movers)
@@ -195,6 +197,8 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
     """The objective with its networks: a student, and what else its fields name."""
     kind = recipe.kind
     adapters = recipe.adapters
+    if kind.few_step and linear.exact(teacher):
+        return exact_objective(recipe, teacher, device)
     names = [n for n in networks_of(kind) if n not in ("teacher", "student", "critic")]
     shared: tuple[str, ...] = ()
     if adapters and kind.few_step:
@@ -225,11 +229,47 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
     if recipe.train.checkpointing:
         for backbone in backbones(networks):
             checkpointing(backbone)
+    return assembled(recipe, networks, device)
+
+
+def check_exact(recipe: Recipe, teacher: Teacher) -> None:
+    """Refuse what the linear student of a closed-form Gaussian has not.
+
+    Raises:
+        UserError: naming the section.
+    """
+    where, names = f"teacher {teacher.source!r}", networks_of(recipe.kind)
+    if "fake" not in names:
+        raise UserError(
+            f"{where}: objective.name: {recipe.objective['name']} trains at many times, and its "
+            "students are linear and of one; use one with a fake score, such as dmd2 or sid"
+        )
+    for section, given in (("adapters", recipe.adapters), ("critic", recipe.critic)):
+        if given is not None:
+            raise UserError(f"{where}: {section}: its students are linear; remove the section")
+    if recipe.student.steps != 1:
+        raise UserError(f"{where}: student.steps: its students are linear and take 1")
+    if recipe.train.sample_every:
+        raise UserError(f"{where}: train.sample_every: it has no pictures to show; set it to 0")
+
+
+def exact_objective(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
+    """The objective of a closed-form Gaussian teacher: a linear student, fake scores as exact."""
+    names = networks_of(recipe.kind)
+    networks: dict[str, nn.Module] = {
+        n: linear.score(teacher) for n in names if n not in ("teacher", "student", "critic")
+    }
+    networks |= {"student": linear.student(teacher), "teacher": guided(recipe, teacher)}
+    return assembled(recipe, networks, device)
+
+
+def assembled(recipe: Recipe, networks: dict[str, nn.Module], device: torch.device) -> Objective:
+    """The recipe's objective with its networks, all on the device and in eval mode."""
     for network in networks.values():
         network.to(device).eval()  # dropout would differ between teacher, fake and student
     keys = {k: v for k, v in recipe.objective.items() if k != "name"}
     schema = recipe.keys_schema().model_validate(keys)
-    return kind(**networks, **{k: getattr(schema, k) for k in keys})  # pyright: ignore
+    return recipe.kind(**networks, **{k: getattr(schema, k) for k in keys})  # pyright: ignore
 
 
 def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:

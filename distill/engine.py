@@ -29,8 +29,7 @@ from distill.recipe import TrainSection
 from distill.seeds import seed_all
 from distill.terminal import Progress
 from students.export import draw
-from students.lora import Adapted
-from teachers.denoiser import Network
+from teachers.denoiser import computes
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
@@ -326,7 +325,7 @@ class Engine:
         seen: set[nn.Module] = set()
         for name in self.evaluations:
             for module in getattr(self.objective, name).modules():
-                if isinstance(module, Network | Adapted) and module not in seen:
+                if computes(module) and module not in seen:
                     seen.add(module)  # the same network may have two names
                     module.register_forward_pre_hook(self._counter(name))
 

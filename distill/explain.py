@@ -57,6 +57,9 @@ def _keys(model: type, path: Sequence[str]) -> list[str]:
         if get_origin(hint) is dict:  # players: any name, then Moves
             model = get_args(hint)[1]
             continue
+        if get_origin(hint) is tuple:  # rows: each of one kind, under its number
+            model = get_args(hint)[0]
+            continue
         options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         inner = [o for o in options if isinstance(o, type) and hasattr(o, "__annotations__")]
         if inner:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import resource
+import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +23,9 @@ from distill.measure import (
 from distill.pictures import COLUMNS, save_grid
 from distill.report import PICTURES, report
 from distill.teaching import guided
+from eval.fid import Moments, frechet
 from eval.samples import Samples
-from students import lora_files
+from students import linear, lora_files
 from students.export import export
 from teachers.guidance import describe
 
@@ -35,17 +39,21 @@ def finish(run: Run) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     if engine.accelerator.is_main_process:
         with engine.ema.swapped():
-            export(run.student, run.teacher, run.out / "student", recipe.tree())
+            if linear.exact(run.teacher):
+                linear.save(run.student, run.out / "student")
+            else:
+                export(run.student, run.teacher, run.out / "student", recipe.tree())
+                save_pictures(run)
             if lora_files.possible(run.student, run.teacher):
                 lora_files.export_lora(
                     run.student, run.teacher, run.out / "student", run.out / "lora"
                 )
-            save_pictures(run)
             summary = summarise(run, measure_all(run))
         draft = run.out / ".summary.json"
         draft.write_text(json.dumps(summary, indent=2) + "\n")
         draft.replace(run.out / "summary.json")
-        report(run.out)
+        if not linear.exact(run.teacher):
+            report(run.out)
     engine.accelerator.wait_for_everyone()
     engine.accelerator.end_training()
     release(run.out)
@@ -68,7 +76,9 @@ def save_pictures(run: Run) -> None:
 
 
 def measure_all(run: Run) -> dict[str, Any]:
-    """Teacher at its full and its few steps, student at every count; empty without a protocol."""
+    """Student at every count, teacher at its full and its few steps; empty without a protocol."""
+    if linear.exact(run.teacher):
+        return {"student": {"1": exact_distance(run)}}
     if (measure := run.protocol) is None:
         return {}
     cfg, student = run.recipe.eval, run.student
@@ -76,16 +86,36 @@ def measure_all(run: Run) -> dict[str, Any]:
     def taught(steps: int) -> dict[str, Any]:
         return evaluate_teacher(run.recipe, run.teacher, measure, steps, cfg.teacher_seeds)
 
-    few = {str(k): taught(k) for k in TEACHER_FEW}
+    teachers = {}
+    if cfg.teacher_seeds:
+        few = {str(k): taught(k) for k in TEACHER_FEW}
+        teachers = {"teacher": taught(cfg.teacher_steps), "teacher_few": few}
     students = {
         str(k): evaluate_student(student.at(k), run.teacher, measure, cfg.seeds)
         for k in student.counts
     }
-    return {
-        "teacher": taught(cfg.teacher_steps),
-        "teacher_few": few,
-        "student": students,
-    }
+    return {**teachers, "student": students}
+
+
+def finished(out: Path) -> bool:
+    """Whether the run in `out` came to its end."""
+    try:
+        summary = json.loads((out / "summary.json").read_text())
+    except (OSError, ValueError):
+        return False
+    whole = isinstance(summary, dict) and {"steps", "wall_s", "metrics"} <= summary.keys()
+    return whole and (out / "student").is_dir()
+
+
+@torch.no_grad()
+def exact_distance(run: Run) -> dict[str, Any]:
+    """The Fréchet distance of a linear student's law to the teacher's: no sample is drawn."""
+    teacher: Any = run.teacher.denoiser
+    made: Any = run.student.denoiser
+    cov = teacher.vectors * teacher.values @ teacher.vectors.T
+    wanted = Moments(teacher.mean.double().cpu(), cov.double().cpu(), 0)
+    found = Moments(made.mean.double().cpu(), made.cov.double().cpu(), 0)
+    return {"fd": frechet(found, wanted), "protocol": "closed form", "n": 0, "seeds": 1}
 
 
 def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -103,8 +133,17 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         "wall_s": engine.seconds,
         "network_evaluations": sum(engine.evaluations.values()),
         "network_evaluations_by_network": engine.evaluations,
+        "peak_memory_gb": peak_memory(device),
         "metrics": metrics,
         "device": f"{device.type} ({name or platform.machine()}, {threads} threads)",
         "processes": engine.accelerator.num_processes,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
     }
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held, in GB: the device's, or its own on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts in bytes

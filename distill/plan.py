@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill.objective import Batch, Objective, Turn
 from distill.recipe import Recipe
+from teachers.denoiser import computes
 
 GB = 1e9
 BUSY = 0.4  # of a GPU's peak that training reaches: what is assumed of time, not measured
@@ -209,7 +210,7 @@ def play(
     kinds: dict[tuple[str, ...], Cost] = {}
     plays: list[tuple[str, ...]] = []
     counts = dict.fromkeys(networks, 0)
-    hooks = _count(networks, counts)
+    hooks = count_samples(networks, counts)
     for step in range(steps):
         for turn in objective.turns(step):
             plays.append(turn.players)
@@ -269,18 +270,17 @@ def _cost(
     )
 
 
-def _count(networks: dict[str, nn.Module], counts: dict[str, int]) -> list[Any]:
-    from students.lora import Adapted
-    from teachers.denoiser import Network
-
-    hooks = []
+def count_samples(networks: dict[str, nn.Module], counts: dict[str, int]) -> list[Any]:
+    """Hooks that add the samples through each network to `counts`; one of two names counts once."""
+    hooks, seen = [], set()
     for name, network in networks.items():
 
         def count(module: nn.Module, args: Any, name: str = name) -> None:
             counts[name] += len(args[0])
 
         for module in network.modules():
-            if isinstance(module, Network | Adapted):
+            if computes(module) and module not in seen:
+                seen.add(module)
                 hooks.append(module.register_forward_pre_hook(count))
     return hooks
 

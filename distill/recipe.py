@@ -196,7 +196,7 @@ class EvalSection(Section):
     protocol: Literal["digits", "shapes"] | None = None
     every: Whole = 0  # steps between evaluations while training; 0 for only at the end
     seeds: Count = 3  # over which the student's figures are averaged
-    teacher_seeds: Count = 1  # and the teacher's, which take longer
+    teacher_seeds: Whole = 1  # and the teacher's, which take longer; 0 leaves it out
     teacher_steps: Count = 18
     teacher_solver: Literal["heun", "ddim", "dpmpp_2m", "euler", "ancestral"] = "heun"
 

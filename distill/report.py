@@ -104,20 +104,23 @@ def verdict(summary: Mapping[str, Any]) -> str:
     metrics = summary.get("metrics")
     if not metrics:
         return "Not measured: the recipe names no evaluation protocol."
-    full = metrics["teacher"]
-    key = next((k for k in FIGURES if k in full), None)
+    any_row = next(iter(metrics["student"].values()))
+    key = next((k for k in FIGURES if k in any_row), None)
     if key is None:
-        return f"Measured by protocol {full['protocol']}."
+        return f"Measured by protocol {any_row['protocol']}."
     steps, best = min(
         metrics["student"].items(), key=lambda i: i[1][key] if key in LOWER else -i[1][key]
     )
+    said = " ± ".join(filter(None, figure(best, key)))
+    begins = f"In {steps_of([int(steps)])} the student's {FIGURES[key]} is {said}"
+    if (full := metrics.get("teacher")) is None:
+        return f"{begins}; the teacher was not measured."
     ratio = best[key] / full[key]
     speed = best["images_per_s"] / full["images_per_s"]
     alone = metrics.get("teacher_few", {}).get(steps)
     without = f"; the teacher in {steps_of([int(steps)])} has {alone[key]:.3g}" if alone else ""
-    said = " ± ".join(filter(None, figure(best, key)))
     return (
-        f"In {steps_of([int(steps)])} the student's {FIGURES[key]} is {said}, "
+        f"{begins}, "
         f"{ratio:.2f}× that of the teacher's {full['steps']} ({full[key]:.3g}), "
         f"at {speed:.1f}× its speed{without}."
     )
@@ -177,24 +180,22 @@ def table(summary: Mapping[str, Any]) -> dict[str, Any]:
     metrics = summary.get("metrics")
     if not metrics:
         return {}
-    full = metrics["teacher"]
-    keys = [k for k in FIGURES if k in full]
     rows = {f"student, {steps_of([int(k)])}": (True, v) for k, v in metrics["student"].items()}
-    rows[f"teacher, {steps_of([full['steps']])} ({full['solver']})"] = (False, full)
+    full = metrics.get("teacher")
+    if full is not None:
+        rows[f"teacher, {steps_of([full['steps']])} ({full['solver']})"] = (False, full)
     for k, v in metrics.get("teacher_few", {}).items():
         rows[f"teacher, {steps_of([int(k)])}"] = (False, v)
+    keys = [k for k in FIGURES if k in next(iter(metrics["student"].values()))]
+
+    def cells(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+        speed = row["images_per_s"]
+        over = [(f"{speed / full['images_per_s']:.1f}×", "")] if full else []
+        return [*(figure(row, k) for k in keys), (f"{speed:,.0f}", ""), *over]
+
     return {
-        "heads": [FIGURES[k] for k in keys] + ["images/s", "speed-up"],
-        "rows": [
-            (
-                name,
-                own,
-                [figure(v, k) for k in keys]
-                + [(f"{v['images_per_s']:,.0f}", "")]
-                + [(f"{v['images_per_s'] / full['images_per_s']:.1f}×", "")],
-            )
-            for name, (own, v) in rows.items()
-        ],
+        "heads": [FIGURES[k] for k in keys] + ["images/s"] + ["speed-up"] * (full is not None),
+        "rows": [(name, own, cells(row)) for name, (own, row) in rows.items()],
     }
 
 
@@ -202,8 +203,10 @@ def protocol(summary: Mapping[str, Any]) -> str:
     metrics = summary.get("metrics")
     if not metrics:
         return ""
-    full, student = metrics["teacher"], next(iter(metrics["student"].values()))
+    full, student = metrics.get("teacher"), next(iter(metrics["student"].values()))
+    taught = f", {full['seeds']} for the teacher" if full else ""
+    seeds = f"{student['seeds']} seeds for the student{taught}"
     return (
-        f"Protocol {full['protocol']}: {full['n']:,} samples a seed; {student['seeds']} seeds for "
-        f"the student, {full['seeds']} for the teacher; ± is the spread over seeds."
+        f"Protocol {student['protocol']}: {student['n']:,} samples a seed; {seeds}; "
+        "± is the spread over seeds."
     )

@@ -28,7 +28,7 @@ def notice(line: str) -> None:
 def say(line: str) -> None:
     """A line, from the first of all processes."""
     if os.environ.get("RANK", "0") == "0":
-        out.print(line, soft_wrap=True)
+        out.print(line, soft_wrap=True, markup=False)
 
 
 def follow(counts: Iterable[int], total: int, task: str) -> None:
@@ -102,15 +102,18 @@ def results(title: str, rows: dict[str, dict[str, Any]], base: str | None = None
     heads = ["FD", "prec.", "recall", "cover."]
     if any("shape_accuracy" in row for row in rows.values()):  # captions are what can be wrong
         keys, heads = ["coverage", "accuracy"], ["FD", "cover.", "accuracy"]
-    names = (*heads, "img/s", *(["speed-up"] if base else []))
+    shown = [i for i, k in enumerate(keys) if all(k in row for row in rows.values())]
+    keys, heads = [keys[i] for i in shown], [heads[0], *(heads[i + 1] for i in shown)]
+    timed = all("images_per_s" in row for row in rows.values())
+    names = (*heads, *(["img/s"] if timed else []), *(["speed-up"] if base else []))
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for name, row in rows.items():
         spread = f" ±{row['spread']['fd']:.3f}" if row.get("seeds", 1) > 1 else ""
         shares = [f"{row[k]:.3f}" for k in keys]
-        speed = row["images_per_s"]
-        over = [f"{speed / rows[base]['images_per_s']:.1f}×"] if base else []
-        table.add_row(name, f"{row['fd']:.3f}{spread}", *shares, f"{speed:,.0f}", *over)
+        speed = [f"{row['images_per_s']:,.0f}"] if timed else []
+        over = [f"{row['images_per_s'] / rows[base]['images_per_s']:.1f}×"] if base else []
+        table.add_row(name, f"{row['fd']:.3f}{spread}", *shares, *speed, *over)
     return table
 
 

@@ -313,20 +313,21 @@ def quality(facts: Facts) -> str:
     metrics = facts.summary.get("metrics")
     if not metrics:
         return "## Quality\n\nNot measured." if facts.summary else ""
-    full = metrics["teacher"]
     rows = {f"student, {k} step{'s' * (k != '1')}": v for k, v in metrics["student"].items()}
-    rows[f"teacher, {full['steps']} steps ({full['solver']})"] = full
+    student = next(iter(rows.values()), metrics.get("teacher"))
+    seeds = f"{student['seeds']} seeds for the student"
+    if full := metrics.get("teacher"):
+        rows[f"teacher, {full['steps']} steps ({full['solver']})"] = full
+        seeds += f" and {full['seeds']} for the teacher"
     rows |= {
         f"teacher, {k} step{'s' * (k != '1')}": v for k, v in metrics.get("teacher_few", {}).items()
     }
-    keys = [k for k in FIGURES if k in full]
+    keys = [k for k in FIGURES if k in student]
     table = ["| | " + " | ".join(FIGURES[k] for k in keys) + " |", "|---|" + "---|" * len(keys)]
     for name, row in rows.items():
         table.append(f"| {name} | " + " | ".join(figure(row, k) for k in keys) + " |")
-    student = next(iter(metrics["student"].values()), full)
     return (
-        f"## Quality\n\nProtocol `{full['protocol']}`: {full['n']} samples, "
-        f"{student['seeds']} seeds for the student and {full['seeds']} for the teacher; "
+        f"## Quality\n\nProtocol `{student['protocol']}`: {student['n']} samples, {seeds}; "
         "± is the spread over seeds.\n\n" + "\n".join(table)
     )
 

@@ -110,6 +110,11 @@ class Wrapper(Denoiser):
         return self.denoiser.weight(t)
 
 
+def computes(module: nn.Module) -> bool:
+    """Whether a call of this module is an evaluation, and not only hands one on to another's."""
+    return isinstance(module, Denoiser) and not isinstance(module, Wrapper)
+
+
 class Under(Wrapper):
     """A denoiser seen under another process: same σ/α, same x̂, rescaled input."""
 

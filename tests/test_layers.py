@@ -22,7 +22,17 @@ MAY = {
 }
 SEES_ALL = {
     f"distill/{name}.py"
-    for name in ("build", "sources", "measure", "finish", "teach", "catalogue", "__main__")
+    for name in (
+        "baselines",
+        "build",
+        "catalogue",
+        "finish",
+        "measure",
+        "race",
+        "sources",
+        "teach",
+        "__main__",
+    )
 }
 
 

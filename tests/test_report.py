@@ -179,6 +179,10 @@ def test_the_verdict_is_of_the_best_step_count(run):
         "18 (0.138), at 10.0× its speed."
     )
     assert verdict({"metrics": {}}).startswith("Not measured")
+    del summary["metrics"]["teacher"], summary["metrics"]["teacher_few"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert "0.200 ± 0.020; the teacher was not measured." in verdict(summary)
+    assert "speed-up" not in report(run).read_text()
 
 
 def test_a_report_needs_nothing_but_itself(run):

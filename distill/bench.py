@@ -1,0 +1,314 @@
+"""Benchmarks: many objectives, one budget, the same everything else; `distill bench`.
+
+Each row and seed is an ordinary run in a process of its own, under OUT/runs, of the recipe that is
+left in OUT/recipes. What is finished is not run again, unless its row has changed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from annotated_types import MinLen
+from pydantic import Field, ValidationError, model_validator
+
+from distill.baselines import Baseline
+from distill.explain import explain
+from distill.objective import Count, Positive, Seed
+from distill.recipe import Recipe, Section, find, override, read_yaml
+from teachers.errors import UserError
+
+STATE = "state.json"
+
+
+class Budget(Section):
+    """What every run may spend on training: the one or the other."""
+
+    network_evaluations: Count | None = None  # samples through any network
+    seconds: Positive | None = None  # of this machine, timed alone
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        if (self.network_evaluations is None) == (self.seconds is None):
+            raise ValueError("input should be network_evaluations or seconds, one of the two")
+        return self
+
+    def steps(self, recipe: Recipe) -> int:
+        """The training steps that it buys."""
+        from distill.budget import steps_for_evaluations, steps_for_seconds
+
+        if self.network_evaluations is not None:
+            return steps_for_evaluations(recipe, self.network_evaluations)
+        assert self.seconds is not None
+        return steps_for_seconds(recipe, self.seconds)
+
+    def __str__(self) -> str:
+        if self.network_evaluations is not None:
+            return f"{self.network_evaluations:,} network evaluations"
+        return f"{self.seconds:g} seconds"
+
+
+class Row(Section):
+    """One contestant: a recipe's tree, under what all share, under what is its own."""
+
+    name: str
+    recipe: str | None = None  # a file or a shipped recipe; none is an empty one
+    overrides: dict[str, Any] = Field(default_factory=dict)  # a tree, laid over all else
+    # Keys that are set to a share of the training steps, such as a stage's length or a warmup.
+    shares: dict[str, Annotated[Positive, Field(le=1)]] = Field(default_factory=dict)
+
+
+class Bench(Section):
+    """A benchmark, written down."""
+
+    budget: Budget
+    seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (0, 1, 2)
+    common: dict[str, Any]  # a recipe's tree: teacher, data, protocol, and what all train by
+    rows: Annotated[tuple[Row, ...], MinLen(1)]
+    baselines: tuple[Baseline, ...] = ()  # the teacher itself, without training
+
+    @classmethod
+    def load(cls, path: str, overrides: tuple[str, ...] | list[str] = ()) -> Bench:
+        """Read a benchmark and check all of it, each row's recipe as well; nothing is built.
+
+        Raises:
+            UserError: one line with the key's path, what was expected, and the nearest valid name.
+        """
+        tree = override(read_yaml(find(path)), overrides)
+        try:
+            bench = cls.model_validate(tree)
+        except ValidationError as error:
+            raise UserError(f"{path}: {explain(error, cls)}") from None
+        folders = [slug(row.name) for row in bench.rows]
+        if twice := next((r.name for r in bench.rows if folders.count(slug(r.name)) > 1), None):
+            raise UserError(f"{path}: rows: {twice!r} is named twice; give each row its own name")
+        if len(set(bench.seeds)) < len(bench.seeds):
+            raise UserError(f"{path}: seeds: one is named twice")
+        for row in bench.rows:
+            bench.recipe(row, bench.seeds[0])
+        return bench
+
+    def recipe(self, row: Row, seed: int, steps: int = 1) -> Recipe:
+        """What a row's run with this seed does, in so many training steps."""
+        tree = {} if row.recipe is None else read_yaml(find(row.recipe))
+        tree = laid_over(laid_over(tree, self.common), row.overrides)
+        words = [f"train.seed={seed}", f"train.steps={steps}"]
+        words += [f"{k}={math.ceil(v * steps)}" for k, v in row.shares.items()]
+        recipe = Recipe.check(override(tree, words), f"row {row.name!r}")
+        if not recipe.kind.few_step:
+            name = recipe.objective["name"]
+            raise UserError(f"row {row.name!r}: objective.name: {name} makes teachers")
+        return recipe
+
+    def reference(self) -> Recipe:
+        """The recipe whose teacher and protocol all share: the first row's."""
+        return self.recipe(self.rows[0], self.seeds[0])
+
+
+def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """One tree with another laid over it: sections are merged, values and lists replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = laid_over(old, value) if both else value  # pyright: ignore
+    return merged
+
+
+def slug(name: str) -> str:
+    """A row's name as a folder's."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "row"
+
+
+@dataclass
+class Entry:
+    """One run of a benchmark: a row with a seed, and where it is kept."""
+
+    bench: Bench
+    row: Row
+    seed: int
+    out: Path
+
+    @property
+    def name(self) -> str:
+        return f"{slug(self.row.name)}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.out / "runs" / self.name
+
+    @property
+    def file(self) -> Path:
+        return self.out / "recipes" / f"{self.name}.yaml"
+
+    @property
+    def hash(self) -> str:
+        """Of all that decides what this run does."""
+        tree = self.bench.recipe(self.row, self.seed).tree()
+        budget = self.bench.budget.model_dump(mode="json")
+        return digest([tree, self.row.shares, budget])
+
+    def summary(self) -> dict[str, Any] | None:
+        """What the run left, once it is finished."""
+        from distill.finish import finished
+
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if finished(self.folder) else None
+
+    def write_recipe(self) -> None:
+        """Leave the recipe, with the steps that the budget buys.
+
+        Raises:
+            UserError: the budget buys none, or the recipe cannot be built.
+        """
+        steps = self.bench.budget.steps(self.bench.recipe(self.row, self.seed))
+        tree = self.bench.recipe(self.row, self.seed, steps).tree()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write(self.file, yaml.safe_dump(tree, sort_keys=False))
+
+
+def digest(tree: Any) -> str:
+    """A hash of plain data."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+class Race:
+    """A benchmark under way in a folder, which only one may use at a time.
+
+    Raises:
+        UserError: the folder cannot be written, or another benchmark or its run is at work in it.
+    """
+
+    def __init__(self, bench: Bench, out: Path) -> None:
+        self.bench, self.out = bench, out
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._lock = (out / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror}; give another folder") from None
+        try:  # runs inherit it: one that outlives a killed benchmark still holds it
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"--out {out}: a benchmark, or a run that it left behind, is at work there; "
+                "wait for it to end, or give another folder"
+            ) from None
+        self.entries = [Entry(bench, row, seed, out) for row in bench.rows for seed in bench.seeds]
+        self.children: set[subprocess.Popen[str]] = set()
+        self.stopping = False
+        self.state: dict[str, dict[str, Any]] = {}
+        if (out / STATE).exists():
+            self.state = json.loads((out / STATE).read_text())
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self._lock.close()
+
+    def failure(self, entry: Entry) -> str | None:
+        """Why the run failed, if it did."""
+        return self.state.get(entry.name, {}).get("failed")
+
+    def done(self, entry: Entry) -> bool:
+        """Whether the run has ended, well or not, and was of this very row."""
+        known = self.state.get(entry.name, {})
+        ended = known.get("failed") is not None or entry.summary() is not None
+        return known.get("row") == entry.hash and ended
+
+    def prepare(self, entry: Entry) -> None:
+        """Have the run's recipe on the disk, and nothing of an older row of its name.
+
+        Raises:
+            UserError: the recipe cannot be built, or the budget buys no step.
+        """
+        known = self.state.get(entry.name)
+        if known is not None and known["row"] == entry.hash and entry.file.exists():
+            return
+        if known is not None:
+            shutil.rmtree(entry.folder, ignore_errors=True)
+        self.note(entry, None)
+        entry.file.unlink(missing_ok=True)
+        entry.write_recipe()
+
+    def note(self, entry: Entry, failed: str | None) -> None:
+        """Remember which row the run is of, and whether it failed."""
+        self.state[entry.name] = {"row": entry.hash, "failed": failed}
+        write(self.out / STATE, json.dumps(self.state, indent=2) + "\n")
+
+    def run(self, jobs: int = 1) -> Iterator[Entry]:
+        """Run what is not done yet, `jobs` at a time, each entry given once it has ended.
+
+        Raises:
+            KeyboardInterrupt: a run was stopped from outside; all have saved where they were.
+        """
+        waiting = [e for e in self.entries if not self.done(e)]
+        with ThreadPoolExecutor(jobs) as pool:
+            running: dict[Future[str | None], Entry] = {}
+            try:
+                while waiting or running:
+                    while waiting and len(running) < jobs:
+                        entry = waiting.pop(0)
+                        try:
+                            self.prepare(entry)
+                        except UserError as error:
+                            self.note(entry, str(error))
+                            yield entry
+                        else:
+                            running[pool.submit(self.play, entry)] = entry
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        entry = running.pop(future)
+                        self.note(entry, future.result())
+                        yield entry
+            except BaseException:
+                self.stop()
+                raise
+
+    def play(self, entry: Entry) -> str | None:
+        """One run in a process of its own; why it failed, if it did."""
+        words = [sys.executable, "-m", "distill", "run", str(entry.file), "--out"]
+        words += [str(entry.folder), *(["--resume"] if entry.folder.exists() else [])]
+        logs = self.out / "logs"
+        logs.mkdir(exist_ok=True)
+        with (logs / f"{entry.name}.txt").open("w") as log:
+            child = subprocess.Popen(
+                words, stdout=log, stderr=subprocess.PIPE, text=True,
+                pass_fds=[self._lock.fileno()],
+            )  # fmt: skip
+            self.children.add(child)
+            if self.stopping:
+                child.terminate()
+            _, said = child.communicate()
+            self.children.discard(child)
+            log.write(said)
+        if child.returncode == 0:
+            return None
+        if child.returncode in (130, 143, -signal.SIGINT, -signal.SIGTERM):
+            raise KeyboardInterrupt
+        lines = [v for v in said.splitlines() if v.strip()]
+        lines = lines or [f"it ended with exit code {child.returncode}, without a word"]
+        return lines[-1].removeprefix("distill: ")
+
+    def stop(self) -> None:
+        """Ask every run to save and stop; the pool then waits for them."""
+        self.stopping = True
+        for child in list(self.children):
+            child.terminate()

@@ -1,0 +1,132 @@
+"""The whole of a benchmark: the teacher measured once, every run, the leaderboard and its plots."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from distill import leaderboard
+from distill.bench import Bench, Entry, Race, digest, write
+from distill.leaderboard import Line, sampled
+from distill.measure import check_protocol, evaluate_teacher
+from distill.plots import plot
+from distill.recipe import Recipe
+from distill.teaching import load_teacher
+from distill.terminal import follow, say
+from eval.protocol import Protocol, protocol
+from teachers.errors import UserError
+from teachers.teacher import Teacher
+
+TEACHER = "teacher.json"  # its figures, by what they were measured of
+
+
+def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Line]:
+    """Run a benchmark in `out`, or what is left of it, and leave its leaderboard there.
+
+    Raises:
+        UserError: the benchmark is not one that can be run, or the folder is in use.
+        KeyboardInterrupt: it was stopped; called again, it goes on where it was.
+    """
+    made = Bench.load(path, overrides)
+    recipe = made.reference()
+    teacher = load_teacher(recipe)
+    measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
+    if measure is not None:
+        check_protocol(measure, teacher)
+    elif made.baselines:
+        raise UserError(f"{path}: baselines: they are measured by a protocol; set eval.protocol")
+    for baseline in made.baselines:
+        baseline.check(teacher)
+    race = Race(made, out)
+    try:
+        taught = [] if measure is None else teacher_lines(race, recipe, teacher, measure)
+        runs = len(race.entries)
+        done = [e for e in race.entries if race.done(e)]
+        if done:
+            say(f"{len(done)} of {runs} runs were done before")
+        with closing(ended(race, jobs, len(done))) as counts:
+            follow(counts, runs, f"{runs - len(done)} runs, each for {made.budget}")
+        lines = [*taught, *leaderboard.student_lines(race)]
+        leaderboard.save(race, lines)
+    finally:
+        race.close()
+    lines = leaderboard.read(out)
+    plot(lines, out)
+    return lines
+
+
+def standings(lines: list[Line]) -> Table:
+    """The students and their teacher on the terminal: distances by step count, best first."""
+    counts = sorted({v.steps for v in lines if v.steps and v.kind != "teacher"})
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("FD at steps")
+    for k in counts:
+        table.add_column(str(k), justify="right")
+    rows: dict[str, dict[int, str]] = {}
+    for line in lines:
+        rows.setdefault(line.name, {})
+        if line.steps in counts:
+            rows[line.name][line.steps] = leaderboard.figure(line, "fd")
+        elif line.kind == "teacher":
+            rows[f"{line.name}, {line.steps} steps: {leaderboard.figure(line, 'fd')}"] = {}
+            rows.pop(line.name)
+    for name, cells in rows.items():
+        table.add_row(name, *(cells.get(k, "") for k in counts))
+    return table
+
+
+def ended(race: Race, jobs: int, before: int) -> Generator[int]:
+    """The count of runs that have ended, each said as it does, with the time that is left."""
+    began, runs = time.monotonic(), len(race.entries)
+    for count, entry in enumerate(race.run(jobs), before + 1):
+        left = (time.monotonic() - began) / (count - before) * (runs - count) / 60
+        rest = f"; about {left:.0f} min left" if count < runs else ""
+        say(f"{count}/{runs}  {said(race, entry)}{rest}")
+        yield count
+
+
+def said(race: Race, entry: Entry) -> str:
+    """One line of how a run ended."""
+    who = f"{entry.row.name}, seed {entry.seed}"
+    if (why := race.failure(entry)) is not None:
+        return f"{who}: failed: {why}"
+    summary = entry.summary()
+    assert summary is not None
+    found = summary["metrics"].get("student", {})
+    figures = "  ".join(f"fd {v['fd']:.3f} at {k}" for k, v in found.items())
+    return f"{who}: {figures}; {summary['steps']} steps in {summary['wall_s']:.0f} s"
+
+
+def teacher_lines(race: Race, recipe: Recipe, teacher: Teacher, measure: Protocol) -> list[Line]:
+    """The teacher at its full steps and by every baseline, each measured once for the folder."""
+    file = race.out / TEACHER
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    tree, count = recipe.tree(), len(race.bench.seeds)
+    solver, full = recipe.eval.teacher_solver, recipe.eval.teacher_steps
+    seeds = list(range(count))
+    lines = []
+
+    def once(of: Any, make: Any) -> Any:
+        key = digest([of, tree["teacher"], measure.name, count])
+        if key not in known:
+            known[key] = make()
+            write(file, json.dumps(known, indent=2) + "\n")
+        return sampled(known[key])
+
+    say(f"measuring the teacher: {full} steps of {solver}, and {len(race.bench.baselines)} others")
+    metrics = once([solver, full], lambda: evaluate_teacher(recipe, teacher, measure, full, count))
+    lines.append(Line(f"teacher, {solver}", "teacher", None, full, seeds, metrics))
+    for b in race.bench.baselines:
+        for k in b.steps:
+            metrics = once(
+                [b.model_dump(mode="json", exclude={"steps"}), k],
+                lambda b=b, k=k: b.measure(recipe, teacher, measure, k, count),
+            )
+            lines.append(Line(b.name, "baseline", None, k, seeds, metrics))
+    return lines

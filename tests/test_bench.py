@@ -1,0 +1,355 @@
+"""Benchmarks, on linear students: equal budgets, stops and changes, what is left in the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Executor, Future
+from dataclasses import asdict
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+
+from distill import bench as benches
+from distill import leaderboard, race
+from distill.bench import Bench, Race, laid_over
+from distill.build import build
+from distill.engine import Engine, Stopped
+from distill.finish import finish
+from distill.recipe import Recipe, shipped
+from teachers import UserError
+from tests.test_cli import ENV, called
+
+BUDGET = 3000
+TREE = {
+    "budget": {"network_evaluations": BUDGET},
+    "seeds": [0, 1],
+    "common": {
+        "teacher": "analytic:gaussian",
+        "players": {"student": {"lr": 0.02}, "fake": {"lr": 0.04}},
+        "train": {"batch": 16, "sample_every": 0, "save_every": 5, "log_every": 1},
+    },
+    "rows": [
+        {"name": "DMD2", "overrides": {"objective": {"name": "dmd2", "student_every": 2}}},
+        {"name": "SiD α = 1", "overrides": {"objective": {"name": "sid", "alpha": 1.0}}},
+    ],
+}
+SPENT = ("wall_s", "peak_memory_gb")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    return path
+
+
+class Here(Executor):
+    """Calls at once, in the main thread: signal handlers can be set in no other."""
+
+    def __init__(self, jobs):
+        pass
+
+    def submit(self, function, *words):
+        future = Future()
+        try:
+            future.set_result(function(*words))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """Runs take place in this process; the names of those that did."""
+    names = []
+
+    def play(self, entry):
+        names.append(entry.name)
+        AcceleratorState._reset_state(True)
+        try:
+            run = build(Recipe.load(entry.file), entry.folder, entry.folder.exists())
+            run.engine.train()
+            finish(run)
+        except UserError as error:
+            return str(error)
+        except Stopped:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(Race, "play", play)
+    monkeypatch.setattr(benches, "ThreadPoolExecutor", Here)
+    monkeypatch.setattr(race, "plot", lambda *_: [])
+    return names
+
+
+def figures(lines):
+    """All of the lines that does not depend on the machine."""
+    return [{k: v for k, v in asdict(line).items() if k not in SPENT} for line in lines]
+
+
+def test_a_benchmark_ends_in_means_and_spreads_over_its_seeds(file, tmp_path, played, capsys):
+    race.bench(str(file), [], tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "1/4  DMD2, seed 0: fd " in said and " min left" in said
+    assert " min left" not in said.splitlines()[-1]
+    lines = json.loads((tmp_path / "out/leaderboard.json").read_text())
+    assert {v["name"] for v in lines} == {"DMD2", "SiD α = 1"}
+    line = next(v for v in lines if v["objective"] == "sid")
+    runs = [tmp_path / f"out/runs/sid-1-seed{k}/summary.json" for k in (0, 1)]
+    runs = [json.loads(path.read_text()) for path in runs]
+    a, b = (run["metrics"]["student"]["1"]["fd"] for run in runs)
+    assert line["metrics"]["fd"]["mean"] == pytest.approx((a + b) / 2)
+    assert line["metrics"]["fd"]["spread"] == pytest.approx(abs(a - b) / 2)
+    assert line["seeds"] == [0, 1] and line["steps"] == 1 and line["failed"] == {}
+    assert line["wall_s"] == pytest.approx(sum(run["wall_s"] for run in runs) / 2)
+    assert "| SiD α = 1 | 1 |" in (tmp_path / "out/leaderboard.md").read_text()
+
+
+def test_no_run_exceeds_its_budget_or_leaves_a_step_of_it(file, tmp_path, played):
+    lines = race.bench(str(file), ["seeds=[0]"], tmp_path / "out")
+    for line in lines:
+        most = 16 * 7  # a step: at most DMD2's with its student's turn
+        assert BUDGET - most < line.network_evaluations <= BUDGET
+        recipe = Recipe.load(tmp_path / f"out/recipes/{benches.slug(line.name)}-seed0.yaml")
+        assert recipe.train.steps == line.train_steps
+
+
+def test_stopped_and_taken_up_again_a_benchmark_ends_the_same(file, tmp_path, played, monkeypatch):
+    whole = race.bench(str(file), [], tmp_path / "whole")
+    advance, count = Engine.advance, iter(range(10**6))
+
+    def stopped(engine, stream):
+        logs = advance(engine, stream)
+        if next(count) == 60:
+            engine._stop = signal.SIGTERM
+        return logs
+
+    monkeypatch.setattr(Engine, "advance", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        race.bench(str(file), [], tmp_path / "out")
+    before = len(played)
+    found = race.bench(str(file), [], tmp_path / "out")
+    assert 0 < len(played) - before < 4  # what was finished was not run again
+    assert figures(found) == figures(whole)
+
+
+def test_only_a_changed_row_is_run_again(file, tmp_path, played):
+    race.bench(str(file), ["seeds=[0]"], tmp_path / "out")
+    played.clear()
+    race.bench(str(file), ["seeds=[0]"], tmp_path / "out")
+    assert played == []
+    tree = {**TREE, "rows": [TREE["rows"][0], {**TREE["rows"][1]}]}
+    tree["rows"][1]["overrides"] = {"objective": {"name": "sid", "alpha": 0.5}}
+    file.write_text(yaml.safe_dump(tree))
+    race.bench(str(file), ["seeds=[0]"], tmp_path / "out")
+    assert played == ["sid-1-seed0"]
+    recipe = Recipe.load(tmp_path / "out/runs/sid-1-seed0/recipe.yaml")
+    assert recipe.objective["alpha"] == 0.5
+
+
+def test_a_row_that_diverges_is_recorded_and_the_rest_goes_on(file, tmp_path, played):
+    broken = {"name": "too fast", "overrides": {
+        "objective": {"name": "sid"}, "players": {"student": {"lr": 1e30, "clip": 0}}}}  # fmt: skip
+    file.write_text(yaml.safe_dump({**TREE, "rows": [broken, *TREE["rows"]], "seeds": [0]}))
+    lines = race.bench(str(file), [], tmp_path / "out")
+    last = lines[-1]
+    assert (last.name, last.steps, last.metrics) == ("too fast", None, {})
+    assert "loss is" in last.failed["0"] and "\n" not in last.failed["0"]
+    assert [bool(v.metrics) for v in lines] == [True, True, False]
+    assert "- too fast, seed 0: step" in (tmp_path / "out/leaderboard.md").read_text()
+    played.clear()
+    race.bench(str(file), [], tmp_path / "out")
+    assert played == []  # it would fail again
+
+
+def test_a_budget_that_buys_nothing_fails_its_row_alone(file, tmp_path, played):
+    tree = {**TREE, "seeds": [0], "budget": {"network_evaluations": 70}}  # SiD takes 80, DMD2 less
+    file.write_text(yaml.safe_dump(tree))
+    lines = race.bench(str(file), ["rows=" + json.dumps(TREE["rows"][1:])], tmp_path / "out")
+    assert "70 network evaluations do not buy one step" in lines[0].failed["0"]
+
+
+def test_a_folder_takes_one_benchmark_at_a_time(file, tmp_path):
+    first = Race(Bench.load(str(file)), tmp_path / "out")
+    with pytest.raises(UserError, match="is at work there; wait for it to end"):
+        Race(Bench.load(str(file)), tmp_path / "out")
+    first.close()
+    Race(Bench.load(str(file)), tmp_path / "out").close()
+
+
+def test_shares_follow_the_steps_that_the_budget_buys():
+    bench = Bench.load("bench/digits")
+    row = next(r for r in bench.rows if r.name == "progressive")
+    recipe = bench.recipe(row, seed=2, steps=468)
+    assert recipe.objective["stage_steps"] == recipe.players["student"].decay_steps == 94
+    assert (recipe.train.steps, recipe.train.seed) == (468, 2)
+
+
+@pytest.mark.parametrize("name", [n for n in shipped() if n.startswith("bench/")])
+def test_every_shipped_benchmark_is_valid(name):
+    assert Bench.load(name).rows
+
+
+def test_the_digits_benchmark_races_all_divergences_at_one_two_and_four_steps():
+    from typing import get_args
+
+    from distill.objectives.fdistill import Divergence
+
+    bench = Bench.load("bench/digits")
+    recipes = [bench.recipe(row, 0) for row in bench.rows]
+    names = [r.objective.get("divergence") for r in recipes]
+    assert set(get_args(Divergence)) <= set(names)
+    assert len(bench.rows) >= 14
+    assert {r.student.steps for r in recipes if r.objective["name"] != "progressive"} == {4}
+    assert all(r.eval.teacher_seeds == 0 for r in recipes)  # measured once, by the benchmark
+
+
+def test_sections_are_merged_and_values_replaced():
+    below = {"a": {"x": 1, "y": [1, 2]}, "b": {"z": 3}, "c": 4}
+    above = {"a": {"y": [5]}, "b": None, "d": {"w": 6}}
+    assert laid_over(below, above) == {
+        "a": {"x": 1, "y": [5]}, "b": None, "c": 4, "d": {"w": 6}
+    }  # fmt: skip
+    assert below["a"]["y"] == [1, 2]
+
+
+def test_students_are_ordered_by_their_distance_in_the_fewest_steps():
+    def line(name, steps, fd, kind="student"):
+        metrics = {} if fd is None else {"fd": {"mean": fd, "spread": 0.0}}
+        return leaderboard.Line(name, kind, "dmd2", steps, [0], metrics)
+
+    lines = [line("failed", None, None), line("b", 4, 0.1), line("b", 1, 2.0), line("a", 1, 1.0),
+             line("heun", 2, 9.0, "baseline"), line("full", 18, 0.5, "teacher")]  # fmt: skip
+    found = [(v.name, v.steps) for v in leaderboard.ordered(lines)]
+    assert found == [
+        ("full", 18), ("heun", 2), ("a", 1), ("b", 1), ("b", 4), ("failed", None)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("rowss=[]", "rowss: unknown key; did you mean 'rows'?"),
+        ("rows=[{nmae: a}]", "rows.0.nmae: unknown key; did you mean 'name'?"),
+        ("rows=[]", "rows: "),
+        ("budget={}", "expected network_evaluations or seconds, one of the two"),
+        ("budget={seconds: 1, network_evaluations: 1}", "one of the two"),
+        ("seeds=[1,1]", "seeds: one is named twice"),
+        ("rows=[{name: a, recipe: digits/dmd3}]", "did you mean 'digits/dmd2'"),
+        ("rows=[{name: a, overrides: {objective: {name: sidd}}}]", "row 'a': objective.name"),
+        (
+            "common={teacher: digits, data: {source: digits}};"
+            "rows=[{name: a, overrides: {objective: {name: diffusion}}}]",
+            "makes teachers",
+        ),
+        ("rows=[{name: A b}, {name: a B}]", "'A b' is named twice"),
+        ("rows=[{name: a, shares: {train.x: 2}}]", "less than or equal to 1"),
+        ("baselines=[{solver: heunn}]", "baselines.0.solver: expected"),
+        ("baselines=[{scheduler: DDIM}]", "scheduler: expected 'DDIMScheduler'"),
+        ("baselines=[{solver: heun}]", "they are measured by a protocol; set eval.protocol"),
+        ("rows=[{name: a, overrides: {objective: {name: sid}, teacher: nowhere}}]", "no such"),
+    ],
+)
+def test_a_mistake_in_a_benchmark_is_one_line(file, tmp_path, capsys, change, line):
+    code, _, err = called(capsys, "bench", file, *change.split(";"), "--out", tmp_path / "out")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert line in err
+    assert not (tmp_path / "out").exists()
+
+
+class Child:
+    """A process that has ended already."""
+
+    def __init__(self, code, said):
+        self.returncode, self.said = code, said
+
+    def communicate(self):
+        return None, self.said
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "why"),
+    [
+        (0, "", None),
+        (2, "distill: step 3: loss is nan; lower it\n", "step 3: loss is nan; lower it"),
+        (1, "Traceback …\n  line 1\nKeyError: 'x'\n\n", "KeyError: 'x'"),
+        (-9, "", "it ended with exit code -9, without a word"),
+    ],
+)
+def test_why_a_run_failed_is_its_last_line(file, tmp_path, monkeypatch, code, said, why):
+    monkeypatch.setattr(benches.subprocess, "Popen", lambda *_, **__: Child(code, said))
+    contest = Race(Bench.load(str(file)), tmp_path / "out")
+    assert contest.play(contest.entries[0]) == why
+    assert (tmp_path / "out/logs/dmd2-seed0.txt").read_text() == said
+    contest.close()
+
+
+@pytest.mark.parametrize("code", [130, 143, -signal.SIGTERM])
+def test_a_run_that_was_stopped_stops_the_benchmark(file, tmp_path, monkeypatch, code):
+    monkeypatch.setattr(benches.subprocess, "Popen", lambda *_, **__: Child(code, ""))
+    contest = Race(Bench.load(str(file)), tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        contest.play(contest.entries[0])
+    contest.close()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_as_many_runs_are_under_way_as_there_are_jobs(file, tmp_path, monkeypatch, jobs):
+    now, most = [], []
+
+    def play(self, entry):
+        now.append(entry)
+        time.sleep(0.1)
+        most.append(len(now))
+        now.remove(entry)
+        return "not run"
+
+    monkeypatch.setattr(Race, "play", play)
+    monkeypatch.setattr(benches.Entry, "write_recipe", lambda _: None)
+    contest = Race(Bench.load(str(file)), tmp_path / "out")
+    ended = list(contest.run(jobs))
+    assert sorted(e.name for e in ended) == sorted(e.name for e in contest.entries)
+    assert max(most) == jobs
+    assert contest.failure(ended[0]) == "not run"
+    contest.close()
+
+
+def start(file, out):
+    words = [sys.executable, "-m", "distill", "bench", file, "--out", out]
+    return subprocess.Popen(
+        [*map(str, words)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["term", "kill"])
+def test_killing_the_command_and_calling_it_again_gives_the_same_leaderboard(
+    file, tmp_path, number
+):
+    tree = {**TREE, "seeds": [0], "budget": {"network_evaluations": 60_000}}
+    file.write_text(yaml.safe_dump(tree))
+    whole = start(file, tmp_path / "whole")
+    _, err = whole.communicate()
+    assert whole.returncode == 0, err
+    first = start(file, tmp_path / "out")
+    while not list((tmp_path / "out").glob("runs/*/checkpoints/step-*")):
+        time.sleep(0.2)
+    if number == signal.SIGTERM:
+        first.send_signal(number)  # to it alone: it stops its run
+    else:
+        os.killpg(first.pid, number)
+    _, err = first.communicate()
+    assert first.returncode == (143 if number == signal.SIGTERM else -number), err
+    assert len(list((tmp_path / "out").glob("runs/*/summary.json"))) < 2
+    again = start(file, tmp_path / "out")
+    _, err = again.communicate()
+    assert again.returncode == 0, err
+    assert figures(leaderboard.read(tmp_path / "out")) == figures(
+        leaderboard.read(tmp_path / "whole")
+    )
+    names = {p.name for p in (tmp_path / "out").glob("*.png")}
+    assert names == {"quality-cost.png", "cost.png"}
