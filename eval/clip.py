@@ -34,11 +34,10 @@ class Pair:
     @cached_property
     def model(self) -> tuple[Any, Any]:
         """The network and its tokenizer."""
-        from transformers import AutoTokenizer, CLIPModel
-
+        stock = fetch.package("transformers", "transformers")
         folder = fetch.folder(self.source, self.revision)
-        network: Any = CLIPModel.from_pretrained(folder, use_safetensors=True)
-        return network.eval().to(device()), AutoTokenizer.from_pretrained(folder)
+        network = stock.CLIPModel.from_pretrained(folder, use_safetensors=True)
+        return network.eval().to(device()), stock.AutoTokenizer.from_pretrained(folder)
 
     @property
     def scale(self) -> float:

@@ -13,17 +13,17 @@ from torch import Tensor
 from eval.errors import MetricError
 
 
-def sizes(name: str, n: int, least: int, points: int) -> list[int]:
-    """`points` numbers of samples, evenly from `least` to n.
+def sizes(name: str, n: int, start: int, points: int) -> list[int]:
+    """`points` numbers of samples, evenly from `start` to n.
 
     Raises:
-        MetricError: n is not above `least`; `name` is the metric's.
+        MetricError: n is not above `start`; `name` is the metric's.
     """
-    if n <= least:
+    if n <= start:
         raise MetricError(
-            f"{name}: {n} samples for subsets of {least} and more; give more than {least}"
+            f"{name}: {n} samples for subsets of {start} and more; give more than {start}"
         )
-    return [int(v) for v in np.linspace(least, n, points)]
+    return [int(v) for v in np.linspace(start, n, points)]
 
 
 def subset(features: Tensor, n: int, seed: int) -> Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -164,10 +163,8 @@ def normalised(images: Tensor, by: tuple[tuple[float, ...], tuple[float, ...]]) 
 
 def dinov2(folder: Path) -> Network:
     """The class token after the last norm (N, 1024) of a `Dinov2Model` saved in a folder."""
-    from transformers import Dinov2Model
-
-    network: Any = Dinov2Model.from_pretrained(folder, use_safetensors=True)
-    network = network.eval().to(device())
+    model = fetch.package("transformers", "transformers").Dinov2Model
+    network = model.from_pretrained(folder, use_safetensors=True).eval().to(device())
 
     @torch.no_grad()
     def read(images: Tensor) -> Tensor:
@@ -178,15 +175,13 @@ def dinov2(folder: Path) -> Network:
 
 def clip_image(folder: Path) -> Network:
     """Projected image embeddings of length one, of a CLIP model saved in a folder."""
-    from transformers import CLIPVisionModelWithProjection
-
-    network: Any = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True)
-    network = network.eval().to(device())
+    model = fetch.package("transformers", "transformers").CLIPModel
+    network = model.from_pretrained(folder, use_safetensors=True).eval().to(device())
 
     @torch.no_grad()
     def read(images: Tensor) -> Tensor:
-        found = network(pixel_values=normalised(images.to(device()), CLIP)).image_embeds
-        return torch.nn.functional.normalize(found, dim=1)
+        found = network.vision_model(pixel_values=normalised(images.to(device()), CLIP))
+        return torch.nn.functional.normalize(network.visual_projection(found.pooler_output), dim=1)
 
     return read
 

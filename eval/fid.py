@@ -95,6 +95,7 @@ class FID(MomentsMetric):
         self.reference = (
             reference if isinstance(reference, Moments) else Moments.of(features(reference))
         )
+        self.least = len(self.reference.mean) + 1
 
     @cached_property
     def spectrum(self) -> Tensor:
@@ -117,20 +118,20 @@ class FIDInfinity(KeptMetric):
         features: Features,
         reference: Tensor | Moments,
         *,
-        least: int = 5000,
+        start: int = 5000,
         keep: int = 50_000,
         points: int = 15,
         name: str = "fd_infinity",
     ) -> None:
-        """Distances of `points` random subsets, of `least` samples up to all that are kept."""
+        """Distances of `points` random subsets, of `start` samples up to all that are kept."""
         self.features, self.name, self.keep = features, name, keep
-        self.least, self.points = least, points
+        self.start, self.points, self.least = start, points, start + 1
         self.reference = (
             reference if isinstance(reference, Moments) else Moments.of(features(reference))
         )
 
     def measure(self, seen: Reservoir) -> dict[str, float]:
-        counts = sizes(self.name, len(seen.kept), self.least, self.points)
+        counts = sizes(self.name, len(seen.kept), self.start, self.points)
         found = [
             frechet(Moments.of(subset(seen.kept, n, seed)), self.reference)
             for seed, n in enumerate(counts)

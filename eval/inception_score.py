@@ -39,12 +39,13 @@ class InceptionScore(KeptMetric):
     ) -> None:
         """`features` are the classifier's logits (N, K)."""
         self.features, self.splits, self.keep, self.name = features, splits, keep, name
+        self.least = 2 * splits
 
     def measure(self, seen: Reservoir) -> dict[str, float]:
         n = len(seen.kept)
-        if n < 2 * self.splits:
+        if n < self.least:
             raise MetricError(
-                f"{self.name}: {n} samples in {self.splits} splits; give {2 * self.splits} or more"
+                f"{self.name}: {n} samples in {self.splits} splits; give {self.least} or more"
             )
         parts = subset(seen.kept, n, seed=0).tensor_split(self.splits)
         found = torch.tensor([score(part) for part in parts], dtype=torch.double)
@@ -61,16 +62,16 @@ class InceptionScoreInfinity(KeptMetric):
         self,
         features: Features,
         *,
-        least: int = 5000,
+        start: int = 5000,
         keep: int = 50_000,
         points: int = 15,
         name: str = "inception_score_infinity",
     ) -> None:
         """`features` are the classifier's logits (N, K)."""
         self.features, self.keep, self.name = features, keep, name
-        self.least, self.points = least, points
+        self.start, self.points, self.least = start, points, start + 1
 
     def measure(self, seen: Reservoir) -> dict[str, float]:
-        counts = sizes(self.name, len(seen.kept), self.least, self.points)
+        counts = sizes(self.name, len(seen.kept), self.start, self.points)
         found = [score(subset(seen.kept, n, seed)) for seed, n in enumerate(counts)]
         return {self.name: at_infinity(counts, found)}

@@ -26,10 +26,12 @@ class FeatureMetric(ABC, Generic[C]):
 
     features: what it reads of a picture.
     keep: how many feature vectors it wants; 0 when their moments are enough.
+    least: the fewest samples that it can be had of, so that too few are refused undrawn.
     """
 
     features: Features
     keep: int
+    least: int = 1
 
     @abstractmethod
     def collector(self) -> C:
@@ -91,7 +93,7 @@ def measure(
     lanes = {(m.features, m.keep): Lanes[Any](m.collector) for m in readers}
     means, names = Lanes(Tally), []
     for number, first, samples in chunks:
-        read = {f: checked(f(samples.images)) for f, _ in lanes}
+        read = {f: checked(f(samples.images)) for f in {m.features for m in readers}}
         for (features, _), lane in lanes.items():
             lane.of(number).add(read[features], first)
         figures = {k: v for m in averages for k, v in m(samples).items()}

@@ -96,17 +96,17 @@ class KID(KeptMetric):
         reference: Tensor,
         *,
         subsets: int = 100,
-        size: int = 1000,
+        subset_size: int = 1000,
         keep: int = 50_000,
         name: str = "kid",
     ) -> None:
         """`reference` holds uint8 images (N, C, H, W), or their features (N, D)."""
         self.features, self.keep, self.name = features, keep, name
-        self.subsets, self.size = subsets, size
+        self.subsets, self.subset_size, self.least = subsets, subset_size, subset_size
         self.reference = features(reference) if reference.dim() == 4 else reference
 
     def measure(self, seen: Reservoir) -> dict[str, float]:
-        mean, spread = kid(self.reference, seen.kept, self.subsets, self.size)
+        mean, spread = kid(self.reference, seen.kept, self.subsets, self.subset_size)
         return {self.name: mean, f"{self.name}_std": spread}
 
 
@@ -121,7 +121,7 @@ class CMMD(KeptMetric):
         self, features: Features, reference: Tensor, *, keep: int = 50_000, name: str = "cmmd"
     ) -> None:
         """`reference` holds uint8 images (N, C, H, W), or their features (N, D)."""
-        self.features, self.keep, self.name = features, keep, name
+        self.features, self.keep, self.name, self.least = features, keep, name, 2
         self.reference = features(reference) if reference.dim() == 4 else reference
 
     def measure(self, seen: Reservoir) -> dict[str, float]:

@@ -55,17 +55,18 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
 class PRDC(KeptMetric):
     """Precision, recall, density and coverage against a fixed reference, as a metric.
 
-    Neighbours are counted among no more than `keep` of the samples: balls shrink as sets grow, so
-    figures of different `keep` are of different metrics.
+    Neighbours are counted among no more than `keep` of each, chosen at random: balls shrink as sets
+    grow, so figures of different `keep` are of different metrics.
     """
 
     def __init__(
         self, features: Features, reference: Tensor, k: int = 5, keep: int = 50_000
     ) -> None:
-        """`reference` is uint8 images (N, C, H, W) or their features (N, D); `keep` are used."""
-        self.features, self.k, self.keep = features, k, keep
-        reference = reference[:keep]
-        self.reference = features(reference) if reference.dim() == 4 else reference
+        """`reference` holds uint8 images (N, C, H, W), or their features (N, D)."""
+        self.features, self.k, self.keep, self.least = features, k, keep, k + 1
+        chosen = Reservoir(keep)
+        chosen.add(features(reference) if reference.dim() == 4 else reference, 0)
+        self.reference = chosen.kept
 
     def measure(self, seen: Reservoir) -> dict[str, float]:
         return prdc(self.reference, seen.kept, self.k)

@@ -18,7 +18,7 @@ from torch import Tensor
 from eval import digits, shapes, spec
 from eval.errors import MetricError, unknown
 from eval.fid import FID
-from eval.metric import Metric, measure
+from eval.metric import FeatureMetric, Metric, measure
 from eval.prdc import PRDC
 from eval.samples import Samples, to_uint8
 from eval.stream import ALONE, Processes
@@ -34,6 +34,7 @@ class Protocol:
     metrics: each from samples to numbers.
     chunk: how many are drawn and held at a time; None for all at once.
     side: of the samples in pixels, where the protocol is of one.
+    seeds: how many figures a mean is taken over, where no other number is asked for.
     """
 
     name: str
@@ -41,14 +42,28 @@ class Protocol:
     metrics: tuple[Metric, ...]
     chunk: int | None = None
     side: int | None = None
+    seeds: int = 3
 
-    def __call__(self, draw: Draw, seeds: int = 3, processes: Processes = ALONE) -> dict[str, Any]:
+    def __call__(
+        self, draw: Draw, seeds: int | None = None, processes: Processes = ALONE
+    ) -> dict[str, Any]:
         """Means over seeds 0, 1, …, with their spread (population standard deviation).
 
         `images_per_s` is the median over seeds of samples over seconds of generation. Chunk j of c
         is drawn with the seed `seed * c + j`, so no noise comes twice. Several processes share the
         chunks, and all have all figures; the speed is a process's own times their number.
+
+        Raises:
+            MetricError: the protocol's samples are too few for some metric, or those drawn are not
+                the protocol's.
         """
+        seeds = self.seeds if seeds is None else seeds
+        for metric in self.metrics:
+            if isinstance(metric, FeatureMetric) and metric.least > len(self.prompts):
+                raise MetricError(
+                    f"protocol {self.name}: {len(self.prompts)} samples; "
+                    f"{type(metric).__name__} takes {metric.least} or more"
+                )
         runs: list[dict[str, float]] = []
         speeds: list[float] = []
         for seed in range(seeds):
@@ -99,7 +114,12 @@ def read(path: Path) -> Protocol:
     """
     name, written = path.stem, spec.spec(path)
     return Protocol(
-        name, written.all_prompts(name), written.all_metrics(name), written.chunk, written.side
+        name,
+        written.all_prompts(name),
+        written.all_metrics(name),
+        written.chunk,
+        written.side,
+        written.seeds,
     )
 
 

@@ -125,6 +125,28 @@ def of_folder(
     return made
 
 
+def published(name: str, path: Path, features: Named, n: int) -> Reference:
+    """Moments that others publish, an .npz of `mu` (D,) and `sigma` (D, D), of n pictures.
+
+    That they were made by the rule of `features` is the caller's word; no pictures are there to
+    check it, and no features for metrics of neighbours.
+
+    Raises:
+        MetricError: the file is not such.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            mean, cov = (torch.from_numpy(f[k]).double() for k in ("mu", "sigma"))
+    except (OSError, KeyError, ValueError) as error:
+        raise MetricError(f"reference {path}: not an .npz of mu and sigma") from error
+    if cov.shape != (len(mean), len(mean)):
+        raise MetricError(
+            f"reference {path}: sigma is {tuple(cov.shape)} where mu is {tuple(mean.shape)}"
+        )
+    content = fetch.sha256(path)
+    return Reference(name, features.rule, content, Moments(mean, cov, n), torch.zeros(0, len(mean)))
+
+
 def _read(paths: list[Path]) -> Iterator[Tensor]:
     """The pictures as uint8 (N, 3, H, W), as many at a time as are of one size, up to CHUNK."""
     part: list[Tensor] = []

@@ -20,7 +20,7 @@ from torch import Tensor
 from eval import digits, fetch, reference, shapes
 from eval.clip import ClipScore, PickScore
 from eval.errors import MetricError, unknown
-from eval.features import Named, Prepared, extractor
+from eval.features import EXTRACTORS, Named, Prepared
 from eval.fid import FID, FIDInfinity
 from eval.inception_score import InceptionScore, InceptionScoreInfinity
 from eval.metric import Metric
@@ -192,7 +192,9 @@ class Spec(Strict):
         if "features" in taken:
             given["features"] = self._features(where, options)
         if "reference" in taken:
-            given["reference"] = self._reference(where, given["features"], hints["reference"])
+            given["reference"] = self._reference(
+                where, given["features"], hints["reference"], options.get("keep")
+            )
         for key, value in options.items():
             if key not in taken or key in given:
                 raise unknown(f"{where}: option", key, set(taken) - set(given))
@@ -205,7 +207,10 @@ class Spec(Strict):
     def _features(self, where: str, options: dict[str, Any]) -> Named:
         if "features" not in options:
             raise MetricError(f"{where}: no features are named; add features: NAME")
-        base = extractor(str(options.pop("features")))
+        chosen = str(options.pop("features"))
+        if chosen not in EXTRACTORS:
+            raise unknown(f"{where}: features", chosen, EXTRACTORS)
+        base = EXTRACTORS[chosen]
         prepare, size = options.pop("prepare", self.prepare), options.pop("size", self.size)
         if prepare not in PREPARE:
             raise unknown(f"{where}: prepare", str(prepare), PREPARE)
@@ -215,12 +220,18 @@ class Spec(Strict):
             raise MetricError(f"{where}: {prepare} is to which size? add size: PIXELS")
         return Prepared(PREPARE[prepare], size, base)
 
-    def _reference(self, where: str, features: Named, hint: Any) -> Any:
+    def _reference(self, where: str, features: Named, hint: Any, keep: Any) -> Any:
         if self.reference is None:
             raise MetricError(f"{where}: it needs a reference; add reference: {{name, count}}")
         if self.reference.name in EMBEDDED:
-            return EMBEDDED[self.reference.name](self.reference.count)
+            images = EMBEDDED[self.reference.name](self.reference.count)
+            return images[:keep] if isinstance(keep, int) else images
         found = reference.find(self.reference.name, features, self.reference.count)
+        if hint is Tensor and not len(found.features):
+            raise MetricError(
+                f"{where}: the reference {found.name} holds moments alone, as published ones do; "
+                "make it from the pictures with eval.reference.of_folder"
+            )
         return found.features if hint is Tensor else found.moments
 
 
