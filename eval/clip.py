@@ -18,26 +18,29 @@ from eval.resize import centre_lanczos, centre_square, pil_bytes
 from eval.samples import Samples
 
 BATCH = 64
+PICK = ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
+PICK_WORDS = (
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+)
 
 
 class Pair:
     """A CLIP model's two encoders, loaded at the first call.
 
-    source: a folder, or a Hub repository, of a model in safetensors with its tokenizer.
-    revision: its revision on the Hub.
+    source, revision: a folder, or a Hub repository and its revision.
+    words: the same of the tokenizer, where the model comes without.
     """
 
-    def __init__(self, source: str, revision: str) -> None:
-        self.source, self.revision = source, revision
+    def __init__(self, source: str, revision: str, words: tuple[str, str] | None = None) -> None:
+        self.source, self.revision, self.words = source, revision, words or (source, revision)
         self.name = source.rstrip("/").rpartition("/")[2]
 
     @cached_property
     def model(self) -> tuple[Any, Any]:
         """The network and its tokenizer."""
-        stock = fetch.package("transformers", "transformers")
-        folder = fetch.folder(self.source, self.revision)
-        network = stock.CLIPModel.from_pretrained(folder, use_safetensors=True)
-        return network.eval().to(device()), stock.AutoTokenizer.from_pretrained(folder)
+        network = fetch.pretrained("CLIPModel", self.source, self.revision)
+        return network.to(device()), fetch.tokenizer(*self.words)
 
     @property
     def scale(self) -> float:
@@ -89,8 +92,8 @@ class ClipScore:
 
     def __init__(
         self,
-        source: str = "openai/clip-vit-base-patch16",
-        revision: str = "main",
+        source: str,
+        revision: str,
         prefix: str = "A photo depicts ",
         resolution: int = 256,
     ) -> None:
@@ -104,8 +107,8 @@ class ClipScore:
 class PickScore:
     """PickScore v1 (Kirstain et al. 2023, arXiv:2305.01569): a CLIP-H's logit, near 20."""
 
-    def __init__(self, source: str = "yuvalkirstain/PickScore_v1", revision: str = "main") -> None:
-        self.pair = Pair(source, revision)
+    def __init__(self, pair: Pair | None = None) -> None:
+        self.pair = pair or Pair(*PICK, words=PICK_WORDS)
 
     def __call__(self, samples: Samples) -> dict[str, float]:
         return {"pick_score": self.pair.scale * self.pair.mean(samples)}

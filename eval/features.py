@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -161,10 +160,9 @@ def normalised(images: Tensor, by: tuple[tuple[float, ...], tuple[float, ...]]) 
     return (images / 255 - mean) / std
 
 
-def dinov2(folder: Path) -> Network:
-    """The class token after the last norm (N, 1024) of a `Dinov2Model` saved in a folder."""
-    model = fetch.package("transformers", "transformers").Dinov2Model
-    network = model.from_pretrained(folder, use_safetensors=True).eval().to(device())
+def dinov2(source: str, revision: str) -> Network:
+    """The class token after the last norm (N, 1024) of a `Dinov2Model`, of a folder or the Hub."""
+    network = fetch.pretrained("Dinov2Model", source, revision).to(device())
 
     @torch.no_grad()
     def read(images: Tensor) -> Tensor:
@@ -173,10 +171,9 @@ def dinov2(folder: Path) -> Network:
     return read
 
 
-def clip_image(folder: Path) -> Network:
-    """Projected image embeddings of length one, of a CLIP model saved in a folder."""
-    model = fetch.package("transformers", "transformers").CLIPModel
-    network = model.from_pretrained(folder, use_safetensors=True).eval().to(device())
+def clip_image(source: str, revision: str) -> Network:
+    """Projected image embeddings (N, D) of length one of a `CLIPModel`, of a folder or the Hub."""
+    network = fetch.pretrained("CLIPModel", source, revision).to(device())
 
     @torch.no_grad()
     def read(images: Tensor) -> Tensor:
@@ -196,11 +193,11 @@ EXTRACTORS: dict[str, Extractor | Embedded] = {
         Extractor("inception-logits", GRAPH, 299, untouched, lambda: inception(logits)),
         Extractor(
             "dinov2-vitl14", DINOV2[1][:12], 224, pil_bytes,
-            lambda: dinov2(fetch.snapshot(*DINOV2)),
+            lambda: dinov2(*DINOV2),
         ),
         Extractor(
             "clip-vitl14-336", CLIP_L_336[1][:12], 336, torch_bicubic,
-            lambda: clip_image(fetch.snapshot(*CLIP_L_336)),
+            lambda: clip_image(*CLIP_L_336),
         ),
         Embedded("digits", "1", digits.features),
         Embedded("shapes", "1", shapes.features),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -68,18 +69,20 @@ def state(url: str) -> dict[str, Tensor]:
         ) from error
 
 
-def snapshot(repo: str, revision: str) -> Path:
-    """A Hub repository's configs, tokenizer and safetensors at a revision, as a folder.
+WORDS = ("*.json", "*.txt")  # configs and tokenizers
+
+
+def snapshot(repo: str, revision: str, patterns: Sequence[str]) -> Path:
+    """The files of a Hub repository at a revision that fit the patterns, in their folder.
 
     Raises:
-        MetricError: it is neither in the Hub's cache nor to be had.
+        MetricError: they are neither in the Hub's cache nor to be had.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        wanted = ["*.json", "*.txt", "model.safetensors"]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise MetricError(
             f"weights {repo}: not to be had from the Hub ({_line(error)}); download them where "
@@ -87,9 +90,43 @@ def snapshot(repo: str, revision: str) -> Path:
         ) from error
 
 
-def folder(source: str, revision: str) -> Path:
-    """`source` itself where it is a folder here; else the Hub's, by `snapshot`."""
-    return Path(source) if Path(source).is_dir() else snapshot(source, revision)
+def pretrained(kind: str, source: str, revision: str) -> Any:
+    """A model of transformers' class `kind`, from a folder here or else from the Hub, in eval mode.
+
+    From safetensors; older repositories hold a state dict, which is read with weights_only.
+
+    Raises:
+        MetricError: it is not to be had, or lacks weights, which transformers would make up.
+    """
+    stock = package("transformers", "transformers")
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = snapshot(source, revision, [*WORDS, "model.safetensors"])
+        if not (folder / "model.safetensors").exists():
+            folder = snapshot(source, revision, [*WORDS, "pytorch_model.bin"])
+    try:
+        model, report = getattr(stock, kind).from_pretrained(
+            folder, weights_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise MetricError(f"weights {source}: no {kind} in {folder} ({_line(error)})") from error
+    if lacking := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise MetricError(f"weights {source}: {kind} lacks {len(lacking)} of its weights there")
+    return model.eval()
+
+
+def tokenizer(source: str, revision: str) -> Any:
+    """A tokenizer, from a folder here or else from the Hub.
+
+    Raises:
+        MetricError: it is not to be had.
+    """
+    stock = package("transformers", "transformers")
+    folder = Path(source) if Path(source).is_dir() else snapshot(source, revision, WORDS)
+    try:
+        return stock.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise MetricError(f"tokenizer {source}: none in {folder} ({_line(error)})") from error
 
 
 def package(module: str, pip: str) -> Any:

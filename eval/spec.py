@@ -202,6 +202,9 @@ class Spec(Strict):
                 given[key] = TypeAdapter(hints[key]).validate_python(value, strict=True)
             except ValidationError as error:
                 raise MetricError(f"{where}: {key}: {error.errors()[0]['msg']}") from error
+        needed = [k for k, p in taken.items() if p.default is p.empty and k not in given]
+        if needed:
+            raise MetricError(f"{where}: it lacks {needed[0]}; add {needed[0]}: …")
         return make(**given)
 
     def _features(self, where: str, options: dict[str, Any]) -> Named:

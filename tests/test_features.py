@@ -1,10 +1,15 @@
 """Extractors, resizes and weights: each rule is its source's, and what is missing is said."""
 
+import os
+import pickle
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from eval import fetch, resize
@@ -137,7 +142,7 @@ def test_dinov2_features_are_the_class_token_of_the_stock_model(tmp_path):
         theirs = stock(
             normalised(prepared, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         ).pooler_output
-    torch.testing.assert_close(dinov2(tmp_path)(prepared), theirs)
+    torch.testing.assert_close(dinov2(str(tmp_path), "")(prepared), theirs)
 
 
 @pytest.fixture(scope="module")
@@ -179,15 +184,57 @@ def test_clip_cosines_are_those_of_the_stock_model_and_processor(clip):
     found = pair.cosines(images, prompts)
     theirs = torch.cosine_similarity(out.image_embeds, out.text_embeds).double()
     torch.testing.assert_close(found, theirs, atol=1e-4, rtol=1e-4)
-    scored = PickScore(str(clip))(Samples(images, prompts))["pick_score"]
+    scored = PickScore(pair)(Samples(images, prompts))["pick_score"]
     scale = model.logit_scale.exp().item()
     assert scored == pytest.approx(scale * theirs.mean().item(), rel=1e-3, abs=1e-3)
 
 
+def test_weights_that_transformers_would_make_up_are_refused(clip, tmp_path):
+    shutil.copytree(clip, tmp_path / "clip")
+    weights = load_file(tmp_path / "clip" / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MetricError, match="CLIPModel lacks 1 of its weights"):
+        fetch.pretrained("CLIPModel", str(tmp_path / "clip"), "")
+    (tmp_path / "clip" / "model.safetensors").unlink()
+    with pytest.raises(MetricError, match="no CLIPModel in"):
+        fetch.pretrained("CLIPModel", str(tmp_path / "clip"), "")
+
+
+def test_a_state_dict_of_the_hub_is_read_without_unpickling_code(clip, tmp_path, monkeypatch):
+    """As openai/clip-vit-large-patch14-336 is stored, which has no safetensors."""
+    import huggingface_hub
+
+    shutil.copytree(clip, tmp_path / "clip")
+    weights = load_file(tmp_path / "clip" / "model.safetensors")
+    (tmp_path / "clip" / "model.safetensors").unlink()
+    asked = []
+
+    def download(repo, revision, allow_patterns):
+        asked.append(allow_patterns[-1])
+        if allow_patterns[-1].endswith(".bin"):
+            torch.save(weights, tmp_path / "clip" / "pytorch_model.bin")
+        return str(tmp_path / "clip")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = fetch.pretrained("CLIPModel", "someone/clip", "main").state_dict()
+    assert asked == ["model.safetensors", "pytorch_model.bin"]
+    assert torch.equal(found["visual_projection.weight"], weights["visual_projection.weight"])
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "run"),))
+
+    torch.save({"visual_projection.weight": Evil()}, tmp_path / "clip" / "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        fetch.pretrained("CLIPModel", str(tmp_path / "clip"), "")
+    assert not (tmp_path / "run").exists()
+
+
 def test_model_prefix_and_resolution_are_in_the_clip_scores_name_and_change_it(clip):
     samples = Samples(pictures(4, 50, 50), ["a", "b", "c", "d"])
-    plain = ClipScore(str(clip), prefix="", resolution=50)
-    prefixed = ClipScore(str(clip), prefix="A photo depicts ", resolution=50)
+    plain = ClipScore(str(clip), "", prefix="", resolution=50)
+    prefixed = ClipScore(str(clip), "", prefix="A photo depicts ", resolution=50)
     (a,), (b,) = (list(m(samples).items()) for m in (plain, prefixed))
     assert a[0] == f"clip_score[{clip.name}, '', 50]"
     assert b[0] == f"clip_score[{clip.name}, 'A photo depicts', 50]"
@@ -203,7 +250,7 @@ def test_cmmds_embeddings_have_length_one_and_are_the_stock_models(clip):
         theirs = stock(
             pixel_values=normalised(prepared, CLIP), input_ids=torch.ones(2, 3, dtype=torch.long)
         ).image_embeds
-    found = clip_image(clip)(prepared)
+    found = clip_image(str(clip), "")(prepared)
     torch.testing.assert_close(found, theirs / theirs.norm(dim=1, keepdim=True))
 
 

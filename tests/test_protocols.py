@@ -218,6 +218,7 @@ BASE = {
             {"metrics": {"kid": {"features": "digits", "prepare": "centre_patch"}}},
             "centre_patch is to which size",
         ),
+        ({"metrics": {"clip_score": {"source": "x/y"}}}, "it lacks revision"),
         ({"reference": None}, "it needs a reference"),
     ],
 )
