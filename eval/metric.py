@@ -87,6 +87,9 @@ def measure(
     Args:
         chunks: the number of a chunk, the number of its first sample, and its samples; those of
             this process alone, where several measure together.
+
+    Raises:
+        MetricError: features are not finite, or two metrics give a figure of one name.
     """
     averages = [m for m in metrics if not isinstance(m, FeatureMetric)]
     readers = [m for m in metrics if isinstance(m, FeatureMetric)]
@@ -101,5 +104,11 @@ def measure(
         row = torch.tensor([*figures.values()], dtype=torch.double)
         means.of(number).weigh(row, len(samples.images))
     seen = {key: lane.joined(processes) for key, lane in lanes.items()}
-    found = {k: v for m in readers for k, v in m.measure(seen[m.features, m.keep]).items()}
-    return found | dict(zip(names, means.joined(processes).mean.tolist()))
+    figures = [m.measure(seen[m.features, m.keep]) for m in readers]
+    figures.append(dict(zip(names, means.joined(processes).mean.tolist())))
+    found: dict[str, float] = {}
+    for part in figures:
+        if twice := found.keys() & part.keys():
+            raise MetricError(f"metrics: two of them give {min(twice)!r}; leave one out")
+        found |= part
+    return found

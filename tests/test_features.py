@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-from eval import fetch, resize
+from eval import features, fetch, resize
 from eval.clip import ClipScore, Pair, PickScore
 from eval.errors import MetricError
 from eval.features import (
@@ -115,6 +115,27 @@ def test_clean_inception_is_fed_normalised_pixels_at_299_and_the_others_bytes(gr
     assert torch.allclose(edm(flat), torch.full((3, 12), 192.0))
     sure = Extractor("c", "1", 299, resize.untouched, lambda: inception(logits))
     assert torch.allclose(sure(flat).exp(), torch.full((3, 12), 1 / 12))
+
+
+@pytest.mark.parametrize(("name", "mode"), [("clean", "clean"), ("edm", "legacy_tensorflow")])
+def test_inception_features_are_clean_fids_of_the_same_graph(name, mode, monkeypatch, tmp_path):
+    from cleanfid.inception_torchscript import InceptionV3W
+    from cleanfid.resize import build_resizer
+
+    path = tmp_path / "inception-2015-12-05.pt"
+    graph = Graph()
+    graph.layers = torch.nn.Sequential(torch.nn.AdaptiveMaxPool2d(3), torch.nn.Conv2d(3, 2048, 3))
+    torch.jit.script(graph).save(str(path))
+    monkeypatch.setattr(fetch, "download", lambda url, digest: path)
+    features._loaded.cache_clear()
+    images = pictures(3, 50, 50)
+    theirs = InceptionV3W(str(tmp_path), download=False, resize_inside=mode != "clean")
+    fed = np.stack([build_resizer(mode)(np.asarray(p)) for p in photos(images)])
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(fed).permute(0, 3, 1, 2).float())
+    found = extractor(f"inception-{name}")(images)
+    features._loaded.cache_clear()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_grey_pictures_are_read_as_three_equal_channels_and_others_refused():

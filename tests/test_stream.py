@@ -174,6 +174,12 @@ def test_features_are_read_once_for_metrics_that_share_them():
     assert calls == [200, 200]
 
 
+def test_two_metrics_of_one_name_are_refused():
+    fid = FID(features, pictures(400, seed=99))
+    with pytest.raises(MetricError, match="two of them give 'fd'"):
+        measure([fid, fid], [(0, 0, draw(["x"] * 200, 0))])
+
+
 def test_features_that_are_not_numbers_are_refused():
     def broken(images):
         return features(images).where(torch.arange(9) > 0, torch.nan)
