@@ -86,7 +86,8 @@ def measure(
 
     Args:
         chunks: the number of a chunk, the number of its first sample, and its samples; those of
-            this process alone, where several measure together.
+            this process alone, where several measure together. A process without any has no
+            averages in the end.
 
     Raises:
         MetricError: features are not finite, or two metrics give a figure of one name.

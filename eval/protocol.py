@@ -154,9 +154,11 @@ METRICS = {
     "image_reward": "learned preference for picture and prompt (arXiv:2304.05977)",
     "images_per_s": "samples per second of generation",
     "inception_score": "classes sure and many, 1 to 1008; no reference (arXiv:1606.03498)",
+    "inception_score_infinity": "it, extrapolated to infinitely many samples (arXiv:1911.07023)",
     "inception_score_std": "standard deviation of it over its splits",
     "kid": "unbiased cubic MMD of Inception features, not times 1000 (arXiv:1801.01401)",
     "kid_std": "standard deviation of it over its subsets",
+    "lpips_diversity": "LPIPS over the pairs of a prompt's samples (arXiv:1801.03924)",
     "patch_fid": "fid of central 299×299 patches that are not resized (arXiv:2402.13929)",
     "patch_fid_bias": "the patch_fid expected of as many samples of the reference's own law",
     "pick_score": "learned preference for picture and prompt, near 20 (arXiv:2305.01569)",
@@ -164,6 +166,8 @@ METRICS = {
     "precision": "share of fakes inside some real ball (arXiv:1904.06991)",
     "recall": "share of real samples inside some fake ball (arXiv:1904.06991)",
     "shape_accuracy": "share of scenes in which exact code reads the shape asked for",
+    "teacher_lpips": "LPIPS to the teacher's picture of the same noise (arXiv:1801.03924)",
+    "teacher_psnr": "signal-to-noise ratio to the teacher's picture of the same noise, in dB",
     "vendi": "effective number of different samples (arXiv:2210.02410)",
 }
 

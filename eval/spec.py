@@ -214,11 +214,12 @@ class Spec(Strict):
         if chosen not in EXTRACTORS:
             raise unknown(f"{where}: features", chosen, EXTRACTORS)
         base = EXTRACTORS[chosen]
-        prepare, size = options.pop("prepare", self.prepare), options.pop("size", self.size)
+        prepare = options.pop("prepare", self.prepare)
         if prepare not in PREPARE:
             raise unknown(f"{where}: prepare", str(prepare), PREPARE)
         if prepare == "untouched":
-            return base
+            return base  # a size is then no option: it would be without effect
+        size = options.pop("size", self.size)
         if not isinstance(size, int):
             raise MetricError(f"{where}: {prepare} is to which size? add size: PIXELS")
         return Prepared(PREPARE[prepare], size, base)
@@ -228,6 +229,11 @@ class Spec(Strict):
             raise MetricError(f"{where}: it needs a reference; add reference: {{name, count}}")
         if self.reference.name in EMBEDDED:
             images = EMBEDDED[self.reference.name](self.reference.count)
+            if len(images) != self.reference.count:
+                raise MetricError(
+                    f"{where}: the embedded {self.reference.name} are {len(images)}; "
+                    f"the reference says {self.reference.count}"
+                )
             return images[:keep] if isinstance(keep, int) else images
         found = reference.find(self.reference.name, features, self.reference.count)
         if hint is Tensor and not len(found.features):

@@ -219,6 +219,9 @@ BASE = {
             "centre_patch is to which size",
         ),
         ({"metrics": {"clip_score": {"source": "x/y"}}}, "it lacks revision"),
+        ({"metrics": {"kid": {"features": "digits", "size": 9}}}, "option 'size' is unknown"),
+        ({"reference": {"name": "digits", "count": 1798}}, "the embedded digits are 1797"),
+        ({"reference": {"name": "shapes", "count": 7}}, "the embedded shapes are 0"),
         ({"reference": None}, "it needs a reference"),
     ],
 )
