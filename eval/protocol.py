@@ -6,22 +6,24 @@ its sample count and its seeds, and its results repeat them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, median, pstdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eval import digits, shapes
-from eval.errors import MetricError
+from eval import digits, shapes, spec
+from eval.errors import MetricError, unknown
 from eval.fid import FID
+from eval.metric import FeatureMetric, Metric, measure
 from eval.prdc import PRDC
 from eval.samples import Samples, to_uint8
+from eval.stream import ALONE, Processes
 
 Draw = Callable[[list[str], int], Samples]  # prompts, seed -> samples
-Metric = Callable[[Samples], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -30,28 +32,45 @@ class Protocol:
 
     prompts: one sample is drawn for each.
     metrics: each from samples to numbers.
+    chunk: how many are drawn and held at a time; None for all at once.
+    side: of the samples in pixels, where the protocol is of one.
+    seeds: how many figures a mean is taken over, where no other number is asked for.
     """
 
     name: str
     prompts: list[str]
     metrics: tuple[Metric, ...]
+    chunk: int | None = None
+    side: int | None = None
+    seeds: int = 3
 
-    def __call__(self, draw: Draw, seeds: int = 3) -> dict[str, Any]:
+    def __call__(
+        self, draw: Draw, seeds: int | None = None, processes: Processes = ALONE
+    ) -> dict[str, Any]:
         """Means over seeds 0, 1, …, with their spread (population standard deviation).
 
-        `images_per_s` is the median over seeds of samples over seconds of generation.
+        `images_per_s` is the median over seeds of samples over seconds of generation. Chunk j of c
+        is drawn with the seed `seed * c + j`, so no noise comes twice. Several processes share the
+        chunks, and all have all figures; the speed is a process's own times their number.
+
+        Raises:
+            MetricError: the protocol's samples are too few for some metric, or those drawn are not
+                the protocol's.
         """
+        seeds = self.seeds if seeds is None else seeds
+        for metric in self.metrics:
+            if isinstance(metric, FeatureMetric) and metric.least > len(self.prompts):
+                raise MetricError(
+                    f"protocol {self.name}: {len(self.prompts)} samples; "
+                    f"{type(metric).__name__} takes {metric.least} or more"
+                )
         runs: list[dict[str, float]] = []
         speeds: list[float] = []
         for seed in range(seeds):
-            samples = draw(self.prompts, seed)
-            if len(samples.images) != len(self.prompts):
-                raise MetricError(
-                    f"protocol {self.name}: {len(samples.images)} samples; "
-                    f"it takes {len(self.prompts)}"
-                )
-            runs.append({k: v for metric in self.metrics for k, v in metric(samples).items()})
-            speeds.append(len(samples.images) / max(samples.seconds, 1e-9))
+            spent: list[tuple[int, float]] = []
+            runs.append(measure(self.metrics, self._drawn(draw, seed, processes, spent), processes))
+            n, seconds = sum(s[0] for s in spent), sum(s[1] for s in spent)
+            speeds.append(processes.count * n / max(seconds, 1e-9))
         return {
             **{k: mean(r[k] for r in runs) for k in runs[0]},
             "images_per_s": median(speeds),
@@ -61,53 +80,95 @@ class Protocol:
             "seeds": seeds,
         }
 
+    def _drawn(
+        self, draw: Draw, seed: int, processes: Processes, spent: list[tuple[int, float]]
+    ) -> Iterator[tuple[int, int, Samples]]:
+        """This process's chunks, as `measure` takes them; counts and seconds go to `spent`."""
+        size = self.chunk or len(self.prompts)
+        firsts = range(0, len(self.prompts), size)
+        for number, first in enumerate(firsts):
+            if not processes.mine(number):
+                continue
+            prompts = self.prompts[first : first + size]
+            samples = draw(prompts, seed * len(firsts) + number)
+            self._check(samples, len(prompts))
+            spent.append((len(prompts), samples.seconds))
+            yield number, first, samples
 
-def label_accuracy(samples: Samples) -> dict[str, float]:
-    """How often the digits classifier reads the digit that was asked for."""
-    with torch.no_grad():
-        logits = digits.classifier()(samples.images.float() / 127.5 - 1)
-    wanted = torch.tensor([int(p) for p in samples.prompts])
-    return {"accuracy": (logits.argmax(1) == wanted).double().mean().item()}
+    def _check(self, samples: Samples, n: int) -> None:
+        if len(samples.images) != n:
+            raise MetricError(f"protocol {self.name}: {len(samples.images)} samples; it takes {n}")
+        sides = tuple(samples.images.shape[2:])
+        if self.side and sides != (self.side, self.side):
+            raise MetricError(
+                f"protocol {self.name}: samples are {'×'.join(map(str, sides))} pixels; "
+                f"it takes {self.side}×{self.side}"
+            )
 
 
-def _digits() -> Protocol:
-    """A sample for each of the 1,797 digits, with its label, against the scans themselves."""
-    images, labels = digits.data()
-    reference = to_uint8(images)
-    metrics = (FID(digits.features, reference), PRDC(digits.features, reference), label_accuracy)
-    return Protocol("digits", [str(v) for v in labels.tolist()], metrics)
+def read(path: Path) -> Protocol:
+    """The protocol that a YAML file writes down, named as the file is.
 
-
-def caption_accuracy(samples: Samples) -> dict[str, float]:
-    """How often exact code reads the caption that was asked for, whole and by attribute."""
-    return shapes.accuracy(samples.images, samples.prompts)
-
-
-def _shapes() -> Protocol:
-    """Two pictures of every caption, against ten; neighbours are counted among as many."""
-    prompts = shapes.all_captions() * 2
-    reference = shapes.draw(shapes.all_captions() * 10, seed=1_000_000)
-    metrics = (
-        FID(shapes.features, reference),
-        PRDC(shapes.features, reference[: len(prompts)]),
-        caption_accuracy,
+    Raises:
+        MetricError: it is not as it should be, or its captions or reference are missing.
+    """
+    name, written = path.stem, spec.spec(path)
+    return Protocol(
+        name,
+        written.all_prompts(name),
+        written.all_metrics(name),
+        written.chunk,
+        written.side,
+        written.seeds,
     )
-    return Protocol("shapes", prompts, metrics)
 
 
-PROTOCOLS: dict[str, Callable[[], Protocol]] = {"digits": _digits, "shapes": _shapes}
+def _known(name: str) -> Callable[[], Protocol]:
+    path = spec.FOLDER / f"{name}.yaml"
+
+    def make() -> Protocol:
+        return read(path)
+
+    make.__doc__ = spec.spec(path).summary
+    return make
+
+
+PROTOCOLS: dict[str, Callable[[], Protocol]] = {name: _known(name) for name in spec.names()}
 METRICS = {
     "accuracy": "share of samples that read as what was asked for: a label, a whole caption",
+    "clip_score": "cosine of picture and prompt, by the model and prefix named (arXiv:2104.08718)",
+    "cmmd": "Gaussian MMD of CLIP embeddings, times 1000 (arXiv:2401.09603)",
+    "cmmd_unbiased": "the same without its bias of c / N",
     "colour_accuracy": "share of scenes in which exact code reads the colour asked for",
     "count_accuracy": "share of scenes in which exact code reads the number asked for",
     "coverage": "share of real samples with a fake in their k-neighbour ball (arXiv:2002.09797)",
     "density": "how many real balls hold each fake, over k (arXiv:2002.09797)",
     "fd": "Fréchet distance of features to the reference's (arXiv:1706.08500)",
+    "fd_bias": "the fd expected of as many independent samples of the reference's own law",
+    "fd_dinov2": "Fréchet distance of DINOv2 features (arXiv:2306.04675)",
+    "fd_dinov2_bias": "the fd_dinov2 expected of as many samples of the reference's own law",
+    "fid": "Fréchet distance of Inception features, by the protocol's resize (arXiv:1706.08500)",
+    "fid_bias": "the fid expected of as many samples of the reference's own law",
+    "fid_infinity": "fid extrapolated to infinitely many samples (arXiv:1911.07023)",
+    "hps_v2.1": "human preference score of picture and prompt, times 100 (arXiv:2306.09341)",
+    "image_reward": "learned preference for picture and prompt (arXiv:2304.05977)",
     "images_per_s": "samples per second of generation",
+    "inception_score": "classes sure and many, 1 to 1008; no reference (arXiv:1606.03498)",
+    "inception_score_infinity": "it, extrapolated to infinitely many samples (arXiv:1911.07023)",
+    "inception_score_std": "standard deviation of it over its splits",
+    "kid": "unbiased cubic MMD of Inception features, not times 1000 (arXiv:1801.01401)",
+    "kid_std": "standard deviation of it over its subsets",
+    "lpips_diversity": "LPIPS over the pairs of a prompt's samples (arXiv:1801.03924)",
+    "patch_fid": "fid of central 299×299 patches that are not resized (arXiv:2402.13929)",
+    "patch_fid_bias": "the patch_fid expected of as many samples of the reference's own law",
+    "pick_score": "learned preference for picture and prompt, near 20 (arXiv:2305.01569)",
     "position_accuracy": "share of scenes in which exact code reads the place asked for",
     "precision": "share of fakes inside some real ball (arXiv:1904.06991)",
     "recall": "share of real samples inside some fake ball (arXiv:1904.06991)",
     "shape_accuracy": "share of scenes in which exact code reads the shape asked for",
+    "teacher_lpips": "LPIPS to the teacher's picture of the same noise (arXiv:1801.03924)",
+    "teacher_psnr": "signal-to-noise ratio to the teacher's picture of the same noise, in dB",
+    "vendi": "effective number of different samples (arXiv:2210.02410)",
 }
 
 
@@ -115,10 +176,10 @@ def protocol(name: str) -> Protocol:
     """The protocol of that name.
 
     Raises:
-        MetricError: there is none.
+        MetricError: there is none, or what it is to be compared with is missing.
     """
     if name not in PROTOCOLS:
-        raise MetricError(f"protocol {name!r} is unknown; known: {', '.join(sorted(PROTOCOLS))}")
+        raise unknown("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]()
 
 
@@ -141,14 +202,14 @@ def _digits_floor(seed: int) -> dict[str, float]:
     order = torch.randperm(len(images), generator=rng)
     order = order[labels[order].argsort(stable=True)]
     a, b = to_uint8(images[order[::2]]), to_uint8(images[order[1::2]])
-    metrics: tuple[Metric, ...] = (FID(digits.features, a), PRDC(digits.features, a))
+    metrics = (FID(digits.features, a), PRDC(digits.features, a))
     return {k: v for m in metrics for k, v in m(Samples(b, [])).items()}
 
 
 def _shapes_floor(seed: int) -> dict[str, float]:
-    measure = protocol("shapes")
-    drawn = Samples(shapes.draw(measure.prompts, seed=seed), measure.prompts)
-    return {k: v for m in measure.metrics for k, v in m(drawn).items()}
+    whole = protocol("shapes")
+    drawn = Samples(shapes.draw(whole.prompts, seed=seed), whole.prompts)
+    return {k: v for m in whole.metrics for k, v in m(drawn).items()}
 
 
 def images_to_samples(images: Tensor, prompts: list[str], seconds: float) -> Samples:

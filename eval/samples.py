@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from eval.errors import MetricError
@@ -36,3 +37,16 @@ def to_uint8(images: Tensor) -> Tensor:
         bad = (~torch.isfinite(images)).flatten(1).any(1).sum().item()
         raise MetricError(f"samples: {bad} of {len(images)} images hold NaN or infinity")
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    """Pillow's images of uint8 (N, 3, H, W)."""
+    return [Image.fromarray(v) for v in images.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def by_prompt(prompts: list[str]) -> dict[str, list[int]]:
+    """The places of each prompt among `prompts`."""
+    places: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        places.setdefault(prompt, []).append(i)
+    return places

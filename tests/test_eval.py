@@ -146,7 +146,7 @@ def test_the_floor_is_real_against_real():
 
 
 def test_an_unknown_protocol_is_refused():
-    with pytest.raises(MetricError, match="'digit' is unknown; known: digits"):
+    with pytest.raises(MetricError, match="'digit' is unknown; did you mean 'digits'"):
         protocol("digit")
 
 

@@ -1,0 +1,193 @@
+"""Statistics of real pictures, kept with the protocol that they were made by.
+
+A file is safetensors: `features` (K, D) float32, the moments `mean` (D,) and `cov` (D, D) float64,
+and a JSON header that says of what, how, and of which pictures. Statistics made by one rule are
+refused where another is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eval import fetch
+from eval.errors import MetricError
+from eval.features import Named
+from eval.fid import Moments
+from eval.metric import checked
+from eval.stream import Reservoir, Tally
+
+CHUNK = 256
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What metrics need of real pictures.
+
+    name: of the data set.
+    rule: how features were made: extractor, version, resize.
+    content: the SHA-256 of the pictures.
+    features: of as many as were kept, (K, D) float32.
+    """
+
+    name: str
+    rule: str
+    content: str
+    moments: Moments
+    features: Tensor
+
+    def save(self, path: Path) -> None:
+        """Write it to a file, aside and renamed, so that none is ever there in part."""
+        head = {"name": self.name, "rule": self.rule, "content": self.content}
+        tensors = {"mean": self.moments.mean, "cov": self.moments.cov, "features": self.features}
+        tensors = {k: v.contiguous() for k, v in tensors.items()}
+        aside = path.with_suffix(".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, aside, {"reference": json.dumps({**head, "n": self.moments.n})})
+        aside.rename(path)
+
+    @classmethod
+    def load(cls, path: Path, features: Named) -> Reference:
+        """The statistics in a file, made by the rule of `features`.
+
+        Raises:
+            MetricError: it is no such file, or they were made by another rule.
+        """
+        try:
+            with safe_open(path, "pt") as f:
+                head = json.loads((f.metadata() or {})["reference"])
+                tensors = {k: f.get_tensor(k) for k in ("mean", "cov", "features")}
+                n, rule = head.pop("n"), head["rule"]
+        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            raise MetricError(f"reference {path}: not a file of reference statistics") from error
+        if rule != features.rule:
+            raise MetricError(
+                f"reference {path.name}: made by {rule!r}, asked for by {features.rule!r}; "
+                "figures of two rules cannot be compared, make it anew"
+            )
+        return cls(
+            **head,
+            moments=Moments(tensors["mean"], tensors["cov"], n),
+            features=tensors["features"],
+        )
+
+
+def measure(
+    name: str, chunks: Iterable[Tensor], features: Named, content: str, keep: int = 50_000
+) -> Reference:
+    """Statistics of uint8 pictures that come in chunks (N, C, H, W).
+
+    Raises:
+        MetricError: they are no more than the features.
+    """
+    tally, kept, first = Tally(), Reservoir(keep), 0
+    for images in chunks:
+        found = checked(features(images))
+        tally.add(found, first)
+        kept.add(found, first)
+        first += len(images)
+    return Reference(name, features.rule, content, Moments.counted(tally), kept.kept)
+
+
+def of_folder(
+    name: str, folder: Path, features: Named, keep: int = 50_000, root: Path | None = None
+) -> Reference:
+    """Statistics of all pictures in a folder, from the cache where they are there.
+
+    The key is the content of all its files, so a changed picture makes them anew. Pictures of
+    several sizes are read one at a time.
+
+    Raises:
+        MetricError: the folder holds no pictures, or no more than the features.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+    if not paths:
+        raise MetricError(f"reference {name}: no pictures in {folder}")
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.relative_to(folder)} {fetch.sha256(path)}\n".encode())
+    path = place(name, features, root, digest.hexdigest())
+    if path.exists():
+        return Reference.load(path, features)
+    made = measure(name, _read(paths), features, digest.hexdigest(), keep)
+    made.save(path)
+    return made
+
+
+def published(name: str, path: Path, features: Named, n: int) -> Reference:
+    """Moments that others publish, an .npz of `mu` (D,) and `sigma` (D, D), of n pictures.
+
+    That they were made by the rule of `features` is the caller's word; no pictures are there to
+    check it, and no features for metrics of neighbours.
+
+    Raises:
+        MetricError: the file is not such.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            mean, cov = (torch.from_numpy(f[k]).double() for k in ("mu", "sigma"))
+    except (OSError, KeyError, ValueError) as error:
+        raise MetricError(f"reference {path}: not an .npz of mu and sigma") from error
+    if cov.shape != (len(mean), len(mean)):
+        raise MetricError(
+            f"reference {path}: sigma is {tuple(cov.shape)} where mu is {tuple(mean.shape)}"
+        )
+    content = fetch.sha256(path)
+    return Reference(name, features.rule, content, Moments(mean, cov, n), torch.zeros(0, len(mean)))
+
+
+def _read(paths: list[Path]) -> Iterator[Tensor]:
+    """The pictures as uint8 (N, 3, H, W), as many at a time as are of one size, up to CHUNK."""
+    part: list[Tensor] = []
+    for path in paths:
+        with Image.open(path) as f:
+            image = torch.from_numpy(np.array(f.convert("RGB"))).permute(2, 0, 1)
+        if part and (image.shape != part[0].shape or len(part) == CHUNK):
+            yield torch.stack(part)
+            part = []
+        part.append(image)
+    yield torch.stack(part)
+
+
+def place(name: str, features: Named, root: Path | None, content: str) -> Path:
+    """Where statistics of that name and content are kept."""
+    folder = root or fetch.cache() / "references"
+    return folder / f"{name}.{features.name}.{content[:16]}.safetensors"
+
+
+def find(name: str, features: Named, n: int, root: Path | None = None) -> Reference:
+    """The statistics of n pictures that a protocol asks for by name.
+
+    Raises:
+        MetricError: there are none, several, those of another number, or by another rule.
+    """
+    pattern = place(name, features, root, "*")
+    paths = sorted(pattern.parent.glob(pattern.name))
+    if not paths:
+        raise MetricError(
+            f"reference {name}: no statistics by {features.name} in {pattern.parent}; "
+            f"make them from its {n} pictures with eval.reference.of_folder"
+        )
+    if len(paths) > 1:
+        raise MetricError(
+            f"reference {name}: {len(paths)} files by {features.name} in {pattern.parent}, of "
+            "different pictures; delete all but one"
+        )
+    found = Reference.load(paths[0], features)
+    if found.moments.n != n:
+        raise MetricError(
+            f"reference {name}: {found.moments.n} pictures in {paths[0].name}; "
+            f"the protocol takes {n}"
+        )
+    return found
