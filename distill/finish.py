@@ -14,6 +14,8 @@ from distill.measure import evaluate_student, evaluate_teacher
 from distill.teaching import guided
 from students import lora_files
 from students.export import export
+from students.generator import Generator
+from students.restored import restored
 from teachers.guidance import describe
 
 TEACHER_FEW = (1, 2, 4)  # the teacher's own few-step samples, shown beside the student's
@@ -26,12 +28,13 @@ def finish(run: Run) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     if engine.accelerator.is_main_process:
         with engine.ema.swapped():
-            export(run.student, run.teacher, run.out / "student", recipe.tree())
+            student = restored(run.student, run.teacher)
+            export(student, run.teacher, run.out / "student", recipe.tree())
             if lora_files.possible(run.student):
                 lora_files.export_lora(
                     run.student, run.teacher, run.out / "student", run.out / "lora"
                 )
-            summary = summarise(run, measure_all(run))
+            summary = summarise(run, measure_all(run, student))
         draft = run.out / ".summary.json"
         draft.write_text(json.dumps(summary, indent=2) + "\n")
         draft.replace(run.out / "summary.json")
@@ -40,11 +43,12 @@ def finish(run: Run) -> dict[str, Any]:
     return summary
 
 
-def measure_all(run: Run) -> dict[str, Any]:
-    """Teacher at its full and its few steps, student at every count; empty without a protocol."""
+def measure_all(run: Run, student: Generator) -> dict[str, Any]:
+    """Teacher at its full and its few steps, the student that was exported at every count; empty
+    without a protocol."""
     if (measure := run.protocol) is None:
         return {}
-    cfg, student = run.recipe.eval, run.student
+    cfg = run.recipe.eval
 
     def taught(steps: int) -> dict[str, Any]:
         return evaluate_teacher(run.recipe, run.teacher, measure, steps, cfg.teacher_seeds)

@@ -32,6 +32,7 @@ from teachers.denoiser import Prediction, coefficients, edm
 from teachers.errors import UserError
 from teachers.pipeline import Pretrained
 from teachers.process import Karras, Linear, Tabulated
+from teachers.quantised import is_quantised
 from teachers.schedule import CM, Schedule, Time, log_sigma
 from teachers.teacher import Teacher
 from teachers.unet import UNet
@@ -200,6 +201,8 @@ def student(
     except UserError as error:
         raise UserError(f"student: {error}") from None
     made = form(source, steps, start, renoise)
+    if is_quantised(source.backbone) and (adapter is None or adapter.kind == "dora"):
+        raise UserError("student: on quantised weights there must be an adapter, and none of DoRA")
     if adapter is not None:
         if isinstance(source, UNet):
             share_time(source, made.schedule)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from teachers.denoiser import Cond
 from teachers.errors import UserError, nearest
+from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.schedule import read
 from teachers.teacher import Teacher, families
 
@@ -161,7 +162,7 @@ def outline(
     source: str,
     without: AbstractContextManager[Any],
     size: int | None = None,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> Teacher:
     """A known checkpoint's teacher, with a network that has shapes alone.
 
@@ -185,9 +186,10 @@ def outline(
         shape = (shape[0], size // known.factor, size // known.factor)
     name, config = known.scheduler
     schedule = read(name, config, f"teacher {source!r}", kind.tokens(shape))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    with without, dtype_of_new(dtype):
+    with without, dtype_of_new(DTYPES[precision]):
         backbone = getattr(diffusers, known.network).from_config(known.config)
+        if precision in FORMS:
+            quantise(backbone, precision)
     network = kind(backbone, schedule)
     pixels = (shape[-2] * known.factor, shape[-1] * known.factor)
     network.eval().requires_grad_(False)
