@@ -159,6 +159,11 @@ class Prompted:
         self._null: dict[str, Tensor] | None = None
 
     @property
+    def vae(self) -> nn.Module:
+        """What makes latents of pictures and pictures of latents."""
+        return self.pipe.vae
+
+    @property
     def null(self) -> dict[str, Tensor]:
         """The negative prompt's condition, each entry (1, ...); encoded once."""
         if self._null is None:
