@@ -16,6 +16,7 @@ from torch import Tensor
 
 from teachers.denoiser import Cond
 from teachers.errors import UserError, nearest
+from teachers.flux import Flux
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.schedule import read
 from teachers.teacher import Teacher, families
@@ -180,7 +181,8 @@ def outline(
             f"or name a known one: {nearest(source, OUTLINES)}"
         )
     known = OUTLINES[source]
-    kind = families()[known.pipeline].args[0]
+    # those whose loader takes more options than others have one of their own
+    kind = Flux if known.pipeline in Flux.PIPELINES else families()[known.pipeline].args[0]
     shape = known.shape
     if size is not None:
         shape = (shape[0], size // known.factor, size // known.factor)
