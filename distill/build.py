@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import nn
 
-from distill import cache
+from distill import cache, optimizers
 from distill.engine import Engine, check_memory, shards_of
 from distill.listing import write_report
 from distill.lock import refuse_live, take
@@ -68,6 +68,8 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     check_licence(recipe.teacher.source, recipe.export.licence_override)
     if recipe.train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32")
+    for name, moves in recipe.players.items():
+        optimizers.check(moves.optimizer, name)
     log_with = trackers(recipe.train.trackers, out)
     measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
     teacher = load_teacher(recipe)

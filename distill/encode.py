@@ -209,7 +209,22 @@ def device() -> torch.device:
 @contextmanager
 def encoders_on(teacher: Teacher, device: torch.device) -> Iterator[None]:
     """Within it, the codec's networks are on a device; after it, back where they were."""
-    modules = networks(teacher)
+    with moved(networks(teacher), device):
+        yield
+
+
+@contextmanager
+def decoder_on(teacher: Teacher, device: torch.device) -> Iterator[None]:
+    """Within it, the network that makes pictures of latents is on a device, where there is one;
+    after it, back where it was. Text encoders, which are larger, stay."""
+    vae = getattr(teacher.codec, "vae", None)
+    with moved([] if vae is None else [vae], device):
+        yield
+
+
+@contextmanager
+def moved(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Within it, the networks are on a device; after it, back where they were."""
     homes = [place(m) for m in modules]
     try:
         for module in modules:

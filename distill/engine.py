@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from distill import checkpoint
 from distill.data import AHEAD, Source, Stream
 from distill.ema import EMA
+from distill.encode import decoder_on
 from distill.objective import Objective, Turn, check_loss, check_turn
 from distill.pictures import COLUMNS, save_grid
 from distill.player import Player
@@ -29,7 +30,7 @@ from distill.recipe import TrainSection
 from distill.seeds import seed_all
 from distill.terminal import Progress
 from students.export import draw
-from teachers.denoiser import computes
+from teachers.denoiser import Cond, computes
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
@@ -98,6 +99,7 @@ class Engine:
         self.cfg, self.accelerator, self.out = train, accelerator, out
         self.evaluate, self.evaluate_every, self.shown = evaluate, evaluate_every, shown
         self.ema = EMA(players["student"].params, train.ema)
+        self._shown: Cond = None  # the grids' condition, once it is known
         self.step = self.draws = 0
         self.seconds, self.best = 0.0, math.inf
         self.latest: dict[str, Tensor] = {}  # of each turn: the student's may not be this step's
@@ -199,14 +201,22 @@ class Engine:
         return {f"{name}/{key}": v for key, v in logs.items()} | norms
 
     def sample(self) -> None:
-        """A grid of the averaged student's pictures, on the same noise every time."""
+        """A grid of the averaged student's pictures, on the same noise every time.
+
+        What is shown is encoded once; only the decoder comes to the device, one picture at a time,
+        into room that a step's activations have left.
+        """
         if self.accelerator.is_main_process:
             student, codec = self.objective.student, self.teacher.codec
-            with self.ema.swapped():
-                images = [
-                    codec.decode(draw(student.at(k), self.teacher, self.shown, 0))
+            if self._shown is None:
+                self._shown = codec.condition(list(self.shown))
+            size = self.cfg.batch // self.shards  # what the device has held in training
+            with self.ema.swapped(), decoder_on(self.teacher, self.accelerator.device):
+                found = [
+                    draw(student.at(k), self.teacher, self.shown, 0, size, self._shown)
                     for k in student.counts
                 ]
+                images = [torch.cat([codec.decode(one) for one in x.split(1)]) for x in found]
             folder = self.out / "samples"
             folder.mkdir(exist_ok=True)
             for steps, grid in zip(student.counts, images, strict=True):

@@ -27,6 +27,8 @@ from eval.fid import Moments, frechet
 from eval.samples import Samples
 from students import linear, lora_files
 from students.export import export
+from students.generator import Generator
+from students.restored import restored
 from teachers.guidance import describe
 
 TEACHER_FEW = (1, 2, 4)  # the teacher's own few-step samples, shown beside the student's
@@ -40,15 +42,17 @@ def finish(run: Run) -> dict[str, Any]:
     if engine.accelerator.is_main_process:
         with engine.ema.swapped():
             if linear.exact(run.teacher):
-                linear.save(run.student, run.out / "student")
+                student = run.student
+                linear.save(student, run.out / "student")
             else:
-                export(run.student, run.teacher, run.out / "student", recipe.tree())
-                save_pictures(run)
+                student = restored(run.student, run.teacher)
+                export(student, run.teacher, run.out / "student", recipe.tree())
+                save_pictures(run, student)
             if lora_files.possible(run.student, run.teacher):
                 lora_files.export_lora(
                     run.student, run.teacher, run.out / "student", run.out / "lora"
                 )
-            summary = summarise(run, measure_all(run))
+            summary = summarise(run, measure_all(run, student))
         draft = run.out / ".summary.json"
         draft.write_text(json.dumps(summary, indent=2) + "\n")
         draft.replace(run.out / "summary.json")
@@ -60,7 +64,7 @@ def finish(run: Run) -> dict[str, Any]:
     return summary
 
 
-def save_pictures(run: Run) -> None:
+def save_pictures(run: Run, student: Generator) -> None:
     """Grids of the teacher's and the student's pictures, all from the same noise."""
     folder, shown = run.out / "samples" / PICTURES, run.engine.shown
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,17 +75,17 @@ def save_pictures(run: Run) -> None:
 
     for steps in (run.recipe.eval.teacher_steps, 1):
         save("teacher", steps, teacher_samples(run.recipe, run.teacher, shown, 0, steps))
-    for k in run.student.counts:
-        save("student", k, student_samples(run.student.at(k), run.teacher, shown, 0))
+    for k in student.counts:
+        save("student", k, student_samples(student.at(k), run.teacher, shown, 0))
 
 
-def measure_all(run: Run) -> dict[str, Any]:
-    """Student at every count, teacher at its full and its few steps; empty without a protocol."""
+def measure_all(run: Run, student: Generator) -> dict[str, Any]:
+    """The exported student at every count, teacher at its full and few steps; empty unmeasured."""
     if linear.exact(run.teacher):
         return {"student": {"1": exact_distance(run)}}
     if (measure := run.protocol) is None:
         return {}
-    cfg, student = run.recipe.eval, run.student
+    cfg = run.recipe.eval
 
     def taught(steps: int) -> dict[str, Any]:
         return evaluate_teacher(run.recipe, run.teacher, measure, steps, cfg.teacher_seeds)

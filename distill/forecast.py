@@ -14,12 +14,15 @@ from torch import nn
 
 from distill.build import objective_of, player_networks
 from distill.objective import Batch
+from distill.optimizers import held
 from distill.plan import Plan, play, unique
+from distill.player import Moves
 from distill.recipe import Recipe
 from distill.sources import needs_data
 from students import stock
 from students.lora import unwrap
 from teachers.outlines import OUTLINES, Blank, dtype_of_new, outline
+from teachers.quantised import FORMS, parameters, quantise
 from teachers.schedule import CM
 from teachers.teacher import Codec, Teacher, load
 
@@ -36,6 +39,7 @@ def plan(recipe: Recipe) -> Plan:
     teacher = shape_of(recipe, fake)
     train, parts = recipe.train, recipe.train.accumulate
     n = train.batch // parts
+    base = parameters(unwrap(teacher.denoiser).backbone)  # before there are adapters on it
     with fake, shaped():
         objective = objective_of(recipe, teacher, torch.device("cpu"))
         movers = {k: list(v.parameters()) for k, v in player_networks(objective).items()}
@@ -49,22 +53,25 @@ def plan(recipe: Recipe) -> Plan:
             objective, movers, batch, parts, max(steps, 4), train.precision
         )
     networks = [v for v in vars(objective).values() if isinstance(v, nn.Module)]
-    params = [p for network in networks for p in network.parameters()]
-    learns = {k: sum(p.numel() for p in v) for k, v in movers.items()}
+    tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
+    moments = [
+        held(recipe.players.get(name, Moves()).optimizer, moving) for name, moving in movers.items()
+    ]
     return Plan(
-        weights=unique(params),
+        weights=unique(tensors),
         gradients=gradients,
-        optimizer=8 * sum(learns.values()),  # AdamW's two moments in float32
-        average=4 * learns["student"] if train.ema else 0,
+        optimizer=sum(device for device, _ in moments),
+        average=4 * sum(p.numel() for p in movers["student"]) if train.ema else 0,
         activations=most,
         beside=encoders(teacher),
-        base=sum(p.numel() for p in unwrap(teacher.denoiser).backbone.parameters()),
+        base=base,
         batch=train.batch,
         precision=train.precision
         if train.precision != "fp32"
         else recipe.teacher.precision or "fp32",
         evaluations=evaluations,
         flops=flops,
+        host=sum(host for _, host in moments),
     )
 
 
@@ -79,6 +86,8 @@ def shape_of(recipe: Recipe, without: Any) -> Teacher:
     before: Any = network.backbone
     with without, dtype_of_new(next(before.parameters()).dtype):
         backbone = type(before).from_config(before.config)
+        if t.precision in FORMS:
+            quantise(backbone, t.precision)
     # an EDM student's time is refitted, which takes values; here there are none
     named = replace(network.schedule, name=CM if network.schedule.sigma_data else "")
     twin = type(network)(backbone.requires_grad_(False).eval(), named)

@@ -57,13 +57,14 @@ class Plan:
     Args:
         weights: Every network's, once each.
         gradients: The most that are held at one time.
-        optimizer: All players' moments.
+        optimizer: All players' moments on the device.
         average: The student's EMA.
         activations: The most that a turn holds beside all of the above.
         beside: Text encoders and VAE, while what they encode is not cached yet.
         base: Parameters of the teacher.
         evaluations: Samples through each network in one step, on average.
         flops: Of one step, on average.
+        host: Moments that rest in host memory.
     """
 
     weights: int
@@ -77,6 +78,7 @@ class Plan:
     precision: str
     evaluations: dict[str, float] = field(default_factory=dict)
     flops: float = 0.0
+    host: int = 0
 
     @property
     def parts(self) -> dict[str, float]:
@@ -109,6 +111,7 @@ class Plan:
             "bytes_per_base_param": self.bytes_per_base_param,
             "parts_gb": self.parts,
             "encoders_gb": self.beside / GB,
+            "host_gb": self.host / GB,
             "base_params": self.base,
             "batch": self.batch,
             "evaluations_per_step": self.evaluations,
@@ -299,6 +302,10 @@ def advice(recipe: Recipe, plan: Plan, gpu: Gpu) -> list[str]:
         found.append("train.precision: bf16 halves the activations")
     if not recipe.train.checkpointing:
         found.append("train.checkpointing: true recomputes activations instead of keeping them")
+    if plan.optimizer / GB > plan.peak / 5:
+        found.append("players.NAME.optimizer: adamw8bit keeps a quarter, adamw-offloaded nothing")
+    if recipe.adapters is not None and recipe.teacher.precision in ("bf16", "fp16", "fp8"):
+        found.append("teacher.precision: nf4 keeps the frozen weights in a little over four bits")
     parts = recipe.train.accumulate
     if largest == "activations" and recipe.train.batch > parts:
         found.append(f"train.accumulate: {2 * parts} halves the activations at the same batch")

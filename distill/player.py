@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from annotated_types import Interval
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.optim import AdamW
 
+from distill import optimizers
 from distill.objective import Count, Finite, NonNegative, Positive, Share, Whole
 
 Decay = Annotated[float, *Finite, Interval(ge=0, lt=1)]
@@ -22,8 +22,9 @@ BUCKET = 1 << 23  # elements averaged in one all-reduce: 32 MiB of float32
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class Moves:
-    """How a player's weights move: AdamW under a learning-rate schedule."""
+    """How a player's weights move: a form of AdamW under a learning-rate schedule."""
 
+    optimizer: optimizers.Name = "adamw"
     lr: Positive = 1e-4
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
@@ -60,8 +61,8 @@ class Player:
     ) -> None:
         self.params = list(params)
         self.accelerator, self.moves, self.steps = accelerator, moves, steps
-        self.optimizer = AdamW(
-            self.params, moves.lr, moves.betas, moves.eps, moves.weight_decay, fused=True
+        self.optimizer = optimizers.optimizer(
+            moves.optimizer, self.params, moves.lr, moves.betas, moves.eps, moves.weight_decay
         )
         self.born = 0  # the step at which its schedule started
         self.grad_norm = torch.zeros(())

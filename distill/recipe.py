@@ -41,6 +41,7 @@ from students.lora import Adapter
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, nearest
 from teachers.plugin import import_file
+from teachers.quantised import FORMS, Precision
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
 NETWORKS = (Denoiser, Generator, Critic)
@@ -95,7 +96,7 @@ class TeacherSection(Section):
     null_label: Whole | None = None  # the class that means "no class", if there is one
     negative_prompt: str | None = None  # what guidance moves away from; by default ""
     size: Count | None = None  # of the pictures, in pixels; by default the checkpoint's own
-    precision: Literal["fp32", "bf16", "fp16"] | None = None  # of the teacher's frozen weights
+    precision: Precision | None = None  # of the teacher's frozen weights
     frames: Count | None = None  # of videos
     embedded_guidance: Positive | None = None  # what FLUX.1-dev's network is told; by default 3.5
     vae: str | None = None  # the folder of EDM2's autoencoder, for pictures of its latents
@@ -290,6 +291,8 @@ class Recipe(Section):
                 f"{where}: adapters.players: {name} has no such network as {player!r}; "
                 f"{nearest(player, copies)}"
             )
+        if self.teacher.precision in FORMS:
+            self._agree_quantised([k for k in copies if k not in (adapted or copies)], where)
         if self.critic is not None and "critic" not in roles:
             raise UserError(f"{where}: critic: {name} has no critic; remove the section")
         if roles.get("critic") and self.critic is None:
@@ -318,6 +321,22 @@ class Recipe(Section):
                 f"{where}: train.batch: {self.train.batch} does not divide into "
                 f"train.accumulate = {self.train.accumulate} equal parts"
             )
+
+    def _agree_quantised(self, whole: list[str], where: str) -> None:
+        """Refuse quantised weights under what would have to change them.
+
+        Args:
+            whole: The networks that are copies of the teacher even with adapters.
+        """
+        key = f"{where}: teacher.precision: weights in {self.teacher.precision}"
+        if self.adapters is None or not self.kind.few_step:
+            raise UserError(f"{key} carry adapters and do not learn; add 'adapters: {{}}', or bf16")
+        if whole:
+            raise UserError(f"{key} do not learn, and {whole[0]} is a copy; name it in "
+                            "adapters.players, or take bf16")  # fmt: skip
+        if self.adapters.kind == "dora":
+            raise UserError(f"{key} would be merged with other norms than DoRA learnt; "
+                            "set adapters.kind to lora")  # fmt: skip
 
     def tree(self) -> dict[str, Any]:
         """Plain data that `check` reads back as this recipe, all defaults spelled out."""

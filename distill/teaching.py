@@ -56,10 +56,33 @@ def weaker(source: str, recipe: Recipe, teacher: Teacher) -> Denoiser:
     if other.shape != teacher.shape:
         want, got = ("×".join(map(str, s)) for s in (teacher.shape, other.shape))
         raise UserError(f"teacher.guidance.weaker: {source!r} is {got}; the teacher is {want}")
+    check_reads(source, other, teacher)
     parameters = [*teacher.denoiser.parameters(), *teacher.denoiser.buffers()]
     denoiser = other.denoiser.to(parameters[0].device)
     same = denoiser.process == teacher.denoiser.process
     return denoiser if same else Under(denoiser, teacher.denoiser.process)
+
+
+def check_reads(source: str, other: Teacher, teacher: Teacher) -> None:
+    """Refuse a weaker teacher that could not read the conditions that the teacher is given."""
+    given, read = ({k: tuple(v.shape[1:]) for k, v in (t.codec.condition([0]) or {}).items()}
+                   for t in (teacher, other))  # fmt: skip
+    classes = [getattr(t.codec, "classes", 0) for t in (teacher, other)]
+    if given == read and classes[0] == classes[1]:
+        return
+    want, got = (shown(c, n) for c, n in zip((given, read), classes, strict=True))
+    raise UserError(
+        f"teacher.guidance.weaker: {source!r} reads {got}; the teacher is given {want}: name a "
+        "smaller or less trained one of its family"
+    )
+
+
+def shown(entries: dict[str, tuple[int, ...]], classes: int) -> str:
+    """Conditions in a few words: their entries and sizes, or how many labels there are."""
+    if classes:
+        return f"labels of {classes} classes"
+    sizes = [f"{k} of {'×'.join(map(str, v)) or 'one number'}" for k, v in entries.items()]
+    return ", ".join(sizes) or "no condition"
 
 
 @lru_cache(maxsize=1)

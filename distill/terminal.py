@@ -136,6 +136,8 @@ def planned(tree: dict[str, Any], memory: float, reserve: float) -> Table:
     )
     if tree["encoders_gb"]:
         table.add_row("encoders, before training only", f"{tree['encoders_gb']:.2f} GB")
+    if tree["host_gb"]:
+        table.add_row("in host memory: moments", f"{tree['host_gb']:.2f} GB")
     table.add_section()
     samples = ", ".join(f"{k} {v:g}" for k, v in tree["evaluations_per_step"].items() if v)
     table.add_row("samples through each network a step", samples)

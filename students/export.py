@@ -20,7 +20,7 @@ from torch import Tensor
 from students import card, edm_source, stock
 from students.generator import Generator
 from students.lora import Adapted, merged, unwrap, using
-from teachers.denoiser import Denoiser
+from teachers.denoiser import Cond, Denoiser
 from teachers.edm_model import EDM
 from teachers.errors import UserError
 from teachers.pipeline import Prompted, quiet
@@ -264,7 +264,12 @@ def child_environment() -> dict[str, str]:
 
 @torch.no_grad()
 def draw(
-    generator: Generator, teacher: Teacher, labels: Sequence[Any], seed: int, batch: int = 512
+    generator: Generator,
+    teacher: Teacher,
+    labels: Sequence[Any],
+    seed: int,
+    batch: int = 512,
+    cond: Cond = None,
 ) -> Tensor:
     """x̂ (N, ...) for N labels or prompts, from the very noise that a stock pipeline draws.
 
@@ -272,6 +277,9 @@ def draw(
     neither on the device nor on the batch size. Pipelines that hand their generator on to the
     scheduler draw all from that one; the others draw their returns' noise from PyTorch's global
     one, for which a generator seeded with `seed` + 1 stands here.
+
+    Args:
+        cond: The labels' condition, where it has been worked out already.
     """
     kind = type(unwrap(generator.denoiser))
     rng = torch.Generator().manual_seed(seed)
@@ -281,7 +289,7 @@ def draw(
     layout = kind.pack(noise[0]).shape
     for _ in range(steps - 1 if generator.renoise else 0):
         noise.append(kind.unpack(torch.randn(layout, generator=again), teacher.shape))
-    cond = teacher.codec.condition(list(labels))
+    cond = teacher.codec.condition(list(labels)) if cond is None else cond
     device = next(generator.parameters()).device
     parts = []
     for i in range(0, n, batch):

@@ -11,6 +11,7 @@ from students.export import pipeline, request
 from students.formats import File, diffusers_lora, ldm_names, to_kohya, write
 from students.generator import Generator
 from students.lora import Adapted, unwrap
+from students.restored import restored
 from teachers.pipeline import Prompted
 from teachers.stable import SDXL
 from teachers.teacher import EMBEDDED, Teacher, find
@@ -66,5 +67,6 @@ def export_lora(generator: Generator, teacher: Teacher, student: Path, out: Path
         (base / network.PART).unlink()
         (base / network.PART).symlink_to((source / network.PART).resolve())
         _, arguments = request(generator, teacher)
-        write(files, pipeline(generator, teacher), base, generator.counts, arguments)
+        merged = pipeline(restored(generator, teacher), teacher)
+        write(files, merged, base, generator.counts, arguments)
     shutil.copytree(student / "scheduler", out / "scheduler")

@@ -34,6 +34,7 @@ from teachers.edm_latents import Latents
 from teachers.errors import UserError
 from teachers.pipeline import Pretrained
 from teachers.process import Karras, Linear, Tabulated
+from teachers.quantised import is_quantised
 from teachers.schedule import CM, Schedule, Time, log_sigma
 from teachers.teacher import Teacher
 
@@ -206,6 +207,8 @@ def student(
             "(ImageNet-64) can be distilled"
         )
     made = form(source, steps, start, renoise)
+    if is_quantised(source.backbone) and (adapter is None or adapter.kind == "dora"):
+        raise UserError("student: on quantised weights there must be an adapter, and none of DoRA")
     if adapter is not None:
         share_time(source, made.schedule)
         view = under(source, made.schedule)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from teachers import pipeline
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.pipeline import Pretrained, Prompted
+from teachers.quantised import Precision
 from teachers.teacher import Teacher
 
 
@@ -104,7 +105,7 @@ def load(
     source: str,
     negative_prompt: str = "",
     size: int | None = None,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Precision = "fp32",
     embedded_guidance: float | None = None,
 ) -> Teacher:
     """A FLUX.1 folder as a teacher.

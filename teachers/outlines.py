@@ -17,6 +17,8 @@ from torch import Tensor
 from teachers import adm
 from teachers.denoiser import Cond
 from teachers.errors import UserError, nearest
+from teachers.flux import Flux
+from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.schedule import CM, read
 from teachers.teacher import Teacher, families
 from teachers.unet import UNet
@@ -179,7 +181,7 @@ def outline(
     source: str,
     without: AbstractContextManager[Any],
     size: int | None = None,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> Teacher:
     """A known checkpoint's teacher, with a network that has shapes alone.
 
@@ -198,14 +200,17 @@ def outline(
         )
     known = OUTLINES[source]
     kind = UNet if known.pipeline in UNet.PIPELINES else families()[known.pipeline].args[0]
+    # those whose loader takes more options than others have one of their own
+    kind = Flux if known.pipeline in Flux.PIPELINES else families()[known.pipeline].args[0]
     shape = known.shape
     if size is not None:
         shape = (shape[0], size // known.factor, size // known.factor)
     name, config = known.scheduler
     schedule = read(name, config, f"teacher {source!r}", kind.tokens(shape))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    with without, dtype_of_new(dtype):
+    with without, dtype_of_new(DTYPES[precision]):
         backbone = getattr(diffusers, known.network).from_config(known.config)
+        if precision in FORMS:
+            quantise(backbone, precision)
     network = kind(backbone, schedule)
     pixels = (shape[-2] * known.factor, shape[-1] * known.factor)
     network.eval().requires_grad_(False)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from teachers.denoiser import Network, coefficients
 from teachers.errors import UserError, nearest
+from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.schedule import Schedule, read
 from teachers.teacher import Teacher, labels_of, read_json
 
@@ -160,6 +161,11 @@ class Prompted:
         self._null: dict[str, Tensor] | None = None
 
     @property
+    def vae(self) -> nn.Module:
+        """What makes latents of pictures and pictures of latents."""
+        return self.pipe.vae
+
+    @property
     def null(self) -> dict[str, Tensor]:
         """The negative prompt's condition, each entry (1, ...); encoded once."""
         if self._null is None:
@@ -247,25 +253,26 @@ def load(
     source: str,
     negative_prompt: str = "",
     size: int | None = None,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> Teacher:
     """A pipeline folder as a teacher.
 
     Args:
         negative_prompt: What guidance moves away from.
         size: Of the pictures, in pixels; by default what the checkpoint was made for.
-        precision: Of the network's frozen weights.
+        precision: Of the network's frozen weights; in fp8 and nf4 they carry adapters only.
 
     Raises:
         UserError: a file is missing or damaged, the scheduler is of an unknown kind, or the family
             has no use for the option.
     """
     who = f"teacher {source!r}"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision not in dtype:
-        raise UserError(f"{who}: precision {precision!r}: {nearest(precision, dtype)}")
-    pipe = stock(folder, who, {kind.PART: dtype[precision], "default": torch.float32})
+    if precision not in DTYPES:
+        raise UserError(f"{who}: precision {precision!r}: {nearest(precision, DTYPES)}")
+    pipe = stock(folder, who, {kind.PART: DTYPES[precision], "default": torch.float32})
     backbone = getattr(pipe, kind.PART)
+    if precision in FORMS:
+        quantise(backbone, precision)
     if size is not None and (size <= 0 or size % kind.grain(pipe)):
         raise UserError(f"{who}: size {size} is no multiple of {kind.grain(pipe)} pixels")
     shape = kind.shape(pipe, size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import pi
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ class Process:
         The walk ends by taking the last x̂, so t = 0 is on the grid only where it is still noisy.
         """
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+
+    def __deepcopy__(self, memo: Any) -> Process:
+        return self  # it never changes: copies of a network share their clock
 
     def at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """α(t) and σ(t), shaped (B, 1, ..., 1) to broadcast against x; float32 or wider.

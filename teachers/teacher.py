@@ -102,7 +102,8 @@ def load(source: str, **options: Any) -> Teacher:
             "path/to/file.py:function" for a function that returns a Teacher.
         options: The family's own: `null_label`, the class that means none, for UNet2D pipelines;
             that and `vae`, the folder of their latents' AutoencoderKL, for EDM and EDM2;
-            `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16) for the others,
+            `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16, fp8, nf4) for the
+            others,
             `frames` for videos, and `embedded_guidance` for FLUX.1-dev.
 
     Raises:

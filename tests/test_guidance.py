@@ -9,12 +9,13 @@ from torch import nn
 
 from distill import teaching
 from distill.recipe import Recipe
-from teachers import UserError
+from teachers import UserError, load
 from teachers.analytic import Gaussian
 from teachers.denoiser import Denoiser, Guided, Network, Under, linear
 from teachers.guidance import Auto, Interval, Projected, Rescaled, Skipping, describe
 from teachers.process import Karras, Linear
 from teachers.solver import cfgpp, ddim, solve
+from tests import families
 
 D = 6
 
@@ -315,3 +316,24 @@ def test_a_weaker_teacher_of_another_shape_is_refused(tmp_path):
     recipe = written(tmp_path, "{scale: 2, kind: auto, weaker: 'analytic:ring'}")
     with pytest.raises(UserError, match=r"weaker: 'analytic:ring' is 2; the teacher is 1×8×8"):
         teaching.guided(recipe, teaching.load_teacher(recipe))
+
+
+@pytest.mark.parametrize(
+    ("kind", "null", "reads"),  # of ten labels, the last may be the null one
+    [("unconditional", None, "no condition"), ("eps", 9, "labels of 9 classes")],
+)
+def test_a_weaker_teacher_of_other_labels_is_refused(pipelines, tmp_path, kind, null, reads):
+    recipe = written(tmp_path, f"{{scale: 2, kind: auto, weaker: '{pipelines[kind]}'}}")
+    section = recipe.teacher.model_copy(update={"null_label": null})
+    recipe = recipe.model_copy(update={"teacher": section})
+    line = f"weaker: .* reads {reads}; the teacher is given labels of 10 classes: name a smaller"
+    with pytest.raises(UserError, match=line):
+        teaching.guided(recipe, load("digits"))
+
+
+def test_a_weaker_text_teacher_of_another_family_is_refused(tmp_path):
+    sd, sdxl = (load(str(families.build(k, tmp_path / k))) for k in ("sd", "sdxl"))
+    line = "'sdxl' reads text of 40×64, pooled of 32.*; the teacher is given text of 40×32: name"
+    with pytest.raises(UserError, match=line):
+        teaching.check_reads("sdxl", sdxl, sd)
+    teaching.check_reads("sd", sd, sd)

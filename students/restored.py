@@ -1,0 +1,76 @@
+"""Students trained on quantised weights, given back the weights as the teacher's files have them.
+
+An adapter learns on codes, but is merged into what they stand for: quantised weights are never
+exported, and no rounding of theirs is frozen into the student.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from students.generator import Generator
+from students.lora import Adapted, adapters, layers, under, unwrap
+from teachers.errors import UserError
+from teachers.pipeline import Pretrained, quiet
+from teachers.quantised import is_quantised
+from teachers.teacher import EMBEDDED, Teacher, find
+
+
+def restored(generator: Generator, teacher: Teacher) -> Generator:
+    """The student as a network of its own, in its teacher's bf16 weights and in host memory.
+
+    A student whose teacher was never quantised is returned as it is.
+
+    Raises:
+        UserError: the teacher's files are no longer there.
+    """
+    network = unwrap(generator.denoiser)
+    if not is_quantised(network):
+        return generator
+    adapter = generator.denoiser
+    assert isinstance(adapter, Adapted) and adapter.name is not None
+    backbone = original(network, teacher)
+    merge(network.backbone, adapter.name, backbone)
+    view = under(network, network.schedule)
+    view.backbone = backbone.requires_grad_(False).eval()
+    twin = copy(generator)
+    twin._modules = {"denoiser": view}
+    return twin
+
+
+def original(network: Pretrained, teacher: Teacher) -> nn.Module:
+    """The teacher's network, read once more from its files."""
+    folder = EMBEDDED.get(teacher.source) or find(teacher.source)
+    kind: Any = type(network.backbone)
+    try:
+        with quiet():
+            return kind.from_pretrained(
+                folder,
+                subfolder=network.PART,
+                torch_dtype=torch.bfloat16,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"export: the adapter belongs on the weights of {teacher.source!r}, which cannot be "
+            f"read again ({reason}); put them back and resume the run"
+        ) from None
+
+
+@torch.no_grad()
+def merge(quantised: nn.Module, name: str, backbone: nn.Module) -> None:
+    """Add an adapter's change to the same layers of another network, worked out in float32."""
+    adapted = set(layers(quantised))
+    for path, layer in quantised.named_modules():
+        if layer in adapted and name in adapters(layer):
+            change: Any = layer
+            weight = backbone.get_submodule(path).weight
+            assert isinstance(weight, nn.Parameter)
+            delta = change.get_delta_weight(name).float().to(weight.device)
+            weight.copy_((weight.float() + delta).to(weight.dtype))
