@@ -199,42 +199,76 @@ def counts(generator: Any) -> str:
 
 @app.command(name="eval")
 def evaluate(
-    student: Student,
-    protocol: Annotated[str, typer.Option(help="How to measure: digits.")] = "digits",
-    steps: Annotated[str, typer.Option(help="Step counts, such as 1,2,4; all by default.")] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0.")] = 3,
+    source: Annotated[str, typer.Argument(help="A student or its run's folder, or a teacher.")],
+    protocol: Annotated[str, typer.Option(help="How to measure; see distill list.")] = "digits",
+    steps: Annotated[str, typer.Option(help="Such as 1,2,4; all of a student's, by default.")] = "",
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many, from 0; the protocol's by default.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A teacher to measure beside it, from the same noise.")
+    ] = None,
+    against_steps: Annotated[int, typer.Option(min=1, help="And in how many steps.")] = 18,
+    solver: Annotated[
+        str, typer.Option(help="Teachers': one of ours, or a scheduler class of diffusers.")
+    ] = "heun",
+    guidance: Annotated[float, typer.Option(help="Teachers': g = 1 + w; 1 is none.")] = 1.0,
+    null_label: Annotated[int | None, typer.Option(help="Teachers': the null class.")] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
+        Path | None,
+        typer.Option("--json", help="Write the figures here; seeds that are in it are kept."),
     ] = None,
 ):
-    """Measure a student by a protocol, at the step counts given."""
-    import json
+    """Measure a student or a teacher by a protocol, at the step counts given."""
+    from accelerate import PartialState
 
-    from distill.measure import check_protocol, evaluate_student
+    from distill import evaluation
+    from distill.encode import device as device_of
     from distill.terminal import out as console
-    from distill.terminal import results, waiting
+    from distill.terminal import results
     from eval.protocol import protocol as protocol_of
-    from students.export import load_student
+    from eval.stream import Processes
     from teachers.errors import UserError
 
     measure = protocol_of(protocol)
     if json_file is not None:
         writable(json_file, "--json")
-    generator, teacher = load_student(student)
-    check_protocol(measure, teacher)
-    wanted = steps.split(",") if steps else [str(k) for k in generator.counts]
-    for k in wanted:
-        if not k.strip().isdecimal() or int(k) not in generator.counts:
-            raise UserError(f"--steps {k}: this student was trained for {counts(generator)}")
-    found = {}
-    for k in map(int, wanted):
-        with waiting(f"{protocol}: {seeds} × {len(measure.prompts):,} pictures in {k}"):
-            found[str(k)] = evaluate_student(generator.at(k), teacher, measure, seeds)
-    rows = {f"{k} step{'s' * (k != '1')}": v for k, v in found.items()}
-    title = f"{protocol}: {len(measure.prompts)} samples; ± over seeds"
-    console.print(results(title, rows))
+    wanted = [k.strip() for k in steps.split(",")] if steps else []
+    if bad := next((k for k in wanted if not k.isdecimal() or not int(k)), None):
+        raise UserError(f"--steps {bad}: expected whole numbers from 1, such as 1,2,4")
+    state, device = PartialState(), device_of()
+    processes = Processes(state.process_index, state.num_processes)
+    how = {"solver": solver, "guidance": guidance, "null_label": null_label}
+    if evaluation.is_student(source):
+        found = evaluation.student(source, device)
+    else:
+        found = evaluation.teacher(source, device, **how)
+    counts = [int(k) for k in wanted] or list(found.counts or (1, 2, 4))
+    found.check(counts)
+    other = None if against is None else evaluation.teacher(against, device, **how)
+    record = json_file and json_file.with_name(f"{json_file.name}.seeds")
+    n = measure.seeds if seeds is None else seeds
+    rows = evaluation.evaluate(found, measure, counts, n, processes, record)
+    tree: dict[str, Any] = {"protocol": protocol, found.who: rows}
+    shown = {f"{found.who}, {k} step{'s' * (k != '1')}": v for k, v in rows.items()}
+    base = None
+    if other is not None:
+        beside = json_file and json_file.with_name(f"{json_file.name}.against")
+        for k in counts:
+            near = evaluation.agreement(found, other, measure.prompts, k, against_steps)
+            rows[str(k)].update(near)
+        full = evaluation.evaluate(other, measure, [against_steps], n, processes, beside)
+        tree["against"] = full
+        base = f"{against}, {against_steps} step{'s' * (against_steps != 1)}"
+        shown = {base: full[str(against_steps)], **shown}
+    if processes.rank:
+        return
+    title = f"{protocol}: {len(measure.prompts):,} samples, {n} seeds; ± over seeds"
+    console.print(results(title, shown, base=base))
     if json_file is not None:
-        json_file.write_text(json.dumps({"protocol": protocol, "student": found}, indent=2) + "\n")
+        evaluation.write(json_file, tree)
+        for kept in (record, json_file.with_name(f"{json_file.name}.against")):
+            kept and kept.unlink(missing_ok=True)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from distill.measure import timed
 from distill.objective import Count
 from distill.recipe import Recipe, Section
 from distill.teaching import guidance_of, guided
-from eval.protocol import Protocol, images_to_samples
+from eval.protocol import Draw, Protocol, images_to_samples
 from eval.samples import Samples
 from students.lora import unwrap
 from teachers.denoiser import Cond, Denoiser
@@ -91,11 +91,15 @@ class Baseline(Section):
         self, recipe: Recipe, teacher: Teacher, measure: Protocol, steps: int, seeds: int
     ) -> dict[str, Any]:
         """The protocol's figures for the teacher in so many steps of this sampler."""
+        return measure(self.draw(recipe, teacher, measure.prompts, steps), seeds)
+
+    def draw(self, recipe: Recipe, teacher: Teacher, prompts: Sequence[Any], steps: int) -> Draw:
+        """A way of drawing by this sampler; a schedule that is searched is so for these prompts."""
         if self.scheduler is not None:
-            return measure(lambda p, seed: self.stock(recipe, teacher, p, seed, steps), seeds)
+            return lambda p, seed: self.stock(recipe, teacher, p, seed, steps)
         denoiser = guided(recipe, teacher)
-        times = self.times(denoiser, teacher, measure.prompts, steps)
-        return measure(lambda p, seed: self.solved(denoiser, teacher, p, seed, times), seeds)
+        times = self.times(denoiser, teacher, prompts, steps)
+        return lambda p, seed: self.solved(denoiser, teacher, p, seed, times)
 
     def times(
         self, denoiser: Denoiser, teacher: Teacher, prompts: Sequence[Any], steps: int

@@ -28,7 +28,7 @@ from distill.sources import source_of, work_of
 from distill.teaching import guided, load_teacher
 from distill.trackers import trackers
 from eval import shapes
-from eval.protocol import Protocol, protocol
+from eval.protocol import Protocol, headline, protocol
 from students import linear, stock
 from students.critic import Critic
 from students.export import rehearse
@@ -114,7 +114,8 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
 
     def evaluate(steps: int) -> dict[str, Any]:
         assert measure is not None
-        return evaluate_student(run.student.at(steps), teacher, measure, seeds=1)
+        found = evaluate_student(run.student.at(steps), teacher, measure, seeds=1)
+        return {**found, "headline": headline(found)}
 
     run.engine = Engine(
         objective,

@@ -287,11 +287,13 @@ class Engine:
                 metrics = self.evaluate(steps)
             kept = {f"eval/{k}": v for k, v in metrics.items() if isinstance(v, float)}
             self.accelerator.log(kept, step=self.step)
-            line = f"fd {metrics['fd']:.3f}  coverage {metrics['coverage']:.3f} at {steps} step"
-            if metrics["fd"] < self.best:
-                self.best = metrics["fd"]
+            headline = metrics.get("headline")  # the name of the figure to be lowered
+            shown = [k for k in (headline, "coverage", "accuracy") if k in metrics]
+            line = "  ".join(f"{k} {metrics[k]:.3f}" for k in shown) + f" at {steps} step"
+            if headline is not None and metrics[headline] < self.best:
+                self.best = metrics[headline]
                 state = {"ema": self.ema.state_dict(), "step": self.step}
-                checkpoint.save(state, self.root / "best", {"step": self.step, "fd": self.best})
+                checkpoint.save(state, self.root / "best", {"step": self.step, headline: self.best})
         self.accelerator.wait_for_everyone()
         return line
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distill.encode import picture_shape
 from distill.recipe import Recipe
 from distill.teaching import guided
 from eval.protocol import Protocol, images_to_samples
@@ -22,19 +23,22 @@ from teachers.teacher import Teacher
 
 def check_protocol(measure: Protocol, teacher: Teacher) -> None:
     """Refuse a protocol whose prompts the teacher cannot take, before anything is trained."""
-    if measure.name == "digits" and (
-        teacher.shape != (1, 8, 8) or getattr(teacher.codec, "classes", 0) != 10
-    ):
+    classes, shape = getattr(teacher.codec, "classes", 0), picture_shape(teacher)
+    kind = f"labels of {classes} classes" if classes else "captions"
+    if not classes and teacher.codec.condition([""]) is None:
+        kind = "nothing"
+    wants = f"labels of {measure.classes} classes" if measure.classes else "captions"
+    if kind != wants:
         raise UserError(
-            f"protocol digits measures 10 classes of 1×8×8 images, not "
-            f"{'×'.join(map(str, teacher.shape))} of {getattr(teacher.codec, 'classes', 0)}; "
-            "leave it out for other teachers"
+            f"protocol {measure.name}: it draws by {wants}, and the teacher by {kind}; leave it "
+            "out for other teachers"
         )
-    if measure.name == "shapes" and (
-        getattr(teacher.codec, "classes", 0) or getattr(teacher.codec, "size", None) != (32, 32)
-    ):
+    side = measure.side
+    if shape[0] != measure.channels or (side is not None and shape[1:] != (side, side)):
+        size = f"{side}×{side}" if side else "any size"
         raise UserError(
-            "protocol shapes measures 32×32 pictures of captions; leave it out for other teachers"
+            f"protocol {measure.name}: its pictures have {measure.channels} channels and {size}, "
+            f"the teacher's are {'×'.join(map(str, shape))}; leave it out for other teachers"
         )
 
 

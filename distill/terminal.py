@@ -94,26 +94,32 @@ class Progress:
             self.bar.console.print(line, soft_wrap=True)
 
 
+# The figures that a table shows of those there are, in this order.
+HEADS = {
+    "fd": "FD", "fid": "FID", "fd_dinov2": "FD-DINOv2", "cmmd": "CMMD", "inception_score": "IS",
+    "precision": "prec.", "recall": "recall", "coverage": "cover.", "accuracy": "accuracy",
+    "teacher_psnr": "PSNR",
+}  # fmt: skip
+
+
 def results(title: str, rows: dict[str, dict[str, Any]], base: str | None = None) -> Table:
     """A table of metrics: a row for each sampler, and its speed over that of the row `base`."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    keys = ["precision", "recall", "coverage"]
-    heads = ["FD", "prec.", "recall", "cover."]
-    if any("shape_accuracy" in row for row in rows.values()):  # captions are what can be wrong
-        keys, heads = ["coverage", "accuracy"], ["FD", "cover.", "accuracy"]
-    shown = [i for i, k in enumerate(keys) if all(k in row for row in rows.values())]
-    keys, heads = [keys[i] for i in shown], [heads[0], *(heads[i + 1] for i in shown)]
+    named = {k: head for k, head in HEADS.items() if all(k in row for row in rows.values())}
     timed = all("images_per_s" in row for row in rows.values())
-    names = (*heads, *(["img/s"] if timed else []), *(["speed-up"] if base else []))
-    for name in names:
+    for name in (*named.values(), *["img/s"] * timed, *["speed-up"] * (base is not None)):
         table.add_column(name, justify="right", no_wrap=True)
+    first = next(iter(named), None)
     for name, row in rows.items():
-        spread = f" ±{row['spread']['fd']:.3f}" if row.get("seeds", 1) > 1 else ""
-        shares = [f"{row[k]:.3f}" for k in keys]
-        speed = [f"{row['images_per_s']:,.0f}"] if timed else []
-        over = [f"{row['images_per_s'] / rows[base]['images_per_s']:.1f}×"] if base else []
-        table.add_row(name, f"{row['fd']:.3f}{spread}", *shares, *speed, *over)
+        cells = [f"{row[k]:.3f}" for k in named]
+        if first is not None and row.get("seeds", 1) > 1:
+            cells[0] += f" ±{row['spread'][first]:.3f}"
+        if timed:
+            cells.append(f"{row['images_per_s']:,.0f}")
+        if base is not None:
+            cells.append(f"{row['images_per_s'] / rows[base]['images_per_s']:.1f}×")
+        table.add_row(name, *cells)
     return table
 
 

@@ -6,7 +6,7 @@ its sample count and its seeds, and its results repeat them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, pstdev
@@ -35,6 +35,8 @@ class Protocol:
     chunk: how many are drawn and held at a time; None for all at once.
     side: of the samples in pixels, where the protocol is of one.
     seeds: how many figures a mean is taken over, where no other number is asked for.
+    classes: how many labels the prompts are of; 0 where they are text.
+    channels: of the samples.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Protocol:
     chunk: int | None = None
     side: int | None = None
     seeds: int = 3
+    classes: int = 0
+    channels: int = 3
 
     def __call__(
         self, draw: Draw, seeds: int | None = None, processes: Processes = ALONE
@@ -57,27 +61,40 @@ class Protocol:
             MetricError: the protocol's samples are too few for some metric, or those drawn are not
                 the protocol's.
         """
+        self.check()
         seeds = self.seeds if seeds is None else seeds
+        return self.over([self.once(draw, seed, processes) for seed in range(seeds)])
+
+    def check(self) -> None:
+        """Refuse figures that cannot be given, before anything is drawn.
+
+        Raises:
+            MetricError: the protocol's samples are too few for some metric.
+        """
         for metric in self.metrics:
             if isinstance(metric, FeatureMetric) and metric.least > len(self.prompts):
                 raise MetricError(
                     f"protocol {self.name}: {len(self.prompts)} samples; "
                     f"{type(metric).__name__} takes {metric.least} or more"
                 )
-        runs: list[dict[str, float]] = []
-        speeds: list[float] = []
-        for seed in range(seeds):
-            spent: list[tuple[int, float]] = []
-            runs.append(measure(self.metrics, self._drawn(draw, seed, processes, spent), processes))
-            n, seconds = sum(s[0] for s in spent), sum(s[1] for s in spent)
-            speeds.append(processes.count * n / max(seconds, 1e-9))
+
+    def once(self, draw: Draw, seed: int, processes: Processes = ALONE) -> dict[str, float]:
+        """The figures of one seed, its images_per_s among them."""
+        spent: list[tuple[int, float]] = []
+        found = measure(self.metrics, self._drawn(draw, seed, processes, spent), processes)
+        n, seconds = sum(s[0] for s in spent), sum(s[1] for s in spent)
+        return {**found, "images_per_s": processes.count * n / max(seconds, 1e-9)}
+
+    def over(self, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
+        """The figures of several seeds as one row: means, and their spread."""
+        names = [k for k in runs[0] if k != "images_per_s"]
         return {
-            **{k: mean(r[k] for r in runs) for k in runs[0]},
-            "images_per_s": median(speeds),
-            "spread": {k: pstdev([r[k] for r in runs]) for k in runs[0]},
+            **{k: mean(r[k] for r in runs) for k in names},
+            "images_per_s": median(r["images_per_s"] for r in runs),
+            "spread": {k: pstdev([r[k] for r in runs]) for k in names},
             "protocol": self.name,
             "n": len(self.prompts),
-            "seeds": seeds,
+            "seeds": len(runs),
         }
 
     def _drawn(
@@ -120,7 +137,14 @@ def read(path: Path) -> Protocol:
         written.chunk,
         written.side,
         written.seeds,
+        written.prompts.classes,
+        written.channels,
     )
+
+
+def headline(figures: Mapping[str, Any]) -> str | None:
+    """The name of the figure that says most of these, the less the better; None if none does."""
+    return next((k for k in LESS_IS_BETTER if k in figures), None)
 
 
 def _known(name: str) -> Callable[[], Protocol]:
@@ -134,6 +158,7 @@ def _known(name: str) -> Callable[[], Protocol]:
 
 
 PROTOCOLS: dict[str, Callable[[], Protocol]] = {name: _known(name) for name in spec.names()}
+LESS_IS_BETTER = ("fd", "fid", "fd_dinov2", "cmmd", "kid")
 METRICS = {
     "accuracy": "share of samples that read as what was asked for: a label, a whole caption",
     "clip_score": "cosine of picture and prompt, by the model and prefix named (arXiv:2104.08718)",

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import torch
 import yaml
@@ -88,6 +88,7 @@ class Digits(Strict):
     """The label of each of the embedded digits."""
 
     source: Literal["digits"]
+    classes: ClassVar[int] = 10
 
     def read(self) -> list[str]:
         return [str(v) for v in digits.data()[1].tolist()]
@@ -98,6 +99,7 @@ class Shapes(Strict):
 
     source: Literal["shapes"]
     each: Count
+    classes: ClassVar[int] = 0
 
     def read(self) -> list[str]:
         return shapes.all_captions() * self.each
@@ -120,6 +122,7 @@ class Captions(Strict):
     source: Literal["captions"]
     file: str
     origin: str  # where its lines are from, for who has to make it
+    classes: ClassVar[int] = 0
 
     def read(self) -> list[str]:
         path = fetch.cache() / "captions" / self.file
@@ -144,6 +147,7 @@ class Spec(Strict):
     count: of samples for one figure, and so of prompts.
     seeds: how many figures a mean is taken over.
     chunk: how many samples are drawn and held at a time.
+    channels: of the samples.
     side: of the samples in pixels; none is asked for where they are brought to `size`.
     prepare, size: what happens to samples and real pictures alike before any network.
     """
@@ -153,6 +157,7 @@ class Spec(Strict):
     count: Count
     seeds: Count
     chunk: Count
+    channels: Count = 3
     side: Count | None = None
     prepare: Literal["untouched", "centre_lanczos", "centre_patch"] = "untouched"
     size: Count | None = None

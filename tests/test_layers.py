@@ -25,6 +25,7 @@ SEES_ALL = {
     for name in (
         "baselines",
         "build",
+        "evaluation",
         "catalogue",
         "finish",
         "measure",

@@ -1,0 +1,194 @@
+"""`distill eval`: students and teachers measured by a protocol, seed by seed, so that it can go on.
+
+Several processes share each seed's chunks; what they find does not depend on how many they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from distill.baselines import Baseline, Stock, StockEDM
+from distill.encode import picture_shape
+from distill.measure import check_protocol, student_samples
+from distill.recipe import Recipe
+from distill.teaching import load_teacher
+from distill.terminal import waiting
+from eval.perceptual import lpips, psnr
+from eval.protocol import Draw, Protocol
+from eval.stream import ALONE, Processes
+from students.export import SIDECAR, load_student
+from teachers.errors import UserError, nearest
+from teachers.solver import SOLVERS
+from teachers.teacher import Teacher
+
+LPIPS_FROM = 64  # pixels; of smaller pictures LPIPS says nothing, and agreement is PSNR alone
+AGREEING = 256  # pictures of which agreement is taken
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that draws pictures in a number of steps.
+
+    Args:
+        who: "student" or "teacher".
+        counts: The step counts that it may be run in; None for any.
+        draw: From prompts and a step count to a way of drawing.
+        about: All else that its figures depend on, in plain terms.
+    """
+
+    who: str
+    teacher: Teacher
+    counts: tuple[int, ...] | None
+    draw: Callable[[list[str], int], Draw]
+    about: dict[str, Any]
+
+    def check(self, steps: Sequence[int]) -> None:
+        """Refuse counts that it was not trained for.
+
+        Raises:
+            UserError: naming those that it was.
+        """
+        if self.counts is not None and (wrong := sorted(set(steps) - set(self.counts))):
+            known = ", ".join(map(str, self.counts))
+            raise UserError(f"--steps {wrong[0]}: this student was trained for {known}")
+
+
+def is_student(source: str) -> bool:
+    """Whether a folder holds an exported student, or a run that left one."""
+    folder = Path(source).expanduser()
+    return any((folder / name / SIDECAR).is_file() for name in (".", "student"))
+
+
+def student(source: str, device: torch.device) -> Subject:
+    """An exported student, drawing what stock diffusers would.
+
+    Raises:
+        UserError: it is none, or is damaged.
+    """
+    folder = Path(source).expanduser()
+    generator, teacher = load_student(folder)
+    generator = generator.to(device)
+
+    def draw(prompts: list[str], steps: int) -> Draw:
+        few = generator.at(steps)
+        return lambda some, seed: student_samples(few, teacher, some, seed)
+
+    files = sorted(p for p in folder.rglob("*.safetensors") if "checkpoints" not in p.parts)
+    about = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
+    return Subject("student", teacher, generator.counts, draw, about)
+
+
+def teacher(
+    source: str,
+    device: torch.device,
+    solver: str = "heun",
+    guidance: float = 1.0,
+    null_label: int | None = None,
+) -> Subject:
+    """Whatever may be `teacher.source` in a recipe, by one of our solvers or diffusers' schedulers.
+
+    Raises:
+        UserError: it is no teacher, or cannot be guided or sampled so.
+    """
+    schedulers = {*get_args(Stock), *get_args(StockEDM)}
+    if solver not in SOLVERS and solver not in schedulers:
+        raise UserError(
+            f"--solver {solver!r} is unknown: {nearest(solver, [*SOLVERS, *schedulers])}"
+        )
+    told = {"source": source, "guidance": guidance, "null_label": null_label}
+    nothing = {"objective": {"name": "sid"}, "train": {"steps": 1}}  # only the teacher is built
+    recipe = Recipe.check({"teacher": told, **nothing}, "eval")
+    found = load_teacher(recipe)
+    found.denoiser.to(device)
+    kind = "solver" if solver in SOLVERS else "scheduler"
+    baseline = Baseline.model_validate({kind: solver})
+    baseline.check(found)
+
+    def draw(prompts: list[str], steps: int) -> Draw:
+        return baseline.draw(recipe, found, prompts, steps)
+
+    return Subject("teacher", found, None, draw, {**told, "solver": solver})
+
+
+def evaluate(
+    found: Subject,
+    measure: Protocol,
+    steps: Sequence[int],
+    seeds: int,
+    processes: Processes = ALONE,
+    record: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The figures at each step count, by its name.
+
+    Args:
+        record: Where the figures of each finished seed are kept, so that a call that was cut off
+            goes on from there. They count only for the same subject and protocol.
+
+    Raises:
+        UserError: the protocol is not for such pictures.
+        MetricError: a figure cannot be given.
+    """
+    check_protocol(measure, found.teacher)
+    measure.check()
+    about = {"protocol": measure.name, "n": len(measure.prompts), "who": found.who, **found.about}
+    known = recall(record, about)
+    results = {}
+    for k in steps:
+        for seed in range(seeds):
+            if (place := f"{k}/{seed}") in known:
+                continue
+            with waiting(f"{found.who} in {k}: seed {seed}, {len(measure.prompts):,} pictures"):
+                draw = found.draw(measure.prompts, k)
+                known[place] = measure.once(draw, seed, processes)
+            if record is not None and processes.rank == 0:
+                write(record, {"about": about, "figures": known})
+        results[str(k)] = measure.over([known[f"{k}/{seed}"] for seed in range(seeds)])
+    return results
+
+
+def agreement(
+    found: Subject, other: Subject, prompts: list[str], steps: int, full: int
+) -> dict[str, float]:
+    """How near pictures come to another's of the same noise: a student's to its teacher's.
+
+    A student that is trained on distributions alone may be good and disagree.
+
+    Args:
+        full: The other's step count.
+    """
+    some = prompts[:: max(1, len(prompts) // AGREEING)][:AGREEING]
+    ours = found.draw(some, steps)(some, 0).images
+    theirs = other.draw(some, full)(some, 0).images
+    if ours.shape != theirs.shape:
+        a, b = ("×".join(map(str, s.shape[1:])) for s in (ours, theirs))
+        raise UserError(f"--against: its pictures are {b}, not {a}")
+    rows = {"teacher_psnr": psnr(ours, theirs).clamp(max=99).mean().item()}
+    if min(picture_shape(found.teacher)[1:]) >= LPIPS_FROM:
+        distances = [lpips()(a[None], b[None]) for a, b in zip(ours, theirs, strict=True)]
+        rows["teacher_lpips"] = torch.cat(distances).double().mean().item()
+    return rows
+
+
+def recall(record: Path | None, about: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What an earlier call of the same kind had found by seed; empty if there was none."""
+    if record is None or not record.is_file():
+        return {}
+    try:
+        kept = json.loads(record.read_text())
+        same = kept["about"] == json.loads(json.dumps(about))
+        return dict(kept["figures"]) if same else {}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def write(path: Path, tree: Any) -> None:
+    """Write JSON so that a cut leaves the old file or the new one."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(tree, indent=2) + "\n")
+    draft.replace(path)
