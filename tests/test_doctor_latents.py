@@ -18,8 +18,18 @@ from tests import families
 from tests.test_cli import called
 from tests.test_doctor import first_broken
 
+SLOW = pytest.mark.slow
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("sd2", "sdxl", "dit", "flux-dev", "wan")
+        else pytest.param(name, marks=SLOW)
+        for name in families.FAMILIES
+    ],
+)
 def test_every_family_passes_on_structure(name, tmp_path):
     teacher = load(str(families.build(name, tmp_path)), **families.OPTIONS.get(name, {}))
     checks = diagnose(teacher, pictures_for(teacher, None), structure_only=True)
@@ -103,7 +113,7 @@ def wrong():
 """
 
 
-@pytest.mark.parametrize("time", ["t", "999 * (1 - t)"])
+@pytest.mark.parametrize("time", ["t", pytest.param("999 * (1 - t)", marks=SLOW)])
 def test_a_wrong_time_unit_in_an_adapter_is_named(tmp_path, pictures, capsys, time):
     (tmp_path / "mine.py").write_text(OWN.format(folder=str(EMBEDDED["shapes"]), time=time))
     code, _, err = examined(capsys, f"{tmp_path / 'mine.py'}:wrong", pictures)
@@ -175,7 +185,9 @@ def test_a_mistake_in_a_flow_models_configs_is_named(tmp_path, part, values, lin
     assert line in said(flow(tmp_path / "t", part, **values))
 
 
-@pytest.mark.parametrize("wrong", ["v", "eps", "x"])
+@pytest.mark.parametrize(
+    "wrong", ["v", pytest.param("eps", marks=SLOW), pytest.param("x", marks=SLOW)]
+)
 def test_a_flow_model_read_as_another_prediction_is_named(tmp_path, wrong):
     teacher = flow(tmp_path / "t")
     teacher.denoiser.coefficients = PREDICTIONS[wrong]

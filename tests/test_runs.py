@@ -24,6 +24,7 @@ SLOW = pytest.mark.slow
 SUMMARY = {
     "objective", "steps", "seed", "guidance", "wall_s", "network_evaluations",
     "network_evaluations_by_network", "metrics", "device", "processes", "versions",
+    "peak_memory_gb",
 }  # fmt: skip
 
 
@@ -71,21 +72,16 @@ def write(path, tree):
     return path
 
 
-# One in every run, the others in the slow one: each starts other processes.
-PAIRS = [
-    pytest.param(name, objective, marks=[] if (name, objective) == ("sd", "dmd2") else SLOW)
-    for name in NAMES
-    for objective in ("dmd2", "consistency")
-    if name != "wan"
-]
+PAIRS = [(n, objective) for n in NAMES for objective in ("dmd2", "consistency") if n != "wan"]
 
 
+@SLOW  # each starts other processes
 @pytest.mark.parametrize(("name", "objective"), PAIRS)
 def test_five_steps_leave_a_student_that_draws(folder, name, objective, pictures, tmp_path, capsys):
     runs_and_draws(name, folder(name), objective, pictures, tmp_path, capsys)
 
 
-@pytest.mark.slow
+@SLOW
 def test_five_steps_on_prompts_leave_a_student_of_videos(folder, pictures, tmp_path, capsys):
     drawn = runs_and_draws("wan", folder("wan"), "dmd2", pictures, tmp_path, capsys)
     assert drawn.shape == (2, 3, 5, 32, 32)

@@ -170,7 +170,7 @@ def test_an_analytic_teacher_has_no_weights_to_start_from():
     [
         ("edm", 4, True),
         pytest.param("v", 2, True, marks=pytest.mark.slow),
-        ("unconditional", 2, False),
+        pytest.param("unconditional", 2, False, marks=pytest.mark.slow),
     ],
 )
 def test_stock_diffusers_in_another_process_draws_the_students_pictures(
