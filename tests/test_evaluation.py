@@ -1,0 +1,121 @@
+"""`distill eval`: what is measured, what is kept of it, and what is refused."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distill import __main__ as cli
+from distill import evaluation
+from distill.evaluation import Subject, agreement, evaluate
+from distill.measure import check_protocol
+from eval.protocol import headline, protocol
+from eval.samples import Samples
+from teachers.errors import UserError
+from teachers.teacher import load
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+def grey(digits, level=100, counts=None, drawn=None):
+    """Draws noise about one grey; notes the seeds and counts that it was asked for."""
+
+    def draw(prompts, steps):
+        def some(wanted, seed):
+            if drawn is not None:
+                drawn.append((steps, seed))
+            rng = torch.Generator().manual_seed(seed)
+            noise = torch.randint(0, 20, (len(wanted), 1, 8, 8), generator=rng)
+            return Samples((level + noise).to(torch.uint8), wanted, 1.0)
+
+        return some
+
+    return Subject("student", digits, counts, draw, {"level": level})
+
+
+def test_a_call_that_was_cut_off_goes_on_at_the_seed_that_was_not_done(digits, tmp_path):
+    measure, record = protocol("digits"), tmp_path / "r.json.seeds"
+    whole = evaluate(grey(digits), measure, [1, 2], 2)
+    first: list[tuple[int, int]] = []
+    evaluate(grey(digits, drawn=first), measure, [1], 2, record=record)
+    again: list[tuple[int, int]] = []
+    found = evaluate(grey(digits, drawn=again), measure, [1, 2], 2, record=record)
+    assert (first, again) == ([(1, 0), (1, 1)], [(2, 0), (2, 1)])
+    assert {k: v["fd"] for k, v in found.items()} == {k: v["fd"] for k, v in whole.items()}
+    assert found["1"]["seeds"] == 2 and found["1"]["protocol"] == "digits"
+
+
+@pytest.mark.parametrize("spoil", ["{", "[]", '{"about": {}, "figures": {"1/0": {}}}'])
+def test_what_was_kept_of_something_else_does_not_count(digits, tmp_path, spoil):
+    record, drawn = tmp_path / "r", []
+    record.write_text(spoil)
+    evaluate(grey(digits, drawn=drawn), protocol("digits"), [1], 1, record=record)
+    evaluate(grey(digits, 101, drawn=drawn), protocol("digits"), [1], 1, record=record)
+    assert len(drawn) == 2
+    assert json.loads(record.read_text())["about"]["level"] == 101
+
+
+def test_means_and_spreads_are_over_the_seeds(digits):
+    measure = protocol("digits")
+    runs = [measure.once(grey(digits).draw([], 1), seed) for seed in (0, 1)]
+    row = measure.over(runs)
+    assert row["fd"] == pytest.approx((runs[0]["fd"] + runs[1]["fd"]) / 2)
+    assert row["spread"]["fd"] == pytest.approx(abs(runs[0]["fd"] - runs[1]["fd"]) / 2)
+
+
+def test_agreement_is_the_mean_psnr_of_pictures_of_the_same_noise(digits):
+    near = agreement(grey(digits, 100), grey(digits, 103), ["1"] * 20, 1, 4)
+    assert near == {"teacher_psnr": pytest.approx(20 * math.log10(255 / 3))}
+    assert agreement(grey(digits), grey(digits), ["1"], 1, 4) == {"teacher_psnr": 99.0}
+
+
+def test_a_teacher_by_a_stock_scheduler_is_its_solver_of_that_name():
+    """EDM's DPM-Solver++ of diffusers against our own, in the protocol's figures."""
+    cpu = torch.device("cpu")
+    figures = []
+    for solver in ("dpmpp_2m", "EDMDPMSolverMultistepScheduler"):
+        found = evaluation.teacher("digits", cpu, solver)
+        figures.append(evaluate(found, protocol("digits"), [3], 1)["3"])
+    assert figures[0]["fd"] == pytest.approx(figures[1]["fd"], rel=0.02)
+    assert figures[0]["coverage"] == pytest.approx(figures[1]["coverage"], abs=0.02)
+
+
+def test_counts_that_a_student_was_not_trained_for_are_refused(digits):
+    with pytest.raises(UserError, match=r"--steps 3: this student was trained for 1, 2"):
+        grey(digits, counts=(1, 2)).check([1, 3])
+
+
+def test_protocols_are_refused_where_pictures_or_prompts_do_not_fit(digits):
+    with pytest.raises(UserError, match="it draws by captions, and the teacher by labels"):
+        check_protocol(protocol("shapes"), digits)
+    wide = replace(protocol("digits"), side=16)
+    with pytest.raises(UserError, match="1 channels and 16×16, the teacher's are 1×8×8"):
+        check_protocol(wide, digits)
+    check_protocol(protocol("digits"), digits)
+
+
+def test_the_figure_that_counts_is_the_first_distance_there_is():
+    assert headline({"recall": 1, "cmmd": 1, "fid": 2}) == "fid"
+    assert headline({"recall": 1}) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["digits", "--solver", "hein"], "did you mean 'heun'"),
+        (["digits", "--solver", "UniPCMultistepScheduler"], "not of its process"),
+        (["digits", "--steps", "0"], "--steps 0: expected whole numbers"),
+        (["digits", "--steps", "1,two"], "--steps two: expected"),
+        (["nowhere/at/all"], "nowhere/at/all"),
+        (["digits", "--against", "nowhere/at/all"], "nowhere/at/all"),
+        (["digits", "--json", "nowhere/f.json"], "does not exist"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_drawn(words, said):
+    with pytest.raises(UserError, match=said):
+        cli.app(["eval", *words], standalone_mode=False)
