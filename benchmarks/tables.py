@@ -23,6 +23,13 @@ METHODS = {
     "consistency": ("Consistency", "Song et al. 2023, arXiv:2303.01469", "consistency.py", "yes"),
     "progressive": ("Progressive", "Salimans & Ho 2022, arXiv:2202.00512", "progressive.py", "yes"),
 }
+# The recipes of the shapes: the method, and what its adapters learn from beside the teacher.
+SHAPES = {
+    "dmd2-lora": ("DMD2", "captions"),
+    "sid-lora": ("SiD", "captions"),
+    "fdistill-lora": ("f-distill (JS)", "drawings"),
+    "consistency-lora": ("Consistency", "drawings"),
+}
 
 
 def summary(name: str) -> dict[str, Any] | None:
@@ -91,18 +98,73 @@ def methods() -> str:
     return "\n".join(lines)
 
 
-def filled(path: Path, table: str) -> str:
-    """The file's text with the table between its markers."""
-    text = path.read_text()
-    pattern = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.S)
-    assert pattern.search(text), path
+def shown(found: dict[str, Any] | None) -> str:
+    """Whole captions right, over distance, of a student or a teacher in so many steps."""
+    if found is None:
+        return ""
+    spread = f" ± {100 * found['spread']['accuracy']:.1f}" if found["seeds"] > 1 else ""
+    return f"{100 * found['accuracy']:.1f} %{spread}, {found['fd']:.1f}"
+
+
+def shapes() -> str:
+    """A row for each shapes recipe, and one for the teacher: captions right and distance."""
+    lines = [
+        "| method | recipe | learns from | 1 step | 2 steps | 4 steps | training | evaluations |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    teachers: dict[str, str] = {}
+    for name, (title, data) in SHAPES.items():
+        if (found := summary(f"shapes-{name}")) is None:
+            continue
+        student, metrics = found["metrics"]["student"], found["metrics"]
+        steps = " | ".join(shown(student.get(k)) for k in ("1", "2", "4"))
+        lines.append(
+            f"| {title} | `shapes/{name}` | {data} | {steps} | {found['steps']} steps, "
+            f"{found['wall_s']:.0f} s | {found['network_evaluations'] / 1e3:.0f} k |"
+        )
+        few = " | ".join(shown(metrics["teacher_few"][k]) for k in ("1", "2", "4"))
+        whole = metrics["teacher"]
+        teachers[found["guidance"]] = (
+            f"| teacher, {found['guidance'].split(':')[0]}; in {whole['steps']} steps "
+            f"{shown(whole)} | | | {few} | | |"
+        )
+    return "\n".join([*lines, *teachers.values()])
+
+
+def again() -> str:
+    """A line for each shapes recipe that was trained from several seeds: what each came to."""
+    lines: list[str] = []
+    for name in SHAPES:
+        runs = [f for i in ("", "-seed1", "-seed2") if (f := summary(f"shapes-{name}{i}"))]
+        for k in ("1", "4"):
+            right = [f["metrics"]["student"][k]["accuracy"] for f in runs
+                     if k in f["metrics"]["student"]]  # fmt: skip
+            if len(right) > 1:
+                values = ", ".join(f"{100 * a:.1f}" for a in right)
+                lines.append(f"- `shapes/{name}` at {k} step{'s' * (k != '1')}: {values} %.")
+    return "\n".join(lines)
+
+
+def filled(text: str, name: str, table: str) -> str:
+    """The text with the table between the markers of that name."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+    assert pattern.search(text), name
     return pattern.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text)
+
+
+PAGES = {  # the tables of each file, by their markers
+    "README.md": {"results": readme},
+    "docs/methods.md": {"results": methods, "shapes": shapes, "seeds": again},
+}
 
 
 def main() -> int:
     stale = 0
-    for path, table in ((ROOT / "README.md", readme()), (ROOT / "docs/methods.md", methods())):
-        text = filled(path, table)
+    for name, tables in PAGES.items():
+        path = ROOT / name
+        text = path.read_text()
+        for marker, table in tables.items():
+            text = filled(text, marker, table())
         if text != path.read_text():
             stale += 1
             if "--check" not in sys.argv:
