@@ -3,7 +3,7 @@
     python benchmarks/pictures.py OUT.png RUN:STEPS [RUN:STEPS ...]
 
 The first row is the guided teacher of the first run's recipe, in the steps and by the solver that
-it is measured with; each further row is a run's exported student in so many steps.
+it is measured with; then come the runs' exported students in so many steps, and the teacher in one.
 """
 
 from __future__ import annotations
@@ -28,16 +28,21 @@ SEED = 1
 
 
 def rows(runs: Sequence[tuple[Path, int]], captions: list[str]) -> dict[str, Tensor]:
-    """Names of rows -> uint8 pictures (N, 3, H, W), the teacher's first."""
+    """Names of rows -> uint8 pictures (N, 3, H, W), the teacher's first and last."""
     recipe = Recipe.load(runs[0][0] / "recipe.yaml")
     teacher, steps = load_teacher(recipe), recipe.eval.teacher_steps
-    taught = teacher_samples(recipe, teacher, captions, SEED, steps)
-    made = {f"teacher, {steps} steps": taught.images}
+    made = {
+        f"teacher, {steps} steps": teacher_samples(recipe, teacher, captions, SEED, steps).images
+    }
     for folder, k in runs:
         student, codec = load_student(folder)
-        name = f"student, {k} step{'s' * (k > 1)}"
-        made[name] = student_samples(student.at(k), codec, captions, SEED).images
+        made[f"student, {count(k)}"] = student_samples(student.at(k), codec, captions, SEED).images
+    made["teacher, 1 step"] = teacher_samples(recipe, teacher, captions, SEED, 1).images
     return made
+
+
+def count(steps: int) -> str:
+    return f"{steps} step{'s' * (steps > 1)}"
 
 
 def picture(made: dict[str, Tensor], captions: list[str]) -> Image.Image:

@@ -131,6 +131,33 @@ def shapes() -> str:
     return "\n".join([*lines, *teachers.values()])
 
 
+def text() -> str:
+    """Teacher and students of text to image: evaluations a picture, captions right, distance."""
+    lines = [
+        "| | evaluations a picture | whole captions right | Fréchet distance |",
+        "|---|---|---|---|",
+    ]
+    found = {name: summary(f"shapes-{name}") for name in ("dmd2-lora", "sid-lora")}
+    four, one = (f["metrics"] for f in found.values() if f)
+    teacher = four["teacher"]
+    rows = {
+        f"guided teacher, {teacher['steps']} steps": (2 * teacher["steps"], teacher),
+        "guided teacher, 4 steps": (8, four["teacher_few"]["4"]),
+        "guided teacher, 1 step": (2, four["teacher_few"]["1"]),
+        "student of `shapes/dmd2-lora`, 4 steps": (4, four["student"]["4"]),
+        "student of `shapes/sid-lora`, 1 step": (1, one["student"]["1"]),
+    }
+    for name, (evaluations, at) in rows.items():
+        spread = at["spread"]
+        right, distance = f"{100 * at['accuracy']:.1f} %", f"{at['fd']:.1f}"
+        if at["seeds"] > 1:
+            right += f" ± {100 * spread['accuracy']:.1f}"
+            distance += f" ± {spread['fd']:.1f}"
+        lines.append(f"| {name} | {evaluations} | {right} | {distance} |")
+    cost = ", ".join(f"{f['steps']} steps in {f['wall_s']:.0f} s" for f in found.values() if f)
+    return "\n".join([*lines, "", f"Training: {cost}, each on one CPU thread that it shared."])
+
+
 def again() -> str:
     """A line for each shapes recipe that was trained from several seeds: what each came to."""
     lines: list[str] = []
@@ -153,7 +180,7 @@ def filled(text: str, name: str, table: str) -> str:
 
 
 PAGES = {  # the tables of each file, by their markers
-    "README.md": {"results": readme},
+    "README.md": {"results": readme, "text": text},
     "docs/methods.md": {"results": methods, "shapes": shapes, "seeds": again},
 }
 
