@@ -24,6 +24,13 @@ METHODS = {
     "ect": ("ECT", "Geng et al. 2024, arXiv:2406.14548", "consistency.py", "yes"),
     "progressive": ("Progressive", "Salimans & Ho 2022, arXiv:2202.00512", "progressive.py", "yes"),
 }
+# The recipes of the shapes: the method, and what its adapters learn from beside the teacher.
+SHAPES = {
+    "dmd2-lora": ("DMD2", "captions"),
+    "sid-lora": ("SiD", "captions"),
+    "fdistill-lora": ("f-distill (JS)", "drawings"),
+    "consistency-lora": ("Consistency", "drawings"),
+}
 
 
 def summary(name: str) -> dict[str, Any] | None:
@@ -88,18 +95,100 @@ def methods() -> str:
     return "\n".join(lines)
 
 
-def filled(path: Path, table: str) -> str:
-    """The file's text with the table between its markers."""
-    text = path.read_text()
-    pattern = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.S)
-    assert pattern.search(text), path
+def shown(found: dict[str, Any] | None) -> str:
+    """Whole captions right, over distance, of a student or a teacher in so many steps."""
+    if found is None:
+        return ""
+    spread = f" ± {100 * found['spread']['accuracy']:.1f}" if found["seeds"] > 1 else ""
+    return f"{100 * found['accuracy']:.1f} %{spread}, {found['fd']:.1f}"
+
+
+def shapes() -> str:
+    """A row for each shapes recipe, and one for the teacher: captions right and distance."""
+    lines = [
+        "| method | recipe | learns from | 1 step | 2 steps | 4 steps | training | evaluations |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    teachers: dict[str, str] = {}
+    for name, (title, data) in SHAPES.items():
+        if (found := summary(f"shapes-{name}")) is None:
+            continue
+        student, metrics = found["metrics"]["student"], found["metrics"]
+        steps = " | ".join(shown(student.get(k)) for k in ("1", "2", "4"))
+        lines.append(
+            f"| {title} | `shapes/{name}` | {data} | {steps} | {found['steps']} steps, "
+            f"{found['wall_s']:.0f} s | {found['network_evaluations'] / 1e3:.0f} k |"
+        )
+        few = " | ".join(shown(metrics["teacher_few"][k]) for k in ("1", "2", "4"))
+        whole = metrics["teacher"]
+        teachers[found["guidance"]] = (
+            f"| teacher, {found['guidance'].split(':')[0]}; in {whole['steps']} steps "
+            f"{shown(whole)} | | | {few} | | |"
+        )
+    return "\n".join([*lines, *teachers.values()])
+
+
+def text() -> str:
+    """Teacher and students of text to image: evaluations a picture, captions right, distance."""
+    lines = [
+        "| | evaluations a picture | whole captions right | Fréchet distance |",
+        "|---|---|---|---|",
+    ]
+    found = {name: summary(f"shapes-{name}") for name in ("dmd2-lora", "sid-lora")}
+    four, one = (f["metrics"] for f in found.values() if f)
+    teacher = four["teacher"]
+    rows = {
+        f"guided teacher, {teacher['steps']} steps": (2 * teacher["steps"], teacher),
+        "guided teacher, 4 steps": (8, four["teacher_few"]["4"]),
+        "guided teacher, 1 step": (2, four["teacher_few"]["1"]),
+        "student of `shapes/dmd2-lora`, 4 steps": (4, four["student"]["4"]),
+        "student of `shapes/sid-lora`, 1 step": (1, one["student"]["1"]),
+    }
+    for name, (evaluations, at) in rows.items():
+        spread = at["spread"]
+        right, distance = f"{100 * at['accuracy']:.1f} %", f"{at['fd']:.1f}"
+        if at["seeds"] > 1:
+            right += f" ± {100 * spread['accuracy']:.1f}"
+            distance += f" ± {spread['fd']:.1f}"
+        lines.append(f"| {name} | {evaluations} | {right} | {distance} |")
+    cost = ", ".join(f"{f['steps']} steps in {f['wall_s']:.0f} s" for f in found.values() if f)
+    return "\n".join([*lines, "", f"Training: {cost}, each on one CPU thread that it shared."])
+
+
+def again() -> str:
+    """A line for each shapes recipe that was trained from several seeds: what each came to."""
+    lines: list[str] = []
+    for name in SHAPES:
+        runs = [f for i in ("", "-seed1", "-seed2") if (f := summary(f"shapes-{name}{i}"))]
+        for k in ("1", "4"):
+            right = [f["metrics"]["student"][k]["accuracy"] for f in runs
+                     if k in f["metrics"]["student"]]  # fmt: skip
+            if len(right) > 1:
+                values = ", ".join(f"{100 * a:.1f}" for a in right)
+                lines.append(f"- `shapes/{name}` at {k} step{'s' * (k != '1')}: {values} %.")
+    return "\n".join(lines)
+
+
+def filled(text: str, name: str, table: str) -> str:
+    """The text with the table between the markers of that name."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+    assert pattern.search(text), name
     return pattern.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text)
+
+
+PAGES = {  # the tables of each file, by their markers
+    "README.md": {"results": readme, "text": text},
+    "docs/methods.md": {"results": methods, "shapes": shapes, "seeds": again},
+}
 
 
 def main() -> int:
     stale = 0
-    for path, table in ((ROOT / "README.md", readme()), (ROOT / "docs/methods.md", methods())):
-        text = filled(path, table)
+    for name, tables in PAGES.items():
+        path = ROOT / name
+        text = path.read_text()
+        for marker, table in tables.items():
+            text = filled(text, marker, table())
         if text != path.read_text():
             stale += 1
             if "--check" not in sys.argv:
