@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
 from torch.profiler import ProfilerActivity, profile
 
 from distill import build, forecast
@@ -11,13 +12,23 @@ from distill.__main__ import app
 from distill.plan import GPUS, Plan, advice
 from distill.recipe import Recipe
 from tests.test_engine import stream
-from tests.toys import recipe_tree
+from tests.toys import SMALL, recipe_tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 
 
-def small(pipelines, name="sid", **more):
-    tree = recipe_tree(name, pipelines["edm"], batch=64, accumulate=1)
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A consistency pipeline whose U-Net has many blocks."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(**{**SMALL, "layers_per_block": 3}, num_class_embeds=11)
+    path = tmp_path_factory.mktemp("deep")
+    ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler()).save_pretrained(path)
+    return path
+
+
+def small(pipelines, part=64, parts=1, **more):
+    tree = recipe_tree("sid", pipelines["edm"], batch=part * parts, accumulate=parts)
     return Recipe.check({**tree, **more})
 
 
@@ -37,13 +48,28 @@ def measured(run):
     return most
 
 
+@pytest.mark.parametrize(("part", "parts"), [(64, 1), (2, 2)])
 @pytest.mark.parametrize("adapters", [None, {"rank": 4}], ids=["full", "lora"])
-def test_a_plans_step_is_within_a_tenth_of_the_measured_one(pipelines, tmp_path, adapters):
+def test_a_plans_step_is_within_a_tenth_of_the_measured_one(
+    pipelines, tmp_path, adapters, part, parts
+):
     more = {} if adapters is None else {"adapters": adapters}
-    recipe = small(pipelines, **more)
+    recipe = small(pipelines, part, parts, **more)
     plan = forecast.plan(recipe)
     found = measured(build.build(recipe, tmp_path / "run"))
     assert plan.activations + plan.gradients == pytest.approx(found, rel=0.1)
+
+
+def test_checkpointing_saves_in_a_plan_what_it_saves_in_a_run(deep, tmp_path):
+    held = []
+    for again in (False, True):
+        tree = recipe_tree("consistency", deep, batch=64, accumulate=1, checkpointing=again)
+        recipe = Recipe.check(tree | {"adapters": {"rank": 4}})
+        plan = forecast.plan(recipe)
+        found = measured(build.build(recipe, tmp_path / f"run-{again}"))
+        assert plan.activations + plan.gradients == pytest.approx(found, rel=0.1)
+        held.append(plan.activations)
+    assert held[1] < held[0] / 2
 
 
 def test_weights_and_optimiser_are_counted_exactly(pipelines, tmp_path):
