@@ -186,8 +186,10 @@ def _cost(
         if parts > 1:  # the gradients of the parts before are there from the beginning
             for p in moving:
                 p.grad = torch.zeros_like(p)
-        # the CPU's autocast, since fake tensors are the CPU's; it casts the same products
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        # as a run's: casts are not kept; but the CPU's, which casts the same, as fake tensors are
+        with torch.autocast(
+            "cpu", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
+        ):
             loss = turn.loss(batch)
         loss.value.backward()
         del loss
