@@ -25,7 +25,7 @@ from distill.prompts import list_prompts
 from distill.recipe import Recipe, networks_of, read_yaml
 from distill.seeds import seed_all
 from distill.sources import source_of, work_of
-from distill.teaching import guided, load_teacher
+from distill.teaching import guidance_of, guided, load_teacher
 from distill.trackers import trackers
 from eval import shapes
 from eval.protocol import Protocol, headline, protocol
@@ -61,11 +61,13 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     Nothing is written before the recipe is known to be possible.
 
     Raises:
-        UserError: the folder holds another run or one that is at work, the teacher's licence lets
-            nobody share its student, or the recipe asks for what cannot be.
+        UserError: the folder holds another run or one that is at work, the licence of the teacher
+            or of the weaker one that guides it lets nobody share the student, or the recipe asks
+            for what cannot be.
     """
     check_folder(recipe, out, resume)
-    check_licence(recipe.teacher.source, recipe.export.licence_override)
+    for origin in filter(None, (recipe.teacher.source, guidance_of(recipe).weaker)):
+        check_licence(origin, recipe.export.licence_override)
     if recipe.train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32")
     for name, moves in recipe.players.items():

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from distill.build import objective_of, player_networks
+from distill.meter import unique
 from distill.objective import Batch
 from distill.optimizers import held
-from distill.plan import Plan, play, unique
+from distill.plan import Plan, play
 from distill.player import Moves
 from distill.recipe import Recipe
 from distill.sources import needs_data

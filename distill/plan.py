@@ -7,18 +7,13 @@ formula beside it.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from distill.meter import Meter, fused, unique
 from distill.objective import Batch, Objective, Turn
 from distill.recipe import Recipe
 from teachers.denoiser import computes
@@ -122,74 +117,6 @@ class Plan:
         }
 
 
-class Held(TorchDispatchMode):
-    """Follows the bytes that are alive among tensors made inside it."""
-
-    def __init__(self, known: set[int]) -> None:
-        super().__init__()
-        self.known, self.now, self.most = known, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self._born(tensor)
-        return out
-
-    def _born(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.known:
-            return
-        size = storage.nbytes()
-        self.known.add(storage._cdata)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, storage._cdata, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-class _Attention(torch.autograd.Function):
-    """Attention as fused kernels hold it: queries, keys, values, output; never the N × N matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # pyright: ignore
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])  # fake, like all that is played
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
-        q, k, v, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-@contextmanager
-def fused(flops: list[float]) -> Iterator[None]:
-    """Attention without its matrix, its FLOPs added up in `flops`: forward 4 N M d, backward 10."""
-    before = F.scaled_dot_product_attention
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Tensor:
-        q, k, v = query, key, value
-        learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-        each = q.shape[:-1].numel() * k.shape[-2] * q.shape[-1]
-        flops[0] += (14 if learns else 4) * each
-        return _Attention.apply(q, k, v)  # pyright: ignore[reportReturnType]
-
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = before
-
-
-def unique(tensors: Any) -> int:
-    """Bytes of tensors, each storage once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-
-
 def play(
     objective: Objective,
     players: dict[str, list[nn.Parameter]],
@@ -219,7 +146,7 @@ def play(
             plays.append(turn.players)
             if turn.players not in kinds:
                 moving = [p for name in turn.players for p in players[name]]
-                kinds[turn.players] = _cost(turn, batch, moving, tensors, precision, counts)
+                kinds[turn.players] = _cost(turn, batch, parts, moving, tensors, precision, counts)
     for hook in hooks:
         hook.remove()
     scale = parts / steps
@@ -244,6 +171,7 @@ class Cost:
 def _cost(
     turn: Turn,
     batch: Batch,
+    parts: int,
     moving: list[nn.Parameter],
     tensors: list[Tensor],
     precision: str,
@@ -252,12 +180,16 @@ def _cost(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     for p in moving:
         p.requires_grad_(True)
-    before, attention = dict(counts), [0.0]
+    before = dict(counts)
     known = {t.untyped_storage()._cdata for t in tensors}
-    counter = FlopCounterMode(display=False)
-    with Held(known) as held, counter, fused(attention):
-        # the CPU's autocast, since fake tensors are the CPU's; it casts the same products
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+    with Meter(known) as meter, fused(meter):
+        if parts > 1:  # the gradients of the parts before are there from the beginning
+            for p in moving:
+                p.grad = torch.zeros_like(p)
+        # as a run's: casts are not kept; but the CPU's, which casts the same, as fake tensors are
+        with torch.autocast(
+            "cpu", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
+        ):
             loss = turn.loss(batch)
         loss.value.backward()
         del loss
@@ -266,9 +198,9 @@ def _cost(
         p.grad = None
         p.requires_grad_(False)
     return Cost(
-        held.most - gradients,
+        meter.most - gradients,
         gradients,
-        counter.get_total_flops() + attention[0],
+        float(meter.flops),
         {k: v - before[k] for k, v in counts.items()},
     )
 

@@ -82,6 +82,12 @@ class Facts:
         return float(how["scale"] if isinstance(how, dict) else how)
 
     @property
+    def weaker(self) -> str | None:
+        """The network that guided the teacher, under autoguidance."""
+        how = self.setting("teacher", "guidance")
+        return how.get("weaker") if isinstance(how, dict) else None
+
+    @property
     def counts(self) -> list[int]:
         return self.sidecar["steps"]
 
@@ -126,7 +132,8 @@ def card(run: Path, repo: str = "", licence_override: str = "", revision: str = 
         licence_override: As for `check_licence`; a recipe's export.licence_override serves too.
 
     Raises:
-        UserError: the run is not finished or not whole, or the teacher's licence forbids it.
+        UserError: the run is not finished or not whole, or a licence forbids it: the teacher's, or
+            that of the weaker network that guided it.
     """
     require_finished(run)
     summary = read_json(run / "summary.json", f"run {str(run)!r}")
@@ -134,6 +141,8 @@ def card(run: Path, repo: str = "", licence_override: str = "", revision: str = 
     grid = newest_grid(run, facts.counts)
     override = licence_override or str(facts.setting("export", "licence_override", "") or "")
     licence = check_licence(facts.teacher, override)
+    if facts.weaker is not None:
+        check_licence(facts.weaker, override)
     adapter = any((run / "lora").glob("*.safetensors"))
     made = {**vars(facts), "grid": grid is not None, "override": override}
     return Card(
@@ -356,8 +365,10 @@ def licensed(facts: Facts, licence: Licence) -> str:
     lines = [f"The teacher's, which a student inherits: **{licence.called}**{link}."]
     if licence.id is None:
         lines = ["The teacher states none; ask its owner before you share or use this."]
-    if licence.forbids:
-        lines.append(f"It forbids derivatives; this one is shared because: {facts.override}.")
+    guide = Licence() if facts.weaker is None else licence_of(facts.weaker)
+    if licence.forbids or guide.forbids:
+        whose = "It" if licence.forbids else f"That of what guided the teacher ({guide.called})"
+        lines.append(f"{whose} forbids derivatives; this one is shared because: {facts.override}.")
     return "## Licence\n\n" + " ".join(lines)
 
 

@@ -199,9 +199,9 @@ def outline(
             f"or name a known one: {nearest(source, OUTLINES)}"
         )
     known = OUTLINES[source]
-    kind = UNet if known.pipeline in UNet.PIPELINES else families()[known.pipeline].args[0]
     # those whose loader takes more options than others have one of their own
-    kind = Flux if known.pipeline in Flux.PIPELINES else families()[known.pipeline].args[0]
+    owner = next((k for k in (UNet, Flux) if known.pipeline in k.PIPELINES), None)
+    kind = owner or families()[known.pipeline].args[0]
     shape = known.shape
     if size is not None:
         shape = (shape[0], size // known.factor, size // known.factor)

@@ -9,13 +9,23 @@ from torchvision.utils import save_image
 from distill import build, forecast
 from distill.plan import GPUS, RESERVE
 from distill.recipe import SHIPPED, Recipe, read_yaml, shipped
-from teachers.outlines import OUTLINES
+from students.lora import unwrap
+from teachers.outlines import OUTLINES, outline
 from tests import families
 from tests.test_engine import stream
 
 LIKE = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3.5", "flux": "flux-dev", "sana": "sana",
         "pixart": "pixart-sigma"}  # fmt: skip
-BIG = [name for name in shipped() if name.split("/")[0] in LIKE]
+BILLIONS = {
+    "edm-imagenet-64x64-cond-adm.pkl": 0.296,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": 0.860,
+    "stabilityai/stable-diffusion-xl-base-1.0": 2.567,
+    "stabilityai/stable-diffusion-3.5-medium": 2.24,
+    "black-forest-labs/FLUX.1-dev": 11.9,
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": 1.60,
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": 0.611,
+}  # of the networks' parameters, as their cards and papers have them
+BIG = [name for name in shipped() if name.split("/")[0] in (*LIKE, "edm")]
 
 
 def header(name):
@@ -24,8 +34,8 @@ def header(name):
 
 
 def test_every_recipe_for_a_published_checkpoint_is_among_these():
-    small = ("digits", "shapes", "bench", "edm")  # EDM's are of its own files: test_plan.py
-    big = {n for n in shipped() if not any(part in n for part in small)}
+    small = {"bench", "curves", "digits", "shapes", "teachers"}
+    big = {n for n in shipped() if n.split("/")[0] not in small}
     assert big == set(BIG)
     assert all(Recipe.load(n).teacher.source in OUTLINES for n in BIG)
 
@@ -36,6 +46,13 @@ def test_a_header_says_what_is_known_what_is_expected_and_what_it_takes(name):
     planned, command = r"Planned: [\d.]+ GB on [\w-]+", rf"distill run recipes/{name}\.yaml --out"
     for said in (r"arXiv:\d{4}\.\d{5}", "we expect", "Not yet run at full scale", planned, command):
         assert re.search(said, text, re.IGNORECASE), said
+
+
+@pytest.mark.parametrize("source", OUTLINES)
+def test_an_outlines_network_has_the_published_size(source):
+    network = unwrap(outline(source, torch.device("meta"), precision="bf16").denoiser).backbone
+    held = sum(p.numel() for p in network.parameters())
+    assert held / 1e9 == pytest.approx(BILLIONS[source], rel=5e-3)
 
 
 @pytest.mark.slow
@@ -69,7 +86,7 @@ def likeness(name, tmp_path):
     return Recipe.check(tree, name)
 
 
-@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("name", [n for n in BIG if n.split("/")[0] in LIKE])
 def test_a_recipes_own_settings_train_a_small_network_of_its_family(name, tmp_path):
     recipe = likeness(name, tmp_path)
     engine = build.build(recipe, tmp_path / "run").engine

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, constants
 from distill import __main__ as cli
 from distill import build
 from distill.objectives import OBJECTIVES
+from distill.recipe import Recipe
 from students import card, licence
 from students.licence import check_licence, licence_of
 from students.papers import PAPERS
@@ -270,6 +271,29 @@ def test_a_run_is_refused_before_anything_is_built_unless_a_reason_is_given(
         words = ["run", str(recipe), "--out", str(tmp_path / "o"), "--licence-override", reason]
         patch.setattr(sys, "argv", ["distill", *words])
         cli.main()
+
+
+def test_the_licence_of_the_weaker_teacher_that_guides_stops_a_run_as_well(tmp_path, pipelines):
+    weaker = teacher_folder(tmp_path / "t", "license: cc-by-nd-4.0")
+    tree = recipe_tree("sid", pipelines["edm"])
+    tree["teacher"]["guidance"] = {"scale": 2, "kind": "auto", "weaker": weaker}
+    with pytest.raises(UserError, match=rf"{weaker}': its licence \(cc-by-nd-4.0\) forbids"):
+        build.build(Recipe.check(tree), tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_licence_of_the_weaker_teacher_that_guided_stops_the_card_as_well(tmp_path):
+    weaker = teacher_folder(tmp_path / "t", "license: cc-by-nd-4.0")
+    run = make_run(tmp_path / "run")
+    path = run / "student" / "fewstep.json"
+    sidecar = json.loads(path.read_text())
+    sidecar["recipe"]["teacher"] = {"guidance": {"scale": 2, "kind": "auto", "weaker": weaker}}
+    path.write_text(json.dumps(sidecar))
+    with pytest.raises(UserError, match=rf"{weaker}': its licence \(cc-by-nd-4.0\) forbids"):
+        card.card(run)
+    text = card.card(run, licence_override="permission of 3 May").text
+    said = "what guided the teacher (cc-by-nd-4.0) forbids derivatives; this one is shared because:"
+    assert f"{said} permission of 3 May." in text
 
 
 @pytest.mark.parametrize(
