@@ -188,14 +188,14 @@ def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def shown(recipe: Recipe, teacher: Teacher) -> list[Any]:
-    """What the sample grids show: every class in turn, or some of the prompts."""
+    """What the sample grids show: every class in turn, or prompts of the recipe's own kind."""
     if classes := getattr(teacher.codec, "classes", 0):
         return [i % classes for i in range(80)]
     if teacher.codec.condition([""]) is None:
         return [0] * 80
-    if recipe.eval.protocol == "shapes":
+    if "shapes" in (recipe.eval.protocol, recipe.data.source):
         return shapes.captions(40, seed=0)
-    return [item.prompt for item in list_prompts("pack:starter").items[:10]]
+    return [item.prompt for item in list_prompts(recipe.data.prompts or "pack:starter").items[:10]]
 
 
 def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:

@@ -70,6 +70,8 @@ def chart(title: str, series: Mapping[int, float], band: Band | None = None) -> 
         parts.append(f'<polygon class="band" points="{" ".join(there + back)}"/>')
     path = " ".join(f"{x(p.step):.1f},{y(p.value):.1f}" for p in points)
     parts.append(f'<polyline class="line" points="{path}"/>')
+    if len(points) == 1:
+        parts.append(f'<circle class="band" cx="{LEFT}" cy="{y(points[0].value):.1f}" r="3"/>')
     bounds_at = {step: (lo, hi) for step, lo, hi in edges}
     for p in points:
         lo, hi = bounds_at.get(p.step, (-math.inf, math.inf))

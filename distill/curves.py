@@ -186,8 +186,8 @@ def reference_for(run: Path, name: str | None) -> Reference:
     if name is None:
         if (found := match(tree_of(run))) is None:
             raise UserError(
-                f"{run}: no reference is of its recipe; name one ({', '.join(references())}), "
-                "or another run's folder"
+                f"{run}: no reference is of its recipe (there are {', '.join(references())}); "
+                "name a good run's folder to compare it with"
             )
         return found
     if name in (known := references()):

@@ -335,7 +335,8 @@ def round_trip(subject: Subject) -> Iterator[Check]:
     psnr = min(10 * math.log10(4 / max(error, 1e-30)), 100.0)
     yield check(
         "decode(encode(image)), PSNR", psnr, "≥ 18 dB", psnr >= 18,
-        "vae scaling_factor/shift_factor: decode does not undo encode; they must use the same two",
+        "vae scaling_factor/shift_factor: decode does not undo encode; they must use the same two, "
+        "or give --image a picture such as it was trained on",
     )  # fmt: skip
     if isinstance(subject.teacher.codec, Pixels):
         return

@@ -107,7 +107,7 @@ def read(path: Path) -> Any:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "empty"
         raise UserError(f"{path}: not a whole pickle ({reason})") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give an EDM file") from None
 
 
 class Machine:

@@ -164,6 +164,7 @@ def test_what_left_its_band_is_marked():
 def test_charts_of_odd_series_are_still_charts():
     assert chart("none", {}) == "" == chart("nan", {1: math.nan})
     assert "<polyline" in chart("constant", {1: 0.0, 2: 0.0})
+    assert chart("a single point", {10: 1.0}).count("<circle") == 1
     assert len(coordinates(chart("long", {i: i * 1.0 for i in range(10_001)}))) < 250
     assert "&lt;b&gt;" in chart("<b>", {1: 1.0})
 
