@@ -7,6 +7,8 @@ the checkpoint's configs.
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -288,12 +290,21 @@ def load(
 
 
 def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
-    """The pipeline in a folder, from safetensors only, without a safety checker."""
+    """The pipeline in a folder, from safetensors only, without a safety checker.
+
+    Raises:
+        UserError: it cannot be read, or weights of some part are not there: diffusers would leave
+            them without values, and transformers would draw them at random.
+    """
     import diffusers
 
     index = read_json(folder / "model_index.json", who)
     for part, entry in index.items():
-        if not isinstance(entry, list) or entry[0] is None or part == "safety_checker":
+        if not isinstance(entry, list) or part == "safety_checker":
+            continue
+        if len(entry) != 2:
+            raise UserError(f"{who}: model_index.json: {part}: expected two names, not {entry}")
+        if entry[0] is None:
             continue
         if not (folder / part).is_dir():
             raise UserError(f"{who}: {folder / part} is missing, which model_index.json names")
@@ -307,8 +318,8 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
     absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
     absent += [k for k in index if k == "safety_checker"]
     try:
-        with quiet():
-            return diffusers.DiffusionPipeline.from_pretrained(
+        with quiet(), invented() as lacking:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
                 folder,
                 use_safetensors=True,
                 local_files_only=True,
@@ -318,6 +329,37 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
     except Exception as error:  # diffusers and transformers wrap a damaged file in various types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{who}: the pipeline in {folder} cannot be read ({reason})") from None
+    for part, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            lacking += [f"{part}.{k}" for k, v in module.state_dict().items() if v.is_meta]
+    if lacking:
+        raise UserError(
+            f"{who}: the weights in {folder} are not whole: {lacking[0]} is missing"
+            + f", and {len(lacking) - 1} more" * (len(lacking) > 1)
+        )
+    return pipe
+
+
+@contextmanager
+def invented() -> Iterator[list[str]]:
+    """The names of weights that transformers had to make up; it only says so in its log."""
+    found: list[str] = []
+    log = logging.getLogger("transformers.modeling_utils")
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.extend(re.findall(r"^(\S.*?)\s*\| MISSING", record.getMessage(), re.MULTILINE))
+
+    listener, level, passes = Listener(), log.level, log.propagate
+    log.addHandler(listener)
+    log.setLevel(logging.WARNING)
+    log.propagate = False
+    try:
+        yield found
+    finally:
+        log.removeHandler(listener)
+        log.setLevel(level)
+        log.propagate = passes
 
 
 @contextmanager

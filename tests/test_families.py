@@ -1,12 +1,16 @@
 """Every family: the stock pipeline's own numbers, students trained, exported and read back."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from students import stock
 from students.export import export, load_student, rehearse, request
 from students.lora import Adapter
-from teachers import load
+from teachers import UserError, load
 from tests import families
 
 
@@ -67,3 +71,24 @@ def test_a_teacher_in_half_precision_is_rehearsed_and_exported(folders, name, tm
     student = disturbed(stock.student(teacher, 2, None, True, Adapter(rank=4))).eval()
     rehearse(student, teacher)
     export(student, teacher, tmp_path / "student", {})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_weights_that_are_not_all_there_are_refused(folders, part, tmp_path):
+    """Diffusers would leave them without values, transformers draw them at random."""
+    copy = shutil.copytree(folders("sdxl"), tmp_path / "t")
+    file = next((copy / part).glob("*.safetensors"))
+    weights = load_file(file)
+    name = sorted(weights)[3]
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"not whole: .*{name.split('.')[-1]} is missing"):
+        load(str(copy))
+
+
+def test_an_index_with_an_empty_entry_is_refused(folders, tmp_path):
+    copy = shutil.copytree(folders("sd"), tmp_path / "t")
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "unet": []}))
+    with pytest.raises(UserError, match="unet: expected two names"):
+        load(str(copy))
