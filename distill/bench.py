@@ -34,6 +34,21 @@ from teachers.errors import UserError
 STATE = "state.json"
 
 
+def table(path: Path) -> dict[str, Any]:
+    """A JSON object that a benchmark keeps.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged; delete it, and what it kept is found out again")
+    return found
+
+
 class Budget(Section):
     """What every run may spend on training: the one or the other."""
 
@@ -218,7 +233,7 @@ class Race:
         self.stopping = False
         self.state: dict[str, dict[str, Any]] = {}
         if (out / STATE).exists():
-            self.state = json.loads((out / STATE).read_text())
+            self.state = table(out / STATE)
 
     def close(self) -> None:
         """Give the folder back."""

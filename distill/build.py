@@ -93,6 +93,8 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     objective = objective_of(recipe, teacher, accelerator.device)
     if recipe.kind.few_step and not linear.exact(teacher):  # linear students have no pipeline
         rehearse(objective.student, teacher)
+    if guidance_of(recipe).kind == "skip":
+        rehearse_skipping(objective.teacher, teacher, accelerator.device)
     movers = player_networks(objective)
     check_first(objective, movers)
     players = {
@@ -185,6 +187,16 @@ def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
         return found
     free = path in FREE or path.startswith(("eval", "export"))
     return [] if a == b or free else [(path, a, b)]
+
+
+@torch.no_grad()
+def rehearse_skipping(guided: nn.Module, teacher: Teacher, device: torch.device) -> None:
+    """Call the guided teacher once, which is when a block that cannot be skipped is found out."""
+    null = teacher.codec.null
+    cond = null and {k: v.to(device) for k, v in null.items()}
+    guided(
+        torch.zeros(1, *teacher.shape, device=device), torch.full((1,), 0.5, device=device), cond
+    )
 
 
 def shown(recipe: Recipe, teacher: Teacher) -> list[Any]:

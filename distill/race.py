@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from distill import leaderboard
-from distill.bench import Bench, Entry, Race, digest, write
+from distill.bench import Bench, Entry, Race, digest, table, write
 from distill.leaderboard import Line, sampled
 from distill.measure import check_protocol, evaluate_teacher
 from distill.plots import plot
@@ -106,7 +106,7 @@ def said(race: Race, entry: Entry) -> str:
 def teacher_lines(race: Race, recipe: Recipe, teacher: Teacher, measure: Protocol) -> list[Line]:
     """The teacher at its full steps and by every baseline, each measured once for the folder."""
     file = race.out / TEACHER
-    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    known = table(file) if file.exists() else {}
     tree, count = recipe.tree(), len(race.bench.seeds)
     solver, full = recipe.eval.teacher_solver, recipe.eval.teacher_steps
     seeds = list(range(count))

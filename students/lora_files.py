@@ -7,12 +7,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from students.export import pipeline, request
 from students.formats import File, diffusers_lora, ldm_names, to_kohya, write
 from students.generator import Generator
 from students.lora import Adapted, unwrap
-from students.restored import restored
+from students.restored import reread
 from teachers.pipeline import Prompted
+from teachers.quantised import is_quantised
 from teachers.stable import SDXL
 from teachers.teacher import EMBEDDED, Teacher, find
 
@@ -67,6 +70,9 @@ def export_lora(generator: Generator, teacher: Teacher, student: Path, out: Path
         (base / network.PART).unlink()
         (base / network.PART).symlink_to((source / network.PART).resolve())
         _, arguments = request(generator, teacher)
-        merged = pipeline(restored(generator, teacher), teacher)
-        write(files, merged, base, generator.counts, arguments)
+        exact = generator
+        if next(network.backbone.parameters()).dtype != torch.float32 or is_quantised(network):
+            # stock diffusers adds the file to the weights as they are on the disk, in float32
+            exact = reread(generator, teacher, torch.float32)
+        write(files, pipeline(exact, teacher), base, generator.counts, arguments)
     shutil.copytree(student / "scheduler", out / "scheduler")

@@ -28,12 +28,21 @@ def restored(generator: Generator, teacher: Teacher) -> Generator:
     Raises:
         UserError: the teacher's files are no longer there.
     """
-    network = unwrap(generator.denoiser)
-    if not is_quantised(network):
+    if not is_quantised(unwrap(generator.denoiser)):
         return generator
-    adapter = generator.denoiser
+    return reread(generator, teacher, torch.bfloat16)
+
+
+def reread(generator: Generator, teacher: Teacher, dtype: torch.dtype) -> Generator:
+    """An adapter's student as a network of its own: the weights in its teacher's files, as `dtype`
+    and in host memory, with the adapter merged.
+
+    Raises:
+        UserError: the teacher's files are no longer there.
+    """
+    network, adapter = unwrap(generator.denoiser), generator.denoiser
     assert isinstance(adapter, Adapted) and adapter.name is not None
-    backbone = original(network, teacher)
+    backbone = original(network, teacher, dtype)
     merge(network.backbone, adapter.name, backbone)
     view = under(network, network.schedule)
     view.backbone = backbone.requires_grad_(False).eval()
@@ -42,7 +51,7 @@ def restored(generator: Generator, teacher: Teacher) -> Generator:
     return twin
 
 
-def original(network: Pretrained, teacher: Teacher) -> nn.Module:
+def original(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> nn.Module:
     """The teacher's network, read once more from its files."""
     folder = EMBEDDED.get(teacher.source) or find(teacher.source)
     kind: Any = type(network.backbone)
@@ -51,7 +60,7 @@ def original(network: Pretrained, teacher: Teacher) -> nn.Module:
             return kind.from_pretrained(
                 folder,
                 subfolder=network.PART,
-                torch_dtype=torch.bfloat16,
+                torch_dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
             )

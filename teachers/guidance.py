@@ -127,10 +127,10 @@ class Skipping(Guided):
         super().__init__(denoiser, scale, None, mix)
         self.blocks, modules = tuple(blocks), dict(denoiser.named_modules())
         if not self.blocks:
-            raise UserError("guidance.blocks: name at least one block to skip")
+            raise UserError("teacher.guidance.blocks: name at least one block to skip")
         if missing := [b for b in self.blocks if b not in modules]:
             raise UserError(
-                f"guidance.blocks: the network has no block {missing[0]!r}; "
+                f"teacher.guidance.blocks: the network has no block {missing[0]!r}; "
                 f"{nearest(missing[0], shown(denoiser))}"
             )
 
@@ -183,8 +183,8 @@ def passed(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
         found = fits and tuple(a if o is not None else None for a, o in zip(fitting[0], output))
     if not fits:
         raise UserError(
-            f"guidance.blocks: a {type(block).__name__} does not return what it was given in shape "
-            "and cannot be skipped; name a transformer block or an attention layer"
+            f"teacher.guidance.blocks: a {type(block).__name__} does not return what it was given "
+            "in shape and cannot be skipped; name a transformer block or an attention layer"
         )
     return found
 

@@ -87,6 +87,33 @@ def test_five_steps_on_prompts_leave_a_student_of_videos(folder, pictures, tmp_p
     assert drawn.shape == (2, 3, 5, 32, 32)
 
 
+@SLOW
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4"])
+def test_adapters_on_rounded_weights_leave_files_that_fit_the_exact_ones(
+    folder, precision, pictures, tmp_path, capsys
+):
+    made = tree("sd", folder("sd"), "dmd2", pictures)
+    made["teacher"]["precision"] = precision
+    code, _, err = called(
+        capsys, "run", write(tmp_path / "r.yaml", made), "--out", tmp_path / "run"
+    )
+    assert code == 0, err
+    assert (tmp_path / "run/lora/pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_block_that_cannot_be_skipped_is_refused_before_anything_is_written(
+    folder, pictures, tmp_path, capsys
+):
+    made = tree("sd", folder("sd"), "dmd2", pictures)
+    made["teacher"]["guidance"] = {"scale": 2, "kind": "skip", "blocks": ["backbone.conv_in"]}
+    capsys.readouterr()
+    code, _, err = called(
+        capsys, "run", write(tmp_path / "r.yaml", made), "--out", tmp_path / "run"
+    )
+    assert code == 2 and "teacher.guidance.blocks: a Conv2d does not return" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_learning_from_real_videos_is_refused(folder, pictures, tmp_path, capsys):
     recipe = write(tmp_path / "r.yaml", tree("wan", folder("wan"), "consistency", pictures))
     capsys.readouterr()  # what saving the teacher printed
