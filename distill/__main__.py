@@ -246,6 +246,8 @@ def evaluate(
     counts = [int(k) for k in wanted] or list(found.counts or (1, 2, 4))
     found.check(counts)
     other = None if against is None else evaluation.teacher(against, device, **how)
+    if other is not None:
+        evaluation.check_against(found, other)
     record = json_file and json_file.with_name(f"{json_file.name}.seeds")
     n = measure.seeds if seeds is None else seeds
     rows = evaluation.evaluate(found, measure, counts, n, processes, record)

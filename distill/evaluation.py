@@ -152,6 +152,18 @@ def evaluate(
     return results
 
 
+def check_against(found: Subject, other: Subject) -> None:
+    """Refuse a comparison with pictures of another shape, before anything is drawn.
+
+    Raises:
+        UserError: they are.
+    """
+    ours, theirs = picture_shape(found.teacher), picture_shape(other.teacher)
+    if ours != theirs:
+        a, b = ("×".join(map(str, s)) for s in (ours, theirs))
+        raise UserError(f"--against: its pictures are {b}, not {a}")
+
+
 def agreement(
     found: Subject, other: Subject, prompts: list[str], steps: int, full: int
 ) -> dict[str, float]:
@@ -165,9 +177,6 @@ def agreement(
     some = prompts[:: max(1, len(prompts) // AGREEING)][:AGREEING]
     ours = found.draw(some, steps)(some, 0).images
     theirs = other.draw(some, full)(some, 0).images
-    if ours.shape != theirs.shape:
-        a, b = ("×".join(map(str, s.shape[1:])) for s in (ours, theirs))
-        raise UserError(f"--against: its pictures are {b}, not {a}")
     rows = {"teacher_psnr": psnr(ours, theirs).clamp(max=99).mean().item()}
     if min(picture_shape(found.teacher)[1:]) >= LPIPS_FROM:
         distances = [lpips()(a[None], b[None]) for a, b in zip(ours, theirs, strict=True)]

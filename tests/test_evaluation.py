@@ -112,6 +112,7 @@ def test_the_figure_that_counts_is_the_first_distance_there_is():
         (["digits", "--steps", "0"], "--steps 0: expected whole numbers"),
         (["digits", "--steps", "1,two"], "--steps two: expected"),
         (["nowhere/at/all"], "nowhere/at/all"),
+        (["digits", "--against", "shapes"], "its pictures are 3×32×32, not 1×8×8"),
         (["digits", "--against", "nowhere/at/all"], "nowhere/at/all"),
         (["digits", "--json", "nowhere/f.json"], "does not exist"),
     ],
