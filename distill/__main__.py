@@ -292,15 +292,30 @@ def teach(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resum
 
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="A published EDM or EDM2 network: FILE.pkl.")],
-    folder: Annotated[Path, typer.Argument(help="A new folder: safetensors and config.json.")],
+    source: Annotated[
+        Path, typer.Argument(help="An EDM network, FILE.pkl; or a student or its run's folder.")
+    ],
+    to: Annotated[
+        Path, typer.Argument(help="A new folder for the network; FILE.safetensors for a student.")
+    ],
 ):
-    """Turn a pickled EDM or EDM2 network into safetensors, without executing anything in it."""
+    """Turn a pickled EDM network into a folder, or a student into one file for other programs."""
     from distill.terminal import out as console
+
+    if source.is_dir():
+        from students.single import export_single
+        from teachers.errors import UserError
+
+        writable(to, "convert")
+        if to.suffix != ".safetensors" or to.exists():
+            raise UserError(f"convert {to}: expected the name of a new .safetensors file")
+        export_single(source, to)
+        console.print(f"student in {to}; its scheduler stays in {source}", soft_wrap=True)
+        return
     from teachers.edm_files import convert as write
 
-    write(file.expanduser(), folder.expanduser())
-    console.print(f"teacher in {folder}", soft_wrap=True)
+    write(source.expanduser(), to.expanduser())
+    console.print(f"teacher in {to}", soft_wrap=True)
 
 
 RunArg = Annotated[Path, typer.Argument(help="A finished run's folder.")]

@@ -107,6 +107,9 @@ def results(title: str, rows: dict[str, dict[str, Any]], base: str | None = None
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     named = {k: head for k, head in HEADS.items() if all(k in row for row in rows.values())}
+    captions = any("shape_accuracy" in row for row in rows.values())  # are then what can be wrong
+    for k in ("precision", "recall") if captions else ("accuracy",):  # there is room for so many
+        named.pop(k, None)
     timed = all("images_per_s" in row for row in rows.values())
     for name in (*named.values(), *["img/s"] * timed, *["speed-up"] * (base is not None)):
         table.add_column(name, justify="right", no_wrap=True)
