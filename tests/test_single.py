@@ -10,12 +10,14 @@ from students.export import export
 from students.single import export_single, forget_scale
 from teachers import UserError, load
 from tests import families
+from tests.test_formats import PIPELINES
 
 
 @pytest.mark.slow  # each starts two other processes
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", PIPELINES)
 def test_stock_diffusers_draws_an_exported_students_pictures_from_one_file(name, tmp_path):
-    teacher = load(str(families.build(name, tmp_path / "teacher")))
+    PIPELINES[name](tmp_path / "scratch").save_pretrained(tmp_path / "teacher")
+    teacher = load(str(tmp_path / "teacher"))
     student = stock.student(teacher, 2).eval()
     with torch.no_grad():
         for p in student.parameters():
