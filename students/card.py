@@ -261,7 +261,8 @@ def guidance_arguments(facts: Facts) -> dict[str, float]:
 
 def snippet(facts: Facts) -> str:
     """Six lines that load the student and save a picture."""
-    call = ['"a lighthouse at dusk"'] if facts.text else ["batch_size=16"]
+    asked = "two red circles on the left" if facts.teacher == "shapes" else "a lighthouse at dusk"
+    call = [json.dumps(asked)] if facts.text else ["batch_size=16"]
     call += ["class_labels=[3] * 16"] * facts.classes
     call += [f"num_inference_steps={max(facts.counts)}"]
     call += [f"{k}={v}" for k, v in guidance_arguments(facts).items()]
