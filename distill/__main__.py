@@ -220,10 +220,13 @@ def evaluate(
     ] = None,
 ):
     """Measure a student or a teacher by a protocol, at the step counts given."""
+    import json
+
     from accelerate import PartialState
 
     from distill import evaluation
     from distill.encode import device as device_of
+    from distill.files import write
     from distill.terminal import out as console
     from distill.terminal import results
     from eval.protocol import protocol as protocol_of
@@ -268,7 +271,7 @@ def evaluate(
     title = f"{protocol}: {len(measure.prompts):,} samples, {n} seeds; ± over seeds"
     console.print(results(title, shown, base=base))
     if json_file is not None:
-        evaluation.write(json_file, tree)
+        write(json_file, json.dumps(tree, indent=2) + "\n")
         for kept in (record, json_file.with_name(f"{json_file.name}.against")):
             kept and kept.unlink(missing_ok=True)
 

@@ -27,6 +27,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from distill.baselines import Baseline
 from distill.explain import explain
+from distill.files import write
 from distill.objective import Count, Positive, Seed
 from distill.recipe import Recipe, Section, find, override, read_yaml
 from teachers.errors import UserError
@@ -198,13 +199,6 @@ class Entry:
 def digest(tree: Any) -> str:
     """A hash of plain data."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 class Race:

@@ -15,6 +15,7 @@ import torch
 
 from distill.baselines import Baseline, Stock, StockEDM
 from distill.encode import picture_shape
+from distill.files import write
 from distill.measure import check_protocol, student_samples
 from distill.recipe import Recipe
 from distill.teaching import load_teacher
@@ -147,7 +148,7 @@ def evaluate(
                 draw = found.draw(measure.prompts, k)
                 known[place] = measure.once(draw, seed, processes)
             if record is not None and processes.rank == 0:
-                write(record, {"about": about, "figures": known})
+                write(record, json.dumps({"about": about, "figures": known}, indent=2) + "\n")
         results[str(k)] = measure.over([known[f"{k}/{seed}"] for seed in range(seeds)])
     return results
 
@@ -194,10 +195,3 @@ def recall(record: Path | None, about: dict[str, Any]) -> dict[str, dict[str, fl
         return dict(kept["figures"]) if same else {}
     except (ValueError, KeyError, TypeError):
         return {}
-
-
-def write(path: Path, tree: Any) -> None:
-    """Write JSON so that a cut leaves the old file or the new one."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(tree, indent=2) + "\n")
-    draft.replace(path)

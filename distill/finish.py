@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from distill.build import Run
+from distill.files import write
 from distill.lock import release
 from distill.measure import (
     evaluate_student,
@@ -53,9 +54,7 @@ def finish(run: Run) -> dict[str, Any]:
                     run.student, run.teacher, run.out / "student", run.out / "lora"
                 )
             summary = summarise(run, measure_all(run, student))
-        draft = run.out / ".summary.json"
-        draft.write_text(json.dumps(summary, indent=2) + "\n")
-        draft.replace(run.out / "summary.json")
+        write(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
         if not linear.exact(run.teacher):
             report(run.out)
     engine.accelerator.wait_for_everyone()

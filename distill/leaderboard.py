@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any, Literal
 
-from distill.bench import Entry, Race, Row, write
+from distill.bench import Entry, Race, Row
+from distill.files import write
 
 # Figures that tables show, and their heads; the first orders them.
 SHOWN = {"fd": "FD", "precision": "precision", "recall": "recall", "coverage": "coverage",

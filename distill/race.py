@@ -12,7 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from distill import leaderboard
-from distill.bench import Bench, Entry, Race, digest, table, write
+from distill.bench import Bench, Entry, Race, digest, table
+from distill.files import write
 from distill.leaderboard import Line, sampled
 from distill.measure import check_protocol, evaluate_teacher
 from distill.plots import plot

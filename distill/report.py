@@ -13,6 +13,7 @@ import yaml
 
 from distill import curves
 from distill.charts import chart
+from distill.files import write
 from students.card import (
     FIGURES,
     Facts,
@@ -45,10 +46,7 @@ def report(run: Path, out: Path | None = None) -> Path:
     """
     require_finished(run)
     out = run / "report.html" if out is None else out
-    page = render(run)
-    draft = out.with_name(f".{out.name}")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(out)
+    write(out, render(run))
     return out
 
 
