@@ -317,5 +317,7 @@ def load_student(folder: Path) -> tuple[Generator, Teacher]:
     if not whole or not isinstance(sidecar.get("renoise"), bool):
         raise UserError(f"student {str(folder)!r}: {SIDECAR} is damaged; export the run again")
     teacher = load(str(folder), **options)
-    like = stock.student(teacher, max(counts), None, sidecar["renoise"])
-    return like.eval().requires_grad_(False), teacher
+    like = stock.student(teacher, max(counts), None, sidecar["renoise"], exported=True)
+    if unknown := set(counts) - set(like.counts):
+        raise UserError(f"student {str(folder)!r}: {SIDECAR}: steps: {min(unknown)} is no count")
+    return like.keep(*counts).eval().requires_grad_(False), teacher

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,11 @@ class Generator(nn.Module):
     def counts(self) -> tuple[int, ...]:
         """The step counts that this student can be run at: those that divide its own."""
         return tuple(self.grids)
+
+    def keep(self, *counts: int) -> Self:
+        """Run at these counts alone from now on, as the others are not trained."""
+        self.grids = {k: self.grids[k] for k in counts}
+        return self
 
     def at(self, steps: int) -> Generator:
         """The same student run in fewer steps.

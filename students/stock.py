@@ -6,6 +6,7 @@ here, before training, to be those of a scheduler that diffusers ships:
 | teacher | returns by | scheduler | times |
 |---|---|---|---|
 | EDM | renoising | CMStochasticIterative | equal steps in σ^(1/ρ), on its 40-level grid |
+| EDM, a UNet2DModel | the ODE | EDMEuler | equal steps in σ^(1/ρ), of one count only |
 | DDPM betas | renoising | LCM | equal steps of its 50-index grid |
 | DDPM betas | the ODE | DDIM, trailing | equal steps of the index |
 | flow | renoising | FlowMatchEuler, stochastic | what it gives for each count |
@@ -67,7 +68,11 @@ class Form:
 
 
 def form(
-    network: Pretrained, steps: int = 1, start: float | None = None, renoise: bool = True
+    network: Pretrained,
+    steps: int = 1,
+    start: float | None = None,
+    renoise: bool = True,
+    exported: bool = False,
 ) -> Form:
     """The stock form of a student of `steps` steps of this network.
 
@@ -75,6 +80,7 @@ def form(
         steps: The most steps it is trained for; it also runs in those that divide them.
         start: σ/α of the noise it starts from; the teacher's highest by default.
         renoise: Return to the next time with fresh noise, or along the ODE.
+        exported: The network is such a student itself, read back from its folder.
 
     Raises:
         UserError: no stock scheduler samples such a student.
@@ -85,7 +91,9 @@ def form(
     if start is not None and not isinstance(process, Karras):
         raise UserError("student.start: only EDM students choose where they start; leave it out")
     if isinstance(process, Karras):
-        return _consistency(network.schedule, process, steps, start, renoise)
+        if renoise or steps == 1:
+            return _consistency(network.schedule, process, steps, start)
+        return _euler(network, process, steps, start, exported)
     if isinstance(process, Linear):
         return _flow(network, process, steps, renoise)
     if not isinstance(process, Tabulated):
@@ -93,21 +101,8 @@ def form(
     return _ddpm(network.schedule, process, steps, renoise)
 
 
-def _consistency(
-    schedule: Schedule, process: Karras, steps: int, start: float | None, renoise: bool
-) -> Form:
-    if not renoise:
-        raise UserError(
-            "student.renoise: stock pipelines sample EDM students by renoising; leave it true"
-        )
-    first = 1.0
-    if start is not None:
-        if not process.sigma_min < start <= process.sigma_max:
-            raise UserError(
-                f"student.start: {start} is outside the teacher's noise levels, "
-                f"{process.sigma_min} to {process.sigma_max}"
-            )
-        first = process.time(torch.tensor(start, dtype=torch.float64)).item()
+def _consistency(schedule: Schedule, process: Karras, steps: int, start: float | None) -> Form:
+    first = _first(process, start)
     assert schedule.sigma_data is not None
     n = levels(steps)
     times = [first * (1 - k * (n // steps) / (n - 1)) for k in range(steps)]
@@ -117,6 +112,37 @@ def _consistency(
         time=log_sigma(process, 250.0),
     )
     return Form(schedule, thinned(times), True, floor=process.sigma_min)
+
+
+def _euler(
+    network: Pretrained, process: Karras, steps: int, start: float | None, exported: bool
+) -> Form:
+    """The teacher's own parametrisation, walked by Euler's steps in σ, which are DDIM's.
+
+    The scheduler spaces any number of times from its σ_max to its σ_min, so the student's σ_min is
+    its last time, and it runs at that one count. `exported` ones have it in their schedule.
+    """
+    if not _stock(network) or network.schedule.name == CM:
+        raise UserError(
+            "student.renoise: stock pipelines walk the ODE of EDM's networks only where they are a "
+            "UNet2DModel under EDM's own scheduler; leave it true"
+        )
+    first = _first(process, start)
+    times = [first * (1 - k / (steps - exported)) for k in range(steps)]
+    sigma = process.scales(torch.tensor(first, dtype=torch.float64))[1].item()
+    return Form(network.schedule, {steps: tuple(times)}, False, start=(sigma**2 + 1) ** 0.5)
+
+
+def _first(process: Karras, start: float | None) -> float:
+    """The time at which an EDM student starts."""
+    if start is None:
+        return 1.0
+    if not process.sigma_min < start <= process.sigma_max:
+        raise UserError(
+            f"student.start: {start} is outside the teacher's noise levels, "
+            f"{process.sigma_min} to {process.sigma_max}"
+        )
+    return process.time(torch.tensor(start, dtype=torch.float64)).item()
 
 
 def _ddpm(schedule: Schedule, process: Tabulated, steps: int, renoise: bool) -> Form:
@@ -187,11 +213,12 @@ def student(
     start: float | None = None,
     renoise: bool = True,
     adapter: Adapter | None = None,
+    exported: bool = False,
 ) -> Generator:
     """A trainable few-step student that starts as the teacher, in a stock form.
 
     Args:
-        steps, start, renoise: As `form` has them.
+        steps, start, renoise, exported: As `form` has them.
         adapter: Train one on the teacher's own weights, which stay as they are; None is a copy.
 
     Raises:
@@ -206,7 +233,7 @@ def student(
             "student: no stock pipeline decodes EDM2's latents; EDM2's networks of pixels "
             "(ImageNet-64) can be distilled"
         )
-    made = form(source, steps, start, renoise)
+    made = form(source, steps, start, renoise, exported)
     if is_quantised(source.backbone) and (adapter is None or adapter.kind == "dora"):
         raise UserError("student: on quantised weights there must be an adapter, and none of DoRA")
     if adapter is not None:
@@ -216,24 +243,29 @@ def student(
     # what learns is kept in full precision, whatever the teacher's is
     backbone: Any = whole(deepcopy(source.backbone)).requires_grad_(True)
     trim(backbone, teacher)
-    if rescaled(source):
+    if rescaled(source, made.schedule):
         retime(backbone, source.time, made.schedule.time)
     return made.generator(type(source)(backbone, made.schedule))
 
 
-def rescaled(network: Pretrained) -> bool:
+def rescaled(network: Pretrained, schedule: Schedule) -> bool:
     """Whether a UNet2DModel of EDM's reads its time in other units than its student's scheduler
     feeds."""
+    own = network.schedule
+    karras = isinstance(own.process, Karras)
+    return karras and _stock(network) and own.name != CM and schedule is not own
+
+
+def _stock(network: Pretrained) -> bool:
+    """Whether the network is one of diffusers', and not one of EDM's with its own source."""
     from diffusers import UNet2DModel
 
-    own = network.schedule
-    stock = isinstance(network.backbone, UNet2DModel)
-    return stock and isinstance(own.process, Karras) and own.name != CM
+    return isinstance(network.backbone, UNet2DModel)
 
 
 def share_time(source: Pretrained, schedule: Schedule) -> None:
     """Have an EDM teacher read its time as its student will, since they share the layer for it."""
-    if rescaled(source):
+    if rescaled(source, schedule):
         retime(source.backbone, source.time, schedule.time)
         source.adopt(replace(source.schedule, time=schedule.time, name=CM))
 
@@ -312,7 +344,15 @@ def scheduler(generator: Generator) -> Any:
     schedule, steps = network.schedule, len(generator.times)
     if isinstance(process := schedule.process, Karras):
         assert schedule.sigma_data is not None
-        sigma_max = process.scales(torch.tensor(generator.times[0], dtype=torch.float64))[1].item()
+        ends = torch.tensor(generator.times, dtype=torch.float64)[[0, -1]]
+        sigma_max, sigma_min = process.scales(ends)[1].tolist()
+        if not generator.renoise:
+            return diffusers.EDMEulerScheduler(
+                sigma_min=sigma_min,
+                sigma_max=sigma_max,
+                sigma_data=schedule.sigma_data,
+                rho=process.rho,
+            )
         return diffusers.CMStochasticIterativeScheduler(
             num_train_timesteps=levels(steps),
             sigma_min=process.sigma_min,

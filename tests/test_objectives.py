@@ -249,6 +249,43 @@ def test_a_linear_student_ends_in_the_teachers_law(kind, alpha):
     assert (network.r @ network.r.T - cov).norm() < 0.04
 
 
+def heard(reuse):
+    """What the rivals of two shards saw, and what the student had made of each shard's noise."""
+    teacher, student, network = pair()
+    seen = []
+
+    class Listening(Fitted):
+        def loss(self, x, t, cond=None):
+            seen.append((x, cond["label"]))
+            return x.sum()
+
+    objective = DMD2(
+        teacher=teacher, student=student, fake=Listening(network), times=ONLY, fake_times=ONLY,
+        student_every=2, reuse=reuse,
+    )  # fmt: skip
+
+    def batch(label):
+        return Batch(None, torch.randn(4, 1, dtype=D), {"label": torch.full((4,), label)})
+
+    batches = [batch(label) for label in range(8)]
+    coming = iter(batches)
+    for step in range(2):
+        for turn in objective.turns(step):
+            for _ in range(2):
+                turn.loss(next(coming))
+    with torch.no_grad():
+        return seen, [(student(b.noise), b.cond["label"]) for b in batches]
+
+
+@pytest.mark.parametrize(("reuse", "places"), [(True, [0, 1, 4, 5]), (False, [2, 3, 4, 5])])
+def test_rivals_reuse_what_the_student_was_judged_on_in_that_step(reuse, places):
+    seen, made = heard(reuse)
+    for (x, label), place in zip(seen, places, strict=True):
+        torch.testing.assert_close(x, made[place][0])
+        assert (label == place).all()
+        assert not x.requires_grad
+
+
 # ---- consistency: data N(0, c²), c = ½, students of slopes
 
 

@@ -132,6 +132,29 @@ def test_a_students_times_are_its_schedulers_at_every_count(pipelines, kind, ren
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-9)
 
 
+@pytest.mark.parametrize("start", [None, 2.5])
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_edms_ode_students_walk_their_schedulers_times(pipelines, steps, start):
+    student = stock.student(load(str(pipelines["edm"])), steps, start, False)
+    assert student.counts == (steps,)
+    scheduler = stock.scheduler(student)
+    scheduler.set_timesteps(steps)
+    sigma = student.denoiser.process.scales(torch.tensor(student.times).double())[1]
+    torch.testing.assert_close(sigma.float(), scheduler.sigmas[:-1], rtol=1e-6, atol=0)
+    even = sigma ** (1 / 7)  # and the last step is as long as the others, down to EDM's 0.002
+    gaps = torch.cat([even, torch.tensor([0.002 ** (1 / 7)]).double()]).diff()
+    torch.testing.assert_close(gaps, gaps[:1].expand(steps))
+    assert student.start == pytest.approx(scheduler.init_noise_sigma)
+
+
+def test_edms_ode_student_starts_as_its_teacher_bit_for_bit(pipelines):
+    teacher = load(str(pipelines["edm"]), null_label=10)
+    student = stock.student(teacher, 2, renoise=False).denoiser
+    x, cond = torch.randn(3, 1, 8, 8), teacher.codec.condition([1, 2, 3])
+    t = torch.tensor([0.1, 0.5, 1.0])
+    assert torch.equal(student(x, t, cond), teacher.denoiser(x, t, cond))
+
+
 def test_a_student_may_start_below_the_highest_noise(pipelines):
     student = stock.student(load(str(pipelines["edm"])), 2, 2.5)
     scheduler = stock.scheduler(student)
@@ -145,7 +168,7 @@ def test_a_student_may_start_below_the_highest_noise(pipelines):
 @pytest.mark.parametrize(
     ("kind", "options", "says"),
     [
-        ("edm", {"renoise": False}, "student.renoise"),
+        ("cm", {"renoise": False, "steps": 2}, "student.renoise"),
         ("edm", {"start": 500.0}, "student.start"),
         ("edm", {"steps": 0}, "student.steps"),
         ("eps", {"start": 2.5}, "student.start"),
@@ -169,6 +192,7 @@ def test_an_analytic_teacher_has_no_weights_to_start_from():
     ("kind", "steps", "renoise"),
     [
         ("edm", 4, True),
+        ("edm", 4, False),
         pytest.param("v", 2, True, marks=pytest.mark.slow),
         pytest.param("unconditional", 2, False, marks=pytest.mark.slow),
     ],

@@ -22,7 +22,9 @@ from distill.losses import Times, Uniform, critique, mean_abs, realism, surrogat
 from distill.objective import Batch, Count, Loss, NonNegative, Objective, Turn
 from students.critic import Critic
 from students.generator import Generator
-from teachers.denoiser import Denoiser
+from teachers.denoiser import Cond, Denoiser
+
+Made = tuple[Tensor, Cond]  # a sample of the student's, and what it was asked for
 
 
 @dataclass(kw_only=True)
@@ -32,6 +34,7 @@ class DMD2(Objective):
     student_every: Count = 5  # steps, each with a fake update, per student update
     realism: NonNegative = 3e-3  # weight of the critic in the student's loss
     critique: NonNegative = 1e-2  # weight of the critic's own loss beside the fake's
+    reuse: bool = False  # rivals learn from what the student was just judged on, not from new
     times: Times = Uniform(0.02, 0.98)  # where teacher and fake are compared
     fake_times: Times = Uniform(0.0, 1.0)  # where the fake learns
     critic_times: Times = Uniform(0.0, 1.0)  # where the critic compares
@@ -40,14 +43,20 @@ class DMD2(Objective):
 
     def turns(self, step: int) -> Iterator[Turn]:
         student, steps = self.student.draw()
+        made: list[Made] | None = [] if self.reuse else None  # this step's, one for each shard
         if step % self.student_every == 0:
-            yield Turn(("student",), partial(self.student_loss, student=student, steps=steps))
+            judged = partial(self.student_loss, student=student, steps=steps, made=made)
+            yield Turn(("student",), judged)
         rivals = ("fake",) if self.critic is None else ("fake", "critic")
-        yield Turn(rivals, partial(self.rival_loss, student=student, steps=steps))
+        yield Turn(rivals, partial(self.rival_loss, student=student, steps=steps, made=made))
 
-    def student_loss(self, batch: Batch, student: Generator, steps: int) -> Loss:
+    def student_loss(
+        self, batch: Batch, student: Generator, steps: int, made: list[Made] | None = None
+    ) -> Loss:
         """Distribution matching, and realism where there is a critic."""
         x = student(batch.noise, batch.cond, steps)
+        if made is not None:
+            made.append((x.detach(), batch.cond))
         t, x_t = self.noised(x, self.times)
         with torch.no_grad():
             real, fake = self.teacher(x_t, t, batch.cond), self.fake(x_t, t, batch.cond)
@@ -60,15 +69,20 @@ class DMD2(Objective):
         real_enough = realism(self.critic(x_t, t, batch.cond))
         return Loss(matching + self.realism * real_enough, {**logs, "realism": real_enough})
 
-    def rival_loss(self, batch: Batch, student: Generator, steps: int) -> Loss:
+    def rival_loss(
+        self, batch: Batch, student: Generator, steps: int, made: list[Made] | None = None
+    ) -> Loss:
         """The fake denoises the student's samples; the critic tells them from data."""
-        with torch.no_grad():
-            x = student(batch.noise, batch.cond, steps)
-        denoising = self.fake.loss(x, self.fake_times.sample(x, self.fake.process), batch.cond)
+        if made:
+            x, asked = made.pop(0)
+        else:
+            with torch.no_grad():
+                x, asked = student(batch.noise, batch.cond, steps), batch.cond
+        denoising = self.fake.loss(x, self.fake_times.sample(x, self.fake.process), asked)
         if self.critic is None:
             return Loss(denoising)
         (t, fake), (s, real) = (self.noised(y, self.critic_times) for y in (x, batch.data))
-        cond = batch.cond and {k: torch.cat([v, v]) for k, v in batch.cond.items()}
+        cond = asked and batch.cond and {k: torch.cat([v, batch.cond[k]]) for k, v in asked.items()}
         logits = self.critic(torch.cat([fake, real]), torch.cat([t, s]), cond)
         telling = critique(*logits.chunk(2))
         right = ((logits > 0) == (torch.arange(len(logits), device=x.device) >= len(x))).float()

@@ -45,6 +45,7 @@ class Progressive(Objective):
                 "student.renoise: progressive students of several steps walk the ODE; set it to "
                 "false, or set student.steps to 1"
             )
+        self.student.keep(last)  # no stage is of fewer
         self.stage = 0
 
     def turns(self, step: int) -> Iterator[Turn]:
