@@ -11,8 +11,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from boards import right, students, untrained
 
 ROOT = Path(__file__).parent.parent
 METHODS = {
@@ -178,9 +182,16 @@ def filled(text: str, name: str, table: str) -> str:
     return pattern.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text)
 
 
-PAGES = {  # the tables of each file, by their markers
+PAGES: dict[str, dict[str, Callable[[], str]]] = {  # the tables of each file, by their markers
     "README.md": {"results": readme, "text": text},
     "docs/methods.md": {"results": methods, "shapes": shapes, "seeds": again},
+    "docs/benchmark.md": {
+        "gaussians": partial(students, "gaussians"),
+        "digits": partial(students, "digits"),
+        "digits-untrained": partial(untrained, "digits"),
+        "shapes": partial(students, "shapes", right),
+        "shapes-untrained": partial(untrained, "shapes", right),
+    },
 }
 
 

@@ -19,7 +19,7 @@ from distill.files import write
 from distill.measure import check_protocol, student_samples
 from distill.recipe import Recipe
 from distill.teaching import load_teacher
-from distill.terminal import waiting
+from distill.terminal import drawing
 from eval.perceptual import lpips, psnr
 from eval.protocol import Draw, Protocol
 from eval.stream import ALONE, Processes
@@ -144,9 +144,10 @@ def evaluate(
         for seed in range(seeds):
             if (place := f"{k}/{seed}") in known:
                 continue
-            with waiting(f"{found.who} in {k}: seed {seed}, {len(measure.prompts):,} pictures"):
+            task = f"{found.who} in {k}: seed {seed}, {len(measure.prompts):,} pictures"
+            with drawing(task, len(measure.prompts) / processes.count) as told:
                 draw = found.draw(measure.prompts, k)
-                known[place] = measure.once(draw, seed, processes)
+                known[place] = measure.once(draw, seed, processes, record, [about, k], told)
             if record is not None and processes.rank == 0:
                 write(record, json.dumps({"about": about, "figures": known}, indent=2) + "\n")
         results[str(k)] = measure.over([known[f"{k}/{seed}"] for seed in range(seeds)])

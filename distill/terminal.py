@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich import progress as bars
@@ -18,6 +18,15 @@ err = Console(highlight=False, stderr=True, quiet=os.environ.get("RANK", "0") !=
 def waiting(line: str) -> AbstractContextManager[Any]:
     """A line on the terminal until the block ends; nothing where stderr is no terminal."""
     return err.status(line)
+
+
+@contextmanager
+def drawing(task: str, total: float) -> Iterator[Callable[[int], None]]:
+    """A bar on the terminal until the block ends, which is told how many were drawn so far."""
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TimeRemainingColumn())
+    with bars.Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+        shown = bar.add_task(task, total=total)
+        yield lambda n: bar.update(shown, completed=n)
 
 
 def notice(line: str) -> None:

@@ -7,15 +7,15 @@ sizes. A `FeatureMetric` reads what was collected of features over all chunks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic
+from collections.abc import Callable
+from typing import Generic
 
 import torch
 from torch import Tensor
 
 from eval.errors import MetricError
 from eval.samples import Samples
-from eval.stream import ALONE, C, Lanes, Processes, Reservoir, Tally
+from eval.stream import C, Reservoir, Tally
 
 Features = Callable[[Tensor], Tensor]  # uint8 (N, C, H, W) -> (N, D)
 Metric = Callable[[Samples], dict[str, float]]
@@ -73,43 +73,3 @@ def checked(features: Tensor) -> Tensor:
     if bad:
         raise MetricError(f"features: those of {bad} of {len(features)} images hold NaN")
     return features
-
-
-def measure(
-    metrics: Sequence[Metric],
-    chunks: Iterable[tuple[int, int, Samples]],
-    processes: Processes = ALONE,
-) -> dict[str, float]:
-    """All figures of samples that come in chunks and are held one chunk at a time.
-
-    Features are read once for all metrics that share them.
-
-    Args:
-        chunks: the number of a chunk, the number of its first sample, and its samples; those of
-            this process alone, where several measure together. A process without any has no
-            averages in the end.
-
-    Raises:
-        MetricError: features are not finite, or two metrics give a figure of one name.
-    """
-    averages = [m for m in metrics if not isinstance(m, FeatureMetric)]
-    readers = [m for m in metrics if isinstance(m, FeatureMetric)]
-    lanes = {(m.features, m.keep): Lanes[Any](m.collector) for m in readers}
-    means, names = Lanes(Tally), []
-    for number, first, samples in chunks:
-        read = {f: checked(f(samples.images)) for f in {m.features for m in readers}}
-        for (features, _), lane in lanes.items():
-            lane.of(number).add(read[features], first)
-        figures = {k: v for m in averages for k, v in m(samples).items()}
-        names = list(figures)
-        row = torch.tensor([*figures.values()], dtype=torch.double)
-        means.of(number).weigh(row, len(samples.images))
-    seen = {key: lane.joined(processes) for key, lane in lanes.items()}
-    figures = [m.measure(seen[m.features, m.keep]) for m in readers]
-    figures.append(dict(zip(names, means.joined(processes).mean.tolist())))
-    found: dict[str, float] = {}
-    for part in figures:
-        if twice := found.keys() & part.keys():
-            raise MetricError(f"metrics: two of them give {min(twice)!r}; leave one out")
-        found |= part
-    return found

@@ -6,6 +6,7 @@ its sample count and its seeds, and its results repeat them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ from torch import Tensor
 from eval import digits, shapes, spec
 from eval.errors import MetricError, unknown
 from eval.fid import FID
-from eval.metric import FeatureMetric, Metric, measure
+from eval.gather import Gathering
+from eval.metric import FeatureMetric, Metric
 from eval.prdc import PRDC
 from eval.samples import Samples, to_uint8
 from eval.stream import ALONE, Processes
 
 Draw = Callable[[list[str], int], Samples]  # prompts, seed -> samples
+EVERY = 60  # seconds after which what was collected is kept
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,39 @@ class Protocol:
                     f"{type(metric).__name__} takes {metric.least} or more"
                 )
 
-    def once(self, draw: Draw, seed: int, processes: Processes = ALONE) -> dict[str, float]:
-        """The figures of one seed, its images_per_s among them."""
-        spent: list[tuple[int, float]] = []
-        found = measure(self.metrics, self._drawn(draw, seed, processes, spent), processes)
-        n, seconds = sum(s[0] for s in spent), sum(s[1] for s in spent)
-        return {**found, "images_per_s": processes.count * n / max(seconds, 1e-9)}
+    def once(
+        self,
+        draw: Draw,
+        seed: int,
+        processes: Processes = ALONE,
+        keep: Path | None = None,
+        about: Any = None,
+        told: Callable[[int], None] = lambda n: None,
+    ) -> dict[str, float]:
+        """The figures of one seed, its images_per_s among them.
+
+        Args:
+            keep: Where what is collected is kept every minute, so that a call that was cut off
+                goes on from there; each process has a file of its own.
+            about: Plain data that decides what is drawn; of any other, the file counts for nothing.
+            told: Is told how many samples this process has drawn, after each chunk.
+        """
+        found, saved = Gathering(self.metrics), time.monotonic()
+        about = [about, self.name, seed, list(processes)]
+        file = keep and keep.with_name(f"{keep.name}.{processes.rank}")
+        if file is not None:
+            found.resume(file, about)
+        told(found.n)
+        for chunk in self._drawn(draw, seed, processes, found.done):
+            found.add(*chunk)
+            told(found.n)
+            if file is not None and time.monotonic() - saved > EVERY:
+                found.save(file, about)
+                saved = time.monotonic()
+        figures = found.figures(processes)
+        if file is not None:
+            file.unlink(missing_ok=True)
+        return {**figures, "images_per_s": processes.count * found.n / max(found.seconds, 1e-9)}
 
     def over(self, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
         """The figures of several seeds as one row: means, and their spread."""
@@ -98,18 +128,17 @@ class Protocol:
         }
 
     def _drawn(
-        self, draw: Draw, seed: int, processes: Processes, spent: list[tuple[int, float]]
+        self, draw: Draw, seed: int, processes: Processes, done: set[int]
     ) -> Iterator[tuple[int, int, Samples]]:
-        """This process's chunks, as `measure` takes them; counts and seconds go to `spent`."""
+        """This process's chunks that are not done: their numbers, first samples, and samples."""
         size = self.chunk or len(self.prompts)
         firsts = range(0, len(self.prompts), size)
         for number, first in enumerate(firsts):
-            if not processes.mine(number):
+            if number in done or not processes.mine(number):
                 continue
             prompts = self.prompts[first : first + size]
             samples = draw(prompts, seed * len(firsts) + number)
             self._check(samples, len(prompts))
-            spent.append((len(prompts), samples.seconds))
             yield number, first, samples
 
     def _check(self, samples: Samples, n: int) -> None:

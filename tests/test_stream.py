@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from eval import protocol as protocols
 from eval.errors import MetricError
 from eval.fid import FID, Moments
-from eval.metric import measure
+from eval.gather import Gathering
 from eval.mmd import KID
 from eval.protocol import Protocol
 from eval.samples import Samples
@@ -135,6 +136,55 @@ def protocol(chunk):
 
 def draw(prompts, seed):
     return Samples(pictures(len(prompts), seed), prompts, 0.5)
+
+
+def measure(metrics, chunks):
+    found = Gathering(metrics)
+    for chunk in chunks:
+        found.add(*chunk)
+    return found.figures()
+
+
+def cut_at(wanted, drawn):
+    """Draws what `draw` does, noting the seeds, and is stopped before the chunk of that seed."""
+
+    def cut(prompts, seed):
+        if seed == wanted:
+            raise KeyboardInterrupt
+        drawn.append(seed)
+        return draw(prompts, seed)
+
+    return cut
+
+
+def test_a_seed_that_was_cut_off_goes_on_at_its_next_chunk_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(protocols, "EVERY", -1.0)
+    drawn, told, keep = [], [], tmp_path / "kept"
+    whole = protocol(40).once(draw, 1)
+    with pytest.raises(KeyboardInterrupt):
+        protocol(40).once(cut_at(20, drawn), 1, keep=keep)
+    again = protocol(40).once(cut_at(None, drawn), 1, keep=keep, told=told.append)
+    assert again == whole
+    assert drawn == list(range(15, 30))
+    assert told == [200 + 40 * i for i in range(11)]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("spoil", ["other", "damaged", "cut"])
+def test_what_was_collected_of_something_else_counts_for_nothing(tmp_path, monkeypatch, spoil):
+    monkeypatch.setattr(protocols, "EVERY", -1.0)
+    drawn, keep = [], tmp_path / "kept"
+    with pytest.raises(KeyboardInterrupt):
+        protocol(100).once(cut_at(3, drawn), 0, keep=keep, about={"steps": 1})
+    (file,) = tmp_path.iterdir()
+    if spoil == "damaged":
+        file.write_bytes(b"x" * 100)
+    if spoil == "cut":
+        file.write_bytes(file.read_bytes()[:-200])
+    about = {"steps": 2 if spoil == "other" else 1}
+    found = protocol(100).once(cut_at(None, drawn), 0, keep=keep, about=about)
+    assert drawn == [0, 1, 2, 0, 1, 2, 3, 4, 5]
+    assert found == protocol(100).once(draw, 0)
 
 
 def test_figures_in_chunks_are_those_of_all_samples_at_once():
