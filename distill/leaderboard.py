@@ -143,7 +143,8 @@ def markdown(race: Race, lines: Sequence[Line]) -> str:
         table([v for v in lines if v.kind == "student" and v.steps]),
     ]
     if taught := [v for v in lines if v.kind != "student"]:
-        parts += ["## The teacher, untrained", table(taught)]
+        cost = "Evaluations are samples through any network for one picture."
+        parts += ["## The teacher, untrained", cost, table(taught)]
     if failed := {(v.name, k): why for v in lines for k, why in v.failed.items()}:
         said = [f"- {name}, seed {seed}: {why}" for (name, seed), why in failed.items()]
         parts += ["## Failed", "\n".join(said)]

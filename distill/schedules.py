@@ -14,6 +14,7 @@ laws alone, and is not the metric that the schedule is judged by afterwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from random import Random
 
@@ -127,7 +128,7 @@ def searched(
     choices = torch.cat([grid, own]).unique().flip(0)
 
     def walked(times: Tensor) -> Tensor:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([z.device] if z.is_cuda else []):
             torch.manual_seed(0)  # for solvers that draw noise on the way
             return solver(denoiser, begun(denoiser, z, times), times.to(z.device), cond)
 
@@ -135,7 +136,7 @@ def searched(
 
     def distance(nodes: Nodes) -> float:
         far = energy_distance(walked(choices[list(nodes)]), goal)
-        return far if far == far else float("inf")  # a solver may blow up where steps are uneven
+        return math.inf if math.isnan(far) else far  # a solver may blow up where steps are uneven
 
     founders = [
         tuple(torch.isin(choices, times).nonzero()[:, 0].tolist()) for times in (own, found)

@@ -387,9 +387,10 @@ def test_adaptive_guidance_that_never_stops_is_the_guidance_it_wraps(teacher, po
     torch.testing.assert_close(found, ddim(guided, x_t, times, cond))
 
 
-def test_adaptive_guidance_that_stops_at_once_guides_one_call(teacher, point):
+@pytest.mark.parametrize("mix", MIXES, ids=lambda m: "linear" if m is linear else str(m))
+def test_adaptive_guidance_that_stops_at_once_guides_one_call(teacher, point, mix):
     x_t, t, cond = point
-    adaptive = Adaptive(Guided(teacher, 3.0, NULL), -1.0)
+    adaptive = Adaptive(Guided(teacher, 3.0, NULL, mix), -1.0)
     torch.testing.assert_close(adaptive(x_t, t, cond), adaptive.guided(x_t, t, cond))
     teacher.samples = 0
     torch.testing.assert_close(adaptive(x_t, t, cond), teacher(x_t, t, cond))
