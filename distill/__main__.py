@@ -214,6 +214,15 @@ def evaluate(
     ] = "heun",
     guidance: Annotated[float, typer.Option(help="Teachers': g = 1 + w; 1 is none.")] = 1.0,
     null_label: Annotated[int | None, typer.Option(help="Teachers': the null class.")] = None,
+    schedule: Annotated[
+        str, typer.Option(help="Our solvers' times: own, ays, gits or searched.")
+    ] = "own",
+    adaptive: Annotated[
+        float | None, typer.Option(help="Guide until both predictions have this cosine, as 0.991.")
+    ] = None,
+    cache: Annotated[
+        int, typer.Option(min=1, help="DeepCache: run a UNet whole in every so many calls.")
+    ] = 1,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Write the figures here; seeds that are in it are kept."),
@@ -245,7 +254,8 @@ def evaluate(
     if evaluation.is_student(source):
         found = evaluation.student(source, device)
     else:
-        found = evaluation.teacher(source, device, **how)
+        few = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
+        found = evaluation.teacher(source, device, **how, **few)
     counts = [int(k) for k in wanted] or list(found.counts or (1, 2, 4))
     found.check(counts)
     other = None if against is None else evaluation.teacher(against, device, **how)
@@ -255,7 +265,7 @@ def evaluate(
     n = measure.seeds if seeds is None else seeds
     rows = evaluation.evaluate(found, measure, counts, n, processes, record)
     tree: dict[str, Any] = {"protocol": protocol, found.who: rows}
-    shown = {f"{found.who}, {k} step{'s' * (k != '1')}": v for k, v in rows.items()}
+    shown = {evaluation.title(found.who, k, v): v for k, v in rows.items()}
     base = None
     if other is not None:
         beside = json_file and json_file.with_name(f"{json_file.name}.against")

@@ -8,16 +8,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from pydantic import ValidationError
 
 from distill.baselines import Baseline, Stock, StockEDM
+from distill.drawing import Drawing
 from distill.encode import picture_shape
+from distill.explain import explain
 from distill.files import write
 from distill.measure import check_protocol, student_samples
 from distill.recipe import Recipe
+from distill.schedules import FINE, FOUND
 from distill.teaching import load_teacher
 from distill.terminal import drawing
 from eval.perceptual import lpips, psnr
@@ -41,6 +46,7 @@ class Subject:
         counts: The step counts that it may be run in; None for any.
         draw: From prompts and a step count to a way of drawing.
         about: All else that its figures depend on, in plain terms.
+        most: The greatest step count that it may be run in; None for no limit.
     """
 
     who: str
@@ -48,13 +54,16 @@ class Subject:
     counts: tuple[int, ...] | None
     draw: Callable[[list[str], int], Draw]
     about: dict[str, Any]
+    most: int | None = None
 
     def check(self, steps: Sequence[int]) -> None:
-        """Refuse counts that it was not trained for.
+        """Refuse counts that it was not trained for, or that it has not times enough for.
 
         Raises:
-            UserError: naming those that it was.
+            UserError: naming those that it was, or the most that it has.
         """
+        if self.most is not None and max(steps) > self.most:
+            raise UserError(f"--steps {max(steps)}: its times are chosen from {self.most}")
         if self.counts is not None and (wrong := sorted(set(steps) - set(self.counts))):
             known = ", ".join(map(str, self.counts))
             raise UserError(f"--steps {wrong[0]}: this student was trained for {known}")
@@ -91,8 +100,15 @@ def teacher(
     solver: str = "heun",
     guidance: float = 1.0,
     null_label: int | None = None,
+    schedule: str = "own",
+    adaptive: float | None = None,
+    cache: int = 1,
 ) -> Subject:
     """Whatever may be `teacher.source` in a recipe, by one of our solvers or diffusers' schedulers.
+
+    Args:
+        adaptive: The cosine at which guidance stops; None for guidance in all steps.
+        schedule, cache: As a benchmark's baselines have them.
 
     Raises:
         UserError: it is no teacher, or cannot be guided or sampled so.
@@ -108,13 +124,26 @@ def teacher(
     found = load_teacher(recipe)
     found.denoiser.to(device)
     kind = "solver" if solver in SOLVERS else "scheduler"
-    baseline = Baseline.model_validate({kind: solver})
-    baseline.check(found)
+    tree: dict[str, Any] = {kind: solver, "schedule": schedule, "cache": cache}
+    if adaptive is not None:
+        tree |= {"guidance": "adaptive", "threshold": adaptive}
+    try:
+        baseline = Baseline.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"eval: {explain(error, Baseline).removeprefix(': ')}") from None
+    baseline.check(recipe, found)
 
-    def draw(prompts: list[str], steps: int) -> Draw:
+    @lru_cache
+    def drawing(prompts: tuple[str, ...], steps: int) -> Drawing:
         return baseline.draw(recipe, found, prompts, steps)
 
-    return Subject("teacher", found, None, draw, {**told, "solver": solver})
+    def draw(prompts: list[str], steps: int) -> Draw:
+        kept = drawing(tuple(prompts), steps)  # its schedule is found once for all seeds
+        kept.restart()
+        return kept
+
+    most = FINE if schedule in FOUND else None
+    return Subject("teacher", found, None, draw, {**told, **tree}, most)
 
 
 def evaluate(
@@ -148,10 +177,19 @@ def evaluate(
             with drawing(task, len(measure.prompts) / processes.count) as told:
                 draw = found.draw(measure.prompts, k)
                 known[place] = measure.once(draw, seed, processes, record, [about, k], told)
+                if isinstance(draw, Drawing):
+                    known[place] |= draw.cost(processes)
             if record is not None and processes.rank == 0:
                 write(record, json.dumps({"about": about, "figures": known}, indent=2) + "\n")
         results[str(k)] = measure.over([known[f"{k}/{seed}"] for seed in range(seeds)])
     return results
+
+
+def title(who: str, steps: str, figures: dict[str, Any]) -> str:
+    """A row's name in tables: how many steps, and what else they cost where that is not as many."""
+    cost = figures.get("evaluations", float(steps))
+    more = "" if cost == float(steps) else f", {cost:.4g} evaluations"
+    return f"{who}, {steps} step{'s' * (steps != '1')}{more}"
 
 
 def check_against(found: Subject, other: Subject) -> None:

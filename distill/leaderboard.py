@@ -143,7 +143,8 @@ def markdown(race: Race, lines: Sequence[Line]) -> str:
         table([v for v in lines if v.kind == "student" and v.steps]),
     ]
     if taught := [v for v in lines if v.kind != "student"]:
-        parts += ["## The teacher, untrained", table(taught)]
+        cost = "Evaluations are samples through any network for one picture."
+        parts += ["## The teacher, untrained", cost, table(taught)]
     if failed := {(v.name, k): why for v in lines for k, why in v.failed.items()}:
         said = [f"- {name}, seed {seed}: {why}" for (name, seed), why in failed.items()]
         parts += ["## Failed", "\n".join(said)]
@@ -157,11 +158,23 @@ def table(lines: Sequence[Line]) -> str:
     keys = [k for k in SHOWN if any(k in v.metrics for v in lines)]
     timed = any("images_per_s" in v.metrics for v in lines)
     trained = any(v.wall_s is not None for v in lines)
-    heads = ["", "steps", *(SHOWN[k] for k in keys), *(["images/s"] if timed else [])]
+    asked = any("evaluations" in v.metrics for v in lines)  # network evaluations of a picture
+    heads = [
+        "",
+        "steps",
+        *(["evaluations"] if asked else []),
+        *(SHOWN[k] for k in keys),
+        *(["images/s"] if timed else []),
+    ]
     heads += ["trained steps", "evaluations", "wall s", "memory GB"] if trained else []
     rows = [heads, ["---"] * len(heads)]
     for line in lines:
-        cells = [line.name.replace("|", "\\|"), str(line.steps), *(figure(line, k) for k in keys)]
+        cells = [line.name.replace("|", "\\|"), str(line.steps)]
+        if asked:
+            cells.append(
+                f"{line.value('evaluations'):.4g}" if "evaluations" in line.metrics else ""
+            )
+        cells += [figure(line, k) for k in keys]
         cells += [f"{line.value('images_per_s'):,.0f}"] if timed else []
         if trained:
             assert line.network_evaluations is not None and line.train_steps is not None

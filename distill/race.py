@@ -13,9 +13,10 @@ from rich.table import Table
 
 from distill import leaderboard
 from distill.bench import Bench, Entry, Race, digest, table
+from distill.drawing import Solved
 from distill.files import write
 from distill.leaderboard import Line, sampled
-from distill.measure import check_protocol, evaluate_teacher
+from distill.measure import check_protocol
 from distill.plots import plot
 from distill.recipe import Recipe
 from distill.teaching import load_teacher
@@ -43,7 +44,7 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lin
     elif made.baselines:
         raise UserError(f"{path}: baselines: they are measured by a protocol; set eval.protocol")
     for baseline in made.baselines:
-        baseline.check(teacher)
+        baseline.check(recipe, teacher)
     race = Race(made, out)
     try:
         taught = [] if measure is None else teacher_lines(race, recipe, teacher, measure)
@@ -120,8 +121,12 @@ def teacher_lines(race: Race, recipe: Recipe, teacher: Teacher, measure: Protoco
             write(file, json.dumps(known, indent=2) + "\n")
         return sampled(known[key])
 
+    def whole() -> dict[str, Any]:
+        draw = Solved(recipe, teacher, solver, "own", full, measure.prompts)
+        return {**measure(draw, count), **draw.cost()}
+
     say(f"measuring the teacher: {full} steps of {solver}, and {len(race.bench.baselines)} others")
-    metrics = once([solver, full], lambda: evaluate_teacher(recipe, teacher, measure, full, count))
+    metrics = once([solver, full], whole)
     lines.append(Line(f"teacher, {solver}", "teacher", None, full, seeds, metrics))
     for b in race.bench.baselines:
         for k in b.steps:

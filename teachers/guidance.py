@@ -3,7 +3,8 @@
 What the worse answer is, is a class: no condition or a negative prompt (`Guided`), the same network
 without some blocks (`Skipping`), a weaker network (`Auto`). How far to move from it is a `mix`:
 `linear`, `Projected` or `Rescaled`. Where to, is `Interval`. All of them combine. CFG++ changes the
-sampler and not x̂, so it is a solver: `teachers.solver.cfgpp`.
+sampler and not x̂, so it is a solver: `teachers.solver.cfgpp`. `Adaptive` stops guiding on its way,
+so one is of one walk, and no teacher of students.
 
 | paper | here |
 |---|---|
@@ -13,6 +14,7 @@ sampler and not x̂, so it is a solver: `teachers.solver.cfgpp`.
 | CFG rescale, arXiv:2305.08891 | `Guided(denoiser, g, null, Rescaled(factor))` |
 | autoguidance, arXiv:2406.02507 | `Auto(denoiser, g, weaker)` |
 | skip-layer guidance | `Skipping(denoiser, g, blocks)` |
+| adaptive guidance, arXiv:2312.12487 | `Adaptive(guided, threshold)` |
 """
 
 from __future__ import annotations
@@ -220,6 +222,46 @@ class Interval(Wrapper):
             some = cond and {k: v[i] for k, v in cond.items()}
             found.append(denoiser(x_t[i], t[i], some, s if s is None else s[i]))
         return torch.cat(found)[torch.cat(parts).argsort()]
+
+
+AGREED = 0.991  # the paper's γ̄
+
+
+class Adaptive(Wrapper):
+    """Adaptive guidance (arXiv:2312.12487): a sample is guided until its two x̂ agree, then no more.
+
+    They agree when their cosine is at least `threshold`; that call is still guided, and all later
+    ones of the sample cost one evaluation. Each sample stops by itself, whatever else is drawn.
+    The paper takes the cosine of what the network predicts; here it is of x̂, as two predictions of
+    noise agree where there is little else, which is where guidance begins.
+
+    One is for one walk of a batch, whose rows keep their places: it remembers which have stopped.
+
+    Args:
+        guided: Guidance whose negative is a condition.
+        threshold: γ̄; above 1 none ever stops.
+    """
+
+    def __init__(self, guided: Guided, threshold: float = AGREED) -> None:
+        super().__init__(guided.denoiser)
+        self.guided, self.threshold = guided, threshold
+        self.left: Tensor | None = None  # (B,), whether each is still guided
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        null = self.guided.null
+        assert cond is not None and null is not None
+        if self.left is None:
+            self.left = torch.ones(len(x_t), dtype=torch.bool, device=x_t.device)
+        i = self.left.nonzero()[:, 0]  # the host waits for it
+        both = {k: torch.cat([v, null[k].to(v).expand_as(v)[i]]) for k, v in cond.items()}
+        times = torch.cat([t, t[i]])
+        ends = s if s is None else torch.cat([s, s[i]])
+        found = self.denoiser(torch.cat([x_t, x_t[i]]), times, both, ends)
+        x, negative = found[: len(x_t)], found[len(x_t) :]
+        mixed = x.index_copy(0, i, self.guided.mix(x[i], negative, self.guided.scale))
+        agree = nn.functional.cosine_similarity(x[i].flatten(1), negative.flatten(1))
+        self.left = self.left.index_fill(0, i[agree >= self.threshold], False)
+        return mixed
 
 
 def describe(denoiser: Denoiser) -> str:

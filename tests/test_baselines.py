@@ -1,17 +1,15 @@
-"""Untrained few-step sampling, against diffusers' own pictures, published times and brute force."""
-
-from itertools import combinations
+"""Untrained few-step sampling: diffusers' own pictures, what each picture costs, refusals."""
 
 import pytest
 import torch
 
 from distill import baselines
-from distill.baselines import Baseline, align_your_steps, arguments, cheapest, searched
+from distill.baselines import Baseline
+from distill.drawing import pipeline
 from distill.recipe import Recipe
 from eval.samples import to_uint8
 from teachers import UserError, load
-from teachers.analytic import Gaussian
-from teachers.solver import ddim
+from tests import families
 
 LABELS = [str(i % 10) for i in range(12)]
 CAPTIONS = ["a red circle", "two blue squares"]
@@ -38,11 +36,10 @@ def shapes():
 )
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_our_solvers_draw_the_pictures_of_diffusers_schedulers(digits, solver, scheduler, steps):
-    ours, theirs = Baseline(solver=solver), Baseline(scheduler=scheduler)
-    denoiser = digits.denoiser
-    times = ours.times(denoiser, digits, LABELS, steps)
-    a = ours.solved(denoiser, digits, LABELS, 5, times)
-    b = theirs.stock(recipe("digits"), digits, LABELS, 5, steps)
+    a, b = (
+        v.draw(recipe("digits"), digits, LABELS, steps)(LABELS, 5)
+        for v in (Baseline(solver=solver), Baseline(scheduler=scheduler))
+    )
     gap = (a.images.int() - b.images.int()).abs()
     assert gap.max() <= 1
     assert (gap > 0).float().mean() < 0.02
@@ -52,7 +49,8 @@ def test_our_solvers_draw_the_pictures_of_diffusers_schedulers(digits, solver, s
 def test_a_baseline_is_the_teachers_pipeline_with_that_scheduler(shapes, scheduler):
     import diffusers
 
-    found = Baseline(scheduler=scheduler).stock(recipe("shapes", 3.0), shapes, CAPTIONS, 7, 4)
+    draw = Baseline(scheduler=scheduler).draw(recipe("shapes", 3.0), shapes, CAPTIONS, 4)
+    found = draw(CAPTIONS, 7)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained("teachers/shapes")
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -66,28 +64,13 @@ def test_a_baseline_is_the_teachers_pipeline_with_that_scheduler(shapes, schedul
 
 def test_the_teachers_own_scheduler_is_left_as_it_was(shapes):
     before = shapes.codec.pipe.scheduler
-    baselines.pipeline(shapes, "UniPCMultistepScheduler")
+    pipeline(shapes, "UniPCMultistepScheduler")
     assert shapes.codec.pipe.scheduler is before
-
-
-def test_align_your_steps_are_the_published_noise_levels(shapes):
-    published = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152]
-
-    def sigma(times):
-        alpha, sigma = shapes.denoiser.process.scales(times)
-        return (sigma / alpha).tolist()
-
-    assert sigma(align_your_steps(shapes, 10)) == pytest.approx(published, rel=2e-3)
-    # other counts: log σ linear between them, with the same ends
-    nineteen = sigma(align_your_steps(shapes, 19))
-    assert nineteen[::2] == pytest.approx(published, rel=2e-3)
-    assert nineteen[3] == pytest.approx((6.475 * 3.861) ** 0.5, rel=1e-3)
-    assert sigma(align_your_steps(shapes, 1)) == pytest.approx(published[:1], rel=2e-3)
 
 
 def test_a_schedule_that_nobody_published_is_refused(digits):
     with pytest.raises(UserError, match="its authors publish none for 'digits'; use schedule: git"):
-        Baseline(solver="ddim", schedule="ays").check(digits)
+        Baseline(solver="ddim", schedule="ays").check(recipe("digits"), digits)
 
 
 @pytest.mark.parametrize(
@@ -95,61 +78,156 @@ def test_a_schedule_that_nobody_published_is_refused(digits):
 )
 def test_a_scheduler_of_another_process_is_refused(source, scheduler, request):
     with pytest.raises(UserError, match="is not of its process; known: "):
-        Baseline(scheduler=scheduler).check(request.getfixturevalue(source))
+        Baseline(scheduler=scheduler).check(recipe(source), request.getfixturevalue(source))
 
 
 def test_guidance_that_no_stock_pipeline_has_is_refused(digits, shapes):
     with pytest.raises(UserError, match="labels has no guidance"):
-        arguments(digits, LABELS, 2.0)
-    apg = Recipe.check({
-        "teacher": {"source": "shapes", "guidance": {"scale": 3, "kind": "apg"}},
-        "objective": {"name": "sid"}, "train": {"steps": 1},
-    })  # fmt: skip
+        Baseline(scheduler="EDMEulerScheduler").check(recipe("digits", 2.0), digits)
+    apg = recipe("shapes", {"scale": 3, "kind": "apg"})
     with pytest.raises(UserError, match="guide by kind cfg alone"):
-        Baseline(scheduler="DDIMScheduler").stock(apg, shapes, CAPTIONS, 0, 2)
+        Baseline(scheduler="DDIMScheduler").check(apg, shapes)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5])
-def test_the_cheapest_walk_is_the_one_that_trying_all_finds(steps):
-    n = 8
-    cost = torch.rand(n, n + 1, dtype=torch.float64)
-    cost[torch.ones(n, n + 1).tril().bool()] = torch.inf  # nowhere back, nor to itself
-    walks = [(0, *inner, n) for inner in combinations(range(1, n), steps - 1)]
-    best = min(walks, key=lambda w: sum(cost[i, j] for i, j in zip(w, w[1:], strict=False)))
-    assert cheapest(cost, steps) == list(best[:-1])
+def cost(baseline, recipe, teacher, prompts, steps):
+    draw = baseline.draw(recipe, teacher, prompts, steps)
+    draw(prompts, 0)
+    return draw.cost()
 
 
-def test_all_times_are_taken_where_there_are_as_many_steps():
-    teacher = Gaussian(torch.zeros(2), torch.tensor([1.0, 0.25]))
-    found = searched(teacher, torch.randn(8, 2), 12, fine=12)
-    torch.testing.assert_close(found, teacher.process.grid(12))
+@pytest.mark.parametrize(
+    ("words", "guidance", "evaluations"),
+    [
+        ({"solver": "ddim"}, 1.0, 4),
+        ({"solver": "heun"}, 1.0, 7),  # two for a step, but for the last
+        ({"solver": "heun"}, 3.0, 14),
+        ({"scheduler": "EDMEulerScheduler"}, 1.0, 4),
+    ],
+)
+def test_a_picture_costs_what_its_solver_and_guidance_take(digits, words, guidance, evaluations):
+    found = cost(Baseline(**words), recipe("digits", guidance), digits, LABELS, 4)
+    assert found == {"evaluations": evaluations}
 
 
-@pytest.mark.parametrize("steps", [3, 5, 8])
-def test_found_times_land_nearer_to_the_true_path_than_the_teachers_own(steps):
-    teacher = Gaussian(torch.zeros(2), torch.tensor([1.0, 0.25]))
-    z = torch.randn(64, 2)
-    x_t = baselines.begun(teacher, z, torch.tensor([1.0]))
-    one = torch.ones(64)
-    end = teacher.flow(x_t, one, torch.full_like(one, -0.0))
-
-    def error(times):
-        return (ddim(teacher, x_t, times) - end).norm(dim=1).mean().item()
-
-    times = searched(teacher, z, steps)
-    assert times[0] == 1 and (times.diff() < 0).all() and len(times) == steps
-    assert error(times) < 0.8 * error(teacher.process.grid(steps))
+def test_a_stock_pipeline_costs_twice_where_it_guides(shapes):
+    found = cost(Baseline(scheduler="DDIMScheduler"), recipe("shapes", 3.0), shapes, CAPTIONS, 3)
+    assert found == {"evaluations": 6}
 
 
-def test_more_steps_than_times_are_refused():
-    teacher = Gaussian(torch.zeros(2), torch.ones(2))
-    with pytest.raises(UserError, match="65 steps are more than the 64"):
-        searched(teacher, torch.randn(2, 2), 65)
+def test_guidance_in_an_interval_costs_twice_inside_alone(digits):
+    where = recipe("digits", {"scale": 3, "interval": [0.5, 100]})
+    times = digits.denoiser.process.grid(6)
+    alpha, sigma = digits.denoiser.process.scales(times)
+    inside = int((sigma / alpha > 0.5).sum())
+    assert 0 < inside < 6
+    found = cost(Baseline(solver="ddim"), where, digits, LABELS, 6)
+    assert found == {"evaluations": 6 + inside}
 
 
-def test_a_heun_step_counts_twice_but_for_the_last():
-    assert Baseline(solver="heun").evaluations(4) == 7
-    assert Baseline(scheduler="DDIMScheduler").evaluations(4) == 4
+def test_adaptive_guidance_costs_what_it_has_evaluated(digits, monkeypatch):
+    calls = []
+    kind, before = type(digits.denoiser), type(digits.denoiser).call
+    monkeypatch.setattr(kind, "call", lambda *a: calls.append(len(a[1])) or before(*a))
+    baseline = Baseline(solver="ddim", guidance="adaptive", threshold=0.9)
+    found = cost(baseline, recipe("digits", 3.0), digits, LABELS, 8)
+    assert found == {"evaluations": sum(calls) / len(LABELS)}
+    assert 8 < found["evaluations"] < 16
+
+
+def test_a_threshold_that_no_pair_reaches_is_guidance_in_all_steps(digits, monkeypatch):
+    full = Baseline(solver="ddim").draw(recipe("digits", 3.0), digits, LABELS, 3)
+    same = Baseline(solver="ddim", guidance="adaptive").draw(
+        recipe("digits", 3.0), digits, LABELS, 3
+    )
+    same.threshold = 2.0
+    assert torch.equal(full(LABELS, 3).images, same(LABELS, 3).images)
+    assert full.cost() == same.cost() == {"evaluations": 6}
+
+
+@pytest.mark.parametrize(
+    ("words", "guidance", "whole", "shallow"),
+    [
+        ({"solver": "ddim", "cache": 3}, 1.0, 2, 3),
+        ({"solver": "ddim", "cache": 2}, 3.0, 6, 4),
+        ({"solver": "heun", "cache": 2}, 1.0, 5, 4),
+        ({"scheduler": "EDMEulerScheduler", "cache": 2}, 1.0, 3, 2),
+    ],
+)
+def test_shallow_evaluations_count_for_their_part_of_the_work(
+    digits, words, guidance, whole, shallow
+):
+    draw = Baseline(**words).draw(recipe("digits", guidance), digits, LABELS, 5)
+    draw(LABELS, 0)
+    found = draw.cost()
+    assert (found["whole_evaluations"], found["shallow_evaluations"]) == (whole, shallow)
+    assert 0.2 < draw.part < 0.6
+    assert found["evaluations"] == pytest.approx(whole + draw.part * shallow)
+
+
+def test_every_walk_begins_with_a_whole_evaluation(digits, monkeypatch):
+    """What one batch kept is not read in the next: the pictures do not depend on the batch size."""
+    draw = Baseline(solver="ddim", cache=2).draw(recipe("digits"), digits, LABELS, 3)
+    whole = draw(LABELS, 0).images
+    monkeypatch.setattr("distill.drawing.BATCH", 5)
+    assert (draw(LABELS, 0).images.int() - whole.int()).abs().max() <= 1
+
+
+def test_the_cost_of_a_search_is_told_and_bounded(digits, monkeypatch):
+    monkeypatch.setattr("distill.schedules.GENERATIONS", 2)
+    draw = Baseline(solver="ddim", schedule="searched").draw(recipe("digits"), digits, LABELS, 3)
+    draw(LABELS, 0)
+    some, most = len(LABELS), (12 + 2 * 8) * 3
+    found = draw.cost()
+    assert found["evaluations"] == 3
+    fine = 2 * 64 * some  # the paths that GITS is found on, and what all are compared with
+    assert fine + 2 * 3 * some < found["search_evaluations"] <= fine + most * some
+
+
+@pytest.mark.parametrize(
+    ("words", "source", "guidance", "line"),
+    [
+        ({"solver": "ddim", "guidance": "adaptive"}, "digits", 1.0, "guidance is 1, and there is"),
+        (
+            {"solver": "ddim", "guidance": "adaptive"},
+            "digits",
+            {"scale": 2, "interval": [0, 1]},
+            "kind cfg or apg, and no interval",
+        ),
+        (
+            {"solver": "ddim", "cache": 2},
+            "digits",
+            {"scale": 2, "kind": "skip", "blocks": ["backbone.mid_block"]},
+            "kind cfg or apg, and no interval",
+        ),
+        ({"solver": "ddim", "schedule": "searched", "steps": [2, 65]}, "digits", 1.0, "65 steps"),
+        ({"solver": "ddim", "schedule": "gits", "steps": [70]}, "digits", 1.0, "more than the 64"),
+    ],
+)
+def test_what_cannot_be_sampled_so_is_refused(words, source, guidance, line, request):
+    with pytest.raises(UserError, match=line) as said:
+        Baseline(**words).check(recipe(source, guidance), request.getfixturevalue(source))
+    assert str(said.value).startswith("baselines: ddim")
+
+
+def test_a_transformer_has_no_deep_part(tmp_path):
+    teacher = load(str(families.build("dit", tmp_path)))
+    with pytest.raises(UserError, match=r"DiTTransformer2DModel is no UNet.*; leave cache out"):
+        Baseline(solver="ddim", cache=2).check(recipe(teacher.source), teacher)
+
+
+def test_names_say_all_that_is_not_usual():
+    named = [
+        Baseline(solver="heun", schedule="searched"),
+        Baseline(solver="ddim", guidance="adaptive"),
+        Baseline(solver="ddim", guidance="adaptive", threshold=0.95),
+        Baseline(scheduler="UniPCMultistepScheduler", cache=3),
+    ]
+    assert [b.name for b in named] == [
+        "heun, searched",
+        "ddim, adaptive guidance",
+        "ddim, adaptive guidance 0.95",
+        "diffusers UniPC, DeepCache 3",
+    ]
 
 
 def test_a_baselines_figures_are_the_protocols_of_its_pictures(digits):
@@ -160,9 +238,8 @@ def test_a_baselines_figures_are_the_protocols_of_its_pictures(digits):
             self.seen.extend(draw(self.prompts, seed).images for seed in range(seeds))
             return {"fd": 1.0}
 
-    kept = Kept()
-    b = Baseline(solver="heun")
-    assert b.measure(recipe("digits"), digits, kept, 3, 2) == {"fd": 1.0}
-    times = digits.denoiser.process.grid(3)
-    want = b.solved(digits.denoiser, digits, LABELS, 1, times).images
+    kept, b = Kept(), Baseline(solver="heun")
+    found = b.measure(recipe("digits"), digits, kept, 3, 2)
+    assert found == {"fd": 1.0, "evaluations": 5}
+    want = b.draw(recipe("digits"), digits, LABELS, 3)(LABELS, 1).images
     assert torch.equal(kept.seen[1], want) and not torch.equal(kept.seen[0], want)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Executor, Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import yaml
@@ -20,6 +20,8 @@ from distill.build import build
 from distill.engine import Engine, Stopped
 from distill.finish import finish
 from distill.recipe import Recipe, shipped
+from distill.teaching import load_teacher
+from eval.protocol import protocol
 from teachers import UserError
 from tests.test_cli import ENV, called
 
@@ -252,6 +254,11 @@ def test_students_are_ordered_by_their_distance_in_the_fewest_steps():
         ("rows=[{name: a, shares: {train.x: 2}}]", "less than or equal to 1"),
         ("baselines=[{solver: heunn}]", "baselines.0.solver: expected"),
         ("baselines=[{scheduler: DDIM}]", "scheduler: expected 'DDIMScheduler'"),
+        ("baselines=[{solver: heun, schedule: search}]", "expected 'own', 'ays', 'gits' or 'searc"),
+        ("baselines=[{solver: heun, threshold: 1.5}]", "baselines.0.threshold: expected"),
+        ("baselines=[{solver: heun, cache: 0}]", "baselines.0.cache: expected"),
+        ("baselines=[{solver: heun, cache: 2, guidance: adaptive}]", "should have cache: 1, as"),
+        ("baselines=[{scheduler: DDIMScheduler, guidance: adaptive}]", "pipelines guide all steps"),
         ("baselines=[{solver: heun}]", "they are measured by a protocol; set eval.protocol"),
         ("rows=[{name: a, overrides: {objective: {name: sid}, teacher: nowhere}}]", "no such"),
     ],
@@ -261,6 +268,25 @@ def test_a_mistake_in_a_benchmark_is_one_line(file, tmp_path, capsys, change, li
     assert (code, err.count("\n")) == (2, 1), err
     assert line in err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_teacher_and_its_baselines_say_what_a_picture_costs(tmp_path):
+    common = {"teacher": {"source": "digits", "guidance": 2}, "data": {"source": "digits"},
+              "eval": {"protocol": "digits", "teacher_steps": 3}}  # fmt: skip
+    rows = [{"name": "a", "overrides": {"objective": {"name": "sid"}}}]
+    baselines = [{"solver": "ddim", "steps": [2]}, {"solver": "heun", "steps": [2], "cache": 2}]
+    tree = {"budget": {"seconds": 1}, "seeds": [0], "common": common, "rows": rows}
+    contest = Race(Bench.model_validate({**tree, "baselines": baselines}), tmp_path / "out")
+    recipe = contest.bench.reference()
+    small = replace(protocol("digits"), prompts=["1", "4"] * 40)
+    lines = race.teacher_lines(contest, recipe, load_teacher(recipe), small)
+    cost = [v.value("evaluations") for v in lines]
+    assert cost[:2] == [10, 4]  # guided: three steps of Heun, two of DDIM
+    assert 4 < cost[2] < 6 and lines[2].value("shallow_evaluations") == 2
+    rows = [v for v in leaderboard.table(lines).splitlines() if v.startswith("| ddim")]
+    assert rows[0].startswith("| ddim | 2 | 4 |")
+    assert race.teacher_lines(contest, recipe, None, small) == lines  # kept, and not measured again
+    contest.close()
 
 
 class Child:

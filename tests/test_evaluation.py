@@ -85,6 +85,20 @@ def test_a_teacher_by_a_stock_scheduler_is_its_solver_of_that_name():
     assert figures[0]["coverage"] == pytest.approx(figures[1]["coverage"], abs=0.02)
 
 
+def test_figures_of_a_teacher_say_what_its_pictures_cost():
+    cpu = torch.device("cpu")
+    found = evaluation.teacher("digits", cpu, "ddim", schedule="gits", cache=2)
+    row = evaluate(found, replace(protocol("digits"), prompts=["3", "7"] * 50), [3], 2)["3"]
+    assert (row["whole_evaluations"], row["shallow_evaluations"]) == (2, 1)
+    assert row["search_evaluations"] == 32 * 64  # it is found once, and told with each seed
+    assert row["spread"]["evaluations"] == 0
+    assert 2 < row["evaluations"] < 3
+    many = evaluation.title("teacher", "3", {"evaluations": 2.37251})
+    assert many == "teacher, 3 steps, 2.373 evaluations"
+    assert evaluation.title("teacher", "1", {"evaluations": 1.0}) == "teacher, 1 step"
+    assert evaluation.title("student", "2", {}) == "student, 2 steps"
+
+
 def test_counts_that_a_student_was_not_trained_for_are_refused(digits):
     with pytest.raises(UserError, match=r"--steps 3: this student was trained for 1, 2"):
         grey(digits, counts=(1, 2)).check([1, 3])
@@ -109,6 +123,15 @@ def test_the_figure_that_counts_is_the_first_distance_there_is():
     [
         (["digits", "--solver", "hein"], "did you mean 'heun'"),
         (["digits", "--solver", "UniPCMultistepScheduler"], "not of its process"),
+        (["digits", "--schedule", "gitz"], "eval: schedule: expected 'own', 'ays', 'gits' or"),
+        (["digits", "--schedule", "ays"], "its authors publish none"),
+        (["digits", "--schedule", "gits", "--steps", "4,65"], "--steps 65: its times are chosen"),
+        (["digits", "--adaptive", "0.9"], "guidance is 1, and there is nothing to stop"),
+        (["digits", "--adaptive", "2"], "eval: threshold: expected"),
+        (
+            ["digits", "--adaptive", "0.9", "--guidance", "2", "--cache", "2"],
+            "cache: 1, as adaptive",
+        ),
         (["digits", "--steps", "0"], "--steps 0: expected whole numbers"),
         (["digits", "--steps", "1,two"], "--steps two: expected"),
         (["nowhere/at/all"], "nowhere/at/all"),

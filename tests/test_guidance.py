@@ -12,7 +12,7 @@ from distill.recipe import Recipe
 from teachers import UserError, load
 from teachers.analytic import Gaussian
 from teachers.denoiser import Denoiser, Guided, Network, Under, linear
-from teachers.guidance import Auto, Interval, Projected, Rescaled, Skipping, describe
+from teachers.guidance import Adaptive, Auto, Interval, Projected, Rescaled, Skipping, describe
 from teachers.process import Karras, Linear
 from teachers.solver import cfgpp, ddim, solve
 from tests import families
@@ -337,3 +337,61 @@ def test_a_weaker_text_teacher_of_another_family_is_refused(tmp_path):
     with pytest.raises(UserError, match=line):
         teaching.check_reads("sdxl", sdxl, sd)
     teaching.check_reads("sd", sd, sd)
+
+
+def cosine(teacher, x_t, t, cond):
+    x, negative = Guided(teacher, 1.0, NULL).pair(x_t, t, cond)
+    return (x * negative).sum(1) / x.norm(dim=1) / negative.norm(dim=1)
+
+
+def test_a_sample_is_guided_until_its_two_predictions_agree_and_never_again(teacher, point):
+    """By hand, sample by sample, on a walk whose cosines cross the threshold here and there."""
+    x_t, _, cond = point
+    guided, times = Guided(teacher, 3.0, NULL), teacher.process.grid(7).tolist()
+    left, want, cost = [True] * 5, x_t, 0
+    threshold = 0.8
+    adaptive = Adaptive(guided, threshold)
+    teacher.samples = 0
+    found = ddim(adaptive, x_t, torch.tensor(times, dtype=torch.double), cond)
+    spent, stopped = teacher.samples, []
+    for step, now in enumerate(times):
+        t = torch.full((5,), now, dtype=torch.double)
+        both, alone = guided(want, t, cond), teacher(want, t, cond)
+        x = torch.stack([b if on else a for a, b, on in zip(alone, both, left, strict=True)])
+        cost += 5 + sum(left)
+        near = cosine(teacher, want, t, cond)
+        left = [on and c < threshold for on, c in zip(left, near.tolist(), strict=True)]
+        stopped.append(5 - sum(left))
+        s = torch.full_like(t, times[step + 1]) if step < 6 else None
+        want = x if s is None else teacher.process.step(want, x, t, s)
+    assert stopped[-2] > 0 and len(set(stopped)) > 2  # some stop, and not all at once
+    torch.testing.assert_close(found, want)
+    assert spent == cost
+
+
+def test_whether_a_sample_stops_does_not_depend_on_its_batch(teacher, point):
+    x_t, _, cond = point
+    guided, times = Guided(teacher, 3.0, NULL), teacher.process.grid(7)
+    together = ddim(Adaptive(guided, 0.8), x_t, times, cond)
+    for i in range(5):
+        one = {k: v[i : i + 1] for k, v in cond.items()}
+        alone = ddim(Adaptive(guided, 0.8), x_t[i : i + 1], times, one)
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=lambda m: "linear" if m is linear else str(m))
+def test_adaptive_guidance_that_never_stops_is_the_guidance_it_wraps(teacher, point, mix):
+    x_t, _, cond = point
+    guided, times = Guided(teacher, 3.0, NULL, mix), teacher.process.grid(5)
+    found = ddim(Adaptive(guided, 2.0), x_t, times, cond)
+    torch.testing.assert_close(found, ddim(guided, x_t, times, cond))
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=lambda m: "linear" if m is linear else str(m))
+def test_adaptive_guidance_that_stops_at_once_guides_one_call(teacher, point, mix):
+    x_t, t, cond = point
+    adaptive = Adaptive(Guided(teacher, 3.0, NULL, mix), -1.0)
+    torch.testing.assert_close(adaptive(x_t, t, cond), adaptive.guided(x_t, t, cond))
+    teacher.samples = 0
+    torch.testing.assert_close(adaptive(x_t, t, cond), teacher(x_t, t, cond))
+    assert teacher.samples == 10  # five of them the line above

@@ -27,6 +27,7 @@ SEES_ALL = {
         "build",
         "evaluation",
         "catalogue",
+        "drawing",
         "finish",
         "measure",
         "race",
