@@ -163,9 +163,7 @@ def draw(
     steps: Annotated[
         int | None, typer.Option(min=1, help="A student's most, or a teacher's 18, by default.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**31, help="Other pictures for another.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Other pictures for another.")] = 0,
     solver: Solver = "heun",
     guidance: Guidance = 1.0,
 ):
