@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
 
 
@@ -12,18 +14,30 @@ def objectives() -> dict[str, str]:
 
 
 def described(kind: type) -> str:
-    """The first line of a class's own docstring, or else of its module's."""
+    """The first sentence of a class's own docstring, or else of its module's."""
     own = kind.__doc__ or ""
     if own.startswith(f"{kind.__name__}("):  # its signature, which a dataclass without one gets
         own = ""
-    return (own or sys.modules[kind.__module__].__doc__ or "").strip().partition("\n")[0]
+    return sentence(own or sys.modules[kind.__module__].__doc__ or "")
+
+
+def sentence(text: str) -> str:
+    """The first sentence of a text on one line, or its first paragraph if none ends there."""
+    paragraph = text.strip().partition("\n\n")[0]
+    ends = re.search(r"[.!?](?=\s*\n| [^a-z\d]|$)", paragraph)  # not in "1.5" or "et al. 2024"
+    return " ".join(paragraph[: ends.end() if ends else None].split())
 
 
 def recipes() -> dict[str, str]:
     from distill.recipe import SHIPPED, shipped
 
-    lines = {k: (SHIPPED / f"{k}.yaml").read_text().splitlines()[0] for k in shipped()}
-    return {k: v.lstrip("# ") for k, v in lines.items()}
+    return {k: sentence(header((SHIPPED / f"{k}.yaml").read_text())) for k in shipped()}
+
+
+def header(text: str) -> str:
+    """The comment that a file begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return "\n".join(line.removeprefix("#").strip() for line in lines)
 
 
 def teachers() -> dict[str, str]:
@@ -49,7 +63,7 @@ def metrics() -> dict[str, str]:
 def protocols() -> dict[str, str]:
     from eval.protocol import PROTOCOLS
 
-    return {k: (v.__doc__ or "").strip().partition("\n")[0] for k, v in PROTOCOLS.items()}
+    return {k: sentence(v.__doc__ or "") for k, v in PROTOCOLS.items()}
 
 
 KINDS = {f.__name__: f for f in (objectives, recipes, teachers, metrics, protocols)}

@@ -81,6 +81,7 @@ class Drawing(ABC):
         if processes.count > 1:
             dist.all_reduce(counts)
         pictures, evaluations, shallow = counts.tolist()
+        pictures = max(pictures, 1)  # a seed that was kept whole is drawn no more
         found = {"evaluations": evaluations / pictures}
         if self.kept is not None:
             found = {

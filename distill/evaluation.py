@@ -170,12 +170,13 @@ def evaluate(
     known = recall(record, about)
     results = {}
     for k in steps:
+        draw = None
         for seed in range(seeds):
             if (place := f"{k}/{seed}") in known:
                 continue
             task = f"{found.who} in {k}: seed {seed}, {len(measure.prompts):,} pictures"
             with drawing(task, len(measure.prompts) / processes.count) as told:
-                draw = found.draw(measure.prompts, k)
+                draw = draw or found.draw(measure.prompts, k)  # which may search for its times
                 known[place] = measure.once(draw, seed, processes, record, [about, k], told)
                 if isinstance(draw, Drawing):
                     known[place] |= draw.cost(processes)

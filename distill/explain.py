@@ -26,7 +26,9 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
         return f"{path}: missing; every recipe must set it"
     if first["type"] == "missing_argument":
         return f"{path}: missing"
-    return f"{path}: {_expected(first)}, not {first['input']!r}"
+    expected = _expected(first)
+    given = f", not {first['input']!r}" * expected.startswith("expected")
+    return f"{path}: {expected}{given}"
 
 
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
@@ -45,8 +47,16 @@ def _is_tag(part: int | str) -> bool:
 
 
 def _expected(problem: ErrorDetails) -> str:
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return message.replace("input should be", "expected")
+    """What should have been there; or, in a check of our own, what is wrong."""
+    context = problem.get("ctx", {})
+    if problem["type"] == "too_short":
+        least = context["min_length"]
+        return f"expected at least {least} item{'s' * (least != 1)}"
+    if problem["type"] == "tuple_type":
+        return "expected a list"
+    message = str(context["error"]) if problem["type"] == "value_error" else problem["msg"]
+    message = message[0].lower() + message[1:]
+    return message.replace("input should be", "expected").replace("input should have", "expected")
 
 
 def _keys(model: type, path: Sequence[str]) -> list[str]:

@@ -23,10 +23,7 @@ from teachers.teacher import Teacher
 
 def check_protocol(measure: Protocol, teacher: Teacher) -> None:
     """Refuse a protocol whose prompts the teacher cannot take, before anything is trained."""
-    classes, shape = getattr(teacher.codec, "classes", 0), picture_shape(teacher)
-    kind = f"labels of {classes} classes" if classes else "captions"
-    if not classes and teacher.codec.condition([""]) is None:
-        kind = "nothing"
+    kind, shape = asked_by(teacher), picture_shape(teacher)
     wants = f"labels of {measure.classes} classes" if measure.classes else "captions"
     if kind != wants:
         raise UserError(
@@ -40,6 +37,13 @@ def check_protocol(measure: Protocol, teacher: Teacher) -> None:
             f"protocol {measure.name}: its pictures have {measure.channels} channels and {size}, "
             f"the teacher's are {'×'.join(map(str, shape))}; leave it out for other teachers"
         )
+
+
+def asked_by(teacher: Teacher) -> str:
+    """What says which pictures it draws: "captions", "labels of 10 classes", or "nothing"."""
+    if classes := getattr(teacher.codec, "classes", 0):
+        return f"labels of {classes} classes"
+    return "nothing" if teacher.codec.condition([""]) is None else "captions"
 
 
 def timed(make: Any, device: torch.device) -> tuple[torch.Tensor, float]:

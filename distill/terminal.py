@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
+T = TypeVar("T")
 out = Console(highlight=False)
 err = Console(highlight=False, stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
@@ -43,12 +44,29 @@ def say(line: str) -> None:
 def follow(counts: Iterable[int], total: int, task: str) -> None:
     """Run through `counts`, the items done so far of `total`, with a bar on a terminal."""
     say(task)
-    columns = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeRemainingColumn())
-    live = out.is_terminal and os.environ.get("RANK", "0") == "0"
-    with bars.Progress(*columns, console=out, disable=not live) as bar:
+    with counting() as bar:
         shown = bar.add_task("", total=total)
         for done in counts:
             bar.update(shown, completed=done)
+
+
+def passing(
+    items: Iterable[T], total: int, task: str, each: Callable[[T], int] = lambda _: 1
+) -> Iterator[T]:
+    """The items as they come, with a bar on a terminal; each may count for several of `total`."""
+    say(task)
+    with counting() as bar:
+        shown = bar.add_task("", total=total)
+        for item in items:
+            yield item
+            bar.advance(shown, each(item))
+
+
+def counting() -> bars.Progress:
+    """A bar with what is done of all, and the time left; none where there is no terminal."""
+    columns = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeRemainingColumn())
+    live = out.is_terminal and os.environ.get("RANK", "0") == "0"
+    return bars.Progress(*columns, console=out, disable=not live)
 
 
 class Progress:

@@ -1,13 +1,17 @@
 """Pictures laid out as other people's scorers take them: GenEval and DPG-Bench.
 
 Both need detectors or question answerers with requirements of their own, so they run elsewhere.
+GenEval (Ghosh et al. 2023, arXiv:2310.11513) has 553 prompts, DPG-Bench (Hu et al. 2024,
+arXiv:2403.05135) 1,065; both take four pictures of each.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +19,102 @@ from torch import Tensor
 from eval.errors import MetricError
 from eval.samples import Samples, by_prompt, pictures
 
+EACH = 4  # pictures of a prompt
+
+
+class Asked(NamedTuple):
+    """A prompt of a benchmark.
+
+    name: of its file or folder.
+    line: what its scorer knows of it.
+    """
+
+    name: str
+    prompt: str
+    line: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a scorer wants drawn, and how it wants to find it.
+
+    read: its prompts, from the file or folder that its authors publish.
+    place: what is there once a prompt's pictures are, all of them.
+    write: lays the pictures (4, 3, H, W) of a prompt down in a folder.
+    """
+
+    read: Callable[[Path], list[Asked]]
+    place: Callable[[Asked, Path], Path]
+    write: Callable[[Asked, Tensor, Path], None]
+
+
+def geneval_prompts(path: Path) -> list[Asked]:
+    """The lines of GenEval's `evaluation_metadata.jsonl`.
+
+    Raises:
+        MetricError: the file is not such.
+    """
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+        lines = [json.loads(text) for text in texts if text.strip()]
+    except (OSError, ValueError) as error:
+        raise MetricError(f"geneval: {path}: expected its evaluation_metadata.jsonl") from error
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not isinstance(line.get("prompt"), str):
+            raise MetricError(f"geneval: {path}: line {number} holds no prompt")
+    return [Asked(f"{i:05}", line["prompt"], line) for i, line in enumerate(lines)]
+
+
+def dpg_prompts(folder: Path) -> list[Asked]:
+    """The files of DPG-Bench's folder of prompts, a .txt for each.
+
+    Raises:
+        MetricError: one of them is not text.
+    """
+    try:
+        found = {p.stem: p.read_text(encoding="utf-8").strip() for p in folder.glob("*.txt")}
+    except (OSError, ValueError) as error:
+        raise MetricError(f"dpg: {folder}: expected its folder of prompts, {error}") from error
+    if empty := next((k for k, v in found.items() if not v), None):
+        raise MetricError(f"dpg: {folder / empty}.txt holds no prompt")
+    return [Asked(name, found[name], {}) for name in sorted(found)]
+
+
+def write_geneval(asked: Asked, images: Tensor, folder: Path) -> None:
+    """`00000/samples/00000.png` … and, when they are all there, `00000/metadata.jsonl`."""
+    place = geneval_place(asked, folder)
+    (place.parent / "samples").mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures(images)):
+        picture.save(place.parent / "samples" / f"{i:05}.png")
+    aside = place.with_suffix(".part")
+    aside.write_text(json.dumps(asked.line))
+    aside.rename(place)
+
+
+def geneval_place(asked: Asked, folder: Path) -> Path:
+    return folder / asked.name / "metadata.jsonl"
+
+
+def write_dpg(asked: Asked, images: Tensor, folder: Path) -> None:
+    """`<name>.png`: the four pictures as two rows of two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f"{asked.name}.part"
+    pictures(grid(images)[None])[0].save(aside, format="png")
+    aside.rename(dpg_place(asked, folder))
+
+
+def dpg_place(asked: Asked, folder: Path) -> Path:
+    return folder / f"{asked.name}.png"
+
+
+BENCHMARKS = {
+    "dpg": Benchmark(dpg_prompts, dpg_place, write_dpg),
+    "geneval": Benchmark(geneval_prompts, geneval_place, write_geneval),
+}
+
 
 def geneval(samples: Samples, metadata: list[dict[str, Any]], folder: Path) -> None:
     """`00000/metadata.jsonl` and `00000/samples/00000.png` … for each prompt, by its number.
-
-    GenEval (Ghosh et al. 2023, arXiv:2310.11513): 553 prompts, four pictures of each.
 
     Args:
         metadata: the lines of its `evaluation_metadata.jsonl`, in order.
@@ -29,18 +124,14 @@ def geneval(samples: Samples, metadata: list[dict[str, Any]], folder: Path) -> N
     """
     places = _places(samples, [line["prompt"] for line in metadata], "geneval")
     for number, line in enumerate(metadata):
-        here = folder / f"{number:05}"
-        (here / "samples").mkdir(parents=True, exist_ok=True)
-        (here / "metadata.jsonl").write_text(json.dumps(line))
-        for i, picture in enumerate(pictures(samples.images[places[line["prompt"]]])):
-            picture.save(here / "samples" / f"{i:05}.png")
+        images = samples.images[places[line["prompt"]]]
+        write_geneval(Asked(f"{number:05}", line["prompt"], line), images, folder)
 
 
 def dpg(samples: Samples, prompts: dict[str, str], folder: Path) -> None:
     """`<name>.png` for each prompt: its four pictures as two rows of two.
 
-    DPG-Bench (Hu et al. 2024, arXiv:2403.05135): 1,065 prompts, each a file; its scorer is to be
-    given the side of one picture as the resolution.
+    Its scorer is to be given the side of one picture as the resolution.
 
     Args:
         prompts: each prompt's text, by the stem of its file.
@@ -49,11 +140,10 @@ def dpg(samples: Samples, prompts: dict[str, str], folder: Path) -> None:
         MetricError: a prompt has no picture, a picture no prompt, or a prompt not four pictures.
     """
     places = _places(samples, list(prompts.values()), "dpg")
-    folder.mkdir(parents=True, exist_ok=True)
     for name, prompt in prompts.items():
-        if len(places[prompt]) != 4:
+        if len(places[prompt]) != EACH:
             raise MetricError(f"dpg: {len(places[prompt])} pictures of {name}; draw four of each")
-        pictures(grid(samples.images[places[prompt]])[None])[0].save(folder / f"{name}.png")
+        write_dpg(Asked(name, prompt, {}), samples.images[places[prompt]], folder)
 
 
 def grid(images: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Extractor:
     """Pictures to features, by one network after one resize.
 
     name, version: what is written beside every figure and statistic made with it.
+    dim: how many features there are of a picture.
     size, resize: what pictures become first.
     load: makes the network, at the first call.
     batch: how many pictures go through it at a time.
@@ -45,6 +46,7 @@ class Extractor:
 
     name: str
     version: str
+    dim: int
     size: int
     resize: Resize
     load: Callable[[], Network]
@@ -80,6 +82,7 @@ class Embedded:
 
     name: str
     version: str
+    dim: int
     read: Features
 
     @property
@@ -87,7 +90,7 @@ class Embedded:
         return f"{self.name} {self.version}, not resized"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (N, 64) of uint8 images of the size that the classifier reads.
+        """Features (N, dim) of uint8 images of the size that the classifier reads.
 
         Raises:
             MetricError: they have another.
@@ -106,6 +109,10 @@ class Prepared:
     @property
     def name(self) -> str:
         return f"{self.of.name}-{self.prepare.__name__}-{self.size}"
+
+    @property
+    def dim(self) -> int:
+        return self.of.dim
 
     @property
     def rule(self) -> str:
@@ -187,20 +194,26 @@ def clip_image(source: str, revision: str) -> Network:
 EXTRACTORS: dict[str, Extractor | Embedded] = {
     e.name: e
     for e in (
-        Extractor("inception-clean", GRAPH, 299, pil_float, lambda: inception(pool_of_resized)),
-        Extractor("inception-legacy-tensorflow", GRAPH, 299, untouched, lambda: inception(pool)),
-        Extractor("inception-edm", GRAPH, 299, untouched, lambda: inception(pool)),
-        Extractor("inception-logits", GRAPH, 299, untouched, lambda: inception(logits)),
         Extractor(
-            "dinov2-vitl14", DINOV2[1][:12], 224, pil_bytes,
+            "inception-clean", GRAPH, 2048, 299, pil_float,
+            lambda: inception(pool_of_resized),
+        ),
+        Extractor(
+            "inception-legacy-tensorflow", GRAPH, 2048, 299, untouched,
+            lambda: inception(pool),
+        ),
+        Extractor("inception-edm", GRAPH, 2048, 299, untouched, lambda: inception(pool)),
+        Extractor("inception-logits", GRAPH, 1008, 299, untouched, lambda: inception(logits)),
+        Extractor(
+            "dinov2-vitl14", DINOV2[1][:12], 1024, 224, pil_bytes,
             lambda: dinov2(*DINOV2),
         ),
         Extractor(
-            "clip-vitl14-336", CLIP_L_336[1][:12], 336, torch_bicubic,
+            "clip-vitl14-336", CLIP_L_336[1][:12], 768, 336, torch_bicubic,
             lambda: clip_image(*CLIP_L_336),
         ),
-        Embedded("digits", "1", digits.features),
-        Embedded("shapes", "1", shapes.features),
+        Embedded("digits", "1", 64, digits.features),
+        Embedded("shapes", "1", 64, shapes.features),
     )
 }  # fmt: skip
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -111,18 +113,51 @@ def of_folder(
     Raises:
         MetricError: the folder holds no pictures, or no more than the features.
     """
+    paths = listed(name, folder)
+    content = digest(folder, paths, hashes(name, paths))
+    path = place(name, features, root, content)
+    if path.exists():
+        return Reference.load(path, features)
+    made = measure(name, chunks(name, paths), features, content, keep)
+    made.save(path)
+    return made
+
+
+def listed(name: str, folder: Path) -> list[Path]:
+    """The pictures of a folder and the folders in it, in their order.
+
+    Raises:
+        MetricError: there are none.
+    """
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
     if not paths:
         raise MetricError(f"reference {name}: no pictures in {folder}")
-    digest = hashlib.sha256()
+    return paths
+
+
+def hashes(name: str, paths: Iterable[Path], side: int | None = None) -> Iterator[str]:
+    """The SHA-256 of each file, after a look at its header.
+
+    Raises:
+        MetricError: one is no picture, or not side × side where a side is asked for.
+    """
     for path in paths:
-        digest.update(f"{path.relative_to(folder)} {fetch.sha256(path)}\n".encode())
-    path = place(name, features, root, digest.hexdigest())
-    if path.exists():
-        return Reference.load(path, features)
-    made = measure(name, _read(paths), features, digest.hexdigest(), keep)
-    made.save(path)
-    return made
+        with _opened(name, path) as f:
+            width, height = f.size
+        if side is not None and (width, height) != (side, side):
+            raise MetricError(
+                f"reference {name}: {path} is {width}×{height} pixels; "
+                f"the protocol takes {side}×{side}"
+            )
+        yield fetch.sha256(path)
+
+
+def digest(folder: Path, paths: Sequence[Path], hashes: Iterable[str]) -> str:
+    """One SHA-256 of all files, by name and content."""
+    whole = hashlib.sha256()
+    for path, content in zip(paths, hashes, strict=True):
+        whole.update(f"{path.relative_to(folder)} {content}\n".encode())
+    return whole.hexdigest()
 
 
 def published(name: str, path: Path, features: Named, n: int) -> Reference:
@@ -132,32 +167,64 @@ def published(name: str, path: Path, features: Named, n: int) -> Reference:
     check it, and no features for metrics of neighbours.
 
     Raises:
-        MetricError: the file is not such.
+        MetricError: the file is not such, or D is not that of `features`.
     """
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            mean, cov = (torch.from_numpy(f[k]).double() for k in ("mu", "sigma"))
-    except (OSError, KeyError, ValueError) as error:
-        raise MetricError(f"reference {path}: not an .npz of mu and sigma") from error
-    if cov.shape != (len(mean), len(mean)):
+    mean, cov = moments_of(path)
+    if len(mean) != features.dim:
         raise MetricError(
-            f"reference {path}: sigma is {tuple(cov.shape)} where mu is {tuple(mean.shape)}"
+            f"reference {path}: mu holds {len(mean)} numbers; {features.name} gives {features.dim}"
         )
     content = fetch.sha256(path)
     return Reference(name, features.rule, content, Moments(mean, cov, n), torch.zeros(0, len(mean)))
 
 
-def _read(paths: list[Path]) -> Iterator[Tensor]:
-    """The pictures as uint8 (N, 3, H, W), as many at a time as are of one size, up to CHUNK."""
+def moments_of(path: Path) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D), in float64, of an .npz of `mu` and `sigma`.
+
+    Raises:
+        MetricError: the file is not such.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            mean, cov = (torch.from_numpy(f[k]).double() for k in ("mu", "sigma"))
+    # numpy takes what is no archive for a pickle or a lone array, which has no `with`
+    except (OSError, KeyError, ValueError, TypeError, BadZipFile) as error:
+        raise MetricError(f"reference {path}: not an .npz of mu and sigma") from error
+    if mean.dim() != 1 or cov.shape != (len(mean), len(mean)):
+        raise MetricError(
+            f"reference {path}: sigma is {tuple(cov.shape)} where mu is {tuple(mean.shape)}"
+        )
+    if not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
+        raise MetricError(f"reference {path}: mu or sigma holds NaN or infinity")
+    return mean, cov
+
+
+def chunks(name: str, paths: Iterable[Path]) -> Iterator[Tensor]:
+    """The pictures as uint8 (N, 3, H, W), as many at a time as are of one size, up to CHUNK.
+
+    Raises:
+        MetricError: one cannot be read.
+    """
     part: list[Tensor] = []
     for path in paths:
-        with Image.open(path) as f:
+        with _opened(name, path) as f:
             image = torch.from_numpy(np.array(f.convert("RGB"))).permute(2, 0, 1)
         if part and (image.shape != part[0].shape or len(part) == CHUNK):
             yield torch.stack(part)
             part = []
         part.append(image)
     yield torch.stack(part)
+
+
+@contextmanager
+def _opened(name: str, path: Path) -> Iterator[Image.Image]:
+    """A picture whose pixels are read when they are asked for."""
+    try:
+        with Image.open(path) as f:
+            yield f
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(str(path), "").strip() or type(error).__name__
+        raise MetricError(f"reference {name}: {path} cannot be read ({reason})") from error
 
 
 def place(name: str, features: Named, root: Path | None, content: str) -> Path:
@@ -172,16 +239,15 @@ def find(name: str, features: Named, n: int, root: Path | None = None) -> Refere
     Raises:
         MetricError: there are none, several, those of another number, or by another rule.
     """
-    pattern = place(name, features, root, "*")
-    paths = sorted(pattern.parent.glob(pattern.name))
+    paths, folder = kept(name, features, root), place(name, features, root, "").parent
     if not paths:
         raise MetricError(
-            f"reference {name}: no statistics by {features.name} in {pattern.parent}; "
-            f"make them from its {n} pictures with eval.reference.of_folder"
+            f"reference {name}: no statistics by {features.name} in {folder}; "
+            f"make them from its {n:,} pictures: distill reference {name} FOLDER"
         )
     if len(paths) > 1:
         raise MetricError(
-            f"reference {name}: {len(paths)} files by {features.name} in {pattern.parent}, of "
+            f"reference {name}: {len(paths)} files by {features.name} in {folder}, of "
             "different pictures; delete all but one"
         )
     found = Reference.load(paths[0], features)
@@ -191,3 +257,9 @@ def find(name: str, features: Named, n: int, root: Path | None = None) -> Refere
             f"the protocol takes {n}"
         )
     return found
+
+
+def kept(name: str, features: Named, root: Path | None = None) -> list[Path]:
+    """The files of statistics of that name by these features, of whichever pictures."""
+    pattern = place(name, features, root, "*")
+    return sorted(pattern.parent.glob(pattern.name))

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 import torch
 import yaml
@@ -140,6 +140,21 @@ class Against(Strict):
     count: Count
 
 
+class Need(NamedTuple):
+    """What a protocol asks for of its real pictures.
+
+    features: what is read of them.
+    metric: what asks for it, in words.
+    vectors: whether the features themselves are needed, and not their moments alone.
+    side: of the pictures in pixels, where they must be of the samples' size.
+    """
+
+    features: Named
+    metric: str
+    vectors: bool
+    side: int | None
+
+
 class Spec(Strict):
     """A protocol as its file says it.
 
@@ -187,12 +202,8 @@ class Spec(Strict):
 
     def _metric(self, where: str, name: str, options: dict[str, Any]) -> Metric:
         options = dict(options)
-        kind = options.pop("kind", name)
-        if kind not in KINDS:
-            raise unknown(f"{where}: kind", str(kind), KINDS)
-        make = KINDS[kind]
-        taken = inspect.signature(make).parameters
-        hints = get_type_hints(make.__init__ if inspect.isclass(make) else make)
+        make = self._kind(where, name, options)
+        taken, hints = inspect.signature(make).parameters, hints_of(make)
         given: dict[str, Any] = {"name": name} if "name" in taken else {}
         if "features" in taken:
             given["features"] = self._features(where, options)
@@ -211,6 +222,31 @@ class Spec(Strict):
         if needed:
             raise MetricError(f"{where}: it lacks {needed[0]}; add {needed[0]}: …")
         return make(**given)
+
+    def needs(self, name: str) -> list[Need]:
+        """What its metrics ask for of the real pictures, once for each kind of features.
+
+        Raises:
+            MetricError: a metric or its features are unknown.
+        """
+        found: dict[Named, Need] = {}
+        for key, written in self.metrics.items():
+            where, options = f"protocol {name}: {key}", dict(written)
+            make = self._kind(where, key, options)
+            if "reference" not in inspect.signature(make).parameters:
+                continue
+            features = self._features(where, options)
+            vectors = hints_of(make)["reference"] is Tensor
+            if features not in found or vectors > found[features].vectors:
+                side = None if isinstance(features, Prepared) else self.side
+                found[features] = Need(features, f"{key} of {name}", vectors, side)
+        return list(found.values())
+
+    def _kind(self, where: str, name: str, options: dict[str, Any]) -> Callable[..., Metric]:
+        kind = options.pop("kind", name)
+        if kind not in KINDS:
+            raise unknown(f"{where}: kind", str(kind), KINDS)
+        return KINDS[kind]
 
     def _features(self, where: str, options: dict[str, Any]) -> Named:
         if "features" not in options:
@@ -244,9 +280,14 @@ class Spec(Strict):
         if hint is Tensor and not len(found.features):
             raise MetricError(
                 f"{where}: the reference {found.name} holds moments alone, as published ones do; "
-                "make it from the pictures with eval.reference.of_folder"
+                f"make it from the pictures: distill reference {found.name} FOLDER"
             )
         return found.features if hint is Tensor else found.moments
+
+
+def hints_of(make: Callable[..., Metric]) -> dict[str, Any]:
+    """The types of a metric's arguments."""
+    return get_type_hints(make.__init__ if inspect.isclass(make) else make)
 
 
 @cache

@@ -308,6 +308,8 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
             continue
         if not (folder / part).is_dir():
             raise UserError(f"{who}: {folder / part} is missing, which model_index.json names")
+        if entry[1].endswith(("Tokenizer", "TokenizerFast")):
+            check_vocabulary(folder / part, who)
         pickled = [*(folder / part).glob("*.bin"), *(folder / part).glob("*.pt")]
         if pickled and not list((folder / part).glob("*.safetensors")):
             raise UserError(
@@ -318,7 +320,7 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
     absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
     absent += [k for k in index if k == "safety_checker"]
     try:
-        with quiet(), invented() as lacking:
+        with quiet(), silent("diffusers.models.modeling_utils"), invented() as lacking:
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 folder,
                 use_safetensors=True,
@@ -338,6 +340,32 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
             + f", and {len(lacking) - 1} more" * (len(lacking) > 1)
         )
     return pipe
+
+
+def check_vocabulary(folder: Path, who: str) -> None:
+    """Refuse a tokenizer's folder without its vocabulary: transformers would make an empty one.
+
+    Raises:
+        UserError: there is none in any of the forms that tokenizers are saved in.
+    """
+    words = {p.name for p in folder.iterdir()}
+    whole = {"tokenizer.json"} & words or {"vocab.json", "merges.txt"} <= words
+    if not (whole or "vocab.txt" in words or any(w.endswith(".model") for w in words)):
+        raise UserError(
+            f"{who}: {folder} lacks its vocabulary: tokenizer.json, vocab.json and merges.txt, "
+            "vocab.txt, or a sentencepiece .model; copy it there"
+        )
+
+
+@contextmanager
+def silent(name: str) -> Iterator[None]:
+    """Without a word from one logger, whose errors are raised as well."""
+    log = logging.getLogger(name)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 @contextmanager

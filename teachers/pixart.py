@@ -11,6 +11,13 @@ from teachers.denoiser import Cond
 from teachers.pipeline import Pretrained
 
 
+def cleans() -> bool:
+    """Whether its pipeline cleans captions here; asked to where it cannot, it warns of it."""
+    from diffusers.utils import is_bs4_available, is_ftfy_available
+
+    return is_bs4_available() and is_ftfy_available()
+
+
 class PixArtSigma(Pretrained):
     """A PixArtTransformer2DModel that reads T5's tokens, of which a mask hides the padding."""
 
@@ -34,17 +41,15 @@ class PixArtSigma(Pretrained):
 
     @staticmethod
     def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
-        from diffusers.utils import is_bs4_available, is_ftfy_available
-
-        clean = is_bs4_available() and is_ftfy_available()  # as the pipeline does, without a word
-        device = pipe.text_encoder.device
+        device, clean = pipe.text_encoder.device, cleans()
         text, mask, _, _ = pipe.encode_prompt(prompts, False, device=device, clean_caption=clean)
         return {"text": text.float(), "mask": mask}
 
     @staticmethod
     def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
         # binning would draw in the nearest of its training's sizes, and then resize
-        return {**Pretrained.arguments(prompts, size), "use_resolution_binning": False}
+        exact = {"use_resolution_binning": False, "clean_caption": cleans()}
+        return {**Pretrained.arguments(prompts, size), **exact}
 
     @classmethod
     def grain(cls, pipe: Any) -> int:

@@ -239,9 +239,18 @@ def test_students_are_ordered_by_their_distance_in_the_fewest_steps():
     [
         ("rowss=[]", "rowss: unknown key; did you mean 'rows'?"),
         ("rows=[{nmae: a}]", "rows.0.nmae: unknown key; did you mean 'name'?"),
-        ("rows=[]", "rows: "),
-        ("budget={}", "expected network_evaluations or seconds, one of the two"),
-        ("budget={seconds: 1, network_evaluations: 1}", "one of the two"),
+        ("rows=[]", "rows: expected at least 1 item, not []"),
+        ("seeds=[]", "seeds: expected at least 1 item, not []"),
+        ("seeds=3", "seeds: expected a list, not 3"),
+        ("budget={}", "budget: expected network_evaluations or seconds, one of the two, not {}"),
+        (
+            "budget={seconds: 1, network_evaluations: 1}",
+            "budget: expected network_evaluations or seconds, one of the two, not {'seconds",
+        ),
+        (
+            "baselines=[{solver: heun, schedule: ays, scheduler: DDIMScheduler}]",
+            "baselines.0: expected a solver or a scheduler, one of the two, not {",
+        ),
         ("seeds=[1,1]", "seeds: one is named twice"),
         ("rows=[{name: a, recipe: digits/dmd3}]", "did you mean 'digits/dmd2'"),
         ("rows=[{name: a, overrides: {objective: {name: sidd}}}]", "row 'a': objective.name"),

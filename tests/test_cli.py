@@ -14,7 +14,10 @@ import torch
 import yaml
 
 from distill import __main__ as cli
+from distill import catalogue
 from distill.catalogue import KINDS
+from distill.commands.training import show
+from students.card import card
 from tests.toys import recipe_tree
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -186,6 +189,15 @@ def test_steps_a_student_was_not_trained_for_are_refused(finished, tmp_path, cap
     assert "was trained for 1 or 2 steps" in err
 
 
+def test_a_student_is_sampled_in_its_most_steps_as_its_card_says(finished, tmp_path, capsys):
+    assert "num_inference_steps=2" in card(finished).text
+    for name, words in (("a", []), ("b", ["--steps", 2]), ("c", ["--steps", 1])):
+        out = tmp_path / f"{name}.npz"
+        assert called(capsys, "sample", finished, *words, "--n", 2, "--out", out)[0] == 0
+    a, b, c = (np.load(tmp_path / f"{k}.npz")["images"] for k in "abc")
+    assert (a == b).all() and (a != c).any()
+
+
 def test_a_truncated_checkpoint_is_named_with_its_remedy(finished, tmp_path, capsys):
     import shutil
 
@@ -255,6 +267,26 @@ def test_everything_listed_has_a_description_and_no_two_objectives_share_one():
     assert len(set(lines.values())) == len(lines)
 
 
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("One.\nTwo.", "One."),
+        ("One line and\nits rest: 1.5 of it. Two.", "One line and its rest: 1.5 of it."),
+        ("As Yin et al. 2024 say. distill run x", "As Yin et al. 2024 say. distill run x"),
+        ("One.\ndistill run x", "One."),
+        ("No end\n  of it\n\nTwo.", "No end of it"),
+    ],
+)
+def test_what_is_listed_is_the_first_whole_sentence(text, first):
+    assert catalogue.sentence(text) == first
+
+
+def test_a_header_that_runs_over_lines_is_listed_whole():
+    lines = KINDS["recipes"]()
+    assert lines["shapes/sid-lora"].endswith("as adapters on the teacher's own weights.")
+    assert all(v.endswith(".") and v.count(". ") == 0 for v in lines.values()), lines
+
+
 def rows(text: str, *names: str) -> dict[str, list[str]]:
     """The cells after each of these names, at the start of a line."""
     return {n: v[len(n) :].split() for n in names for v in text.splitlines() if v.startswith(n)}
@@ -276,7 +308,7 @@ def test_speed_is_compared_with_the_teachers_and_never_with_the_students_own(
     folder = finished.parent / "shown"
     folder.mkdir()
     (folder / "summary.json").write_text(json.dumps({**summary, "metrics": metrics}))
-    cli.show(folder)
+    show(folder)
     out = capsys.readouterr().out
     assert "speed-up" in out
     cells = rows(out, "teacher, 18-step heun", "teacher, 1 step", "student, 1 step")
@@ -331,6 +363,13 @@ def test_a_run_says_at_once_that_it_prepares_and_only_on_a_terminal(tmp_path):
     seen = on_a_terminal(*words)
     assert seen.index("preparing") < seen.index("no such file")
     assert command(*words).stderr.startswith("distill: recipe")
+
+
+def test_a_plan_says_that_it_is_at_work_and_only_on_a_terminal():
+    words = ("plan", "digits/sid", "teacher.source=analytic:ring")
+    seen = on_a_terminal(*words)
+    assert seen.index("preparing") < seen.index("playing a step") < seen.index("no weights")
+    assert command(*words).stderr.count("\n") == 1
 
 
 MINE = '''

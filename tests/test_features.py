@@ -109,11 +109,11 @@ def test_clean_inception_is_fed_normalised_pixels_at_299_and_the_others_bytes(gr
     from eval.features import inception, logits
 
     flat = torch.full((3, 3, 32, 32), 192, dtype=torch.uint8)
-    clean = Extractor("a", "1", 299, resize.pil_float, lambda: inception(pool_of_resized))
-    edm = Extractor("b", "1", 299, resize.untouched, lambda: inception(pool))
+    clean = Extractor("a", "1", 12, 299, resize.pil_float, lambda: inception(pool_of_resized))
+    edm = Extractor("b", "1", 12, 299, resize.untouched, lambda: inception(pool))
     assert torch.allclose(clean(flat), torch.full((3, 12), (192 - 128) / 128))
     assert torch.allclose(edm(flat), torch.full((3, 12), 192.0))
-    sure = Extractor("c", "1", 299, resize.untouched, lambda: inception(logits))
+    sure = Extractor("c", "1", 12, 299, resize.untouched, lambda: inception(logits))
     assert torch.allclose(sure(flat).exp(), torch.full((3, 12), 1 / 12))
 
 
@@ -145,7 +145,7 @@ def test_grey_pictures_are_read_as_three_equal_channels_and_others_refused():
         seen.append(x)
         return x.flatten(1)
 
-    grey = Extractor("a", "1", 8, resize.untouched, lambda: network, batch=2)
+    grey = Extractor("a", "1", 48, 8, resize.untouched, lambda: network, batch=2)
     assert grey(pictures(5, 4, 4)[:, :1]).shape == (5, 48)
     assert [len(x) for x in seen] == [2, 2, 1] and torch.equal(seen[0][:, 0], seen[0][:, 2])
     with pytest.raises(MetricError, match=r"torch.float32 .*give uint8"):

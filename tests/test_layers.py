@@ -27,13 +27,14 @@ SEES_ALL = {
         "build",
         "evaluation",
         "catalogue",
+        "commands/measuring",
         "drawing",
         "finish",
         "measure",
         "race",
+        "references",
         "sources",
         "teach",
-        "__main__",
     )
 }
 

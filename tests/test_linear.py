@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.__main__ import show
 from distill.build import build
+from distill.commands.training import show
 from distill.finish import finish, finished
 from distill.recipe import Recipe
 from students import linear

@@ -17,7 +17,7 @@ from eval.reference import Reference, find, of_folder
 from eval.resize import centre_lanczos
 from eval.samples import Samples
 
-TOY = Embedded("toy", "1", lambda images: images[:, :, ::2, ::2].flatten(1).float())
+TOY = Embedded("toy", "1", 12, lambda images: images[:, :, ::2, ::2].flatten(1).float())
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_statistics_are_read_from_the_cache_until_a_picture_changes(folder, cach
     made = of_folder("toys", folder, TOY)
     (path,) = (cache / "references").iterdir()
     assert path.name == f"toys.toy.{made.content[:16]}.safetensors"
-    monkeypatch.setattr(reference, "_read", None)  # no picture is read again
+    monkeypatch.setattr(reference, "chunks", None)  # no picture is read again
     again = of_folder("toys", folder, TOY)
     assert torch.equal(again.moments.cov, made.moments.cov)
     assert torch.equal(again.features, made.features)
@@ -75,10 +75,10 @@ def test_statistics_of_another_rule_or_number_are_refused(folder, cache):
     assert find("toys", TOY, 60).moments.n == 60
     with pytest.raises(MetricError, match=r"60 pictures .*the protocol takes 61"):
         find("toys", TOY, 61)
-    newer = Embedded("toy", "2", TOY.read)
+    newer = Embedded("toy", "2", 12, TOY.read)
     with pytest.raises(MetricError, match=r"made by 'toy 1, .* asked for by 'toy 2, "):
         find("toys", newer, 60)
-    with pytest.raises(MetricError, match=r"no statistics by toy-centre_lanczos-2 .*of_folder"):
+    with pytest.raises(MetricError, match=r"by toy-centre_lanczos-2 .*: distill reference toys"):
         find("toys", Prepared(centre_lanczos, 2, TOY), 60)
 
 

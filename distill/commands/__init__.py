@@ -1,0 +1,1 @@
+"""The commands of `distill`, one function each; `distill/__main__.py` names them."""

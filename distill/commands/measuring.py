@@ -1,0 +1,242 @@
+"""`distill sample`, `eval`, `draw`, `reference`: pictures and figures of students and teachers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distill.commands.options import Student, counts, writable
+
+
+def sample(
+    student: Student,
+    out: Annotated[Path, typer.Option(help="A .png grid, or .npz with images and labels.")],
+    steps: Annotated[
+        int | None, typer.Option(help="A count it was trained for; the most, by default.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", help="How many pictures.", min=1)] = 16,
+    seed: Annotated[int, typer.Option(help="The stock pipeline's generator seed.")] = 0,
+    labels: Annotated[str | None, typer.Option(help="Such as 3, or 0,1,2: repeated to n.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="For text students; may be repeated, and is up to n.")
+    ] = None,
+):
+    """Draw pictures from a student: those that the stock pipeline draws for the same seed."""
+    from distill.terminal import waiting
+    from students.export import draw, load_student
+    from teachers.errors import UserError
+
+    if out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {out}: expected a name that ends in .png or .npz")
+    writable(out, "--out")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
+    generator, teacher = load_student(student)
+    steps = max(generator.counts) if steps is None else steps
+    if steps not in generator.counts:
+        raise UserError(f"--steps {steps}: this student was trained for {counts(generator)}")
+    classes = getattr(teacher.codec, "classes", 0)
+    if labels is not None and not classes:
+        raise UserError("--labels: this student is not class-conditional")
+    text = not classes and teacher.codec.condition([""]) is not None
+    if text and not prompt:
+        raise UserError(
+            '--prompt is missing: this student draws what it is told, as in --prompt "…"'
+        )
+    if prompt and not text:
+        raise UserError("--prompt: this student does not read text")
+    names = [str(i) for i in range(classes or 1)]
+    if labels or prompt:
+        names = prompt or [p.strip() for p in str(labels).split(",")]
+    wanted = [names[i % len(names)] for i in range(n)]
+    teacher.codec.condition(wanted)
+    with waiting(f"drawing {n} pictures in {steps} step{'s' * (steps != 1)}"):
+        images = teacher.codec.decode(draw(generator.at(steps), teacher, wanted, seed))
+    if out.suffix == ".npz":
+        import numpy as np
+
+        from eval.samples import to_uint8
+
+        np.savez(
+            out,
+            images=to_uint8(images).numpy(),
+            labels=np.array(wanted if text else [int(p) for p in wanted]),
+        )
+    else:
+        from distill.pictures import save_grid
+
+        save_grid(images, out, len(names) if 6 <= len(names) <= 16 else min(n, 8))
+
+
+Source = Annotated[str, typer.Argument(help="A student or its run's folder, or a teacher.")]
+Solver = Annotated[
+    str, typer.Option(help="Teachers': one of ours, or a scheduler class of diffusers.")
+]
+Guidance = Annotated[float, typer.Option(help="Teachers': g = 1 + w; 1 is none.")]
+
+
+def evaluate(
+    source: Source,
+    protocol: Annotated[str, typer.Option(help="How to measure; see distill list.")] = "digits",
+    steps: Annotated[str, typer.Option(help="Such as 1,2,4; all of a student's, by default.")] = "",
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many, from 0; the protocol's by default.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A teacher to measure beside it, from the same noise.")
+    ] = None,
+    against_steps: Annotated[int, typer.Option(min=1, help="And in how many steps.")] = 18,
+    solver: Solver = "heun",
+    guidance: Guidance = 1.0,
+    null_label: Annotated[int | None, typer.Option(help="Teachers': the null class.")] = None,
+    schedule: Annotated[
+        str, typer.Option(help="Our solvers' times: own, ays, gits or searched.")
+    ] = "own",
+    adaptive: Annotated[
+        float | None, typer.Option(help="Guide until both predictions have this cosine, as 0.991.")
+    ] = None,
+    cache: Annotated[
+        int, typer.Option(min=1, help="DeepCache: run a UNet whole in every so many calls.")
+    ] = 1,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the figures here; seeds that are in it are kept."),
+    ] = None,
+):
+    """Measure a student or a teacher by a protocol, at the step counts given."""
+    import json
+
+    from accelerate import PartialState
+
+    from distill import evaluation
+    from distill.encode import device as device_of
+    from distill.files import write
+    from distill.terminal import out as console
+    from distill.terminal import results
+    from eval.protocol import protocol as protocol_of
+    from eval.stream import Processes
+    from teachers.errors import UserError
+
+    measure = protocol_of(protocol)
+    if json_file is not None:
+        writable(json_file, "--json")
+    wanted = [k.strip() for k in steps.split(",")] if steps else []
+    if bad := next((k for k in wanted if not k.isdecimal() or not int(k)), None):
+        raise UserError(f"--steps {bad}: expected whole numbers from 1, such as 1,2,4")
+    state, device = PartialState(), device_of()
+    processes = Processes(state.process_index, state.num_processes)
+    how = {"solver": solver, "guidance": guidance, "null_label": null_label}
+    if evaluation.is_student(source):
+        found = evaluation.student(source, device)
+    else:
+        few = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
+        found = evaluation.teacher(source, device, **how, **few)
+    counts = [int(k) for k in wanted] or list(found.counts or (1, 2, 4))
+    found.check(counts)
+    other = None if against is None else evaluation.teacher(against, device, **how)
+    if other is not None:
+        evaluation.check_against(found, other)
+    record = json_file and json_file.with_name(f"{json_file.name}.seeds")
+    n = measure.seeds if seeds is None else seeds
+    rows = evaluation.evaluate(found, measure, counts, n, processes, record)
+    tree: dict[str, Any] = {"protocol": protocol, found.who: rows}
+    shown = {evaluation.title(found.who, k, v): v for k, v in rows.items()}
+    base = None
+    if other is not None:
+        beside = json_file and json_file.with_name(f"{json_file.name}.against")
+        for k in counts:
+            near = evaluation.agreement(found, other, measure.prompts, k, against_steps)
+            rows[str(k)].update(near)
+        full = evaluation.evaluate(other, measure, [against_steps], n, processes, beside)
+        tree["against"] = full
+        base = f"{against}, {against_steps} step{'s' * (against_steps != 1)}"
+        shown = {base: full[str(against_steps)], **shown}
+    if processes.rank:
+        return
+    title = f"{protocol}: {len(measure.prompts):,} samples, {n} seeds; ± over seeds"
+    console.print(results(title, shown, base=base))
+    if json_file is not None:
+        write(json_file, json.dumps(tree, indent=2) + "\n")
+        for kept in (record, json_file.with_name(f"{json_file.name}.against")):
+            kept and kept.unlink(missing_ok=True)
+
+
+def draw(
+    benchmark: Annotated[str, typer.Argument(help="geneval or dpg.")],
+    source: Source,
+    prompts: Annotated[
+        Path, typer.Argument(help="GenEval's evaluation_metadata.jsonl; DPG-Bench's folder of .txt")
+    ],
+    folder: Annotated[Path, typer.Argument(help="For its scorer; FOLDER.json says what it holds.")],
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="A student's most, or a teacher's 18, by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Other pictures for another.")] = 0,
+    solver: Solver = "heun",
+    guidance: Guidance = 1.0,
+):
+    """Draw a benchmark's prompts, four pictures of each, as the scorer of its authors takes them.
+
+    Called again, it goes on where it was cut off.
+    """
+    from accelerate import PartialState
+
+    from distill import asked as benchmarks
+    from distill import evaluation
+    from distill.encode import device as device_of
+    from distill.terminal import say
+    from eval.stream import Processes
+
+    asked = benchmarks.prompts_of(benchmark, prompts)
+    state, device = PartialState(), device_of()
+    if evaluation.is_student(source):
+        found = evaluation.student(source, device)
+    else:
+        found = evaluation.teacher(source, device, solver, guidance)
+    k = steps or max(found.counts or (18,))
+    found.check([k])
+    benchmarks.check_subject(found, benchmark)
+    lines = [v._asdict() for v in asked]
+    about = {"benchmark": benchmark, "steps": k, "seed": seed, **found.about, "prompts": lines}
+    record = benchmarks.check_folder(folder, about)
+    state.wait_for_everyone()  # all have looked before anything is there
+    if state.is_main_process:
+        benchmarks.begin(record, about)
+    processes = Processes(state.process_index, state.num_processes)
+    benchmarks.draw(found, benchmark, asked, folder, k, seed, processes)
+    say(f"pictures of {len(asked):,} prompts in {folder}")
+
+
+def reference(
+    name: Annotated[str, typer.Argument(help="Of the set of pictures, as protocols name it.")],
+    source: Annotated[
+        Path, typer.Argument(help="Its folder of pictures; or published moments, FILE.npz.")
+    ],
+    protocol: Annotated[
+        str | None, typer.Option(help="For this one alone; for all that take it, by default.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Which features the moments are of, if it may be several.")
+    ] = None,
+):
+    """Make the statistics of real pictures that protocols compare with; what is there is kept."""
+    from distill import references
+    from distill.terminal import say
+    from teachers.errors import UserError
+
+    asked = references.wanted(name, protocol)
+    if source.is_dir():
+        if features is not None:
+            raise UserError("--features: for an .npz alone; of pictures all are made")
+        made = references.from_pictures(asked, source)
+        say(f"{name}: {asked.count:,} pictures, {len(made)} kinds of features in {made[0].parent}")
+        return
+    if source.suffix != ".npz" or not source.is_file():
+        raise UserError(f"{source}: expected a folder of pictures, or an .npz of mu and sigma")
+    path, rest = references.from_moments(asked, source, features)
+    say(f"{name}: moments in {path}; that they are of {asked.count:,} pictures is your word")
+    if rest:
+        names = ", ".join(need.features.name for need in rest)
+        say(f"still to be made, of the pictures: {names}")

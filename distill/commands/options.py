@@ -1,0 +1,40 @@
+"""What several commands take, and what they check of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from students.generator import Generator
+
+RecipeArg = Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe: digits/dmd2.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Such as train.steps=500.")]
+Out = Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/RECIPE")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
+Licence = Annotated[
+    str, typer.Option("--licence-override", help="Why it may be shared though its licence says no.")
+]
+Student = Annotated[Path, typer.Argument(help="A run's folder, or the student folder in it.")]
+RunArg = Annotated[Path, typer.Argument(help="A finished run's folder.")]
+
+
+def writable(path: Path, option: str) -> None:
+    """Refuse a file that could not be written, before any work is done for it."""
+    from teachers.errors import UserError
+
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: the folder {path.parent} does not exist")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{option} {path} cannot be written")
+
+
+def counts(generator: Generator) -> str:
+    """The step counts that a student runs at: "1 step", or "1, 2 or 4 steps"."""
+    *most, last = map(str, generator.counts)
+    return f"{', '.join(most)} or {last} steps" if most else f"{last} step{'s' * (last != '1')}"

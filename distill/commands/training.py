@@ -1,0 +1,159 @@
+"""`distill run`, `teach`, `bench`, `cache`: what trains, and what is made once for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill.commands.options import Licence, Out, Overrides, RecipeArg, Resume, counts
+
+
+def run(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    licence_override: Licence = "",
+):
+    """Distil: train the student of a recipe, export it, and measure it against its teacher."""
+    import json
+
+    from distill.terminal import out as console
+    from distill.terminal import waiting
+    from teachers.errors import UserError
+
+    out = out or Path("runs") / Path(recipe).stem
+    with waiting("distill: preparing"):  # the imports alone take seconds
+        from distill.recipe import Recipe
+
+        reason = [f"export.licence_override={json.dumps(licence_override)}"]
+        checked = Recipe.load(recipe, [*(overrides or []), *(reason if licence_override else [])])
+        if not checked.kind.few_step:
+            name = checked.objective["name"]
+            raise UserError(f"{recipe}: objective.name: {name} makes teachers; use distill teach")
+        from distill import build
+        from distill.finish import finished
+
+        made = None
+        if finished(out) and resume and not more_steps(out, checked.train.steps):
+            build.check_folder(checked, out, resume)
+        else:
+            made = build.build(checked, out, resume)
+    if made is None:
+        console.print(f"{out} is finished; its figures:")
+        return show(out)
+    main = made.engine.accelerator.is_main_process
+    if main:
+        from distill.teaching import guided
+        from teachers.guidance import describe
+
+        guidance = describe(guided(checked, made.teacher))
+        console.print(
+            f"{checked.objective['name']}: from teacher {checked.teacher.source} ({guidance}) "
+            f"to a student of {counts(made.student)}, in {out}",
+            soft_wrap=True,
+            markup=False,
+        )
+    from distill.finish import finish
+
+    made.engine.train()
+    if main and made.protocol:
+        console.print("exporting and measuring")
+    finish(made)
+    if main:
+        show(out)
+
+
+def more_steps(out: Path, steps: int) -> bool:
+    """Whether the recipe now asks for more steps than the finished run took."""
+    import json
+
+    return json.loads((out / "summary.json").read_text())["steps"] < steps
+
+
+def show(out: Path) -> None:
+    """The run's results, and where the student is."""
+    import json
+
+    from distill.terminal import out as console
+    from distill.terminal import results
+
+    summary = json.loads((out / "summary.json").read_text())
+    if metrics := summary["metrics"]:
+        rows, base, few = {}, None, metrics.get("teacher_few", {})
+        if full := metrics.get("teacher"):
+            base = f"teacher, {full['steps']}-step {full['solver']}"
+            rows[base] = full
+        rows |= {f"teacher, {k} step{'s' * (k != '1')}": v for k, v in few.items()}
+        rows |= {f"student, {k} step{'s' * (k != '1')}": v for k, v in metrics["student"].items()}
+        any_row = full or next(iter(metrics["student"].values()))
+        title = f"{any_row['protocol']}: {any_row['n']} samples; ± over seeds"
+        console.print(results(title, rows, base))
+    else:
+        console.print("not measured: the recipe names no eval.protocol")
+    console.print(
+        f"{summary['steps']} steps in {summary['wall_s']:.0f} s, "
+        f"{summary['network_evaluations']:,} network evaluations; student in {out / 'student'}, "
+        f"report in {out / 'report.html'}",
+        soft_wrap=True,
+    )
+
+
+def teach(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resume: Resume = False):
+    """Train a small teacher from nothing, and leave it as an ordinary diffusers folder."""
+    from distill.teach import teach as go
+    from distill.terminal import out as console
+    from distill.terminal import results
+
+    out = out or Path("runs") / f"teach-{Path(recipe).stem}"
+    summary = go(recipe, out, overrides or [], resume)
+    if summary.get("metrics"):
+        metrics = summary["metrics"]
+        rows = {f"{metrics['teacher']['steps']} steps": metrics["teacher"]}
+        rows |= {f"{k} steps": v for k, v in metrics["teacher_few"].items()}
+        console.print(results("teacher", rows, base=next(iter(rows))))
+    console.print(f"teacher in {out / 'teacher'}")
+
+
+def bench(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a shipped one: bench/digits.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Such as seeds=[0] budget.network_evaluations=20000.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Its folder.", show_default="runs/bench-RECIPE")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+):
+    """Race objectives at one budget: every row and seed a run, then a leaderboard and plots.
+
+    Called again, it goes on where it was: what is finished is kept, and what failed too, until its
+    row changes. OUT gets leaderboard.json, leaderboard.md and plots; OUT/runs, every run.
+    """
+    from distill.terminal import out as console
+    from distill.terminal import waiting
+
+    out = out or Path("runs") / f"bench-{Path(recipe).stem}"
+    with waiting("distill: preparing"):
+        from distill import race
+    lines = race.bench(recipe, overrides or [], out, jobs)
+    failed = {v.name for v in lines if v.failed}
+    console.print(race.standings(lines))
+    note = f"; failed: {', '.join(sorted(failed))}" if failed else ""
+    console.print(f"leaderboard and plots in {out}{note}", soft_wrap=True, markup=False)
+
+
+def cache(recipe: RecipeArg, overrides: Overrides = None):
+    """Encode a recipe's prompts and images once, into a cache that its runs read."""
+    from distill.recipe import Recipe
+
+    checked = Recipe.load(recipe, overrides or [])
+    from distill.build import make_cache
+    from distill.terminal import say
+
+    report = make_cache(checked)
+    kinds = ", ".join(f"{n} {kind}" for kind, n in report["by_kind"].items())
+    skipped = f"; {report['skipped']} skipped ({kinds}), see data-report.json" if kinds else ""
+    say(f"{report['items'] - report['skipped']:,} items cached{skipped}")
