@@ -5,6 +5,7 @@ Several processes share each seed's chunks; what they find does not depend on ho
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,17 @@ def is_student(source: str) -> bool:
     """Whether a folder holds an exported student, or a run that left one."""
     folder = Path(source).expanduser()
     return any((folder / name / SIDECAR).is_file() for name in (".", "student"))
+
+
+def refuse(options: dict[str, Any], why: str) -> None:
+    """Refuse options of `teacher` that are not what they are when they are left out.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    left_out = {k: p.default for k, p in inspect.signature(teacher).parameters.items()}
+    if wrong := next((k for k, v in options.items() if v != left_out[k]), None):
+        raise UserError(f"--{wrong.replace('_', '-')}: {why}")
 
 
 def student(source: str, device: torch.device) -> Subject:

@@ -143,3 +143,9 @@ def test_the_figure_that_counts_is_the_first_distance_there_is():
 def test_mistakes_are_said_before_anything_is_drawn(words, said):
     with pytest.raises(UserError, match=said):
         cli.app(["eval", *words], standalone_mode=False)
+
+
+def test_a_students_measurement_has_no_teachers_options():
+    evaluation.refuse({"schedule": "own", "adaptive": None, "cache": 1}, "no such choice")
+    with pytest.raises(UserError, match="--null-label: no such choice"):
+        evaluation.refuse({"solver": "heun", "null_label": 3}, "no such choice")

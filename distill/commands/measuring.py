@@ -128,10 +128,13 @@ def evaluate(
     state, device = PartialState(), device_of()
     processes = Processes(state.process_index, state.num_processes)
     how = {"solver": solver, "guidance": guidance, "null_label": null_label}
+    few = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
     if evaluation.is_student(source):
+        evaluation.refuse(few, "a student has no such choice")
+        if against is None:
+            evaluation.refuse(how, "a student has no such choice; it is for --against")
         found = evaluation.student(source, device)
     else:
-        few = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
         found = evaluation.teacher(source, device, **how, **few)
     counts = [int(k) for k in wanted] or list(found.counts or (1, 2, 4))
     found.check(counts)
