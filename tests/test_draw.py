@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from distill import __main__ as cli
-from distill import drawing, evaluation
+from distill import asked as benchmarks
+from distill import evaluation
 from distill.evaluation import Subject
 from eval.benchmarks import dpg_prompts, geneval_prompts
 from eval.samples import Samples
@@ -63,7 +64,7 @@ def subject(asked, drawn):
 
 def test_genevals_folders_hold_four_pictures_of_each_line_and_go_on(metadata, tmp_path):
     asked, drawn, out = geneval_prompts(metadata), [], tmp_path / "out"
-    drawing.draw(subject(asked, drawn), "geneval", asked, out, 2, seed=5)
+    benchmarks.draw(subject(asked, drawn), "geneval", asked, out, 2, seed=5)
     assert drawn == [([p] * 4, 15 + i) for i, p in enumerate(PROMPTS)]
     for i in range(3):
         line = json.loads((out / f"0000{i}" / "metadata.jsonl").read_text())
@@ -74,17 +75,17 @@ def test_genevals_folders_hold_four_pictures_of_each_line_and_go_on(metadata, tm
             assert f.getpixel((0, 0)) == (15 + i, 3, 2)
     (out / "00001" / "metadata.jsonl").unlink()  # cut off in its pictures
     drawn.clear()
-    drawing.draw(subject(asked, drawn), "geneval", asked, out, 2, seed=5)
+    benchmarks.draw(subject(asked, drawn), "geneval", asked, out, 2, seed=5)
     assert drawn == [([PROMPTS[1]] * 4, 16)]
 
 
 def test_dpgs_grids_are_shared_by_processes_and_are_those_of_one(texts, tmp_path):
     asked, one = dpg_prompts(texts), tmp_path / "one"
-    drawing.draw(subject(asked, []), "dpg", asked, one, 1)
+    benchmarks.draw(subject(asked, []), "dpg", asked, one, 1)
     for rank in (0, 1):
         drawn = []
         share = subject(asked, drawn)
-        drawing.draw(share, "dpg", asked, tmp_path / "two", 1, 0, Processes(rank, 2))
+        benchmarks.draw(share, "dpg", asked, tmp_path / "two", 1, 0, Processes(rank, 2))
         assert len(drawn) == 2 - rank
     for i in range(3):
         assert (one / f"p{i}.png").read_bytes() == (tmp_path / "two" / f"p{i}.png").read_bytes()
@@ -153,6 +154,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 
 
 def test_what_is_not_in_colour_is_refused(monkeypatch):
-    monkeypatch.setattr(drawing, "picture_shape", lambda _: (3, 8, 32, 32))
+    monkeypatch.setattr(benchmarks, "picture_shape", lambda _: (3, 8, 32, 32))
     with pytest.raises(UserError, match="takes pictures in colour"):
-        drawing.check_subject(Subject("teacher", load("shapes"), None, lambda *_: None, {}), "dpg")
+        benchmarks.check_subject(
+            Subject("teacher", load("shapes"), None, lambda *_: None, {}), "dpg"
+        )

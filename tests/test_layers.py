@@ -28,6 +28,7 @@ SEES_ALL = {
         "evaluation",
         "catalogue",
         "commands/measuring",
+        "asked",
         "drawing",
         "finish",
         "measure",
