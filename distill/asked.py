@@ -81,7 +81,7 @@ def draw(
 ) -> None:
     """Lay down the pictures of all prompts that are not there yet."""
     layout = BENCHMARKS[benchmark]
-    some = found.draw([v.prompt for v in asked], steps)
+    some = found.draw([v.prompt for v in asked], steps, None)
     mine = [
         (number, v)
         for number, v in enumerate(asked)

@@ -113,12 +113,31 @@ class Baseline(Section):
         draw = self.draw(recipe, teacher, measure.prompts, steps)
         return {**measure(draw, seeds), **draw.cost()}
 
-    def draw(self, recipe: Recipe, teacher: Teacher, prompts: Sequence[Any], steps: int) -> Drawing:
-        """A way of drawing by this sampler; a schedule that is found is found for these prompts."""
+    def draw(
+        self,
+        recipe: Recipe,
+        teacher: Teacher,
+        prompts: Sequence[Any],
+        steps: int,
+        batch: int | None = None,
+    ) -> Drawing:
+        """A way of drawing by this sampler; a schedule that is found is found for these prompts.
+
+        Args:
+            batch: How many go through the networks at once; by default what their size allows.
+        """
         if self.scheduler is not None:
-            return Piped(recipe, teacher, self.scheduler, steps, self.cache)
+            return Piped(recipe, teacher, self.scheduler, steps, self.cache, batch)
         assert self.solver is not None
         threshold = self.threshold if self.guidance == "adaptive" else None
         return Solved(
-            recipe, teacher, self.solver, self.schedule, steps, prompts, threshold, self.cache
+            recipe,
+            teacher,
+            self.solver,
+            self.schedule,
+            steps,
+            prompts,
+            threshold,
+            self.cache,
+            batch,
         )

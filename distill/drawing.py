@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.measure import timed
+from distill.encode import encoders_on
+from distill.measure import at_once, decoded, timed
 from distill.meter import Meter
 from distill.recipe import Recipe
 from distill.schedules import PATHS, SAMPLES, align_your_steps, begun, gits, searched
@@ -23,11 +25,9 @@ from students.lora import unwrap
 from teachers.deepcache import DeepCache
 from teachers.denoiser import Denoiser, Guided, computes
 from teachers.guidance import Adaptive
-from teachers.pipeline import Prompted
+from teachers.pipeline import Prompted, quiet
 from teachers.solver import SOLVERS
 from teachers.teacher import Teacher
-
-BATCH = 512
 
 
 class Drawing(ABC):
@@ -36,10 +36,12 @@ class Drawing(ABC):
     Args:
         denoiser: Whose networks are counted: all that a picture takes.
         cache: DeepCache's interval.
+        batch: How many go through the networks at once; by default what their size allows.
     """
 
-    def __init__(self, teacher: Teacher, denoiser: Denoiser, cache: int) -> None:
+    def __init__(self, teacher: Teacher, denoiser: Denoiser, cache: int, batch: int | None) -> None:
         self.teacher, self.device = teacher, device_of(teacher)
+        self.batch = batch or at_once(teacher)
         self.networks = [m for m in denoiser.modules() if computes(m)]
         self.kept: DeepCache | None = None
         if cache > 1:
@@ -112,9 +114,10 @@ class Solved(Drawing):
         prompts: Sequence[Any],
         threshold: float | None = None,
         cache: int = 1,
+        batch: int | None = None,
     ) -> None:
         self.denoiser = guided(recipe, teacher)
-        super().__init__(teacher, self.denoiser, cache)
+        super().__init__(teacher, self.denoiser, cache, batch)
         self.solver, self.threshold = SOLVERS[solver], threshold
         with counted(self.networks) as samples:
             self.times = self.found(schedule, steps, prompts)
@@ -142,16 +145,16 @@ class Solved(Drawing):
 
         def draw() -> Tensor:
             parts = []
-            for i in range(0, len(noise), BATCH):
-                part = cond and {k: v[i : i + BATCH].to(device) for k, v in cond.items()}
-                x_t = begun(self.denoiser, noise[i : i + BATCH].to(device), times)
+            for i in range(0, len(noise), self.batch):
+                part = cond and {k: v[i : i + self.batch].to(device) for k, v in cond.items()}
+                x_t = begun(self.denoiser, noise[i : i + self.batch].to(device), times)
                 with self.walk():
                     parts.append(self.solver(self.walked(), x_t, times.to(device), part))
             return torch.cat(parts)
 
         torch.manual_seed(seed)  # for solvers that draw noise on the way
         x, seconds = timed(draw, device)
-        return self.teacher.codec.decode(x), seconds
+        return decoded(self.teacher, x, self.batch), seconds
 
     def walked(self) -> Denoiser:
         """The denoiser of one walk."""
@@ -165,9 +168,15 @@ class Piped(Drawing):
     """By the teacher's stock pipeline, with diffusers' scheduler in it."""
 
     def __init__(
-        self, recipe: Recipe, teacher: Teacher, scheduler: str, steps: int, cache: int = 1
+        self,
+        recipe: Recipe,
+        teacher: Teacher,
+        scheduler: str,
+        steps: int,
+        cache: int = 1,
+        batch: int | None = None,
     ) -> None:
-        super().__init__(teacher, teacher.denoiser, cache)
+        super().__init__(teacher, teacher.denoiser, cache, batch)
         self.networks = [unwrap(teacher.denoiser).backbone]  # which pipelines call themselves
         self.scale, self.steps = guidance_of(recipe).scale, steps
         self.pipe = pipeline(teacher, scheduler)
@@ -176,17 +185,48 @@ class Piped(Drawing):
         rng, parts = torch.Generator().manual_seed(seed), []
 
         def draw() -> Tensor:
-            for i in range(0, len(prompts), BATCH):
-                asked = arguments(self.teacher, prompts[i : i + BATCH], self.scale)
+            for i in range(0, len(prompts), self.batch):
+                asked = arguments(self.teacher, prompts[i : i + self.batch], self.scale)
                 with self.walk():
                     made = self.pipe(
                         **asked, num_inference_steps=self.steps, generator=rng, output_type="pt"
                     )
-                parts.append(made.images)
+                parts.append(made.images.cpu())
             return torch.cat(parts)
 
-        images, seconds = timed(draw, self.device)
+        # a pipeline is on one device, and in one precision
+        with quiet(), encoders_on(self.teacher, self.device), in_single(self.networks[0]):
+            images, seconds = timed(draw, self.device)
         return images * 2 - 1, seconds
+
+
+@contextmanager
+def in_single(network: nn.Module) -> Iterator[None]:
+    """Within it, a network of half precision is given and gives single, as the rest of a pipeline
+    that is not made for mixed ones takes it. Times, which would be rounded, are left alone."""
+    dtype = next(network.parameters()).dtype
+    if dtype == torch.float32:
+        yield
+        return
+
+    def cast(value: Any, to: torch.dtype) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(to) if value.is_floating_point() and value.ndim > 1 else value
+        if isinstance(value, dict):
+            return {k: cast(v, to) for k, v in value.items()}
+        return tuple(cast(v, to) for v in value) if type(value) is tuple else value
+
+    hooks = [
+        network.register_forward_pre_hook(
+            lambda _, args, kwargs: (cast(args, dtype), cast(kwargs, dtype)), with_kwargs=True
+        ),
+        network.register_forward_hook(lambda _, args, out: cast(out, torch.float32)),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def pipeline(teacher: Teacher, scheduler: str) -> Any:
@@ -197,7 +237,10 @@ def pipeline(teacher: Teacher, scheduler: str) -> Any:
     made = kind.from_config(network.schedule.config)
     if isinstance(teacher.codec, Prompted):
         parts = {**teacher.codec.pipe.components, "scheduler": made}
-        pipe = type(teacher.codec.pipe)(**parts, requires_safety_checker=False)
+        before: Any = teacher.codec.pipe
+        known = inspect.signature(type(before).__init__).parameters
+        settings = {k: v for k, v in before.config.items() if k in known and k not in parts}
+        pipe = type(before)(**parts, **settings)
     else:
         pipe = diffusers.ConsistencyModelPipeline(unet=network.backbone, scheduler=made)  # pyright: ignore
     pipe.set_progress_bar_config(disable=True)

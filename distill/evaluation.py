@@ -16,21 +16,24 @@ from typing import Any, get_args
 import torch
 from pydantic import ValidationError
 
+from distill import speed
 from distill.baselines import Baseline, Stock, StockEDM
 from distill.drawing import Drawing
-from distill.encode import picture_shape
+from distill.encode import encoders_on, picture_shape
 from distill.explain import explain
 from distill.files import write
 from distill.measure import check_protocol, student_samples
 from distill.recipe import Recipe
 from distill.schedules import FINE, FOUND
 from distill.teaching import load_teacher
-from distill.terminal import drawing
+from distill.terminal import drawing, waiting
 from eval.perceptual import lpips, psnr
 from eval.protocol import Draw, Protocol
 from eval.stream import ALONE, Processes
 from students.export import SIDECAR, load_student
+from teachers.denoiser import Denoiser
 from teachers.errors import UserError, nearest
+from teachers.quantised import Precision
 from teachers.solver import SOLVERS
 from teachers.teacher import Teacher
 
@@ -45,7 +48,9 @@ class Subject:
     Args:
         who: "student" or "teacher".
         counts: The step counts that it may be run in; None for any.
-        draw: From prompts and a step count to a way of drawing.
+        draw: From prompts and a step count to a way of drawing; a third argument says how many go
+            through the networks at once, None what their size allows.
+        denoiser: What draws.
         about: All else that its figures depend on, in plain terms.
         most: The greatest step count that it may be run in; None for no limit.
     """
@@ -53,8 +58,9 @@ class Subject:
     who: str
     teacher: Teacher
     counts: tuple[int, ...] | None
-    draw: Callable[[list[str], int], Draw]
+    draw: Callable[[list[str], int, int | None], Draw]
     about: dict[str, Any]
+    denoiser: Denoiser
     most: int | None = None
 
     def check(self, steps: Sequence[int]) -> None:
@@ -87,23 +93,27 @@ def refuse(options: dict[str, Any], why: str) -> None:
         raise UserError(f"--{wrong.replace('_', '-')}: {why}")
 
 
-def student(source: str, device: torch.device) -> Subject:
+def student(source: str, device: torch.device, precision: Precision | None = None) -> Subject:
     """An exported student, drawing what stock diffusers would.
+
+    Args:
+        precision: Of its weights; by default single.
 
     Raises:
         UserError: it is none, or is damaged.
     """
     folder = Path(source).expanduser()
-    generator, teacher = load_student(folder)
+    generator, teacher = load_student(folder, precision)
     generator = generator.to(device)
 
-    def draw(prompts: list[str], steps: int) -> Draw:
+    def draw(prompts: list[str], steps: int, batch: int | None) -> Draw:
         few = generator.at(steps)
-        return lambda some, seed: student_samples(few, teacher, some, seed)
+        return lambda some, seed: student_samples(few, teacher, some, seed, batch)
 
     files = sorted(p for p in folder.rglob("*.safetensors") if "checkpoints" not in p.parts)
-    about = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
-    return Subject("student", teacher, generator.counts, draw, about)
+    about: dict[str, Any] = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
+    about["precision"] = precision
+    return Subject("student", teacher, generator.counts, draw, about, generator.denoiser)
 
 
 def teacher(
@@ -115,6 +125,7 @@ def teacher(
     schedule: str = "own",
     adaptive: float | None = None,
     cache: int = 1,
+    precision: Precision | None = None,
 ) -> Subject:
     """Whatever may be `teacher.source` in a recipe, by one of our solvers or diffusers' schedulers.
 
@@ -131,6 +142,7 @@ def teacher(
             f"--solver {solver!r} is unknown: {nearest(solver, [*SOLVERS, *schedulers])}"
         )
     told = {"source": source, "guidance": guidance, "null_label": null_label}
+    told["precision"] = precision
     nothing = {"objective": {"name": "sid"}, "train": {"steps": 1}}  # only the teacher is built
     recipe = Recipe.check({"teacher": told, **nothing}, "eval")
     found = load_teacher(recipe)
@@ -146,16 +158,16 @@ def teacher(
     baseline.check(recipe, found)
 
     @lru_cache
-    def drawing(prompts: tuple[str, ...], steps: int) -> Drawing:
-        return baseline.draw(recipe, found, prompts, steps)
+    def drawing(prompts: tuple[str, ...], steps: int, batch: int | None) -> Drawing:
+        return baseline.draw(recipe, found, prompts, steps, batch)
 
-    def draw(prompts: list[str], steps: int) -> Draw:
-        kept = drawing(tuple(prompts), steps)  # its schedule is found once for all seeds
+    def draw(prompts: list[str], steps: int, batch: int | None) -> Draw:
+        kept = drawing(tuple(prompts), steps, batch)  # its schedule is found once for all seeds
         kept.restart()
         return kept
 
     most = FINE if schedule in FOUND else None
-    return Subject("teacher", found, None, draw, {**told, **tree}, most)
+    return Subject("teacher", found, None, draw, {**told, **tree}, found.denoiser, most)
 
 
 def evaluate(
@@ -188,7 +200,9 @@ def evaluate(
                 continue
             task = f"{found.who} in {k}: seed {seed}, {len(measure.prompts):,} pictures"
             with drawing(task, len(measure.prompts) / processes.count) as told:
-                draw = draw or found.draw(measure.prompts, k)  # which may search for its times
+                draw = draw or found.draw(
+                    measure.prompts, k, None
+                )  # which may search for its times
                 known[place] = measure.once(draw, seed, processes, record, [about, k], told)
                 if isinstance(draw, Drawing):
                     known[place] |= draw.cost(processes)
@@ -228,13 +242,36 @@ def agreement(
         full: The other's step count.
     """
     some = prompts[:: max(1, len(prompts) // AGREEING)][:AGREEING]
-    ours = found.draw(some, steps)(some, 0).images
-    theirs = other.draw(some, full)(some, 0).images
+    ours = found.draw(some, steps, None)(some, 0).images
+    theirs = other.draw(some, full, None)(some, 0).images
     rows = {"teacher_psnr": psnr(ours, theirs).clamp(max=99).mean().item()}
     if min(picture_shape(found.teacher)[1:]) >= LPIPS_FROM:
         distances = [lpips()(a[None], b[None]) for a, b in zip(ours, theirs, strict=True)]
         rows["teacher_lpips"] = torch.cat(distances).double().mean().item()
     return rows
+
+
+def speeds(found: Subject, steps: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """How fast it draws at each step count, and on what; see `distill/speed.py`.
+
+    Raises:
+        UserError: there is no memory for one picture.
+    """
+    asked, counted = speed.prompts(found.teacher, speed.CAP), speed.evaluated(found.denoiser)
+    gauge, rows = speed.gauge_of(device), {}
+    try:
+        with encoders_on(found.teacher, device):
+            for k in steps:
+                with waiting(f"{found.who} in {k}: speed"):
+                    draw = found.draw(asked, k, speed.CAP)
+                    rows[str(k)] = speed.measured(
+                        lambda n, draw=draw: draw(asked[:n], 0), counted, gauge, speed.CAP
+                    )
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(
+            "--speed: out of memory at one picture; give --precision bf16, or a larger card"
+        ) from None
+    return {**speed.machine(found.denoiser, device), "steps": rows}
 
 
 def recall(record: Path | None, about: dict[str, Any]) -> dict[str, dict[str, float]]:

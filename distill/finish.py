@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from distill.measure import (
     student_samples,
     teacher_samples,
 )
+from distill.meter import device_name, peak_memory
 from distill.pictures import COLUMNS, save_grid
 from distill.report import PICTURES, report
 from distill.teaching import guided
@@ -125,7 +124,6 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     """What the run was, what it cost, and what came of it."""
     engine = run.engine
     device = engine.accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     threads = torch.get_num_threads()
     packages = ("torch", "accelerate", "diffusers", "fewstep")
     return {
@@ -138,15 +136,7 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         "network_evaluations_by_network": engine.evaluations,
         "peak_memory_gb": peak_memory(device),
         "metrics": metrics,
-        "device": f"{device.type} ({name or platform.machine()}, {threads} threads)",
+        "device": f"{device.type} ({device_name(device)}, {threads} threads)",
         "processes": engine.accelerator.num_processes,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
     }
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has held, in GB: the device's, or its own on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts in bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, pstdev
@@ -12,9 +12,11 @@ from typing import Any, Literal
 from distill.bench import Entry, Race, Row
 from distill.files import write
 
-# Figures that tables show, and their heads; the first orders them.
-SHOWN = {"fd": "FD", "precision": "precision", "recall": "recall", "coverage": "coverage",
-         "accuracy": "accuracy"}  # fmt: skip
+DISTANCES = ("fd", "fid")  # every protocol has one of them, and it orders students
+# Figures that tables show, and their heads.
+SHOWN = {"fd": "FD", "fid": "FID", "patch_fid": "patch FID", "fd_dinov2": "FD-DINOv2",
+         "cmmd": "CMMD", "inception_score": "IS", "precision": "precision", "recall": "recall",
+         "coverage": "coverage", "accuracy": "accuracy"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class Line:
     def value(self, key: str) -> float:
         """The mean of a metric."""
         return self.metrics[key]["mean"]
+
+    @property
+    def distance(self) -> float:
+        """The mean of the figure that orders lines."""
+        return self.value(distance_of(self.metrics))
+
+
+def distance_of(figures: Mapping[str, Any]) -> str:
+    """The name of the distance among a protocol's figures."""
+    return next(k for k in DISTANCES if k in figures)
 
 
 def student_lines(race: Race) -> list[Line]:
@@ -120,7 +132,7 @@ def ordered(lines: Iterable[Line]) -> list[Line]:
     lines = list(lines)
     best: dict[str, float] = {}
     for line in sorted((v for v in lines if v.metrics), key=lambda v: v.steps or 0):
-        best.setdefault(line.name, line.value("fd"))
+        best.setdefault(line.name, line.distance)
     kinds = ("teacher", "baseline", "student")
 
     def key(line: Line) -> tuple[int, float, str, int]:

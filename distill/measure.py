@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from distill.encode import picture_shape
+from distill.encode import decoder_on, picture_shape
 from distill.recipe import Recipe
 from distill.teaching import guided
 from eval.protocol import Protocol, images_to_samples
@@ -19,6 +21,9 @@ from teachers.denoiser import Denoiser
 from teachers.errors import UserError
 from teachers.solver import evaluations, solve
 from teachers.teacher import Teacher
+
+PIXELS = 2**22  # of pictures that go through the networks at once: four of 1024×1024
+BATCH = 512  # pictures that do, however small
 
 
 def check_protocol(measure: Protocol, teacher: Teacher) -> None:
@@ -55,13 +60,32 @@ def timed(make: Any, device: torch.device) -> tuple[torch.Tensor, float]:
     return result, time.perf_counter() - began
 
 
+def at_once(teacher: Teacher) -> int:
+    """How many of a teacher's pictures go through the networks at once, where none says more."""
+    return max(1, min(BATCH, PIXELS // math.prod(picture_shape(teacher)[1:])))
+
+
+def decoded(teacher: Teacher, x: Tensor, batch: int) -> Tensor:
+    """Pictures (N, C, H, W) on the CPU of data x (N, ...), decoded where those are."""
+    with decoder_on(teacher, x.device):
+        return torch.cat([teacher.codec.decode(part).cpu() for part in x.split(batch)])
+
+
 def student_samples(
-    student: Generator, teacher: Teacher, prompts: Sequence[str], seed: int
+    student: Generator,
+    teacher: Teacher,
+    prompts: Sequence[str],
+    seed: int,
+    batch: int | None = None,
 ) -> Samples:
-    """A student's pictures for the prompts, by the noise that a stock pipeline would draw."""
-    device = next(student.parameters()).device
-    x, seconds = timed(lambda: draw(student, teacher, prompts, seed), device)
-    return images_to_samples(teacher.codec.decode(x), list(prompts), seconds)
+    """A student's pictures for the prompts, by the noise that a stock pipeline would draw.
+
+    Args:
+        batch: How many go through the networks at once; by default what their size allows.
+    """
+    device, batch = next(student.parameters()).device, batch or at_once(teacher)
+    x, seconds = timed(lambda: draw(student, teacher, prompts, seed, batch), device)
+    return images_to_samples(decoded(teacher, x, batch), list(prompts), seconds)
 
 
 def teacher_samples(
@@ -77,19 +101,19 @@ def solved(
     denoiser: Denoiser, teacher: Teacher, prompts: Sequence[str], seed: int, steps: int, method: str
 ) -> Samples:
     """Pictures for the prompts by a solver, from the same noise as a student's of that seed."""
-    device = next(denoiser.parameters()).device
+    device, batch = next(denoiser.parameters()).device, at_once(teacher)
     noise = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(seed))
     cond = teacher.codec.condition(prompts)
 
     def make() -> torch.Tensor:
         parts = []
-        for i in range(0, len(noise), 512):
-            part = cond and {k: v[i : i + 512].to(device) for k, v in cond.items()}
-            parts.append(solve(denoiser, noise[i : i + 512].to(device), steps, method, part))
+        for i in range(0, len(noise), batch):
+            part = cond and {k: v[i : i + batch].to(device) for k, v in cond.items()}
+            parts.append(solve(denoiser, noise[i : i + batch].to(device), steps, method, part))
         return torch.cat(parts)
 
     x, seconds = timed(make, device)
-    return images_to_samples(teacher.codec.decode(x), list(prompts), seconds)
+    return images_to_samples(decoded(teacher, x, batch), list(prompts), seconds)
 
 
 def evaluate_student(

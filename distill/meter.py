@@ -1,7 +1,13 @@
-"""What is held and done among tensors made in a context: bytes and FLOPs, of fake tensors too."""
+"""What is held and done among tensors made in a context: bytes and FLOPs, of fake tensors too.
+
+And what a process holds on its device, and what that device is called.
+"""
 
 from __future__ import annotations
 
+import platform
+import resource
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -97,3 +103,18 @@ def fused(meter: Meter) -> Iterator[None]:
 def unique(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, each storage once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held, in GB: the device's, or its own on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts in bytes
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's, or what machines like it are called."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill.leaderboard import Line
+from distill.leaderboard import Line, distance_of
 
 # Okabe and Ito's palette (Color Universal Design, 2008), without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -86,7 +86,7 @@ def quality_by_steps(lines: Sequence[Line], out: Path) -> Path:
     look, points = looks(lines), []
     for name, path in rows.items():
         colour, mark = look.get(path[0].objective, (GREY, "."))
-        x, y = [v.steps or 0 for v in path], [v.value("fd") for v in path]
+        x, y = [v.steps or 0 for v in path], [v.distance for v in path]
         dashed = "--" if path[0].kind == "baseline" else "-"
         ax.plot(x, y, dashed, marker=mark, color=colour, lw=1.2, ms=4.5, alpha=0.9)
         points.append(Point(x[-1], y[-1], name, colour))
@@ -109,7 +109,7 @@ def quality_by_cost(lines: Sequence[Line], first: Sequence[Line], out: Path) -> 
     for line in first:
         colour, mark = look[line.objective]
         x = (line.wall_s if timed else line.network_evaluations) or 0.0
-        y, spread = line.value("fd"), line.metrics["fd"]["spread"]
+        y, spread = line.distance, line.metrics[distance_of(line.metrics)]["spread"]
         low = min(spread, 0.9 * y)  # a logarithm has no room for more
         ax.errorbar(x, y, [[low], [spread]], color=colour, marker=mark, ms=5.5, lw=1, capsize=2)
         points.append(Point(x, y, at(line), colour))
@@ -128,9 +128,9 @@ def diversity(lines: Sequence[Line], first: Sequence[Line], out: Path) -> Path:
     for ax, key in zip(axes, ("recall", "coverage"), strict=True):
         for line in first:
             colour, mark = look[line.objective]
-            ax.plot(line.value(key), line.value("fd"), mark, color=colour, ms=5.5)
+            ax.plot(line.value(key), line.distance, mark, color=colour, ms=5.5)
             if key == "coverage":
-                points.append(Point(line.value(key), line.value("fd"), at(line), colour))
+                points.append(Point(line.value(key), line.distance, at(line), colour))
         scale_of_distance(ax, f"{key}: to the right is more diverse", key == "recall")
         ax.set_xlabel(key)
         found = reference(ax, lines, min(v.steps or 0 for v in first), key)
@@ -188,9 +188,9 @@ def reference(ax: Any, lines: Sequence[Line], steps: int | None, key: str = "") 
     found = []
     full = [v for v in lines if v.kind == "teacher"]
     few = [v for v in lines if v.kind == "baseline" and steps and (v.steps or 0) <= steps]
-    best = sorted(few, key=lambda v: v.value("fd"))[:1]
+    best = sorted(few, key=lambda v: v.distance)[:1]
     for line, colour, style in [(v, BLACK, "-") for v in full] + [(v, GREY, "--") for v in best]:
-        y = line.value("fd")
+        y = line.distance
         ax.axhline(y, color=colour, lw=1, ls=style, zorder=1)
         x = ax.get_xlim()[1]
         if key in line.metrics:

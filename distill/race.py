@@ -9,13 +9,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from distill import leaderboard
 from distill.bench import Bench, Entry, Race, digest, table
 from distill.drawing import Solved
+from distill.encode import device, moved
 from distill.files import write
-from distill.leaderboard import Line, sampled
+from distill.leaderboard import Line, distance_of, sampled
 from distill.measure import check_protocol
 from distill.plots import plot
 from distill.recipe import Recipe
@@ -37,8 +39,8 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lin
     """
     made = Bench.load(path, overrides)
     recipe = made.reference()
-    teacher = load_teacher(recipe)
     measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
+    teacher = load_teacher(recipe)
     if measure is not None:
         check_protocol(measure, teacher)
     elif made.baselines:
@@ -47,7 +49,10 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lin
         baseline.check(recipe, teacher)
     race = Race(made, out)
     try:
-        taught = [] if measure is None else teacher_lines(race, recipe, teacher, measure)
+        with moved([teacher.denoiser], device()):
+            taught = [] if measure is None else teacher_lines(race, recipe, teacher, measure)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # runs are processes of their own
         runs = len(race.entries)
         done = [e for e in race.entries if race.done(e)]
         if done:
@@ -67,16 +72,17 @@ def standings(lines: list[Line]) -> Table:
     """The students and their teacher on the terminal: distances by step count, best first."""
     counts = sorted({v.steps for v in lines if v.steps and v.kind != "teacher"})
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("FD at steps")
+    key = next((distance_of(v.metrics) for v in lines if v.metrics), "fd")
+    table.add_column(f"{leaderboard.SHOWN[key]} at steps")
     for k in counts:
         table.add_column(str(k), justify="right")
     rows: dict[str, dict[int, str]] = {}
     for line in lines:
         rows.setdefault(line.name, {})
         if line.steps in counts:
-            rows[line.name][line.steps] = leaderboard.figure(line, "fd")
+            rows[line.name][line.steps] = leaderboard.figure(line, key)
         elif line.kind == "teacher":
-            rows[f"{line.name}, {line.steps} steps: {leaderboard.figure(line, 'fd')}"] = {}
+            rows[f"{line.name}, {line.steps} steps: {leaderboard.figure(line, key)}"] = {}
             rows.pop(line.name)
     for name, cells in rows.items():
         table.add_row(name, *(cells.get(k, "") for k in counts))
@@ -101,7 +107,8 @@ def said(race: Race, entry: Entry) -> str:
     summary = entry.summary()
     assert summary is not None
     found = summary["metrics"].get("student", {})
-    figures = "  ".join(f"fd {v['fd']:.3f} at {k}" for k, v in found.items())
+    keys = {k: distance_of(v) for k, v in found.items()}
+    figures = "  ".join(f"{keys[k]} {v[keys[k]]:.3f} at {k}" for k, v in found.items())
     return f"{who}: {figures}; {summary['steps']} steps in {summary['wall_s']:.0f} s"
 
 

@@ -191,10 +191,15 @@ class TrainSection(Section):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl
 
 
+# eval/protocols, which this package does not read; a test holds the two together
+Known = Literal["digits", "shapes", "cifar10-50k", "imagenet64-50k", "coco2014-30k", "coco2017-5k",
+                "sdxl-10k", "mjhq-30k"]  # fmt: skip
+
+
 class EvalSection(Section):
     """What the run is measured by."""
 
-    protocol: Literal["digits", "shapes"] | None = None
+    protocol: Known | None = None
     every: Whole = 0  # steps between evaluations while training; 0 for only at the end
     seeds: Count = 3  # over which the student's figures are averaged
     teacher_seeds: Whole = 1  # and the teacher's, which take longer; 0 leaves it out

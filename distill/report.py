@@ -27,6 +27,7 @@ from students.card import (
 from teachers.errors import UserError
 
 PICTURES = "final"  # under samples/: teacher and student on the same noise, written as a run ends
+SPEED = "speed.json"  # what `distill eval RUN --speed --json RUN/speed.json` leaves
 CURVES = ("loss", "grad_norm")  # the series that are shown first; the others can be unfolded
 LOWER = {"fd", "fid"}  # figures of which less is better
 
@@ -72,6 +73,7 @@ def render(run: Path) -> str:
         prompts=prompts(run),
         table=table(summary),
         protocol=protocol(summary),
+        paces=paces(run),
         curves=first,
         more={k: v for k, v in drawn.items() if k not in first},
         reference=reference,
@@ -195,6 +197,33 @@ def table(summary: Mapping[str, Any]) -> dict[str, Any]:
         "heads": [FIGURES[k] for k in keys] + ["images/s"] + ["speed-up"] * (full is not None),
         "rows": [(name, own, cells(row)) for name, (own, row) in rows.items()],
     }
+
+
+def paces(run: Path) -> dict[str, Any]:
+    """What the run's speed.json says: heads, rows as the figures have them, and the machine.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = run / SPEED
+    if not path.is_file():
+        return {}
+    rows = []
+    try:
+        found = json.loads(path.read_text())["speed"]
+        for who, own in (("student", True), ("against", False)):
+            for steps, row in found.get(who, {"steps": {}})["steps"].items():
+                name = f"{'student' if own else 'teacher'}, {steps_of([int(steps)])}"
+                for pace in (row["single"], row["saturated"]):
+                    cells = [f"{row['evaluations']:,}", f"{pace['batch']:,}"]
+                    cells += [f"{pace[k]:,.1f}" for k in ("latency_ms", "latency_p90_ms")]
+                    cells += [f"{pace['images_per_s']:,.4g}", f"{pace['peak_memory_gb']:.2f}"]
+                    rows.append((name, own, cells))
+        machine = f"{found['student']['device']}, {found['student']['dtype']}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: damaged; write it anew by distill eval --speed") from None
+    heads = ["evaluations", "batch", "ms", "90 % within ms", "images/s", "GB"]
+    return {"heads": heads, "rows": rows, "machine": machine}
 
 
 def protocol(summary: Mapping[str, Any]) -> str:

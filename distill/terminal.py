@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from rich import progress as bars
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 out = Console(highlight=False)
@@ -182,3 +183,22 @@ def planned(tree: dict[str, Any], memory: float, reserve: float) -> Table:
     table.add_row(f"1,000 steps, {share}", f"{tree['hours_per_1k_steps']:.2g} h")
     table.add_row("and at its usual rent", f"${tree['dollars_per_1k_steps']:.2f}")
     return table
+
+
+def paces(who: str, found: dict[str, Any]) -> Group:
+    """A line and a table of speed: at each step count one picture at a time, and as many as pay."""
+    threads = f", {found['threads']} threads" if found["memory"].startswith("of") else ""
+    line = f"{who}, from prompts to pictures: {found['device']}, {found['dtype']}{threads}"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("steps", "evaluations", "batch", "ms", "p90 ms", "img/s", "GB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for steps, row in found["steps"].items():
+        for kind in ("single", "saturated"):
+            pace = row[kind]
+            rate = pace["images_per_s"]
+            table.add_row(
+                steps, str(row["evaluations"]), str(pace["batch"]), f"{pace['latency_ms']:,.1f}",
+                f"{pace['latency_p90_ms']:,.1f}", f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
+                f"{pace['peak_memory_gb']:.2f}",
+            )  # fmt: skip
+    return Group(Text(line), table)

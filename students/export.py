@@ -24,6 +24,7 @@ from teachers.denoiser import Cond, Denoiser
 from teachers.edm_model import EDM
 from teachers.errors import UserError
 from teachers.pipeline import Prompted, quiet
+from teachers.quantised import Precision
 from teachers.teacher import Teacher, load, read_json
 from teachers.unet import UNet
 
@@ -299,8 +300,11 @@ def draw(
     return torch.cat(parts)
 
 
-def load_student(folder: Path) -> tuple[Generator, Teacher]:
+def load_student(folder: Path, precision: Precision | None = None) -> tuple[Generator, Teacher]:
     """An exported student, ready to sample: its generator, and itself as a teacher (for the codec).
+
+    Args:
+        precision: Of its weights; by default single.
 
     Raises:
         UserError: the folder is not an exported student, or is not whole.
@@ -316,6 +320,8 @@ def load_student(folder: Path) -> tuple[Generator, Teacher]:
     whole = whole and isinstance(options, dict) and options.keys() <= set(SHAPING)
     if not whole or not isinstance(sidecar.get("renoise"), bool):
         raise UserError(f"student {str(folder)!r}: {SIDECAR} is damaged; export the run again")
+    if precision is not None:
+        options = {**options, "precision": precision}
     teacher = load(str(folder), **options)
     like = stock.student(teacher, max(counts), None, sidecar["renoise"], exported=True)
     if unknown := set(counts) - set(like.counts):

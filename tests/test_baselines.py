@@ -45,6 +45,20 @@ def test_our_solvers_draw_the_pictures_of_diffusers_schedulers(digits, solver, s
     assert (gap > 0).float().mean() < 0.02
 
 
+def test_weights_of_half_precision_are_drawn_from_by_stock_schedulers_as_by_our_own_solvers(shapes):
+    """bf16 keeps eight bits of what the network says; all else of the pipeline stays in fp32."""
+    half = load("shapes", precision="bf16")
+    stock, own = Baseline(scheduler="DDIMScheduler"), Baseline(solver="ddim")
+    a, b, c, d = (
+        kind.draw(recipe("shapes"), teacher, CAPTIONS, 4)(CAPTIONS, 7).images.float()
+        for kind in (stock, own)
+        for teacher in (half, shapes)
+    )
+    assert 0 < (a - b).abs().mean() < 2 * (c - d).abs().mean() < 10
+    assert half.denoiser.backbone.dtype == torch.bfloat16
+    assert not half.denoiser.backbone._forward_hooks
+
+
 @pytest.mark.parametrize("scheduler", baselines.get_args(baselines.Stock))
 def test_a_baseline_is_the_teachers_pipeline_with_that_scheduler(shapes, scheduler):
     import diffusers
@@ -168,7 +182,7 @@ def test_every_walk_begins_with_a_whole_evaluation(digits, monkeypatch):
     """What one batch kept is not read in the next: the pictures do not depend on the batch size."""
     draw = Baseline(solver="ddim", cache=2).draw(recipe("digits"), digits, LABELS, 3)
     whole = draw(LABELS, 0).images
-    monkeypatch.setattr("distill.drawing.BATCH", 5)
+    monkeypatch.setattr("distill.measure.BATCH", 5)
     assert (draw(LABELS, 0).images.int() - whole.int()).abs().max() <= 1
 
 

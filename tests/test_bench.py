@@ -167,6 +167,23 @@ def test_a_row_that_diverges_is_recorded_and_the_rest_goes_on(file, tmp_path, pl
     assert played == []  # it would fail again
 
 
+def test_a_benchmark_of_which_every_run_fails_writes_its_leaderboard_and_exits_with_1(
+    file, tmp_path, played, capsys
+):
+    tree = {**TREE, "budget": {"network_evaluations": 70}, "rows": TREE["rows"][1:]}
+    file.write_text(yaml.safe_dump(tree))
+    code, out, err = called(capsys, "bench", file, "--out", tmp_path / "out")
+    assert code == 1 and "failed: SiD α = 1" in out
+    assert err.startswith("distill: every run failed; ") and err.count("\n") == 1
+    lines = json.loads((tmp_path / "out/leaderboard.json").read_text())
+    assert set(lines[0]["failed"]) == {"0", "1"}
+    assert "70 network evaluations do not buy" in (tmp_path / "out/leaderboard.md").read_text()
+    other = {"name": "half", "overrides": {"objective": {"name": "sid"}, "train": {"batch": 8}}}
+    file.write_text(yaml.safe_dump({**tree, "rows": [*tree["rows"], other]}))
+    code, out, err = called(capsys, "bench", file, "--out", tmp_path / "out")
+    assert (code, err) == (0, "") and "failed: SiD α = 1" in out  # a step takes 80, half of one 40
+
+
 def test_a_budget_that_buys_nothing_fails_its_row_alone(file, tmp_path, played):
     tree = {**TREE, "seeds": [0], "budget": {"network_evaluations": 70}}  # SiD takes 80, DMD2 less
     file.write_text(yaml.safe_dump(tree))

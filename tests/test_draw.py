@@ -49,7 +49,7 @@ def called(capsys, *words):
 def subject(asked, drawn):
     """Draws pictures of one colour, (seed, place, 0); notes what it was asked for."""
 
-    def draw(prompts, steps):
+    def draw(prompts, steps, batch):
         assert prompts == [v.prompt for v in asked]
 
         def some(wanted, seed):
@@ -59,7 +59,7 @@ def subject(asked, drawn):
 
         return some
 
-    return Subject("student", None, None, draw, {})  # pyright: ignore[reportArgumentType]
+    return Subject("student", None, None, draw, {}, None)  # pyright: ignore[reportArgumentType]
 
 
 def test_genevals_folders_hold_four_pictures_of_each_line_and_go_on(metadata, tmp_path):
@@ -106,7 +106,7 @@ def test_a_teacher_draws_them_by_the_command_and_other_pictures_are_never_mixed_
     about = json.loads((tmp_path / "out.json").read_text())
     assert (about["steps"], about["seed"], about["source"]) == (1, 0, "shapes")
     cpu = torch.device("cpu")
-    found = evaluation.teacher("shapes", cpu, "ddim").draw(PROMPTS, 1)([PROMPTS[1]] * 4, 1)
+    found = evaluation.teacher("shapes", cpu, "ddim").draw(PROMPTS, 1, None)([PROMPTS[1]] * 4, 1)
     with Image.open(tmp_path / "out" / "00001" / "samples" / "00002.png") as f:
         assert f.size == (32, 32)
         assert f.getpixel((7, 9)) == tuple(found.images[2, :, 9, 7].tolist())
@@ -157,5 +157,5 @@ def test_what_is_not_in_colour_is_refused(monkeypatch):
     monkeypatch.setattr(benchmarks, "picture_shape", lambda _: (3, 8, 32, 32))
     with pytest.raises(UserError, match="takes pictures in colour"):
         benchmarks.check_subject(
-            Subject("teacher", load("shapes"), None, lambda *_: None, {}), "dpg"
+            Subject("teacher", load("shapes"), None, lambda *_: None, {}, None), "dpg"
         )

@@ -25,7 +25,7 @@ def digits():
 def grey(digits, level=100, counts=None, drawn=None):
     """Draws noise about one grey; notes the seeds and counts that it was asked for."""
 
-    def draw(prompts, steps):
+    def draw(prompts, steps, batch):
         def some(wanted, seed):
             if drawn is not None:
                 drawn.append((steps, seed))
@@ -35,7 +35,7 @@ def grey(digits, level=100, counts=None, drawn=None):
 
         return some
 
-    return Subject("student", digits, counts, draw, {"level": level})
+    return Subject("student", digits, counts, draw, {"level": level}, digits.denoiser)
 
 
 def test_a_call_that_was_cut_off_goes_on_at_the_seed_that_was_not_done(digits, tmp_path):
@@ -62,7 +62,7 @@ def test_what_was_kept_of_something_else_does_not_count(digits, tmp_path, spoil)
 
 def test_means_and_spreads_are_over_the_seeds(digits):
     measure = protocol("digits")
-    runs = [measure.once(grey(digits).draw([], 1), seed) for seed in (0, 1)]
+    runs = [measure.once(grey(digits).draw([], 1, None), seed) for seed in (0, 1)]
     row = measure.over(runs)
     assert row["fd"] == pytest.approx((runs[0]["fd"] + runs[1]["fd"]) / 2)
     assert row["spread"]["fd"] == pytest.approx(abs(runs[0]["fd"] - runs[1]["fd"]) / 2)

@@ -193,6 +193,27 @@ def test_a_report_needs_nothing_but_itself(run):
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
 
+def paced(batch, ms):
+    return {"batch": batch, "latency_ms": ms, "latency_p90_ms": 2 * ms, "images_per_s": 1e3 / ms,
+            "peak_memory_gb": 1.5, "calls": 5}  # fmt: skip
+
+
+def test_speeds_are_on_the_page_of_a_run_that_has_them(run):
+    assert 'id="speed"' not in report(run).read_text()
+    machine = {"device": "a card", "dtype": "bfloat16"}
+    row = {"evaluations": 2, "single": paced(1, 12.5), "saturated": paced(64, 100.0)}
+    tree = {"student": {**machine, "steps": {"2": row}}}
+    tree["against"] = {**machine, "steps": {"25": {**row, "evaluations": 50}}}
+    (run / "speed.json").write_text(json.dumps({"speed": tree}))
+    page = report(run).read_text()
+    assert "on a card, bfloat16" in page
+    cells = "".join(f"<td>{v}</td>" for v in ("student, 2 steps", 2, 1, "12.5", "25.0", 80, "1.50"))
+    assert cells in page and "<td>teacher, 25 steps</td><td>50</td>" in page
+    (run / "speed.json").write_text('{"speed": {"student": {}}}')
+    with pytest.raises(UserError, match=r"speed\.json: damaged"):
+        report(run)
+
+
 def test_an_unfinished_run_has_no_report(run, tmp_path):
     (run / "summary.json").unlink()
     with pytest.raises(UserError, match="not finished"):

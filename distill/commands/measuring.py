@@ -79,7 +79,10 @@ Guidance = Annotated[float, typer.Option(help="Teachers': g = 1 + w; 1 is none."
 
 def evaluate(
     source: Source,
-    protocol: Annotated[str, typer.Option(help="How to measure; see distill list.")] = "digits",
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="How to measure; see distill list.", show_default="digits"),
+    ] = None,
     steps: Annotated[str, typer.Option(help="Such as 1,2,4; all of a student's, by default.")] = "",
     seeds: Annotated[
         int | None, typer.Option(min=1, help="How many, from 0; the protocol's by default.")
@@ -100,12 +103,18 @@ def evaluate(
     cache: Annotated[
         int, typer.Option(min=1, help="DeepCache: run a UNet whole in every so many calls.")
     ] = 1,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the weights: fp32, bf16 or fp16; text pipelines only.")
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time it: alone, unless a protocol is named.")
+    ] = False,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Write the figures here; seeds that are in it are kept."),
     ] = None,
 ):
-    """Measure a student or a teacher by a protocol, at the step counts given."""
+    """Measure a student or a teacher by a protocol, at the step counts given; or its speed."""
     import json
 
     from accelerate import PartialState
@@ -114,12 +123,16 @@ def evaluate(
     from distill.encode import device as device_of
     from distill.files import write
     from distill.terminal import out as console
-    from distill.terminal import results
+    from distill.terminal import paces, results
     from eval.protocol import protocol as protocol_of
     from eval.stream import Processes
-    from teachers.errors import UserError
+    from teachers.errors import UserError, nearest
 
-    measure = protocol_of(protocol)
+    if protocol is None and not speed:
+        protocol = "digits"
+    measure = None if protocol is None else protocol_of(protocol)
+    if precision not in (None, "fp32", "bf16", "fp16"):
+        raise UserError(f"--precision {precision}: {nearest(precision, ('fp32', 'bf16', 'fp16'))}")
     if json_file is not None:
         writable(json_file, "--json")
     wanted = [k.strip() for k in steps.split(",")] if steps else []
@@ -127,42 +140,53 @@ def evaluate(
         raise UserError(f"--steps {bad}: expected whole numbers from 1, such as 1,2,4")
     state, device = PartialState(), device_of()
     processes = Processes(state.process_index, state.num_processes)
+    if speed and processes.count > 1:
+        raise UserError("--speed: it is of one process; start it without a launcher")
     how = {"solver": solver, "guidance": guidance, "null_label": null_label}
     few = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
     if evaluation.is_student(source):
         evaluation.refuse(few, "a student has no such choice")
         if against is None:
             evaluation.refuse(how, "a student has no such choice; it is for --against")
-        found = evaluation.student(source, device)
+        found = evaluation.student(source, device, precision)
     else:
-        found = evaluation.teacher(source, device, **how, **few)
+        found = evaluation.teacher(source, device, **how, **few, precision=precision)
     counts = [int(k) for k in wanted] or list(found.counts or (1, 2, 4))
     found.check(counts)
-    other = None if against is None else evaluation.teacher(against, device, **how)
+    other = (
+        None if against is None else evaluation.teacher(against, device, **how, precision=precision)
+    )
     if other is not None:
         evaluation.check_against(found, other)
     record = json_file and json_file.with_name(f"{json_file.name}.seeds")
-    n = measure.seeds if seeds is None else seeds
-    rows = evaluation.evaluate(found, measure, counts, n, processes, record)
-    tree: dict[str, Any] = {"protocol": protocol, found.who: rows}
-    shown = {evaluation.title(found.who, k, v): v for k, v in rows.items()}
-    base = None
-    if other is not None:
-        beside = json_file and json_file.with_name(f"{json_file.name}.against")
-        for k in counts:
-            near = evaluation.agreement(found, other, measure.prompts, k, against_steps)
-            rows[str(k)].update(near)
-        full = evaluation.evaluate(other, measure, [against_steps], n, processes, beside)
-        tree["against"] = full
-        base = f"{against}, {against_steps} step{'s' * (against_steps != 1)}"
-        shown = {base: full[str(against_steps)], **shown}
-    if processes.rank:
-        return
-    title = f"{protocol}: {len(measure.prompts):,} samples, {n} seeds; ± over seeds"
-    console.print(results(title, shown, base=base))
-    if json_file is not None:
+    beside = json_file and json_file.with_name(f"{json_file.name}.against")
+    tree: dict[str, Any] = {}
+    if measure is not None:
+        n = measure.seeds if seeds is None else seeds
+        rows = evaluation.evaluate(found, measure, counts, n, processes, record)
+        tree |= {"protocol": protocol, found.who: rows}
+        shown = {evaluation.title(found.who, k, v): v for k, v in rows.items()}
+        base = None
+        if other is not None:
+            for k in counts:
+                near = evaluation.agreement(found, other, measure.prompts, k, against_steps)
+                rows[str(k)].update(near)
+            full = evaluation.evaluate(other, measure, [against_steps], n, processes, beside)
+            tree["against"] = full
+            base = f"{against}, {against_steps} step{'s' * (against_steps != 1)}"
+            shown = {base: full[str(against_steps)], **shown}
+        if not processes.rank:
+            title = f"{protocol}: {len(measure.prompts):,} samples, {n} seeds; ± over seeds"
+            console.print(results(title, shown, base=base))
+    if speed:
+        tree["speed"] = {found.who: evaluation.speeds(found, counts, device)}
+        console.print(paces(found.who, tree["speed"][found.who]))
+        if other is not None:
+            tree["speed"]["against"] = evaluation.speeds(other, [against_steps], device)
+            console.print(paces(str(against), tree["speed"]["against"]))
+    if json_file is not None and not processes.rank:
         write(json_file, json.dumps(tree, indent=2) + "\n")
-        for kept in (record, json_file.with_name(f"{json_file.name}.against")):
+        for kept in (record, beside):
             kept and kept.unlink(missing_ok=True)
 
 

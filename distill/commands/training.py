@@ -130,10 +130,11 @@ def bench(
     """Race objectives at one budget: every row and seed a run, then a leaderboard and plots.
 
     Called again, it goes on where it was: what is finished is kept, and what failed too, until its
-    row changes. OUT gets leaderboard.json, leaderboard.md and plots; OUT/runs, every run.
+    row changes. OUT gets leaderboard.json, leaderboard.md and plots; OUT/runs, every run. Exit code
+    1 if not one run came through.
     """
+    from distill.terminal import notice, waiting
     from distill.terminal import out as console
-    from distill.terminal import waiting
 
     out = out or Path("runs") / f"bench-{Path(recipe).stem}"
     with waiting("distill: preparing"):
@@ -143,6 +144,9 @@ def bench(
     console.print(race.standings(lines))
     note = f"; failed: {', '.join(sorted(failed))}" if failed else ""
     console.print(f"leaderboard and plots in {out}{note}", soft_wrap=True, markup=False)
+    if not any(v.metrics for v in lines if v.kind == "student"):
+        notice(f"every run failed; {out / 'leaderboard.md'} says why, {out / 'logs'} more")
+        raise typer.Exit(1)
 
 
 def cache(recipe: RecipeArg, overrides: Overrides = None):
