@@ -194,15 +194,12 @@ def evaluate(
     known = recall(record, about)
     results = {}
     for k in steps:
-        draw = None
         for seed in range(seeds):
             if (place := f"{k}/{seed}") in known:
                 continue
             task = f"{found.who} in {k}: seed {seed}, {len(measure.prompts):,} pictures"
             with drawing(task, len(measure.prompts) / processes.count) as told:
-                draw = draw or found.draw(
-                    measure.prompts, k, None
-                )  # which may search for its times
+                draw = found.draw(measure.prompts, k, None)
                 known[place] = measure.once(draw, seed, processes, record, [about, k], told)
                 if isinstance(draw, Drawing):
                     known[place] |= draw.cost(processes)
