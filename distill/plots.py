@@ -192,8 +192,9 @@ def reference(ax: Any, lines: Sequence[Line], steps: int | None, key: str = "") 
     for line, colour, style in [(v, BLACK, "-") for v in full] + [(v, GREY, "--") for v in best]:
         y = line.distance
         ax.axhline(y, color=colour, lw=1, ls=style, zorder=1)
-        x = ax.get_xlim()[1]
-        if key in line.metrics:
+        left, x = ax.get_xlim()
+        # a collapsed sampler's place would squeeze all others into a corner
+        if key in line.metrics and (line.kind == "teacher" or line.value(key) > left):
             x = line.value(key)
             ax.plot(x, y, "*", color=colour, ms=9)
         name = at(line) if line.kind == "teacher" else f"teacher untrained, {at(line)}"
