@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.utils import save_image
 
 COLUMNS = 10  # of a run's sample grids
 CELL = 40  # pixels that a small picture is enlarged to, at least
@@ -19,6 +18,8 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     Images smaller than a thumbnail are enlarged by a whole factor, each pixel a square. Of videos
     (N, C, F, H, W) each takes a row, of frames evenly apart.
     """
+    from torchvision.utils import save_image  # takes seconds to import
+
     if images.ndim == 5:
         columns = min(FRAMES, images.shape[2])
         at = torch.linspace(0, images.shape[2] - 1, columns).round().long()

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from students import card, edm_source, stock
+from students import card, stock
 from students.generator import Generator
 from students.lora import Adapted, merged, unwrap, using
 from teachers.denoiser import Cond, Denoiser
-from teachers.edm_model import EDM
 from teachers.errors import UserError
 from teachers.pipeline import Prompted, quiet
 from teachers.quantised import Precision
@@ -80,7 +79,9 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
     try:
         with quiet():
             pipe.save_pretrained(draft)
-        if isinstance(network, EDM):
+        if brings_source(network):
+            from students import edm_source
+
             edm_source.write(draft, getattr(pipe, network.PART))
         sidecar = {
             "steps": list(generator.counts),
@@ -98,6 +99,13 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
         os.replace(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def brings_source(network: Denoiser) -> bool:
+    """Whether it is one of EDM's own networks, for which diffusers has no class."""
+    from teachers.edm_model import EDM  # and with it all of diffusers' models
+
+    return isinstance(network, EDM)
 
 
 def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
@@ -158,7 +166,7 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
     prompts, arguments = request(generator, teacher)
     lacks = absent(teacher)
     device = next(generator.parameters()).device.type
-    own = isinstance(unwrap(generator.denoiser), EDM)
+    own = brings_source(unwrap(generator.denoiser))
     asked = {"counts": generator.counts, "arguments": arguments, "absent": lacks}
     asked = json.dumps({**asked, "device": device, "own": own})
     with tempfile.TemporaryDirectory() as scratch:

@@ -25,11 +25,11 @@ KOHYA = "comfyui_lora.safetensors"
 
 def possible(generator: Generator, teacher: Teacher) -> bool:
     """Whether there is a file form: of plain LoRA, for a pipeline that loads LoRA (not all do)."""
-    from diffusers.loaders.lora_base import LoraBaseMixin
-
     student, codec = generator.denoiser, teacher.codec
     if not isinstance(student, Adapted) or not isinstance(codec, Prompted):
         return False
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
     if not isinstance(codec.pipe, LoraBaseMixin):
         return False
     return type(student.config).__name__ == "LoraConfig" and not student.config.use_dora
