@@ -8,6 +8,7 @@ the forward pass, and which one learns is its player's business.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
@@ -117,7 +118,9 @@ def inject(module: nn.Module, name: str, config: Any) -> None:
 
     frozen = {p: p.requires_grad for p in module.parameters()}
     try:
-        inject_adapter_in_model(config, module, adapter_name=name)
+        with warnings.catch_warnings():  # several adapters on one network are meant here
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            inject_adapter_in_model(config, module, adapter_name=name)
     except (ValueError, TypeError, re.error) as error:  # PEFT's ways to say so
         reason = str(error).splitlines()[0]
         raise UserError(f"adapters.targets: {config.target_modules!r}: {reason}") from None
