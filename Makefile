@@ -7,8 +7,9 @@ STAMP := $(VENV)/.installed
 .PHONY: quickstart test slow lint types clean
 
 quickstart: $(STAMP)
-	rm -rf runs/quickstart
-	$(BIN)/distill run recipes/digits/dmd2.yaml --out runs/quickstart
+	if [ -e runs/quickstart/summary.json ]; then rm -rf runs/quickstart; fi
+	$(BIN)/distill run recipes/digits/dmd2.yaml --out runs/quickstart \
+		$$(if [ -e runs/quickstart ]; then echo --resume; fi)
 
 # One thread for each of two workers: small networks gain nothing from sharing cores.
 test: $(STAMP)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import nn
 
-from distill import cache, optimizers
+from distill import cache, checkpoint, optimizers
 from distill.engine import Engine, check_memory, shards_of
 from distill.listing import write_report
 from distill.lock import refuse_live, take
@@ -161,6 +161,12 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
         raise UserError(
             f"--resume: {key} was {old!r} in {out} and is {new!r} now; "
             "resume with the recipe it began with, or start in another folder"
+        )
+    taken = checkpoint.steps(out / "checkpoints")
+    if taken and (count := int(taken[-1].name[5:])) > recipe.train.steps:
+        raise UserError(
+            f"--resume: train.steps: {recipe.train.steps} is fewer than the {count} that the run in "
+            f"{out} has taken; ask for as many or more"
         )
 
 

@@ -149,6 +149,7 @@ def cost(first: Sequence[Line], out: Path) -> Path:
              ("peak memory, GB", "peak_memory_gb", "{:.2f}"))  # fmt: skip
     for ax, (title, key, text) in zip(axes, parts, strict=True):
         values = [getattr(v, key) for v in order]
+        text = "{:.1f}" if key == "wall_s" and max(values) < 10 else text
         bars = ax.barh([v.name for v in order], values, color=colours, height=0.62)
         ax.bar_label(bars, [text.format(v) for v in values], padding=3, color=BLACK)
         ax.set_title(title)

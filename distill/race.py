@@ -132,7 +132,8 @@ def teacher_lines(race: Race, recipe: Recipe, teacher: Teacher, measure: Protoco
         draw = Solved(recipe, teacher, solver, "own", full, measure.prompts)
         return {**measure(draw, count), **draw.cost()}
 
-    say(f"measuring the teacher: {full} steps of {solver}, and {len(race.bench.baselines)} others")
+    more = len(race.bench.baselines)
+    say(f"measuring the teacher: {full} steps of {solver}, and {more} other{'s' * (more != 1)}")
     metrics = once([solver, full], whole)
     lines.append(Line(f"teacher, {solver}", "teacher", None, full, seeds, metrics))
     for b in race.bench.baselines:

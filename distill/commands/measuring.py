@@ -67,7 +67,8 @@ def sample(
     else:
         from distill.pictures import save_grid
 
-        save_grid(images, out, len(names) if 6 <= len(names) <= 16 else min(n, 8))
+        each = len(names)  # a column for each, or several such
+        save_grid(images, out, min(n, each * max(1, 8 // each) if each <= 16 else 8))
 
 
 Source = Annotated[str, typer.Argument(help="A student or its run's folder, or a teacher.")]
