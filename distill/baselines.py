@@ -110,8 +110,7 @@ class Baseline(Section):
         self, recipe: Recipe, teacher: Teacher, measure: Protocol, steps: int, seeds: int
     ) -> dict[str, Any]:
         """The protocol's figures for the teacher in so many steps of this sampler, and its cost."""
-        draw = self.draw(recipe, teacher, measure.prompts, steps)
-        return {**measure(draw, seeds), **draw.cost()}
+        return measure(self.draw(recipe, teacher, measure.prompts, steps), seeds)
 
     def draw(
         self,

@@ -33,6 +33,7 @@ from distill.recipe import Recipe, Section, find, override, read_yaml
 from teachers.errors import UserError
 
 STATE = "state.json"
+DECIDED = {"train.steps": "the budget", "train.seed": "seeds"}  # keys that a benchmark sets itself
 
 
 def table(path: Path) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class Budget(Section):
 class Row(Section):
     """One contestant: a recipe's tree, under what all share, under what is its own."""
 
-    name: str
+    name: Annotated[str, MinLen(1)]
     recipe: str | None = None  # a file or a shipped recipe; none is an empty one
     overrides: dict[str, Any] = Field(default_factory=dict)  # a tree, laid over all else
     # Keys that are set to a share of the training steps, such as a stage's length or a warmup.
@@ -111,11 +112,28 @@ class Bench(Section):
         folders = [slug(row.name) for row in bench.rows]
         if twice := next((r.name for r in bench.rows if folders.count(slug(r.name)) > 1), None):
             raise UserError(f"{path}: rows: {twice!r} is named twice; give each row its own name")
-        if len(set(bench.seeds)) < len(bench.seeds):
-            raise UserError(f"{path}: seeds: one is named twice")
+        if twice := next((v for v in bench.seeds if bench.seeds.count(v) > 1), None):
+            raise UserError(f"{path}: seeds: {twice} is named twice")
+        for where, tree in bench.written():
+            if key := next((k for k in DECIDED if within(tree, k)), None):
+                raise UserError(f"{path}: {where}: {key} is not for it to say: {DECIDED[key]} does")
+        first = bench.reference()
         for row in bench.rows:
-            bench.recipe(row, bench.seeds[0])
+            made = bench.recipe(row, bench.seeds[0])
+            if made.teacher != first.teacher or made.eval.protocol != first.eval.protocol:
+                raise UserError(
+                    f"{path}: row {row.name!r}: its teacher or eval.protocol is not as the first "
+                    "row's, and rows are compared; set both in common"
+                )
         return bench
+
+    def written(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Where the benchmark itself sets keys of recipes, and the trees of those."""
+        yield "common", self.common
+        for row in self.rows:
+            yield f"row {row.name!r}: overrides", row.overrides
+            for key in row.shares:
+                yield f"row {row.name!r}: shares", override({}, [f"{key}=0"])
 
     def recipe(self, row: Row, seed: int, steps: int = 1) -> Recipe:
         """What a row's run with this seed does, in so many training steps."""
@@ -132,6 +150,16 @@ class Bench(Section):
     def reference(self) -> Recipe:
         """The recipe whose teacher and protocol all share: the first row's."""
         return self.recipe(self.rows[0], self.seeds[0])
+
+
+def within(tree: dict[str, Any], key: str) -> bool:
+    """Whether a tree sets the key of that path."""
+    at: Any = tree
+    for part in key.split("."):
+        if not isinstance(at, dict) or part not in at:
+            return False
+        at = at[part]
+    return True
 
 
 def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -184,13 +212,37 @@ class Entry:
         path = self.folder / "summary.json"
         return json.loads(path.read_text()) if finished(self.folder) else None
 
+    def steps(self) -> int:
+        """The most steps whose cost, shares of so many being what they are, is in the budget.
+
+        Raises:
+            UserError: the recipe cannot be built, or the budget buys no step.
+        """
+
+        def bought(steps: int) -> int:
+            return self.bench.budget.steps(self.bench.recipe(self.row, self.seed, steps))
+
+        most = bought(1)
+        if not self.row.shares or self.bench.budget.seconds is not None:  # timing is not so exact
+            return most
+        while (more := bought(most)) > most:  # the shares of a single step say little
+            most = more
+        low = most if more == most else 1
+        while low < most:  # low can be paid for; more than most cannot
+            middle = (low + most + 1) // 2
+            if bought(middle) >= middle:
+                low = middle
+            else:
+                most = middle - 1
+        return low
+
     def write_recipe(self) -> None:
         """Leave the recipe, with the steps that the budget buys.
 
         Raises:
             UserError: the budget buys none, or the recipe cannot be built.
         """
-        steps = self.bench.budget.steps(self.bench.recipe(self.row, self.seed))
+        steps = self.steps()
         tree = self.bench.recipe(self.row, self.seed, steps).tree()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write(self.file, yaml.safe_dump(tree, sort_keys=False))
@@ -254,8 +306,8 @@ class Race:
             return
         if known is not None:
             shutil.rmtree(entry.folder, ignore_errors=True)
+        entry.file.unlink(missing_ok=True)  # before its row is noted, or a kill would keep the old
         self.note(entry, None)
-        entry.file.unlink(missing_ok=True)
         entry.write_recipe()
 
     def note(self, entry: Entry, failed: str | None) -> None:

@@ -165,8 +165,8 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
     taken = checkpoint.steps(out / "checkpoints")
     if taken and (count := int(taken[-1].name[5:])) > recipe.train.steps:
         raise UserError(
-            f"--resume: train.steps: {recipe.train.steps} is fewer than the {count} that the run in "
-            f"{out} has taken; ask for as many or more"
+            f"--resume: train.steps: {recipe.train.steps} is fewer than the {count} steps that "
+            f"the run in {out} has taken; ask for as many or more"
         )
 
 

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.encode import encoders_on
@@ -20,7 +19,6 @@ from distill.schedules import PATHS, SAMPLES, align_your_steps, begun, gits, sea
 from distill.teaching import guidance_of, guided
 from eval.protocol import images_to_samples
 from eval.samples import Samples
-from eval.stream import ALONE, Processes
 from students.lora import unwrap
 from teachers.deepcache import DeepCache
 from teachers.denoiser import Denoiser, Guided, computes
@@ -48,13 +46,6 @@ class Drawing(ABC):
             self.kept = DeepCache(unwrap(teacher.denoiser).backbone, cache)
             self.part = shallow_part(teacher)
         self.searching = 0  # evaluations that finding a schedule took
-        self.restart()
-
-    def restart(self) -> None:
-        """Count from nothing."""
-        self.pictures = self.evaluations = 0
-        if self.kept is not None:
-            self.kept.whole = self.kept.shallow = 0
 
     @abstractmethod
     def make(self, prompts: list[Any], seed: int) -> tuple[Tensor, float]:
@@ -62,28 +53,23 @@ class Drawing(ABC):
 
     @torch.no_grad()
     def __call__(self, prompts: list[Any], seed: int) -> Samples:
+        before = 0 if self.kept is None else self.kept.shallow
         with counted(self.networks) as samples:
             images, seconds = self.make(prompts, seed)
-        self.evaluations += sum(samples)
-        self.pictures += len(prompts)
-        return images_to_samples(images, prompts, seconds)
+        shallow = 0 if self.kept is None else self.kept.shallow - before
+        costs = self.costs(sum(samples), shallow, len(prompts))
+        return images_to_samples(images, prompts, seconds)._replace(costs=costs)
 
     def walk(self) -> AbstractContextManager[Any]:
         """What one walk of one batch is made in."""
         return nullcontext() if self.kept is None else self.kept
 
-    def cost(self, processes: Processes = ALONE) -> dict[str, float]:
-        """Network evaluations of a picture, in the mean of those drawn, and of finding its times.
+    def costs(self, evaluations: int, shallow: int, pictures: int) -> dict[str, float]:
+        """Network evaluations of a picture, and of finding its times.
 
         A shallow evaluation counts for its part of a whole one's FLOPs; how many there were of
         either is told beside it.
         """
-        shallow = 0 if self.kept is None else self.kept.shallow
-        counts = torch.tensor([self.pictures, self.evaluations, shallow], device=self.device)
-        if processes.count > 1:
-            dist.all_reduce(counts)
-        pictures, evaluations, shallow = counts.tolist()
-        pictures = max(pictures, 1)  # a seed that was kept whole is drawn no more
         found = {"evaluations": evaluations / pictures}
         if self.kept is not None:
             found = {

@@ -225,6 +225,9 @@ class Engine:
 
     def save(self) -> None:
         """A checkpoint of everything, of which the newest few are kept."""
+        if self.latest:  # what is logged of turns that were not this step's is of all processes
+            values = [v.clone() for v in self._over_processes(self.latest)]
+            self.latest = dict(zip(self.latest, values, strict=True))
         if self.accelerator.is_main_process:
             about = {"step": self.step, "draws": self.draws}
             checkpoint.save(self.state_dict(), self.root / f"step-{self.step:06d}", about)
@@ -299,15 +302,19 @@ class Engine:
 
     def _log(self, logs: dict[str, Tensor]) -> dict[str, float]:
         """Fetch the scalars, averaged over processes, in one transfer; write them down."""
-        values = torch.stack([v.float() for v in logs.values()])
-        if self.accelerator.num_processes > 1:
-            values = self.accelerator.reduce(values, reduction="mean")
-        values = dict(zip(logs, values.tolist(), strict=True))  # pyright: ignore
+        values = dict(zip(logs, self._over_processes(logs).tolist(), strict=True))
         for name, player in self.players.items():
             values[f"{name}/lr"] = player.rate(self.step - 1)
         self.accelerator.log({"seconds": self.seconds, **values}, step=self.step)
         self._check(values)
         return values
+
+    def _over_processes(self, logs: Mapping[str, Tensor]) -> Tensor:
+        """The scalars (N,), averaged over processes."""
+        values = torch.stack([v.float() for v in logs.values()])
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values, reduction="mean")
+        return values  # pyright: ignore[reportReturnType]
 
     def _check(self, logs: Mapping[str, Tensor | float]) -> None:
         """Refuse to go on from a loss that is not a finite number."""

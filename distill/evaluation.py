@@ -21,7 +21,7 @@ from distill.baselines import Baseline, Stock, StockEDM
 from distill.drawing import Drawing
 from distill.encode import encoders_on, picture_shape
 from distill.explain import explain
-from distill.files import write
+from distill.files import stamps, write
 from distill.measure import check_protocol, student_samples
 from distill.recipe import Recipe
 from distill.schedules import FINE, FOUND
@@ -110,9 +110,7 @@ def student(source: str, device: torch.device, precision: Precision | None = Non
         few = generator.at(steps)
         return lambda some, seed: student_samples(few, teacher, some, seed, batch)
 
-    files = sorted(p for p in folder.rglob("*.safetensors") if "checkpoints" not in p.parts)
-    about: dict[str, Any] = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
-    about["precision"] = precision
+    about = {"files": stamps(str(folder)), "precision": precision}
     return Subject("student", teacher, generator.counts, draw, about, generator.denoiser)
 
 
@@ -162,12 +160,11 @@ def teacher(
         return baseline.draw(recipe, found, prompts, steps, batch)
 
     def draw(prompts: list[str], steps: int, batch: int | None) -> Draw:
-        kept = drawing(tuple(prompts), steps, batch)  # its schedule is found once for all seeds
-        kept.restart()
-        return kept
+        return drawing(tuple(prompts), steps, batch)  # its schedule is found once for all seeds
 
     most = FINE if schedule in FOUND else None
-    return Subject("teacher", found, None, draw, {**told, **tree}, found.denoiser, most)
+    about = {**told, **tree, "files": stamps(source)}
+    return Subject("teacher", found, None, draw, about, found.denoiser, most)
 
 
 def evaluate(
@@ -201,8 +198,6 @@ def evaluate(
             with drawing(task, len(measure.prompts) / processes.count) as told:
                 draw = found.draw(measure.prompts, k, None)
                 known[place] = measure.once(draw, seed, processes, record, [about, k], told)
-                if isinstance(draw, Drawing):
-                    known[place] |= draw.cost(processes)
             if record is not None and processes.rank == 0:
                 write(record, json.dumps({"about": about, "figures": known}, indent=2) + "\n")
         results[str(k)] = measure.over([known[f"{k}/{seed}"] for seed in range(seeds)])

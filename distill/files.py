@@ -1,8 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and whether files are still the same."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from teachers.teacher import EMBEDDED
+
+DECIDING = (".safetensors", ".pkl", ".py", "config.json", "model_index.json")  # ends of names
 
 
 def write(path: Path, text: str) -> None:
@@ -10,3 +14,15 @@ def write(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
+
+
+def stamps(source: str) -> dict[str, list[int]]:
+    """Size and time of every file of weights, code or settings that a local source is made of.
+
+    Figures that were kept of it count only while these are the same. What is fetched by name has
+    none, and its name says which it is.
+    """
+    path = EMBEDDED.get(source) or Path(source.partition(":")[0]).expanduser()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    kept = [p for p in files if p.name.endswith(DECIDING) and "checkpoints" not in p.parts]
+    return {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in kept}

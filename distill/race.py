@@ -16,7 +16,7 @@ from distill import leaderboard
 from distill.bench import Bench, Entry, Race, digest, table
 from distill.drawing import Solved
 from distill.encode import device, moved
-from distill.files import write
+from distill.files import stamps, write
 from distill.leaderboard import Line, distance_of, sampled
 from distill.measure import check_protocol
 from distill.plots import plot
@@ -24,6 +24,7 @@ from distill.recipe import Recipe
 from distill.teaching import load_teacher
 from distill.terminal import follow, say
 from eval.protocol import Protocol, protocol
+from students import linear
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
@@ -43,6 +44,10 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lin
     teacher = load_teacher(recipe)
     if measure is not None:
         check_protocol(measure, teacher)
+    elif not linear.exact(teacher):
+        raise UserError(
+            f"{path}: common.eval.protocol: expected one, as students are measured by it"
+        )
     elif made.baselines:
         raise UserError(f"{path}: baselines: they are measured by a protocol; set eval.protocol")
     for baseline in made.baselines:
@@ -118,19 +123,18 @@ def teacher_lines(race: Race, recipe: Recipe, teacher: Teacher, measure: Protoco
     known = table(file) if file.exists() else {}
     tree, count = recipe.tree(), len(race.bench.seeds)
     solver, full = recipe.eval.teacher_solver, recipe.eval.teacher_steps
-    seeds = list(range(count))
+    seeds, files = list(range(count)), stamps(recipe.teacher.source)
     lines = []
 
     def once(of: Any, make: Any) -> Any:
-        key = digest([of, tree["teacher"], measure.name, count])
+        key = digest([of, tree["teacher"], files, measure.name, count])
         if key not in known:
             known[key] = make()
             write(file, json.dumps(known, indent=2) + "\n")
         return sampled(known[key])
 
     def whole() -> dict[str, Any]:
-        draw = Solved(recipe, teacher, solver, "own", full, measure.prompts)
-        return {**measure(draw, count), **draw.cost()}
+        return measure(Solved(recipe, teacher, solver, "own", full, measure.prompts), count)
 
     more = len(race.bench.baselines)
     say(f"measuring the teacher: {full} steps of {solver}, and {more} other{'s' * (more != 1)}")

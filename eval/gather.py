@@ -44,6 +44,7 @@ class Gathering:
         for (features, _), lane in self.lanes.items():
             lane.of(number).add(read[features], first)
         figures = {k: v for m in self.averages for k, v in m(samples).items()}
+        figures |= samples.costs
         self.names = list(figures)
         row = torch.tensor([*figures.values()], dtype=torch.double)
         self.means.of(number).weigh(row, len(samples.images))

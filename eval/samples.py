@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,11 +19,13 @@ class Samples(NamedTuple):
     images: uint8, (N, C, H, W), 0 to 255.
     prompts: N strings (class labels are written as decimal strings).
     seconds: wall-clock time of generation alone.
+    costs: of one picture, by name, such as network evaluations; averaged as metrics are.
     """
 
     images: Tensor
     prompts: list[str]
     seconds: float = 0.0
+    costs: Mapping[str, float] = MappingProxyType({})
 
 
 def to_uint8(images: Tensor) -> Tensor:

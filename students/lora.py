@@ -104,12 +104,18 @@ class Adapted(Denoiser):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapted:
         if self.name is None or self.config is None:
-            return Adapted(self.denoiser, self.name)
+            return self._hooked(Adapted(self.denoiser, self.name))
         taken = {k for layer in layers(self.denoiser) for k in adapters(layer)}
         name = next(n for i in range(2, 1000) if (n := f"{self.name}_{i}") not in taken)
         twin = Adapted(self.denoiser, name, self.config)
         twin.load_state_dict(self.state_dict())
-        return twin.train(self.training)
+        return self._hooked(twin.train(self.training))
+
+    def _hooked(self, twin: Adapted) -> Adapted:
+        """A copy keeps hooks, as any module's does: what counts calls goes on counting them."""
+        twin._forward_pre_hooks.update(self._forward_pre_hooks)
+        twin._forward_pre_hooks_with_kwargs.update(self._forward_pre_hooks_with_kwargs)
+        return twin
 
 
 def inject(module: nn.Module, name: str, config: Any) -> None:

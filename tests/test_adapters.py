@@ -9,6 +9,7 @@ import torch
 from distill import build
 from distill.finish import finish
 from distill.objectives import OBJECTIVES
+from distill.plan import count_samples
 from distill.recipe import Recipe
 from students import stock
 from students.export import load_student
@@ -256,3 +257,16 @@ def test_an_adapter_for_a_player_that_is_not_there_is_refused(pipelines):
     tree = recipe_tree("sid", pipelines["edm"])
     with pytest.raises(UserError, match=r"adapters\.players: sid has no such network as 'fakes'"):
         Recipe.check({**tree, "adapters": {"players": ["fakes"]}})
+
+
+def test_a_copy_of_an_adapter_is_counted_as_its_original_is():
+    from copy import deepcopy
+
+    teacher = load("shapes")
+    student = stock.student(teacher, 1, adapter=Adapter(rank=2)).denoiser
+    counts = {"student": 0}
+    count_samples({"student": student}, counts)
+    x, t = torch.randn(3, *teacher.shape), torch.ones(3)
+    with torch.no_grad():
+        deepcopy(student)(x, t, teacher.codec.condition(["a red circle"] * 3))
+    assert counts == {"student": 3}

@@ -268,7 +268,15 @@ def test_students_are_ordered_by_their_distance_in_the_fewest_steps():
             "baselines=[{solver: heun, schedule: ays, scheduler: DDIMScheduler}]",
             "baselines.0: expected a solver or a scheduler, one of the two, not {",
         ),
-        ("seeds=[1,1]", "seeds: one is named twice"),
+        ("seeds=[1,1]", "seeds: 1 is named twice"),
+        ("common.train.steps=7", "common: train.steps is not for it to say: the budget does"),
+        ("rows=[{name: a, shares: {train.seed: 0.5}}]", "'a': shares: train.seed is not for it"),
+        ("rows=[{name: a, overrides: {train: {steps: 9}}}]", "overrides: train.steps is not for"),
+        (
+            "rows=[{name: a, overrides: {objective: {name: sid}}},"
+            " {name: b, overrides: {objective: {name: sid}, teacher: digits}}]",
+            "row 'b': its teacher or eval.protocol is not as the first row's",
+        ),
         ("rows=[{name: a, recipe: digits/dmd3}]", "did you mean 'digits/dmd2'"),
         ("rows=[{name: a, overrides: {objective: {name: sidd}}}]", "row 'a': objective.name"),
         (

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from distill.measure import check_protocol
 from eval.protocol import headline, protocol
 from eval.samples import Samples
 from teachers.errors import UserError
-from teachers.teacher import load
+from teachers.teacher import EMBEDDED, load
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,10 @@ def test_the_figure_that_counts_is_the_first_distance_there_is():
             "cache: 1, as adaptive",
         ),
         (["digits", "--steps", "0"], "--steps 0: expected whole numbers"),
-        (["digits", "--steps", "1,two"], "--steps two: expected"),
+        (["digits", "--steps", "1,two"], "--steps 1,two: expected"),
+        (["digits", "--steps", "1,,2"], "--steps 1,,2: expected"),
+        (["digits", "--against-steps", "5"], "--against-steps: it is for --against"),
+        (["digits", "--speed", "--seeds", "2"], "--seeds: it is for --protocol"),
         (["nowhere/at/all"], "nowhere/at/all"),
         (["digits", "--against", "shapes"], "its pictures are 3×32×32, not 1×8×8"),
         (["digits", "--against", "nowhere/at/all"], "nowhere/at/all"),
@@ -149,3 +153,20 @@ def test_a_students_measurement_has_no_teachers_options():
     evaluation.refuse({"schedule": "own", "adaptive": None, "cache": 1}, "no such choice")
     with pytest.raises(UserError, match="--null-label: no such choice"):
         evaluation.refuse({"solver": "heun", "null_label": 3}, "no such choice")
+
+
+def test_what_was_kept_of_a_local_teacher_counts_while_its_files_are_the_same(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder, cpu = tmp_path / "teacher", torch.device("cpu")
+    shutil.copytree(EMBEDDED["digits"], folder)
+    small = replace(protocol("digits"), prompts=["1"] * 80)
+    record, kept = tmp_path / "r.json.seeds", None
+    for scale in (1.0, 1.0, 0.8):
+        weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        if scale != 1:
+            save_file({k: scale * v for k, v in load_file(weights).items()}, weights)
+        found = evaluation.teacher(str(folder), cpu, "ddim", null_label=10)
+        row = evaluate(found, small, [1], 1, record=record)["1"]
+        assert (kept is None) or (row["fd"] == kept) == (scale == 1)
+        kept = row["fd"]

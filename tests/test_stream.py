@@ -135,7 +135,7 @@ def protocol(chunk):
 
 
 def draw(prompts, seed):
-    return Samples(pictures(len(prompts), seed), prompts, 0.5)
+    return Samples(pictures(len(prompts), seed), prompts, 0.5, {"evaluations": seed % 3 + 0.5})
 
 
 def measure(metrics, chunks):
@@ -165,6 +165,7 @@ def test_a_seed_that_was_cut_off_goes_on_at_its_next_chunk_to_the_same_bits(tmp_
         protocol(40).once(cut_at(20, drawn), 1, keep=keep)
     again = protocol(40).once(cut_at(None, drawn), 1, keep=keep, told=told.append)
     assert again == whole
+    assert whole["evaluations"] == pytest.approx(1.5)
     assert drawn == list(range(15, 30))
     assert told == [200 + 40 * i for i in range(11)]
     assert list(tmp_path.iterdir()) == []
@@ -188,13 +189,14 @@ def test_what_was_collected_of_something_else_counts_for_nothing(tmp_path, monke
 
 
 def test_figures_in_chunks_are_those_of_all_samples_at_once():
-    parts = [draw(["x"] * 200, seed) for seed in range(3)]
+    parts = [draw(["x"] * 200, seed)._replace(costs={}) for seed in range(3)]
     whole = Samples(torch.cat([p.images for p in parts]), ["x"] * 600, 1.5)
     metrics = protocol(None).metrics
     at_once = measure(metrics, [(0, 0, whole)])
     in_parts = measure(metrics, [(i, 200 * i, p) for i, p in enumerate(parts)])
     assert in_parts == pytest.approx(at_once, rel=1e-9)
     assert at_once == {k: v for m in metrics for k, v in m(whole).items()}
+    assert "evaluations" not in at_once
 
 
 def test_chunks_of_a_protocol_never_share_a_seed():

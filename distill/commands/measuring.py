@@ -91,7 +91,9 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="A teacher to measure beside it, from the same noise.")
     ] = None,
-    against_steps: Annotated[int, typer.Option(min=1, help="And in how many steps.")] = 18,
+    against_steps: Annotated[
+        int | None, typer.Option(min=1, help="And in how many steps.", show_default="18")
+    ] = None,
     solver: Solver = "heun",
     guidance: Guidance = 1.0,
     null_label: Annotated[int | None, typer.Option(help="Teachers': the null class.")] = None,
@@ -129,16 +131,21 @@ def evaluate(
     from eval.stream import Processes
     from teachers.errors import UserError, nearest
 
+    if against is None and against_steps is not None:
+        raise UserError("--against-steps: it is for --against, which names a teacher")
+    against_steps = 18 if against_steps is None else against_steps
     if protocol is None and not speed:
         protocol = "digits"
+    if protocol is None and seeds is not None:
+        raise UserError("--seeds: it is for --protocol; a speed has none")
     measure = None if protocol is None else protocol_of(protocol)
     if precision not in (None, "fp32", "bf16", "fp16"):
         raise UserError(f"--precision {precision}: {nearest(precision, ('fp32', 'bf16', 'fp16'))}")
     if json_file is not None:
         writable(json_file, "--json")
     wanted = [k.strip() for k in steps.split(",")] if steps else []
-    if bad := next((k for k in wanted if not k.isdecimal() or not int(k)), None):
-        raise UserError(f"--steps {bad}: expected whole numbers from 1, such as 1,2,4")
+    if not all(k.isdecimal() and int(k) for k in wanted):
+        raise UserError(f"--steps {steps}: expected whole numbers from 1, such as 1,2,4")
     state, device = PartialState(), device_of()
     processes = Processes(state.process_index, state.num_processes)
     if speed and processes.count > 1:
@@ -161,6 +168,8 @@ def evaluate(
         evaluation.check_against(found, other)
     record = json_file and json_file.with_name(f"{json_file.name}.seeds")
     beside = json_file and json_file.with_name(f"{json_file.name}.against")
+    for kept in filter(None, (record, beside)):
+        writable(kept, "--json")
     tree: dict[str, Any] = {}
     if measure is not None:
         n = measure.seeds if seeds is None else seeds
