@@ -50,24 +50,33 @@ def check_folder(folder: Path, about: dict[str, object]) -> Path:
     """The file beside a folder that says what is in it, which must be new or of the same pictures.
 
     Raises:
-        UserError: other pictures are in the folder, or other files, or it is none.
+        UserError: other pictures are in the folder, or other files, or it is none; or the file that
+            would say so is another's.
     """
+    if folder.name in ("", ".."):  # as "." and "/" have none
+        raise UserError(f"{folder}: it has no name for a .json beside it; give a new folder")
     record = folder.with_name(f"{folder.name}.json")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a new folder")
     if not folder.parent.is_dir():
         raise UserError(f"{folder}: the folder {folder.parent} does not exist")
-    if folder.is_dir() and any(folder.iterdir()):
-        try:
-            same = json.loads(record.read_text()) == json.loads(json.dumps(about))
-        except (OSError, ValueError):
-            same = False
-        if not same:
-            raise UserError(
-                f"{folder} is not empty, and holds no such pictures ({record.name} says what); "
-                "give a new folder"
-            )
+    filled = folder.is_dir() and any(folder.iterdir())
+    if (filled or record.exists()) and not says(record, about):
+        raise UserError(
+            f"{folder} is not empty, and holds no such pictures ({record.name} says what); "
+            "give a new folder"
+            if filled
+            else f"{record} is there and is no record of these pictures; give a new folder"
+        )
     return record
+
+
+def says(record: Path, about: dict[str, object]) -> bool:
+    """Whether a file is there and says just this."""
+    try:
+        return json.loads(record.read_text()) == json.loads(json.dumps(about))
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def draw(

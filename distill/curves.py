@@ -98,12 +98,15 @@ def tree_of(run: Path) -> dict[str, Any]:
     """The resolved recipe of a run.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is damaged: one that was cut off ends before `train.seed`.
     """
     path = run / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{run}: no recipe.yaml there; give the folder of a run")
-    return read_yaml(path)
+    tree = read_yaml(path)
+    if not isinstance(train := tree.get("train"), dict) or "seed" not in train:
+        raise UserError(f"{path}: damaged: it lacks train.seed")
+    return tree
 
 
 def record(runs: Sequence[Path], name: str) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +60,11 @@ def render(run: Path) -> str:
     summary = read_summary(run)
     facts = facts_of(run / "student", summary, str(run / "student"))
     recipe = curves.tree_of(run)
+    with intact(run / "recipe.yaml"):
+        learnt, batch = what_learnt(recipe), recipe["train"]["batch"]
+    with intact(run / "summary.json"):
+        said, figures, how = verdict(summary), table(summary), protocol(summary)
+        head = headline(facts, summary, learnt, batch)
     found, reference = curves.series(run), curves.match(recipe)
     bands = reference.bands if reference else {}
     drawn = {name: chart(name, values, bands.get(name)) for name, values in found.items()}
@@ -66,13 +73,13 @@ def render(run: Path) -> str:
     template = environment.from_string(files("distill").joinpath("report.html").read_text("utf-8"))
     return template.render(
         title=f"{named(facts)} in {steps_of(facts.counts)}",
-        verdict=verdict(summary),
-        facts=headline(facts, summary, recipe),
+        verdict=said,
+        facts=head,
         teacher=[p for p in pictures(run) if p.name.startswith("teacher")],
         student=[p for p in pictures(run) if p.name.startswith("student")],
         prompts=prompts(run),
-        table=table(summary),
-        protocol=protocol(summary),
+        table=figures,
+        protocol=how,
         paces=paces(run),
         curves=first,
         more={k: v for k, v in drawn.items() if k not in first},
@@ -84,6 +91,21 @@ def render(run: Path) -> str:
         versions=summary.get("versions", {}),
         device=summary.get("device", "not recorded"),
     )
+
+
+@contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """Name a file as damaged where what is read of it is missing or of another kind.
+
+    Raises:
+        UserError: it is.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path}: damaged: it lacks {error}") from None
+    except (ValueError, TypeError, AttributeError, ArithmeticError):
+        raise UserError(f"{path}: damaged; it is not as a run leaves it") from None
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -104,7 +126,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
     metrics = summary.get("metrics")
     if not metrics:
         return "Not measured: the recipe names no evaluation protocol."
-    any_row = next(iter(metrics["student"].values()))
+    any_row = first_row(metrics)
     key = next((k for k in FIGURES if k in any_row), None)
     if key is None:
         return f"Measured by protocol {any_row['protocol']}."
@@ -126,23 +148,33 @@ def verdict(summary: Mapping[str, Any]) -> str:
     )
 
 
+def first_row(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The student's figures at one of its step counts; all rows are of one protocol."""
+    for row in metrics["student"].values():
+        return row
+    raise KeyError("student")
+
+
 def figure(row: Mapping[str, Any], key: str) -> tuple[str, str]:
     """A figure, and its spread over seeds where there was more than one."""
     spread = row.get("spread", {}).get(key, 0.0) if row.get("seeds", 1) > 1 else None
     return f"{row[key]:.3f}", "" if spread is None else f"{spread:.3f}"
 
 
-def headline(facts: Facts, summary: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, str]:
-    """What was distilled, and how."""
-    learnt = "all weights"
+def what_learnt(recipe: Mapping[str, Any]) -> str:
+    """Which of the weights."""
     if adapters := recipe.get("adapters"):
-        learnt = f"{adapters['kind']} adapters of rank {adapters['rank']}"
+        return f"{adapters['kind']} adapters of rank {adapters['rank']}"
+    return "all weights"
+
+
+def headline(facts: Facts, summary: Mapping[str, Any], learnt: str, batch: int) -> dict[str, str]:
+    """What was distilled, and how."""
     return {
         "Teacher": f"{named(facts)}, {summary.get('guidance', 'unguided')}",
         "Objective": facts.objective,
         "What learnt": learnt,
-        "Training": f"{summary['steps']:,} steps of {recipe['train']['batch']}, "
-        f"seed {summary.get('seed', 0)}",
+        "Training": f"{summary['steps']:,} steps of {batch}, seed {summary.get('seed', 0)}",
         "Cost": cost(summary),
     }
 
@@ -150,11 +182,14 @@ def headline(facts: Facts, summary: Mapping[str, Any], recipe: Mapping[str, Any]
 def pictures(run: Path) -> list[Picture]:
     """The last grids of teacher and student; the newest samples where a run kept no others."""
     folder = run / "samples" / PICTURES
-    found = {("teacher", steps_in(p)): p for p in folder.glob("teacher-*.png")}
-    found |= {("student", steps_in(p)): p for p in folder.glob("student-*.png")}
+    found = {
+        (who, steps): path
+        for who in ("teacher", "student")
+        for steps, path in grids(folder, rf"{who}-(\d+)")
+    }
     if not found:
-        for path in sorted((run / "samples").glob("step-*-at-*.png")):  # a newer one replaces
-            found["student", steps_in(path)] = path
+        for steps, path in grids(run / "samples", r"step-\d+-at-(\d+)"):  # a newer one replaces
+            found["student", steps] = path
     return [
         Picture(
             f"{who}, {steps_of([steps])}",
@@ -164,15 +199,27 @@ def pictures(run: Path) -> list[Picture]:
     ]
 
 
-def steps_in(path: Path) -> int:
-    """The step count that ends the name of a grid's file."""
-    return int(path.stem.rpartition("-")[2])
+def grids(folder: Path, name: str) -> Iterator[tuple[int, Path]]:
+    """Step counts and files of a folder's grids of such names; other files are passed over."""
+    for path in sorted(folder.glob("*.png")):
+        if found := re.fullmatch(name, path.stem):
+            yield int(found[1]), path
 
 
 def prompts(run: Path) -> list[str]:
-    """What the pictures were asked for, row by row; empty for unconditional ones."""
+    """What the pictures were asked for, row by row; empty for unconditional ones.
+
+    Raises:
+        UserError: they are damaged.
+    """
     path = run / "samples" / PICTURES / "prompts.json"
-    return [str(p) for p in json.loads(path.read_text())] if path.is_file() else []
+    if not path.is_file():
+        return []
+    with intact(path):
+        found = json.loads(path.read_text())
+        if not isinstance(found, list):
+            raise TypeError("prompts are a list")
+    return [str(p) for p in found]
 
 
 def table(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +233,7 @@ def table(summary: Mapping[str, Any]) -> dict[str, Any]:
         rows[f"teacher, {steps_of([full['steps']])} ({full['solver']})"] = (False, full)
     for k, v in metrics.get("teacher_few", {}).items():
         rows[f"teacher, {steps_of([int(k)])}"] = (False, v)
-    keys = [k for k in FIGURES if k in next(iter(metrics["student"].values()))]
+    keys = [k for k in FIGURES if k in first_row(metrics)]
 
     def cells(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         speed = row["images_per_s"]
@@ -230,7 +277,7 @@ def protocol(summary: Mapping[str, Any]) -> str:
     metrics = summary.get("metrics")
     if not metrics:
         return ""
-    full, student = metrics.get("teacher"), next(iter(metrics["student"].values()))
+    full, student = metrics.get("teacher"), first_row(metrics)
     taught = f", {full['seeds']} for the teacher" if full else ""
     seeds = f"{student['seeds']} seeds for the student{taught}"
     return (

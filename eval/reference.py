@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from eval.metric import checked
 from eval.stream import Reservoir, Tally
 
 CHUNK = 256
+ROUNDING = 1e-6  # how far published moments may be from symmetric and from positive, relatively
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -182,20 +182,30 @@ def moments_of(path: Path) -> tuple[Tensor, Tensor]:
     """Mean (D,) and covariance (D, D), in float64, of an .npz of `mu` and `sigma`.
 
     Raises:
-        MetricError: the file is not such.
+        MetricError: the file is not such, or they are no moments of real numbers.
     """
     try:
         with np.load(path, allow_pickle=False) as f:
-            mean, cov = (torch.from_numpy(f[k]).double() for k in ("mu", "sigma"))
-    # numpy takes what is no archive for a pickle or a lone array, which has no `with`
-    except (OSError, KeyError, ValueError, TypeError, BadZipFile) as error:
+            found = f["mu"], f["sigma"]
+    except Exception as error:  # numpy, zipfile and zlib raise over ten types for a bad file
         raise MetricError(f"reference {path}: not an .npz of mu and sigma") from error
-    if mean.dim() != 1 or cov.shape != (len(mean), len(mean)):
+    for name, values in zip(("mu", "sigma"), found):
+        if values.dtype.kind not in "fiu":
+            raise MetricError(f"reference {path}: {name} is of {values.dtype}, not of real numbers")
+    mean, cov = (torch.from_numpy(v.astype(np.float64)) for v in found)
+    if mean.dim() != 1 or not len(mean) or cov.shape != (len(mean), len(mean)):
         raise MetricError(
             f"reference {path}: sigma is {tuple(cov.shape)} where mu is {tuple(mean.shape)}"
         )
     if not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
         raise MetricError(f"reference {path}: mu or sigma holds NaN or infinity")
+    if (cov - cov.T).abs().max() > ROUNDING * cov.abs().max():
+        raise MetricError(f"reference {path}: sigma is no covariance: it is not symmetric")
+    spectrum = torch.linalg.eigvalsh(cov)
+    if spectrum[0] < -ROUNDING * spectrum[-1].abs():
+        raise MetricError(
+            f"reference {path}: sigma is no covariance: it has the eigenvalue {spectrum[0]:.3g}"
+        )
     return mean, cov
 
 

@@ -134,6 +134,10 @@ def test_a_teacher_draws_them_by_the_command_and_other_pictures_are_never_mixed_
         (["dpg", "shapes", "{t}", "{m}"], "is a file; give a new folder"),
         (["dpg", "shapes", "{t}", "{t}"], "is not empty"),
         (["dpg", "shapes", "{t}", "{o}/a"], "does not exist"),
+        (["dpg", "shapes", "{t}", "{w}/notes"], "notes.json is there and is no record of these"),
+        (["dpg", "shapes", "{t}", "{w}/bare"], "bare.json is there and is no record of these"),
+        (["dpg", "shapes", "{t}", "."], ".: it has no name for a .json beside it"),
+        (["dpg", "shapes", "{t}", "{w}/.."], "it has no name for a .json beside it"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
@@ -143,6 +147,9 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     (tmp_path / "none").write_text("\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text(" \n")
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare.json").write_text("not JSON")
     before = sorted(tmp_path.rglob("*"))
     names = {"{m}": metadata, "{t}": texts, "{o}": tmp_path / "out", "{w}": tmp_path}
     for key, value in names.items():
@@ -151,6 +158,17 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert (code, err.count("\n")) == (2, 1), err
     assert line in err
     assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
+    assert (tmp_path / "bare.json").read_text() == "not JSON"
+
+
+def test_a_call_that_was_cut_off_before_its_first_picture_goes_on(tmp_path):
+    about = {"benchmark": "dpg", "seed": 0}
+    record = benchmarks.check_folder(tmp_path / "out", about)
+    benchmarks.begin(record, about)
+    assert benchmarks.check_folder(tmp_path / "out", about) == record == tmp_path / "out.json"
+    with pytest.raises(UserError, match="no record of these pictures"):
+        benchmarks.check_folder(tmp_path / "out", {**about, "seed": 1})
 
 
 def test_what_is_not_in_colour_is_refused(monkeypatch):

@@ -1,6 +1,9 @@
 """`distill reference`: what protocols compare with, made by one command; and what it refuses."""
 
 import sys
+import tokenize
+import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from PIL import Image
 from distill import __main__ as cli
 from distill import references
 from eval import reference, spec
+from eval.errors import MetricError
 from eval.features import Embedded, Prepared
 from eval.fid import Moments
 from eval.protocol import PROTOCOLS, read
@@ -240,6 +244,83 @@ def test_a_mistake_is_one_line_before_any_network_runs(world, folder, moments, c
     assert CALLS == [] and not (world / "cache" / "references").exists()
 
 
+def bad_archive(path, kind):
+    """An .npz that is damaged in one way."""
+    np.savez(path, mu=np.zeros(12), sigma=np.eye(12))
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "encrypted":  # the flag of its members, in each of the archive's two places
+        content = bytearray(path.read_bytes())
+        for mark, flag in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+            content[content.index(mark) + flag] |= 1
+        path.write_bytes(content)
+    elif kind == "deflated":
+        np.savez_compressed(path, mu=np.zeros(12), sigma=np.eye(12))
+        content = bytearray(path.read_bytes())
+        start = 30 + int.from_bytes(content[26:28], "little") + int.from_bytes(
+            content[28:30], "little"
+        )  # fmt: skip
+        content[start] = 0xFF  # no kind of block
+        path.write_bytes(content)
+    else:
+        shape = "(1000000000000000,)" if kind == "gigantic" else "((((,)"
+        header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}"
+        header = header.ljust(117) + "\n"
+        with zipfile.ZipFile(path, "w") as f:
+            f.writestr("mu.npy", b"\x93NUMPY\1\0\x76\0" + header.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        ("empty", EOFError),
+        ("encrypted", RuntimeError),
+        ("deflated", zlib.error),
+        ("gigantic", MemoryError),
+        ("header", (tokenize.TokenError, SyntaxError, ValueError)),
+    ],
+)
+def test_a_damaged_archive_is_one_line_whatever_its_damage(tmp_path, kind, cause):
+    path = bad_archive(tmp_path / "x.npz", kind)
+    with pytest.raises(MetricError, match=r"x\.npz: not an \.npz of mu and sigma") as caught:
+        reference.moments_of(path)
+    assert isinstance(caught.value.__cause__, cause)
+
+
+SKEW = np.eye(3) + np.diag([0.0, 1e-3], 1)
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "said"),
+    [
+        (np.zeros(3), SKEW, "it is not symmetric"),
+        (np.zeros(3), np.diag([1.0, 1.0, -1e-5]), "it has the eigenvalue -1e-05"),
+        (np.zeros(3), -np.eye(3), "it has the eigenvalue -1"),
+        (np.zeros(3) * 1j, np.eye(3), "mu is of complex128"),
+        (np.zeros(3), np.eye(3) + 0j, "sigma is of complex128"),
+        (np.zeros(3), np.eye(3, dtype=bool), "sigma is of bool"),
+        (np.array(["0", "1", "2"]), np.eye(3), "mu is of <U1"),
+        (np.zeros(0), np.zeros((0, 0)), r"sigma is \(0, 0\)"),
+    ],
+)
+def test_what_is_no_covariance_or_not_real_is_refused(tmp_path, mu, sigma, said):
+    np.savez(tmp_path / "x.npz", mu=mu, sigma=sigma)
+    with pytest.raises(MetricError, match=said):
+        reference.moments_of(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("kind", ["<f4", ">f8", "<f2", "<i8"])
+def test_real_moments_of_any_width_and_order_are_read_with_their_rounding(tmp_path, kind):
+    sigma = np.diag([2.0, 1.0, 0.0])
+    np.savez(tmp_path / "x.npz", mu=np.arange(3).astype(kind), sigma=sigma.astype(kind))
+    mean, cov = reference.moments_of(tmp_path / "x.npz")
+    assert mean.tolist() == [0, 1, 2] and torch.equal(cov, torch.from_numpy(sigma))
+    sigma[2, 2], sigma[0, 1] = -1e-7, 1e-7
+    np.savez(tmp_path / "y.npz", mu=np.zeros(3), sigma=sigma)
+    assert torch.equal(reference.moments_of(tmp_path / "y.npz")[1], torch.from_numpy(sigma))
+
+
 def test_statistics_of_other_pictures_are_never_joined_by_a_second_set(world, folder, capsys):
     called(capsys, "reference", "toys", folder, "--protocol", "plain")
     other = saved(world / "other", pictures(seed=1))
@@ -259,8 +340,6 @@ def test_moments_never_join_statistics_of_pictures(world, folder, moments, capsy
 def test_weights_that_are_not_to_be_had_are_said_before_the_long_work(
     world, folder, capsys, monkeypatch
 ):
-    from eval.errors import MetricError
-
     def none(images):
         raise MetricError("weights wide: not to be had")
 

@@ -16,7 +16,7 @@ from distill.charts import chart
 from distill.curves import Band, Reference
 from distill.pictures import save_grid
 from distill.recipe import Recipe, shipped
-from distill.report import report, verdict
+from distill.report import pictures, report, verdict
 from teachers.errors import UserError
 from tests.test_card import ROW
 from tests.test_push import make_run
@@ -120,12 +120,16 @@ def test_compare_says_which_curve_left_and_when(run, tmp_path, capsys):
         (lambda run: (run / "metrics.jsonl").write_text("{"), "damaged"),
         (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "damaged"),
         (lambda run: (run / "recipe.yaml").unlink(), "no recipe.yaml"),
+        (lambda run: (run / "recipe.yaml").write_text("teacher: {sour"), "not valid YAML"),
+        (lambda run: (run / "recipe.yaml").write_text("teacher: digits\n"), "lacks train.seed"),
+        (lambda run: (run / "recipe.yaml").write_text("train: 3\n"), "lacks train.seed"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_one_line(run, spoil, said):
     spoil(run)
-    with pytest.raises(UserError, match=said):
-        cli.app(["compare", str(run)], standalone_mode=False)
+    for named in ([], ["digits/dmd2"]):
+        with pytest.raises(UserError, match=said):
+            cli.app(["compare", str(run), *named], standalone_mode=False)
 
 
 def test_an_unknown_reference_is_answered_with_what_there_is(run):
@@ -212,6 +216,60 @@ def test_speeds_are_on_the_page_of_a_run_that_has_them(run):
     (run / "speed.json").write_text('{"speed": {"student": {}}}')
     with pytest.raises(UserError, match=r"speed\.json: damaged"):
         report(run)
+
+
+def measured(student, **changes):
+    """Writes these figures of the student into a run's summary, and changes the others."""
+
+    def spoil(run):
+        summary = json.loads((run / "summary.json").read_text())
+        summary["metrics"] |= {"student": student, **changes}
+        (run / "summary.json").write_text(json.dumps(summary))
+
+    return spoil
+
+
+def overwritten(name, text):
+    return lambda run: (run / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (measured({}), r"summary\.json: damaged: it lacks 'student'"),
+        (measured([]), r"summary\.json: damaged"),
+        (measured({"1": None}), r"summary\.json: damaged"),
+        (
+            measured({"1": {k: v for k, v in ROW.items() if k != "images_per_s"}}),
+            r"summary\.json: damaged: it lacks 'images_per_s'",
+        ),
+        (measured({"one": ROW}), r"summary\.json: damaged"),
+        (measured({"1": ROW}, teacher={}), r"summary\.json: damaged: it lacks"),
+        (overwritten("recipe.yaml", "teacher: digits\n"), r"recipe\.yaml: damaged: it lacks train"),
+        (
+            overwritten("recipe.yaml", "train: {seed: 0}"),
+            r"recipe\.yaml: damaged: it lacks 'bat",
+        ),
+        (overwritten("samples/final/prompts.json", '["a'), r"prompts\.json: damaged"),
+        (overwritten("samples/final/prompts.json", '"a"'), r"prompts\.json: damaged"),
+    ],
+)
+def test_a_damaged_run_has_no_report_but_a_line_that_names_the_file(run, spoil, said):
+    spoil(run)
+    with pytest.raises(UserError, match=said):
+        report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_files_that_are_no_grids_are_passed_over(run):
+    before = pictures(run)
+    for name in ("teacher-copy", "teacher-18-copy", "student-copy-2", "student-"):
+        (run / "samples" / "final" / f"{name}.png").write_bytes(b"another's")
+    assert pictures(run) == before
+    assert [p.name for p in before][-1] == "teacher, 18 steps"
+    shutil.rmtree(run / "samples" / "final")
+    (run / "samples" / "step-000004-at-copy.png").write_bytes(b"another's")
+    assert [p.name for p in pictures(run)] == ["student, 2 steps"]
 
 
 def test_an_unfinished_run_has_no_report(run, tmp_path):

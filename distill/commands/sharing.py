@@ -34,6 +34,7 @@ def compare(
     from distill import curves
     from distill.terminal import out as console
 
+    curves.tree_of(run)  # a run without a whole recipe is none, whatever it is compared with
     found, good = curves.series(run), curves.reference_for(run, reference)
     left = curves.departures(found, good)
     for departure in left:
