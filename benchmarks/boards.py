@@ -49,7 +49,11 @@ def students(name: str, cell: Cell = distance) -> str:
 
 
 def untrained(name: str, cell: Cell = distance) -> str:
-    """A row for each sampler of the teacher, its full one first."""
+    """A row for each sampler of the teacher, its full one first; evaluations in brackets."""
+
+    def costed(line: Line) -> str:
+        return f"{cell(line)} ({line.value('evaluations'):.3g})"
+
     found = [v for v in lines(name) if v.kind != "student"]
     if not found:
         return "Not measured."
@@ -57,10 +61,10 @@ def untrained(name: str, cell: Cell = distance) -> str:
     counts = sorted({v.steps for v in few if v.steps})
     rows = [["teacher by", *map(steps, counts)]]
     for line in (v for v in found if v.kind == "teacher"):
-        full = f"{cell(line)}; coverage {line.value('coverage'):.3f}"
+        full = f"{costed(line)}; coverage {line.value('coverage'):.3f}"
         rows.append([f"{line.name.removeprefix('teacher, ')}, {line.steps} steps: {full}"])
     for row in grouped(few):
-        rows.append([row[0].name, *by_count(row, counts, cell)])
+        rows.append([row[0].name, *by_count(row, counts, costed)])
     width = len(rows[0])
     return table([[*r, *[""] * (width - len(r))] for r in rows])
 
