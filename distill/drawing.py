@@ -247,7 +247,8 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
     sizes: list[int] = []
 
     def count(module: nn.Module, args: tuple[Any, ...], words: dict[str, Any]) -> None:
-        sizes.append(len(next(iter((*args, *words.values())))))
+        given = [v for v in (*args, *words.values()) if isinstance(v, Tensor | list)]
+        sizes.append(len(given[0]))
 
     hooks = [m.register_forward_pre_hook(count, with_kwargs=True) for m in networks]
     try:

@@ -7,15 +7,15 @@ noise, every network evaluation, the decoder. Reading weights and writing files 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from distill.drawing import counted as calls_counted
 from distill.meter import device_name, peak_memory
 from distill.prompts import list_prompts
 from teachers.denoiser import Denoiser, Network, computes
@@ -132,7 +132,7 @@ def measured(make: Make, counted: nn.Module, gauge: Gauge, cap: int) -> dict[str
     Args:
         counted: What one evaluation calls once.
     """
-    with evaluations(counted) as counts:
+    with calls_counted([counted]) as counts:
         make(1)
     one = pace(make, 1, gauge)
     many, why = saturated(make, one, gauge, cap)
@@ -148,22 +148,6 @@ def evaluated(denoiser: Denoiser) -> nn.Module:
     """What one evaluation calls once, by our solvers and by stock pipelines alike."""
     inner = next(m for m in denoiser.modules() if computes(m))
     return inner.backbone if isinstance(inner, Network) else inner
-
-
-@contextmanager
-def evaluations(network: nn.Module) -> Iterator[list[int]]:
-    """Within it, the samples of each call of the network; guided calls have two for a picture."""
-    counts: list[int] = []
-
-    def count(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor | list)]
-        counts.append(len(given[0]))
-
-    hook = network.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield counts
-    finally:
-        hook.remove()
 
 
 def prompts(teacher: Teacher, n: int) -> list[str]:

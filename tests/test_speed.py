@@ -7,6 +7,7 @@ import torch
 
 from distill import __main__ as cli
 from distill import evaluation, speed
+from distill.drawing import counted
 from distill.speed import Gauge, Pace, evaluated, measured, pace, quantile, saturated
 from students.lora import unwrap
 from teachers.errors import UserError
@@ -114,7 +115,7 @@ def test_one_picture_is_one_picture_however_slow_the_next_batch():
 )  # fmt: skip
 def test_evaluations_are_counted_under_solvers_and_stock_pipelines_alike(solver, guidance, want):
     found = evaluation.teacher("shapes", torch.device("cpu"), solver, guidance)
-    with speed.evaluations(evaluated(found.denoiser)) as counts:
+    with counted([evaluated(found.denoiser)]) as counts:
         found.draw([], 3, 2)(["a red circle", "a blue square"], 0)
     assert sum(counts) == 2 * want
     assert not evaluated(found.denoiser)._forward_pre_hooks
@@ -124,7 +125,7 @@ def test_the_whole_batch_goes_through_the_networks_at_once(monkeypatch):
     monkeypatch.setattr("distill.measure.BATCH", 2)  # what measuring quality keeps to
     found = evaluation.teacher("digits", torch.device("cpu"), "ddim")
     for batch, want in ((None, [2, 2, 1]), (5, [5])):
-        with speed.evaluations(evaluated(found.denoiser)) as counts:
+        with counted([evaluated(found.denoiser)]) as counts:
             found.draw([], 1, batch)(["1"] * 5, 0)
         assert counts == want
 
