@@ -15,8 +15,9 @@ from pydantic import Field, model_validator
 
 from distill.drawing import Drawing, Piped, Solved
 from distill.objective import Count
-from distill.recipe import Recipe, Section
+from distill.recipe import Recipe
 from distill.schedules import AYS, FINE, FOUND, enough, family
+from distill.sections import Section
 from distill.teaching import guidance_of
 from eval.protocol import Protocol
 from students.lora import unwrap

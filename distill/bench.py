@@ -29,7 +29,8 @@ from distill.baselines import Baseline
 from distill.explain import explain
 from distill.files import write
 from distill.objective import Count, Positive, Seed
-from distill.recipe import Recipe, Section, find, override, read_yaml
+from distill.recipe import Recipe, find, override, read_yaml
+from distill.sections import Section
 from teachers.errors import UserError
 
 STATE = "state.json"

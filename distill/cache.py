@@ -31,7 +31,7 @@ from distill.data import Source
 from distill.encode import TOGETHER, Work, bucket_seed, encoders_on, held, joined, parts, split
 from distill.fingerprint import fingerprint
 from distill.listing import Bad, Item, report, write_report
-from distill.recipe import DataSection
+from distill.sections import DataSection
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 

@@ -26,7 +26,7 @@ from distill.encode import decoder_on
 from distill.objective import Objective, Turn, check_loss, check_turn
 from distill.pictures import COLUMNS, save_grid
 from distill.player import Player
-from distill.recipe import TrainSection
+from distill.sections import TrainSection
 from distill.seeds import seed_all
 from distill.terminal import Progress
 from students.export import draw

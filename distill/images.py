@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.listing import Bad, Item, Listing
-from distill.recipe import Bucketing, Column
+from distill.sections import Bucketing, Column
 from distill.tables import SUFFIXES as TABLES
 from distill.tables import Table, open_table
 from distill.terminal import notice

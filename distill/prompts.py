@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill.listing import Item, Listing
-from distill.recipe import Column
+from distill.sections import Column
 from distill.tables import SUFFIXES, open_table
 from teachers.errors import UserError, nearest
 

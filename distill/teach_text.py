@@ -12,9 +12,8 @@ import inspect
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,11 +24,13 @@ from torch.nn.functional import mse_loss
 
 from distill import checkpoint
 from distill.ema import EMA
+from distill.explain import explain
 from distill.objective import Count, NonNegative, Share, Whole
 from distill.player import Moves, Player
-from distill.recipe import Section, explain
+from distill.sections import Section
 from distill.seeds import seed_all, seed_of
 from distill.terminal import Progress
+from distill.vocabulary import clip_tokenizer, merges_of, tokens, write_vocabulary
 from teachers.errors import UserError, nearest
 
 LARGEST = 10 * 2**20  # bytes of a teacher that ships inside the package
@@ -354,65 +355,6 @@ def part(kind: Any, config: dict[str, Any], section: str, where: str) -> Any:
         return kind(**config)
     except Exception as error:  # of whatever kind a wrong size comes to
         raise UserError(f"{where}: {section}: {' '.join(str(error).split())}") from None
-
-
-def clip_tokenizer(captions: Sequence[str], length: int) -> Any:
-    """A CLIPTokenizer whose vocabulary holds the captions' words, of texts up to `length` tokens.
-
-    It is CLIP's own kind: every byte, every byte that ends a word, then merges in order of rank.
-    Any text can be tokenised; the captions' words take one token each.
-    """
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
-    merges = merges_of({word for caption in captions for word in caption.split()})
-    alphabet = sorted(ByteLevel.alphabet())
-    names = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges)]
-    names += ["<|startoftext|>", "<|endoftext|>"]
-    with TemporaryDirectory() as folder:  # read from files, the one way that every version has
-        write_vocabulary(Path(folder), {name: i for i, name in enumerate(names)}, merges)
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
-
-
-def merges_of(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, best rank first, that make each of the words one token."""
-    merges: list[tuple[str, str]] = []
-    for word in sorted(words):
-        symbols = [*word[:-1], word[-1] + "</w>"]
-        for pair in merges:  # those that came earlier have the better rank, and act first
-            symbols = merge(symbols, pair)
-        while len(symbols) > 1:
-            merges.append((symbols[0], symbols[1]))
-            symbols = merge(symbols, merges[-1])
-    return merges
-
-
-def write_vocabulary(
-    folder: Path, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]
-) -> None:
-    """CLIP's vocab.json and merges.txt, which newer transformers no longer write by themselves."""
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-
-
-def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """The symbols with every occurrence of the pair made one."""
-    found: list[str] = []
-    for symbol in symbols:
-        if found and (found[-1], symbol) == pair:
-            found[-1] += symbol
-        else:
-            found.append(symbol)
-    return found
-
-
-def tokens(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Token ids (N, L), padded as the pipeline pads them."""
-    length = tokenizer.model_max_length
-    return tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).input_ids
 
 
 def save(pipe: Any, captions: Sequence[str], folder: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from distill.recipe import GuidanceSection, Recipe
+from distill.recipe import Recipe
+from distill.sections import GuidanceSection
 from teachers.denoiser import Denoiser, Guided, Mix, Under, linear
 from teachers.errors import UserError
 from teachers.guidance import Auto, Interval, Projected, Rescaled, Skipping

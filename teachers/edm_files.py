@@ -154,10 +154,41 @@ def unpickle(path: Path) -> Files:
         config["logvar_channels"] = given.get("logvar_channels", 128)
         config["latents"] = latents_of(content, arguments.get("img_channels"), str(path))
     check(config, str(path))
-    found = pickles.tensors(network, str(path))
+    found = tensors(network, str(path))
     if kind == "EDM2Precond":
         found = round_gains(found)
     return Files(config, renamed(found, config))
+
+
+def tensors(module: pickles.Record, where: str) -> dict[str, Tensor]:
+    """The parameters and buffers of a pickled network, by the names that a state dict has.
+
+    Raises:
+        UserError: it is no network, or its modules are shared or deeper than any network's.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    waiting = [("", module, 0)]
+    while waiting:
+        prefix, here, depth = waiting.pop()
+        if id(here) in seen or depth > 32:
+            raise UserError(f"{where}: module {prefix[:-1]!r} is shared or nested without end")
+        seen.add(id(here))
+        state = here.state or {}
+        parts: list[Any] = [state.get(k) for k in ("_parameters", "_buffers", "_modules")]
+        if any(type(p) is not dict for p in parts):
+            raise UserError(f"{where}: {prefix[:-1] or 'what it holds'!r} is no network's module")
+        for name, value in (parts[0] | parts[1]).items():
+            if isinstance(value, Tensor):
+                found[prefix + name] = value
+            elif value is not None:
+                raise UserError(f"{where}: {prefix + name!r} is not a tensor")
+        for name, child in parts[2].items():
+            if isinstance(child, pickles.Record):
+                waiting.append((f"{prefix}{name}.", child, depth + 1))
+            elif child is not None:
+                raise UserError(f"{where}: {prefix + name!r} is not a module")
+    return found
 
 
 def json_of(value: Any, who: str, depth: int = 0) -> Any:

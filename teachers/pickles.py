@@ -426,34 +426,3 @@ CLASSES: dict[str, Callable[..., Any]] = {
     "torch.nn.modules.container.ModuleDict": lambda machine: Record("module"),
     "torch.nn.modules.container.ModuleList": lambda machine: Record("module"),
 }
-
-
-def tensors(module: Record, where: str) -> dict[str, Tensor]:
-    """The parameters and buffers of a pickled network, by the names that a state dict has.
-
-    Raises:
-        UserError: it is no network, or its modules are shared or deeper than any network's.
-    """
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    waiting = [("", module, 0)]
-    while waiting:
-        prefix, here, depth = waiting.pop()
-        if id(here) in seen or depth > 32:
-            raise UserError(f"{where}: module {prefix[:-1]!r} is shared or nested without end")
-        seen.add(id(here))
-        state = here.state or {}
-        parts: list[Any] = [state.get(k) for k in ("_parameters", "_buffers", "_modules")]
-        if any(type(p) is not dict for p in parts):
-            raise UserError(f"{where}: {prefix[:-1] or 'what it holds'!r} is no network's module")
-        for name, value in (parts[0] | parts[1]).items():
-            if isinstance(value, Tensor):
-                found[prefix + name] = value
-            elif value is not None:
-                raise UserError(f"{where}: {prefix + name!r} is not a tensor")
-        for name, child in parts[2].items():
-            if isinstance(child, Record):
-                waiting.append((f"{prefix}{name}.", child, depth + 1))
-            elif child is not None:
-                raise UserError(f"{where}: {prefix + name!r} is not a module")
-    return found

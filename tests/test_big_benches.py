@@ -9,7 +9,8 @@ from torchvision.utils import save_image
 
 from distill import build, catalogue
 from distill.bench import Bench
-from distill.recipe import SHIPPED, Known, read_yaml
+from distill.recipe import SHIPPED, read_yaml
+from distill.sections import Known
 from distill.teaching import load_teacher
 from eval import spec
 from eval.protocol import PROTOCOLS

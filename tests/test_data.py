@@ -27,7 +27,8 @@ from distill.fingerprint import fingerprint
 from distill.images import list_images, sizes_of
 from distill.listing import REPORT
 from distill.prompts import list_prompts, pack
-from distill.recipe import Bucketing, Column, Recipe
+from distill.recipe import Recipe
+from distill.sections import Bucketing, Column
 from teachers import UserError
 from teachers.denoiser import Denoiser
 from teachers.process import Karras

@@ -105,7 +105,7 @@ def test_a_networks_tensors_are_found_by_their_names(tmp_path):
     network = pickles.read(path)["ema"]
     assert network.kind == "EDMPrecond"
     assert network.state["_init_kwargs"] == KNOWN["ncsnpp"]["arguments"]
-    found = pickles.tensors(network, str(path))
+    found = edm_files.tensors(network, str(path))
     assert found.keys() == KNOWN["ncsnpp"]["names"].keys()
     assert all(torch.equal(v, weight(k, tuple(v.shape))) for k, v in found.items())
 
@@ -441,12 +441,12 @@ def test_modules_that_hold_each_other_are_refused(tmp_path):
         node = module(left=node, right=node)
     found = pickles.read(dump(node, tmp_path / "bad.pkl"))
     with pytest.raises(UserError, match="shared or nested without end"):
-        pickles.tensors(found, "bad.pkl")
+        edm_files.tensors(found, "bad.pkl")
     ring = nn.ModuleDict()
     ring.__dict__.update(_modules={"next": ring}, _parameters={}, _buffers={})
     found = pickles.read(dump(ring, tmp_path / "bad.pkl"))
     with pytest.raises(UserError, match="shared or nested without end"):
-        pickles.tensors(found, "bad.pkl")
+        edm_files.tensors(found, "bad.pkl")
 
 
 deeper = Persistent("EDMPrecond", {"_init_args": (), "_init_kwargs": {"x": [[[[[]]]]]}})

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from distill.__main__ import app
 from distill.recipe import find, override, read_yaml
-from distill.teach_text import TextRecipe, clip_tokenizer, pipeline, samples, save
+from distill.teach_text import TextRecipe, pipeline, samples, save
+from distill.vocabulary import clip_tokenizer
 from eval import shapes
 from eval.errors import MetricError
 from eval.protocol import floor, protocol

@@ -1,0 +1,180 @@
+"""The sections of a recipe: their keys, what values they take, and what is meant by none."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+
+from distill.objective import Count, Finite, NonNegative, Positive, Seed, Share, Whole
+from students.lora import Adapter
+from teachers.errors import UserError
+from teachers.quantised import Precision
+
+
+class Section(BaseModel):
+    """A part of a recipe: no unknown keys, no changes once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GuidanceSection(Section):
+    """How the teacher is guided; see teachers/guidance.py."""
+
+    scale: NonNegative  # g = 1 + w; 1 is none
+    kind: Literal["cfg", "apg", "skip", "auto"] = "cfg"
+    interval: tuple[NonNegative, NonNegative] | None = None  # of σ/α; guided only in it
+    rescale: Share = 0.0  # of the way back to the unguided standard deviation
+    eta: NonNegative | None = None  # apg: share of the parallel component; 0 by default
+    threshold: Positive | None = None  # apg: the greatest norm of what is moved by
+    blocks: tuple[str, ...] = ()  # skip: the blocks left out
+    weaker: str | None = None  # auto: a teacher's source
+
+    def agree(self, where: str) -> None:
+        """Refuse keys of another kind of guidance, and the lack of those of this one."""
+        own = {"eta": "apg", "threshold": "apg", "blocks": "skip", "weaker": "auto"}
+        for key, kind in own.items():
+            given = getattr(self, key) not in (None, ())
+            if given and kind != self.kind:
+                raise UserError(f"{where}: teacher.guidance.{key}: only kind {kind!r} has it")
+            if not given and kind == self.kind and kind != "apg":
+                raise UserError(f"{where}: teacher.guidance.{key}: kind {kind!r} needs it")
+        if self.interval is not None and not self.interval[0] < self.interval[1]:
+            low, high = self.interval
+            raise UserError(
+                f"{where}: teacher.guidance.interval: low, {low:g}, is not below high, {high:g}"
+            )
+
+
+# A number is a scale. The tags' brackets mark them as no part of a key's path, for `explain`.
+Guidance = Annotated[
+    Annotated[NonNegative, Tag("[scale]")] | Annotated[GuidanceSection, Tag("[mapping]")],
+    Discriminator(lambda v: "[mapping]" if isinstance(v, dict | GuidanceSection) else "[scale]"),
+]
+
+
+class TeacherSection(Section):
+    """What is distilled."""
+
+    source: str  # "digits", a diffusers folder, a Hub id, or "file.py:function"
+    guidance: Guidance = 1.0  # g = 1 + w of classifier-free guidance, 1 is none; or a mapping
+    null_label: Whole | None = None  # the class that means "no class", if there is one
+    negative_prompt: str | None = None  # what guidance moves away from; by default ""
+    size: Count | None = None  # of the pictures, in pixels; by default the checkpoint's own
+    precision: Precision | None = None  # of the teacher's frozen weights
+    frames: Count | None = None  # of videos
+    embedded_guidance: Positive | None = None  # what FLUX.1-dev's network is told; by default 3.5
+    vae: str | None = None  # the folder of EDM2's autoencoder, for pictures of its latents
+
+    def options(self) -> dict[str, Any]:
+        """What `teachers.load` is told, beside the source."""
+        names = ("null_label", "negative_prompt", "size", "precision", "frames",
+                 "embedded_guidance", "vae")  # fmt: skip
+        return {k: v for k in names if (v := getattr(self, k)) is not None}
+
+
+class StudentSection(Section):
+    """What it becomes."""
+
+    steps: Count = 1  # the most steps it is trained for; it also runs in those that divide them
+    start: Positive | None = None  # σ/α it starts from; the teacher's highest
+    renoise: bool = True  # return to the next time with fresh noise, or along the ODE
+
+
+class AdaptersSection(Section):
+    """That players are adapters on the teacher's own frozen weights, and of what shape."""
+
+    players: tuple[str, ...] | None = None  # the others are full copies; by default there are none
+    kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
+    rank: Count = 64
+    alpha: Positive | None = None  # changes are scaled by alpha / rank; by default by 1
+    targets: str | None = None  # a regex of module names; by default the family's own
+
+    @property
+    def adapter(self) -> Adapter:
+        return Adapter(self.kind, self.rank, self.alpha, self.targets)
+
+
+class CriticSection(Section):
+    """That there is a critic, and what it looks at."""
+
+    blocks: tuple[str, ...] | None = None  # modules of the fake score; by default a middle one
+
+
+class Column(Section):
+    """A column of a dataset: of the Hub, of a folder that was saved, or of a table file."""
+
+    hf: str  # a Hub id, a folder, or a .parquet, .csv or .jsonl file
+    column: str
+    split: str = "train"
+
+
+class Bucketing(Section):
+    """Sizes of one area and several aspect ratios, of which each batch has one."""
+
+    multiple: Count = 64  # of which every side is one
+    ratio: Annotated[float, *Finite, Ge(1)] = 2.0  # of the longer side to the shorter, at most
+
+
+# A text, or a mapping; the tags keep one's errors out of the other's.
+Place = Annotated[
+    Annotated[str, Tag("[text]")] | Annotated[Column, Tag("[column]")],
+    Discriminator(lambda v: "[column]" if isinstance(v, dict | Column) else "[text]"),
+]
+
+
+class DataSection(Section):
+    """Prompts, or real data for objectives that need them."""
+
+    # "digits", a folder of images (for labels, a subfolder for each class), .tar shards, or
+    # "DATASET:COLUMN"
+    source: Place | None = None
+    prompts: Place | None = None  # a text file, "pack:starter", or "DATASET:COLUMN"
+    captions: str | None = None  # of images: "txt", "json:KEY", "folder", or a dataset's column
+    size: Count | None = None  # pixels of a side; by default the teacher's
+    buckets: Bucketing | None = None  # several aspect ratios of size × size's area; none: squares
+    in_memory_gb: NonNegative = 4.0  # what is larger, once encoded, is read from a cache
+    cache: str = "~/.cache/fewstep"  # the folder of all caches
+    cache_limit_gb: NonNegative = 100.0  # of one
+    skip_share: Share = 0.01  # of items that may be bad; with more, the run stops
+
+
+class TrainSection(Section):
+    """How long, how large, how often."""
+
+    steps: Count
+    batch: Count = 64  # samples per update, over all processes
+    accumulate: Count = 1  # parts each batch is cut into; with more processes, one for each
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    ema: Share = 0.999  # decay of the student's average, which is what is exported; 0 for none
+    seed: Seed = 0
+    log_every: Count = 50
+    save_every: Count = 500
+    sample_every: Whole = 500  # and at the end; 0 for never
+    keep: Count = 2  # checkpoints kept, beside the best
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl
+
+
+# eval/protocols, which this package does not read; a test holds the two together
+Known = Literal["digits", "shapes", "cifar10-50k", "imagenet64-50k", "coco2014-30k", "coco2017-5k",
+                "sdxl-10k", "mjhq-30k"]  # fmt: skip
+
+
+class EvalSection(Section):
+    """What the run is measured by."""
+
+    protocol: Known | None = None
+    every: Whole = 0  # steps between evaluations while training; 0 for only at the end
+    seeds: Count = 3  # over which the student's figures are averaged
+    teacher_seeds: Whole = 1  # and the teacher's, which take longer; 0 leaves it out
+    teacher_steps: Count = 18
+    teacher_solver: Literal["heun", "ddim", "dpmpp_2m", "euler", "ancestral"] = "heun"
+
+
+class ExportSection(Section):
+    """What becomes of the student."""
+
+    # Why it may be shared though its teacher's licence says no; the card repeats it.
+    licence_override: str = ""
