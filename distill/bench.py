@@ -64,6 +64,16 @@ class Budget(Section):
             raise ValueError("input should be network_evaluations or seconds, one of the two")
         return self
 
+    def check(self, recipe: Recipe) -> None:
+        """Play the recipe's first step, on networks that compute nothing.
+
+        Raises:
+            UserError: it cannot be built, or the budget does not buy it.
+        """
+        from distill.budget import steps_for_evaluations
+
+        steps_for_evaluations(recipe, self.network_evaluations or math.inf, most=1)
+
     def steps(self, recipe: Recipe) -> int:
         """The training steps that it buys."""
         from distill.budget import steps_for_evaluations, steps_for_seconds

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +34,27 @@ WARM = 4  # steps that are not timed: the first allocate
 TIMED = 12  # steps that are: enough for an objective whose student moves at every fifth
 
 
-def steps_for_evaluations(recipe: Recipe, budget: int) -> int:
+def steps_for_evaluations(recipe: Recipe, budget: float, most: int | None = None) -> int:
     """The most training steps whose samples through all networks do not exceed the budget.
+
+    Args:
+        most: How many to count, where it need not be known how many more there are.
 
     Raises:
         UserError: it does not buy one step, or a step evaluates no network.
     """
-    steps, spent = 0, 0
-    for total in evaluations_after_steps(recipe):
+    steps, spent, total = 0, 0, 0
+    for total in islice(evaluations_after_steps(recipe), most):
         if total == spent:
             raise UserError(f"budget: step {steps + 1} evaluates no network, so it never ends")
         if total > budget:
             break
         steps, spent = steps + 1, total
     if not steps:
-        raise UserError(f"budget: {budget:,} network evaluations do not buy one step; raise it")
+        raise UserError(
+            f"budget: {budget:,} network evaluations do not buy one step, which takes {total:,}; "
+            "raise it"
+        )
     return steps
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from distill import leaderboard
 from distill.bench import Bench, Entry, Race, digest, table
+from distill.build import check_exact
 from distill.drawing import Solved
 from distill.encode import device, moved
 from distill.files import stamps, write
@@ -52,6 +53,7 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lin
         raise UserError(f"{path}: baselines: they are measured by a protocol; set eval.protocol")
     for baseline in made.baselines:
         baseline.check(recipe, teacher)
+    check_rows(made, teacher, path)
     race = Race(made, out)
     try:
         with moved([teacher.denoiser], device()):
@@ -71,6 +73,22 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lin
     lines = leaderboard.read(out)
     plot(lines, out)
     return lines
+
+
+def check_rows(made: Bench, teacher: Teacher, path: str) -> None:
+    """Refuse, before any work, a row that cannot be built or whose first step costs too much.
+
+    Raises:
+        UserError: naming the row.
+    """
+    for row in made.rows:
+        recipe = made.recipe(row, made.seeds[0])
+        try:
+            if linear.exact(teacher):
+                check_exact(recipe, teacher)
+            made.budget.check(recipe)
+        except UserError as error:
+            raise UserError(f"{path}: row {row.name!r}: {error}") from None
 
 
 def standings(lines: list[Line]) -> Table:

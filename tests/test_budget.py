@@ -59,7 +59,7 @@ def test_networks_compute_again_once_they_were_counted(pipelines, tmp_path):
 
 def test_a_budget_below_one_step_is_refused(pipelines):
     recipe = Recipe.check(recipe_tree("sid", pipelines["edm"]))
-    with pytest.raises(UserError, match="3 network evaluations do not buy one step; raise it"):
+    with pytest.raises(UserError, match="3 network evaluations do not buy one step, which takes"):
         budget.steps_for_evaluations(recipe, 3)
 
 
