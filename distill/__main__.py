@@ -6,41 +6,61 @@ import os
 import signal
 import sys
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from distill import __version__
 from distill.commands import looking, measuring, sharing, training
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Distil a pretrained diffusion or flow model into a one- to four-step generator.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def show_version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"fewstep {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Distil a pretrained diffusion or flow model into a one- to four-step generator."""
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
+
+
 # In the order of --help: a run and what it draws, figures, sharing, and what comes before a run.
+# Each with what fits into its line there.
 COMMANDS = {
-    "run": training.run,
-    "sample": measuring.sample,
-    "eval": measuring.evaluate,
-    "draw": measuring.draw,
-    "reference": measuring.reference,
-    "report": sharing.report,
-    "compare": sharing.compare,
-    "card": sharing.card,
-    "push": sharing.push,
-    "convert": sharing.convert,
-    "doctor": looking.doctor,
-    "plan": looking.plan,
-    "cache": training.cache,
-    "teach": training.teach,
-    "bench": training.bench,
-    "list": looking.listing,
+    "run": (training.run, "Distil a student, export it and measure it."),
+    "sample": (measuring.sample, "Draw pictures from a student."),
+    "eval": (measuring.evaluate, "Measure a student or a teacher, or its speed."),
+    "draw": (measuring.draw, "Draw GenEval's or DPG-Bench's prompts."),
+    "reference": (measuring.reference, "Make what protocols compare with."),
+    "report": (sharing.report, "Write the page of a finished run."),
+    "compare": (sharing.compare, "Compare a run's curves with known-good ones."),
+    "card": (sharing.card, "Write the model card of a finished run."),
+    "push": (sharing.push, "Upload a finished run's student to the Hub."),
+    "convert": (sharing.convert, "Turn a network or a student into other files."),
+    "doctor": (looking.doctor, "Examine a teacher before money is spent on it."),
+    "plan": (looking.plan, "Say what a run would take: memory and time."),
+    "cache": (training.cache, "Encode prompts and images once, beforehand."),
+    "teach": (training.teach, "Train a small teacher from nothing."),
+    "bench": (training.bench, "Race objectives at one budget."),
+    "list": (looking.listing, "Name what there is: objectives, recipes, …"),
 }
-for name, command in COMMANDS.items():
-    app.command(name)(command)
+for name, (command, line) in COMMANDS.items():
+    app.command(name, short_help=line)(command)
 
 
 class Terminated(BaseException):

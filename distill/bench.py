@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,9 +121,11 @@ class Bench(Section):
             bench = cls.model_validate(tree)
         except ValidationError as error:
             raise UserError(f"{path}: {explain(error, cls)}") from None
-        folders = [slug(row.name) for row in bench.rows]
-        if twice := next((r.name for r in bench.rows if folders.count(slug(r.name)) > 1), None):
-            raise UserError(f"{path}: rows: {twice!r} is named twice; give each row its own name")
+        for a, b in combinations([row.name for row in bench.rows], 2):
+            if slug(a) == slug(b):
+                raise UserError(
+                    f"{path}: rows: {a!r} and {b!r} would share the folder {slug(a)!r}; rename one"
+                )
         if twice := next((v for v in bench.seeds if bench.seeds.count(v) > 1), None):
             raise UserError(f"{path}: seeds: {twice} is named twice")
         for where, tree in bench.written():

@@ -9,7 +9,9 @@ from typing import Any
 def is_usage(error: Exception) -> str | None:
     """A wrong command line, as the parser words it."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's, or typer's own
-        return f"{error.format_message()} (see distill --help)"  # pyright: ignore
+        at = getattr(error, "ctx", None)
+        command = "" if at is None or at.parent is None else f" {at.info_name}"
+        return f"{error.format_message()} (see distill{command} --help)"  # pyright: ignore
     return None
 
 

@@ -291,7 +291,7 @@ def test_students_are_ordered_by_their_distance_in_the_fewest_steps():
             "rows=[{name: a, overrides: {objective: {name: diffusion}}}]",
             "makes teachers",
         ),
-        ("rows=[{name: A b}, {name: a B}]", "'A b' is named twice"),
+        ("rows=[{name: A b}, {name: a B}]", "'A b' and 'a B' would share the folder 'a-b'"),
         ("rows=[{name: a, shares: {train.x: 2}}]", "less than or equal to 1"),
         ("baselines=[{solver: heunn}]", "baselines.0.solver: expected"),
         ("baselines=[{scheduler: DDIM}]", "scheduler: expected 'DDIMScheduler'"),

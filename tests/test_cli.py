@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,19 @@ def test_a_folder_that_is_not_a_run_is_left_alone(recipe, tmp_path, capsys):
     code, _, err = called(capsys, "run", recipe, "--out", tmp_path / "mine")
     assert (code, [p.name for p in (tmp_path / "mine").iterdir()]) == (2, ["thesis.tex"])
     assert "is not a run" in err
+
+
+@pytest.mark.parametrize("words", [(), ("-h",), ("--help",)])
+def test_help_shows_every_command_with_a_whole_sentence(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = called(capsys, *words)
+    lines = out.split("Commands:\n")[1].strip().splitlines()
+    assert (code, err) == (0, "") and len(lines) == len(cli.COMMANDS)
+    assert all("..." not in v and v.endswith((".", "…")) for v in lines)
+
+
+def test_the_version_is_the_packages(capsys):
+    assert called(capsys, "--version") == (0, f"fewstep {version('fewstep')}\n", "")
 
 
 LISTED = {
