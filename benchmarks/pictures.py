@@ -16,7 +16,8 @@ from textwrap import wrap
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from distill.measure import student_samples, teacher_samples
+from distill.drawing import own
+from distill.measure import student_samples
 from distill.recipe import Recipe
 from distill.teaching import load_teacher
 from eval import shapes
@@ -31,13 +32,11 @@ def rows(runs: Sequence[tuple[Path, int]], captions: list[str]) -> dict[str, Ten
     """Names of rows -> uint8 pictures (N, 3, H, W), the teacher's first and last."""
     recipe = Recipe.load(runs[0][0] / "recipe.yaml")
     teacher, steps = load_teacher(recipe), recipe.eval.teacher_steps
-    made = {
-        f"teacher, {steps} steps": teacher_samples(recipe, teacher, captions, SEED, steps).images
-    }
+    made = {f"teacher, {steps} steps": own(recipe, teacher, steps)(captions, SEED).images}
     for folder, k in runs:
         student, codec = load_student(folder)
         made[f"student, {count(k)}"] = student_samples(student.at(k), codec, captions, SEED).images
-    made["teacher, 1 step"] = teacher_samples(recipe, teacher, captions, SEED, 1).images
+    made["teacher, 1 step"] = own(recipe, teacher, 1)(captions, SEED).images
     return made
 
 

@@ -70,14 +70,17 @@ class Baseline(Section):
             made += "" if self.threshold == AGREED else f" {self.threshold:g}"
         return made if self.cache == 1 else f"{made}, DeepCache {self.cache}"
 
-    def check(self, recipe: Recipe, teacher: Teacher) -> None:
+    def check(self, recipe: Recipe, teacher: Teacher, where: str = "") -> None:
         """Refuse what this teacher cannot be sampled by, before anything is.
+
+        Args:
+            where: What messages begin with; by default as a benchmark's.
 
         Raises:
             UserError: the scheduler is of another process, there is no such schedule for it, it is
                 not guided in a way that can stop, or its network has no deep part to keep.
         """
-        where, how = f"baselines: {self.name}", guidance_of(recipe)
+        where, how = where or f"baselines: {self.name}", guidance_of(recipe)
         if self.scheduler is not None:
             karras = isinstance(teacher.denoiser.process, Karras)
             known = get_args(StockEDM if karras else Stock)
@@ -97,10 +100,10 @@ class Baseline(Section):
         if self.schedule in FOUND:
             enough(max(self.steps), FINE, where)
         if self.guidance == "adaptive" and how.scale == 1:
-            raise UserError(f"{where}: teacher.guidance is 1, and there is nothing to stop")
+            raise UserError(f"{where}: guidance is 1, and there is nothing to stop")
         changing = self.guidance == "adaptive" or self.cache > 1
         if changing and (how.kind not in ("cfg", "apg") or how.interval is not None):
-            raise UserError(f"{where}: teacher.guidance: it takes kind cfg or apg, and no interval")
+            raise UserError(f"{where}: guidance must be of kind cfg or apg, without an interval")
         if self.cache > 1:
             try:
                 deep_part(unwrap(teacher.denoiser).backbone)

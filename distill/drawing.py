@@ -17,7 +17,7 @@ from distill.meter import Meter
 from distill.recipe import Recipe
 from distill.schedules import PATHS, SAMPLES, align_your_steps, begun, gits, searched
 from distill.teaching import guidance_of, guided
-from eval.protocol import images_to_samples
+from eval.protocol import Protocol, images_to_samples
 from eval.samples import Samples
 from students.lora import unwrap
 from teachers.deepcache import DeepCache
@@ -148,6 +148,19 @@ class Solved(Drawing):
             return self.denoiser
         assert isinstance(self.denoiser, Guided)
         return Adaptive(self.denoiser, self.threshold)
+
+
+def own(recipe: Recipe, teacher: Teacher, steps: int) -> Solved:
+    """The guided teacher by the recipe's own solver."""
+    return Solved(recipe, teacher, recipe.eval.teacher_solver, "own", steps, [])
+
+
+def evaluate_teacher(
+    recipe: Recipe, teacher: Teacher, measure: Protocol, steps: int, seeds: int
+) -> dict[str, Any]:
+    """The guided teacher in `steps` steps of the recipe's solver, by the protocol."""
+    found = measure(own(recipe, teacher, steps), seeds)
+    return {**found, "solver": recipe.eval.teacher_solver, "steps": steps}
 
 
 class Piped(Drawing):

@@ -28,15 +28,17 @@ from distill.schedules import FINE, FOUND
 from distill.teaching import load_teacher
 from distill.terminal import drawing, waiting
 from eval.perceptual import lpips, psnr
-from eval.protocol import Draw, Protocol
+from eval.protocol import PROTOCOLS, Draw, Protocol
 from eval.stream import ALONE, Processes
 from students.export import SIDECAR, load_student
+from students.rows import steps_of
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, nearest
 from teachers.quantised import Precision
 from teachers.solver import SOLVERS
-from teachers.teacher import Teacher
+from teachers.teacher import EMBEDDED, Teacher, read_json
 
+OPTIONS = {"threshold": "adaptive"}  # of `distill eval`, by a baseline's keys, where they differ
 LPIPS_FROM = 64  # pixels; of smaller pictures LPIPS says nothing, and agreement is PSNR alone
 AGREEING = 256  # pictures of which agreement is taken
 
@@ -53,6 +55,7 @@ class Subject:
         denoiser: What draws.
         about: All else that its figures depend on, in plain terms.
         most: The greatest step count that it may be run in; None for no limit.
+        how: By what sampler, as tables have it; empty for a student's own.
     """
 
     who: str
@@ -62,6 +65,7 @@ class Subject:
     about: dict[str, Any]
     denoiser: Denoiser
     most: int | None = None
+    how: str = ""
 
     def check(self, steps: Sequence[int]) -> None:
         """Refuse counts that it was not trained for, or that it has not times enough for.
@@ -80,6 +84,30 @@ def is_student(source: str) -> bool:
     """Whether a folder holds an exported student, or a run that left one."""
     folder = Path(source).expanduser()
     return any((folder / name / SIDECAR).is_file() for name in (".", "student"))
+
+
+def usual_protocol(source: str) -> str:
+    """The protocol that a student's run was measured by, or that is made for an embedded teacher.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder, teacher, named = Path(source).expanduser(), source, None
+    for place in (folder / SIDECAR, folder / "student" / SIDECAR):
+        if place.is_file():
+            sidecar = read_json(place, f"student {source!r}")
+            teacher, recipe = sidecar.get("teacher"), sidecar.get("recipe")
+            named = recipe.get("eval") if isinstance(recipe, dict) else None
+            named = named.get("protocol") if isinstance(named, dict) else None
+    for name in (named, teacher):
+        if name in PROTOCOLS:
+            return name
+    if not folder.exists() and source.count("/") != 1:
+        raise UserError(f"{source}: no such folder, and no embedded teacher; "
+                        f"{nearest(source, EMBEDDED)}")  # fmt: skip
+    raise UserError(
+        f"--protocol is missing: {source} has none of its own; {nearest('', PROTOCOLS)}"
+    )
 
 
 def refuse(options: dict[str, Any], why: str) -> None:
@@ -152,8 +180,10 @@ def teacher(
     try:
         baseline = Baseline.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"eval: {explain(error, Baseline).removeprefix(': ')}") from None
-    baseline.check(recipe, found)
+        key, _, said = explain(error, Baseline).partition(": ")
+        where = f"--{OPTIONS.get(key, key)}" if key else "eval"
+        raise UserError(f"{where}: {said}") from None
+    baseline.check(recipe, found, f"eval: {baseline.name}")
 
     @lru_cache
     def drawing(prompts: tuple[str, ...], steps: int, batch: int | None) -> Drawing:
@@ -164,7 +194,7 @@ def teacher(
 
     most = FINE if schedule in FOUND else None
     about = {**told, **tree, "files": stamps(source)}
-    return Subject("teacher", found, None, draw, about, found.denoiser, most)
+    return Subject("teacher", found, None, draw, about, found.denoiser, most, baseline.name)
 
 
 def evaluate(
@@ -204,11 +234,13 @@ def evaluate(
     return results
 
 
-def title(who: str, steps: str, figures: dict[str, Any]) -> str:
-    """A row's name in tables: how many steps, and what else they cost where that is not as many."""
-    cost = figures.get("evaluations", float(steps))
-    more = "" if cost == float(steps) else f", {cost:.4g} evaluations"
-    return f"{who}, {steps} step{'s' * (steps != '1')}{more}"
+def shown(found: Subject, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows by their names in tables, with what a picture costs."""
+    how = f" of {found.how}" if found.how else ""
+    return {
+        f"{found.who}, {steps_of([k])}{how}": {"evaluations": float(k), **row}
+        for k, row in rows.items()
+    }
 
 
 def check_against(found: Subject, other: Subject) -> None:

@@ -27,7 +27,8 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     if first["type"] == "missing_argument":
         return f"{path}: missing"
     expected = _expected(first)
-    given = f", not {first['input']!r}" * expected.startswith("expected")
+    shown = expected.startswith("expected") and not isinstance(first["input"], dict)
+    given = f", not {first['input']!r}" * shown
     return f"{path}: {expected}{given}"
 
 

@@ -11,14 +11,10 @@ from typing import Any
 import torch
 
 from distill.build import Run
+from distill.drawing import evaluate_teacher, own
 from distill.files import write
 from distill.lock import release
-from distill.measure import (
-    evaluate_student,
-    evaluate_teacher,
-    student_samples,
-    teacher_samples,
-)
+from distill.measure import evaluate_student, student_samples
 from distill.meter import device_name, peak_memory
 from distill.pictures import COLUMNS, save_grid
 from distill.report import PICTURES, report
@@ -72,7 +68,7 @@ def save_pictures(run: Run, student: Generator) -> None:
         save_grid(samples.images / 127.5 - 1, folder / f"{who}-{steps}.png", COLUMNS)
 
     for steps in (run.recipe.eval.teacher_steps, 1):
-        save("teacher", steps, teacher_samples(run.recipe, run.teacher, shown, 0, steps))
+        save("teacher", steps, own(run.recipe, run.teacher, steps)(list(shown), 0))
     for k in student.counts:
         save("student", k, student_samples(student.at(k), run.teacher, shown, 0))
 

@@ -1,4 +1,4 @@
-"""Students and teachers measured by a protocol."""
+"""What is measured: pictures of a teacher's kind, and students by a protocol."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ import torch
 from torch import Tensor
 
 from distill.encode import decoder_on, picture_shape
-from distill.recipe import Recipe
-from distill.teaching import guided
 from eval.protocol import Protocol, images_to_samples
 from eval.samples import Samples
 from students.export import draw
 from students.generator import Generator
-from teachers.denoiser import Denoiser
 from teachers.errors import UserError
-from teachers.solver import evaluations, solve
 from teachers.teacher import Teacher
 
 PIXELS = 2**22  # of pictures that go through the networks at once: four of 1024×1024
@@ -88,45 +84,8 @@ def student_samples(
     return images_to_samples(decoded(teacher, x, batch), list(prompts), seconds)
 
 
-def teacher_samples(
-    recipe: Recipe, teacher: Teacher, prompts: Sequence[str], seed: int, steps: int
-) -> Samples:
-    """The guided teacher's pictures for the prompts, by the recipe's solver."""
-    denoiser = guided(recipe, teacher)
-    return solved(denoiser, teacher, prompts, seed, steps, recipe.eval.teacher_solver)
-
-
-@torch.no_grad()
-def solved(
-    denoiser: Denoiser, teacher: Teacher, prompts: Sequence[str], seed: int, steps: int, method: str
-) -> Samples:
-    """Pictures for the prompts by a solver, from the same noise as a student's of that seed."""
-    device, batch = next(denoiser.parameters()).device, at_once(teacher)
-    noise = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(seed))
-    cond = teacher.codec.condition(prompts)
-
-    def make() -> torch.Tensor:
-        parts = []
-        for i in range(0, len(noise), batch):
-            part = cond and {k: v[i : i + batch].to(device) for k, v in cond.items()}
-            parts.append(solve(denoiser, noise[i : i + batch].to(device), steps, method, part))
-        return torch.cat(parts)
-
-    x, seconds = timed(make, device)
-    return images_to_samples(decoded(teacher, x, batch), list(prompts), seconds)
-
-
 def evaluate_student(
     student: Generator, teacher: Teacher, measure: Protocol, seeds: int
 ) -> dict[str, Any]:
     """A student, run in all of its steps, by the protocol, with the weights that are in place."""
     return measure(lambda p, seed: student_samples(student, teacher, p, seed), seeds)
-
-
-def evaluate_teacher(
-    recipe: Recipe, teacher: Teacher, measure: Protocol, steps: int, seeds: int
-) -> dict[str, Any]:
-    """The guided teacher in `steps` steps of the recipe's solver, by the protocol."""
-    found = measure(lambda p, seed: teacher_samples(recipe, teacher, p, seed, steps), seeds)
-    solver = recipe.eval.teacher_solver
-    return {**found, "solver": solver, "steps": steps, "evaluations": evaluations(steps, solver)}

@@ -17,7 +17,6 @@ from distill import curves
 from distill.charts import chart
 from distill.files import write
 from students.card import (
-    FIGURES,
     Facts,
     cost,
     facts_of,
@@ -26,12 +25,12 @@ from students.card import (
     require_finished,
     snippet,
 )
+from students.rows import FIGURES, SPREAD, Row, best, rows_of, steps_of
 from teachers.errors import UserError
 
 PICTURES = "final"  # under samples/: teacher and student on the same noise, written as a run ends
 SPEED = "speed.json"  # what `distill eval RUN --speed --json RUN/speed.json` leaves
 CURVES = ("loss", "grad_norm")  # the series that are shown first; the others can be unfolded
-LOWER = {"fd", "fid"}  # figures of which less is better
 
 
 class Picture(NamedTuple):
@@ -115,30 +114,21 @@ def read_summary(run: Path) -> dict[str, Any]:
         raise UserError(f"{run}: summary.json is damaged; run it again with --resume") from None
 
 
-def steps_of(counts: Any) -> str:
-    """One step; 1, 2 or 4 steps."""
-    *most, last = map(str, sorted(counts))
-    return f"{', '.join(most)} or {last} steps" if most else f"{last} step{'s' * (last != '1')}"
-
-
 def verdict(summary: Mapping[str, Any]) -> str:
     """What came of it, in one sentence: the best of the student's step counts by distance."""
     metrics = summary.get("metrics")
     if not metrics:
         return "Not measured: the recipe names no evaluation protocol."
     any_row = first_row(metrics)
-    key = next((k for k in FIGURES if k in any_row), None)
-    if key is None:
+    if (steps := best(metrics)) is None:
         return f"Measured by protocol {any_row['protocol']}."
-    steps, best = min(
-        metrics["student"].items(), key=lambda i: i[1][key] if key in LOWER else -i[1][key]
-    )
-    said = " ± ".join(filter(None, figure(best, key)))
+    key, found = next(k for k in FIGURES if k in any_row), metrics["student"][steps]
+    said = " ± ".join(filter(None, figure(found, key)))
     begins = f"In {steps_of([int(steps)])} the student's {FIGURES[key]} is {said}"
     if (full := metrics.get("teacher")) is None:
         return f"{begins}; the teacher was not measured."
-    ratio = best[key] / full[key]
-    speed = best["images_per_s"] / full["images_per_s"]
+    ratio = found[key] / full[key]
+    speed = found["images_per_s"] / full["images_per_s"]
     alone = metrics.get("teacher_few", {}).get(steps)
     without = f"; the teacher in {steps_of([int(steps)])} has {alone[key]:.3g}" if alone else ""
     return (
@@ -227,22 +217,19 @@ def table(summary: Mapping[str, Any]) -> dict[str, Any]:
     metrics = summary.get("metrics")
     if not metrics:
         return {}
-    rows = {f"student, {steps_of([int(k)])}": (True, v) for k, v in metrics["student"].items()}
     full = metrics.get("teacher")
-    if full is not None:
-        rows[f"teacher, {steps_of([full['steps']])} ({full['solver']})"] = (False, full)
-    for k, v in metrics.get("teacher_few", {}).items():
-        rows[f"teacher, {steps_of([int(k)])}"] = (False, v)
     keys = [k for k in FIGURES if k in first_row(metrics)]
 
-    def cells(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-        speed = row["images_per_s"]
+    def cells(row: Row) -> list[tuple[str, str]]:
+        speed = row.figures["images_per_s"]
         over = [(f"{speed / full['images_per_s']:.1f}×", "")] if full else []
-        return [*(figure(row, k) for k in keys), (f"{speed:,.0f}", ""), *over]
+        found = [(f"{row.evaluations:.4g}", ""), *(figure(row.figures, k) for k in keys)]
+        return [*found, (f"{speed:,.0f}", ""), *over]
 
+    heads = ["evaluations", *(FIGURES[k] for k in keys), "images/s"]
     return {
-        "heads": [FIGURES[k] for k in keys] + ["images/s"] + ["speed-up"] * (full is not None),
-        "rows": [(name, own, cells(row)) for name, (own, row) in rows.items()],
+        "heads": heads + ["speed-up"] * (full is not None),
+        "rows": [(row.name, row.ours, cells(row)) for row in rows_of(metrics)],
     }
 
 
@@ -280,7 +267,4 @@ def protocol(summary: Mapping[str, Any]) -> str:
     full, student = metrics.get("teacher"), first_row(metrics)
     taught = f", {full['seeds']} for the teacher" if full else ""
     seeds = f"{student['seeds']} seeds for the student{taught}"
-    return (
-        f"Protocol {student['protocol']}: {student['n']:,} samples a seed; {seeds}; "
-        "± is the spread over seeds."
-    )
+    return f"Protocol {student['protocol']}: {student['n']:,} samples a seed; {seeds}; {SPREAD}."

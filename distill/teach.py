@@ -20,9 +20,9 @@ import torch
 import yaml
 
 from distill import build, teach_text
+from distill.drawing import evaluate_teacher
 from distill.finish import summarise
 from distill.lock import release, take
-from distill.measure import evaluate_teacher
 from distill.recipe import Recipe, find, override, read_yaml
 from distill.seeds import seed_all
 from distill.teach_text import Scenes, TextRecipe
@@ -155,7 +155,8 @@ def card(summary: dict[str, Any], recipe: Recipe) -> str:
         table = {**metrics["teacher_few"], f"{metrics['teacher']['steps']}": metrics["teacher"]}
         for steps, row in sorted(table.items(), key=lambda item: int(item[0])):
             rows += (
-                f"| {steps} | {row['evaluations']} | {row['fd']:.3f} ± {row['spread']['fd']:.3f} | "
+                f"| {steps} | {row['evaluations']:.4g} | "
+                f"{row['fd']:.3f} ± {row['spread']['fd']:.3f} | "
                 f"{row['precision']:.3f} | {row['recall']:.3f} | {row['coverage']:.3f} | "
                 f"{row['accuracy']:.3f} |\n"
             )

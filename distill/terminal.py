@@ -133,19 +133,24 @@ HEADS = {
 def results(title: str, rows: dict[str, dict[str, Any]], base: str | None = None) -> Table:
     """A table of metrics: a row for each sampler, and its speed over that of the row `base`."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    table.add_column("", no_wrap=True)
+    table.add_column("")
+    costs = [f"{row['evaluations']:.4g}" if "evaluations" in row else "" for row in rows.values()]
+    if any(costs):
+        table.add_column("evals", justify="right", no_wrap=True)
     named = {k: head for k, head in HEADS.items() if all(k in row for row in rows.values())}
     captions = any("shape_accuracy" in row for row in rows.values())  # are then what can be wrong
     for k in ("precision", "recall") if captions else ("accuracy",):  # there is room for so many
         named.pop(k, None)
     timed = all("images_per_s" in row for row in rows.values())
-    for name in (*named.values(), *["img/s"] * timed, *["speed-up"] * (base is not None)):
+    for name in (*named.values(), *["img/s"] * timed, *["speed"] * (base is not None)):
         table.add_column(name, justify="right", no_wrap=True)
     first = next(iter(named), None)
-    for name, row in rows.items():
+    for (name, row), cost in zip(rows.items(), costs, strict=True):
         cells = [f"{row[k]:.3f}" for k in named]
         if first is not None and row.get("seeds", 1) > 1:
             cells[0] += f" ±{row['spread'][first]:.3f}"
+        if any(costs):
+            cells.insert(0, cost)
         if timed:
             cells.append(f"{row['images_per_s']:,.0f}")
         if base is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from students.licence import Licence, check_licence, folder_of, hub_id, licence_of
 from students.papers import PAPERS
+from students.rows import FIGURES, SPREAD, rows_of, steps_of
 from teachers.errors import UserError
 from teachers.teacher import read_json
 
@@ -21,18 +22,6 @@ GRID = "grid.png"  # the sample grid's name beside the card
 
 
 # The figures a card shows, in this order, of those that the protocol gives.
-FIGURES = {
-    "fd": "Fréchet distance",
-    "fid": "FID",
-    "precision": "precision",
-    "recall": "recall",
-    "coverage": "coverage",
-    "accuracy": "label accuracy",
-    "caption_accuracy": "caption accuracy",
-    "clip_score": "CLIP score",
-}
-
-
 # ---- licences
 
 
@@ -221,7 +210,7 @@ def metadata(facts: Facts, licence: Licence) -> str:
                 dataset_type=row["protocol"],
                 dataset_name=f"{row['protocol']} ({row['n']} samples, {row['seeds']} seeds)",
                 metric_type=key,
-                metric_name=f"{name}, {steps} step{'s' * (steps != '1')}",
+                metric_name=f"{name}, {steps_of([steps])}",
                 metric_value=round(row[key], 6),
             )
             for key, name in FIGURES.items()
@@ -326,22 +315,20 @@ def quality(facts: Facts) -> str:
     metrics = facts.summary.get("metrics")
     if not metrics:
         return "## Quality\n\nNot measured." if facts.summary else ""
-    rows = {f"student, {k} step{'s' * (k != '1')}": v for k, v in metrics["student"].items()}
-    student = next(iter(rows.values()), metrics.get("teacher"))
+    rows = rows_of(metrics)
+    student = rows[0].figures
     seeds = f"{student['seeds']} seeds for the student"
     if full := metrics.get("teacher"):
-        rows[f"teacher, {full['steps']} steps ({full['solver']})"] = full
         seeds += f" and {full['seeds']} for the teacher"
-    rows |= {
-        f"teacher, {k} step{'s' * (k != '1')}": v for k, v in metrics.get("teacher_few", {}).items()
-    }
     keys = [k for k in FIGURES if k in student]
-    table = ["| | " + " | ".join(FIGURES[k] for k in keys) + " |", "|---|" + "---|" * len(keys)]
-    for name, row in rows.items():
-        table.append(f"| {name} | " + " | ".join(figure(row, k) for k in keys) + " |")
+    heads = ["", "evaluations", *(FIGURES[k] for k in keys)]
+    table = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        cells = [row.name, f"{row.evaluations:.4g}", *(figure(row.figures, k) for k in keys)]
+        table.append("| " + " | ".join(cells) + " |")
     return (
         f"## Quality\n\nProtocol `{student['protocol']}`: {student['n']} samples, {seeds}; "
-        "± is the spread over seeds.\n\n" + "\n".join(table)
+        f"{SPREAD}. Evaluations are of the network, for one picture.\n\n" + "\n".join(table)
     )
 
 

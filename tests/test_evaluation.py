@@ -11,6 +11,7 @@ import torch
 from distill import __main__ as cli
 from distill import evaluation
 from distill.evaluation import Subject, agreement, evaluate
+from distill.figures import Figures
 from distill.measure import check_protocol
 from eval.protocol import headline, protocol
 from eval.samples import Samples
@@ -49,6 +50,55 @@ def test_a_call_that_was_cut_off_goes_on_at_the_seed_that_was_not_done(digits, t
     assert (first, again) == ([(1, 0), (1, 1)], [(2, 0), (2, 1)])
     assert {k: v["fd"] for k, v in found.items()} == {k: v["fd"] for k, v in whole.items()}
     assert found["1"]["seeds"] == 2 and found["1"]["protocol"] == "digits"
+
+
+def test_a_file_of_figures_keeps_what_it_holds(digits, tmp_path):
+    measure, path, drawn = protocol("digits"), tmp_path / "f.json", []
+    for steps, seeds in (([1], 1), ([2], 1), ([1, 2], 2)):
+        file = Figures(path, {"source": "grey"})
+        file.open()
+        found = grey(digits, drawn=drawn)
+        rows = evaluate(found, measure, steps, seeds, record=file.record("seeds"))
+        file.close({"protocol": "digits", "student": rows})
+    assert drawn == [(1, 0), (2, 0), (1, 1), (2, 1)]  # each seed once
+    tree = json.loads(path.read_text())
+    assert {k: v["seeds"] for k, v in tree["student"].items()} == {"1": 2, "2": 2}
+    assert list(tmp_path.iterdir()) == [path]
+    file = Figures(path, {"source": "grey"})
+    file.open()
+    rows = evaluate(grey(digits, 101, drawn=drawn), measure, [1], 1, record=file.record("seeds"))
+    file.close({"protocol": "digits", "student": rows})  # of other weights: nothing is kept
+    assert list(json.loads(path.read_text())["student"]) == ["1"] and len(drawn) == 5
+
+
+@pytest.mark.parametrize(("holds", "line"), [
+    ("no json", "no figures of distill eval"),
+    ('{"student": {}}', "no figures of distill eval"),
+    ('{"of": {"source": "grey"}, "kept": 3}', "no figures of distill eval"),
+    ('{"of": {"source": "white"}}', "figures of source 'white', not 'grey'"),
+])  # fmt: skip
+def test_a_file_of_anything_else_is_left_alone(tmp_path, holds, line):
+    path = tmp_path / "f.json"
+    path.write_text(holds)
+    with pytest.raises(UserError, match=line):
+        Figures(path, {"source": "grey"})
+    assert path.read_text() == holds
+
+
+def test_a_student_is_measured_by_the_protocol_of_its_run(tmp_path):
+    (tmp_path / "student").mkdir()
+    sidecar = tmp_path / "student/fewstep.json"
+    for recipe, teacher, name in (
+        ({"eval": {"protocol": "mjhq-30k"}}, "o/m", "mjhq-30k"),
+        ({"eval": {"protocol": None}}, "shapes", "shapes"),
+    ):
+        sidecar.write_text(json.dumps({"teacher": teacher, "recipe": recipe}))
+        assert evaluation.usual_protocol(str(tmp_path)) == name
+    assert evaluation.usual_protocol("digits") == "digits"
+    sidecar.write_text(json.dumps({"teacher": "o/m"}))
+    for source in (str(tmp_path), "owner/model"):
+        with pytest.raises(UserError, match="--protocol is missing"):
+            evaluation.usual_protocol(source)
 
 
 @pytest.mark.parametrize("spoil", ["{", "[]", '{"about": {}, "figures": {"1/0": {}}}'])
@@ -94,10 +144,11 @@ def test_figures_of_a_teacher_say_what_its_pictures_cost():
     assert row["search_evaluations"] == 32 * 64  # it is found once, and told with each seed
     assert row["spread"]["evaluations"] == 0
     assert 2 < row["evaluations"] < 3
-    many = evaluation.title("teacher", "3", {"evaluations": 2.37251})
-    assert many == "teacher, 3 steps, 2.373 evaluations"
-    assert evaluation.title("teacher", "1", {"evaluations": 1.0}) == "teacher, 1 step"
-    assert evaluation.title("student", "2", {}) == "student, 2 steps"
+    names = evaluation.shown(found, {"3": row, "1": {}})
+    assert list(names) == [
+        f"teacher, {k} of ddim, GITS, DeepCache 2" for k in ("3 steps", "1 step")
+    ]
+    assert [v["evaluations"] for v in names.values()] == [row["evaluations"], 1]
 
 
 def test_counts_that_a_student_was_not_trained_for_are_refused(digits):
@@ -124,11 +175,11 @@ def test_the_figure_that_counts_is_the_first_distance_there_is():
     [
         (["digits", "--solver", "hein"], "did you mean 'heun'"),
         (["digits", "--solver", "UniPCMultistepScheduler"], "not of its process"),
-        (["digits", "--schedule", "gitz"], "eval: schedule: expected 'own', 'ays', 'gits' or"),
+        (["digits", "--schedule", "gitz"], "--schedule: expected 'own', 'ays', 'gits' or"),
         (["digits", "--schedule", "ays"], "its authors publish none"),
         (["digits", "--schedule", "gits", "--steps", "4,65"], "--steps 65: its times are chosen"),
         (["digits", "--adaptive", "0.9"], "guidance is 1, and there is nothing to stop"),
-        (["digits", "--adaptive", "2"], "eval: threshold: expected"),
+        (["digits", "--adaptive", "2"], "--adaptive: expected"),
         (
             ["digits", "--adaptive", "0.9", "--guidance", "2", "--cache", "2"],
             "cache: 1, as adaptive",

@@ -152,7 +152,7 @@ def test_speed_alone_draws_for_no_protocol_and_records_the_machine(quick, tmp_pa
     out = evaluate(capsys, "digits", "--speed", "--steps", "1,2", "--json", tmp_path / "f.json")
     assert "evaluations" in out and "FD" not in out
     tree = json.loads((tmp_path / "f.json").read_text())
-    assert set(tree) == {"speed"}
+    assert set(tree) == {"of", "speed", "kept"} and not tree["kept"]
     found = tree["speed"]["teacher"]
     assert (found["dtype"], found["torch"]) == ("float32", torch.__version__)
     assert found["threads"] == torch.get_num_threads()

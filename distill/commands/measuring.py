@@ -82,7 +82,7 @@ def evaluate(
     source: Source,
     protocol: Annotated[
         str | None,
-        typer.Option(help="How to measure; see distill list.", show_default="digits"),
+        typer.Option(help="How to measure; see distill list.", show_default="the run's own"),
     ] = None,
     steps: Annotated[str, typer.Option(help="Such as 1,2,4; all of a student's, by default.")] = "",
     seeds: Annotated[
@@ -114,17 +114,17 @@ def evaluate(
     ] = False,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="Write the figures here; seeds that are in it are kept."),
+        typer.Option("--json", help="Write the figures here; seeds that it holds are kept."),
     ] = None,
 ):
     """Measure a student or a teacher by a protocol, at the step counts given; or its speed."""
-    import json
+    from dataclasses import replace
 
     from accelerate import PartialState
 
     from distill import evaluation
     from distill.encode import device as device_of
-    from distill.files import write
+    from distill.figures import PARTS, Figures
     from distill.terminal import out as console
     from distill.terminal import paces, results
     from eval.protocol import protocol as protocol_of
@@ -135,7 +135,7 @@ def evaluate(
         raise UserError("--against-steps: it is for --against, which names a teacher")
     against_steps = 18 if against_steps is None else against_steps
     if protocol is None and not speed:
-        protocol = "digits"
+        protocol = evaluation.usual_protocol(source)
     if protocol is None and seeds is not None:
         raise UserError("--seeds: it is for --protocol; a speed has none")
     measure = None if protocol is None else protocol_of(protocol)
@@ -152,6 +152,14 @@ def evaluate(
         raise UserError("--speed: it is of one process; start it without a launcher")
     how = {"solver": solver, "guidance": guidance, "null_label": null_label}
     few = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
+    file = None
+    if json_file is not None:
+        of = {"source": source, "protocol": protocol, "precision": precision, **how, **few}
+        if against is not None:
+            of |= {"against": against, "against_steps": against_steps}
+        file = Figures(json_file, of)
+        for part in PARTS:
+            writable(file.record(part), "--json")
     if evaluation.is_student(source):
         evaluation.refuse(few, "a student has no such choice")
         if against is None:
@@ -166,27 +174,29 @@ def evaluate(
     )
     if other is not None:
         evaluation.check_against(found, other)
-    record = json_file and json_file.with_name(f"{json_file.name}.seeds")
-    beside = json_file and json_file.with_name(f"{json_file.name}.against")
-    for kept in filter(None, (record, beside)):
-        writable(kept, "--json")
+    if file is not None:
+        state.wait_for_everyone()  # all have looked before anything is there
+        if state.is_main_process:
+            file.open()
+        state.wait_for_everyone()
+    record, beside = (file and file.record(part) for part in PARTS)
     tree: dict[str, Any] = {}
     if measure is not None:
         n = measure.seeds if seeds is None else seeds
         rows = evaluation.evaluate(found, measure, counts, n, processes, record)
         tree |= {"protocol": protocol, found.who: rows}
-        shown = {evaluation.title(found.who, k, v): v for k, v in rows.items()}
-        base = None
+        shown, base = evaluation.shown(found, rows), None
         if other is not None:
             for k in counts:
                 near = evaluation.agreement(found, other, measure.prompts, k, against_steps)
                 rows[str(k)].update(near)
             full = evaluation.evaluate(other, measure, [against_steps], n, processes, beside)
             tree["against"] = full
-            base = f"{against}, {against_steps} step{'s' * (against_steps != 1)}"
-            shown = {base: full[str(against_steps)], **shown}
+            beside_it = evaluation.shown(replace(other, who=str(against)), full)
+            base, shown = next(iter(beside_it)), beside_it | shown
         if not processes.rank:
-            title = f"{protocol}: {len(measure.prompts):,} samples, {n} seeds; ± over seeds"
+            title = f"{protocol}: {len(measure.prompts):,} samples, "
+            title += f"{n} seeds; ± over seeds" if n > 1 else "one seed"
             console.print(results(title, shown, base=base))
     if speed:
         tree["speed"] = {found.who: evaluation.speeds(found, counts, device)}
@@ -194,10 +204,8 @@ def evaluate(
         if other is not None:
             tree["speed"]["against"] = evaluation.speeds(other, [against_steps], device)
             console.print(paces(str(against), tree["speed"]["against"]))
-    if json_file is not None and not processes.rank:
-        write(json_file, json.dumps(tree, indent=2) + "\n")
-        for kept in (record, beside):
-            kept and kept.unlink(missing_ok=True)
+    if file is not None and not processes.rank:
+        file.close(tree)
 
 
 def draw(

@@ -36,5 +36,6 @@ def writable(path: Path, option: str) -> None:
 
 def counts(generator: Generator) -> str:
     """The step counts that a student runs at: "1 step", or "1, 2 or 4 steps"."""
-    *most, last = map(str, generator.counts)
-    return f"{', '.join(most)} or {last} steps" if most else f"{last} step{'s' * (last != '1')}"
+    from students.rows import steps_of
+
+    return steps_of(generator.counts)

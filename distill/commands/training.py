@@ -79,18 +79,15 @@ def show(out: Path) -> None:
 
     from distill.terminal import out as console
     from distill.terminal import results
+    from students.rows import rows_of
 
     summary = json.loads((out / "summary.json").read_text())
     if metrics := summary["metrics"]:
-        rows, base, few = {}, None, metrics.get("teacher_few", {})
-        if full := metrics.get("teacher"):
-            base = f"teacher, {full['steps']}-step {full['solver']}"
-            rows[base] = full
-        rows |= {f"teacher, {k} step{'s' * (k != '1')}": v for k, v in few.items()}
-        rows |= {f"student, {k} step{'s' * (k != '1')}": v for k, v in metrics["student"].items()}
-        any_row = full or next(iter(metrics["student"].values()))
-        title = f"{any_row['protocol']}: {any_row['n']} samples; ± over seeds"
-        console.print(results(title, rows, base))
+        rows = rows_of(metrics)
+        taught = [row for row in rows if not row.ours]
+        shown = {v.name: {**v.figures, "evaluations": v.evaluations} for v in [*taught, *rows]}
+        title = f"{rows[0].figures['protocol']}: {rows[0].figures['n']:,} samples; ± over seeds"
+        console.print(results(title, shown, next(iter(shown)) if "teacher" in metrics else None))
     else:
         console.print("not measured: the recipe names no eval.protocol")
     console.print(
