@@ -7,7 +7,6 @@ STAMP := $(VENV)/.installed
 .PHONY: quickstart test slow lint types clean
 
 quickstart: $(STAMP)
-	if [ -e runs/quickstart/summary.json ]; then rm -rf runs/quickstart; fi
 	$(BIN)/distill run recipes/digits/dmd2.yaml --out runs/quickstart \
 		$$(if [ -e runs/quickstart ]; then echo --resume; fi)
 

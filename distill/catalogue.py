@@ -10,7 +10,14 @@ import sys
 def objectives() -> dict[str, str]:
     from distill.objectives import OBJECTIVES
 
-    return {k: described(v) for k, v in OBJECTIVES.items()}
+    return {k: f"{described(v)} {NEEDS[v.needs_data]}" for k, v in OBJECTIVES.items()}
+
+
+NEEDS = {
+    "always": "Learns from data.",
+    "never": "Needs no data.",
+    "critic": "Needs data where it has a critic.",
+}
 
 
 def described(kind: type) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from students.licence import Licence, check_licence, folder_of, hub_id, licence_of
 from students.papers import PAPERS
-from students.rows import FIGURES, SPREAD, rows_of, steps_of
+from students.rows import FIGURES, SPREAD, advised, rows_of, steps_of
 from teachers.errors import UserError
 from teachers.teacher import read_json
 
@@ -216,7 +216,7 @@ def metadata(facts: Facts, licence: Licence) -> str:
             for key, name in FIGURES.items()
             if key in row
         ]
-    parameters: dict[str, Any] = {"num_inference_steps": max(facts.counts)}
+    parameters: dict[str, Any] = {"num_inference_steps": advised(facts.counts, facts.summary)}
     data = ModelCardData(
         license=licence.id,
         license_name=licence.name,
@@ -253,7 +253,7 @@ def snippet(facts: Facts) -> str:
     asked = "two red circles on the left" if facts.teacher == "shapes" else "a lighthouse at dusk"
     call = [json.dumps(asked)] if facts.text else ["batch_size=16"]
     call += ["class_labels=[3] * 16"] * facts.classes
-    call += [f"num_inference_steps={max(facts.counts)}"]
+    call += [f"num_inference_steps={advised(facts.counts, facts.summary)}"]
     call += [f"{k}={v}" for k, v in guidance_arguments(facts).items()]
     branch = f", revision={facts.revision!r}" * (facts.revision != "main")
     branch += ", trust_remote_code=True" * facts.own

@@ -54,6 +54,12 @@ def steps_of(counts: Iterable[Any]) -> str:
     return f"{', '.join(most)} or {last} steps" if most else f"{last} step{'s' * (last != '1')}"
 
 
+def advised(counts: Iterable[int], summary: Mapping[str, Any]) -> int:
+    """The step count to use a student in: what measured best, or the most where none was."""
+    found = best(summary.get("metrics"))
+    return max(counts) if found is None else int(found)
+
+
 def best(metrics: Mapping[str, Any] | None) -> str | None:
     """The student's step count with the best of the first figure; None where none was measured."""
     found = (metrics or {}).get("student", {})

@@ -19,7 +19,7 @@ def import_file(path: Path) -> ModuleType:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError("no such file")
+        raise FileNotFoundError(f"no such file in {Path.cwd()}")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,11 +191,21 @@ def test_steps_a_student_was_not_trained_for_are_refused(finished, tmp_path, cap
     assert "was trained for 1 or 2 steps" in err
 
 
-def test_a_student_is_sampled_in_its_most_steps_as_its_card_says(finished, tmp_path, capsys):
-    assert "num_inference_steps=2" in card(finished).text
-    for name, words in (("a", []), ("b", ["--steps", 2]), ("c", ["--steps", 1])):
+@pytest.mark.parametrize("best", [None, 2, 1])
+def test_a_student_is_sampled_in_its_best_steps_as_its_card_says(finished, tmp_path, capsys, best):
+    """The most, where none was measured."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    if best is not None:
+        row = {"protocol": "digits", "n": 9, "seeds": 1, "images_per_s": 1.0}
+        rows = {str(k): {**row, "fd": 1.0 + (k != best)} for k in (1, 2)}
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps({**summary, "metrics": {"student": rows}}))
+    k = best or 2
+    assert f"num_inference_steps={k}" in card(run).text
+    for name, words in (("a", []), ("b", ["--steps", k]), ("c", ["--steps", 3 - k])):
         out = tmp_path / f"{name}.npz"
-        assert called(capsys, "sample", finished, *words, "--n", 2, "--out", out)[0] == 0
+        assert called(capsys, "sample", run, *words, "--n", 2, "--out", out)[0] == 0
     a, b, c = (np.load(tmp_path / f"{k}.npz")["images"] for k in "abc")
     assert (a == b).all() and (a != c).any()
 

@@ -1,9 +1,14 @@
 """What the docs say is what was measured."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from distill.bench import Bench
+from distill.build import build
+from distill.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,3 +22,19 @@ def test_every_file_that_the_docs_point_to_exists():
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_readmes_own_objective_learns(tmp_path, monkeypatch):
+    """Its very lines: the file, the recipe and, in docs/objectives.md, the race."""
+    monkeypatch.chdir(tmp_path)
+    pages = [ROOT / "README.md", ROOT / "docs/objectives.md"]
+    block = re.compile(r"```\w+\n(# (\w+\.\w+).*?)```", re.DOTALL)
+    for text, name in (found for page in pages for found in block.findall(page.read_text())):
+        (tmp_path / name).write_text(text)
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.py", "mine.yaml", "race.yaml"}
+    assert [row.name for row in Bench.load("race.yaml").rows] == ["mine", "DMD2"]
+    recipe = Recipe.load("mine.yaml", ["train.steps=30", "train.log_every=1", "train.batch=16"])
+    build(recipe, tmp_path / "run").engine.train()
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(v)["student/loss"] for v in lines]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])

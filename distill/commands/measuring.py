@@ -14,7 +14,7 @@ def sample(
     student: Student,
     out: Annotated[Path, typer.Option(help="A .png grid, or .npz with images and labels.")],
     steps: Annotated[
-        int | None, typer.Option(help="A count it was trained for; the most, by default.")
+        int | None, typer.Option(help="A count it was trained for; by default its run's best.")
     ] = None,
     n: Annotated[int, typer.Option("--n", help="How many pictures.", min=1)] = 16,
     seed: Annotated[int, typer.Option(help="The stock pipeline's generator seed.")] = 0,
@@ -24,8 +24,10 @@ def sample(
     ] = None,
 ):
     """Draw pictures from a student: those that the stock pipeline draws for the same seed."""
+    from distill.report import intact, read_summary
     from distill.terminal import waiting
     from students.export import draw, load_student
+    from students.rows import advised
     from teachers.errors import UserError
 
     if out.suffix not in (".png", ".npz"):
@@ -34,7 +36,10 @@ def sample(
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
     generator, teacher = load_student(student)
-    steps = max(generator.counts) if steps is None else steps
+    if steps is None:
+        done = student / "summary.json"
+        with intact(done):
+            steps = advised(generator.counts, read_summary(student) if done.is_file() else {})
     if steps not in generator.counts:
         raise UserError(f"--steps {steps}: this student was trained for {counts(generator)}")
     classes = getattr(teacher.codec, "classes", 0)
