@@ -45,11 +45,11 @@ def summary(name: str) -> dict[str, Any] | None:
 
 
 def row(name: str, found: dict[str, Any], base: float | None) -> str:
-    """A row; without a base, which must come from the same run, there is no speed to compare."""
+    """A row; without a base, which must come from the same run, there is no speed to state."""
     spread = f" ± {found['spread']['fd']:.3f}" if found["seeds"] > 1 else ""
     shares = " | ".join(f"{found[k]:.3f}" for k in ("precision", "recall", "coverage"))
     speed = found["images_per_s"]
-    pace = f"{speed:,.0f} | {speed / base:.0f}×" if base else "as above | as above"
+    pace = f"{speed:,.0f} | {speed / base:.0f}×" if base else " | "
     return f"| {name} | {found['fd']:.3f}{spread} | {shares} | {pace} |"
 
 
@@ -71,14 +71,26 @@ def readme() -> str:
     if long := summary("dmd2-long"):
         found = long["metrics"]["student"]["1"]
         lines.append(row("student of `digits/dmd2-long`, 1 step", found, None))
+    lines += [searched()]
     seeds = metrics["student"]["1"]["seeds"]
     longer = f"; the longer recipe, {long['steps']} in {long['wall_s']:.0f} s" if long else ""
     lines.append("")
     lines.append(
         f"Training: {quick['steps']} steps in {quick['wall_s']:.0f} s{longer}. "
-        f"{teacher['n']} samples; ± is the spread over {seeds} seeds."
+        f"{teacher['n']:,} samples; ± is the standard deviation\nover {seeds} seeds of noise. "
+        "Trainings by other seeds differ by more ([docs/benchmark.md](docs/benchmark.md)),\n"
+        "and speeds vary with the machine. The last two rows are as fast as any of their steps."
     )
     return "\n".join(lines)
+
+
+def searched() -> str:
+    """What four steps of the teacher come to without training, at times that were searched."""
+    board = json.loads((ROOT / "docs/results/bench-digits/leaderboard.json").read_text())
+    line = next(v for v in board if v["name"] == "dpmpp_2m, searched" and v["steps"] == 4)
+    found = {k: v["mean"] for k, v in line["metrics"].items()}
+    found |= {"spread": {"fd": line["metrics"]["fd"]["spread"]}, "seeds": len(line["seeds"])}
+    return row("untrained: teacher, 4 steps of DPM-Solver++ at searched times", found, None)
 
 
 def methods() -> str:

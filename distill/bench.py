@@ -117,6 +117,8 @@ class Bench(Section):
             UserError: one line with the key's path, what was expected, and the nearest valid name.
         """
         tree = override(read_yaml(find(path)), overrides)
+        if "objective" in tree and "rows" not in tree:
+            raise UserError(f"{path}: it is a recipe of one run; distill run runs it")
         try:
             bench = cls.model_validate(tree)
         except ValidationError as error:

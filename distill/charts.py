@@ -15,6 +15,7 @@ from distill.curves import Band
 
 WIDTH, HEIGHT = 320, 150
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 20  # margins, for the numbers at the axes
+ROOM = 3.0  # of the line's own range, for its band on either side
 POINTS = 240  # a longer series is thinned: a screen shows no more
 
 
@@ -41,7 +42,9 @@ def chart(title: str, series: Mapping[int, float], band: Band | None = None) -> 
     # the band must not squeeze the line: only its part near the line's own range is shown
     low, high = min(p.value for p in points), max(p.value for p in points)
     if edges:
-        span = high - low or abs(high) or 1.0
+        if low >= 0:  # as norms are, and no band of them goes below
+            edges = [(step, max(bottom, 0.0), top) for step, bottom, top in edges]
+        span = ROOM * (high - low or abs(high) or 1.0)
         low = min(low, max(min(e[1] for e in edges), low - span))
         high = max(high, min(max(e[2] for e in edges), high + span))
     log = low > 0 and high / low > 20

@@ -55,6 +55,8 @@ def _expected(problem: ErrorDetails) -> str:
         return f"expected at least {least} item{'s' * (least != 1)}"
     if problem["type"] == "tuple_type":
         return "expected a list"
+    if problem["type"] in ("model_type", "dict_type"):
+        return "expected a section of keys"
     message = str(context["error"]) if problem["type"] == "value_error" else problem["msg"]
     message = message[0].lower() + message[1:]
     return message.replace("input should be", "expected").replace("input should have", "expected")

@@ -78,8 +78,10 @@ class Recipe(Section):
         Raises:
             UserError: one line with the key path, what was expected, and the nearest valid name.
         """
-        file = find(path)
-        return cls.check(override(read_yaml(file), overrides), str(path))
+        tree = override(read_yaml(find(path)), overrides)
+        if "rows" in tree and "objective" not in tree:
+            raise UserError(f"{path}: it is a benchmark; distill bench runs it")
+        return cls.check(tree, str(path))
 
     @classmethod
     def check(cls, tree: dict[str, Any], where: str = "recipe") -> Recipe:

@@ -59,7 +59,7 @@ def test_overrides_reach_any_depth(tmp_path):
         (["players.student.lr=-1"], "players.student.lr: expected greater than 0, not -1"),
         (["players.student.lr=fast"], "players.student.lr: expected a valid number"),
         (["train.precision=fp8"], "train.precision: expected 'fp32', 'bf16' or 'fp16', not 'fp8'"),
-        (["objective=sid"], "objective: expected a valid dictionary, not 'sid'"),
+        (["objective=sid"], "objective: expected a section of keys, not 'sid'"),
         (["train.batch=10", "train.accumulate=3"], "train.batch: 10 does not divide into"),
         (["critic={}"], "critic: sid has no critic; remove the section"),
         (["steps"], "override 'steps': expected key.path=value"),
