@@ -77,11 +77,12 @@ def saved(fig: Any, path: Path) -> Path:
 
 
 def quality_by_steps(lines: Sequence[Line], out: Path) -> Path:
-    """Distance against sampling steps: a path for each row, the baselines' dashed."""
+    """Distance against the students' sampling steps: a path for each row, the baselines' dashed."""
     rows: dict[str, list[Line]] = {}
-    for line in sorted((v for v in lines if v.steps), key=lambda v: v.steps or 0):
-        if line.kind != "teacher":
-            rows.setdefault(line.name, []).append(line)
+    most = max(v.steps or 0 for v in lines if v.kind == "student")
+    few = [v for v in lines if v.steps and v.steps <= most and v.kind != "teacher"]
+    for line in sorted(few, key=lambda v: v.steps or 0):
+        rows.setdefault(line.name, []).append(line)
     fig, ax = figure(len(rows) + 1)
     look, points = looks(lines), []
     for name, path in rows.items():
@@ -91,7 +92,7 @@ def quality_by_steps(lines: Sequence[Line], out: Path) -> Path:
         ax.plot(x, y, dashed, marker=mark, color=colour, lw=1.2, ms=4.5, alpha=0.9)
         points.append(Point(x[-1], y[-1], name, colour))
     ax.set_xscale("log", base=2)
-    steps = sorted({v.steps for v in lines if v.steps and v.kind != "teacher"})
+    steps = sorted({v.steps for v in few if v.steps})
     ax.set_xticks(steps, [str(k) for k in steps])
     ax.set_xlabel("sampling steps")
     scale_of_distance(ax, "Distance by sampling steps")
@@ -162,8 +163,9 @@ def cost(first: Sequence[Line], out: Path) -> Path:
 
 
 def at(line: Line) -> str:
-    """A row's name, with the steps that its point is of."""
-    return f"{line.name} ({line.steps} step{'s' * (line.steps != 1)})"
+    """A row's name, with the steps that its point is of, unless it says them itself."""
+    steps = f"{line.steps} step{'s' * (line.steps != 1)}"
+    return line.name if steps in line.name else f"{line.name} ({steps})"
 
 
 def scale_of_distance(ax: Any, title: str, named: bool = True) -> None:
