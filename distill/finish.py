@@ -25,6 +25,7 @@ from students import linear, lora_files
 from students.export import export
 from students.generator import Generator
 from students.restored import restored
+from students.rows import many
 from teachers.guidance import describe
 
 TEACHER_FEW = (1, 2, 4)  # the teacher's own few-step samples, shown beside the student's
@@ -132,7 +133,7 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         "network_evaluations_by_network": engine.evaluations,
         "peak_memory_gb": peak_memory(device),
         "metrics": metrics,
-        "device": f"{device.type} ({device_name(device)}, {threads} threads)",
+        "device": f"{device.type} ({device_name(device)}, {many(threads, 'thread')})",
         "processes": engine.accelerator.num_processes,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
     }

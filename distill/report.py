@@ -25,7 +25,7 @@ from students.card import (
     require_finished,
     snippet,
 )
-from students.rows import FIGURES, SPREAD, Row, best, rows_of, steps_of
+from students.rows import FIGURES, SPREAD, Row, best, many, rows_of, steps_of
 from teachers.errors import UserError
 
 PICTURES = "final"  # under samples/: teacher and student on the same noise, written as a run ends
@@ -266,5 +266,5 @@ def protocol(summary: Mapping[str, Any]) -> str:
         return ""
     full, student = metrics.get("teacher"), first_row(metrics)
     taught = f", {full['seeds']} for the teacher" if full else ""
-    seeds = f"{student['seeds']} seeds for the student{taught}"
+    seeds = f"{many(student['seeds'], 'seed')} for the student{taught}"
     return f"Protocol {student['protocol']}: {student['n']:,} samples a seed; {seeds}; {SPREAD}."

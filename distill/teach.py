@@ -29,6 +29,7 @@ from distill.teach_text import Scenes, TextRecipe
 from eval import shapes
 from eval.protocol import floor, images_to_samples, protocol
 from eval.samples import Samples
+from students.rows import many
 from teachers.errors import UserError, nearest
 from teachers.schedule import read as read_schedule
 from teachers.teacher import load, read_json
@@ -200,7 +201,7 @@ def teach_pictures(recipe: TextRecipe, out: Path, resume: bool, where: str) -> d
     draft.replace(out / "recipe.yaml")
     stages = teach_text.train(pipe, recipe, scenes, out)
     threads = torch.get_num_threads()
-    cpu = f"cpu ({platform.machine()}, {threads} thread{'s' * (threads != 1)})"
+    cpu = f"cpu ({platform.machine()}, {many(threads, 'thread')})"
     summary = {
         "stages": stages,
         "seed": recipe.train.seed,

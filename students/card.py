@@ -14,7 +14,7 @@ from typing import Any
 
 from students.licence import Licence, check_licence, folder_of, hub_id, licence_of
 from students.papers import PAPERS
-from students.rows import FIGURES, SPREAD, advised, rows_of, steps_of
+from students.rows import FIGURES, SPREAD, advised, many, rows_of, steps_of
 from teachers.errors import UserError
 from teachers.teacher import read_json
 
@@ -317,7 +317,7 @@ def quality(facts: Facts) -> str:
         return "## Quality\n\nNot measured." if facts.summary else ""
     rows = rows_of(metrics)
     student = rows[0].figures
-    seeds = f"{student['seeds']} seeds for the student"
+    seeds = f"{many(student['seeds'], 'seed')} for the student"
     if full := metrics.get("teacher"):
         seeds += f" and {full['seeds']} for the teacher"
     keys = [k for k in FIGURES if k in student]

@@ -60,6 +60,11 @@ def advised(counts: Iterable[int], summary: Mapping[str, Any]) -> int:
     return max(counts) if found is None else int(found)
 
 
+def many(n: int, noun: str) -> str:
+    """1 seed; 3 seeds."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def best(metrics: Mapping[str, Any] | None) -> str | None:
     """The student's step count with the best of the first figure; None where none was measured."""
     found = (metrics or {}).get("student", {})
