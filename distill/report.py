@@ -267,4 +267,9 @@ def protocol(summary: Mapping[str, Any]) -> str:
     full, student = metrics.get("teacher"), first_row(metrics)
     taught = f", {full['seeds']} for the teacher" if full else ""
     seeds = f"{many(student['seeds'], 'seed')} for the student{taught}"
-    return f"Protocol {student['protocol']}: {student['n']:,} samples a seed; {seeds}; {SPREAD}."
+    few = ""
+    if "teacher_few" in metrics:
+        few = (" The teacher's few steps are at its usual times; at searched ones it may do better, "
+               "untrained (distill eval --schedule).")  # fmt: skip
+    figures = f"Protocol {student['protocol']}: {student['n']:,} samples a seed; {seeds}; {SPREAD}."
+    return figures + few

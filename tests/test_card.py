@@ -74,7 +74,7 @@ def test_the_front_matter_is_what_the_hub_reads(run):
     assert data["library_name"] == "diffusers"
     assert data["pipeline_tag"] == "unconditional-image-generation"
     assert {"fewstep", "dmd2"} <= set(data["tags"])
-    assert data["inference"] == {"parameters": {"num_inference_steps": 2}}
+    assert data["inference"] == {"parameters": {"num_inference_steps": 1}}  # as good as 2
     assert "base_model" not in data  # the embedded teacher has no Hub id
     again = ModelCard(made.text).data.eval_results
     found = {(r.metric_name, r.metric_value) for r in again}
