@@ -269,7 +269,7 @@ def protocol(summary: Mapping[str, Any]) -> str:
     seeds = f"{many(student['seeds'], 'seed')} for the student{taught}"
     few = ""
     if "teacher_few" in metrics:
-        few = (" The teacher's few steps are at its usual times; at searched ones it may do better, "
+        few = (" The teacher's few steps are at its usual times; searched ones may do better, "
                "untrained (distill eval --schedule).")  # fmt: skip
     figures = f"Protocol {student['protocol']}: {student['n']:,} samples a seed; {seeds}; {SPREAD}."
     return figures + few
