@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -17,40 +18,29 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from annotated_types import MinLen
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from distill.baselines import Baseline
 from distill.explain import explain
-from distill.files import write
+from distill.files import stamps, write
+from distill.kept import LOCK, STATE, states, whole
 from distill.objective import Count, Positive, Seed
 from distill.recipe import Recipe, find, override, read_yaml
 from distill.sections import Section
+from distill.teaching import guidance_of
 from teachers.errors import UserError
 
-STATE = "state.json"
 DECIDED = {"train.steps": "the budget", "train.seed": "seeds"}  # keys that a benchmark sets itself
-
-
-def table(path: Path) -> dict[str, Any]:
-    """A JSON object that a benchmark keeps.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: damaged; delete it, and what it kept is found out again")
-    return found
+OF_ROW = "# row "  # begins a kept recipe, before its row's hash
 
 
 class Budget(Section):
@@ -90,10 +80,16 @@ class Budget(Section):
         return f"{self.seconds:g} seconds"
 
 
+def _name(value: str) -> str:
+    if not 1 <= len(value) <= 80 or not value.isprintable():
+        raise ValueError("input should be 1 to 80 characters, none of them a control character")
+    return value
+
+
 class Row(Section):
     """One contestant: a recipe's tree, under what all share, under what is its own."""
 
-    name: Annotated[str, MinLen(1)]
+    name: Annotated[str, AfterValidator(_name)]
     recipe: str | None = None  # a file or a shipped recipe; none is an empty one
     overrides: dict[str, Any] = Field(default_factory=dict)  # a tree, laid over all else
     # Keys that are set to a share of the training steps, such as a stage's length or a warmup.
@@ -128,7 +124,8 @@ class Bench(Section):
                 raise UserError(
                     f"{path}: rows: {a!r} and {b!r} would share the folder {slug(a)!r}; rename one"
                 )
-        if twice := next((v for v in bench.seeds if bench.seeds.count(v) > 1), None):
+        twice = next((v for v in bench.seeds if bench.seeds.count(v) > 1), None)
+        if twice is not None:
             raise UserError(f"{path}: seeds: {twice} is named twice")
         for where, tree in bench.written():
             if key := next((k for k in DECIDED if within(tree, k)), None):
@@ -154,7 +151,8 @@ class Bench(Section):
     def recipe(self, row: Row, seed: int, steps: int = 1) -> Recipe:
         """What a row's run with this seed does, in so many training steps."""
         tree = {} if row.recipe is None else read_yaml(find(row.recipe))
-        tree = laid_over(laid_over(tree, self.common), row.overrides)
+        # a copy, as what is set below must not be set in common, and so in other rows
+        tree = deepcopy(laid_over(laid_over(tree, self.common), row.overrides))
         words = [f"train.seed={seed}", f"train.steps={steps}"]
         words += [f"{k}={math.ceil(v * steps)}" for k, v in row.shares.items()]
         recipe = Recipe.check(override(tree, words), f"row {row.name!r}")
@@ -214,19 +212,33 @@ class Entry:
     def file(self) -> Path:
         return self.out / "recipes" / f"{self.name}.yaml"
 
-    @property
+    @cached_property
     def hash(self) -> str:
-        """Of all that decides what this run does."""
-        tree = self.bench.recipe(self.row, self.seed).tree()
+        """Of all that decides what this run does, as it was when the benchmark began.
+
+        Data are known by their names alone: to look at each file of a large folder takes too long.
+        """
+        recipe = self.bench.recipe(self.row, self.seed)
+        files = teacher_files(recipe)
+        if ":" in recipe.objective["name"]:
+            files |= stamps(inspect.getfile(recipe.kind))
         budget = self.bench.budget.model_dump(mode="json")
-        return digest([tree, self.row.shares, budget])
+        return digest([recipe.tree(), self.row.shares, budget, files])
+
+    def written(self) -> str | None:
+        """The hash of the row whose recipe is on the disk, if one is."""
+        if not self.file.is_file():
+            return None
+        return self.file.read_text(errors="replace").partition("\n")[0].removeprefix(OF_ROW)
 
     def summary(self) -> dict[str, Any] | None:
-        """What the run left, once it is finished."""
+        """What the run left, once it is finished; a damaged one counts for none."""
         from distill.finish import finished
 
-        path = self.folder / "summary.json"
-        return json.loads(path.read_text()) if finished(self.folder) else None
+        if not finished(self.folder):
+            return None
+        found = json.loads((self.folder / "summary.json").read_text())
+        return found if whole(found) else None
 
     def steps(self) -> int:
         """The most steps whose cost, shares of so many being what they are, is in the budget.
@@ -261,7 +273,13 @@ class Entry:
         steps = self.steps()
         tree = self.bench.recipe(self.row, self.seed, steps).tree()
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write(self.file, yaml.safe_dump(tree, sort_keys=False))
+        write(self.file, f"{OF_ROW}{self.hash}\n{yaml.safe_dump(tree, sort_keys=False)}")
+
+
+def teacher_files(recipe: Recipe) -> dict[str, list[int]]:
+    """Stamps of the local files that a recipe's teacher is made of."""
+    sources = (recipe.teacher.source, guidance_of(recipe).weaker, recipe.teacher.vae)
+    return {k: v for source in sources if source for k, v in stamps(source).items()}
 
 
 def digest(tree: Any) -> str:
@@ -280,7 +298,7 @@ class Race:
         self.bench, self.out = bench, out
         try:
             out.mkdir(parents=True, exist_ok=True)
-            self._lock = (out / ".lock").open("w")
+            self._lock = (out / LOCK).open("w")
         except OSError as error:
             raise UserError(f"--out {out}: {error.strerror}; give another folder") from None
         try:  # runs inherit it: one that outlives a killed benchmark still holds it
@@ -295,7 +313,10 @@ class Race:
         self.stopping = False
         self.state: dict[str, dict[str, Any]] = {}
         if (out / STATE).exists():
-            self.state = table(out / STATE)
+            self.state = states(out / STATE)
+        for entry in self.entries:  # runs of a table that was deleted are known by their recipes
+            if entry.name not in self.state and (row := entry.written()) is not None:
+                self.state[entry.name] = {"row": row, "failed": None}
 
     def close(self) -> None:
         """Give the folder back."""
@@ -312,16 +333,16 @@ class Race:
         return known.get("row") == entry.hash and ended
 
     def prepare(self, entry: Entry) -> None:
-        """Have the run's recipe on the disk, and nothing of an older row of its name.
+        """Have the run's recipe on the disk, and nothing of another row of its name.
 
         Raises:
             UserError: the recipe cannot be built, or the budget buys no step.
         """
-        known = self.state.get(entry.name)
-        if known is not None and known["row"] == entry.hash and entry.file.exists():
+        known = self.state.get(entry.name, {})
+        if known.get("row") == entry.hash and entry.file.exists():
+            (entry.folder / "summary.json").unlink(missing_ok=True)  # a damaged one
             return
-        if known is not None:
-            shutil.rmtree(entry.folder, ignore_errors=True)
+        shutil.rmtree(entry.folder, ignore_errors=True)
         entry.file.unlink(missing_ok=True)  # before its row is noted, or a kill would keep the old
         self.note(entry, None)
         entry.write_recipe()
@@ -353,7 +374,10 @@ class Race:
                             running[pool.submit(self.play, entry)] = entry
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         entry = running.pop(future)
-                        self.note(entry, future.result())
+                        failed = future.result()
+                        if failed is None and entry.summary() is None:
+                            failed = "its summary.json has no distance, or one that is no number"
+                        self.note(entry, failed)
                         yield entry
             except BaseException:
                 self.stop()

@@ -22,7 +22,7 @@ from torch import Tensor
 from distill.listing import Bad, Item, Listing
 from distill.sections import Bucketing, Column
 from distill.tables import SUFFIXES as TABLES
-from distill.tables import Table, open_table
+from distill.tables import Table, file_of, open_table
 from distill.terminal import notice
 from teachers.errors import UserError
 
@@ -50,23 +50,39 @@ def list_images(
     Raises:
         UserError: nothing is there, or there are more class folders than classes.
     """
-    if isinstance(place, Column):
-        return _table(place, captions, classes, captioned)
+    found = place_of_images(place)
+    if isinstance(found, Column):
+        return _table(found, captions, classes, captioned)
     where = f"data.source: {place!r}"
-    folder = Path(place).expanduser()
-    if (shards := _shards(place, where)) is not None:
-        return _webdataset(shards, where, captions, classes, captioned)
-    if folder.is_dir():
-        return _folder(folder, where, captions, classes, captioned)
-    name, colon, column = place.rpartition(":")
-    if colon and name and column:
-        return _table(Column(hf=name, column=column), captions, classes, captioned)
-    if folder.suffix in TABLES and folder.is_file():
-        raise UserError(f"{where} is a table; name its column of images: '{place}:COLUMN'")
-    raise UserError(
-        f"{where} is not a folder; give 'digits', a folder of images, .tar shards, or "
-        "'DATASET:COLUMN'"
-    )
+    if isinstance(found, list):
+        return _webdataset(found, where, captions, classes, captioned)
+    return _folder(found, where, captions, classes, captioned)
+
+
+def place_of_images(place: str | Column) -> Column | list[Path] | Path:
+    """The table, the shards or the folder that `data.source` names; nothing is read.
+
+    Raises:
+        UserError: nothing is there, as far as can be told without asking the Hub.
+    """
+    where = f"data.source: {place!r}"
+    if isinstance(place, str):
+        folder = Path(place).expanduser()
+        if (shards := _shards(place, where)) is not None:
+            return shards
+        if folder.is_dir():
+            return folder
+        name, colon, column = place.rpartition(":")
+        if not colon or not name or not column:
+            if folder.suffix in TABLES and folder.is_file():
+                raise UserError(f"{where} is a table; name its column of images: '{place}:COLUMN'")
+            raise UserError(
+                f"{where} is not a folder; give 'digits', a folder of images, .tar shards, or "
+                "'DATASET:COLUMN'"
+            )
+        place = Column(hf=name, column=column)
+    file_of(place.hf, f"data.source: '{place.hf}:{place.column}'")
+    return place
 
 
 # ---- folders

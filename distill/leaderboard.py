@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,8 +13,8 @@ from typing import Any, Literal
 
 from distill.bench import Entry, Race, Row
 from distill.files import write
+from distill.kept import DISTANCES
 
-DISTANCES = ("fd", "fid")  # every protocol has one of them, and it orders students
 # Figures that tables show, and their heads.
 SHOWN = {"fd": "FD", "fid": "FID", "patch_fid": "patch FID", "fd_dinov2": "FD-DINOv2",
          "cmmd": "CMMD", "inception_score": "IS", "precision": "precision", "recall": "recall",
@@ -71,7 +73,8 @@ def lines_of(race: Race, row: Row, entries: Sequence[Entry]) -> list[Line]:
     """A line for each step count that the row's runs were measured at."""
     name = race.bench.recipe(row, entries[0].seed).objective["name"]
     failed = {str(e.seed): why for e in entries if (why := race.failure(e)) is not None}
-    found = {e.seed: s for e in entries if race.done(e) and (s := e.summary()) is not None}
+    came = [e for e in entries if race.done(e) and str(e.seed) not in failed]
+    found = {e.seed: s for e in came if (s := e.summary()) is not None}
     if not found:
         return [Line(row.name, "student", name, None, [], {}, failed=failed)]
     runs = list(found.values())
@@ -93,13 +96,14 @@ def lines_of(race: Race, row: Row, entries: Sequence[Entry]) -> list[Line]:
             average("peak_memory_gb"),
             failed,
         )
-        for steps in runs[0]["metrics"].get("student", {})
+        for steps in runs[0]["metrics"]["student"]
+        if all(steps in s["metrics"]["student"] for s in runs)
     ]
 
 
 def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The mean and the spread of every figure that is a float."""
-    keys = [k for k, v in rows[0].items() if isinstance(v, float)]
+    """The mean and the spread of every figure that is a float in all rows."""
+    keys = [k for k in rows[0] if all(isinstance(r.get(k), float) for r in rows)]
     values = {k: [r[k] for r in rows] for k in keys}
     return {k: {"mean": mean(v), "spread": pstdev(v)} for k, v in values.items()}
 
@@ -158,7 +162,9 @@ def markdown(race: Race, lines: Sequence[Line]) -> str:
         cost = "Evaluations are samples through any network for one picture."
         parts += ["## The teacher, untrained", cost, table(taught)]
     if failed := {(v.name, k): why for v in lines for k, why in v.failed.items()}:
-        said = [f"- {name}, seed {seed}: {why}" for (name, seed), why in failed.items()]
+        said = [
+            f"- {plain(name)}, seed {seed}: {plain(why)}" for (name, seed), why in failed.items()
+        ]
         parts += ["## Failed", "\n".join(said)]
     return "\n\n".join(p for p in parts if p) + "\n"
 
@@ -181,19 +187,26 @@ def table(lines: Sequence[Line]) -> str:
     heads += ["trained steps", "evaluations", "wall s", "memory GB"] if trained else []
     rows = [heads, ["---"] * len(heads)]
     for line in lines:
-        cells = [line.name.replace("|", "\\|"), str(line.steps)]
+        cells = [plain(line.name), str(line.steps)]
         if asked:
             cells.append(
                 f"{line.value('evaluations'):.4g}" if "evaluations" in line.metrics else ""
             )
         cells += [figure(line, k) for k in keys]
-        cells += [f"{line.value('images_per_s'):,.0f}"] if timed else []
+        if timed:
+            speed = "images_per_s" in line.metrics
+            cells.append(f"{line.value('images_per_s'):,.0f}" if speed else "")
         if trained:
             assert line.network_evaluations is not None and line.train_steps is not None
             cells += [f"{line.train_steps:,.0f}", f"{line.network_evaluations:,.0f}"]
             cells += [f"{line.wall_s:.0f}", f"{line.peak_memory_gb:.2f}"]
         rows.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def plain(text: str) -> str:
+    """A text that Markdown shows as it is, in a table's cell as well."""
+    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(text, quote=False))
 
 
 def figure(line: Line, key: str) -> str:

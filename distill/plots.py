@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ def plot(lines: Sequence[Line], out: Path) -> list[Path]:
              "axes.edgecolor": GREY, "axes.titlesize": 10, "axes.titlelocation": "left",
              "xtick.color": BLACK, "ytick.color": BLACK, "grid.color": "#e6e6e6",
              "figure.dpi": 150, "savefig.bbox": "tight", "axes.axisbelow": True}  # fmt: skip
+    lines = [replace(v, name=v.name.replace("$", r"\$")) for v in lines]  # no mathematics
     students = [v for v in lines if v.kind == "student" and v.steps]
     if not students:
         return []

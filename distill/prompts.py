@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distill.listing import Item, Listing
 from distill.sections import Column
-from distill.tables import SUFFIXES, open_table
+from distill.tables import SUFFIXES, file_of, open_table
 from teachers.errors import UserError, nearest
 
 PACKS = Path(__file__).parent / "packs"
@@ -22,26 +22,39 @@ def list_prompts(place: str | Column) -> Listing:
     Raises:
         UserError: there is no such file, pack, dataset or column, or it holds no prompts.
     """
-    if isinstance(place, Column):
-        return _column(place)
-    if place.startswith("pack:"):
-        return _lines(pack(place.removeprefix("pack:")), place)
-    file = Path(place).expanduser()
-    if file.is_dir():
-        raise UserError(
-            f"data.prompts: {place!r} is a folder; give a text file in it, one prompt a line"
-        )
-    if file.is_file() and file.suffix in SUFFIXES:
-        raise UserError(f"data.prompts: {place!r} is a table; name its column: '{place}:COLUMN'")
-    if file.is_file():
-        return _lines(file, place)
-    name, colon, column = place.rpartition(":")
-    if not colon or not name or not column:
-        raise UserError(
-            f"data.prompts: no such file: {place!r}; give a text file, 'pack:starter', or "
-            "'DATASET:COLUMN'"
-        )
-    return _column(Column(hf=name, column=column))
+    found = place_of_prompts(place)
+    return _column(found) if isinstance(found, Column) else _lines(found, str(place))
+
+
+def place_of_prompts(place: str | Column) -> Path | Column:
+    """The text file or the column that `data.prompts` names; nothing is read.
+
+    Raises:
+        UserError: nothing is there, as far as can be told without asking the Hub.
+    """
+    if isinstance(place, str):
+        if place.startswith("pack:"):
+            return pack(place.removeprefix("pack:"))
+        file = Path(place).expanduser()
+        if file.is_dir():
+            raise UserError(
+                f"data.prompts: {place!r} is a folder; give a text file in it, one prompt a line"
+            )
+        if file.is_file() and file.suffix in SUFFIXES:
+            raise UserError(
+                f"data.prompts: {place!r} is a table; name its column: '{place}:COLUMN'"
+            )
+        if file.is_file():
+            return file
+        name, colon, column = place.rpartition(":")
+        if not colon or not name or not column:
+            raise UserError(
+                f"data.prompts: no such file: {place!r}; give a text file, 'pack:starter', or "
+                "'DATASET:COLUMN'"
+            )
+        place = Column(hf=name, column=column)
+    file_of(place.hf, f"data.prompts: '{place.hf}:{place.column}'")
+    return place
 
 
 def pack(name: str) -> Path:

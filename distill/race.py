@@ -11,17 +11,20 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from distill import leaderboard
-from distill.bench import Bench, Entry, Race, digest, table
+from distill.bench import Bench, Entry, Race, digest, teacher_files
 from distill.build import check_exact
 from distill.drawing import Solved
 from distill.encode import device, moved
-from distill.files import stamps, write
+from distill.files import write
+from distill.kept import check_folder, measured, table
 from distill.leaderboard import Line, distance_of, sampled
 from distill.measure import check_protocol
 from distill.plots import plot
 from distill.recipe import Recipe
+from distill.sources import check_places
 from distill.teaching import load_teacher
 from distill.terminal import follow, say
 from eval.protocol import Protocol, protocol
@@ -40,6 +43,7 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lin
         KeyboardInterrupt: it was stopped; called again, it goes on where it was.
     """
     made = Bench.load(path, overrides)
+    check_folder(out)
     recipe = made.reference()
     measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
     teacher = load_teacher(recipe)
@@ -76,7 +80,9 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lin
 
 
 def check_rows(made: Bench, teacher: Teacher, path: str) -> None:
-    """Refuse, before any work, a row that cannot be built or whose first step costs too much.
+    """Refuse, before any work, a row that can never run.
+
+    It cannot be built, its data are not there, or its first step costs more than the budget.
 
     Raises:
         UserError: naming the row.
@@ -86,6 +92,7 @@ def check_rows(made: Bench, teacher: Teacher, path: str) -> None:
         try:
             if linear.exact(teacher):
                 check_exact(recipe, teacher)
+            check_places(recipe, teacher)
             made.budget.check(recipe)
         except UserError as error:
             raise UserError(f"{path}: row {row.name!r}: {error}") from None
@@ -108,7 +115,7 @@ def standings(lines: list[Line]) -> Table:
             rows[f"{line.name}, {line.steps} steps: {leaderboard.figure(line, key)}"] = {}
             rows.pop(line.name)
     for name, cells in rows.items():
-        table.add_row(name, *(cells.get(k, "") for k in counts))
+        table.add_row(Text(name), *(cells.get(k, "") for k in counts))
     return table
 
 
@@ -141,12 +148,12 @@ def teacher_lines(race: Race, recipe: Recipe, teacher: Teacher, measure: Protoco
     known = table(file) if file.exists() else {}
     tree, count = recipe.tree(), len(race.bench.seeds)
     solver, full = recipe.eval.teacher_solver, recipe.eval.teacher_steps
-    seeds, files = list(range(count)), stamps(recipe.teacher.source)
+    seeds, files = list(range(count)), teacher_files(recipe)
     lines = []
 
     def once(of: Any, make: Any) -> Any:
         key = digest([of, tree["teacher"], files, measure.name, count])
-        if key not in known:
+        if not (measured(known.get(key)) and "spread" in known[key]):  # none yet, or damaged
             known[key] = make()
             write(file, json.dumps(known, indent=2) + "\n")
         return sampled(known[key])

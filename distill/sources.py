@@ -9,8 +9,8 @@ from torch import Tensor
 from distill import cache
 from distill.data import Source
 from distill.encode import Work, picture_shape
-from distill.images import into_buckets, list_images, sizes_of
-from distill.prompts import list_prompts
+from distill.images import into_buckets, list_images, place_of_images, sizes_of
+from distill.prompts import list_prompts, place_of_prompts
 from distill.recipe import Recipe
 from eval import digits, shapes
 from teachers.errors import UserError
@@ -90,6 +90,20 @@ def refuse_videos(recipe: Recipe, teacher: Teacher) -> None:
             f"data.source: {name} learns from real data, the teacher {teacher.source!r} makes "
             f"videos, and only images can be read as yet; {remedy}, with data.prompts alone"
         )
+
+
+def check_places(recipe: Recipe, teacher: Teacher) -> None:
+    """Refuse data or prompts that are not there; none are read, and the Hub is not asked.
+
+    Raises:
+        UserError: naming the key.
+    """
+    refuse_videos(recipe, teacher)
+    data = recipe.data
+    if data.source is not None and data.source not in EMBEDDED:
+        place_of_images(data.source)
+    if data.prompts is not None:
+        place_of_prompts(data.prompts)
 
 
 def work_of(recipe: Recipe, teacher: Teacher) -> Work | None:

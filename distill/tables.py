@@ -151,12 +151,24 @@ def open_table(name: str, split: str, where: str) -> Table:
     Raises:
         UserError: it is not there or not readable, or the package that reads it is missing.
     """
-    file = Path(name).expanduser()
-    if file.suffix in SUFFIXES and not file.is_file():
-        raise UserError(f"{where}: no such file: {name}")
+    file = file_of(name, where)
     if file.suffix in TEXTS:
         return Rows(file, where)
     return Parquet(file, where) if file.suffix == ".parquet" else Arrow(name, split, where)
+
+
+def file_of(name: str, where: str) -> Path:
+    """Where a table is, if it is no dataset of the Hub's.
+
+    Raises:
+        UserError: its name is a file's or a folder's, and there is none.
+    """
+    file = Path(name).expanduser()
+    if file.suffix in SUFFIXES and not file.is_file():
+        raise UserError(f"{where}: no such file: {name}")
+    if name.startswith(("/", "~", ".")) and not file.exists():
+        raise UserError(f"{where}: no such folder: {name}")
+    return file
 
 
 def first_line(error: Exception) -> str:

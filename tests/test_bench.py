@@ -19,6 +19,7 @@ from distill.bench import Bench, Race, laid_over
 from distill.build import build
 from distill.engine import Engine, Stopped
 from distill.finish import finish
+from distill.player import Moves
 from distill.recipe import Recipe, shipped
 from distill.teaching import load_teacher
 from eval.protocol import protocol
@@ -187,6 +188,10 @@ def test_a_benchmark_of_which_every_run_fails_writes_its_leaderboard_and_exits_w
 @pytest.mark.parametrize(("overrides", "said"), [
     ({"objective": {"name": "sid"}, "train": {"batch": 32}}, "buy one step, which takes 160; "),
     ({"objective": {"name": "dmd2"}, "adapters": {}}, "adapters: its students are linear"),
+    ({"objective": {"name": "sid"}, "data": {"source": "nowhere"}}, "'nowhere' is not a folder; "),
+    ({"objective": {"name": "sid"}, "data": {"source": "x.csv:png"}}, "no such file: x.csv"),
+    ({"objective": {"name": "sid"}, "data": {"source": "/nowhere:png"}}, "no such folder: "),
+    ({"objective": {"name": "sid"}, "data": {"prompts": "x.txt"}}, "no such file: 'x.txt'; give a"),
 ])  # fmt: skip
 def test_a_row_that_can_never_run_is_refused_before_any_work(
     file, tmp_path, played, capsys, overrides, said
@@ -212,6 +217,13 @@ def test_shares_follow_the_steps_that_the_budget_buys():
     recipe = bench.recipe(row, seed=2, steps=468)
     assert recipe.objective["stage_steps"] == recipe.players["student"].decay_steps == 94
     assert (recipe.train.steps, recipe.train.seed) == (468, 2)
+
+
+def test_what_a_row_shares_is_its_own():
+    rows = [{**TREE["rows"][0], "shares": {"players.student.warmup": 0.5}}, TREE["rows"][1]]
+    bench = Bench.model_validate({**TREE, "rows": rows})
+    warmups = [bench.recipe(row, 0, steps=8).players["student"].warmup for row in bench.rows]
+    assert warmups == [4, Moves().warmup]
 
 
 @pytest.mark.parametrize("name", [n for n in shipped() if n.startswith("bench/")])
@@ -266,16 +278,17 @@ def test_students_are_ordered_by_their_distance_in_the_fewest_steps():
         ("rows=[]", "rows: expected at least 1 item, not []"),
         ("seeds=[]", "seeds: expected at least 1 item, not []"),
         ("seeds=3", "seeds: expected a list, not 3"),
-        ("budget={}", "budget: expected network_evaluations or seconds, one of the two, not {}"),
+        ("budget={}", "budget: expected network_evaluations or seconds, one of the two"),
         (
             "budget={seconds: 1, network_evaluations: 1}",
-            "budget: expected network_evaluations or seconds, one of the two, not {'seconds",
+            "budget: expected network_evaluations or seconds, one of the two",
         ),
         (
             "baselines=[{solver: heun, schedule: ays, scheduler: DDIMScheduler}]",
-            "baselines.0: expected a solver or a scheduler, one of the two, not {",
+            "baselines.0: expected a solver or a scheduler, one of the two",
         ),
         ("seeds=[1,1]", "seeds: 1 is named twice"),
+        ("seeds=[0,0]", "seeds: 0 is named twice"),
         ("common.train.steps=7", "common: train.steps is not for it to say: the budget does"),
         ("rows=[{name: a, shares: {train.seed: 0.5}}]", "'a': shares: train.seed is not for it"),
         ("rows=[{name: a, overrides: {train: {steps: 9}}}]", "overrides: train.steps is not for"),
