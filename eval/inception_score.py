@@ -6,6 +6,8 @@ classes. It has no reference, so it says nothing of likeness to data.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,8 @@ from eval.stream import Reservoir
 def score(logits: Tensor) -> float:
     """The score of one set of logits (N, K)."""
     log_p = logits.double().log_softmax(1)
-    p = log_p.exp()
-    return (p * (log_p - p.mean(0).log())).sum(1).mean().exp().item()
+    log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # of p: finite where p itself is 0
+    return (log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item()
 
 
 class InceptionScore(KeptMetric):

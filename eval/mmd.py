@@ -59,6 +59,14 @@ def unbiased(kernel: Kernel, x: Tensor, y: Tensor) -> float:
     return within_x + within_y - 2 * total(kernel, x, y) / (n * m)
 
 
+def check_subsets(name: str, subsets: int, size: int) -> None:
+    """Refuse what is no mean over subsets in which there are pairs."""
+    if subsets < 1 or size < 2:
+        raise MetricError(
+            f"{name}: {subsets} subsets of {size}; take one subset or more, of two samples or more"
+        )
+
+
 def kid(
     real: Tensor, fake: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
@@ -67,8 +75,9 @@ def kid(
     Bińkowski et al. 2018 (arXiv:1801.01401). Subsets are drawn without replacement, by `seed`.
 
     Raises:
-        MetricError: a set has fewer than `size` points.
+        MetricError: a set has fewer than `size` points, or there are no subsets of pairs.
     """
+    check_subsets("kid", subsets, size)
     if min(len(real), len(fake)) < size:
         raise MetricError(
             f"kid: {min(len(real), len(fake))} samples for subsets of {size}; give {size} or more"
@@ -101,6 +110,7 @@ class KID(KeptMetric):
         name: str = "kid",
     ) -> None:
         """`reference` holds uint8 images (N, C, H, W), or their features (N, D)."""
+        check_subsets(name, subsets, subset_size)
         self.features, self.keep, self.name = features, keep, name
         self.subsets, self.subset_size, self.least = subsets, subset_size, subset_size
         self.reference = features(reference) if reference.dim() == 4 else reference

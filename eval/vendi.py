@@ -19,7 +19,8 @@ def vendi(features: Tensor) -> float:
 
     The (D, D) matrix has the same eigenvalues as the (N, N) one, so the smaller is used.
     """
-    x = torch.nn.functional.normalize(features.double(), dim=1)
+    tiny = torch.finfo(torch.double).tiny  # short vectors have a direction too
+    x = torch.nn.functional.normalize(features.double(), dim=1, eps=tiny)
     gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
     values = torch.linalg.eigvalsh(gram / len(x))
     values = values[values > 0]

@@ -193,12 +193,23 @@ def test_subsets_of_kid_are_seeded_and_too_few_samples_refused():
         kid(x, y)
 
 
+@pytest.mark.parametrize(("subsets", "size"), [(0, 100), (3, 1), (3, 0), (-1, 100)])
+def test_a_kernel_distance_over_no_subsets_or_no_pairs_is_refused(subsets, size):
+    x = normal(200)
+    with pytest.raises(MetricError, match=f"kid: {subsets} subsets of {size}; take one"):
+        kid(x, x, subsets, size)
+    with pytest.raises(MetricError, match=f"mine: {subsets} subsets of {size}; take one"):
+        KID(as_features, x, subsets=subsets, subset_size=size, name="mine")
+
+
 # Inception score
 
 
 def test_sure_and_even_predictions_score_the_number_of_classes_and_unsure_ones_score_one():
     assert score(torch.eye(10).repeat(30, 1) * 100) == pytest.approx(10)
     assert score(torch.zeros(300, 10)) == pytest.approx(1)
+    assert score(torch.tensor([[1e3, 0.0]] * 20)) == 1  # the second class's p is 0
+    assert score(torch.eye(2).repeat(10, 1) * 1e30) == pytest.approx(2)
 
 
 def test_few_samples_lower_the_inception_score_as_predicted_and_extrapolation_mends_it():
@@ -234,6 +245,21 @@ def test_blocks_change_no_neighbour_metric(monkeypatch):
     assert prdc(real, fake) == whole
 
 
+def test_a_point_lies_in_no_ball_of_its_own_copies():
+    real = normal(200, 16).float()
+    copies = real[:10].repeat(20, 1)  # each has its five nearest at no distance
+    assert prdc(real, copies)["recall"] == 0
+    near = torch.tensor([np.linalg.norm(real - v, axis=1) for v in real.double().numpy()])
+    ball = near.sort(1).values[:, 5]
+    held = (near[:, :10] < ball[:, None]).sum().item() * 20
+    assert prdc(real, copies)["density"] == pytest.approx(held / 200 / 5, abs=1e-12)
+
+
+def test_an_offset_common_to_all_changes_no_neighbour_metric():
+    real, fake = normal(200, 16), normal(200, 16, 0.3, 1)
+    assert prdc(real + 2**23, fake + 2**23) == prdc(real, fake)
+
+
 def test_coverage_of_identical_laws_with_three_neighbours_is_seven_eighths():
     found = [prdc(normal(800, 8, seed=s), normal(800, 8, seed=s + 9), 3) for s in range(3)]
     assert sum(f["coverage"] for f in found) / 3 == pytest.approx(0.875, abs=0.02)
@@ -245,6 +271,7 @@ def test_coverage_of_identical_laws_with_three_neighbours_is_seven_eighths():
 def test_the_vendi_score_counts_different_samples():
     assert vendi(torch.ones(50, 6)) == pytest.approx(1)
     assert vendi(torch.eye(6)) == pytest.approx(6)
+    assert vendi(torch.eye(6) * 1e-20) == pytest.approx(6)
     assert vendi(torch.eye(6).repeat(10, 1)) == pytest.approx(6)
     assert Vendi(as_features)(Samples(as_images(10 * torch.eye(4).repeat(3, 1)), []))[
         "vendi"
