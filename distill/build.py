@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import nn
 
-from distill import cache, checkpoint, optimizers
+from distill import cache, checkpoint, optimizers, own
 from distill.engine import Engine, check_memory, shards_of
 from distill.listing import write_report
 from distill.lock import refuse_live, take
@@ -103,6 +103,8 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
         )
         for name, network in movers.items()
     }
+    if own.file_of(recipe) is not None:
+        own.rehearse(objective, players, source, recipe.train, accelerator)
     accelerator.wait_for_everyone()  # a slow process must not take what is written now for old
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -111,6 +113,7 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
         draft = out / ".recipe.yaml"
         draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
         draft.replace(out / "recipe.yaml")
+        own.keep(recipe, out)
         if source.report is not None:
             write_report(out, source.report)
     accelerator.wait_for_everyone()
@@ -168,6 +171,8 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
             f"--resume: train.steps: {recipe.train.steps} is fewer than the {count} steps that "
             f"the run in {out} has taken; ask for as many or more"
         )
+    if taken:
+        own.check_same(recipe, out)
 
 
 def exists(path: Path) -> bool:

@@ -317,14 +317,23 @@ class Engine:
         return values  # pyright: ignore[reportReturnType]
 
     def _check(self, logs: Mapping[str, Tensor | float]) -> None:
-        """Refuse to go on from a loss that is not a finite number."""
-        for key, value in logs.items():
-            if key.endswith("loss") and not math.isfinite(value := float(value)):
-                names = " and ".join(f"players.{p}.lr" for p in key.split("/")[0].split("+"))
-                raise UserError(
-                    f"step {self.step}: {key} is {value}; lower {names}, or raise the warmup "
-                    f"(the last good checkpoint is kept in {self.root})"
-                )
+        """Refuse to go on from losses that are not finite numbers.
+
+        All of them are named: one spoils the others within a step, and only some steps are read.
+        """
+        losses = {k: float(v) for k, v in logs.items() if k.endswith("loss")}
+        lost = {k: v for k, v in losses.items() if not math.isfinite(v)}
+        if not lost:
+            return
+        names = dict.fromkeys(p for key in lost for p in key.split("/")[0].split("+"))
+        rates, found = [f"players.{p}.lr" for p in names], checkpoint.steps(self.root)
+        kept = f"the newest checkpoint, {found[-1]}, is of finite losses" if found else (
+            "no checkpoint had been saved"
+        )  # fmt: skip
+        raise UserError(
+            f"step {self.step}: {' and '.join(f'{k} is {v}' for k, v in lost.items())}; "
+            f"lower {' or '.join(rates)}, or raise the warmup ({kept})"
+        )
 
     def _catch(self, number: int, frame: Any) -> None:
         self._stop = number
@@ -394,5 +403,5 @@ def forget_after(step: int, out: Path) -> None:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf  # the line that the kill cut short

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator
 from copy import copy
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ class Objective:
         """The updates that make up step `step`, in order.
 
         What follows a `yield` runs once that turn has been played, so state may change there. The
-        first turn of step 0 is also asked of a copy, before training, and not played.
+        first turn of step 0 is also asked of a copy, before training, and not played; where the
+        class is the user's own, the loss of that turn is computed as well.
         """
         yield Turn(("student",), partial(self.loss, step=step))
 
@@ -151,12 +153,47 @@ def check_turn(turn: Any, objective: Objective, players: Collection[str]) -> Non
             )
     if not callable(turn.loss):
         raise UserError(f"{says} yields a Turn whose loss is {_a(turn.loss)}; give a function")
+    bound = turn.loss.keywords if isinstance(turn.loss, partial) else {}
+    try:
+        inspect.signature(turn.loss).bind(None)
+    except (TypeError, ValueError):  # the second of a partial that binds what there is not
+        call = ", ".join(("batch", *(f"{k}=…" for k in bound)))
+        raise UserError(
+            f"{_named(objective)}: its loss is called as loss({call}) and does not take that; "
+            "define it so, or bind the other arguments in the Turn"
+        ) from None
 
 
 def check_loss(loss: Any, objective: Objective) -> None:
-    """Refuse what a turn's loss returned if it is not a `Loss`."""
+    """Refuse what a turn's loss returned if nothing can descend it, or log what is beside it.
+
+    Raises:
+        UserError: it is no `Loss`, or holds other than scalars; or its value has no gradient.
+    """
+    says = f"{_named(objective)}: its loss"
     if not isinstance(loss, Loss):
-        raise UserError(f"{_named(objective)}: its loss returns {_a(loss)}; return Loss(value)")
+        raise UserError(f"{says} returns {_a(loss)}; return Loss(value)")
+    if wrong := _no_scalar(loss.value):
+        raise UserError(f"{says} is {wrong}; its value is a scalar tensor, such as x.mean()")
+    if not loss.value.is_floating_point():
+        raise UserError(f"{says} is of {loss.value.dtype}; its value is of real numbers")
+    if not loss.value.requires_grad:
+        raise UserError(
+            f"{says} depends on no weight of its turn's players; compute it from their networks, "
+            "and detach nothing on the way"
+        )
+    if not isinstance(loss.logs, dict):
+        raise UserError(f"{says} comes with logs that are {_a(loss.logs)}; give a dict of tensors")
+    for key, value in loss.logs.items():
+        if wrong := _no_scalar(value) or ("complex" if value.is_complex() else ""):
+            raise UserError(f"{says} logs {key!r}, which is {wrong}; log real scalar tensors")
+
+
+def _no_scalar(value: Any) -> str:
+    """What a value is that is no scalar tensor; nothing for one."""
+    if not isinstance(value, Tensor):
+        return _a(value)
+    return f"of shape {tuple(value.shape)}" if value.ndim else ""
 
 
 def _named(objective: Objective) -> str:

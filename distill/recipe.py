@@ -262,7 +262,7 @@ def objective_class(name: str, where: str = "recipe") -> type[Objective]:
         module = (
             import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         )
-    except Exception as error:  # whatever a user's module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever a user's module raises while imported
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{where}: objective.name: cannot import {place!r} ({reason})") from None
     kind = getattr(module, attribute, None)

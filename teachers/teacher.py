@@ -239,7 +239,7 @@ def _own(source: str) -> Teacher:
         teacher = function() if callable(function) else None
     except UserError:
         raise
-    except Exception as error:  # whatever a user's module raises
+    except (Exception, SystemExit) as error:  # whatever a user's module raises
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"teacher {source!r}: {place} raised {reason}") from None
     if function is None:

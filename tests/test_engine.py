@@ -184,7 +184,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_remedy(pipelines, tmp_
     engine = made("consistency", pipelines, tmp_path / "run").engine
     with torch.no_grad():
         engine.players["student"].params[0].fill_(math.nan)
-    with pytest.raises(UserError, match=r"student/loss is nan; lower players\.student\.lr"):
+    said = r"student/loss is nan; lower players\.student\.lr.* \(no checkpoint had been saved\)"
+    with pytest.raises(UserError, match=said):
+        engine.train()
+
+
+def test_all_losses_that_are_lost_by_a_step_that_is_read_are_named(pipelines, tmp_path):
+    """The fake's is seen first; it may be the student's that spoilt it."""
+    engine = made("sid", pipelines, tmp_path / "run").engine
+    with torch.no_grad():
+        engine.players["student"].params[0].fill_(math.nan)
+    said = (
+        r"step 2: fake/loss is nan and student/loss is nan; lower players\.fake\.lr or players\.stu"
+    )
+    with pytest.raises(UserError, match=said):
         engine.train()
 
 
@@ -230,7 +243,7 @@ def test_a_checkpoint_is_never_saved_over_good_ones_once_the_loss_is_lost(pipeli
         return advance(data)
 
     engine.advance = poisoned
-    with pytest.raises(UserError, match="step 4: student/loss is nan"):
+    with pytest.raises(UserError, match=r"step 4: student/loss is nan.*step-000003, is of"):
         engine.train()
     assert checkpoint.steps(engine.root)[-1].name == "step-000003"
 
