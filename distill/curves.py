@@ -89,7 +89,7 @@ def series(run: Path) -> Series:
                 found.setdefault(name, {})[step] = float(value)
     except FileNotFoundError:
         raise UserError(f"{run}: no metrics.jsonl there; give the folder of a run") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise UserError(f"{path}: damaged; it holds a line of JSON for each logged step") from None
     return found
 

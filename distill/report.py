@@ -6,7 +6,6 @@ import base64
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from students.card import (
     snippet,
 )
 from students.rows import FIGURES, SPREAD, Row, best, many, rows_of, steps_of
-from teachers.errors import UserError
+from teachers.errors import UserError, intact
 
 PICTURES = "final"  # under samples/: teacher and student on the same noise, written as a run ends
 SPEED = "speed.json"  # what `distill eval RUN --speed --json RUN/speed.json` leaves
@@ -64,6 +63,7 @@ def render(run: Path) -> str:
     with intact(run / "summary.json"):
         said, figures, how = verdict(summary), table(summary), protocol(summary)
         head = headline(facts, summary, learnt, batch)
+        versions: dict[str, Any] = {**summary.get("versions", {})}
     found, reference = curves.series(run), curves.match(recipe)
     bands = reference.bands if reference else {}
     drawn = {name: chart(name, values, bands.get(name)) for name, values in found.items()}
@@ -84,27 +84,13 @@ def render(run: Path) -> str:
         more={k: v for k, v in drawn.items() if k not in first},
         reference=reference,
         departures=curves.departures(found, reference) if reference else [],
+        compared=curves.compared(found, reference) if reference else 0,
         snippet=snippet(facts),
         limitations=[li[2:] for li in limitations(facts).splitlines() if li.startswith("- ")],
         recipe=yaml.safe_dump(recipe, sort_keys=False),
-        versions=summary.get("versions", {}),
+        versions=versions,
         device=summary.get("device", "not recorded"),
     )
-
-
-@contextmanager
-def intact(path: Path) -> Iterator[None]:
-    """Name a file as damaged where what is read of it is missing or of another kind.
-
-    Raises:
-        UserError: it is.
-    """
-    try:
-        yield
-    except KeyError as error:
-        raise UserError(f"{path}: damaged: it lacks {error}") from None
-    except (ValueError, TypeError, AttributeError, ArithmeticError):
-        raise UserError(f"{path}: damaged; it is not as a run leaves it") from None
 
 
 def read_summary(run: Path) -> dict[str, Any]:

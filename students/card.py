@@ -15,7 +15,7 @@ from typing import Any
 from students.licence import Licence, check_licence, folder_of, hub_id, licence_of
 from students.papers import PAPERS
 from students.rows import FIGURES, SPREAD, advised, many, rows_of, steps_of
-from teachers.errors import UserError
+from teachers.errors import UserError, intact
 from teachers.teacher import read_json
 
 GRID = "grid.png"  # the sample grid's name beside the card
@@ -137,9 +137,9 @@ def card(run: Path, repo: str = "", licence_override: str = "", revision: str = 
         check_licence(facts.weaker, override)
     adapter = any((run / "lora").glob("*.safetensors"))
     made = {**vars(facts), "grid": grid is not None, "override": override}
-    return Card(
-        written(Facts(**{**made, "adapter": adapter or facts.adapter}), licence), grid, licence
-    )
+    with intact(run / "summary.json"):
+        text = written(Facts(**{**made, "adapter": adapter or facts.adapter}), licence)
+    return Card(text, grid, licence)
 
 
 def draft(folder: Path) -> str:
@@ -154,8 +154,10 @@ def facts_of(
     """What an exported folder says of itself."""
     who = f"student {str(folder)!r}"
     sidecar = read_json(folder / "fewstep.json", who)
-    steps = sidecar.get("steps")
-    if not isinstance(steps, list) or not steps or not isinstance(sidecar.get("recipe"), dict):
+    steps, recipe = sidecar.get("steps"), sidecar.get("recipe")
+    whole = isinstance(steps, list) and steps and all(type(k) is int and k > 0 for k in steps)
+    whole = whole and isinstance(sidecar.get("teacher"), str) and isinstance(recipe, dict)
+    if not whole or not all(isinstance(section, dict | None) for section in recipe.values()):
         raise UserError(f"{who}: fewstep.json is damaged; export the run again")
     config = folder / "unet" / "config.json"
     classes = config.is_file() and bool(read_json(config, who).get("num_class_embeds"))

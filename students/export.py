@@ -323,7 +323,7 @@ def load_student(folder: Path, precision: Precision | None = None) -> tuple[Gene
         folder = folder / "student"  # a run folder was named
     sidecar = read_json(folder / SIDECAR, f"student {str(folder)!r}")
     counts: Any = sidecar.get("steps")
-    whole = isinstance(counts, list) and counts and all(isinstance(k, int) for k in counts)
+    whole = isinstance(counts, list) and counts and all(type(k) is int for k in counts)
     options = sidecar.get("options", {})  # students of before had none
     whole = whole and isinstance(options, dict) and options.keys() <= set(SHAPING)
     if not whole or not isinstance(sidecar.get("renoise"), bool):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -18,3 +20,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = get_close_matches(name, known, 1, 0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+@contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """Name a file as damaged where what is read of it is missing or of another kind.
+
+    Raises:
+        UserError: it is.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path}: damaged: it lacks {error}") from None
+    except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError):
+        raise UserError(f"{path}: damaged; it is not as a run leaves it") from None

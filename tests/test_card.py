@@ -339,6 +339,19 @@ def test_the_command_prints_the_card_or_writes_it(run, tmp_path, capsys):
     assert (tmp_path / "x.md").read_text() == out
 
 
+def changed(name, **entries):
+    """Writes entries into a JSON file of the run."""
+
+    def damage(run):
+        content = json.loads((run / name).read_text())
+        (run / name).write_text(json.dumps(content | entries))
+
+    return damage
+
+
+SUMMARY, SIDECAR = "summary.json", "student/fewstep.json"
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -349,6 +362,17 @@ def test_the_command_prints_the_card_or_writes_it(run, tmp_path, capsys):
             "fewstep.json is damaged",
         ),
         (lambda run: (run / "recipe.yaml").unlink(), "no run is there"),
+        (changed(SUMMARY, wall_s="x"), "summary.json: damaged"),
+        (changed(SUMMARY, metrics={"student": None}), "summary.json: damaged"),
+        (changed(SUMMARY, metrics={"student": {}}), "summary.json: damaged"),
+        (changed(SUMMARY, metrics={"teacher": ROW}), "summary.json: damaged: it lacks 'student'"),
+        (changed(SUMMARY, metrics={"student": {"1": ROW | {"spread": 3}}}), "summary.json: dam"),
+        (changed(SUMMARY, metrics=[1]), "summary.json: damaged"),
+        (changed(SIDECAR, steps=[True]), "fewstep.json is damaged"),
+        (changed(SIDECAR, steps=[0]), "fewstep.json is damaged"),
+        (changed(SIDECAR, steps=["2"]), "fewstep.json is damaged"),
+        (changed(SIDECAR, teacher=None), "fewstep.json is damaged"),
+        (changed(SIDECAR, recipe={"teacher": 3}), "fewstep.json is damaged"),
     ],
 )
 def test_a_run_that_is_not_whole_is_refused_in_one_line(run, capsys, damage, says):

@@ -126,8 +126,6 @@ def test_resuming_a_finished_run_shows_it_again(finished, capsys):
 
 
 BARE = ["objective={name: sid}", "critic=null", "data={}", "student={}"]
-
-
 SONG = ["objective={name: consistency}", "critic=null"]
 
 

@@ -119,6 +119,8 @@ def test_compare_says_which_curve_left_and_when(run, tmp_path, capsys):
         (lambda run: (run / "metrics.jsonl").unlink(), "no metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text("{"), "damaged"),
         (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "damaged"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"step": 1e400, "x": 1}'), "damaged"),
+        (lambda run: logged(run, [10**400]), "damaged"),
         (lambda run: (run / "recipe.yaml").unlink(), "no recipe.yaml"),
         (lambda run: (run / "recipe.yaml").write_text("teacher: {sour"), "not valid YAML"),
         (lambda run: (run / "recipe.yaml").write_text("teacher: digits\n"), "lacks train.seed"),
@@ -130,6 +132,23 @@ def test_what_cannot_be_compared_is_said_in_one_line(run, spoil, said):
     for named in ([], ["digits/dmd2"]):
         with pytest.raises(UserError, match=said):
             cli.app(["compare", str(run), *named], standalone_mode=False)
+
+
+@pytest.mark.parametrize("values", [[], [3.0]])
+def test_curves_without_a_step_in_common_are_not_compared(run, tmp_path, values):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    text = (run / "metrics.jsonl").read_text()
+    (other / "metrics.jsonl").write_text(text.replace('0, "sec', '1, "sec'))
+    logged(run, values)
+    for reference in (str(other), "digits/dmd2"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl: no logged step is one of .*'s; log"):
+            cli.app(["compare", str(run), reference], standalone_mode=False)
+
+
+def test_a_report_does_not_praise_curves_that_it_could_not_compare(run):
+    (run / "recipe.yaml").write_text(yaml.safe_dump(Recipe.load("digits/dmd2").tree()))
+    assert "No logged step of this run is one of theirs." in report(run).read_text()
 
 
 def test_an_unknown_reference_is_answered_with_what_there_is(run):
@@ -218,6 +237,16 @@ def test_speeds_are_on_the_page_of_a_run_that_has_them(run):
         report(run)
 
 
+def recorded(**changes):
+    """Writes these entries into a run's summary."""
+
+    def spoil(run):
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | changes))
+
+    return spoil
+
+
 def measured(student, **changes):
     """Writes these figures of the student into a run's summary, and changes the others."""
 
@@ -244,6 +273,12 @@ def overwritten(name, text):
             r"summary\.json: damaged: it lacks 'images_per_s'",
         ),
         (measured({"one": ROW}), r"summary\.json: damaged"),
+        (recorded(versions=["2.7"]), r"summary\.json: damaged"),
+        (recorded(versions=3), r"summary\.json: damaged"),
+        (
+            lambda run: (run / "metrics.jsonl").write_text('{"step": 1e400, "x": 1}'),
+            r"metrics\.jsonl: damaged",
+        ),
         (measured({"1": ROW}, teacher={}), r"summary\.json: damaged: it lacks"),
         (overwritten("recipe.yaml", "teacher: digits\n"), r"recipe\.yaml: damaged: it lacks train"),
         (

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -276,3 +278,11 @@ def test_critic_gradients_reach_its_input_and_the_features_it_reads(pipelines):
 def test_a_block_that_does_not_exist_is_named(pipelines):
     with pytest.raises(ValueError, match=r"no block 'backbone\.middle'"):
         critic(pipelines, ("backbone.middle",))
+
+
+@pytest.mark.parametrize("steps", [[True], ["2"], [], 2, None])
+def test_steps_that_are_no_counts_are_damage(tmp_path, steps):
+    text = json.dumps({"steps": steps, "renoise": True, "options": {}})
+    (tmp_path / "fewstep.json").write_text(text)
+    with pytest.raises(UserError, match=r"fewstep\.json is damaged; export the run again"):
+        load_student(tmp_path)

@@ -33,16 +33,22 @@ def compare(
     """Say where a run's curves leave the band of known-good runs of its recipe."""
     from distill import curves
     from distill.terminal import out as console
+    from teachers.errors import UserError
 
     curves.tree_of(run)  # a run without a whole recipe is none, whatever it is compared with
     found, good = curves.series(run), curves.reference_for(run, reference)
+    if not (steps := curves.compared(found, good)):
+        raise UserError(
+            f"{run / 'metrics.jsonl'}: no logged step is one of {good.recipe}'s; "
+            "log at the same ones (train.log_every), or train for longer"
+        )
     left = curves.departures(found, good)
     for departure in left:
         console.print(str(departure), soft_wrap=True, markup=False)
     kept = "every curve keeps to its band"
     console.print(
         f"{len(left)} of {len(good.bands)} curves leave their bands" if left else kept,
-        f"({curves.compared(found, good)} logged steps; {good.recipe}, {good.runs} runs)",
+        f"({steps} logged steps; {good.recipe}, {good.runs} runs)",
         soft_wrap=True,
         markup=False,
     )
