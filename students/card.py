@@ -156,8 +156,9 @@ def facts_of(
     sidecar = read_json(folder / "fewstep.json", who)
     steps, recipe = sidecar.get("steps"), sidecar.get("recipe")
     whole = isinstance(steps, list) and steps and all(type(k) is int and k > 0 for k in steps)
-    whole = whole and isinstance(sidecar.get("teacher"), str) and isinstance(recipe, dict)
-    if not whole or not all(isinstance(section, dict | None) for section in recipe.values()):
+    sections = [*recipe.values()] if isinstance(recipe, dict) else ["no sections"]
+    whole = whole and all(isinstance(section, dict | None) for section in sections)
+    if not whole or not isinstance(sidecar.get("teacher"), str):
         raise UserError(f"{who}: fewstep.json is damaged; export the run again")
     config = folder / "unet" / "config.json"
     classes = config.is_file() and bool(read_json(config, who).get("num_class_embeds"))
