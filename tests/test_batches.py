@@ -1,0 +1,88 @@
+"""Batches: epochs, shards, conditions beside their data, class folders."""
+
+import pytest
+import torch
+
+from distill import sources, teaching
+from distill.data import Source, Stream
+from distill.recipe import Recipe
+from tests.toys import recipe_tree
+
+
+def source(n=10):
+    x = torch.arange(n).float()[:, None]
+    return Source((1,), x, {"class_labels": torch.arange(n)}, seed=0, size=n)
+
+
+def test_every_epoch_visits_every_item_once():
+    batches = [source().batch(d, 0, 1, 5) for d in range(4)]
+    for epoch in (batches[:2], batches[2:]):
+        assert sorted(torch.cat([b.x for b in epoch]).flatten().tolist()) == list(range(10))
+
+
+def test_conditions_stay_with_their_data():
+    batch = source().batch(3, 1, 2, 4)
+    assert batch.x.flatten().tolist() == batch.cond["class_labels"].tolist()
+
+
+def test_any_batch_can_be_made_without_those_before_it():
+    s = source()
+    assert torch.equal(s.batch(7, 1, 2, 3).noise, source().batch(7, 1, 2, 3).noise)
+    assert not torch.equal(s.batch(7, 1, 2, 3).noise, s.batch(7, 0, 2, 3).noise)
+
+
+def test_a_stream_gives_this_process_its_own_shards_in_order():
+    s = source()
+    mine = Stream(s, torch.device("cpu"), 5, range(1, 2), 2, 3)
+    for draw in (5, 6, 7):
+        assert torch.equal(next(mine).noise, s.batch(draw, 1, 2, 3).noise)
+    mine.close()
+
+
+def image(path, level):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), level).save(path)
+
+
+def folder_source(pipelines, kind, folder):
+    tree = recipe_tree("consistency", pipelines[kind])
+    tree["data"]["source"] = str(folder)
+    if kind == "unconditional":
+        del tree["teacher"]["null_label"]
+    recipe = Recipe.check(tree)
+    return sources.source_of(recipe, teaching.load_teacher(recipe))
+
+
+@pytest.mark.parametrize(
+    ("names", "ordered"),
+    [
+        (["0", "1", "10", "2"], ["0", "1", "2", "10"]),
+        (["10", "2", "cat"], ["10", "2", "cat"]),
+        (["cat", "Dog", "ant"], ["Dog", "ant", "cat"]),
+    ],
+)
+def test_class_folders_are_in_the_order_of_their_numbers_or_else_their_names(
+    pipelines, tmp_path, capsys, names, ordered
+):
+    for i, name in enumerate(names):
+        image(tmp_path / name / "a.png", 10 * i)
+    found = folder_source(pipelines, "edm", tmp_path)
+    levels = ((found.x[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+    assert levels == [10 * names.index(n) for n in ordered]
+    assert found.cond["class_labels"].tolist() == list(range(len(names)))
+    assert capsys.readouterr().err == ""
+
+
+def test_class_folders_for_a_teacher_without_classes_are_read_with_a_word(
+    pipelines, tmp_path, capsys
+):
+    image(tmp_path / "a.png", 0)
+    assert folder_source(pipelines, "unconditional", tmp_path).cond is None
+    assert capsys.readouterr().err == ""
+    image(tmp_path / "cats" / "b.png", 0)
+    assert folder_source(pipelines, "unconditional", tmp_path).size == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "has no classes, so subfolders are not read as labels" in err
