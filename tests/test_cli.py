@@ -270,7 +270,7 @@ def test_speed_is_compared_with_the_teachers_and_never_with_the_students_own(
     assert code == 0, err
     assert "1 step" in out and "speed" not in out and "×" not in out
     full = {**few, "images_per_s": 20.0, "steps": 18, "solver": "heun", "protocol": "digits"}
-    own = {**few, "protocol": "digits", "n": 9}
+    own = {**few, "protocol": "digits", "n": 9, "seeds": 1}
     alone = {**own, "steps": 1, "solver": "heun"}
     metrics = {"teacher": full, "teacher_few": {"1": alone}, "student": {"1": own}}
     summary = json.loads((finished / "summary.json").read_text())

@@ -93,7 +93,12 @@ def test_a_run_without_its_teachers_figures_shows_and_describes_its_students(tmp
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     show(tmp_path)
     said = capsys.readouterr().out
-    assert "digits: 1797 samples" in said and "teacher, " not in said and "1.250" in said
+    assert (
+        "digits: 1,797 samples" in said
+        and "±" not in said
+        and "teacher, " not in said
+        and "1.250" in said
+    )
     text = quality(Facts({}, {}, summary))
-    assert "Protocol `digits`: 1797 samples, 1 seeds for the student; ±" in text
-    assert "| student, 2 steps | 1.250 |" in text and "teacher, " not in text
+    assert "Protocol `digits`: 1797 samples, 1 seed for the student; ±" in text
+    assert "| student, 2 steps | 2 | 1.250 |" in text and "teacher, " not in text

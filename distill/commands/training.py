@@ -86,7 +86,8 @@ def show(out: Path) -> None:
         rows = rows_of(metrics)
         taught = [row for row in rows if not row.ours]
         shown = {v.name: {**v.figures, "evaluations": v.evaluations} for v in [*taught, *rows]}
-        title = f"{rows[0].figures['protocol']}: {rows[0].figures['n']:,} samples; ± over seeds"
+        one = rows[0].figures
+        title = f"{one['protocol']}: {one['n']:,} samples" + "; ± over seeds" * (one["seeds"] > 1)
         console.print(results(title, shown, next(iter(shown)) if "teacher" in metrics else None))
     else:
         console.print("not measured: the recipe names no eval.protocol")
