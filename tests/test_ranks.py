@@ -71,3 +71,20 @@ def test_a_signal_to_one_process_stops_all_within_a_step(stopped, signalled, hea
     assert found == [{"signal": "SIGTERM", "step": heard}] * 2
     kept = [p.name for p in (stopped / str(signalled) / "checkpoints").iterdir()]
     assert kept == [f"step-{heard:06d}"]
+
+
+def test_two_processes_measure_as_one_and_say_it_once(tmp_path):
+    """`distill eval` under a launcher, of a few pictures for each process."""
+    tables, figures = [], []
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519", "-m"]
+    for n in (1, 2):
+        command = [sys.executable, "-m", *(launcher if n == 2 else []), "distill", "eval", "digits"]
+        words = ["--steps", "1", "--seeds", "2", "--json", str(tmp_path / f"{n}.json")]
+        env = {k: v for k, v in ENV.items() if k != "ACCELERATE_USE_CPU"}  # nobody told it so
+        result = subprocess.run([*command, *words], env=env, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+        tables.append(result.stdout.count("teacher, 1 step"))
+        found = json.loads((tmp_path / f"{n}.json").read_text())["teacher"]["1"]
+        figures.append({k: v for k, v in found.items() if k != "images_per_s"})
+    assert tables == [1, 1]
+    assert figures[0] == figures[1]

@@ -151,7 +151,10 @@ def evaluate(
     wanted = [k.strip() for k in steps.split(",")] if steps else []
     if not all(k.isdecimal() and int(k) for k in wanted):
         raise UserError(f"--steps {steps}: expected whole numbers from 1, such as 1,2,4")
-    state, device = PartialState(), device_of()
+    device = device_of()
+    state = PartialState(
+        cpu=device.type == "cpu"
+    )  # or processes on CPUs do not know of one another
     processes = Processes(state.process_index, state.num_processes)
     if speed and processes.count > 1:
         raise UserError("--speed: it is of one process; start it without a launcher")
@@ -240,7 +243,10 @@ def draw(
     from eval.stream import Processes
 
     asked = benchmarks.prompts_of(benchmark, prompts)
-    state, device = PartialState(), device_of()
+    device = device_of()
+    state = PartialState(
+        cpu=device.type == "cpu"
+    )  # or processes on CPUs do not know of one another
     if evaluation.is_student(source):
         found = evaluation.student(source, device)
     else:
