@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distill import __main__ as cli
 from distill import build, cache, encode, sources
 from distill.cache import Cache, Cached
 from distill.fingerprint import fingerprint
@@ -21,6 +19,7 @@ from distill.prompts import list_prompts
 from distill.recipe import Recipe
 from teachers import UserError
 from tests.datasets import folder_of, picture, recipe, same, spoil, toy
+from tests.test_cli import called
 from tests.toys import recipe_tree
 
 
@@ -285,13 +284,6 @@ def test_a_recipe_with_a_column_reads_back_as_itself():
 
 
 # ---- whole runs
-
-
-def called(capsys, *words):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(sys, "argv", ["distill", *map(str, words)])
-        cli.main()
-    return stopped.value.code, *capsys.readouterr()
 
 
 @pytest.fixture
