@@ -156,11 +156,6 @@ def solve(
     )
 
 
-def evaluations(steps: int, method: str = "heun") -> int:
-    """How many times `solve` calls its network."""
-    return 2 * steps - 1 if method == "heun" else steps
-
-
 def pairs(times: Tensor, x: Tensor):
     """Each time with the next (None at the end), as (B,) tensors of x's type."""
     full = [t.to(x.dtype).expand(len(x)) for t in times]
