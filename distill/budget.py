@@ -61,16 +61,17 @@ def steps_for_evaluations(recipe: Recipe, budget: float, most: int | None = None
 def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:
     """The samples through all networks after step 1, 2, …: those that the engine will count.
 
-    A sample stands for the batch, so an objective whose calls differ from sample to sample is
-    counted as if they did not.
+    A few samples stand for a shard: as many as the student has steps, where a shard is a multiple
+    of that, so that each place of its chain has its share.
     """
     teacher = load_teacher(recipe)
     objective = objective_of(recipe, teacher, torch.device("cpu"))
     networks = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}
     counts = dict.fromkeys(networks, 0)
     count_samples(networks, counts)
-    x, seed = torch.zeros(1, *teacher.shape), recipe.train.seed
-    cond = teacher.codec.condition([0])
+    seed, shard = recipe.train.seed, recipe.train.batch // recipe.train.accumulate
+    size = shard if shard % recipe.student.steps else recipe.student.steps
+    x, cond = torch.zeros(size, *teacher.shape), teacher.codec.condition([0] * size)
     batch = Batch(x if needs_data(recipe) else None, x.clone(), cond)
     step = 0
     while True:
@@ -81,7 +82,7 @@ def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:
                 turn.loss(batch)
                 seed_all(seed, "turns", step, place + 1)
         step += 1
-        yield sum(counts.values()) * recipe.train.batch
+        yield sum(counts.values()) * recipe.train.batch // size
 
 
 @contextmanager

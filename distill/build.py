@@ -238,7 +238,9 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
     if kind.few_step:
         s = recipe.student
         adapter = adapters.adapter if adapters and "student" in shared else None
-        networks["student"] = stock.student(teacher, s.steps, s.start, s.renoise, adapter)
+        student = stock.student(teacher, s.steps, s.start, s.renoise, adapter)
+        trained = s.trained(kind.learns, student.counts)
+        networks["student"] = student.keep(*trained, weights=list(trained.values()))
     else:
         networks["student"] = Generator(deepcopy(teacher.denoiser).requires_grad_(True))
     for name in [n for n in names if n in shared]:

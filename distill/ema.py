@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,12 @@ class EMA:
         torch._foreach_lerp_(self.mean, now, 1 - decay)
         self.updates += 1
 
+    def restart(self) -> None:
+        """Begin again from the weights as they are now, as if there had been none before."""
+        if self.decay:
+            self._copy(self.mean, [p.detach().float() for p in self.params])
+        self.updates = 0
+
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Run with the averaged weights in place of the current ones."""
@@ -38,15 +44,16 @@ class EMA:
             yield
             return
         current = [p.detach().clone() for p in self.params]
-        self._write(self.mean)
+        self._copy(self.params, self.mean)
         try:
             yield
         finally:
-            self._write(current)
+            self._copy(self.params, current)
 
+    @staticmethod
     @torch.no_grad()
-    def _write(self, values: list[Tensor]) -> None:
-        for p, value in zip(self.params, values, strict=True):
+    def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        for p, value in zip(to, values, strict=True):
             p.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:

@@ -181,6 +181,8 @@ class Engine:
         check_turn(turn, self.objective, self.players)
         players = {name: self.players[name] for name in turn.players}
         shards, logs = len(stream.mine), {}
+        if turn.fresh and "student" in players:
+            self.ema.restart()  # or this stage's average would hold the last one's weights
         with ExitStack() as stack:
             for player in players.values():
                 stack.enter_context(player.turn(self.step, turn.fresh))

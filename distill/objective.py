@@ -35,6 +35,8 @@ Positive = Annotated[float, *Finite, Gt(0)]
 NonNegative = Annotated[float, *Finite, Ge(0)]
 Share = Annotated[float, *Finite, Interval(ge=0, le=1)]
 
+Learns = Literal["chains", "all-times", "one-chain"]
+
 
 class Batch(NamedTuple):
     """What one loss is computed from.
@@ -65,7 +67,8 @@ class Loss(NamedTuple):
 class Turn(NamedTuple):
     """One update: the players that move, and the loss they descend together.
 
-    fresh: their optimisers forget, and their learning-rate schedules start over, before it.
+    fresh: before it, clear their optimiser state, restart their learning-rate schedules, and
+        restart the student's average if the student is one of them.
     """
 
     players: tuple[str, ...]
@@ -92,6 +95,9 @@ class Objective:
     needs_data: ClassVar[Literal["always", "never", "critic"]] = "always"
     # Whether the student is a few-step copy in a stock form, or the teacher's network as it is.
     few_step: ClassVar[bool] = True
+    # What the student learns: the chains of the counts that it is trained for; every time, so that
+    # every count comes for nothing; or the one chain of all its steps.
+    learns: ClassVar[Learns] = "chains"
 
     def turns(self, step: int) -> Iterator[Turn]:
         """The updates that make up step `step`, in order.

@@ -138,6 +138,7 @@ class Recipe(Section):
                 f"{where}: data.source is missing: {name} needs real data, which {why}; "
                 f"set data.source to 'digits' or a folder of images{remedy}"
             )
+        self.student.agree(kind.learns, where)
         if isinstance(self.teacher.guidance, GuidanceSection):
             self.teacher.guidance.agree(where)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 
-from distill.objective import Count, Finite, NonNegative, Positive, Seed, Share, Whole
+from distill.objective import Count, Finite, Learns, NonNegative, Positive, Seed, Share, Whole
 from students.lora import Adapter
 from teachers.errors import UserError
 from teachers.quantised import Precision
@@ -77,9 +78,74 @@ class TeacherSection(Section):
 class StudentSection(Section):
     """What it becomes."""
 
-    steps: Count = 1  # the most steps it is trained for; it also runs in those that divide them
+    steps: Count = 1  # how many it takes
+    # The step counts that it is trained for, where there are several: each divides `steps`, which
+    # is one of them. Shorter chains cost the longest one its updates: see docs/methods.md.
+    counts: tuple[Count, ...] | None = None
+    # How often each of `counts` is trained; by default in proportion to its steps, so that every
+    # place of every chain is trained equally often.
+    weights: tuple[Positive, ...] | None = None
     start: Positive | None = None  # σ/α it starts from; the teacher's highest
     renoise: bool = True  # return to the next time with fresh noise, or along the ODE
+
+    def agree(self, learns: Learns, where: str) -> None:
+        """Refuse counts that this student cannot be run at, or that its objective does not train.
+
+        Args:
+            learns: The objective's `learns`.
+
+        Raises:
+            UserError: naming the key.
+        """
+        key, counts = f"{where}: student.counts", self.counts
+        if self.weights is not None:
+            weights = f"{where}: student.weights"
+            if learns != "chains" or counts is None:
+                raise UserError(f"{weights}: nothing to weigh, as {_WHY[learns]}; remove it")
+            if len(self.weights) != len(counts):
+                raise UserError(
+                    f"{weights}: {len(self.weights)} weights for {len(counts)} counts; "
+                    "give one for each of student.counts"
+                )
+        if counts is None:
+            return
+        if odd := [k for k in counts if self.steps % k]:
+            raise UserError(
+                f"{key}: {odd[0]} does not divide student.steps, which is {self.steps}; "
+                "a shorter chain takes every second, third, … of its times"
+            )
+        if self.steps not in counts or len(set(counts)) < len(counts):
+            raise UserError(
+                f"{key}: {list(counts)} should hold student.steps, {self.steps}, and no count twice"
+            )
+        if learns == "one-chain" and counts != (self.steps,):
+            raise UserError(f"{key}: {_WHY[learns]}; remove it, or train a student for each count")
+
+    def trained(self, learns: Learns, possible: Sequence[int]) -> dict[int, float]:
+        """How often each count is trained, relative to the others.
+
+        Args:
+            possible: The counts that the student's scheduler has times for.
+
+        Raises:
+            UserError: it has none for one of `counts`.
+        """
+        if self.counts is None:
+            counts = possible if learns == "all-times" else (self.steps,)
+            return {k: float(k) for k in counts}
+        if lacks := [k for k in self.counts if k not in possible]:
+            raise UserError(
+                f"student.counts: this student's scheduler has no times for {lacks[0]} of "
+                f"{self.steps} steps; remove it, or train a student of {lacks[0]} steps"
+            )
+        return dict(sorted(zip(self.counts, self.weights or map(float, self.counts), strict=True)))
+
+
+_WHY = {
+    "chains": "student.counts is missing and the student has one count",
+    "all-times": "this objective trains every time alike",
+    "one-chain": "this objective's last stage trains one count",
+}
 
 
 class AdaptersSection(Section):

@@ -43,6 +43,7 @@ class Generator(nn.Module):
             raise ValueError(f"times must fall, and there must be one: {self.times}")
         grids = thinned(self.times) if grids is None else grids
         self.grids = {k: tuple(v) for k, v in grids.items()}
+        self.weights: tuple[float, ...] = self.counts
 
     def forward(
         self,
@@ -56,27 +57,43 @@ class Generator(nn.Module):
         Gradients flow through the last step only; those before run as they do at inference.
         `fresh` gives the noise of each return, shaped like z; by default it is drawn.
         """
-        times = [z.new_full((len(z),), t) for t in self.times[:steps]]
-        x_t = z * (self.denoiser.process.at(times[0], z)[1] if self.start is None else self.start)
+        last = len(self.times[:steps]) - 1
+        x_t = z * self.scale(z)
         with torch.no_grad():
-            for i, (t, s) in enumerate(zip(times, times[1:], strict=False)):
-                x = self.denoiser(x_t, t, cond)
-                if not self.renoise:
-                    x_t = self.denoiser.process.step(x_t, x, t, s)
-                    continue
-                noise = torch.randn_like(x) if fresh is None else fresh[i]
-                alpha, sigma = self.denoiser.process.at(s, x)
-                x_t = alpha * x + (sigma**2 - (alpha * self.floor) ** 2).sqrt() * noise
-        return self.denoiser(x_t, times[-1], cond)
+            for k in range(last):
+                x_t = self.step(x_t, k, cond, None if fresh is None else fresh[k])
+        return self.denoiser(x_t, z.new_full((len(z),), self.times[last]), cond)
+
+    def scale(self, z: Tensor) -> Tensor | float:
+        """The standard deviation of the noise that the chain starts from."""
+        if self.start is not None:
+            return self.start
+        return self.denoiser.process.at(z.new_full((len(z),), self.times[0]), z)[1]
+
+    def step(self, x_t: Tensor, k: int, cond: Cond = None, noise: Tensor | None = None) -> Tensor:
+        """x_t (B, ...) at the k-th time, brought to the next: x̂, with noise of that level again."""
+        t, s = (x_t.new_full((len(x_t),), v) for v in self.times[k : k + 2])
+        x = self.denoiser(x_t, t, cond)
+        if not self.renoise:
+            return self.denoiser.process.step(x_t, x, t, s)
+        noise = torch.randn_like(x) if noise is None else noise
+        alpha, sigma = self.denoiser.process.at(s, x)
+        return alpha * x + (sigma**2 - (alpha * self.floor) ** 2).sqrt() * noise
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The step counts that this student can be run at: those that divide its own."""
+        """The step counts that this student can be run at, such as those that divide its own."""
         return tuple(self.grids)
 
-    def keep(self, *counts: int) -> Self:
-        """Run at these counts alone from now on, as the others are not trained."""
+    def keep(self, *counts: int, weights: Sequence[float] = ()) -> Self:
+        """Run at these counts alone from now on, as the others are not trained.
+
+        Args:
+            weights: How often each is drawn in training; by default in proportion to its steps,
+                so that every place of every chain is trained equally often.
+        """
         self.grids = {k: self.grids[k] for k in counts}
+        self.weights = tuple(weights) or self.counts
         return self
 
     def at(self, steps: int) -> Generator:
@@ -92,15 +109,35 @@ class Generator(nn.Module):
         return Generator(self.denoiser, times, self.renoise, self.floor, self.start, grids)
 
     def draw(self) -> tuple[Generator, int]:
-        """A step count, and a place in its chain: what one training step should simulate.
+        """What one training step simulates: the student at one of its counts, and a first place.
 
-        Every chain is trained as it is sampled (backward simulation, arXiv:2405.14867). A count is
-        drawn in proportion to 1/steps, which spends as much on each; a place uniformly. Uses
-        Python's `random`, which the engine seeds alike on every process: ranks that took different
-        places would wait for one another.
+        The first place is `rollout`'s. Counts are drawn by `weights`. Uses Python's `random`, which
+        the engine seeds alike on every process, so that all ranks make the same number of calls.
         """
-        steps = random.choices(self.counts, [1 / k for k in self.counts])[0]
-        return self.at(steps), random.randint(1, steps)
+        steps = random.choices(self.counts, self.weights)[0]
+        return self.at(steps), random.randrange(steps)
+
+    def rollout(self, z: Tensor, cond: Cond = None, first: int = 0) -> Tensor:
+        """x̂ (B, ...) of samples that stand at every place of the chain, from unit noise z (B, ...).
+
+        Each chain is trained as it is sampled (backward simulation, arXiv:2405.14867), but one
+        batch holds every place: B samples are shared out among the n places in turn, from place
+        `first` on. So each place is trained equally often, a fake score that learns from the batch
+        sees the mixture that it should model, and a batch costs (n + 1) / 2 calls a sample.
+        Samples of later places come first in the batch. Gradients flow through each sample's last
+        step only.
+        """
+        n, size = len(self.times), len(z)
+        places = [(first + i) % n for i in range(size)]
+        later = [sum(p > k for p in places) for k in range(n)]  # samples that go on after step k
+        x_t = z * self.scale(z)
+        with torch.no_grad():
+            for k, more in enumerate(later[:-1]):
+                head = cond and {key: v[:more] for key, v in cond.items()}
+                x_t = torch.cat([self.step(x_t[:more], k, head), x_t[more:]]) if more else x_t
+        share = [a - b for a, b in zip([size, *later], later)]  # samples that end at each place
+        ends = [x_t.new_full((m,), t) for m, t in zip(share, self.times)]
+        return self.denoiser(x_t, torch.cat(ends[::-1]), cond)
 
 
 def thinned(times: Sequence[float]) -> dict[int, tuple[float, ...]]:

@@ -42,19 +42,19 @@ class DMD2(Objective):
     needs_data: ClassVar[Literal["always", "never", "critic"]] = "critic"
 
     def turns(self, step: int) -> Iterator[Turn]:
-        student, steps = self.student.draw()
+        student, first = self.student.draw()
         made: list[Made] | None = [] if self.reuse else None  # this step's, one for each shard
         if step % self.student_every == 0:
-            judged = partial(self.student_loss, student=student, steps=steps, made=made)
+            judged = partial(self.student_loss, student=student, first=first, made=made)
             yield Turn(("student",), judged)
         rivals = ("fake",) if self.critic is None else ("fake", "critic")
-        yield Turn(rivals, partial(self.rival_loss, student=student, steps=steps, made=made))
+        yield Turn(rivals, partial(self.rival_loss, student=student, first=first, made=made))
 
     def student_loss(
-        self, batch: Batch, student: Generator, steps: int, made: list[Made] | None = None
+        self, batch: Batch, student: Generator, first: int = 0, made: list[Made] | None = None
     ) -> Loss:
         """Distribution matching, and realism where there is a critic."""
-        x = student(batch.noise, batch.cond, steps)
+        x = student.rollout(batch.noise, batch.cond, first)
         if made is not None:
             made.append((x.detach(), batch.cond))
         t, x_t = self.noised(x, self.times)
@@ -70,14 +70,14 @@ class DMD2(Objective):
         return Loss(matching + self.realism * real_enough, {**logs, "realism": real_enough})
 
     def rival_loss(
-        self, batch: Batch, student: Generator, steps: int, made: list[Made] | None = None
+        self, batch: Batch, student: Generator, first: int = 0, made: list[Made] | None = None
     ) -> Loss:
         """The fake denoises the student's samples; the critic tells them from data."""
         if made:
             x, asked = made.pop(0)
         else:
             with torch.no_grad():
-                x, asked = student(batch.noise, batch.cond, steps), batch.cond
+                x, asked = student.rollout(batch.noise, batch.cond, first), batch.cond
         denoising = self.fake.loss(x, self.fake_times.sample(x, self.fake.process), asked)
         if self.critic is None:
             return Loss(denoising)

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from distill.losses import mean_square
-from distill.objective import Batch, Count, Loss, Objective, Turn
+from distill.objective import Batch, Count, Learns, Loss, Objective, Turn
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError
 
@@ -29,6 +29,8 @@ from teachers.errors import UserError
 class Progressive(Objective):
     first: Count = 16  # student steps in the first stage; its teacher takes twice as many
     stage_steps: Count = 1000  # training steps per stage; the last has all that remain
+
+    learns: ClassVar[Learns] = "one-chain"  # that of its last stage
 
     def __post_init__(self) -> None:
         last = len(self.student.times)
@@ -45,7 +47,6 @@ class Progressive(Objective):
                 "student.renoise: progressive students of several steps walk the ODE; set it to "
                 "false, or set student.steps to 1"
             )
-        self.student.keep(last)  # no stage is of fewer
         self.stage = 0
 
     def turns(self, step: int) -> Iterator[Turn]:

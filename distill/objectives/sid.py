@@ -34,19 +34,19 @@ class SiD(Objective):
     needs_data: ClassVar[Literal["always", "never", "critic"]] = "never"
 
     def turns(self, step: int) -> Iterator[Turn]:
-        student, steps = self.student.draw()
-        yield Turn(("fake",), partial(self.fake_loss, student=student, steps=steps))
-        yield Turn(("student",), partial(self.student_loss, student=student, steps=steps))
+        student, first = self.student.draw()
+        yield Turn(("fake",), partial(self.fake_loss, student=student, first=first))
+        yield Turn(("student",), partial(self.student_loss, student=student, first=first))
 
-    def fake_loss(self, batch: Batch, student: Generator, steps: int) -> Loss:
+    def fake_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
         """The fake's denoising of the student's samples."""
         with torch.no_grad():
-            x = student(batch.noise, batch.cond, steps)
+            x = student.rollout(batch.noise, batch.cond, first)
         return Loss(self.fake.loss(x, self.fake_times.sample(x, self.fake.process), batch.cond))
 
-    def student_loss(self, batch: Batch, student: Generator, steps: int) -> Loss:
+    def student_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
         """Δ·((T - x) - αΔ) / ω with Δ = T - F: summed over dimensions, ω their mean |x - T|."""
-        x = student(batch.noise, batch.cond, steps)
+        x = student.rollout(batch.noise, batch.cond, first)
         t = self.times.sample(x, self.teacher.process)
         x_t = self.teacher.process.noise(x, t, torch.randn_like(x))
         real, fake = self.teacher(x_t, t, batch.cond), self.fake(x_t, t, batch.cond)
