@@ -61,7 +61,7 @@ class Generator(nn.Module):
         x_t = z * self.scale(z)
         with torch.no_grad():
             for k in range(last):
-                x_t = self.step(x_t, k, cond, None if fresh is None else fresh[k])
+                x_t = self.step(x_t, k, cond, fresh[k] if fresh else None)
         return self.denoiser(x_t, z.new_full((len(z),), self.times[last]), cond)
 
     def scale(self, z: Tensor) -> Tensor | float:
@@ -131,10 +131,11 @@ class Generator(nn.Module):
         places = [(first + i) % n for i in range(size)]
         later = [sum(p > k for p in places) for k in range(n)]  # samples that go on after step k
         x_t = z * self.scale(z)
-        with torch.no_grad():
-            for k, more in enumerate(later[:-1]):
-                head = cond and {key: v[:more] for key, v in cond.items()}
-                x_t = torch.cat([self.step(x_t[:more], k, head), x_t[more:]]) if more else x_t
+        for k, more in enumerate(later[:-1]):
+            head = cond and {key: v[:more] for key, v in cond.items()}
+            with torch.no_grad():
+                moved = self.step(x_t[:more], k, head) if more else x_t[:0]
+            x_t = torch.cat([moved, x_t[more:]])
         share = [a - b for a, b in zip([size, *later], later)]  # samples that end at each place
         ends = [x_t.new_full((m,), t) for m, t in zip(share, self.times)]
         return self.denoiser(x_t, torch.cat(ends[::-1]), cond)

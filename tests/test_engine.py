@@ -12,6 +12,7 @@ from distill import build, checkpoint
 from distill.data import Stream
 from distill.ema import EMA
 from distill.engine import Stopped
+from distill.objective import Loss, Objective, Turn
 from distill.player import Moves, Player
 from distill.recipe import Recipe
 from distill.seeds import seed_all
@@ -280,10 +281,13 @@ def test_tensorboard_is_fed_through_accelerate(pipelines, tmp_path):
 
 
 def test_sample_grids_are_of_every_count(pipelines, tmp_path):
-    engine = made("dmd2", pipelines, tmp_path / "run", steps=2, sample_every=5).engine
-    engine.train()
-    names = sorted(p.name for p in (tmp_path / "run" / "samples").iterdir())
-    assert names == ["step-000002-at-1.png", "step-000002-at-2.png"]
+    tree = recipe_tree("dmd2", pipelines["edm"], steps=2, sample_every=5)
+    for counts, names in ((None, ["at-2"]), ([1, 2], ["at-1", "at-2"])):
+        tree["student"] = {"steps": 2, "counts": counts}
+        out = tmp_path / f"run-{len(names)}"
+        build.build(Recipe.check(tree), out).engine.train()
+        found = sorted(p.name for p in (out / "samples").iterdir())
+        assert found == [f"step-000002-{name}.png" for name in names]
 
 
 def test_the_student_of_step_k_moves_every_kth_step(pipelines, tmp_path):
@@ -334,6 +338,34 @@ def test_a_fresh_turn_starts_the_schedule_and_the_optimiser_over():
         weight.sum().backward()
     assert p.optimizer.param_groups[0]["lr"] == 1.0
     assert p.optimizer.state[weight]["step"].item() == 1
+
+
+class Stages(Objective):
+    """Two stages of two steps; the second begins afresh."""
+
+    def turns(self, step):
+        yield Turn(("student",), lambda batch: self.loss(batch, step), fresh=step == 2)
+
+    def loss(self, batch, step):
+        return Loss(self.student(batch.noise, batch.cond).square().mean())
+
+
+def test_a_stages_average_holds_no_weights_of_the_one_before(pipelines, tmp_path):
+    run = made("sid", pipelines, tmp_path / "run", ema=0.9).engine
+    old = run.objective
+    run.objective = Stages(teacher=old.teacher, student=old.student)
+    batches, seen = stream(run), []
+    for _ in range(4):
+        run.advance(batches)
+        seen.append([p.detach().clone() for p in run.ema.params])
+    batches.close()
+    rates = [1 / 10, 2 / 11]  # β of the first two updates after a start: (n + 1) / (n + 10)
+    for mean, *weights in zip(run.ema.mean, *seen):
+        want = weights[1]  # where the second stage began
+        for beta, now in zip(rates, weights[2:]):
+            want = beta * want + (1 - beta) * now
+        torch.testing.assert_close(mean, want)
+    assert run.ema.updates == 2
 
 
 def test_the_average_has_a_short_memory_at_first():

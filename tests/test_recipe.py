@@ -72,6 +72,16 @@ def test_overrides_reach_any_depth(tmp_path):
         (["train.steps=2020-13-45"], "is not valid YAML"),
         (["teacher.guidance=.inf"], "teacher.guidance: expected a finite number, not inf"),
         (["players.student.lr=true"], "players.student.lr: expected a number, not True"),
+        (["student={steps: 4, counts: [3, 4]}"], "student.counts: 3 does not divide student.steps"),
+        (["student={steps: 4, counts: [1, 2]}"], "[1, 2] should hold student.steps, 4"),
+        (["student={steps: 4, counts: [2, 2, 4]}"], "no count twice"),
+        (["student.weights=[1]"], "student.weights: nothing to weigh"),
+        (["student={steps: 2, counts: [1, 2], weights: [1]}"], "1 weights for 2 counts"),
+        (
+            ["objective.name=progressive", "data.source=digits", 
+                "student={steps: 2, counts: [1, 2]}"],
+            "student.counts: this objective's last stage trains one count; remove it",
+        ),
         (["train.trackers=3"], "train.trackers: expected a list, not 3"),
         (["players.student.betas=[1, 1]"], "players.student.betas.0: expected less than 1"),
         (["objective.times={low: 0.9, high: 0.1}"], "low, 0.9, is above high, 0.1"),
@@ -150,3 +160,25 @@ def test_small_recipes_of_the_tests_are_valid(pipelines):
         "high": 0.98,
     }
     assert Uniform(0.02, 0.98) == OBJECTIVES["dmd2"].times
+
+
+@pytest.mark.parametrize(
+    ("section", "learns", "trained"),
+    [
+        ("{steps: 4}", "chains", {4: 4}),
+        ("{steps: 4}", "one-chain", {4: 4}),
+        ("{steps: 4}", "all-times", {1: 1, 2: 2, 4: 4}),
+        ("{steps: 4, counts: [4, 1]}", "all-times", {1: 1, 4: 4}),
+        ("{steps: 4, counts: [1, 2, 4]}", "chains", {1: 1, 2: 2, 4: 4}),
+        ("{steps: 4, counts: [4, 1], weights: [3, 2]}", "chains", {1: 2, 4: 3}),
+    ],
+)
+def test_a_student_is_trained_for_its_own_steps_unless_told(tmp_path, section, learns, trained):
+    recipe = load(tmp_path, GOOD, f"student={section}")
+    assert recipe.student.trained(learns, (1, 2, 4)) == trained
+
+
+def test_counts_without_times_in_the_scheduler_are_refused(tmp_path):
+    recipe = load(tmp_path, GOOD, "student={steps: 4, counts: [2, 4]}")
+    with pytest.raises(UserError, match="no times for 2 of 4 steps"):
+        recipe.student.trained("chains", (4,))

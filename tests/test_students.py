@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 import torch
@@ -70,10 +71,62 @@ def test_a_prefix_of_the_times_stops_early():
     torch.testing.assert_close(Generator(network, (1.0, 0.5))(z, steps=1), Generator(network)(z))
 
 
-def test_draws_cover_every_place_of_every_chain():
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_rollout_has_each_place_of_the_chain_as_it_is_sampled(first):
+    teacher = Gaussian(torch.zeros(2), torch.ones(2))
+    student = Generator(teacher, (1.0, 0.8, 0.5, 0.2), renoise=False)
+    z = torch.randn(10, 2)
+    x = student.rollout(z, first=first)
+    places = sorted(((first + i) % 4 for i in range(10)), reverse=True)  # the furthest come first
+    for one, noise, place in zip(x, z, places):
+        torch.testing.assert_close(one, student(noise[None], steps=place + 1)[0])
+
+
+def test_a_rollout_spends_as_much_on_each_place_and_no_more_than_it_must():
+    called = []
+
+    class Spy(Affine):
+        def forward(self, x_t, t, cond=None, s=None):
+            called.append((len(t), sorted(set(t.tolist())), torch.is_grad_enabled()))
+            torch.testing.assert_close(cond["label"], labels[: len(t)])
+            return super().forward(x_t, t)
+
+    labels = torch.arange(8)
+    student = Generator(Spy(torch.zeros(2), torch.eye(2)), (1.0, 0.75, 0.5, 0.25))
+    student.rollout(torch.randn(8, 2), {"label": labels})
+    assert called == [
+        (6, [1.0], False),
+        (4, [0.75], False),
+        (2, [0.5], False),
+        (8, [0.25, 0.5, 0.75, 1.0], True),
+    ]
+
+
+def test_a_rollouts_gradients_flow_through_each_samples_last_step_only():
+    network, z = affine(), torch.randn(4, 2, requires_grad=True)
+    Generator(network, (1.0, 0.5)).rollout(z).sum().backward()
+    assert not z.grad[:2].any()  # the second step's
+    assert z.grad[2:].all()
+    assert network.r.grad.any()
+
+
+def test_counts_are_drawn_by_their_weights_and_places_alike():
     student = Generator(affine(), (1.0, 0.8, 0.5, 0.2))
-    seen = {(len(g.times), k) for g, k in (student.draw() for _ in range(300))}
-    assert seen == {(n, k) for n in (1, 2, 4) for k in range(1, n + 1)}
+    random.seed(0)
+
+    def shares(n=8000):
+        drawn = [(len(g.times), first) for g, first in (student.draw() for _ in range(n))]
+        return {k: drawn.count(k) / n for k in set(drawn)}
+
+    found = shares()  # every place of the three chains alike: one of seven
+    assert set(found) == {(n, first) for n in (1, 2, 4) for first in range(n)}
+    assert all(abs(v - 1 / 7) < 0.02 for v in found.values())
+    student.keep(1, 4, weights=(3.0, 1.0))
+    found = shares()
+    assert abs(found[1, 0] - 3 / 4) < 0.02
+    assert all(abs(found[4, first] - 1 / 16) < 0.02 for first in range(4))
+    student.keep(4)
+    assert set(shares(100)) == {(4, first) for first in range(4)}
 
 
 def test_times_must_fall():

@@ -24,8 +24,8 @@ def consistency(solver, levels):
     times = torch.linspace(0, 1, levels, dtype=D)
     network = Slopes(times, torch.ones(levels, dtype=D), process)
     objective = Consistency(
-        teacher=teacher, student=Generator(network), levels=levels, solver=solver,
-        distance="square", target_ema=0,
+        teacher=teacher, student=Generator(network), pairs="grid", levels=levels, solver=solver,
+        distance="square",
     )  # fmt: skip
     one, slopes = torch.ones(1, 1, dtype=D), [1.0]
     for i in range(1, levels):
@@ -95,8 +95,7 @@ def test_ects_first_stage_is_plain_diffusion_below_its_threshold(monkeypatch):
     _, r = objective.pair(torch.zeros(2, 1), 0)
     assert (r[0] == 0) and (r[1] > 0)
     x = torch.randn(2, 1, dtype=D)
-    anchored = objective.anchor(torch.full((2, 1), 9.0, dtype=D), r, Batch(x, x))
-    torch.testing.assert_close(anchored, torch.stack([x[0], torch.tensor([9.0], dtype=D)]))
+    assert objective.end(x + 9, Batch(x, x)) is x
     assert objective.weight(t, r)[0].item() == pytest.approx(1 / 1.8)
 
 
@@ -114,6 +113,56 @@ def test_ects_stages_halve_the_gap():
     torch.testing.assert_close(gaps[1], gaps[0] / 2, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_distillation_of_one_point_is_tuning_on_it(solver, stage):
+    """All paths to one point are straight, so the teacher's step is the line to the data."""
+    point = torch.tensor([0.7], dtype=D)
+    teacher = Gaussian(point, torch.zeros(1, dtype=D))
+    found = []
+    for kind, extra in ((Consistency, {"solver": solver}), (ConsistencyTuning, {})):
+        network = Affine(torch.ones(1, dtype=D), torch.ones(1, 1, dtype=D))
+        objective = kind(
+            teacher=teacher, student=Generator(network), stage_steps=1, huber_c=0.1, **extra
+        )
+        torch.manual_seed(0)
+        batch = Batch(point.expand(512, 1), torch.randn(512, 1, dtype=D))
+        objective.loss(batch, stage).value.backward()
+        found.append(torch.stack([network.m.grad[0], network.r.grad[0, 0]]))
+    assert found[0].abs().min() > 1e-3
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)  # the path ends at σ_min, not at 0
+
+
+def test_the_steps_of_distillation_go_along_the_teachers_path_and_not_to_the_data():
+    teacher = Gaussian(torch.zeros(1, dtype=D), torch.tensor([0.25], dtype=D))
+    objective = Consistency(
+        teacher=teacher, student=Generator(Slopes(*[torch.ones(1)] * 2, Karras()))
+    )
+    x_t = torch.tensor([[3.0]], dtype=D)
+    t, r = (Karras().time(torch.tensor([v], dtype=D)) for v in (2.0, 1.9))
+    batch = Batch(torch.full((1, 1), -99.0, dtype=D), torch.zeros(1, 1, dtype=D))
+    back = objective.previous(x_t, t, r, batch).item()
+    assert back == pytest.approx(3 * ((0.25 + 1.9**2) / (0.25 + 2.0**2)) ** 0.5, abs=1e-4)
+
+
+def test_hubers_constant_is_what_the_recipe_says():
+    teacher, x = Gaussian(torch.zeros(1), torch.ones(1)), torch.full((2, 100), 0.01)
+    student = Generator(Affine(torch.zeros(1), torch.ones(1, 1)))
+    square = 100 * 0.01**2
+
+    def distance(kind, **keys):
+        return (
+            kind(teacher=teacher, student=student, **keys).apart(x, torch.zeros_like(x))[0].item()
+        )
+
+    for kind in (Consistency, ConsistencyTuning):
+        said = distance(kind, huber_c=0.06)
+        assert said == pytest.approx((square + 0.06**2) ** 0.5 - 0.06, rel=1e-5)
+    c = 0.00054 * 10  # iCT's, for 100 dimensions
+    assert distance(Consistency) == pytest.approx((square + c**2) ** 0.5 - c, rel=1e-5)
+    assert distance(ConsistencyTuning) == pytest.approx(square**0.5, rel=1e-5)
+
+
 def test_the_huber_norm_runs_over_the_whole_sample():
     x, y = torch.zeros(2, 3, 2), torch.ones(2, 3, 2)
     torch.testing.assert_close(huber(x, y, 0.5), torch.full((2,), (6.25**0.5) - 0.5))
@@ -122,7 +171,7 @@ def test_the_huber_norm_runs_over_the_whole_sample():
 def test_the_target_network_follows_only_after_the_turn():
     objective, network, _ = consistency("ddim", 18)
     objective = Consistency(
-        teacher=objective.teacher, student=objective.student, levels=18, target_ema=0.9
+        teacher=objective.teacher, student=objective.student, pairs="grid", target_ema=0.9
     )
     turns = objective.turns(0)
     next(turns)
