@@ -23,6 +23,7 @@ from distill.objective import Batch, Count, Loss, NonNegative, Objective, Turn
 from students.critic import Critic
 from students.generator import Generator
 from teachers.denoiser import Cond, Denoiser
+from teachers.errors import UserError
 
 Made = tuple[Tensor, Cond]  # a sample of the student's, and what it was asked for
 
@@ -34,12 +35,23 @@ class DMD2(Objective):
     student_every: Count = 5  # steps, each with a fake update, per student update
     realism: NonNegative = 3e-3  # weight of the critic in the student's loss
     critique: NonNegative = 1e-2  # weight of the critic's own loss beside the fake's
+    # Which of a chain's x̂ the fake and the critic learn from: its last, which is what users see,
+    # or those of every place, as the authors'. One place's faults then teach the others to err the
+    # other way: a place that draws too little variety makes the others draw too much.
+    rivals_see: Literal["last", "places"] = "last"
     reuse: bool = False  # rivals learn from what the student was just judged on, not from new
     times: Times = Uniform(0.02, 0.98)  # where teacher and fake are compared
     fake_times: Times = Uniform(0.0, 1.0)  # where the fake learns
     critic_times: Times = Uniform(0.0, 1.0)  # where the critic compares
 
     needs_data: ClassVar[Literal["always", "never", "critic"]] = "critic"
+
+    def __post_init__(self) -> None:
+        if self.reuse and self.rivals_see == "last" and len(self.student.times) > 1:
+            raise UserError(
+                "objective.reuse: a student of several steps is judged at every place of its chain;"
+                " set objective.rivals_see to places, or reuse to false"
+            )
 
     def turns(self, step: int) -> Iterator[Turn]:
         student, first = self.student.draw()
@@ -77,7 +89,7 @@ class DMD2(Objective):
             x, asked = made.pop(0)
         else:
             with torch.no_grad():
-                x, asked = student.rollout(batch.noise, batch.cond, first), batch.cond
+                x, asked = self.seen(batch, student, first), batch.cond
         denoising = self.fake.loss(x, self.fake_times.sample(x, self.fake.process), asked)
         if self.critic is None:
             return Loss(denoising)
@@ -88,6 +100,12 @@ class DMD2(Objective):
         right = ((logits > 0) == (torch.arange(len(logits), device=x.device) >= len(x))).float()
         logs = {"denoising": denoising, "telling": telling, "accuracy": right.mean()}
         return Loss(denoising + self.critique * telling, logs)
+
+    def seen(self, batch: Batch, student: Generator, first: int) -> Tensor:
+        """The student's samples (B, ...) that its rivals learn from."""
+        if self.rivals_see == "last":
+            return student(batch.noise, batch.cond)
+        return student.rollout(batch.noise, batch.cond, first)
 
     def scale(self, x: Tensor, real: Tensor) -> Tensor:
         """What each sample's gap is divided by, (B, 1, ..., 1): the (guided) teacher's error."""

@@ -56,6 +56,7 @@ class FDistill(DMD2):
     warmup: Whole = 0  # steps of plain DMD2 first, while the critic cannot tell
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ratio_min >= self.ratio_max:
             raise UserError(
                 f"objective.ratio_min: {self.ratio_min} is not below ratio_max, {self.ratio_max}"
