@@ -10,6 +10,7 @@ from distill.objective import Batch
 from distill.objectives import DMD2, OBJECTIVES, FDistill, SiD
 from students.generator import Generator
 from teachers.analytic import Gaussian
+from teachers.errors import UserError
 from teachers.process import Karras
 from tests.toys import Affine, Fitted
 
@@ -283,3 +284,33 @@ def test_rivals_reuse_what_the_student_was_judged_on_in_that_step(reuse, places)
         torch.testing.assert_close(x, made[place][0])
         assert (label == place).all()
         assert not x.requires_grad
+
+
+@pytest.mark.parametrize("see", ["last", "places"])
+def test_rivals_see_the_end_of_the_chain_unless_told_to_see_every_place(see):
+    teacher, _, network = pair()
+    student = Generator(network, (1.0, 0.7, 0.4), renoise=False)
+    seen = []
+
+    class Listening(Fitted):
+        def loss(self, x, t, cond=None):
+            seen.append(x)
+            return x.sum()
+
+    objective = DMD2(
+        teacher=teacher, student=student, fake=Listening(network), fake_times=ONLY, rivals_see=see
+    )
+    batch = Batch(None, torch.randn(6, 1, dtype=D))
+    objective.rival_loss(batch, student, 1)
+    last, places = student(batch.noise), student.rollout(batch.noise, first=1)
+    assert not torch.allclose(last, places)
+    torch.testing.assert_close(seen[0], last if see == "last" else places)
+
+
+def test_samples_of_every_place_are_not_reused_where_rivals_see_the_last():
+    teacher, _, network = pair()
+    with pytest.raises(UserError, match=r"objective\.reuse"):
+        DMD2(
+            teacher=teacher, student=Generator(network, (1.0, 0.5)), fake=Fitted(network),
+            reuse=True,
+        )  # fmt: skip
