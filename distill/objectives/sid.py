@@ -27,6 +27,9 @@ from teachers.denoiser import Denoiser
 class SiD(Objective):
     fake: Denoiser  # denoises the student's samples
     alpha: NonNegative = 1.2
+    rivals_see: Literal["last", "places"] = (
+        "last"  # of a chain's x̂, the fake learns from; as DMD2's
+    )
     scale: Positive = 100.0  # of the student's loss, which is summed over dimensions
     times: Times = Uniform(0.0, 0.8)  # where they are compared: EDM's σ from 0.002 to 24.4
     fake_times: Times = LogNormal(-1.2, 1.2)  # where the fake learns
@@ -41,7 +44,8 @@ class SiD(Objective):
     def fake_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
         """The fake's denoising of the student's samples."""
         with torch.no_grad():
-            x = student.rollout(batch.noise, batch.cond, first)
+            x = (student(batch.noise, batch.cond) if self.rivals_see == "last"
+                 else student.rollout(batch.noise, batch.cond, first))  # fmt: skip
         return Loss(self.fake.loss(x, self.fake_times.sample(x, self.fake.process), batch.cond))
 
     def student_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
