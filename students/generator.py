@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from teachers.denoiser import Cond, Denoiser
+
+Sees = Literal["last", "places"]  # x̂ after a chain's last step, or at every place of it
 
 
 class Generator(nn.Module):
@@ -139,6 +141,11 @@ class Generator(nn.Module):
         share = [a - b for a, b in zip([size, *later], later)]  # samples that end at each place
         ends = [x_t.new_full((m,), t) for m, t in zip(share, self.times)]
         return self.denoiser(x_t, torch.cat(ends[::-1]), cond)
+
+    @torch.no_grad()
+    def samples(self, z: Tensor, cond: Cond, sees: Sees, first: int = 0) -> Tensor:
+        """x̂ (B, ...) for those who learn from what the student draws; no gradient."""
+        return self(z, cond) if sees == "last" else self.rollout(z, cond, first)
 
 
 def thinned(times: Sequence[float]) -> dict[int, tuple[float, ...]]:

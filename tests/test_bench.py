@@ -215,7 +215,7 @@ def test_shares_follow_the_steps_that_the_budget_buys():
     bench = Bench.load("bench/digits")
     row = next(r for r in bench.rows if r.name == "progressive, 1 step")
     recipe = bench.recipe(row, seed=2, steps=468)
-    assert recipe.objective["stage_steps"] == recipe.players["student"].decay_steps == 94
+    assert recipe.objective["stage_steps"] == recipe.players["student"].decay_steps == 71
     assert (recipe.train.steps, recipe.train.seed) == (468, 2)
 
 

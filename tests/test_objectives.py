@@ -286,8 +286,9 @@ def test_rivals_reuse_what_the_student_was_judged_on_in_that_step(reuse, places)
         assert not x.requires_grad
 
 
+@pytest.mark.parametrize("kind", [DMD2, SiD])
 @pytest.mark.parametrize("see", ["last", "places"])
-def test_rivals_see_the_end_of_the_chain_unless_told_to_see_every_place(see):
+def test_rivals_see_the_end_of_the_chain_unless_told_to_see_every_place(kind, see):
     teacher, _, network = pair()
     student = Generator(network, (1.0, 0.7, 0.4), renoise=False)
     seen = []
@@ -297,11 +298,11 @@ def test_rivals_see_the_end_of_the_chain_unless_told_to_see_every_place(see):
             seen.append(x)
             return x.sum()
 
-    objective = DMD2(
+    objective = kind(
         teacher=teacher, student=student, fake=Listening(network), fake_times=ONLY, rivals_see=see
     )
     batch = Batch(None, torch.randn(6, 1, dtype=D))
-    objective.rival_loss(batch, student, 1)
+    (objective.rival_loss if kind is DMD2 else objective.fake_loss)(batch, student, 1)
     last, places = student(batch.noise), student.rollout(batch.noise, first=1)
     assert not torch.allclose(last, places)
     torch.testing.assert_close(seen[0], last if see == "last" else places)

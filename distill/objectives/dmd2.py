@@ -21,7 +21,7 @@ from torch import Tensor
 from distill.losses import Times, Uniform, critique, mean_abs, realism, surrogate
 from distill.objective import Batch, Count, Loss, NonNegative, Objective, Turn
 from students.critic import Critic
-from students.generator import Generator
+from students.generator import Generator, Sees
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
 
@@ -38,7 +38,7 @@ class DMD2(Objective):
     # Which of a chain's x̂ the fake and the critic learn from: its last, which is what users see,
     # or those of every place, as the authors'. One place's faults then teach the others to err the
     # other way: a place that draws too little variety makes the others draw too much.
-    rivals_see: Literal["last", "places"] = "last"
+    rivals_see: Sees = "last"
     reuse: bool = False  # rivals learn from what the student was just judged on, not from new
     times: Times = Uniform(0.02, 0.98)  # where teacher and fake are compared
     fake_times: Times = Uniform(0.0, 1.0)  # where the fake learns
@@ -88,8 +88,7 @@ class DMD2(Objective):
         if made:
             x, asked = made.pop(0)
         else:
-            with torch.no_grad():
-                x, asked = self.seen(batch, student, first), batch.cond
+            x, asked = student.samples(batch.noise, batch.cond, self.rivals_see, first), batch.cond
         denoising = self.fake.loss(x, self.fake_times.sample(x, self.fake.process), asked)
         if self.critic is None:
             return Loss(denoising)
@@ -100,12 +99,6 @@ class DMD2(Objective):
         right = ((logits > 0) == (torch.arange(len(logits), device=x.device) >= len(x))).float()
         logs = {"denoising": denoising, "telling": telling, "accuracy": right.mean()}
         return Loss(denoising + self.critique * telling, logs)
-
-    def seen(self, batch: Batch, student: Generator, first: int) -> Tensor:
-        """The student's samples (B, ...) that its rivals learn from."""
-        if self.rivals_see == "last":
-            return student(batch.noise, batch.cond)
-        return student.rollout(batch.noise, batch.cond, first)
 
     def scale(self, x: Tensor, real: Tensor) -> Tensor:
         """What each sample's gap is divided by, (B, 1, ..., 1): the (guided) teacher's error."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill.losses import LogNormal, Times, Uniform, mean_abs
 from distill.objective import Batch, Loss, NonNegative, Objective, Positive, Turn
-from students.generator import Generator
+from students.generator import Generator, Sees
 from teachers.denoiser import Denoiser
 
 
@@ -27,9 +27,7 @@ from teachers.denoiser import Denoiser
 class SiD(Objective):
     fake: Denoiser  # denoises the student's samples
     alpha: NonNegative = 1.2
-    rivals_see: Literal["last", "places"] = (
-        "last"  # of a chain's x̂, the fake learns from; as DMD2's
-    )
+    rivals_see: Sees = "last"  # which of a chain's x̂ the fake learns from; see dmd2.py
     scale: Positive = 100.0  # of the student's loss, which is summed over dimensions
     times: Times = Uniform(0.0, 0.8)  # where they are compared: EDM's σ from 0.002 to 24.4
     fake_times: Times = LogNormal(-1.2, 1.2)  # where the fake learns
@@ -43,9 +41,7 @@ class SiD(Objective):
 
     def fake_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
         """The fake's denoising of the student's samples."""
-        with torch.no_grad():
-            x = (student(batch.noise, batch.cond) if self.rivals_see == "last"
-                 else student.rollout(batch.noise, batch.cond, first))  # fmt: skip
+        x = student.samples(batch.noise, batch.cond, self.rivals_see, first)
         return Loss(self.fake.loss(x, self.fake_times.sample(x, self.fake.process), batch.cond))
 
     def student_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
