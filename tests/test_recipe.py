@@ -24,7 +24,7 @@ train: {steps: 10}
 def test_defaults_are_spelled_out(tmp_path):
     recipe = load(tmp_path, GOOD)
     assert recipe.objective == {
-        "name": "sid", "alpha": 1.2, "rivals_see": "last", "scale": 100.0,
+        "name": "sid", "alpha": 1.2, "rivals_see": "places", "scale": 100.0,
         "times": {"low": 0.0, "high": 0.8}, "fake_times": {"mean": -1.2, "std": 1.2},
     }  # fmt: skip
     assert Recipe.check(recipe.tree()) == recipe

@@ -27,7 +27,7 @@ from teachers.denoiser import Denoiser
 class SiD(Objective):
     fake: Denoiser  # denoises the student's samples
     alpha: NonNegative = 1.2
-    rivals_see: Sees = "last"  # which of a chain's x̂ the fake learns from; see dmd2.py
+    rivals_see: Sees = "places"  # which of a chain's x̂ the fake learns from (arXiv:2509.25127)
     scale: Positive = 100.0  # of the student's loss, which is summed over dimensions
     times: Times = Uniform(0.0, 0.8)  # where they are compared: EDM's σ from 0.002 to 24.4
     fake_times: Times = LogNormal(-1.2, 1.2)  # where the fake learns
