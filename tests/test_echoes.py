@@ -89,7 +89,7 @@ def test_no_line_repeats_a_long_value(words, value, tmp_path, monkeypatch, capsy
     assert code == 2
     assert err.count("\n") == 1 and err.startswith("distill: ")
     assert len(err) < MOST
-    assert not [p for p in tmp_path.rglob("*")]
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_both_ends_of_a_long_value_are_shown():
