@@ -31,6 +31,12 @@ def said(error: Exception) -> str | None:
     return shortened(str(error)) if isinstance(error, kinds) else None
 
 
+def broken(error: Exception) -> str | None:
+    """The message of an export that failed, which no change of the command puts right."""
+    module: Any = sys.modules.get("students.export")
+    return str(error) if module is not None and isinstance(error, module.ExportError) else None
+
+
 def stop_code(error: Exception) -> int | None:
     """128 plus the signal, for a run that a signal stopped in good order."""
     module: Any = sys.modules.get("distill.engine")
