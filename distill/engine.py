@@ -129,6 +129,8 @@ class Engine:
             Stopped: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
             UserError: a loss is no longer a finite number.
         """
+        if self.accelerator.is_main_process:
+            self.extras.forget()
         per = self.shards // self.accelerator.num_processes
         first = self.accelerator.process_index * per
         stream = Stream(

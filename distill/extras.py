@@ -12,6 +12,7 @@ from teachers.errors import WORD, cut, shortened
 
 LOG = "failed.txt"  # in the run's folder: the traceback of everything that failed
 FIGURES = "figures"  # the measuring, by its name in `failed`
+WORDED = ("UserError", "ExportError", "MetricError")  # say by themselves what is wrong
 
 
 class Extras:
@@ -24,6 +25,11 @@ class Extras:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.failed: dict[str, str] = {}
+
+    def forget(self) -> None:
+        """Begin with nothing failed, and without what an earlier try of this run left."""
+        self.failed.clear()
+        (self.out / LOG).unlink(missing_ok=True)
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
@@ -47,7 +53,7 @@ def line_of(error: BaseException) -> str:
     text = str(error).strip()
     first = cut(shortened(" ".join(text.partition("\n")[0].split())), 3 * WORD)
     kind = type(error).__name__
-    return first if first and kind in ("UserError", "ExportError") else f"{kind}: {first}"
+    return first if first and kind in WORDED else f"{kind}: {first}"
 
 
 def log(out: Path, name: str, error: BaseException) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,6 @@ def save_summary(run: Run, summary: dict[str, Any]) -> None:
 
 def leave_student(run: Run) -> Generator:
     """Export the student; it, as it is measured."""
-    (run.out / LOG).unlink(missing_ok=True)  # of an end that was tried before
     if linear.exact(run.teacher):
         linear.save(run.student, run.out / "student")
         return run.student
@@ -112,18 +113,20 @@ def leave_extras(run: Run, student: Generator) -> None:
 
 
 def save_pictures(run: Run, student: Generator) -> None:
-    """Grids of the teacher's and the student's pictures, all from the same noise."""
+    """Grids of the teacher's and the student's pictures, all from the same noise; each is tried."""
     folder, shown = run.out / "samples" / PICTURES, run.engine.shown
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.json").write_text(json.dumps(shown))
 
-    def save(who: str, steps: int, samples: Samples) -> None:
-        save_grid(samples.images / 127.5 - 1, folder / f"{who}-{steps}.png", COLUMNS)
+    def save(who: str, steps: int, draw: Callable[[], Samples]) -> None:
+        name = f"{who}-{steps}.png"
+        with run.engine.extras.attempt(f"samples/{PICTURES}/{name}"):
+            save_grid(draw().images / 127.5 - 1, folder / name, COLUMNS)
 
     for steps in (run.recipe.eval.teacher_steps, 1):
-        save("teacher", steps, own(run.recipe, run.teacher, steps)(list(shown), 0))
+        save("teacher", steps, partial(own(run.recipe, run.teacher, steps), list(shown), 0))
     for k in student.counts:
-        save("student", k, student_samples(student.at(k), run.teacher, shown, 0))
+        save("student", k, partial(student_samples, student.at(k), run.teacher, shown, 0))
 
 
 def measure_all(run: Run, student: Generator) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_what_a_run_needs_at_its_end_comes_with_a_plain_install():
     assert {"transformers", "peft", "lpips", "clean-fid", "sentencepiece", "protobuf"} <= DECLARED
     for line in PROJECT["dependencies"]:
         assert ">=" in line, line  # a floor, which the oldest environment is made of
-    assert "scipy>=1.11,<1.18" in " ".join(PROJECT["dependencies"]).replace(" ", "")
+    assert "scipy>=1.11.1,<1.18" in " ".join(PROJECT["dependencies"]).replace(" ", "")
 
 
 def test_no_extra_asks_again_for_a_dependency():

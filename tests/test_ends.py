@@ -131,6 +131,23 @@ def test_trackers_that_cannot_be_closed_cost_no_summary(
     assert summary_of(run.out)["failed"].keys() == {"trackers"}
 
 
+def test_one_picture_that_fails_leaves_the_others(pipelines, unchecked, monkeypatch, tmp_path):
+    run = build.build(Recipe.check(recipe_tree("ect", pipelines["edm"], steps=1)), tmp_path / "run")
+    run.engine.train()
+    real = finish.save_grid
+
+    def save(images, path, columns):
+        if path.name == "teacher-1.png":
+            raise OSError(28, "No space left on device")
+        real(images, path, columns)
+
+    monkeypatch.setattr(finish, "save_grid", save)
+    failed = finish.finish(run)["failed"]
+    assert failed.keys() == {"samples/final/teacher-1.png"}
+    names = {p.name for p in (tmp_path / "run/samples/final").glob("*.png")}
+    assert names == {"teacher-18.png", "student-1.png"}
+
+
 # ---- LoRA files
 
 

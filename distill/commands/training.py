@@ -95,6 +95,7 @@ def tell_failed(failed: dict[str, str], out: Path) -> None:
             f"({out / LOG} says more)"
         )
     if FIGURES in failed:
+        notice(f"{FIGURES}: {failed[FIGURES]}")  # last, where a benchmark looks for the reason
         raise typer.Exit(1)
 
 
