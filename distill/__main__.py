@@ -100,16 +100,18 @@ def main() -> None:
 
 def code_of(error: Exception) -> int | None:
     """The exit code of an error that is not our own fault, having said it in one line."""
-    from distill.mistakes import is_usage, said, stop_code
+    from distill.mistakes import broken, is_usage, said, stop_code
 
     if (stopped := stop_code(error)) is not None:
         return stopped
-    line = is_usage(error) or said(error)
+    line, code = is_usage(error) or said(error), 2
+    if line is None:
+        line, code = broken(error), 1
     if line is None:
         return None
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"distill: {' '.join(line.split())}\n")
-    return 2
+    return code
 
 
 def leave_group() -> None:

@@ -28,6 +28,7 @@ def prompts_of(benchmark: str, path: Path) -> list[Asked]:
     """
     if benchmark not in BENCHMARKS:
         raise UserError(f"benchmark {benchmark!r} is unknown: {nearest(benchmark, BENCHMARKS)}")
+    path.exists()  # raises where the name is too long for a file's, which the reader repeats whole
     if not (found := BENCHMARKS[benchmark].read(path)):
         raise UserError(f"{benchmark}: no prompts in {path}")
     return found

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from torch import nn
 
@@ -21,6 +22,7 @@ from distill.lock import refuse_live, take
 from distill.measure import check_protocol, evaluate_student
 from distill.objective import Objective, check_first
 from distill.player import Moves, Player
+from distill.preflight import rehearse_end
 from distill.prompts import list_prompts
 from distill.recipe import Recipe, networks_of, read_yaml
 from distill.seeds import seed_all
@@ -77,9 +79,11 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     teacher = load_teacher(recipe)
     if measure is not None:
         check_protocol(measure, teacher)
+        measure.check()
     if recipe.kind.few_step and linear.exact(teacher):
         check_exact(recipe, teacher)
     source = source_of(recipe, teacher)
+    forget_precision()
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(recipe.train.precision, recipe.train.precision),
         log_with=log_with,
@@ -93,6 +97,7 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     objective = objective_of(recipe, teacher, accelerator.device)
     if recipe.kind.few_step and not linear.exact(teacher):  # linear students have no pipeline
         rehearse(objective.student, teacher)
+        rehearse_end(recipe, objective.student, teacher)
     if guidance_of(recipe).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)
     movers = player_networks(objective)
@@ -141,6 +146,15 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
         (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run killed before it saved
     accelerator.init_trackers("fewstep")
     return run
+
+
+def forget_precision() -> None:
+    """Let a process that has built one run build another, of another `train.precision`.
+
+    Accelerate keeps the first one's for as long as the process lives, and refuses a second. A run
+    that is under way holds on to its own; the processes' group, which runs share, stays.
+    """
+    AcceleratorState._shared_state = type(AcceleratorState._shared_state)()
 
 
 def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:

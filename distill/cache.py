@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill import terminal
@@ -34,6 +33,7 @@ from distill.listing import Bad, Item, report, write_report
 from distill.sections import DataSection
 from teachers.denoiser import Cond
 from teachers.errors import UserError
+from teachers.files import save_tensors
 
 FORMAT = 1  # of the shards; a new one makes every cache anew
 SHARD_BYTES = 1 << 28  # about what one file holds
@@ -303,7 +303,7 @@ def _write(path: Path, tensors: dict[str, Tensor], bad: list[Bad]) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     try:
-        save_file(tensors, draft, {"bad": json.dumps(bad)})  # one key: their order is not kept
+        save_tensors(tensors, draft, {"bad": json.dumps(bad)})  # one key: their order is not kept
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.replace(path)

@@ -15,10 +15,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from teachers.errors import UserError
+from teachers.files import save_tensors
 
 MANIFEST, TENSORS, TREE = "manifest.json", "state.safetensors", "state.json"
 TENSOR = "__tensor__"
@@ -36,7 +37,7 @@ def save(state: Any, folder: Path, about: dict[str, Any] | None = None) -> None:
     draft.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, tensors)
-    save_file(tensors, draft / TENSORS)
+    save_tensors(tensors, draft / TENSORS)
     (draft / TREE).write_text(json.dumps(tree))
     hashes = {name: _digest(draft / name) for name in (TENSORS, TREE)}
     (draft / MANIFEST).write_text(json.dumps({"sha256": hashes, **(about or {})}, indent=2))

@@ -23,6 +23,7 @@ from distill import checkpoint
 from distill.data import AHEAD, Source, Stream
 from distill.ema import EMA
 from distill.encode import decoder_on
+from distill.extras import FIGURES, Extras
 from distill.objective import Objective, Turn, check_loss, check_turn
 from distill.pictures import COLUMNS, save_grid
 from distill.player import Player
@@ -98,6 +99,7 @@ class Engine:
         )
         self.cfg, self.accelerator, self.out = train, accelerator, out
         self.evaluate, self.evaluate_every, self.shown = evaluate, evaluate_every, shown
+        self.extras = Extras(out)
         self.ema = EMA(players["student"].params, train.ema)
         self._shown: Cond = None  # the grids' condition, once it is known
         self.step = self.draws = 0
@@ -127,6 +129,8 @@ class Engine:
             Stopped: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
             UserError: a loss is no longer a finite number.
         """
+        if self.accelerator.is_main_process:
+            self.extras.forget()
         per = self.shards // self.accelerator.num_processes
         first = self.accelerator.process_index * per
         stream = Stream(
@@ -206,24 +210,29 @@ class Engine:
         """A grid of the averaged student's pictures, on the same noise every time.
 
         What is shown is encoded once; only the decoder comes to the device, one picture at a time,
-        into room that a step's activations have left.
+        into room that a step's activations have left. Where that fails, it is said and training
+        goes on.
         """
         if self.accelerator.is_main_process:
-            student, codec = self.objective.student, self.teacher.codec
-            if self._shown is None:
-                self._shown = codec.condition(list(self.shown))
-            size = self.cfg.batch // self.shards  # what the device has held in training
-            with self.ema.swapped(), decoder_on(self.teacher, self.accelerator.device):
-                found = [
-                    draw(student.at(k), self.teacher, self.shown, 0, size, self._shown)
-                    for k in student.counts
-                ]
-                images = [torch.cat([codec.decode(one) for one in x.split(1)]) for x in found]
-            folder = self.out / "samples"
-            folder.mkdir(exist_ok=True)
-            for steps, grid in zip(student.counts, images, strict=True):
-                save_grid(grid, folder / f"step-{self.step:06d}-at-{steps}.png", COLUMNS)
+            with self.extras.attempt("samples"):
+                self._save_grids()
         self.accelerator.wait_for_everyone()
+
+    def _save_grids(self) -> None:
+        student, codec = self.objective.student, self.teacher.codec
+        if self._shown is None:
+            self._shown = codec.condition(list(self.shown))
+        size = self.cfg.batch // self.shards  # what the device has held in training
+        with self.ema.swapped(), decoder_on(self.teacher, self.accelerator.device):
+            found = [
+                draw(student.at(k), self.teacher, self.shown, 0, size, self._shown)
+                for k in student.counts
+            ]
+            images = [torch.cat([codec.decode(one) for one in x.split(1)]) for x in found]
+        folder = self.out / "samples"
+        folder.mkdir(exist_ok=True)
+        for steps, grid in zip(student.counts, images, strict=True):
+            save_grid(grid, folder / f"step-{self.step:06d}-at-{steps}.png", COLUMNS)
 
     def save(self) -> None:
         """A checkpoint of everything, of which the newest few are kept."""
@@ -284,23 +293,29 @@ class Engine:
             self.evaluations.update(zip(self.evaluations, total, strict=True))
 
     def _evaluate(self) -> str:
-        """Measure the averaged student; keep it if it is the best so far. A line to show."""
-        steps = min(self.objective.student.counts)
+        """Measure the averaged student; keep it if it is the best so far. A line to show.
+
+        Where that fails, it is said and training goes on.
+        """
         line = ""
         if self.accelerator.is_main_process and self.evaluate is not None:
-            with self.ema.swapped():
-                metrics = self.evaluate(steps)
-            kept = {f"eval/{k}": v for k, v in metrics.items() if isinstance(v, float)}
-            self.accelerator.log(kept, step=self.step)
-            headline = metrics.get("headline")  # the name of the figure to be lowered
-            shown = [k for k in (headline, "coverage", "accuracy") if k in metrics]
-            line = "  ".join(f"{k} {metrics[k]:.3f}" for k in shown) + f" at {steps} step"
-            if headline is not None and metrics[headline] < self.best:
-                self.best = metrics[headline]
-                state = {"ema": self.ema.state_dict(), "step": self.step}
-                checkpoint.save(state, self.root / "best", {"step": self.step, headline: self.best})
+            with self.extras.attempt(f"{FIGURES} while training"):
+                line = self._keep_best(self.evaluate, min(self.objective.student.counts))
         self.accelerator.wait_for_everyone()
         return line
+
+    def _keep_best(self, evaluate: Evaluate, steps: int) -> str:
+        with self.ema.swapped():
+            metrics = evaluate(steps)
+        kept = {f"eval/{k}": v for k, v in metrics.items() if isinstance(v, float)}
+        self.accelerator.log(kept, step=self.step)
+        headline = metrics.get("headline")  # the name of the figure to be lowered
+        shown = [k for k in (headline, "coverage", "accuracy") if k in metrics]
+        if headline is not None and metrics[headline] < self.best:
+            self.best = metrics[headline]
+            state = {"ema": self.ema.state_dict(), "step": self.step}
+            checkpoint.save(state, self.root / "best", {"step": self.step, headline: self.best})
+        return "  ".join(f"{k} {metrics[k]:.3f}" for k in shown) + f" at {steps} step"
 
     def _log(self, logs: dict[str, Tensor]) -> dict[str, float]:
         """Fetch the scalars, averaged over processes, in one transfer; write them down."""

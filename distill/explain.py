@@ -9,7 +9,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from teachers.errors import nearest
+from teachers.errors import cut, nearest, quoted
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
@@ -17,8 +17,10 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     problems = [e for e in error.errors() if not _other_member(e, error.errors())]
     first = sorted(problems, key=lambda e: e["type"] not in UNKNOWN)[0]
     # a union reports each member that failed; the path up to its tag is the key itself
-    loc = [str(p) for p in first["loc"] if not _is_tag(p)]
-    path = ".".join([prefix, *loc] if prefix else loc)
+    *parents, last = first["loc"]  # an unknown key may look like a tag
+    named = first["type"] in UNKNOWN or not _is_tag(last)
+    loc = [str(p) for p in parents if not _is_tag(p)] + [str(last)] * named
+    path = ".".join(cut(part) for part in ([prefix, *loc] if prefix else loc))
     if first["type"] in UNKNOWN:
         known = _keys(model, loc[:-1])
         return f"{path}: unknown key; {nearest(loc[-1], known)}"
@@ -28,7 +30,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
         return f"{path}: missing"
     expected = _expected(first)
     shown = expected.startswith("expected") and not isinstance(first["input"], dict)
-    given = f", not {first['input']!r}" * shown
+    given = f", not {quoted(first['input'])}" * shown
     return f"{path}: {expected}{given}"
 
 

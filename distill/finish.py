@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distill import __version__
 from distill.build import Run
 from distill.drawing import evaluate_teacher, own
+from distill.extras import FIGURES, LOG, line_of, log
 from distill.files import write
 from distill.lock import release
 from distill.measure import evaluate_student, student_samples
@@ -22,7 +26,8 @@ from distill.teaching import guided
 from eval.fid import Moments, frechet
 from eval.samples import Samples
 from students import linear, lora_files
-from students.export import export
+from students.card import draft
+from students.export import ExportError, export
 from students.generator import Generator
 from students.restored import restored
 from students.rows import many
@@ -32,46 +37,96 @@ TEACHER_FEW = (1, 2, 4)  # the teacher's own few-step samples, shown beside the 
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Export the averaged student, measure it and its teacher, and write summary.json."""
-    engine, recipe = run.engine, run.recipe
+    """Export the averaged student, measure it and its teacher, and write summary.json.
+
+    What else a run leaves is tried part by part: `failed` in the summary has a line for each that
+    could not be made, and the others are there.
+
+    Raises:
+        ExportError: the student itself could not be exported; its checkpoints are kept.
+    """
+    engine = run.engine
     engine.total_evaluations()
     summary: dict[str, Any] = {}
     if engine.accelerator.is_main_process:
         with engine.ema.swapped():
-            if linear.exact(run.teacher):
-                student = run.student
-                linear.save(student, run.out / "student")
-            else:
-                student = restored(run.student, run.teacher)
-                export(student, run.teacher, run.out / "student", recipe.tree())
-                save_pictures(run, student)
-            if lora_files.possible(run.student, run.teacher):
-                lora_files.export_lora(
-                    run.student, run.teacher, run.out / "student", run.out / "lora"
-                )
-            summary = summarise(run, measure_all(run, student))
-        write(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+            student = leave_student(run)
+            if not linear.exact(run.teacher):
+                leave_extras(run, student)
+            metrics: dict[str, Any] = {}
+            with engine.extras.attempt(FIGURES):
+                metrics = measure_all(run, student)
+        summary = summarise(run, metrics)
         if not linear.exact(run.teacher):
-            report(run.out)
+            with engine.extras.attempt("report.html"):
+                save_summary(run, summary)  # which the page reads
+                report(run.out)
+        save_summary(run, summary)
     engine.accelerator.wait_for_everyone()
-    engine.accelerator.end_training()
+    with engine.extras.attempt("trackers"):
+        engine.accelerator.end_training()
+    if "trackers" in engine.extras.failed and engine.accelerator.is_main_process:
+        save_summary(run, summary)
     release(run.out)
     return summary
 
 
+def save_summary(run: Run, summary: dict[str, Any]) -> None:
+    """Write summary.json, with what has failed so far."""
+    summary["failed"] = {**run.engine.extras.failed}
+    write(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def leave_student(run: Run) -> Generator:
+    """Export the student; it, as it is measured."""
+    if linear.exact(run.teacher):
+        linear.save(run.student, run.out / "student")
+        return run.student
+    try:
+        student = restored(run.student, run.teacher)
+        export(student, run.teacher, run.out / "student", run.recipe.tree())
+    except Exception as error:
+        log(run.out, "student", error)
+        raise ExportError(
+            f"student: {line_of(error)}; nothing is lost: `distill run … --resume` tries again "
+            f"from the last checkpoint ({run.out / LOG} has the traceback)"
+        ) from error
+    return student
+
+
+def leave_extras(run: Run, student: Generator) -> None:
+    """The card, the grids of pictures and the LoRA files."""
+    extras, folder = run.engine.extras, run.out / "student"
+    with extras.attempt("student/README.md"):
+        write(folder / "README.md", draft(folder))
+    with extras.attempt("samples/final"):
+        save_pictures(run, student)
+    if lora_files.possible(run.student, run.teacher):
+        with extras.attempt("lora"):
+            lora_files.export_lora(
+                run.student,
+                run.teacher,
+                folder,
+                run.out / "lora",
+                failed=lambda name, error: extras.note(f"lora/{name}", error),
+            )
+
+
 def save_pictures(run: Run, student: Generator) -> None:
-    """Grids of the teacher's and the student's pictures, all from the same noise."""
+    """Grids of the teacher's and the student's pictures, all from the same noise; each is tried."""
     folder, shown = run.out / "samples" / PICTURES, run.engine.shown
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.json").write_text(json.dumps(shown))
 
-    def save(who: str, steps: int, samples: Samples) -> None:
-        save_grid(samples.images / 127.5 - 1, folder / f"{who}-{steps}.png", COLUMNS)
+    def save(who: str, steps: int, draw: Callable[[], Samples]) -> None:
+        name = f"{who}-{steps}.png"
+        with run.engine.extras.attempt(f"samples/{PICTURES}/{name}"):
+            save_grid(draw().images / 127.5 - 1, folder / name, COLUMNS)
 
     for steps in (run.recipe.eval.teacher_steps, 1):
-        save("teacher", steps, own(run.recipe, run.teacher, steps)(list(shown), 0))
+        save("teacher", steps, partial(own(run.recipe, run.teacher, steps), list(shown), 0))
     for k in student.counts:
-        save("student", k, student_samples(student.at(k), run.teacher, shown, 0))
+        save("student", k, partial(student_samples, student.at(k), run.teacher, shown, 0))
 
 
 def measure_all(run: Run, student: Generator) -> dict[str, Any]:
@@ -97,13 +152,19 @@ def measure_all(run: Run, student: Generator) -> dict[str, Any]:
 
 
 def finished(out: Path) -> bool:
-    """Whether the run in `out` came to its end."""
+    """Whether the run in `out` came to its end: its student is there, and was measured."""
     try:
         summary = json.loads((out / "summary.json").read_text())
     except (OSError, ValueError):
         return False
     whole = isinstance(summary, dict) and {"steps", "wall_s", "metrics"} <= summary.keys()
-    return whole and (out / "student").is_dir()
+    return whole and FIGURES not in failed(summary) and (out / "student").is_dir()
+
+
+def failed(summary: dict[str, Any]) -> dict[str, str]:
+    """What of a run could not be made, by its summary; earlier versions noted nothing."""
+    found = summary.get("failed")
+    return found if isinstance(found, dict) else {}
 
 
 @torch.no_grad()
@@ -122,7 +183,8 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     engine = run.engine
     device = engine.accelerator.device
     threads = torch.get_num_threads()
-    packages = ("torch", "accelerate", "diffusers", "fewstep")
+    versions = {p: version(p) for p in ("torch", "accelerate", "diffusers")}
+    versions["fewstep"] = __version__  # the running code's, which need not be installed
     return {
         "objective": run.recipe.objective["name"],
         "steps": engine.step,
@@ -135,5 +197,6 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         "metrics": metrics,
         "device": f"{device.type} ({device_name(device)}, {many(threads, 'thread')})",
         "processes": engine.accelerator.num_processes,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "versions": {"python": platform.python_version(), **versions},
+        "failed": {**engine.extras.failed},
     }

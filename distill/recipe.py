@@ -31,7 +31,7 @@ from distill.sections import (
 from students.critic import Critic
 from students.generator import Generator
 from teachers.denoiser import Denoiser
-from teachers.errors import UserError, nearest
+from teachers.errors import UserError, cut, nearest, quoted
 from teachers.plugin import import_file
 from teachers.quantised import FORMS
 
@@ -111,7 +111,7 @@ class Recipe(Section):
         for player in self.players:
             if player not in known:
                 raise UserError(
-                    f"{where}: players.{player}: {name} has no such player; "
+                    f"{where}: players.{cut(player)}: {name} has no such player; "
                     f"{nearest(player, known)}"
                 )
         adapted = () if self.adapters is None else self.adapters.players or ()
@@ -223,7 +223,9 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip(".") or key.startswith("-"):
-            raise UserError(f"override {text!r}: expected key.path=value, as in train.steps=100")
+            raise UserError(
+                f"override {quoted(text)}: expected key.path=value, as in train.steps=100"
+            )
         node: dict[str, Any] = tree
         *parents, leaf = key.split(".")
         for depth, parent in enumerate(parents):
@@ -234,13 +236,13 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
                 below = {}
             if not isinstance(below, dict):
                 path = ".".join(parents[: depth + 1])
-                raise UserError(f"override {text!r}: {path} is a value, not a section")
+                raise UserError(f"override {quoted(text)}: {cut(path)} is a value, not a section")
             node[parent] = below
             node = below
         try:
             node[leaf] = yaml.load(value, _Loader)
         except BAD_YAML:
-            raise UserError(f"override {text!r}: {value!r} is not valid YAML") from None
+            raise UserError(f"override {quoted(text)}: {quoted(value)} is not valid YAML") from None
     return tree
 
 
@@ -256,7 +258,7 @@ def objective_class(name: str, where: str = "recipe") -> type[Objective]:
     if not colon:
         if name not in _registry():
             raise UserError(
-                f"{where}: objective.name: {name!r} is unknown; {nearest(name, _registry())}"
+                f"{where}: objective.name: {quoted(name)} is unknown; {nearest(name, _registry())}"
             )
         return _registry()[name]
     try:

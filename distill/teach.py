@@ -31,6 +31,7 @@ from eval.protocol import floor, images_to_samples, protocol
 from eval.samples import Samples
 from students.rows import many
 from teachers.errors import UserError, nearest
+from teachers.files import open_to_readers
 from teachers.schedule import read as read_schedule
 from teachers.teacher import load, read_json
 from teachers.unet import UNet
@@ -74,6 +75,7 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
         draft = out / ".teacher"
         shutil.rmtree(draft, ignore_errors=True)
         pipe.save_pretrained(draft)
+        open_to_readers(draft)
         shutil.rmtree(out / "teacher", ignore_errors=True)
         os.replace(draft, out / "teacher")
         run.teacher = load(str(out / "teacher"), null_label=null_label)
@@ -102,6 +104,7 @@ def keep(pipe: Any, folder: Path, where: str) -> None:
         return
     draft = folder.with_name(f"{folder.name}.{os.getpid()}")  # each process its own
     pipe.save_pretrained(draft)
+    open_to_readers(draft)
     try:
         os.replace(draft, folder)
     except OSError:  # another process was first

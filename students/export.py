@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from students import card, stock
+from students import portable, stock
 from students.generator import Generator
 from students.lora import Adapted, merged, unwrap, using
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
+from teachers.files import open_to_readers
 from teachers.pipeline import Prompted, quiet
 from teachers.quantised import Precision
 from teachers.teacher import Teacher, load, read_json
@@ -53,7 +55,15 @@ save_file(images, out)
 
 
 class ExportError(RuntimeError):
-    """The exported folder does not give the student's own pictures."""
+    """What was exported does not give the student's own pictures. The message is one line."""
+
+    @classmethod
+    def of(cls, what: str, stderr: str) -> ExportError:
+        """That a process failed: by the last line it wrote, with all of it as a note."""
+        lines = [v.strip() for v in stderr.splitlines() if v.strip()] or ["it said nothing"]
+        error = cls(f"stock diffusers could not use {what}: {lines[-1]}")
+        error.add_note(stderr[-20_000:])
+        return error
 
 
 def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[str, Any]) -> None:
@@ -63,7 +73,7 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
     for a fixed seed, at every step count; `path` appears only once it has passed.
 
     Args:
-        recipe: The resolved recipe, kept in the folder's sidecar and card.
+        recipe: The resolved recipe, kept in the folder's sidecar, of which a card can be written.
 
     Raises:
         UserError: the student has no stock form.
@@ -75,30 +85,36 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}-*"):  # by an export that was killed
         shutil.rmtree(left, ignore_errors=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    draft = path.parent / f".{path.name}-{secrets.token_hex(4)}"
+    draft.mkdir()
     try:
         with quiet():
             pipe.save_pretrained(draft)
+        portable.complete(draft, pipe, teacher.source)
+        open_to_readers(draft)
         if brings_source(network):
             from students import edm_source
 
             edm_source.write(draft, getattr(pipe, network.PART))
-        sidecar = {
-            "steps": list(generator.counts),
-            "times": list(generator.times),
-            "renoise": generator.renoise,
-            "teacher": teacher.source,
-            "options": {k: v for k, v in teacher.options.items() if k in SHAPING},
-            "recipe": dict(recipe),
-        }
-        (draft / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
-        (draft / "README.md").write_text(card.draft(draft))
+        about = sidecar(generator, teacher, recipe)
+        (draft / SIDECAR).write_text(json.dumps(about, indent=2) + "\n")
         verify(draft, generator, teacher)
         shutil.rmtree(path, ignore_errors=True)
-        draft.chmod(0o755)  # mkdtemp's own is private
         os.replace(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def sidecar(generator: Generator, teacher: Teacher, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What an exported folder says of its student beside what diffusers reads."""
+    return {
+        "steps": list(generator.counts),
+        "times": list(generator.times),
+        "renoise": generator.renoise,
+        "teacher": teacher.source,
+        "options": {k: v for k, v in teacher.options.items() if k in SHAPING},
+        "recipe": dict(recipe),
+    }
 
 
 def brings_source(network: Denoiser) -> bool:
@@ -181,7 +197,7 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
             env={**child_environment(), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch},
         )
         if result.returncode:
-            raise ExportError(f"stock diffusers could not run {folder}:\n{result.stderr[-2000:]}")
+            raise ExportError.of("the student's folder", result.stderr)
         from safetensors.torch import load_file
 
         theirs = load_file(out)

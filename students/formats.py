@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from students.export import TOLERANCE, ExportError, child_environment
 from teachers.errors import UserError
+from teachers.files import save_tensors
 
 State = dict[str, Tensor]
 LORA = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
@@ -342,7 +343,8 @@ for i, (whole, file) in enumerate(files):
         pipe = kind.from_single_file(file, config=folder, local_files_only=True)
     else:
         pipe = kind.from_pretrained(folder, **dict.fromkeys(absent))
-        pipe.load_lora_weights(file)
+        place, _, name = file.rpartition("/")
+        pipe.load_lora_weights(place, weight_name=name)  # diffusers 0.36 guesses no name offline
     pipe.set_progress_bar_config(disable=True)
     for steps in counts:
         draw = torch.Generator().manual_seed(0)
@@ -391,7 +393,7 @@ def write(
     drafts = [f.path.with_name(f".draft-{f.path.name}") for f in files]
     try:
         for file, draft in zip(files, drafts, strict=True):
-            save_file({k: v.contiguous() for k, v in file.state.items()}, draft)
+            save_tensors({k: v.contiguous() for k, v in file.state.items()}, draft)
         jobs = [(f.whole, str(d.resolve())) for f, d in zip(files, drafts, strict=True)]
         theirs = drawn_elsewhere(jobs, type(student).__name__, folder, counts, arguments)
         student.set_progress_bar_config(disable=True)
@@ -444,5 +446,5 @@ def drawn_elsewhere(
         )
         if result.returncode:
             names = ", ".join(Path(file).name.removeprefix(".draft-") for _, file in jobs)
-            raise ExportError(f"stock diffusers could not use {names}:\n{result.stderr[-2000:]}")
+            raise ExportError.of(names, result.stderr)
         return load_file(out)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from students.generator import Generator
 from teachers.analytic import Gaussian
 from teachers.denoiser import Cond, Denoiser
+from teachers.files import save_tensors
 from teachers.process import Process
 from teachers.teacher import Teacher
 
@@ -77,7 +77,7 @@ def save(generator: Generator, folder: Path) -> None:
     """Leave m and R in `folder`, where other students leave a pipeline."""
     folder.mkdir(exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in generator.denoiser.state_dict().items()}
-    save_file(state, folder / "affine.safetensors")
+    save_tensors(state, folder / "affine.safetensors")
 
 
 def _start(teacher: Teacher) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from teachers.denoiser import Cond, Denoiser, Wrapper
-from teachers.errors import UserError
+from teachers.errors import WORD, UserError, cut, quoted
 from teachers.pipeline import Pretrained
 from teachers.schedule import Schedule
 from teachers.teacher import Teacher
@@ -128,8 +128,9 @@ def inject(module: nn.Module, name: str, config: Any) -> None:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             inject_adapter_in_model(config, module, adapter_name=name)
     except (ValueError, TypeError, re.error) as error:  # PEFT's ways to say so
-        reason = str(error).splitlines()[0]
-        raise UserError(f"adapters.targets: {config.target_modules!r}: {reason}") from None
+        reason = cut(str(error).splitlines()[0], WORD)  # PEFT repeats them
+        targets = quoted(config.target_modules)
+        raise UserError(f"adapters.targets: {targets}: {reason}") from None
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"adapters.rank: {config.r} cannot be made ({reason})") from None

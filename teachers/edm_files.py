@@ -27,6 +27,7 @@ from teachers.edm_latents import Latents
 from teachers.edm_model import EDM, EDMModel
 from teachers.edm_names import renamed
 from teachers.errors import UserError, nearest
+from teachers.files import save_tensors
 from teachers.process import Karras
 from teachers.schedule import log_sigma, read
 from teachers.teacher import Pixels, Teacher, read_json
@@ -105,8 +106,6 @@ def convert(source: Path, out: Path) -> None:
     Raises:
         UserError: the pickle is damaged or refused, or `out` already holds something.
     """
-    from safetensors.torch import save_file
-
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists; give a new folder")
     files = unpickle(source)
@@ -116,7 +115,7 @@ def convert(source: Path, out: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         weights = {k: v.contiguous().clone() for k, v in files.weights.items()}
-        save_file(weights, draft / WEIGHTS, {"format": "pt"})
+        save_tensors(weights, draft / WEIGHTS, {"format": "pt"})
         (draft / "config.json").write_text(json.dumps(files.config, indent=2) + "\n")
         if out.exists():
             out.rmdir()

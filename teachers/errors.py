@@ -2,22 +2,60 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+
+QUOTED = 80  # characters of a user's value that a message repeats
+WORD = 200  # and of a name without blanks, such as a path
+# What stands in quotes, and not between two apostrophes of the prose: "a teacher's", "students'".
+LONG = f"{{{QUOTED},}}"
+IN_QUOTES = re.compile(
+    rf"""(?<!\w)(?:'(?P<one>(?:[^'\\]|\\.){LONG})'|"(?P<two>(?:[^"\\]|\\.){LONG})")(?!\w)"""
+)
+LONG_WORD = re.compile(rf"\S{{{WORD + 1},}}")
 
 
 class UserError(Exception):
     """A mistake in what we were given. The message is one line: place, what is wrong, remedy.
 
     The command line prints it to stderr and exits with 2; any other exception is our own fault.
+    A message repeats no more than the two ends of a long value: see `shortened`.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(message))
+
+
+def cut(text: str, most: int = QUOTED) -> str:
+    """The text, or its two ends where it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    end = most // 4
+    return f"{text[: most - end - 1]}…{text[-end:]}"
+
+
+def quoted(value: object, most: int = QUOTED) -> str:
+    """A user's value for a message: its repr, of which a long one shows its two ends."""
+    return cut(repr(value), most)
+
+
+def shortened(message: str) -> str:
+    """A message with every long value cut: what stands in quotes, and words of no prose."""
+
+    def inner(found: re.Match[str]) -> str:
+        mark = found[0][0]
+        return f"{mark}{cut(found['one'] or found['two'])}{mark}"
+
+    message = IN_QUOTES.sub(inner, message)
+    return LONG_WORD.sub(lambda found: cut(found[0], WORD), message)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Ends an error line: the known name nearest to a wrong one, or all of them when none is."""
-    known = sorted(known)
+    name, known = name[:WORD], sorted(known)
     close = get_close_matches(name, known, 1, 0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 

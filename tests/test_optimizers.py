@@ -103,7 +103,7 @@ def test_without_bitsandbytes_the_command_that_installs_it_is_named(
     monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
     tree = recipe_tree("sid", pipelines["edm"])
     tree["players"] = {"fake": {"optimizer": "adamw8bit"}}
-    with pytest.raises(UserError, match=r"players\.fake\.optimizer.*pip install bitsandbytes"):
+    with pytest.raises(UserError, match=r"players\.fake\.optimizer.*'fewstep\[memory\]'"):
         build.build(Recipe.check(tree), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -24,7 +24,7 @@ SLOW = pytest.mark.slow
 SUMMARY = {
     "objective", "steps", "seed", "guidance", "wall_s", "network_evaluations",
     "network_evaluations_by_network", "metrics", "device", "processes", "versions",
-    "peak_memory_gb",
+    "peak_memory_gb", "failed",
 }  # fmt: skip
 
 

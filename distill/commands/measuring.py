@@ -28,10 +28,10 @@ def sample(
     from distill.terminal import waiting
     from students.export import draw, load_student
     from students.rows import advised
-    from teachers.errors import UserError
+    from teachers.errors import UserError, cut
 
     if out.suffix not in (".png", ".npz"):
-        raise UserError(f"--out {out}: expected a name that ends in .png or .npz")
+        raise UserError(f"--out {cut(str(out))}: expected a name that ends in .png or .npz")
     writable(out, "--out")
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
@@ -134,7 +134,7 @@ def evaluate(
     from distill.terminal import paces, results
     from eval.protocol import protocol as protocol_of
     from eval.stream import Processes
-    from teachers.errors import UserError, nearest
+    from teachers.errors import UserError, cut, nearest
 
     if against is None and against_steps is not None:
         raise UserError("--against-steps: it is for --against, which names a teacher")
@@ -145,12 +145,14 @@ def evaluate(
         raise UserError("--seeds: it is for --protocol; a speed has none")
     measure = None if protocol is None else protocol_of(protocol)
     if precision not in (None, "fp32", "bf16", "fp16"):
-        raise UserError(f"--precision {precision}: {nearest(precision, ('fp32', 'bf16', 'fp16'))}")
+        raise UserError(
+            f"--precision {cut(precision)}: {nearest(precision, ('fp32', 'bf16', 'fp16'))}"
+        )
     if json_file is not None:
         writable(json_file, "--json")
     wanted = [k.strip() for k in steps.split(",")] if steps else []
     if not all(k.isdecimal() and int(k) for k in wanted):
-        raise UserError(f"--steps {steps}: expected whole numbers from 1, such as 1,2,4")
+        raise UserError(f"--steps {cut(steps)}: expected whole numbers from 1, such as 1,2,4")
     device = device_of()
     state = PartialState(
         cpu=device.type == "cpu"

@@ -17,7 +17,12 @@ def run(
     resume: Resume = False,
     licence_override: Licence = "",
 ):
-    """Distil: train the student of a recipe, export it, and measure it against its teacher."""
+    """Distil: train the student of a recipe, export it, and measure it against its teacher.
+
+    Exit code 0 once the student is exported and measured. What could not be made beside it (a LoRA
+    file, the card, pictures, the report) is said on stderr and in summary.json's `failed`, and
+    --resume tries it again; exit code 1 if the student or its figures are missing.
+    """
     import json
 
     from distill.terminal import out as console
@@ -34,10 +39,9 @@ def run(
             name = checked.objective["name"]
             raise UserError(f"{recipe}: objective.name: {name} makes teachers; use distill teach")
         from distill import build
-        from distill.finish import finished
 
         made = None
-        if finished(out) and resume and not more_steps(out, checked.train.steps):
+        if resume and complete(out) and not more_steps(out, checked.train.steps):
             build.check_folder(checked, out, resume)
         else:
             made = build.build(checked, out, resume)
@@ -61,9 +65,38 @@ def run(
     made.engine.train()
     if main and made.protocol:
         console.print("exporting and measuring")
-    finish(made)
+    summary = finish(made)
     if main:
         show(out)
+        tell_failed(summary["failed"], out)
+
+
+def complete(out: Path) -> bool:
+    """Whether the run came to its end with all that it leaves."""
+    import json
+
+    from distill.finish import failed, finished
+
+    return finished(out) and not failed(json.loads((out / "summary.json").read_text()))
+
+
+def tell_failed(failed: dict[str, str], out: Path) -> None:
+    """Close with what is missing; each was said as it failed.
+
+    Raises:
+        Exit: with 1, where the figures are.
+    """
+    from distill.extras import FIGURES, LOG
+    from distill.terminal import notice
+
+    if failed:
+        notice(
+            f"not made: {', '.join(failed)}; the student is there; --resume tries again "
+            f"({out / LOG} says more)"
+        )
+    if FIGURES in failed:
+        notice(f"{FIGURES}: {failed[FIGURES]}")  # last, where a benchmark looks for the reason
+        raise typer.Exit(1)
 
 
 def more_steps(out: Path, steps: int) -> bool:
@@ -89,6 +122,8 @@ def show(out: Path) -> None:
         one = rows[0].figures
         title = f"{one['protocol']}: {one['n']:,} samples" + "; ± over seeds" * (one["seeds"] > 1)
         console.print(results(title, shown, next(iter(shown)) if "teacher" in metrics else None))
+    elif "figures" in summary.get("failed", {}):
+        console.print("not measured: the measuring failed")
     else:
         console.print("not measured: the recipe names no eval.protocol")
     console.print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn.functional import cross_entropy
 
 from eval.digits import HERE, Classifier, data, held_out
@@ -34,5 +34,6 @@ def train(epochs: int = 100, batch: int = 128) -> tuple[Classifier, float]:
 
 if __name__ == "__main__":
     net, accuracy = train()
-    save_file(net.state_dict(), HERE / "classifier.safetensors", {"accuracy": f"{accuracy:.4f}"})
+    state = save(net.state_dict(), {"accuracy": f"{accuracy:.4f}"})
+    (HERE / "classifier.safetensors").write_bytes(state)
     sys.stdout.write(f"held-out accuracy {accuracy:.4f}\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -40,5 +40,6 @@ def train(steps: int = 1500, batch: int = 128) -> tuple[Classifier, float]:
 
 if __name__ == "__main__":
     net, accuracy = train()
-    save_file(net.state_dict(), WEIGHTS, {"accuracy": f"{accuracy:.4f}"})
+    state = save(net.state_dict(), {"accuracy": f"{accuracy:.4f}"})
+    WEIGHTS.write_bytes(state)
     sys.stdout.write(f"whole-scene accuracy {accuracy:.4f}\n")
