@@ -113,3 +113,28 @@ def test_labels_restrict_the_finite_set():
     torch.testing.assert_close(
         Finite(items, labels)(x_t, t, cond), Finite(items[2:])(x_t, t), atol=1e-9, rtol=0
     )
+
+
+def test_the_loss_is_the_squared_error_by_its_weight_averaged_over_dimensions():
+    class Off(Gaussian):
+        """Wrong by 2 in each dimension, and of a weight that grows with t."""
+
+        def forward(self, x_t, t, cond=None, s=None):
+            return torch.zeros_like(x_t) + 2
+
+        def weight(self, t):
+            return 1 + t
+
+    x, t = torch.zeros(3, 5), torch.tensor([0.0, 0.5, 1.0])
+    off = Off(torch.zeros(5), torch.ones(5))
+    assert off.loss(x, t).item() == pytest.approx(4 * (1 + 1.5 + 2) / 3)
+
+
+def test_a_wrapper_has_the_weight_of_its_network_at_the_same_noise():
+    inner = Network(nn.Identity(), Linear(), "eps")
+    t = torch.tensor([0.2, 0.5, 0.7], dtype=torch.double)
+    alpha, sigma = Karras().scales(t)
+    expected = inner.weight(Linear().time(sigma / alpha))
+    torch.testing.assert_close(Under(inner, Karras()).weight(t), expected)
+    torch.testing.assert_close(expected, sigma**-2.0, rtol=1e-6, atol=0)  # ε's weight is the SNR
+    torch.testing.assert_close(Guided(inner, 3.0).weight(t), inner.weight(t))

@@ -307,6 +307,21 @@ def test_model_prefix_and_resolution_are_in_the_clip_scores_name_and_change_it(c
     assert a[1] == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_prefix_stands_before_the_prompt():
+    class Hears:
+        def cosines(self, images, prompts):
+            heard.extend(prompts)
+            return torch.ones(len(prompts)).double()
+
+        mean, name = Pair.mean, "clip"
+
+    heard = []
+    metric = ClipScore("clip", "", resolution=8)
+    metric.pair = Hears()
+    metric(Samples(pictures(2, 8, 8), ["a cat", "two dogs"]))
+    assert heard == ["A photo depicts a cat", "A photo depicts two dogs"]
+
+
 def test_cmmds_embeddings_have_length_one_and_are_the_stock_models(clip):
     stock = transformers.CLIPModel.from_pretrained(clip).eval()
     prepared = resize.centre_then_resize(pictures(h=50, w=61), 28)

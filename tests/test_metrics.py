@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eval.errors import MetricError
-from eval.extrapolate import at_infinity, sobol_normal
+from eval.extrapolate import at_infinity, sobol_normal, subset
 from eval.fid import FID, FIDInfinity, Moments, bias, frechet
 from eval.inception_score import InceptionScore, InceptionScoreInfinity, score
 from eval.mmd import CMMD, KID, biased, cubic, gaussian, kid, unbiased
@@ -219,6 +219,19 @@ def test_few_samples_lower_the_inception_score_as_predicted_and_extrapolation_me
     assert found == pytest.approx(20 * math.exp(-19 / 200), rel=0.01)
     mended = InceptionScoreInfinity(as_features, start=200).measure(kept(logits))
     assert mended["inception_score_infinity"] == pytest.approx(20, rel=0.01)
+
+
+def test_splits_are_of_shuffled_samples_and_their_spread_is_the_populations():
+    """Drawn class by class, as protocols draw, unshuffled splits would each be of one class."""
+    logits = torch.eye(10).repeat_interleave(100, 0) * 100
+    found = InceptionScore(as_features, splits=10).measure(kept(logits))
+    assert found["inception_score"] > 9
+    whole = InceptionScore(as_features, splits=1).measure(kept(logits))
+    assert whole == {"inception_score": pytest.approx(10), "inception_score_std": 0}
+    some = normal(15, 3) * 3
+    a, b = (score(part) for part in subset(kept(some).kept, 15, 0).tensor_split(2))
+    two = InceptionScore(as_features, splits=2).measure(kept(some))
+    assert two["inception_score_std"] == pytest.approx(abs(a - b) / 2) and a != b
 
 
 def test_the_inception_score_is_torch_fidelitys():
