@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -104,6 +106,21 @@ def test_the_denoiser_of_a_finite_set_is_the_mixture_of_its_points():
     finite, mixture = Finite(items), Mixture(items, 1e-6)
     x_t, t = torch.randn(8, 2, dtype=torch.double), torch.full((8,), 0.5, dtype=torch.double)
     torch.testing.assert_close(finite(x_t, t), mixture(x_t, t))
+
+
+def test_a_mixtures_weights_are_the_shares_of_its_components():
+    means = torch.tensor([[-1.0], [1.0]], dtype=torch.double)
+    mixture = Mixture(means, 0.5, Karras(), torch.tensor([0.2, 0.8], dtype=torch.double))
+    x_t, t = torch.tensor([[0.3]], dtype=torch.double), torch.tensor([0.4], dtype=torch.double)
+    sigma = Karras().scales(t)[1].item()
+    var = 0.25 + sigma**2
+    left, right = 0.2 * math.exp(-(1.3**2) / (2 * var)), 0.8 * math.exp(-(0.7**2) / (2 * var))
+    gain = 0.25 / var
+    expected = (left * (-1 + gain * 1.3) + right * (1 - gain * 0.7)) / (left + right)
+    assert mixture(x_t, t).item() == pytest.approx(expected, rel=1e-9)
+    assert (mixture.sample(20_000) > 0).double().mean().item() == pytest.approx(
+        0.8 * 0.97725 + 0.2 * 0.02275, abs=0.015
+    )
 
 
 def test_labels_restrict_the_finite_set():

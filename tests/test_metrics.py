@@ -193,6 +193,15 @@ def test_subsets_of_kid_are_seeded_and_too_few_samples_refused():
         kid(x, y)
 
 
+def test_the_spread_of_kid_is_the_populations_over_its_subsets():
+    x, y = normal(300), normal(300, seed=1)
+    rng, found = torch.Generator().manual_seed(0), []
+    for _ in range(3):
+        a, b = (v[torch.randperm(300, generator=rng)[:50]] for v in (x, y))
+        found.append(unbiased(cubic, a, b))
+    assert kid(x, y, 3, 50) == (pytest.approx(np.mean(found)), pytest.approx(np.std(found)))
+
+
 @pytest.mark.parametrize(("subsets", "size"), [(0, 100), (3, 1), (3, 0), (-1, 100)])
 def test_a_kernel_distance_over_no_subsets_or_no_pairs_is_refused(subsets, size):
     x = normal(200)

@@ -8,7 +8,7 @@ from torch import nn
 
 from distill.losses import LogNormal, Uniform
 from distill.objective import Batch
-from distill.objectives import DMD2, FDistill, SiD
+from distill.objectives import DMD2, Consistency, FDistill, SiD
 from distill.objectives.diffusion import Diffusion
 from students.generator import Generator
 from teachers.denoiser import Denoiser
@@ -59,9 +59,8 @@ def student(m, r=0.0, d=1):
 
 def played(objective, players, batch, step=0):
     """The loss of the turn of these players."""
-    found = [t for t in objective.turns(step) if t.players == players]
-    assert len(found) == 1
-    return found[0].loss(batch)
+    turn = next(t for t in objective.turns(step) if t.players == players)
+    return turn.loss(batch)
 
 
 def noise(*values, d=1):
@@ -220,6 +219,31 @@ def test_the_first_steps_are_plain_dmd2_and_not_one_more():
         network.zero_grad()
         played(objective, ("student",), batch, step).value.backward()
         assert network.m.grad.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("ratio", "trusted"), [(100.0, 20.0), (1e-3, 0.1), (3.0, 3.0)])
+def test_ratios_are_trusted_within_their_limits(ratio, trusted):
+    objective, _ = divergence(Level(math.log(ratio)), memory=0.0)
+    for turn in objective.turns(0):
+        turn.loss(Batch(noise(0.0, 1.0), noise(0.0, 1.0)))
+    assert objective.means[3].item() == pytest.approx(trusted, rel=1e-5)
+
+
+# consistency
+
+
+@pytest.mark.parametrize(("distance", "d"), [("huber", 4), ("huber", 9), ("square", 4)])
+def test_consistencys_distance_is_of_the_whole_sample(distance, d):
+    generator = Generator(Says(3.0))
+    objective = Consistency(
+        teacher=Says(0.0), student=generator, distance=distance, huber_c=0.5, target_ema=0.5
+    )
+    generator.denoiser.x += 2.0  # and the network that makes targets is where it was
+    zeros = torch.zeros(6, d, dtype=D)
+    loss = played(objective, ("student",), Batch(zeros, zeros))
+    c = 0.5 * d**0.5
+    expected = 4 * d if distance == "square" else (4 * d + c**2) ** 0.5 - c
+    assert loss.value.item() == pytest.approx(expected)
 
 
 # plain diffusion training

@@ -63,6 +63,9 @@ def test_each_step_moves_the_average_once_and_after_the_student(pipelines, tmp_p
     params = engine.players["student"].params
     data, mean = stream(engine), [p.detach().clone() for p in params]
     for step, decay in enumerate((0.1, 2 / 11, 3 / 12)):  # short of 0.5: (n + 1) / (n + 10)
+        with torch.no_grad():  # further than one step goes, so that shares show
+            for p in params:
+                p.add_(0.1)
         before = [p.detach().clone() for p in params]
         engine.advance(data)
         moved = any(not torch.equal(a, b) for a, b in zip(before, params, strict=True))
