@@ -17,11 +17,15 @@ from eval.spec import label_accuracy
 def test_bytes_are_rounded_and_not_truncated():
     levels = torch.arange(256) / 127.5 - 1
     assert torch.equal(to_uint8(levels.view(1, 1, 16, 16)).flatten().long(), torch.arange(256))
+    near = levels[1:-1].view(1, 1, 2, 127)
+    for part in (-0.4, 0.4):
+        found = to_uint8(near + part / 127.5).flatten().long()
+        assert torch.equal(found, torch.arange(1, 255))
     assert to_uint8(torch.tensor([[[[-5.0, 5.0]]]])).flatten().tolist() == [0, 255]
 
 
 def test_means_are_over_seeds_with_the_populations_spread_and_speed_is_the_median():
-    runs = [{"fd": v, "images_per_s": s} for v, s in ((1.0, 10.0), (2.0, 100.0), (6.0, 20.0))]
+    runs = [{"fd": v, "images_per_s": s} for v, s in ((1.0, 10.0), (2.0, 20.0), (6.0, 100.0))]
     row = Protocol("toy", ["x"] * 7, ()).over(runs)
     assert row["fd"] == 3 and row["images_per_s"] == 20
     assert row["spread"] == {"fd": pytest.approx((14 / 3) ** 0.5)}

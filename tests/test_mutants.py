@@ -85,9 +85,21 @@ def test_what_is_caught_and_by_which_test_is_written_down_and_the_tree_stays(pro
     assert (project / "code_under_test.py").read_text() == CODE
 
 
-def test_one_may_be_tried_alone(project, capsys):
+def test_one_may_be_tried_alone_and_the_others_results_stay(project, capsys):
     assert tool.main(["--only", "minus", "--jobs", "2"], (CAUGHT, SURVIVES), project) == 0
     assert "thrice" not in capsys.readouterr().out
+    file, faults = project / "out.json", (CAUGHT, SURVIVES)
+    words = ["--only", "minus", "--json", str(file)]
+    assert tool.main(words, faults, project) == 2
+    assert "out.json holds no result of 'thrice'; leave out --only once" in capsys.readouterr().err
+    rows = [tool.Result(m.name, m.file, "survived", "", 0.0) for m in faults]
+    file.write_text(tool.written(rows))
+    assert tool.main(words, faults, project) == 1
+    found = json.loads(file.read_text())["mutants"]
+    assert [(m["name"], m["status"]) for m in found] == [
+        ("minus", "caught"),
+        ("thrice", "survived"),
+    ]
 
 
 def test_a_fault_that_hangs_its_tests_is_caught(project, monkeypatch):
@@ -115,7 +127,7 @@ def test_where_nothing_can_be_said_it_says_why(bad, line, project, capsys):
     ("words", "line"),
     [
         (["--only", "mnius"], "--only: no fault is named 'mnius'"),
-        (["--only", "minus", "--json", "x"], "--only: a file of results is of all faults"),
+        (["--only", "minus", "--markdown", "x"], "--only: a page is of all faults; name"),
         (["--jobs", "0"], "--jobs: 0; give 1 or more"),
     ],
 )
