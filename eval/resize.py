@@ -69,8 +69,9 @@ def pil(images: Tensor, sides: tuple[int, int], how: Image.Resampling) -> Tensor
     """Bytes (N, C, H, W) to bytes (N, C, *sides), by Pillow; sides are height and width."""
     if images.shape[2:] == sides:
         return images
+    height, width = sides
     planes = [
-        np.asarray(Image.fromarray(plane).resize(sides[::-1], how))
+        np.asarray(Image.fromarray(plane).resize((width, height), how))
         for plane in images.cpu().numpy().reshape(-1, *images.shape[2:])
     ]
     return torch.from_numpy(np.stack(planes)).view(*images.shape[:2], *sides)
