@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test slow lint types clean
+.PHONY: quickstart test slow mutants lint types clean
 
 quickstart: $(STAMP)
 	$(BIN)/distill run recipes/digits/dmd2.yaml --out runs/quickstart \
@@ -16,6 +16,10 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Plant faults one at a time, and write down which the tests catch: minutes on one core.
+mutants: $(STAMP)
+	$(BIN)/python benchmarks/mutants.py --json docs/results/mutants.json --markdown docs/mutants.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

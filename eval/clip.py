@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eval import fetch
 from eval.features import CLIP, device, normalised
-from eval.resize import centre_lanczos, centre_square, pil_bytes
+from eval.resize import centre_lanczos, resize_then_centre
 from eval.samples import Samples
 
 BATCH = 64
@@ -49,10 +49,10 @@ class Pair:
 
     @torch.no_grad()
     def cosines(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Cosines (N,), float64, of uint8 images (N, 3, H, W), centre-cropped, and prompts."""
+        """Cosines (N,), float64, of uint8 images (N, 3, H, W), prepared for CLIP, and prompts."""
         network, tokenizer = self.model
         size = network.config.vision_config.image_size
-        pixels = pil_bytes(centre_square(images), size)
+        pixels = resize_then_centre(images, size)
         tokens = tokenizer(
             prompts,
             padding="max_length",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eval import digits, fetch, shapes
 from eval.errors import MetricError, unknown
 from eval.metric import Features
-from eval.resize import Resize, pil_bytes, pil_float, torch_bicubic, untouched
+from eval.resize import Resize, centre_then_resize, pil_bytes, pil_float, untouched
 
 Network = Callable[[Tensor], Tensor]  # float32 (N, 3, size, size) in 0 … 255 -> (N, D)
 
@@ -209,7 +209,7 @@ EXTRACTORS: dict[str, Extractor | Embedded] = {
             lambda: dinov2(*DINOV2),
         ),
         Extractor(
-            "clip-vitl14-336", CLIP_L_336[1][:12], 768, 336, torch_bicubic,
+            "clip-vitl14-336", CLIP_L_336[1][:12], 768, 336, centre_then_resize,
             lambda: clip_image(*CLIP_L_336),
         ),
         Embedded("digits", "1", 64, digits.features),

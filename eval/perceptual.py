@@ -16,7 +16,7 @@ from eval import fetch
 from eval.errors import MetricError, unknown
 from eval.features import device
 from eval.fetch import package
-from eval.resize import centre_lanczos
+from eval.resize import stretched_lanczos
 from eval.samples import Samples, by_prompt
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # two uint8 (N, 3, H, W) -> (N,)
@@ -75,7 +75,7 @@ class Diversity:
         groups = by_prompt(samples.prompts)
         if lonely := next((p for p, of in groups.items() if len(of) < 2), None):
             raise MetricError(f"{self.name}: prompt {lonely!r} has one picture; draw two or more")
-        images = centre_lanczos(samples.images, self.size)
+        images = stretched_lanczos(samples.images, self.size)
         found = []
         for members in groups.values():
             a, b = (torch.tensor(side) for side in zip(*combinations(members, 2)))

@@ -7,12 +7,12 @@ repeated to three channels by the extractor, not here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import floor
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 Resize = Callable[[Tensor, int], Tensor]
 
@@ -42,29 +42,49 @@ def pil_bytes(images: Tensor, size: int) -> Tensor:
 
     dgm-eval's for DINOv2 (Stein et al. 2023, arXiv:2306.04675).
     """
-    return pil(images, size, Image.Resampling.BICUBIC).float()
+    return pil(images, (size, size), Image.Resampling.BICUBIC).float()
 
 
-def torch_bicubic(images: Tensor, size: int) -> Tensor:
-    """Bicubic by torch without antialiasing, not clipped: CMMD's (arXiv:2401.09603)."""
-    return interpolate(images.float(), (size, size), mode="bicubic")
+def centre_then_resize(images: Tensor, size: int) -> Tensor:
+    """The largest central square, then `pil_bytes`: CMMD's (Jayasumana et al., arXiv:2401.09603).
+
+    The authors' code crops the file with Pillow, half a pixel rounded down, resizes it with
+    Pillow's bicubic, and its second resize, on the device, is to the same size.
+    """
+    return pil_bytes(centre(images, min(images.shape[2:]), floor), size)
 
 
-def pil(images: Tensor, size: int, how: Image.Resampling) -> Tensor:
-    """Bytes (N, C, H, W) to bytes (N, C, size, size), by Pillow."""
-    if images.shape[2:] == (size, size):
+def resize_then_centre(images: Tensor, size: int) -> Tensor:
+    """The shorter side to `size` by `pil_bytes`' filter, then the central square.
+
+    CLIP's own processor, which PickScore uses; half a pixel is rounded down as in transformers.
+    Of square pictures it is `pil_bytes`.
+    """
+    h, w = images.shape[2:]
+    sides = (size, int(size * w / h)) if h <= w else (int(size * h / w), size)
+    return centre(pil(images, sides, Image.Resampling.BICUBIC), size, floor).float()
+
+
+def pil(images: Tensor, sides: tuple[int, int], how: Image.Resampling) -> Tensor:
+    """Bytes (N, C, H, W) to bytes (N, C, *sides), by Pillow; sides are height and width."""
+    if images.shape[2:] == sides:
         return images
+    height, width = sides
     planes = [
-        np.asarray(Image.fromarray(plane).resize((size, size), how))
+        np.asarray(Image.fromarray(plane).resize((width, height), how))
         for plane in images.cpu().numpy().reshape(-1, *images.shape[2:])
     ]
-    return torch.from_numpy(np.stack(planes)).view(*images.shape[:2], size, size)
+    return torch.from_numpy(np.stack(planes)).view(*images.shape[:2], *sides)
 
 
-def centre(images: Tensor, side: int) -> Tensor:
-    """The central (side, side) of any (N, C, H, W); as much as there is of a smaller picture."""
+def centre(images: Tensor, side: int, whole: Callable[[float], int] = round) -> Tensor:
+    """The central (side, side) of any (N, C, H, W); as much as there is of a smaller picture.
+
+    whole: what makes a corner at half a pixel whole: `round` as torchvision does, to the even
+        number, or `floor` as transformers does.
+    """
     h, w = (min(side, v) for v in images.shape[2:])
-    top, left = (round((v - s) / 2) for v, s in zip(images.shape[2:], (h, w)))
+    top, left = (whole((v - s) / 2) for v, s in zip(images.shape[2:], (h, w)))
     return images[:, :, top : top + h, left : left + w]
 
 
@@ -75,7 +95,12 @@ def centre_square(images: Tensor) -> Tensor:
 
 def centre_lanczos(images: Tensor, size: int) -> Tensor:
     """Bytes: the central square, Lanczos to (size, size); COCO's in DMD (arXiv:2311.18828)."""
-    return pil(centre_square(images), size, Image.Resampling.LANCZOS)
+    return stretched_lanczos(centre_square(images), size)
+
+
+def stretched_lanczos(images: Tensor, size: int) -> Tensor:
+    """Bytes: Lanczos to (size, size), whatever the shape was."""
+    return pil(images, (size, size), Image.Resampling.LANCZOS)
 
 
 def centre_patch(images: Tensor, size: int) -> Tensor:

@@ -13,7 +13,19 @@ from distill.plan import count_samples
 from distill.recipe import Recipe
 from students import stock
 from students.export import load_student
-from students.lora import Adapted, Adapter, adapted, checkpointing, merged, under, unwrap, using
+from students.lora import (
+    Adapted,
+    Adapter,
+    adapted,
+    checkpointing,
+    inject,
+    merged,
+    under,
+    unwrap,
+    used,
+    using,
+    weight_with,
+)
 from teachers import UserError, load
 from tests.test_engine import assert_same, stream
 from tests.toys import FIVE, recipe_tree
@@ -180,6 +192,41 @@ def test_using_never_touches_requires_grad(teacher):
     with using(teacher.denoiser, "fake"):
         assert [p.requires_grad for p in teacher.denoiser.parameters()] == flags
     assert [p.requires_grad for p in teacher.denoiser.parameters()] == flags
+
+
+def test_an_adapter_used_within_anothers_use_gives_it_back(teacher):
+    x, t, cond = inputs(teacher)
+    student, fake = (stirred(adapted(teacher, Adapter(rank=2), n)) for n in ("student", "fake"))
+    shared = student.denoiser
+    assert used(shared) is None
+    with using(shared, "student"):
+        before = shared(x, t, cond)
+        with pytest.raises(KeyError), using(shared, "fake"):
+            assert used(shared) == "fake"
+            raise KeyError
+        with using(shared, None):
+            assert used(shared) is None
+        assert used(shared) == "student"
+        assert torch.equal(shared(x, t, cond), before)
+    assert used(shared) is None
+    assert torch.equal(student(x, t, cond), before) and not torch.equal(fake(x, t, cond), before)
+
+
+def test_an_adapter_is_added_to_half_precision_weights_in_float32():
+    from peft import LoraConfig
+
+    base = torch.nn.Sequential(torch.nn.Linear(64, 48)).to(torch.bfloat16)
+    weight = base[0].weight.detach().clone()
+    inject(base, "mine", LoraConfig(r=4, lora_alpha=8, target_modules="0"))
+    layer = base[0]
+    a, b = layer.lora_A["mine"].weight, layer.lora_B["mine"].weight
+    assert a.dtype == b.dtype == torch.float32
+    with torch.no_grad():
+        b.normal_()
+    expected = (weight.float() + 2 * b @ a).to(torch.bfloat16)
+    found = weight_with(layer, "mine")
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+    assert torch.equal(layer.base_layer.weight, weight)
 
 
 def test_a_deep_copy_is_another_adapter_on_the_same_weights(teacher):

@@ -86,3 +86,18 @@ def test_class_folders_for_a_teacher_without_classes_are_read_with_a_word(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "has no classes, so subfolders are not read as labels" in err
+
+
+def test_every_epoch_has_an_order_of_its_own_and_every_run_its_own_orders_and_noise():
+    s = source(50)
+    first, second = (s.batch(d, 0, 1, 50) for d in range(2))
+    other = Source((1,), s.x, s.cond, seed=1, size=50).batch(0, 0, 1, 50)
+    assert not torch.equal(first.x, second.x)
+    assert not torch.equal(first.x, other.x)
+    assert not torch.equal(first.noise, other.noise)
+    assert torch.equal(first.x, source(50).batch(0, 0, 1, 50).x)
+
+
+def test_an_epoch_may_end_within_a_batch():
+    found = torch.cat([source(10).batch(d, 0, 1, 4).x for d in range(5)]).flatten().tolist()
+    assert sorted(found[:10]) == sorted(found[10:]) == list(range(10))

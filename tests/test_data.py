@@ -15,13 +15,15 @@ from torchvision.transforms import functional as tf
 
 from distill import sources
 from distill.data import Buckets, Source
-from distill.images import list_images, sizes_of
+from distill.encode import bucket_seed
+from distill.images import into_buckets, list_images, sizes_of
 from distill.listing import REPORT
 from distill.prompts import list_prompts, pack
 from distill.sections import Bucketing, Column
 from teachers import UserError
 from tests.datasets import (
     folder_of,
+    picture,
     pixels,
     png,
     recipe,
@@ -63,6 +65,11 @@ def test_no_two_batches_of_buckets_share_their_noise():
     source = buckets()
     noises = [source.batch(d, k, 2, 2).noise[0, 0].item() for d in range(90) for k in range(2)]
     assert len(set(noises)) == 180
+
+
+def test_every_bucket_has_a_seed_of_its_own_and_the_first_has_the_runs():
+    assert bucket_seed(5, 0) == 5
+    assert len({bucket_seed(s, b) for s in (5, 6) for b in range(4)}) == 8
 
 
 def test_within_a_bucket_every_epoch_visits_every_item_once():
@@ -114,6 +121,15 @@ def test_images_go_to_the_bucket_nearest_in_shape_and_keep_their_captions(tmp_pa
         want = text["tall" if h > w else "wide"].expand(2, -1)
         torch.testing.assert_close(batch.cond["pooled"], want)
     assert shapes == {(5, 3), (3, 5)}
+
+
+def test_images_between_two_buckets_go_to_the_nearer_by_ratio(tmp_path):
+    """11×10 is 2.2 times as tall as a bucket of 1:2, and a bucket of 2:1 is 1.8 times as tall."""
+    for i, size in enumerate([(11, 10), (10, 11), (30, 10)]):
+        folder_of(tmp_path / f"a/{i}", 1, captioned=False, size=size)
+    listing = list_images(str(tmp_path / "a"), None, 0, False)
+    into_buckets(listing, [(4, 8), (8, 4)])
+    assert [i.bucket for i in listing.items] == [1, 0, 1]
 
 
 # ---- prompts
@@ -305,6 +321,16 @@ def test_a_photograph_that_lies_on_its_side_is_turned(tmp_path):
     upright.save(tmp_path / "a/2.png")
     source = sources.source_of(recipe(source=str(tmp_path / "a")), pixels())
     assert torch.equal(source.x[0], source.x[1])
+
+
+@pytest.mark.parametrize(("h", "w", "box"), [(8, 14, (3, 0, 11, 8)), (15, 8, (0, 4, 8, 12))])
+def test_a_picture_is_cut_at_its_centre_and_not_stretched(tmp_path, h, w, box):
+    """Of the side that the teacher takes, so that nothing is resized: pixels are the file's."""
+    folder_of(tmp_path / "a", 3, captioned=False, size=(h, w))
+    source = sources.source_of(recipe(source=str(tmp_path / "a")), pixels())
+    for i, got in enumerate(source.x):
+        want = np.asarray(picture(i, (h, w)).crop(box))
+        assert np.array_equal(((got + 1) * 127.5).round().permute(1, 2, 0).numpy(), want)
 
 
 # ---- what is bad

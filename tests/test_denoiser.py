@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -106,6 +108,21 @@ def test_the_denoiser_of_a_finite_set_is_the_mixture_of_its_points():
     torch.testing.assert_close(finite(x_t, t), mixture(x_t, t))
 
 
+def test_a_mixtures_weights_are_the_shares_of_its_components():
+    means = torch.tensor([[-1.0], [1.0]], dtype=torch.double)
+    mixture = Mixture(means, 0.5, Karras(), torch.tensor([0.2, 0.8], dtype=torch.double))
+    x_t, t = torch.tensor([[0.3]], dtype=torch.double), torch.tensor([0.4], dtype=torch.double)
+    sigma = Karras().scales(t)[1].item()
+    var = 0.25 + sigma**2
+    left, right = 0.2 * math.exp(-(1.3**2) / (2 * var)), 0.8 * math.exp(-(0.7**2) / (2 * var))
+    gain = 0.25 / var
+    expected = (left * (-1 + gain * 1.3) + right * (1 - gain * 0.7)) / (left + right)
+    assert mixture(x_t, t).item() == pytest.approx(expected, rel=1e-9)
+    assert (mixture.sample(20_000) > 0).double().mean().item() == pytest.approx(
+        0.8 * 0.97725 + 0.2 * 0.02275, abs=0.015
+    )
+
+
 def test_labels_restrict_the_finite_set():
     items, labels = ring(4).double(), torch.tensor([0, 0, 1, 1])
     cond = {"class_labels": torch.tensor([1] * 8)}
@@ -113,3 +130,28 @@ def test_labels_restrict_the_finite_set():
     torch.testing.assert_close(
         Finite(items, labels)(x_t, t, cond), Finite(items[2:])(x_t, t), atol=1e-9, rtol=0
     )
+
+
+def test_the_loss_is_the_squared_error_by_its_weight_averaged_over_dimensions():
+    class Off(Gaussian):
+        """Wrong by 2 in each dimension, and of a weight that grows with t."""
+
+        def forward(self, x_t, t, cond=None, s=None):
+            return torch.zeros_like(x_t) + 2
+
+        def weight(self, t):
+            return 1 + t
+
+    x, t = torch.zeros(3, 5), torch.tensor([0.0, 0.5, 1.0])
+    off = Off(torch.zeros(5), torch.ones(5))
+    assert off.loss(x, t).item() == pytest.approx(4 * (1 + 1.5 + 2) / 3)
+
+
+def test_a_wrapper_has_the_weight_of_its_network_at_the_same_noise():
+    inner = Network(nn.Identity(), Linear(), "eps")
+    t = torch.tensor([0.2, 0.5, 0.7], dtype=torch.double)
+    alpha, sigma = Karras().scales(t)
+    expected = inner.weight(Linear().time(sigma / alpha))
+    torch.testing.assert_close(Under(inner, Karras()).weight(t), expected)
+    torch.testing.assert_close(expected, sigma**-2.0, rtol=1e-6, atol=0)  # ε's weight is the SNR
+    torch.testing.assert_close(Guided(inner, 3.0).weight(t), inner.weight(t))

@@ -9,14 +9,36 @@ from eval import digits
 from eval.errors import MetricError
 from eval.fid import FID, Moments, frechet
 from eval.prdc import prdc
-from eval.protocol import floor, protocol
+from eval.protocol import Protocol, floor, protocol
 from eval.samples import Samples, to_uint8
+from eval.spec import label_accuracy
 
 
 def test_bytes_are_rounded_and_not_truncated():
     levels = torch.arange(256) / 127.5 - 1
     assert torch.equal(to_uint8(levels.view(1, 1, 16, 16)).flatten().long(), torch.arange(256))
+    near = levels[1:-1].view(1, 1, 2, 127)
+    for part in (-0.4, 0.4):
+        found = to_uint8(near + part / 127.5).flatten().long()
+        assert torch.equal(found, torch.arange(1, 255))
     assert to_uint8(torch.tensor([[[[-5.0, 5.0]]]])).flatten().tolist() == [0, 255]
+
+
+def test_means_are_over_seeds_with_the_populations_spread_and_speed_is_the_median():
+    runs = [{"fd": v, "images_per_s": s} for v, s in ((1.0, 10.0), (2.0, 20.0), (6.0, 100.0))]
+    row = Protocol("toy", ["x"] * 7, ()).over(runs)
+    assert row["fd"] == 3 and row["images_per_s"] == 20
+    assert row["spread"] == {"fd": pytest.approx((14 / 3) ** 0.5)}
+    assert (row["protocol"], row["n"], row["seeds"]) == ("toy", 7, 3)
+
+
+def test_the_classifier_reads_real_digits_as_their_labels_and_others_not():
+    images, labels = digits.data()
+    some = to_uint8(images[::5])  # none of which it was trained on
+    right = label_accuracy()(Samples(some, [str(v) for v in labels[::5].tolist()]))
+    assert right["accuracy"] > 0.96
+    wrong = label_accuracy()(Samples(some, [str((v + 1) % 10) for v in labels[::5].tolist()]))
+    assert wrong["accuracy"] < 0.02
 
 
 def test_images_that_are_not_numbers_are_refused():

@@ -82,6 +82,48 @@ def test_the_coco_preparation_is_pillows_lanczos_of_the_central_square():
     assert np.array_equal(found, np.asarray(square))
 
 
+@pytest.mark.parametrize(
+    ("h", "w", "corner"),  # of the square, left and top: half a pixel is left out
+    [(50, 61, (5, 0)), (61, 50, (0, 5)), (400, 337, (0, 31)), (20, 33, (6, 0)), (336, 336, (0, 0))],
+)
+def test_cmmds_pictures_are_cut_to_the_central_square_and_then_resized_by_pillow(h, w, corner):
+    images, side = pictures(h=h, w=w), min(h, w)
+    left, top = corner
+    squares = [p.crop((left, top, left + side, top + side)) for p in photos(images)]
+    expected = [np.asarray(p.resize((336, 336), Image.Resampling.BICUBIC)) for p in squares]
+    found = resize.centre_then_resize(images, 336)
+    assert found.dtype == torch.float32
+    assert np.array_equal(found.permute(0, 2, 3, 1), np.stack(expected))
+    assert EXTRACTORS["clip-vitl14-336"].resize is resize.centre_then_resize
+    assert EXTRACTORS["clip-vitl14-336"].size == 336
+
+
+def test_cmmds_embeddings_are_of_the_square_at_the_centre_alone():
+    """What lies beside the square changes nothing, and CLIP's mean and deviation are taken off."""
+    seen = []
+    whole = EXTRACTORS["clip-vitl14-336"]
+    of = Extractor("a", "1", 3, 8, whole.resize, lambda: lambda x: seen.append(x) or x.mean((2, 3)))
+    images = pictures(n=1, h=20, w=33)
+    beside = images.clone()
+    beside[..., :6], beside[..., 26:] = 0, 255
+    assert torch.equal(of(images), of(beside))
+    assert seen[0].shape == (1, 3, 8, 8)
+    flat = normalised(torch.full((1, 3, 1, 1), 255.0), CLIP).flatten()
+    means, stds = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    assert flat.tolist() == pytest.approx([(1 - m) / s for m, s in zip(means, stds)], rel=1e-6)
+
+
+@pytest.mark.parametrize(("h", "w"), [(50, 61), (61, 50), (47, 30), (28, 90), (33, 28), (40, 40)])
+def test_clips_own_preparation_is_its_processors_whatever_the_shape(h, w):
+    images = pictures(h=h, w=w)
+    processor = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    theirs = processor(photos(images), return_tensors="pt")["pixel_values"]
+    found = normalised(resize.resize_then_centre(images, 28), CLIP)
+    torch.testing.assert_close(found, theirs, atol=1e-5, rtol=1e-5)
+
+
 # extractors
 
 
@@ -128,7 +170,7 @@ def test_inception_features_are_clean_fids_of_the_same_graph(name, mode, monkeyp
     torch.jit.script(graph).save(str(path))
     monkeypatch.setattr(fetch, "download", lambda url, digest: path)
     features._loaded.cache_clear()
-    images = pictures(3, 50, 50)
+    images = pictures(3, 50, 67)  # stretched, not cropped
     theirs = InceptionV3W(str(tmp_path), download=False, resize_inside=mode != "clean")
     fed = np.stack([build_resizer(mode)(np.asarray(p)) for p in photos(images)])
     with torch.no_grad():
@@ -190,7 +232,7 @@ def clip(tmp_path_factory):
 
 
 def test_clip_cosines_are_those_of_the_stock_model_and_processor(clip):
-    images, prompts = pictures(3, 50, 50), ["a cat", "two dogs", "x"]
+    images, prompts = pictures(3, 50, 67), ["a cat", "two dogs", "x"]
     model = transformers.CLIPModel.from_pretrained(clip).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(clip)
     tokens = tokenizer(prompts, padding="max_length", max_length=40, return_tensors="pt")
@@ -253,20 +295,36 @@ def test_a_state_dict_of_the_hub_is_read_without_unpickling_code(clip, tmp_path,
 
 
 def test_model_prefix_and_resolution_are_in_the_clip_scores_name_and_change_it(clip):
-    samples = Samples(pictures(4, 50, 50), ["a", "b", "c", "d"])
+    samples = Samples(pictures(4, 50, 61), ["a", "b", "c", "d"])
     plain = ClipScore(str(clip), "", prefix="", resolution=50)
     prefixed = ClipScore(str(clip), "", prefix="A photo depicts ", resolution=50)
     (a,), (b,) = (list(m(samples).items()) for m in (plain, prefixed))
     assert a[0] == f"clip_score[{clip.name}, '', 50]"
     assert b[0] == f"clip_score[{clip.name}, 'A photo depicts', 50]"
     assert a[1] != b[1]
-    expected = plain.pair.cosines(samples.images, samples.prompts).mean().item()
+    square = resize.centre_lanczos(samples.images, 50)
+    expected = plain.pair.cosines(square, samples.prompts).mean().item()
     assert a[1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_prefix_stands_before_the_prompt():
+    class Hears:
+        def cosines(self, images, prompts):
+            heard.extend(prompts)
+            return torch.ones(len(prompts)).double()
+
+        mean, name = Pair.mean, "clip"
+
+    heard = []
+    metric = ClipScore("clip", "", resolution=8)
+    metric.pair = Hears()
+    metric(Samples(pictures(2, 8, 8), ["a cat", "two dogs"]))
+    assert heard == ["A photo depicts a cat", "A photo depicts two dogs"]
 
 
 def test_cmmds_embeddings_have_length_one_and_are_the_stock_models(clip):
     stock = transformers.CLIPModel.from_pretrained(clip).eval()
-    prepared = resize.torch_bicubic(pictures(h=50, w=50), 28)
+    prepared = resize.centre_then_resize(pictures(h=50, w=61), 28)
     with torch.no_grad():
         theirs = stock(
             pixel_values=normalised(prepared, CLIP), input_ids=torch.ones(2, 3, dtype=torch.long)
@@ -371,6 +429,19 @@ def test_diversity_is_the_mean_over_pairs_and_then_prompts():
     assert found == pytest.approx(((40 + 100 + 60) / 3 + 90) / 2)
     with pytest.raises(MetricError, match="'b' has one picture"):
         Diversity(apart)(Samples(images[:3], ["a", "b", "a"]))
+
+
+def test_diversity_sees_all_of_a_picture_stretched_by_pillows_lanczos():
+    """As DMD2's script resizes them, which cuts nothing off."""
+    images, seen = pictures(2, 20, 33), []
+
+    def keep(a, b):
+        seen.extend([a, b])
+        return apart(a, b)
+
+    Diversity(keep, size=16)(Samples(images, ["a", "a"]))
+    expected = [np.asarray(p.resize((16, 16), Image.Resampling.LANCZOS)) for p in photos(images)]
+    assert np.array_equal(torch.cat(seen).permute(0, 2, 3, 1), np.stack(expected))
 
 
 def test_agreement_with_the_teacher_is_by_sample():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eval.errors import MetricError
-from eval.extrapolate import at_infinity, sobol_normal
+from eval.extrapolate import at_infinity, sobol_normal, subset
 from eval.fid import FID, FIDInfinity, Moments, bias, frechet
 from eval.inception_score import InceptionScore, InceptionScoreInfinity, score
 from eval.mmd import CMMD, KID, biased, cubic, gaussian, kid, unbiased
@@ -193,6 +193,15 @@ def test_subsets_of_kid_are_seeded_and_too_few_samples_refused():
         kid(x, y)
 
 
+def test_the_spread_of_kid_is_the_populations_over_its_subsets():
+    x, y = normal(300), normal(300, seed=1)
+    rng, found = torch.Generator().manual_seed(0), []
+    for _ in range(3):
+        a, b = (v[torch.randperm(300, generator=rng)[:50]] for v in (x, y))
+        found.append(unbiased(cubic, a, b))
+    assert kid(x, y, 3, 50) == (pytest.approx(np.mean(found)), pytest.approx(np.std(found)))
+
+
 @pytest.mark.parametrize(("subsets", "size"), [(0, 100), (3, 1), (3, 0), (-1, 100)])
 def test_a_kernel_distance_over_no_subsets_or_no_pairs_is_refused(subsets, size):
     x = normal(200)
@@ -219,6 +228,19 @@ def test_few_samples_lower_the_inception_score_as_predicted_and_extrapolation_me
     assert found == pytest.approx(20 * math.exp(-19 / 200), rel=0.01)
     mended = InceptionScoreInfinity(as_features, start=200).measure(kept(logits))
     assert mended["inception_score_infinity"] == pytest.approx(20, rel=0.01)
+
+
+def test_splits_are_of_shuffled_samples_and_their_spread_is_the_populations():
+    """Drawn class by class, as protocols draw, unshuffled splits would each be of one class."""
+    logits = torch.eye(10).repeat_interleave(100, 0) * 100
+    found = InceptionScore(as_features, splits=10).measure(kept(logits))
+    assert found["inception_score"] > 9
+    whole = InceptionScore(as_features, splits=1).measure(kept(logits))
+    assert whole == {"inception_score": pytest.approx(10), "inception_score_std": 0}
+    some = normal(15, 3) * 3
+    a, b = (score(part) for part in subset(kept(some).kept, 15, 0).tensor_split(2))
+    two = InceptionScore(as_features, splits=2).measure(kept(some))
+    assert two["inception_score_std"] == pytest.approx(abs(a - b) / 2) and a != b
 
 
 def test_the_inception_score_is_torch_fidelitys():

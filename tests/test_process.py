@@ -6,6 +6,7 @@ from teachers.process import Karras, Linear, Tabulated, Trig
 
 PROCESSES = {
     "linear": Linear(),
+    "shifted": Linear(3.0),
     "trig": Trig(),
     "trig half": Trig(0.5),
     "karras": Karras(),

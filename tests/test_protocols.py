@@ -138,6 +138,15 @@ def test_every_protocol_is_written_as_it_should_be_and_its_figures_are_described
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["coco2014-30k", "coco2017-5k"])
+def test_cmmd_of_coco_is_of_the_pictures_as_they_are_which_it_crops_and_resizes_itself(name):
+    needs = spec.spec(spec.FOLDER / f"{name}.yaml").needs(name)
+    found = {n.metric: n.features.rule for n in needs}
+    assert found[f"cmmd of {name}"].endswith(", centre_then_resize to 336")
+    assert found[f"cmmd of {name}"].startswith("clip-vitl14-336 ")
+    assert found[f"fid of {name}"].startswith("centre_lanczos to 256, then inception-clean")
+
+
 def test_labels_are_balanced_in_every_chunk():
     written = spec.spec(spec.FOLDER / "cifar10-50k.yaml")
     prompts = written.all_prompts("cifar10-50k")

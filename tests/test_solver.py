@@ -95,3 +95,26 @@ def test_a_heun_step_from_noise_or_onto_data_is_a_ddim_step_and_others_are_not()
     assert (got[2] - first[2]).abs() > 1e-3
     exact = teacher.flow(x_t, t, s)
     assert (got[2] - exact[2]).abs() < 0.3 * (first[2] - exact[2]).abs()
+
+
+@pytest.mark.parametrize("process", [Tabulated.linear(), Karras(0.01, 10)], ids=repr)
+def test_an_ancestral_step_has_the_posteriors_mean_and_variance(process):
+    """q(x_s | x_t, x̂) of the Markov chain (arXiv:2006.11239, equations 6 and 7)."""
+    n = 400_000
+    times = torch.tensor([0.6, 0.5], dtype=torch.double)
+    x, x_t = torch.tensor(0.3).double(), torch.full((n, 1), 1.2).double()
+    seen = []
+
+    def known(x_t, t, cond=None):
+        seen.append(x_t)
+        return x.expand_as(x_t)
+
+    known.process = process
+    SOLVERS["ancestral"](known, x_t, times)
+    (alpha_t, alpha_s), (sigma_t, sigma_s) = process.scales(times)
+    ratio = alpha_t / alpha_s
+    beta = sigma_t**2 - ratio**2 * sigma_s**2  # of the noise that the chain adds from s to t
+    mean = (ratio * sigma_s**2 * 1.2 + alpha_s * beta * x) / sigma_t**2
+    std = (beta * sigma_s**2 / sigma_t**2).sqrt()
+    assert seen[1].mean().item() == pytest.approx(mean.item(), abs=4 * std.item() / n**0.5)
+    assert seen[1].std().item() == pytest.approx(std.item(), rel=0.01)

@@ -199,6 +199,18 @@ def test_figures_in_chunks_are_those_of_all_samples_at_once():
     assert "evaluations" not in at_once
 
 
+def test_averages_over_chunks_are_by_their_sizes():
+    levels = {100: 30, 300: 90, 50: 255}
+    chunks, first = [], 0
+    for i, (n, level) in enumerate(levels.items()):
+        images = torch.full((n, 1, 3, 3), level, dtype=torch.uint8)
+        chunks.append((i, first, Samples(images, ["x"] * n, 0.0, {"cost": float(level)})))
+        first += n
+    found = measure(protocol(None).metrics, chunks)
+    mean = sum(n * level for n, level in levels.items()) / 450
+    assert found["bright"] == pytest.approx(mean) and found["cost"] == pytest.approx(mean)
+
+
 def test_chunks_of_a_protocol_never_share_a_seed():
     seen = []
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from students import Critic, Generator, stock
-from students.export import ExportError, draw, export, load_student, verify
+from students.export import ExportError, apart, draw, export, load_student, verify
 from teachers import Karras, UserError, load
 from teachers.analytic import Gaussian
 from teachers.process import Tabulated
@@ -169,6 +169,19 @@ def test_an_edm_student_is_the_identity_at_its_floor(pipelines, kind):
     torch.testing.assert_close(student(x, torch.zeros(2), cond), x, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_a_ddpm_students_boundary_is_lcms(pipelines, kind):
+    """c_skip x_t + c_out x̂ at index i, by 0.5 and 10 i (arXiv:2310.04378, section 4)."""
+    teacher = load(str(pipelines[kind]))
+    student = stock.student(teacher, 2).denoiser
+    x_t, cond = torch.randn(5, 1, 8, 8), teacher.codec.condition([1, 2, 3, 4, 5])
+    index = torch.tensor([0.0, 1.0, 2.0, 5.0, 999.0])
+    t, scaled = index / 999, (10 * index).view(-1, 1, 1, 1)
+    x, size = teacher.denoiser(x_t, t, cond), (scaled**2 + 0.5**2).sqrt()
+    expected = 0.5**2 / size**2 * x_t + scaled / size * x
+    torch.testing.assert_close(student(x_t, t, cond), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize(("kind", "renoise"), [("edm", True), ("eps", True), ("eps", False)])
 def test_a_students_times_are_its_schedulers_at_every_count(pipelines, kind, renoise, steps):
@@ -279,6 +292,16 @@ def test_an_export_that_differs_is_refused_and_leaves_nothing(pipelines, tmp_pat
     with pytest.raises(ExportError, match="differs"):
         verify(tmp_path / "student", other, teacher)
     assert [p.name for p in tmp_path.iterdir()] == ["student"]  # no drafts
+
+
+def test_one_pixel_that_differs_fails_an_export(pipelines):
+    student = stock.student(load(str(pipelines["edm"]), null_label=10), 1)
+    ours = torch.rand(3, 1, 8, 8)
+    theirs = ours.clone()
+    theirs[1, 0, 2, 5] += 5e-4  # rounding
+    assert apart(ours, theirs, student) == ""
+    theirs[1, 0, 2, 5] += 5e-3
+    assert "differs from the student by 0.005" in apart(ours, theirs, student)
 
 
 def test_pictures_do_not_depend_on_the_batch_size(pipelines):
