@@ -38,7 +38,7 @@ def digest(module):
     made = hashlib.sha256()
     for key, p in module.state_dict().items():
         if not any(part.startswith(("lora_", "hada_", "lokr_")) for part in key.split(".")):
-            made.update(key.replace(".base_layer", "").encode() + p.numpy().tobytes())
+            made.update(key.replace(".base_layer", "").encode() + p.cpu().numpy().tobytes())
     return made.hexdigest()
 
 

@@ -26,9 +26,8 @@ def made(name, pipelines, out, resume=False, **train):
 
 def stream(engine):
     per = engine.shards
-    return Stream(
-        engine.source, torch.device("cpu"), engine.draws, range(per), per, engine.cfg.batch // per
-    )
+    device, size = engine.accelerator.device, engine.cfg.batch // per
+    return Stream(engine.source, device, engine.draws, range(per), per, size)
 
 
 def weights(engine):
