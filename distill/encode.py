@@ -202,12 +202,13 @@ def picture_shape(teacher: Teacher) -> tuple[int, ...]:
 def device() -> torch.device:
     """Where networks do their work outside training: where Accelerate puts those that train.
 
-    ACCELERATE_TORCH_DEVICE names it; ACCELERATE_USE_CPU (true, yes, on or 1) leaves a GPU alone.
+    ACCELERATE_TORCH_DEVICE names it; ACCELERATE_USE_CPU (true, yes, on or 1) spares a GPU.
     """
     if name := os.environ.get("ACCELERATE_TORCH_DEVICE"):
         return torch.device(name)
-    avoided = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("y", "yes", "t", "true", "on", "1")
-    if avoided or not torch.cuda.is_available():
+    said = os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    spared = said in ("y", "yes", "t", "true", "on", "1")  # as Accelerate reads it
+    if spared or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 

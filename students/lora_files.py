@@ -74,5 +74,7 @@ def export_lora(generator: Generator, teacher: Teacher, student: Path, out: Path
         if next(network.backbone.parameters()).dtype != torch.float32 or is_quantised(network):
             # stock diffusers adds the file to the weights as they are on the disk, in float32
             exact = reread(generator, teacher, torch.float32)
-        write(files, pipeline(exact, teacher), base, generator.counts, arguments)
+        # a copy of the network, beside encoders that left the device long ago
+        merged = pipeline(exact, teacher).to("cpu")
+        write(files, merged, base, generator.counts, arguments)
     shutil.copytree(student / "scheduler", out / "scheduler")

@@ -61,7 +61,11 @@ def _fresh_state():
 
 @pytest.fixture(autouse=DEVICE == "fake")
 def gpu(_fresh_state, monkeypatch: pytest.MonkeyPatch):
-    """A fake GPU, which Accelerate and all else take for the device to work on."""
+    """The device to test on that is not the host: the GPU, or else a fake one, which Accelerate and
+    all that asks for a device takes for the one to work on."""
+    if DEVICE == "cuda":
+        yield torch.device("cuda")
+        return
     with fake_gpu.installed(monkeypatch):
         yield fake_gpu.GPU
 

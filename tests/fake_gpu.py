@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,9 +31,9 @@ GPU = torch.device("lazy")
 
 # Operations whose result's shape or value the host must know before it can go on.
 WAITS = {
-    "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "bincount",
-    "unique_dim", "unique_consecutive", "_unique", "_unique2", "_linalg_check_errors",
-    "repeat_interleave",
+    "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "allclose", "masked_select",
+    "bincount", "unique_dim", "unique_consecutive", "_unique", "_unique2", "repeat_interleave",
+    "_linalg_check_errors",
 }  # fmt: skip
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 SCALARS = {"fill_", "masked_fill", "masked_fill_", "index_fill", "index_fill_"}  # may be host ones
@@ -40,6 +41,12 @@ RANDOM = {"rand", "randn", "randint", "randperm", "normal_", "uniform_", "random
           "bernoulli_", "multinomial", "exponential_", "normal"}  # fmt: skip
 
 
+# Another generator than the host's: the same seed gives other numbers there.
+OTHER = {
+    **dict.fromkeys(("randn", "randn_like"), lambda x: x.neg_()),
+    **dict.fromkeys(("rand", "rand_like"), lambda x: x.neg_().add_(1 - 2**-24)),
+}
+INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 FILLED = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 
 
@@ -107,13 +114,18 @@ _hot = 0  # how many hot() are entered
 
 @contextmanager
 def hot() -> Iterator[None]:
-    """Inside, the host may not wait for the device."""
+    """Inside, the host may not wait for the device; on a real GPU, CUDA says when it does."""
     global _hot
+    real = torch.cuda.is_available()
     _hot += 1
+    if real:
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
         _hot -= 1
+        if real:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @contextmanager
@@ -135,6 +147,8 @@ class _Made(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in INDEXING and on_gpu(args[0]):
+            args = (args[0], _index(args[1]), *args[2:])
         if func is Tensor.new_tensor and on_gpu(args[0]) and kwargs.get("device") is None:
             kwargs["device"] = GPU
         device = kwargs.get("device")
@@ -146,6 +160,13 @@ class _Made(TorchFunctionMode):
         if func is Tensor.new_tensor:
             func, args = torch.tensor, args[1:]
         return func(*args, **kwargs | {"device": "cpu"}).to(GPU).requires_grad_(grad)
+
+
+def _index(value: Any) -> Any:
+    """Lists in an index are tensors on the GPU."""
+    if isinstance(value, tuple):
+        return tuple(map(_index, value))
+    return torch.tensor(value).to(GPU) if isinstance(value, list) else value
 
 
 class FakeGPU(TorchDispatchMode):
@@ -201,6 +222,11 @@ def installed(monkeypatch: Any) -> Iterator[None]:
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", GPU.type)
     monkeypatch.setattr(torch, "autocast", _Autocast)
     monkeypatch.setattr(data, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(torch, GPU.type, SimpleNamespace(_initialized=False), raising=False)
+    enabled = torch.is_autocast_enabled
+    monkeypatch.setattr(
+        torch, "is_autocast_enabled", lambda kind="cpu": kind != GPU.type and enabled(kind)
+    )
     script = export.SCRIPT.replace('pipe.to(request["device"])', "pipe")  # no other process has it
     monkeypatch.setattr(export, "SCRIPT", script)
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: [*known])
@@ -225,13 +251,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     there = any(isinstance(v, OnGPU) for v in flat)
     asked = kwargs.get("device")
     target = GPU.type if there and asked is None else asked and torch.device(asked).type
-    if name in ("_to_copy", "copy_", "_copy_from", "to"):
+    if target == "meta":
+        pass
+    elif name in ("_to_copy", "copy_", "_copy_from", "to"):
         _check_copy(name, args, kwargs, target)
     elif there:
         _check(func, name, args, flat)
-    if name in RANDOM and (rng := kwargs.get("generator")) is not None and target == GPU.type:
-        if rng.device.type != GPU.type:
-            raise DeviceError(f"{name}: a generator of the {rng.device} draws on the GPU")
+    rng = kwargs.get("generator") if name in RANDOM and target == GPU.type else None
+    if rng is not None and rng.device.type != GPU.type:
+        raise DeviceError(f"{name}: a generator of the {rng.device} draws on the GPU")
     if name == "is_pinned":
         return False
     if name in ("_pin_memory", "pin_memory"):
@@ -242,7 +270,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if asked is not None and target == GPU.type:
         inner_kwargs["device"] = torch.device("cpu")
     inner_kwargs.pop("pin_memory", None)
+    if name == "_efficientzerotensor":  # has no memory, which only its own kernels know
+        func = torch.ops.aten.zeros.default
     found = func(*inner_args, **inner_kwargs)
+    if target == GPU.type and name in OTHER:
+        found = OTHER[name](found)
     given = {id(v.inner): v for v in flat if isinstance(v, OnGPU)}
     same = {id(v) for v in flat if isinstance(v, Tensor)}
 

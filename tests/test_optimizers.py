@@ -49,7 +49,7 @@ def test_offloaded_moments_give_adamws_numbers_bit_for_bit():
             assert torch.equal(ours.optimizer.state[a][key], theirs.optimizer.state[b][key])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_moments_rest_in_pinned_memory_and_give_the_same_numbers():
     found = []
     for name in ("adamw", "adamw-offloaded"):
