@@ -22,13 +22,18 @@ if DEVICE not in ("cpu", "cuda", "fake"):
     raise pytest.UsageError(f"FEWSTEP_TEST_DEVICE={DEVICE}: give cpu, cuda or fake")
 if DEVICE != "cuda":
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+else:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS gives the same bits each time
 
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 from tests import fake_gpu, toys  # noqa: E402
 
-if DEVICE != "cuda" and torch.accelerator.is_available():  # one that no variable hides
+if DEVICE == "cuda":  # a run that is taken up again is compared bit for bit, values to the host's
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = False
+elif torch.accelerator.is_available():  # one that no variable hides
     os.environ["ACCELERATE_USE_CPU"] = "true"
 
 

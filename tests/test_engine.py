@@ -18,6 +18,8 @@ from distill.seeds import seed_all
 from teachers import UserError
 from tests.toys import FIVE, recipe_tree
 
+pytestmark = pytest.mark.device
+
 
 def made(name, pipelines, out, resume=False, **train):
     tree = recipe_tree(name, pipelines["edm"], **train)

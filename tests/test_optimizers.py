@@ -14,6 +14,8 @@ from teachers import UserError, load
 from tests.test_engine import assert_same
 from tests.toys import recipe_tree
 
+pytestmark = pytest.mark.device
+
 HAVE = {"adamw8bit": importlib.util.find_spec("bitsandbytes") is not None}
 NAMES = [
     pytest.param(n, marks=pytest.mark.skipif(not HAVE.get(n, True), reason="not installed"))
