@@ -44,6 +44,7 @@ pipe = DiffusionPipeline.from_pretrained(folder, **options, **dict.fromkeys(requ
 pipe.to(request["device"]).set_progress_bar_config(disable=True)
 images, step = {}, pipe.scheduler.step
 for steps in request["counts"]:
+    torch.manual_seed(1)  # for schedulers that draw from no other generator
     draw = torch.Generator().manual_seed(0)
     if not request["seeded"]:  # a scheduler left to itself draws on the GPU, from other numbers
         again = torch.Generator().manual_seed(1)
@@ -238,7 +239,8 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
                 if not network.SEEDED:  # on a GPU, the global generator draws other numbers
                     pipe.scheduler.step = partial(step, generator=torch.Generator().manual_seed(1))
                 _, arguments = request(generator, teacher)  # afresh: some write to their lists
-                with adapter_of(generator.denoiser):
+                with torch.random.fork_rng(), adapter_of(generator.denoiser):
+                    torch.manual_seed(1)
                     out = pipe(
                         num_inference_steps=steps, generator=rng, output_type="pt", **arguments
                     )
