@@ -4,15 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test slow mutants lint types clean
+.PHONY: quickstart test test-gpu slow mutants lint types clean
 
 quickstart: $(STAMP)
 	$(BIN)/distill run recipes/digits/dmd2.yaml --out runs/quickstart \
 		$$(if [ -e runs/quickstart ]; then echo --resume; fi)
 
 # One thread for each of two workers: small networks gain nothing from sharing cores.
+# All tests run on the CPU; where there is a GPU, those of the engine run there as well.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+		then $(MAKE) test-gpu; fi
+
+# The tests that follow the device, and those that need a GPU: see tests/conftest.py.
+test-gpu: $(STAMP)
+	FEWSTEP_TEST_DEVICE=cuda $(BIN)/python -m pytest
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -16,6 +16,7 @@ from accelerate.utils import AutocastKwargs
 from torch import nn
 
 from distill import cache, checkpoint, optimizers, own
+from distill.encode import device
 from distill.engine import Engine, check_memory, shards_of
 from distill.listing import write_report
 from distill.lock import refuse_live, take
@@ -70,7 +71,7 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     check_folder(recipe, out, resume)
     for origin in filter(None, (recipe.teacher.source, guidance_of(recipe).weaker)):
         check_licence(origin, recipe.export.licence_override)
-    if recipe.train.precision == "fp16" and not torch.cuda.is_available():
+    if recipe.train.precision == "fp16" and device().type == "cpu":
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32")
     for name, moves in recipe.players.items():
         optimizers.check(moves.optimizer, name)

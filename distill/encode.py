@@ -200,10 +200,17 @@ def picture_shape(teacher: Teacher) -> tuple[int, ...]:
 
 
 def device() -> torch.device:
-    """Where encoders do their work: this process's GPU, where there is one to use."""
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    """Where networks do their work outside training: where Accelerate puts those that train.
+
+    ACCELERATE_TORCH_DEVICE names it; ACCELERATE_USE_CPU (true, yes, on or 1) spares a GPU.
+    """
+    if name := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        return torch.device(name)
+    said = os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    spared = said in ("y", "yes", "t", "true", "on", "1")  # as Accelerate reads it
+    if spared or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextmanager

@@ -21,8 +21,10 @@ import yaml
 
 from distill import build, teach_text
 from distill.drawing import evaluate_teacher
+from distill.encode import device
 from distill.finish import summarise
 from distill.lock import release, take
+from distill.meter import device_name
 from distill.recipe import Recipe, find, override, read_yaml
 from distill.seeds import seed_all
 from distill.teach_text import Scenes, TextRecipe
@@ -208,7 +210,7 @@ def teach_pictures(recipe: TextRecipe, out: Path, resume: bool, where: str) -> d
     summary = {
         "stages": stages,
         "seed": recipe.train.seed,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "device": cpu if device().type == "cpu" else device_name(device()),
         "wall_s": sum(stage["seconds"] for stage in stages.values()),
         "metrics": measure_pictures(recipe, out / "teacher"),
         "recipe": recipe.tree(),
@@ -232,7 +234,7 @@ def measure_pictures(recipe: TextRecipe, folder: Path) -> dict[str, Any]:
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(folder)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.to(device())
     measure = protocol(cfg.protocol)
 
     def figures(steps: int, guidance: float) -> dict[str, Any]:

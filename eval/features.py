@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -132,7 +133,10 @@ def _loaded(extractor: Extractor) -> Network:
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where networks run: the GPU, where there is one that ACCELERATE_USE_CPU does not spare."""
+    said = os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    spared = said in ("y", "yes", "t", "true", "on", "1")  # as Accelerate reads it
+    return torch.device("cpu" if spared or not torch.cuda.is_available() else "cuda")
 
 
 def inception(head: Callable[[nn.Module, Tensor], Tensor]) -> Network:

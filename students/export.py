@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,20 @@ ROUNDING = 0.02  # of the mean pixel, where weights are of half precision: a wro
 
 # Runs in another process, with none of our packages imported: what a user's machine will do.
 SCRIPT = """
-import json, sys, torch
+import functools, json, sys, torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 folder, out, request = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 options = {"trust_remote_code": True} if request["own"] else {}
 pipe = DiffusionPipeline.from_pretrained(folder, **options, **dict.fromkeys(request["absent"]))
 pipe.to(request["device"]).set_progress_bar_config(disable=True)
-images = {}
+images, step = {}, pipe.scheduler.step
 for steps in request["counts"]:
-    torch.manual_seed(1)  # for pipelines that do not hand their generator on to the scheduler
+    torch.manual_seed(1)  # for schedulers that draw from no other generator
     draw = torch.Generator().manual_seed(0)
+    if not request["seeded"]:  # a scheduler left to itself draws on the GPU, from other numbers
+        again = torch.Generator().manual_seed(1)
+        pipe.scheduler.step = functools.partial(step, generator=again)
     arguments = json.loads(sys.argv[3])["arguments"]  # afresh: some pipelines write to their lists
     out_ = pipe(num_inference_steps=steps, generator=draw, output_type="pt", **arguments)
     images[str(steps)] = next(iter(out_.values())).float().cpu().contiguous()
@@ -182,9 +186,10 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
     prompts, arguments = request(generator, teacher)
     lacks = absent(teacher)
     device = next(generator.parameters()).device.type
-    own = brings_source(unwrap(generator.denoiser))
+    network = unwrap(generator.denoiser)
+    about = {"device": device, "own": brings_source(network), "seeded": network.SEEDED}
     asked = {"counts": generator.counts, "arguments": arguments, "absent": lacks}
-    asked = json.dumps({**asked, "device": device, "own": own})
+    asked = json.dumps({**asked, **about})
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "images.safetensors"
         # -I: neither this folder nor PYTHONPATH can lend the child our packages
@@ -244,8 +249,11 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
         with placed(teacher, device), torch.autocast(device.type, network.dtype, enabled=half):
             pipe = pipeline(generator, teacher, merge=isinstance(network, UNet))
             pipe.set_progress_bar_config(disable=True)
+            step = pipe.scheduler.step
             for steps in generator.counts:
                 rng = torch.Generator().manual_seed(0)
+                if not network.SEEDED:  # on a GPU, the global generator draws other numbers
+                    pipe.scheduler.step = partial(step, generator=torch.Generator().manual_seed(1))
                 _, arguments = request(generator, teacher)  # afresh: some write to their lists
                 with torch.random.fork_rng(), adapter_of(generator.denoiser):
                     torch.manual_seed(1)
@@ -300,8 +308,8 @@ def draw(
 
     The noise comes from CPU generators, all of it first and then in batches, so the pictures depend
     neither on the device nor on the batch size. Pipelines that hand their generator on to the
-    scheduler draw all from that one; the others draw their returns' noise from PyTorch's global
-    one, for which a generator seeded with `seed` + 1 stands here.
+    scheduler draw all from that one; the others' schedulers draw the noise of returns from one that
+    is seeded with `seed` + 1, as they do by themselves on the CPU after `torch.manual_seed`.
 
     Args:
         cond: The labels' condition, where it has been worked out already.

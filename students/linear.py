@@ -46,7 +46,8 @@ class Score(Affine):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
         alpha, sigma = self.process.at(t, x_t)  # (B, 1)
-        noise = sigma[..., None] ** 2 * torch.eye(len(self.mean), dtype=x_t.dtype)
+        unit = torch.eye(len(self.mean), dtype=x_t.dtype, device=x_t.device)
+        noise = sigma[..., None] ** 2 * unit
         total = alpha[..., None] ** 2 * self.cov + noise  # (B, D, D), of x_t
         inner = torch.linalg.solve(total, (x_t - alpha * self.mean)[..., None])
         return self.mean + alpha * (self.cov @ inner)[..., 0]

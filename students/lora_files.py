@@ -75,7 +75,8 @@ def export_lora(
         if next(network.backbone.parameters()).dtype != torch.float32 or is_quantised(network):
             # stock diffusers adds the file to the weights as they are on the disk, in float32
             exact = reread(generator, teacher, torch.float32)
-        pipe = pipeline(exact, teacher)
+        # a copy of the network, beside encoders that left the device long ago
+        pipe = pipeline(exact, teacher).to("cpu")
 
         def draw(some: list[File]) -> None:
             write(some, pipe, base, generator.counts, arguments)

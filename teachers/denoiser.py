@@ -163,6 +163,18 @@ class Guided(Wrapper):
     ) -> None:
         super().__init__(denoiser)
         self.scale, self.null, self.mix = scale, null, mix
+        self._moved: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def negative(self, key: str, like: Tensor) -> Tensor:
+        """The null's entry (1, ...) on `like`'s device and in its type, moved there once.
+
+        Moved at each call, it would make the host wait for the device every time.
+        """
+        assert self.null is not None
+        place = (key, like.device, like.dtype)
+        if place not in self._moved:
+            self._moved[place] = self.null[key].to(like)
+        return self._moved[place]
 
     def guides(self, cond: Cond) -> bool:
         """Whether there is something to move away from."""
@@ -172,8 +184,8 @@ class Guided(Wrapper):
         self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x̂, and the negative x̂ that guidance moves away from; needs `guides(cond)`."""
-        assert cond is not None and self.null is not None
-        both = {k: torch.cat([v, self.null[k].to(v).expand_as(v)]) for k, v in cond.items()}
+        assert cond is not None
+        both = {k: torch.cat([v, self.negative(k, v).expand_as(v)]) for k, v in cond.items()}
         twice = s if s is None else torch.cat([s, s])
         x, x_null = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, twice).chunk(2)
         return x, x_null

@@ -248,12 +248,12 @@ class Adaptive(Wrapper):
         self.left: Tensor | None = None  # (B,), whether each is still guided
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
-        null = self.guided.null
-        assert cond is not None and null is not None
+        assert cond is not None and self.guided.null is not None
         if self.left is None:
             self.left = torch.ones(len(x_t), dtype=torch.bool, device=x_t.device)
         i = self.left.nonzero()[:, 0]  # the host waits for it
-        both = {k: torch.cat([v, null[k].to(v).expand_as(v)[i]]) for k, v in cond.items()}
+        null = {k: self.guided.negative(k, v).expand_as(v) for k, v in cond.items()}
+        both = {k: torch.cat([v, null[k][i]]) for k, v in cond.items()}
         times = torch.cat([t, t[i]])
         ends = s if s is None else torch.cat([s, s[i]])
         found = self.denoiser(torch.cat([x_t, x_t[i]]), times, both, ends)

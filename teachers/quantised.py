@@ -113,7 +113,7 @@ def decode(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.d
     """The weight that `encode`'s codes and scales stand for."""
     if codes.dtype == FP8:
         return codes.to(dtype) * scales.to(dtype)
-    levels = torch.tensor(NF4, device=codes.device)
+    levels = torch.tensor(NF4).to(codes.device, non_blocking=True)  # each layer, at each call
     pairs = torch.cartesian_prod(levels, levels)  # (256, 2), a byte's two weights in one look
     flat = F.embedding(codes.int(), pairs.to(dtype)).view(-1, BLOCK) * scales.to(dtype)
     return flat.flatten()[: shape[0] * shape[1]].view(shape)

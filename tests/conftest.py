@@ -1,14 +1,60 @@
-"""Shared fixtures: small real pipelines on disk, and a fresh Accelerate state for each test."""
+"""Shared fixtures: small real pipelines on disk, and a fresh Accelerate state for each test.
+
+And the one place that decides on which device tests run. FEWSTEP_TEST_DEVICE says so:
+
+- `cpu`, the default: all tests run on the CPU, and so do the processes that they start. Numbers are
+  compared to many digits, which GPUs do not agree on, so GPUs are hidden before torch looks.
+- `cuda` (`make test-gpu`): the tests that follow the device run on the first GPU, those marked
+  `device`; and those that need one, marked `gpu`. No others run.
+- `fake`: the tests marked `device` run on `tests/fake_gpu.py`, which refuses on a CPU what a GPU
+  would. `tests/test_fake_gpu.py` plays every objective there in any case.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState
 
-from tests import toys
+DEVICE = os.environ.get("FEWSTEP_TEST_DEVICE", "cpu")
+if DEVICE not in ("cpu", "cuda", "fake"):
+    raise pytest.UsageError(f"FEWSTEP_TEST_DEVICE={DEVICE}: give cpu, cuda or fake")
+if DEVICE != "cuda":
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+else:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS gives the same bits each time
+
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+
+from tests import fake_gpu, toys  # noqa: E402
+
+if DEVICE == "cuda":  # a run that is taken up again is compared bit for bit, values to the host's
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = False
+elif torch.accelerator.is_available():  # one that no variable hides
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("FEWSTEP_TEST_DEVICE=cuda: torch finds no GPU here")
+    if DEVICE != "cuda" and torch.cuda.is_available():
+        raise pytest.UsageError("the GPU was in use before tests could hide it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Elsewhere than on the CPU, only tests run that are meant to."""
+    if DEVICE == "cpu":
+        marks = {"gpu"}
+        out = [item for item in items if item.get_closest_marker("gpu")]
+    else:
+        marks = {"device", "gpu"} if DEVICE == "cuda" else {"device"}
+        out = [item for item in items if not any(map(item.get_closest_marker, marks))]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +62,17 @@ def _fresh_state():
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=DEVICE == "fake")
+def gpu(_fresh_state, monkeypatch: pytest.MonkeyPatch):
+    """The device to test on that is not the host: the GPU, or else a fake one, which Accelerate and
+    all that asks for a device takes for the one to work on."""
+    if DEVICE == "cuda":
+        yield torch.device("cuda")
+        return
+    with fake_gpu.installed(monkeypatch):
+        yield fake_gpu.GPU
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,8 @@ from teachers import UserError, load
 from tests.test_engine import assert_same, stream
 from tests.toys import FIVE, recipe_tree
 
+pytestmark = pytest.mark.device
+
 WAYS = {
     "lora": {"rank": 4},
     "dora": {"rank": 2, "kind": "dora"},
@@ -50,7 +52,7 @@ def digest(module):
     made = hashlib.sha256()
     for key, p in module.state_dict().items():
         if not any(part.startswith(("lora_", "hada_", "lokr_")) for part in key.split(".")):
-            made.update(key.replace(".base_layer", "").encode() + p.numpy().tobytes())
+            made.update(key.replace(".base_layer", "").encode() + p.cpu().numpy().tobytes())
     return made.hexdigest()
 
 
@@ -280,9 +282,10 @@ def test_an_adapter_run_is_exported_merged(pipelines, tmp_path):
     assert summary["steps"] == 2
     student, teacher = load_student(tmp_path / "run" / "student")
     z, cond = torch.randn(2, 1, 8, 8), teacher.codec.condition([1, 2])
+    device = run.engine.accelerator.device
     with run.engine.ema.swapped():
-        ours = run.student(z, cond)
-    torch.testing.assert_close(student(z, cond), ours, atol=1e-4, rtol=1e-4)
+        ours = run.student(z.to(device), {k: v.to(device) for k, v in cond.items()})
+    torch.testing.assert_close(student(z, cond), ours.cpu(), atol=1e-4, rtol=1e-4)
 
 
 def test_only_the_adapters_are_averaged_and_saved(pipelines, tmp_path):

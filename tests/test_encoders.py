@@ -76,3 +76,26 @@ def test_training_needs_no_encoder_and_grids_encode_their_prompts_once(
     hook.remove()
     assert read == ["text"]
     assert isinstance(run.teacher.codec.vae, nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("said", "where", "features"),
+    [
+        ({}, "cuda:1", "cuda"),
+        ({"ACCELERATE_USE_CPU": "yes"}, "cpu", "cpu"),
+        ({"ACCELERATE_USE_CPU": "1"}, "cpu", "cpu"),
+        ({"ACCELERATE_USE_CPU": "false"}, "cuda:1", "cuda"),
+        ({"ACCELERATE_TORCH_DEVICE": "cuda:3"}, "cuda:3", "cuda"),
+    ],
+)
+def test_networks_work_where_accelerate_would_put_them(said, where, features, monkeypatch):
+    from distill import encode
+    from eval import features as metrics
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for key in ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in said.items():
+        monkeypatch.setenv(key, value)
+    assert (str(encode.device()), str(metrics.device())) == (where, features)

@@ -19,6 +19,8 @@ from distill.seeds import seed_all
 from teachers import UserError
 from tests.toys import FIVE, recipe_tree
 
+pytestmark = pytest.mark.device
+
 
 def made(name, pipelines, out, resume=False, **train):
     tree = recipe_tree(name, pipelines["edm"], **train)
@@ -27,9 +29,8 @@ def made(name, pipelines, out, resume=False, **train):
 
 def stream(engine):
     per = engine.shards
-    return Stream(
-        engine.source, torch.device("cpu"), engine.draws, range(per), per, engine.cfg.batch // per
-    )
+    device, size = engine.accelerator.device, engine.cfg.batch // per
+    return Stream(engine.source, device, engine.draws, range(per), per, size)
 
 
 def weights(engine):

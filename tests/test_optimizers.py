@@ -14,6 +14,8 @@ from teachers import UserError, load
 from tests.test_engine import assert_same
 from tests.toys import recipe_tree
 
+pytestmark = pytest.mark.device
+
 HAVE = {"adamw8bit": importlib.util.find_spec("bitsandbytes") is not None}
 NAMES = [
     pytest.param(n, marks=pytest.mark.skipif(not HAVE.get(n, True), reason="not installed"))
@@ -49,7 +51,7 @@ def test_offloaded_moments_give_adamws_numbers_bit_for_bit():
             assert torch.equal(ours.optimizer.state[a][key], theirs.optimizer.state[b][key])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_moments_rest_in_pinned_memory_and_give_the_same_numbers():
     found = []
     for name in ("adamw", "adamw-offloaded"):

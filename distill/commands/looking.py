@@ -29,9 +29,8 @@ def doctor(
     import json
     from dataclasses import asdict
 
-    import torch
-
     from distill.doctor import diagnose, pictures_for, table, verdict
+    from distill.encode import device
     from distill.sources import examples
     from distill.terminal import out as console
     from teachers.errors import UserError
@@ -40,8 +39,7 @@ def doctor(
     if json_file is not None:
         writable(json_file, "--json")
     loaded = load(teacher, **({} if null_label is None else {"null_label": null_label}))
-    if torch.cuda.is_available():
-        loaded.denoiser.to("cuda")
+    loaded.denoiser.to(device())
     if teacher in EMBEDDED and image is None:
         images, prompts = examples(teacher)
     else:

@@ -72,7 +72,7 @@ class Progressive(Objective):
 
     def times(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A step t → r of this stage's grid and its middle m, each (B,), uniform over the grid."""
-        grid = self.grid().to(x.device, torch.float32)
+        grid = self.grid().to(x.device, torch.float32, non_blocking=True)
         i = torch.randint(len(grid) - 1, (len(x),), device=x.device)
         t, r = grid[i], grid[i + 1]
         return t, (t + r) / 2, r
