@@ -143,17 +143,18 @@ def shown(image: Any) -> Image.Image:
 
 
 def _depth(image: Any) -> tuple[int, bool]:
-    """Of grey pixels of more than 8 bits: how many bits, and whether 0 is white."""
+    """Of grey pixels of more than 8 bits: how many bits, 0 if unknown, and whether 0 is white."""
     if image.format != "TIFF":
         return 16, False
+    if image.mode == "I":  # whose values may be anything
+        return 0, False
     return image.tag_v2.get(BITS, (16,))[0], image.tag_v2.get(PHOTOMETRIC) == 0
 
 
 def _parts(image: Image.Image, bits: int, inverted: bool) -> tuple[Image.Image, Any]:
     """Colours in mode L, RGB, CMYK or LAB, and opacity in mode L, or None if there is none."""
     mode, clear = image.mode, image.info.get("transparency")
-    deep = mode.startswith("I;16") or (mode == "I" and image.format != "TIFF")
-    if deep:
+    if mode.startswith("I") and bits:
         values = np.asarray(image).astype(np.int64)
         top = 2**bits - 1
         grey = (values.clip(0, top) * 255 + top // 2) // top
