@@ -195,7 +195,7 @@ def _in_srgb(image: Image.Image, profile: Any) -> Image.Image:
 def _transform(profile: bytes, mode: str) -> Any:
     """LittleCMS's transform of a profile's colours to sRGB; None where there is nothing to do."""
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if SPACES.get(source.profile.xcolor_space.strip().upper()) != mode:
             return None
         srgb, how = ImageCms.createProfile("sRGB"), ImageCms.Intent.PERCEPTUAL
@@ -207,8 +207,6 @@ def _transform(profile: bytes, mode: str) -> Any:
     levels = np.linspace(0, 255, 9).round().astype(np.uint8)
     grid = np.stack(np.meshgrid(*[levels] * len(mode)), -1).reshape(9, -1, len(mode))
     probe = Image.fromarray(grid.squeeze(-1) if mode == "L" else grid)
-    as_is, seen = (
-        np.asarray(v.convert("RGB")).astype(int)
-        for v in (probe, ImageCms.applyTransform(probe, made))  # pyright: ignore
-    )
+    found: Any = ImageCms.applyTransform(probe, made)
+    as_is, seen = (np.asarray(v.convert("RGB")).astype(int) for v in (probe, found))
     return None if abs(as_is - seen).max() <= SAME else made

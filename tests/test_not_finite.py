@@ -88,7 +88,7 @@ def test_a_network_that_always_fails_is_named_before_a_cache_is_begun(tmp_path):
         teacher.codec.words.mix.weight[0, 0] = math.nan
     with pytest.raises(
         NotFinite,
-        match=r"codec\.condition, text .*: Words's weight mix\.weight is not finite; .*fetch them again",
+        match=r"codec\.condition, text .*: Words's weight mix\.weight is not finite; .* again",
     ):
         sources.source_of(recipe(**data, in_memory_gb=0), teacher)
     assert not (tmp_path / "c").exists()
