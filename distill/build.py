@@ -18,7 +18,7 @@ from torch import nn
 from distill import cache, checkpoint, optimizers, own
 from distill.encode import device
 from distill.engine import Engine, check_memory, shards_of
-from distill.listing import write_report
+from distill.listing import check_labels, write_report
 from distill.lock import refuse_live, take
 from distill.measure import check_protocol, evaluate_student
 from distill.objective import Objective, check_first
@@ -26,6 +26,7 @@ from distill.player import Moves, Player
 from distill.preflight import rehearse_end
 from distill.prompts import list_prompts
 from distill.recipe import Recipe, networks_of, read_yaml
+from distill.rehearsal import check_finite
 from distill.seeds import seed_all
 from distill.sources import source_of, work_of
 from distill.teaching import guidance_of, guided, load_teacher
@@ -84,6 +85,8 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     if recipe.kind.few_step and linear.exact(teacher):
         check_exact(recipe, teacher)
     source = source_of(recipe, teacher)
+    if resume and source.report is not None:
+        check_labels(out, source.report)
     forget_precision()
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(recipe.train.precision, recipe.train.precision),
@@ -96,11 +99,12 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
     objective = objective_of(recipe, teacher, accelerator.device)
+    if guidance_of(recipe).kind == "skip":
+        rehearse_skipping(objective.teacher, teacher, accelerator.device)
+    check_finite(objective.teacher, teacher, source, recipe.train, accelerator)
     if recipe.kind.few_step and not linear.exact(teacher):  # linear students have no pipeline
         rehearse(objective.student, teacher)
         rehearse_end(recipe, objective.student, teacher)
-    if guidance_of(recipe).kind == "skip":
-        rehearse_skipping(objective.teacher, teacher, accelerator.device)
     movers = player_networks(objective)
     check_first(objective, movers)
     players = {

@@ -27,15 +27,25 @@ from torch import Tensor
 
 from distill import terminal
 from distill.data import Source
-from distill.encode import TOGETHER, Work, bucket_seed, encoders_on, held, joined, parts, split
+from distill.encode import (
+    TOGETHER,
+    NotFinite,
+    Work,
+    bucket_seed,
+    encoders_on,
+    held,
+    joined,
+    parts,
+    split,
+)
 from distill.fingerprint import fingerprint
-from distill.listing import Bad, Item, report, write_report
+from distill.listing import Bad, Item, write_report
 from distill.sections import DataSection
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.files import save_tensors
 
-FORMAT = 1  # of the shards; a new one makes every cache anew
+FORMAT = 2  # of the shards, and of how images are read; a new one makes every cache anew
 SHARD_BYTES = 1 << 28  # about what one file holds
 SHARD_ITEMS = 2048  # and at most so many items, which is what a kill can lose
 INDEX, NULL, DIGESTS = "index.json", "null.safetensors", "digests.json"
@@ -81,6 +91,13 @@ class Shard(NamedTuple):
     file: str
     bucket: int
     items: list[Item]
+
+
+class Notes(NamedTuple):
+    """What a file of a cache says beside its tensors: what is bad, and what are first frames."""
+
+    bad: list[Bad]
+    firsts: list[str]
 
 
 def check_room(work: Work, root: Path, limit_gb: float) -> None:
@@ -150,58 +167,69 @@ class Cache:
 
         Raises:
             UserError: more than `share` of the items are bad.
+            NotFinite: the codec made NaN or infinity; nothing is left of the cache.
         """
+        try:
+            yield from self._build(share)
+        except NotFinite:  # another codec or other items make another cache: this one is of no use
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def _build(self, share: float) -> Iterator[int]:
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         listing, done = self.work.listing, 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.digests.save()
-        bad = list(listing.bad)
         with encoders_on(self.work.teacher, self.work.device):
+            null = self.work.null()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.digests.save()
+            bad = list(listing.bad)
             if not (self.folder / NULL).exists():
-                null = self.work.teacher.codec.null or {}
-                _write(self.folder / NULL, {k: v.detach().cpu() for k, v in null.items()}, [])
+                _write(self.folder / NULL, null, Notes([], []))
             for shard in self.shards[rank::world]:
                 if not _whole(self.folder / shard.file):
                     self._encode(shard)
-                bad += _read_bad(self.folder / shard.file)
+                bad += _notes(self.folder / shard.file).bad
                 self._check(bad, share)
                 done += len(shard.items)
                 yield done
         while world > 1 and not all((self.folder / s.file).is_file() for s in self.shards):
             time.sleep(0.2)  # the others' shards; a process that fails ends all
-        content = report(listing.total, self._bad())
-        self._check(self._bad(), share)
-        write_report(self.folder, content)
+        bad, firsts = self._noted()
+        self._check(bad, share)
+        write_report(self.folder, listing.report(listing.total, bad, firsts))
         for left in self.folder.glob(".shard-*"):  # drafts of builds that were killed
             left.unlink(missing_ok=True)
         draft = self.folder / f".{INDEX}.{os.getpid()}"
         draft.write_text(json.dumps(self.about, indent=2) + "\n")
         draft.replace(self.folder / INDEX)
-        self.work.tell()
+        self.work.tell(firsts)
 
     def _encode(self, shard: Shard) -> None:
         found: list[dict[str, Tensor]] = []
-        bad: list[Bad] = []
+        notes = Notes([], [])
         for some in parts(shard.items):
-            encoded, faults = self.work.encode(some)
-            bad += faults
-            if encoded:
-                found.append(encoded)
+            made = self.work.encode(some)
+            notes.bad.extend(made.bad)
+            notes.firsts.extend(made.firsts)
+            if made.tensors:
+                found.append(made.tensors)
         full = {k: torch.cat([f[k] for f in found]) for k in found[0]} if found else {}
-        _write(self.folder / shard.file, full, bad)
+        _write(self.folder / shard.file, full, notes)
 
-    def _bad(self) -> list[Bad]:
-        """All that is bad, in the items' order."""
-        bad = list(self.work.listing.bad)
+    def _noted(self) -> Notes:
+        """All that is bad, and all first frames, in the items' order."""
+        found = Notes(list(self.work.listing.bad), [])
         for shard in self.shards:
-            bad += _read_bad(self.folder / shard.file)
-        return bad
+            notes = _notes(self.folder / shard.file)
+            found.bad.extend(notes.bad)
+            found.firsts.extend(notes.firsts)
+        return found
 
     def _check(self, bad: list[Bad], share: float) -> None:
-        total = self.work.listing.total
-        if len(bad) > share * total:
-            write_report(self.folder, report(total, bad))
-        self.work.listing.check(bad, total, share)
+        listing = self.work.listing
+        if len(bad) > share * listing.total:
+            write_report(self.folder, listing.report(listing.total, bad, []))
+        listing.check(bad, listing.total, share)
 
     def open(self, seed: int, share: float) -> Source:
         """The whole cache as a source; files are mapped, and read where a batch needs them.
@@ -209,15 +237,15 @@ class Cache:
         Raises:
             UserError: a file is damaged, or more than `share` of the items were bad.
         """
-        bad, total = self._bad(), self.work.listing.total
-        self.work.listing.check(bad, total, share)
+        listing, (bad, firsts) = self.work.listing, self._noted()
+        listing.check(bad, listing.total, share)
         sources: list[Source] = []
         for bucket in self.work.groups:
             files = [self.folder / s.file for s in self.shards if s.bucket == bucket]
             shapes = self.work.shapes(bucket)
             shape = shapes.get("x", self.work.teacher.shape)
             sources.append(Cached(files, list(shapes), shape, bucket_seed(seed, bucket)))
-        return joined(sources, seed, report(total, bad))
+        return joined(sources, seed, listing.report(listing.total, bad, firsts))
 
     def null(self) -> Cond:
         """The null condition, each entry (1, ...), without the text encoder."""
@@ -271,6 +299,12 @@ class _Digests:
     def _of(self, content: Path | str) -> str:
         if isinstance(content, str):
             return content
+        try:
+            return self._of_file(content)
+        except OSError as error:  # it may be gone or locked; reading it says so by its name
+            return f"{content}: {error.strerror}"
+
+    def _of_file(self, content: Path) -> str:
         stat = content.stat()
         name, mark = str(content.absolute()), [stat.st_size, stat.st_mtime_ns]
         if (found := self.known.get(name)) is None or found[:2] != mark:
@@ -298,12 +332,14 @@ def _shards(work: Work) -> Iterator[Shard]:
             number += 1
 
 
-def _write(path: Path, tensors: dict[str, Tensor], bad: list[Bad]) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], notes: Notes) -> None:
     """A shard, whole or absent."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     try:
-        save_tensors(tensors, draft, {"bad": json.dumps(bad)})  # one key: their order is not kept
+        save_tensors(
+            tensors, draft, {"notes": json.dumps(notes)}
+        )  # one key: their order is not kept
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.replace(path)
@@ -332,9 +368,10 @@ def _whole(path: Path) -> bool:
         return False
 
 
-def _read_bad(path: Path) -> list[Bad]:
+def _notes(path: Path) -> Notes:
     with _opened(path) as file:
-        return [Bad(*b) for b in json.loads(file.metadata()["bad"])]
+        bad, firsts = json.loads(file.metadata()["notes"])
+    return Notes([Bad(*b) for b in bad], firsts)
 
 
 def _rows(path: Path, name: str) -> int:

@@ -10,7 +10,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from distill.images import SUFFIXES
+from eval.images import files_in as every_file
+from eval.images import is_image, opened, shown
 from students.generator import Generator
 from teachers.analytic import Finite, Gaussian, Mixture
 from teachers.checks import Check, Subject, check, relative
@@ -105,9 +106,9 @@ def files_in(path: Path) -> list[Path]:
         raise UserError(f"--image {path}: no such file or folder")
     if not path.is_dir():
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)[:MOST]
+    files = [p for p in every_file(path) if is_image(p)][:MOST]
     if not files:
-        raise UserError(f"--image {path} holds no images ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"--image {path} holds no images, such as .png, .jpg or .webp")
     return files
 
 
@@ -133,11 +134,11 @@ def picture_shape(teacher: Teacher) -> tuple[int, ...]:
 
 def picture(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
     """A picture (C, H, W) in [-1, 1], resized to cover the size and cropped at its centre."""
-    from PIL import Image
     from torchvision.transforms import functional as tf
 
     try:
-        image = Image.open(path).convert("L" if channels == 1 else "RGB")
+        with opened(path) as file:
+            image = shown(file).convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's range over many types for a bad file
         raise UserError(f"--image {path} is not a readable image ({error})") from None
     scale = max(size[0] / image.height, size[1] / image.width)

@@ -10,14 +10,15 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distill.data import Buckets, Source
 from distill.fingerprint import networks
-from distill.images import READERS, pixels, signed
-from distill.listing import Bad, Item, Listing, report
+from distill.images import READERS, Picture, picture, signed
+from distill.listing import Bad, Item, Listing
 from distill.seeds import seed_of
 from distill.terminal import notice
 from teachers.denoiser import Cond
@@ -31,6 +32,23 @@ COND = "cond."  # begins the names of conditions among encoded tensors; data are
 Encoded = dict[str, Tensor]
 
 
+class NotFinite(UserError):
+    """A network of the codec made NaN or infinity."""
+
+
+class Encoding(NamedTuple):
+    """What some items became.
+
+    tensors: (N, ...) on the CPU, of the N that are good.
+    bad: The others.
+    firsts: Names of images of which the first of several frames was read.
+    """
+
+    tensors: Encoded
+    bad: list[Bad]
+    firsts: list[str]
+
+
 class Work:
     """Items, and how they become tensors.
 
@@ -41,6 +59,7 @@ class Work:
 
     Raises:
         UserError: a picture of the first size is no datum of the teacher's.
+        NotFinite: nor is it one of finite numbers.
     """
 
     def __init__(
@@ -62,7 +81,10 @@ class Work:
         images = None
         if self.with_data:
             images = torch.zeros(1, self.channels, *self.sizes[bucket])
-        found = self._through(images, [self.groups[bucket][0].prompt])
+        first = self.groups[bucket][0]
+        found = self._through(images, [first.prompt])
+        check_finite(found, [f"a grey picture, and the prompt of {first.name}"], self.teacher,
+                     self.listing.where)  # fmt: skip
         if self.with_data:
             got, want = found["x"].shape[1:], self.teacher.shape
             fits = got == want if len(self.sizes) == 1 else (got[0], len(got)) == (want[0], 3)
@@ -81,25 +103,32 @@ class Work:
         """Of each tensor, without the batch."""
         return {k: tuple(v.shape[1:]) for k, v in self.samples[bucket].items()}
 
-    def encode(self, items: list[Item]) -> tuple[Encoded, list[Bad]]:
-        """Tensors (N, ...) on the CPU of those of at most TOGETHER items that are good."""
+    def encode(self, items: list[Item]) -> Encoding:
+        """What at most TOGETHER items become.
+
+        Raises:
+            NotFinite: a network of the codec made NaN or infinity of one, which is named.
+        """
         bad: list[Bad] = []
         images: list[Tensor] = []
+        firsts: list[str] = []
         good = items
         if self.with_data:
             good = []
             with ThreadPoolExecutor(READERS) as pool:
-                for item, image in zip(items, pool.map(self._pixels, items), strict=True):
+                for item, image in zip(items, pool.map(self._picture, items), strict=True):
                     if isinstance(image, Bad):
                         bad.append(image)
-                    else:
-                        good.append(item)
-                        images.append(image)
+                        continue
+                    good.append(item)
+                    images.append(image.pixels)
+                    firsts += [item.name] * image.first
         if not good:
-            return {}, bad
+            return Encoding({}, bad, [])
         x = signed(images) if self.with_data else None
         prompts = [i.prompt for i in good]
         found = self._through(x, prompts)
+        check_finite(found, [i.name for i in good], self.teacher, self.listing.where)
         if isinstance(self.teacher.codec, Prompted) and not self.teacher.codec.classes:
             self.read += len(prompts)
             self.truncated += self.teacher.codec.truncated(prompts)
@@ -109,10 +138,25 @@ class Work:
                     f"teacher {self.teacher.source!r}: its codec made {name} of shape "
                     f"{tuple(found[name].shape[1:])} after {shape}; pad it to one length"
                 )
-        return found, bad
+        return Encoding(found, bad, firsts)
 
-    def tell(self) -> None:
-        """Say how many prompts were cut, if any."""
+    def null(self) -> Encoded:
+        """The condition that stands for none, each entry (1, ...); empty where there is none.
+
+        Raises:
+            NotFinite: it holds NaN or infinity.
+        """
+        null = {f"{COND}{k}": v for k, v in (self.teacher.codec.null or {}).items()}
+        check_finite(null, ["the empty or negative prompt"], self.teacher, self.listing.where)
+        return {k.removeprefix(COND): v.detach().cpu() for k, v in null.items()}
+
+    def tell(self, firsts: list[str]) -> None:
+        """Say how many prompts were cut, and how many images had further frames, if any."""
+        if firsts:
+            notice(
+                f"{self.listing.where}: {len(firsts):,} images have several frames or pages, such "
+                f"as {firsts[0]}; the first of each is read"
+            )
         if self.truncated:
             notice(
                 f"{self.listing.where}: {self.truncated:,} of {self.read:,} prompts "
@@ -129,8 +173,57 @@ class Work:
         found |= {f"{COND}{k}": v for k, v in (cond or {}).items()}
         return {k: v.detach().cpu().contiguous() for k, v in found.items()}
 
-    def _pixels(self, item: Item) -> Tensor | Bad:
-        return pixels(item, self.channels, *self.sizes[item.bucket])
+    def _picture(self, item: Item) -> Picture | Bad:
+        return picture(item, self.channels, *self.sizes[item.bucket])
+
+
+def check_finite(found: Encoded, names: list[str], teacher: Teacher, where: str) -> None:
+    """Refuse what a codec made if it holds NaN or infinity.
+
+    Args:
+        found: Data "x" and conditions, each (N, ...).
+        names: Of the N items.
+        where: Begins the message.
+
+    Raises:
+        NotFinite: naming the first such item, the network that made it, and what to do.
+    """
+    for key, value in found.items():
+        if not value.is_floating_point() or torch.isfinite(value).all():
+            continue
+        rows = (~torch.isfinite(value)).reshape(len(value), -1).any(1)
+        row = int(rows.nonzero()[0])
+        kind = "NaN" if torch.isnan(value[row]).any() else "infinity"
+        vae = getattr(teacher.codec, "vae", None)
+        if key == "x":
+            call, parts = "codec.encode", [] if vae is None else [vae]
+        else:
+            call = f"codec.condition, {key.removeprefix(COND)}"
+            parts = [m for m in networks(teacher) if m is not vae]
+        raise NotFinite(f"{where}: {names[row]}: {_maker(call, parts, kind, teacher)}")
+
+
+def _maker(call: str, parts: list[nn.Module], kind: str, teacher: Teacher) -> str:
+    """Which network made NaN or infinity in a call, and what to do about it."""
+    named = ", ".join(type(m).__name__ for m in parts)
+    said = f"teacher {teacher.source!r} made {kind} of it in {call}" + f" ({named})" * bool(named)
+    for part in parts:
+        if (weight := broken_weight(part)) is not None:
+            return (
+                f"{said}: {type(part).__name__}'s weight {weight} is not finite; the files are "
+                "damaged, fetch them again"
+            )
+    if any(p.dtype == torch.float16 for m in parts for p in m.parameters()):
+        return f"{said}: float16 overflows in it; load it in float32 or bfloat16"
+    return f"{said}; load it in float32, or leave this item out"
+
+
+def broken_weight(module: nn.Module) -> str | None:
+    """The name of the first of a network's weights that holds NaN or infinity."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if value.is_floating_point() and not torch.isfinite(value.float()).all():
+            return name
+    return None
 
 
 def split(found: Encoded) -> tuple[Tensor | None, Cond]:
@@ -150,29 +243,32 @@ def held(work: Work, seed: int, share: float) -> Source:
 
     Raises:
         UserError: more than `share` of the items are bad.
+        NotFinite: as `Work.encode`.
     """
     listing, bad = work.listing, list(work.listing.bad)
-    total = listing.total
+    total, firsts = listing.total, []
     sources: list[Source] = []
     with encoders_on(work.teacher, work.device):
+        work.null()
         for bucket, items in work.groups.items():
             full = {
                 k: v.new_empty(len(items), *v.shape[1:]) for k, v in work.samples[bucket].items()
             }
             rows = 0
             for some in parts(items):
-                found, faults = work.encode(some)
-                n = len(some) - len(faults)
-                for name, value in found.items():
+                made = work.encode(some)
+                n = len(some) - len(made.bad)
+                for name, value in made.tensors.items():
                     full[name][rows : rows + n] = value
                 rows += n
-                bad += faults
+                bad += made.bad
+                firsts += made.firsts
                 listing.check(bad, total, share)
             x, cond = split({k: v[:rows] for k, v in full.items()})
             shape = work.shapes(bucket).get("x", work.teacher.shape)
             sources.append(Source(shape, x, cond, bucket_seed(seed, bucket), rows))
-    work.tell()
-    return joined(sources, seed, report(total, bad))
+    work.tell(firsts)
+    return joined(sources, seed, listing.report(total, bad, firsts))
 
 
 def bucket_seed(seed: int, bucket: int) -> int:

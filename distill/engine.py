@@ -107,6 +107,7 @@ class Engine:
         self.latest: dict[str, Tensor] = {}  # of each turn: the student's may not be this step's
         self.evaluations = {k: 0 for k, v in vars(objective).items() if isinstance(v, nn.Module)}
         self.shards = shards_of(train, accelerator.num_processes)
+        self._first: dict[str, Tensor] = {}  # the loss of the first turn that is played here
         self._stop, self._counting = 0, False
         self._asked: Asked | None = None
         # Its own group, for gloo keeps to the hosts: on the devices' an answer would be a sync.
@@ -203,6 +204,8 @@ class Engine:
             self.accelerator.scaler.update()
         self.draws += 1
         name = "+".join(players)
+        if not self._first:
+            self._first = {f"{name}/loss": logs["loss"]}
         norms = {f"{n}/grad_norm": p.grad_norm for n, p in players.items()}
         return {f"{name}/{key}": v for key, v in logs.items()} | norms
 
@@ -319,7 +322,10 @@ class Engine:
 
     def _log(self, logs: dict[str, Tensor]) -> dict[str, float]:
         """Fetch the scalars, averaged over processes, in one transfer; write them down."""
-        values = dict(zip(logs, self._over_processes(logs).tolist(), strict=True))
+        # With them goes the first loss, which some other process may have had no number for.
+        told = self._over_processes({**logs, **{f"first {k}": v for k, v in self._first.items()}})
+        self._first = dict.fromkeys(self._first, told[-1])
+        values = dict(zip(logs, told.tolist()))
         for name, player in self.players.items():
             values[f"{name}/lr"] = player.rate(self.step - 1)
         self.accelerator.log({"seconds": self.seconds, **values}, step=self.step)
@@ -342,15 +348,21 @@ class Engine:
         lost = {k: v for k, v in losses.items() if not math.isfinite(v)}
         if not lost:
             return
-        names = dict.fromkeys(p for key in lost for p in key.split("/")[0].split("+"))
-        rates, found = [f"players.{p}.lr" for p in names], checkpoint.steps(self.root)
+        found = checkpoint.steps(self.root)
         kept = f"the newest checkpoint, {found[-1]}, is of finite losses" if found else (
             "no checkpoint had been saved"
         )  # fmt: skip
-        raise UserError(
-            f"step {self.step}: {' and '.join(f'{k} is {v}' for k, v in lost.items())}; "
-            f"lower {' or '.join(rates)}, or raise the warmup ({kept})"
-        )
+        said = f"step {self.step}: {' and '.join(f'{k} is {v}' for k, v in lost.items())}; "
+        first = {k: v for k, v in self._first.items() if not math.isfinite(v)}
+        if first:
+            key = next(iter(first))
+            raise UserError(
+                f"{said}{key} was so at the first turn, before any update of this run, so no "
+                "learning rate is to blame; look at the objective's own keys, at train.precision, "
+                f"and at the teacher by distill doctor ({kept})"
+            )
+        rates = [f"players.{p}.lr" for p in dict.fromkeys(p for k in lost for p in _players(k))]
+        raise UserError(f"{said}lower {' or '.join(rates)}, or raise the warmup ({kept})")
 
     def _catch(self, number: int, frame: Any) -> None:
         self._stop = number
@@ -380,6 +392,11 @@ class Engine:
                 self.evaluations[name] += len(args[0])
 
         return count
+
+
+def _players(key: str) -> list[str]:
+    """The players of a turn, of the name of something that it logs."""
+    return key.split("/")[0].split("+")
 
 
 def shards_of(train: TrainSection, processes: int) -> int:

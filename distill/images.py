@@ -10,7 +10,7 @@ import json
 import math
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,19 +19,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distill.listing import Bad, Item, Listing
+from distill.listing import Bad, Item, Listing, Needs
 from distill.sections import Bucketing, Column
 from distill.tables import SUFFIXES as TABLES
 from distill.tables import Table, file_of, open_table
 from distill.terminal import notice
+from eval.images import (
+    files_in,
+    is_first_of_many,
+    is_hidden,
+    is_image,
+    is_unread,
+    opened,
+    shown,
+    size_of,
+    suffixes,
+    unread_suffixes,
+)
+from eval.text import decoded
 from teachers.errors import UserError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel, or fewer
 CAPTION_KEYS = ("caption", "text", "prompt")  # of a JSON sidecar, unless it is told
+PACKED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 READERS = 8  # threads that read and decode
-TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 CORRUPT = "corrupt image"
+UNREAD = "its format is not read; save it as PNG or JPEG"
 
 
 def list_images(
@@ -48,15 +60,43 @@ def list_images(
         captioned: Whether the teacher reads text.
 
     Raises:
-        UserError: nothing is there, or there are more class folders than classes.
+        UserError: nothing is there, or no folder of classes where labels are asked for.
     """
-    found = place_of_images(place)
+    found, needs = place_of_images(place), needs_of(classes, captioned)
     if isinstance(found, Column):
-        return _table(found, captions, classes, captioned)
-    where = f"data.source: {place!r}"
-    if isinstance(found, list):
-        return _webdataset(found, where, captions, classes, captioned)
-    return _folder(found, where, captions, classes, captioned)
+        listing = _table(found, captions, needs)
+    else:
+        where = f"data.source: {place!r}"
+        try:
+            if isinstance(found, list):
+                listing = _webdataset(found, where, captions, needs)
+                beside = Path(str(place)).expanduser()
+                if beside.is_dir():
+                    _beside_shards(listing, beside, found)
+            else:
+                listing = _folder(found, where, captions, needs)
+        except OSError as error:
+            which, why = error.filename or "a file", error.strerror or error
+            raise UserError(
+                f"{where}: {which} cannot be read ({why}); see to its permissions"
+            ) from None
+    if not listing.total:
+        raise UserError(f"{listing.where} holds no images{_instead(listing)}")
+    listing.tell_left_out()
+    return listing
+
+
+def needs_of(classes: int, captioned: bool) -> Needs:
+    """What data must come with for a teacher of so many classes, or one that reads text."""
+    return "label" if classes else "caption" if captioned else ""
+
+
+def _instead(listing: Listing) -> str:
+    """What was found where there are no images, for the end of a line."""
+    if not listing.left_out:
+        return "; give a folder of files such as .png, .jpg and .webp, .tar shards, or a table"
+    first = listing.left_out[0]
+    return f", and of {len(listing.left_out)} other files {first.name} is first: {first.reason}"
 
 
 def place_of_images(place: str | Column) -> Column | list[Path] | Path:
@@ -88,37 +128,82 @@ def place_of_images(place: str | Column) -> Column | list[Path] | Path:
 # ---- folders
 
 
-def _folder(
-    folder: Path, where: str, captions: str | None, classes: int, captioned: bool
-) -> Listing:
+def _folder(folder: Path, where: str, captions: str | None, needs: Needs) -> Listing:
     """Without captions of its own, a class-conditional teacher's labels are the subfolders."""
-    inner = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
-    if all(p.name.isdecimal() for p in inner):
-        inner.sort(key=lambda p: int(p.name))
-    if inner and not classes and not captioned:
+    inner = sorted(p for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
+    if inner and not needs:
         notice(f"{where}: the teacher has no classes, so subfolders are not read as labels")
-    labelled = bool(classes) and captions is None
-    groups = inner if labelled else [folder]
-    if labelled and not 1 <= len(groups) <= classes:
-        raise UserError(
-            f"{where} has {len(groups)} subfolders; the teacher knows {classes} classes, "
-            "one subfolder each"
-        )
-    listing, wanted = Listing(where), captioned or bool(classes)
-    for label, group in enumerate(groups):
-        for path in sorted(p for p in group.rglob("*") if p.suffix.lower() in SUFFIXES):
-            prompt = label if labelled else _sidecar(path, captions, where) if wanted else None
-            listing.add(Item(str(path), prompt, path.read_bytes), wanted)
+    labelled = needs == "label" and captions is None
+    listing = Listing(where)
+    if labelled:
+        listing.folders = [p.name for p in inner]
+        if not inner:
+            raise UserError(
+                f"{where} has 0 subfolders; for a class-conditional teacher, put the images of "
+                "each class in a subfolder of its own, or give captions"
+            )
+        if all(p.name.isdecimal() for p in inner):
+            inner.sort(key=lambda p: int(p.name))
+    order = {p.name: i for i, p in enumerate(inner)}
+    files = files_in(folder)
+    if labelled:  # class by class, as their labels are
+        files.sort(key=lambda p: (order.get(p.relative_to(folder).parts[0], -1), p))
+    for path in files:
+        if not is_image(path):
+            _leave(listing, path)
+        elif labelled and path.parent == folder:
+            reason = "it lies beside the class folders, and so has no label; move it into one"
+            listing.left_out.append(Bad(str(path), "no class", reason))
+        elif not path.is_file():
+            listing.bad.append(Bad(str(path), "missing file", "it is a link to no file"))
+        else:
             listing.contents.append(path)
-    return _some(listing)
+            try:
+                prompt = _beside(path, folder, captions, needs, where)
+            except ValueError as error:
+                listing.bad.append(Bad(str(path), "unreadable caption", str(error)))
+                continue
+            listing.add(Item(str(path), prompt, path.read_bytes), needs)
+    return listing
 
 
-def _sidecar(image: Path, captions: str | None, where: str) -> str | None:
-    """The caption that lies beside an image, or None."""
+def _beside(path: Path, folder: Path, captions: str | None, needs: Needs, where: str) -> Any:
+    """The caption or the label of an image file, or None.
+
+    Raises:
+        ValueError: it cannot be read; the message says which file, and why.
+    """
+    if not needs:
+        return None
+    if needs == "label" and captions is None:
+        return path.relative_to(folder).parts[0]
     if captions == "folder":
-        return image.parent.name
-    texts = {s: _text(image.with_suffix(f".{s}")) for s in _kinds(captions, where)}
+        return path.parent.name
+    texts = {}
+    for suffix in _kinds(captions, where):
+        file = path.with_suffix(f".{suffix}")
+        if file.is_file():
+            texts[suffix] = (file.name, file.read_bytes())
     return _caption(texts, captions)
+
+
+def _leave(listing: Listing, path: Path) -> None:
+    """Note a file that is no item, if someone may take it for one."""
+    if is_unread(path):
+        listing.left_out.append(Bad(str(path), "format not read", UNREAD))
+    elif path.name.lower().endswith(PACKED):
+        reason = "an archive among images is not read; unpack it, or name shards as data.source"
+        listing.left_out.append(Bad(str(path), "archive", reason))
+
+
+def _beside_shards(listing: Listing, folder: Path, shards: list[Path]) -> None:
+    """Note the images and archives in a folder of which the shards alone are read."""
+    for path in files_in(folder):
+        if is_image(path):
+            reason = "it lies beside .tar shards, which alone are read; pack it, or move it away"
+            listing.left_out.append(Bad(str(path), "beside shards", reason))
+        elif path not in shards:
+            _leave(listing, path)
 
 
 def _kinds(captions: str | None, where: str) -> list[str]:
@@ -131,24 +216,34 @@ def _kinds(captions: str | None, where: str) -> list[str]:
     return [kind] if kind else ["txt", "json"]
 
 
-def _text(path: Path) -> str | None:
-    return path.read_text(errors="replace") if path.is_file() else None
+def _caption(texts: dict[str, tuple[str, bytes]], captions: str | None) -> Any:
+    """Of a sample's files by suffix, with name and content, what one says its caption is.
 
-
-def _caption(texts: dict[str, str | None], captions: str | None) -> str | None:
-    """Of a sample's texts by suffix, the one that is its caption."""
-    if (text := texts.get("txt")) is not None:
-        return text.strip()
-    if (text := texts.get("json")) is None:
+    Raises:
+        ValueError: the file is not UTF-8, no JSON, or lacks the key; the message names it.
+    """
+    if "txt" in texts:
+        return _decoded(*texts["txt"]).strip()
+    if "json" not in texts:
         return None
+    name, content = texts["json"]
     try:
-        tree = json.loads(text)
-    except ValueError:
-        return None
+        tree = json.loads(_decoded(name, content))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{name} is not valid JSON ({error})") from None
     key = (captions or "").partition(":")[2]
     keys = (key,) if key else CAPTION_KEYS
     found = [tree[k] for k in keys if isinstance(tree, dict) and k in tree]
-    return str(found[0]).strip() if found and found[0] is not None else None
+    if not found:
+        raise ValueError(f"{name} holds no {' or '.join(map(repr, keys))}")
+    return found[0].strip() if isinstance(found[0], str) else found[0]
+
+
+def _decoded(name: str, content: bytes) -> str:
+    try:
+        return decoded(content)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
 
 
 # ---- WebDataset shards
@@ -171,14 +266,14 @@ def _shards(place: str, where: str) -> list[Path] | None:
     """The .tar files that a place names, or None if it names none."""
     folder = Path(place).expanduser()
     if folder.is_dir():
-        return sorted(folder.glob("*.tar")) or None
+        return _visible(folder.glob("*.tar")) or None
     if folder.suffix != ".tar":
         return None
     found: list[Path] = []
     for name in _expanded(str(folder)):
         path = Path(name)
         if "*" in name:
-            found += sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+            found += _visible(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
         elif path.is_file():
             found.append(path)
         else:
@@ -186,6 +281,11 @@ def _shards(place: str, where: str) -> list[Path] | None:
     if not found:
         raise UserError(f"{where}: no file has such a name")
     return found
+
+
+def _visible(found: Iterable[Path]) -> list[Path]:
+    """Of what a pattern has found, the files that are no system's, in order."""
+    return sorted(p for p in found if p.is_file() and not is_hidden(p.name))
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -198,17 +298,14 @@ def _expanded(pattern: str) -> list[str]:
     return [n for i in numbers for n in _expanded(f"{before}{i:0{len(first)}d}{after}")]
 
 
-def _webdataset(
-    shards: list[Path], where: str, captions: str | None, classes: int, captioned: bool
-) -> Listing:
+def _webdataset(shards: list[Path], where: str, captions: str | None, needs: Needs) -> Listing:
     """Samples are members whose names agree up to their first dot; .cls holds a label."""
-    listing, wanted = Listing(where, contents=list(shards)), captioned or bool(classes)
-    kinds = _kinds(captions, where) if captioned or captions else []
+    listing = Listing(where, contents=list(shards))
+    kinds = _kinds(captions, where) if needs == "caption" or captions else []
     for shard in shards:
         samples: dict[str, dict[str, Span]] = {}
-        whole = _members(shard)
         try:
-            for name, span in whole:
+            for name, span in _members(shard, listing):
                 folder, _, base = name.rpartition("/")
                 key, _, suffix = base.partition(".")
                 samples.setdefault(f"{folder}/{key}" if folder else key, {})[suffix.lower()] = span
@@ -217,26 +314,48 @@ def _webdataset(
                 Bad(str(shard), "truncated shard", f"{error} after {len(samples)} samples")
             )
         for key, spans in samples.items():
-            image = next((v for k, v in spans.items() if f".{k}" in SUFFIXES), None)
+            name = f"{shard}/{key}"
+            image, *others = [k for k in spans if f".{k}" in suffixes()] or [None]
             if image is None:
-                reason = f"it has no image ({', '.join(sorted(SUFFIXES))})"
-                listing.bad.append(Bad(f"{shard}/{key}", "missing image", reason))
+                listing.bad.append(Bad(name, "missing image", _no_image(spans)))
                 continue
-            if classes and captions is None:
-                prompt = (
-                    spans["cls"].read().decode(errors="replace").strip() if "cls" in spans else None
-                )
-            elif captions == "folder":
-                prompt = key.rpartition("/")[0].rpartition("/")[2]
-            else:
-                texts = {k: spans[k].read().decode(errors="replace") for k in kinds if k in spans}
-                prompt = _caption(dict(texts), captions)
-            listing.add(Item(f"{shard}/{key}", prompt, image.read), wanted)
-    return _some(listing)
+            for other in others:
+                reason = f"its sample has {key}.{image} before it; give each sample one image"
+                listing.left_out.append(Bad(f"{name}.{other}", "second image", reason))
+            try:
+                prompt = _prompt(key, spans, kinds, captions, needs) if needs else None
+            except ValueError as error:
+                listing.bad.append(Bad(name, "unreadable caption", str(error)))
+                continue
+            listing.add(Item(name, prompt, spans[image].read), needs)
+    return listing
 
 
-def _members(shard: Path) -> Iterator[tuple[str, Span]]:
-    """Names and places of a shard's files.
+def _prompt(
+    key: str, spans: dict[str, Span], kinds: list[str], captions: str | None, needs: Needs
+) -> Any:
+    """The caption or the label of a sample.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if needs == "label" and captions is None:
+        return _decoded(".cls", spans["cls"].read()).strip() if "cls" in spans else None
+    if captions == "folder":
+        return key.rpartition("/")[0].rpartition("/")[2]
+    return _caption({k: (f".{k}", spans[k].read()) for k in kinds if k in spans}, captions)
+
+
+def _no_image(spans: dict[str, Span]) -> str:
+    """Why a sample has no image."""
+    unread = next((k for k in spans if f".{k}" in unread_suffixes()), None)
+    if unread is not None:
+        return f"it has no image but .{unread}: {UNREAD}"
+    return f"it has no image, such as .png or .jpg, but {', '.join(f'.{k}' for k in spans)}"
+
+
+def _members(shard: Path, listing: Listing) -> Iterator[tuple[str, Span]]:
+    """Names and places of a shard's files, but for hidden ones.
 
     Raises:
         tarfile.TarError: it ends too soon; what came before is good.
@@ -246,8 +365,13 @@ def _members(shard: Path) -> Iterator[tuple[str, Span]]:
         for member in tar:
             if member.offset_data + member.size > length:
                 raise tarfile.ReadError("unexpected end of data")
+            if any(is_hidden(part) for part in member.name.split("/") if part.strip(".")):
+                continue
             if member.isfile() and not member.issparse():
                 yield member.name, Span(shard, member.offset_data, member.size)
+            elif is_image(member.name) and not member.isdir():
+                reason = "it is a link or sparse; pack the file itself (tar --hard-dereference -h)"
+                listing.bad.append(Bad(f"{shard}/{member.name}", "link in a shard", reason))
         end = tar.offset
     with shard.open("rb") as file:  # cut between two members, it would look whole
         file.seek(end)
@@ -258,24 +382,23 @@ def _members(shard: Path) -> Iterator[tuple[str, Span]]:
 # ---- tables
 
 
-def _table(place: Column, captions: str | None, classes: int, captioned: bool) -> Listing:
+def _table(place: Column, captions: str | None, needs: Needs) -> Listing:
     where = f"data.source: '{place.hf}:{place.column}'"
     table = open_table(place.hf, place.split, where)
     table.need(place.column, where)
-    wanted = captioned or bool(classes)
-    if wanted and captions is None:
-        what = "captions" if captioned else "labels"
-        raise UserError(f"data.captions: missing; name the column of {where} that holds {what}")
+    if needs and captions is None:
+        raise UserError(f"data.captions: missing; name the column of {where} that holds {needs}s")
     prompts: list[Any] = [None] * table.size
+    listing = Listing(where, contents=[table.contents])
     if captions is not None:
         table.need(captions, "data.captions")
         prompts = table.values(captions)
-    listing = Listing(where, contents=[table.contents])
+        listing.numbered = table.numbered(captions)
     for row, prompt in enumerate(prompts):
         text = prompt.strip() if isinstance(prompt, str) else prompt
         read = partial(_cell, table, row, place.column)
-        listing.add(Item(f"{table.name}[{row}]", text, read), wanted)
-    return _some(listing)
+        listing.add(Item(f"{table.name}[{row}]", text, read), needs)
+    return listing
 
 
 def _cell(table: Table, row: int, column: str) -> bytes:
@@ -288,12 +411,6 @@ def _cell(table: Table, row: int, column: str) -> bytes:
     if isinstance(value, str):
         return (table.root / value).read_bytes()
     raise ValueError(f"its cell holds no image but {type(value).__name__}")
-
-
-def _some(listing: Listing) -> Listing:
-    if not listing.total:
-        raise UserError(f"{listing.where} holds no images ({', '.join(sorted(SUFFIXES))})")
-    return listing
 
 
 # ---- pixels
@@ -338,32 +455,39 @@ def into_buckets(listing: Listing, sizes: list[tuple[int, int]]) -> None:
 
 def aspect_of(item: Item) -> float | Bad:
     """An image's height over its width, from its header."""
-    from PIL import Image
-
     try:
-        image = Image.open(_stream(item))
-        turned = image.getexif().get(0x0112) in TURNED
-        return image.width / image.height if turned else image.height / image.width
+        width, height = size_of(opened(_stream(item)))
+        return height / width
     except Exception as error:  # Pillow's range over many types for a bad file
         return _corrupt(item.name, error)
 
 
-def pixels(item: Item, channels: int, height: int, width: int) -> Tensor | Bad:
-    """An image (C, H, W) in uint8: upright, its shorter side resized to fit, its centre cropped."""
-    from PIL import Image, ImageOps
+class Picture(NamedTuple):
+    """An image that was read.
+
+    pixels: (C, H, W) in uint8.
+    first: Whether it is the first of several frames, of which the others are left out.
+    """
+
+    pixels: Tensor
+    first: bool
+
+
+def picture(item: Item, channels: int, height: int, width: int) -> Picture | Bad:
+    """An image as a viewer shows it, its shorter side resized to fit, its centre cropped."""
     from torchvision.transforms import functional as tf
 
     try:
-        image = Image.open(_stream(item))
-        if image.mode not in MODES:
-            raise ValueError(f"mode {image.mode}; save it with 8 bits a channel")
-        image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+        file = opened(_stream(item))
+        image, first = shown(file), is_first_of_many(file)
     except Exception as error:  # as above
         return _corrupt(item.name, error)
+    if channels == 1:
+        image = image.convert("L")
     scale = max(height / image.height, width / image.width)
     size = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
     image = tf.center_crop(tf.resize(image, size, antialias=True), [height, width])  # pyright: ignore
-    return tf.pil_to_tensor(image)  # pyright: ignore
+    return Picture(tf.pil_to_tensor(image), first)  # pyright: ignore
 
 
 def _stream(item: Item) -> io.BytesIO:

@@ -1,4 +1,4 @@
-"""What a run's data are before they are read: items by name, and those that are bad."""
+"""What a run's data are before they are read: items by name, their labels, and what is left out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from distill.terminal import notice
 from teachers.errors import UserError
 
 REPORT = "data-report.json"
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")  # tabs and line ends are white space
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character; no encoding can write it down
+SHOWN = 12  # labels that a line names before it says how many there are
+
+Needs = Literal["caption", "label", ""]  # what an item must come with
 
 
 class Item(NamedTuple):
@@ -49,20 +54,25 @@ class Listing:
         items: The good ones, as far as can be told without reading images.
         bad: The others.
         contents: What the data are: files, by their bytes, and texts such as fingerprints.
+        folders: Names of class folders, with or without images in them.
+        numbered: Labels by name where the place itself numbers them, as a ClassLabel column does.
+        left_out: Files that are no items, though someone may expect them to be.
+        labels: By the name that the data give it; known after `read_labels`.
     """
 
     where: str
     items: list[Item] = field(default_factory=list)
     bad: list[Bad] = field(default_factory=list)
     contents: list[Path | str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    numbered: dict[str, int] = field(default_factory=dict)
+    left_out: list[Bad] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
 
-    def add(self, item: Item, captioned: bool) -> None:
-        """Take an item; where captions are needed, one without is bad."""
-        if captioned and (item.prompt is None or not str(item.prompt).strip()):
-            self.bad.append(Bad(item.name, "empty caption", "its caption is missing or empty"))
-        elif captioned and (strange := CONTROL.search(str(item.prompt))):
-            reason = f"its caption holds the control character {strange[0]!r}"
-            self.bad.append(Bad(item.name, "control character", reason))
+    def add(self, item: Item, needs: Needs) -> None:
+        """Take an item; one that lacks what it needs, or holds it in no usable form, is bad."""
+        if needs and (fault := _fault(item.prompt, needs)):
+            self.bad.append(Bad(item.name, *fault))
         else:
             self.items.append(item)
 
@@ -71,19 +81,63 @@ class Listing:
         """How many items there are, good and bad."""
         return len(self.items) + len(self.bad)
 
-    def check_labels(self, classes: int) -> None:
-        """Refuse prompts that are no label of a teacher of so many classes.
+    def read_labels(self, classes: int) -> None:
+        """Make labels of the items' prompts, for a teacher of so many classes.
+
+        Whole numbers are the labels themselves. Otherwise the names, in sorted order, are labels
+        from 0 up. That, and classes without data, are told in a line.
 
         Raises:
-            UserError: naming the first such item.
+            UserError: a number is no label of the teacher's, or there are more names than classes.
         """
-        for item in self.items:
-            label = str(item.prompt)
-            if not label.isdecimal() or int(label) >= classes:
-                raise UserError(
-                    f"{self.where}: {item.name} has label {label!r}; the teacher knows "
-                    f"{classes} classes, 0 to {classes - 1}"
-                )
+        given = {str(item.prompt).strip(): item.name for item in reversed(self.items)}
+        names = sorted({*self.folders, *given})
+        known = f"the teacher knows {classes} classes, 0 to {classes - 1}"
+        if all(_is_number(name) for name in names):
+            names.sort(key=float)
+            for name in names:
+                if not (name.isascii() and name.isdecimal()) or int(name) >= classes:
+                    which = f"its folder {name!r} is no label"
+                    if name not in self.folders:
+                        which = f"{given[name]} has label {name!r}"
+                    raise UserError(
+                        f"{self.where}: {which}; {known}; number them in that range, or give all "
+                        "of them names that are no numbers"
+                    )
+            self.labels = {name: int(name) for name in names}
+        elif len(names) > classes:
+            what = "subfolders" if self.folders else "different labels"
+            raise UserError(
+                f"{self.where} has {len(names)} {what}, such as {names[0]!r}; {known}; "
+                "give one name to each class"
+            )
+        else:
+            self.labels = {name: label for label, name in enumerate(names)}
+            said = _listed([f"{label} is {name!r}" for name, label in self.labels.items()])
+            notice(f"{self.where}: labels are its names in sorted order: {said}")
+        read = [i._replace(prompt=self.labels[str(i.prompt).strip()]) for i in self.items]
+        self.items = read
+        self._tell_classes({item.prompt for item in read}, classes)
+        if self.numbered:
+            self.labels = self.numbered
+
+    def _tell_classes(self, present: set[int], classes: int) -> None:
+        """Say which classes there are data of, where it is not all."""
+        if 0 < len(present) < classes:
+            notice(
+                f"{self.where}: of the teacher's {classes} classes, {len(present)} have data: "
+                f"{_listed([str(label) for label in sorted(present)])}"
+            )
+
+    def tell_left_out(self) -> None:
+        """Say what kinds of files are left out, how many, and name one of each."""
+        kinds: dict[str, list[Bad]] = {}
+        for file in self.left_out:
+            kinds.setdefault(file.kind, []).append(file)
+        for kind, files in kinds.items():
+            count, name = len(files), files[0].name
+            which = f"{count} files are left out ({kind}), such as" if count > 1 else f"{kind}:"
+            notice(f"{self.where}: {which} {name}: {files[0].reason}")
 
     def check(self, bad: Sequence[Bad], total: int, share: float) -> None:
         """Stop once more than `share` of `total` items are bad.
@@ -99,16 +153,85 @@ class Listing:
                 "mend or remove them, or raise data.skip_share"
             )
 
+    def report(self, total: int, bad: Sequence[Bad], firsts: Sequence[str]) -> dict[str, Any]:
+        """What was read and what was not, for data-report.json.
 
-def report(total: int, bad: Sequence[Bad]) -> dict[str, Any]:
-    """What was read and what was skipped, for data-report.json."""
-    kinds = Counter(b.kind for b in bad)
-    skipped = [b._asdict() for b in bad]
-    return {"items": total, "skipped": len(bad), "by_kind": dict(kinds), "files": skipped}
+        Args:
+            total: How many items there were, good and bad.
+            firsts: Names of items of which the first frame of several was read.
+        """
+        return {
+            "items": total,
+            "skipped": len(bad),
+            "by_kind": dict(Counter(b.kind for b in bad)),
+            "files": [b._asdict() for b in bad],
+            "left_out": [b._asdict() for b in self.left_out],
+            "first_frames": list(firsts),
+            "labels": self.labels,
+        }
+
+
+def _fault(prompt: Any, needs: Needs) -> tuple[str, str] | None:
+    """The kind of fault and the reason for which a prompt is no caption or no label."""
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+        kind = "empty caption" if needs == "caption" else "missing label"
+        return kind, f"its {needs} is missing or empty"
+    if not isinstance(prompt, str):
+        if needs == "label" and isinstance(prompt, int) and not isinstance(prompt, bool):
+            return None
+        want = "text" if needs == "caption" else "a whole number or a name"
+        shown = ascii(prompt)
+        shown = shown if len(shown) <= 40 else f"{shown[:39]}…"
+        return (
+            f"no {needs}",
+            f"its {needs} is {shown}, of type {type(prompt).__name__}; give {want}",
+        )
+    if strange := CONTROL.search(prompt):
+        return "control character", f"its {needs} holds the control character {strange[0]!r}"
+    if half := SURROGATE.search(prompt):
+        return "lone surrogate", f"its {needs} holds {half[0]!a}, which is half a character"
+    return None
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _listed(words: list[str]) -> str:
+    """The first of some words, and how many more there are."""
+    more = len(words) - SHOWN
+    return ", ".join(words[:SHOWN]) + (f" and {more:,} more, in {REPORT}" if more > 0 else "")
 
 
 def write_report(folder: Path, content: dict[str, Any]) -> None:
-    """Leave the report in a folder that exists, atomically."""
+    """Leave the report in a folder that exists, atomically.
+
+    A file's name may hold bytes of no encoding; they are written as JSON's own escapes.
+    """
     draft = folder / f".{REPORT}.{os.getpid()}"
-    draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    draft.write_bytes(text.encode("utf-8", "backslashreplace"))
     draft.replace(folder / REPORT)
+
+
+def check_labels(folder: Path, content: dict[str, Any]) -> None:
+    """Refuse to go on with a run whose names stood for other labels when it began.
+
+    Raises:
+        UserError: naming one whose label has changed.
+    """
+    try:
+        before = json.loads((folder / REPORT).read_text(encoding="utf-8")).get("labels", {})
+    except (OSError, ValueError, AttributeError):
+        return
+    now = content["labels"]
+    for name in before.keys() & now.keys():
+        if before[name] != now[name]:
+            raise UserError(
+                f"--resume: label {before[name]} was {name!r} when the run in {folder} began, and "
+                f"{name!r} is {now[name]} now; give the data the names that they had"
+            )

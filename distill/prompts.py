@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distill.listing import Item, Listing
+from distill.listing import Bad, Item, Listing, Needs
 from distill.sections import Column
 from distill.tables import SUFFIXES, file_of, open_table
+from eval.text import MARK, decoded, lines
 from teachers.errors import UserError, nearest
 
 PACKS = Path(__file__).parent / "packs"
 
 
-def list_prompts(place: str | Column) -> Listing:
+def list_prompts(place: str | Column, needs: Needs = "caption") -> Listing:
     """The prompts that `data.prompts` names.
 
     Args:
         place: A text file with a prompt on each line, "pack:NAME", "DATASET:COLUMN" where DATASET
             is a table file, a saved dataset or a Hub id, or the same in a mapping.
+        needs: Whether they are captions, or labels.
 
     Raises:
         UserError: there is no such file, pack, dataset or column, or it holds no prompts.
     """
     found = place_of_prompts(place)
-    return _column(found) if isinstance(found, Column) else _lines(found, str(place))
+    if isinstance(found, Column):
+        return _column(found, needs)
+    return _lines(found, str(place), needs)
 
 
 def place_of_prompts(place: str | Column) -> Path | Column:
@@ -65,29 +69,37 @@ def pack(name: str) -> Path:
     return PACKS / f"{name}.txt"
 
 
-def _lines(file: Path, place: str) -> Listing:
+def _lines(file: Path, place: str, needs: Needs) -> Listing:
     """A line each; blank ones at the end are none, those before it are empty captions."""
     listing = Listing(f"data.prompts: {place!r}")
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{listing.where} is not readable as UTF-8 text ({error})") from None
-    for number, line in enumerate(text.rstrip().splitlines(), 1):
-        listing.add(Item(f"{place}:{number}", line.strip()), True)
+        text = decoded(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{listing.where} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{listing.where} {error}") from None
+    for number, line in enumerate(lines(text.rstrip()), 1):
+        name, prompt = f"{place}:{number}", line.strip().lstrip(MARK).lstrip()
+        if "\r" in prompt:
+            reason = "it holds a carriage return that ends no line; end lines with \\n or \\r\\n"
+            listing.bad.append(Bad(name, "control character", reason))
+        else:
+            listing.add(Item(name, prompt), needs)
     return _some(listing)
 
 
-def _column(place: Column) -> Listing:
+def _column(place: Column, needs: Needs) -> Listing:
     listing = Listing(f"data.prompts: '{place.hf}:{place.column}'")
     table = open_table(place.hf, place.split, listing.where)
     table.need(place.column, listing.where)
+    listing.numbered = table.numbered(place.column)
     for row, value in enumerate(table.values(place.column)):
         text = value.strip() if isinstance(value, str) else value
-        listing.add(Item(f"{table.name}[{row}]", text), True)
+        listing.add(Item(f"{table.name}[{row}]", text), needs)
     return _some(listing)
 
 
 def _some(listing: Listing) -> Listing:
-    if not listing.items:
+    if not listing.total:
         raise UserError(f"{listing.where} holds no prompts")
     return listing

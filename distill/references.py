@@ -12,6 +12,7 @@ from pathlib import Path
 from distill.terminal import passing, say
 from eval import reference, spec
 from eval.errors import MetricError, unknown
+from eval.images import files_in, is_unread
 from eval.reference import Reference
 from eval.spec import Need
 from teachers.errors import UserError, nearest
@@ -79,11 +80,15 @@ def from_pictures(asked: Wanted, folder: Path) -> list[Path]:
         UserError: statistics of other pictures are there.
     """
     name, paths = asked.name, reference.listed(asked.name, folder)
+    unread = [p for p in files_in(folder) if is_unread(p)]
+    beside = f"{len(unread):,} of a format that is not read, such as {unread[0]}" if unread else ""
     if len(paths) != asked.count:
         raise MetricError(
             f"reference {name}: {len(paths):,} pictures in {folder}; "
-            f"{asked.protocols} takes {asked.count:,}"
+            f"{asked.protocols} takes {asked.count:,}" + f" (and {beside})" * bool(unread)
         )
+    if unread:
+        say(f"left out: {beside}")
     looked = passing(reference.hashes(name, paths, asked.side), len(paths), "reading the folder")
     content = reference.digest(folder, paths, looked)
     found = {need.features: there(asked, need, content) for need in asked.needs}

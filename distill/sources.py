@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distill import cache
 from distill.data import Source
-from distill.encode import Work, picture_shape
+from distill.encode import COND, Work, check_finite, picture_shape
 from distill.images import into_buckets, list_images, place_of_images, sizes_of
 from distill.prompts import list_prompts, place_of_prompts
 from distill.recipe import Recipe
@@ -29,7 +29,10 @@ def source_of(recipe: Recipe, teacher: Teacher) -> Source:
     if (work := work_of(recipe, teacher)) is not None:
         return cache.source(work, recipe.data, seed)
     labels = list(range(getattr(codec, "classes", 0))) or [0]
-    return Source(teacher.shape, None, codec.condition(labels), seed, len(labels))
+    cond = codec.condition(labels)
+    named = {f"{COND}{k}": v for k, v in (cond or {}).items()}
+    check_finite(named, [f"label {k}" for k in labels], teacher, "data")
+    return Source(teacher.shape, None, cond, seed, len(labels))
 
 
 def embedded_source(recipe: Recipe, teacher: Teacher) -> Source:
@@ -61,6 +64,9 @@ def embedded_source(recipe: Recipe, teacher: Teacher) -> Source:
         want, got = ("×".join(map(str, s)) for s in (teacher.shape, x.shape[1:]))
         raise UserError(f"data.source: {name!r} is {got}; the teacher takes {want}")
     cond = codec.condition(prompts)
+    made = {f"{COND}{k}": v for k, v in (cond or {}).items()} | ({} if x is None else {"x": x})
+    names = [f"picture {i} of {prompt!r}" for i, prompt in enumerate(prompts)]
+    check_finite(made, names, teacher, f"data.source: {name!r}")
     return Source(teacher.shape, x if needed else None, cond, recipe.train.seed, len(prompts))
 
 
@@ -117,18 +123,20 @@ def work_of(recipe: Recipe, teacher: Teacher) -> Work | None:
     with_data, sizes = False, [(0, 0)]
     if data.source is not None:
         listing = list_images(data.source, data.captions, classes, reads_text)
-        if with_data := needs_data(recipe):
-            sizes = sizes_for(recipe, teacher)
-            into_buckets(listing, sizes)
     elif data.prompts is not None and not classes and not reads_text:
         raise UserError(f"data.prompts: {teacher.source!r} takes no prompts; remove it")
     elif data.prompts is not None or reads_text:
-        listing = list_prompts(data.prompts or "pack:starter")
+        needs = "label" if classes else "caption"
+        listing = list_prompts(data.prompts or "pack:starter", needs)
     else:
         return None
     listing.check(listing.bad, listing.total, data.skip_share)
     if classes:
-        listing.check_labels(classes)
+        listing.read_labels(classes)
+    if data.source is not None and (with_data := needs_data(recipe)):
+        sizes = sizes_for(recipe, teacher)
+        into_buckets(listing, sizes)
+        listing.check(listing.bad, listing.total, data.skip_share)
     return Work(teacher, listing, sizes, with_data)
 
 

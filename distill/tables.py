@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import bisect
 import csv
+import io
 import json
 from abc import ABC, abstractmethod
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from eval.text import decoded, lines
 from teachers.errors import UserError, nearest
 
 TEXTS = {".csv", ".tsv", ".jsonl", ".json"}  # read without any package
@@ -40,6 +42,10 @@ class Table(ABC):
     def values(self, column: str) -> list[Any]:
         """A whole column, which must fit in memory: for captions and labels."""
 
+    def numbered(self, column: str) -> dict[str, int]:
+        """The labels by name that a column of labels brings with it; nothing for any other."""
+        return {}
+
     def need(self, column: str, where: str) -> None:
         """Refuse a column that is not there."""
         if column not in self.columns:
@@ -53,7 +59,7 @@ class Rows(Table):
         self.name, self.contents, self.root = str(file), file, file.parent
         try:
             self.rows = list(_rows(file))
-        except (ValueError, UnicodeDecodeError, csv.Error) as error:
+        except (ValueError, RecursionError, OSError, csv.Error) as error:
             raise UserError(f"{where}: {file} cannot be read ({error})") from None
         self.columns = list({k: None for row in self.rows for k in row if isinstance(k, str)})
         self.size = len(self.rows)
@@ -66,13 +72,14 @@ class Rows(Table):
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        if file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in lines if line.strip()]
-        elif file.suffix == ".json":
-            rows = json.load(lines)
-        else:
-            return list(csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ","))
+    text = decoded(file.read_bytes())
+    if file.suffix == ".jsonl":
+        rows = [json.loads(line) for line in lines(text) if line.strip()]
+    elif file.suffix == ".json":
+        rows = json.loads(text)
+    else:
+        mark = "\t" if file.suffix == ".tsv" else ","
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("expected JSON objects, one for each row")
     return rows
@@ -132,6 +139,11 @@ class Arrow(Table):
             if split not in found:
                 raise UserError(f"{where}: no split {split!r}; {nearest(split, found)}")
             found = found[split]
+        self.names = {
+            k: {name: label for label, name in enumerate(v.names)}
+            for k, v in found.features.items()
+            if isinstance(v, datasets.ClassLabel)
+        }
         for column, kind in found.features.items():  # bytes as they are: bad ones are ours to name
             if isinstance(kind, datasets.Image):
                 found = found.cast_column(column, datasets.Image(decode=False))
@@ -140,6 +152,9 @@ class Arrow(Table):
 
     def cell(self, row: int, column: str) -> Any:
         return self.data.select_columns([column])[row][column]
+
+    def numbered(self, column: str) -> dict[str, int]:
+        return self.names.get(column, {})
 
     def values(self, column: str) -> list[Any]:
         return list(self.data.select_columns([column])[:][column])

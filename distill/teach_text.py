@@ -178,6 +178,7 @@ class Stage:
         self.player = Player(params, accelerator, moves, steps)
         self.ema = EMA(params, cfg.ema)
         self.step, self.seconds = 0, 0.0
+        self.first: Tensor | None = None  # the loss before any update of this run
         self.folder = out / "checkpoints" / name
         if self.folder.exists():
             state = checkpoint.load(self.folder)
@@ -201,6 +202,8 @@ class Stage:
                 with self.player.turn(self.step):
                     logs = loss_of()
                     logs["loss"].backward()
+                if self.first is None:
+                    self.first = logs["loss"].detach()
                 self.ema.update()
                 self.step += 1
                 if self.step % cfg.log_every == 0 or self.step == self.steps:
@@ -223,10 +226,13 @@ class Stage:
 
     def _log(self, progress: Progress, values: dict[str, float]) -> None:
         if not all(abs(v) < float("inf") for v in values.values()):  # nan fails this too
-            raise UserError(
-                f"{self.name}, step {self.step}: the loss is {values['loss']}; "
-                f"lower train.{self.name}.moves.lr, or raise its warmup"
-            )
+            said = f"{self.name}, step {self.step}: the loss is {values['loss']}; "
+            if self.first is not None and not self.first.isfinite():
+                raise UserError(
+                    f"{said}it was so before any update, so no learning rate is to blame; look at "
+                    "the sections of the networks and the scheduler"
+                )
+            raise UserError(f"{said}lower train.{self.name}.moves.lr, or raise its warmup")
         progress.show(self.step, {f"{self.name}/{k}": v for k, v in values.items()})
         line = {"stage": self.name, "step": self.step, "seconds": self.seconds, **values}
         with (self.out / "metrics.jsonl").open("a") as file:

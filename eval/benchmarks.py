@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eval import text
 from eval.errors import MetricError
+from eval.images import is_hidden
 from eval.samples import Samples, by_prompt, pictures
 
 EACH = 4  # pictures of a prompt
@@ -55,8 +57,8 @@ def geneval_prompts(path: Path) -> list[Asked]:
         MetricError: the file is not such.
     """
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-        lines = [json.loads(text) for text in texts if text.strip()]
+        texts = text.lines(text.decoded(path.read_bytes()))
+        lines = [json.loads(line) for line in texts if line.strip()]
     except (OSError, ValueError) as error:
         raise MetricError(f"geneval: {path}: expected its evaluation_metadata.jsonl") from error
     for number, line in enumerate(lines, 1):
@@ -71,10 +73,16 @@ def dpg_prompts(folder: Path) -> list[Asked]:
     Raises:
         MetricError: one of them is not text.
     """
-    try:
-        found = {p.stem: p.read_text(encoding="utf-8").strip() for p in folder.glob("*.txt")}
-    except (OSError, ValueError) as error:
-        raise MetricError(f"dpg: {folder}: expected its folder of prompts, {error}") from error
+    found = {}
+    for file in folder.glob("*.txt"):
+        if is_hidden(file.name):
+            continue
+        try:
+            found[file.stem] = text.decoded(file.read_bytes()).strip()
+        except OSError as error:
+            raise MetricError(f"dpg: {file}: {error.strerror}; see to its permissions") from error
+        except ValueError as error:
+            raise MetricError(f"dpg: {file} {error}") from error
     if empty := next((k for k, v in found.items() if not v), None):
         raise MetricError(f"dpg: {folder / empty}.txt holds no prompt")
     return [Asked(name, found[name], {}) for name in sorted(found)]

@@ -25,12 +25,12 @@ from eval import fetch
 from eval.errors import MetricError
 from eval.features import Named
 from eval.fid import Moments
+from eval.images import files_in, is_first_of_many, is_image, is_plain, opened, shown, size_of
 from eval.metric import checked
 from eval.stream import Reservoir, Tally
 
 CHUNK = 256
 ROUNDING = 1e-6  # how far published moments may be from symmetric and from positive, relatively
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,15 @@ def of_folder(
 
 
 def listed(name: str, folder: Path) -> list[Path]:
-    """The pictures of a folder and the folders in it, in their order.
+    """The pictures of a folder and the folders in it, in their order; hidden files are none.
 
     Raises:
-        MetricError: there are none.
+        MetricError: there are none, or a folder cannot be looked into.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+    try:
+        paths = [p for p in files_in(folder) if is_image(p)] if folder.is_dir() else []
+    except OSError as error:
+        raise MetricError(f"reference {name}: {error.filename}: {error.strerror}") from error
     if not paths:
         raise MetricError(f"reference {name}: no pictures in {folder}")
     return paths
@@ -139,18 +142,27 @@ def listed(name: str, folder: Path) -> list[Path]:
 def hashes(name: str, paths: Iterable[Path], side: int | None = None) -> Iterator[str]:
     """The SHA-256 of each file, after a look at its header.
 
+    That of a picture which is not shown as it is stored ends in a word, so that statistics by a
+    reader that took the stored pixels are not taken for those of what is shown.
+
     Raises:
-        MetricError: one is no picture, or not side × side where a side is asked for.
+        MetricError: one is no picture, or several, or not side × side where a side is asked for.
     """
     for path in paths:
         with _opened(name, path) as f:
-            width, height = f.size
+            width, height = size_of(f)
+            plain, several = is_plain(f), is_first_of_many(f)
+        if several:
+            raise MetricError(
+                f"reference {name}: {path} holds several frames; keep one of them, in a file "
+                "that holds no other"
+            )
         if side is not None and (width, height) != (side, side):
             raise MetricError(
                 f"reference {name}: {path} is {width}×{height} pixels; "
                 f"the protocol takes {side}×{side}"
             )
-        yield fetch.sha256(path)
+        yield fetch.sha256(path) + ("" if plain else " shown")
 
 
 def digest(folder: Path, paths: Sequence[Path], hashes: Iterable[str]) -> str:
@@ -211,7 +223,9 @@ def moments_of(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def chunks(name: str, paths: Iterable[Path]) -> Iterator[Tensor]:
-    """The pictures as uint8 (N, 3, H, W), as many at a time as are of one size, up to CHUNK.
+    """The pictures as viewers show them, as uint8 (N, 3, H, W).
+
+    As many come at a time as are of one size, up to CHUNK.
 
     Raises:
         MetricError: one cannot be read.
@@ -219,7 +233,7 @@ def chunks(name: str, paths: Iterable[Path]) -> Iterator[Tensor]:
     part: list[Tensor] = []
     for path in paths:
         with _opened(name, path) as f:
-            image = torch.from_numpy(np.array(f.convert("RGB"))).permute(2, 0, 1)
+            image = torch.from_numpy(np.array(shown(f))).permute(2, 0, 1)
         if part and (image.shape != part[0].shape or len(part) == CHUNK):
             yield torch.stack(part)
             part = []
@@ -231,7 +245,7 @@ def chunks(name: str, paths: Iterable[Path]) -> Iterator[Tensor]:
 def _opened(name: str, path: Path) -> Iterator[Image.Image]:
     """A picture whose pixels are read when they are asked for."""
     try:
-        with Image.open(path) as f:
+        with opened(path) as f:
             yield f
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), "").strip() or type(error).__name__

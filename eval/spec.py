@@ -30,6 +30,7 @@ from eval.prdc import PRDC
 from eval.resize import centre_lanczos, centre_patch, untouched
 from eval.rewards import HPS, ImageReward
 from eval.samples import Samples, to_uint8
+from eval.text import decoded, lines
 from eval.vendi import Vendi
 
 FOLDER = Path(__file__).parent / "protocols"
@@ -130,7 +131,10 @@ class Captions(Strict):
             raise MetricError(
                 f"captions: {path} is missing; write it, one a line, from {self.origin}"
             )
-        return path.read_text(encoding="utf-8").splitlines()
+        try:
+            return lines(decoded(path.read_bytes()))
+        except ValueError as error:
+            raise MetricError(f"captions: {path} {error}") from None
 
 
 class Against(Strict):

@@ -56,23 +56,29 @@ def folder_source(pipelines, kind, folder):
 
 
 @pytest.mark.parametrize(
-    ("names", "ordered"),
+    ("names", "ordered", "labels"),
     [
-        (["0", "1", "10", "2"], ["0", "1", "2", "10"]),
-        (["10", "2", "cat"], ["10", "2", "cat"]),
-        (["cat", "Dog", "ant"], ["Dog", "ant", "cat"]),
+        (["3", "9", "07"], ["3", "07", "9"], [3, 7, 9]),
+        (["10", "2", "cat"], ["10", "2", "cat"], [0, 1, 2]),
+        (["cat", "Dog", "ant"], ["Dog", "ant", "cat"], [0, 1, 2]),
     ],
 )
-def test_class_folders_are_in_the_order_of_their_numbers_or_else_their_names(
-    pipelines, tmp_path, capsys, names, ordered
+def test_class_folders_are_labels_by_their_numbers_or_else_by_the_order_of_their_names(
+    pipelines, tmp_path, capsys, names, ordered, labels
 ):
     for i, name in enumerate(names):
         image(tmp_path / name / "a.png", 10 * i)
     found = folder_source(pipelines, "edm", tmp_path)
     levels = ((found.x[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
     assert levels == [10 * names.index(n) for n in ordered]
-    assert found.cond["class_labels"].tolist() == list(range(len(names)))
-    assert capsys.readouterr().err == ""
+    assert found.cond["class_labels"].tolist() == labels
+    assert found.report["labels"] == dict(zip(ordered, labels))
+    said = capsys.readouterr().err.splitlines()
+    have = ", ".join(map(str, labels))
+    assert said[-1].endswith(f"of the teacher's 10 classes, 3 have data: {have}")
+    by_name = ", ".join(f"{k} is {n!r}" for k, n in zip(labels, ordered))
+    assert len(said) == (1 if labels[0] else 2)
+    assert labels[0] or said[0].endswith(f"labels are its names in sorted order: {by_name}")
 
 
 def test_class_folders_for_a_teacher_without_classes_are_read_with_a_word(

@@ -220,7 +220,7 @@ def test_without_the_package_a_dataset_is_refused_in_one_line(tmp_path, monkeypa
         ("{d}/p.csv:txt", "no column 'txt'; did you mean 'text'"),
         ("{d}/bad.jsonl:text", "bad.jsonl cannot be read"),
         ("{d}/list.json:text", "expected JSON objects"),
-        ("{d}/latin.txt", "is not readable as UTF-8"),
+        ("{d}/latin.txt", "is not UTF-8 text (byte 2 is 0xf6); save it as UTF-8"),
         ("{d}/empty.txt", "holds no prompts"),
     ],
 )

@@ -181,10 +181,22 @@ def test_a_signal_finishes_the_step_and_saves(pipelines, tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def spoilt_after_a_step(engine):
+    """The student's weights hold NaN from its second step on."""
+    advance = engine.advance
+
+    def spoiling(data):
+        if engine.step == 1:
+            with torch.no_grad():
+                engine.players["student"].params[0].fill_(math.nan)
+        return advance(data)
+
+    engine.advance = spoiling
+    return engine
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_remedy(pipelines, tmp_path):
-    engine = made("consistency", pipelines, tmp_path / "run").engine
-    with torch.no_grad():
-        engine.players["student"].params[0].fill_(math.nan)
+    engine = spoilt_after_a_step(made("consistency", pipelines, tmp_path / "run").engine)
     said = r"student/loss is nan; lower players\.student\.lr.* \(no checkpoint had been saved\)"
     with pytest.raises(UserError, match=said):
         engine.train()
@@ -192,14 +204,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_remedy(pipelines, tmp_
 
 def test_all_losses_that_are_lost_by_a_step_that_is_read_are_named(pipelines, tmp_path):
     """The fake's is seen first; it may be the student's that spoilt it."""
-    engine = made("sid", pipelines, tmp_path / "run").engine
-    with torch.no_grad():
-        engine.players["student"].params[0].fill_(math.nan)
+    engine = spoilt_after_a_step(made("sid", pipelines, tmp_path / "run").engine)
     said = (
         r"step 2: fake/loss is nan and student/loss is nan; lower players\.fake\.lr or players\.stu"
     )
     with pytest.raises(UserError, match=said):
         engine.train()
+
+
+@pytest.mark.parametrize("name", ["consistency", "sid"])
+def test_for_a_loss_that_never_was_a_number_no_learning_rate_is_blamed(name, pipelines, tmp_path):
+    engine = made(name, pipelines, tmp_path / "run").engine
+    for player in engine.players.values():
+        with torch.no_grad():
+            player.params[0].fill_(math.nan)
+    with pytest.raises(UserError) as error:
+        engine.train()
+    line = str(error.value)
+    assert "/loss was so at the first turn, before any update" in line
+    assert "train.precision" in line and "distill doctor" in line
+    assert ".lr" not in line and "warmup" not in line
 
 
 class Nobody:
