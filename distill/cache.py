@@ -337,9 +337,8 @@ def _write(path: Path, tensors: dict[str, Tensor], notes: Notes) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     try:
-        save_tensors(
-            tensors, draft, {"notes": json.dumps(notes)}
-        )  # one key: their order is not kept
+        # One key, as the order of several is not kept.
+        save_tensors(tensors, draft, {"notes": json.dumps(notes)})
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.replace(path)
