@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,14 +29,25 @@ from torch import Tensor
 
 from distill import terminal
 from distill.data import Source
-from distill.encode import TOGETHER, Work, bucket_seed, encoders_on, held, joined, parts, split
+from distill.encode import (
+    TOGETHER,
+    Work,
+    bucket_seed,
+    encoders_on,
+    held,
+    joined,
+    parts,
+    split,
+    tell,
+)
 from distill.fingerprint import fingerprint
 from distill.listing import Bad, Item, report, write_report
 from distill.sections import DataSection
+from teachers.cuts import Cuts
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 
-FORMAT = 1  # of the shards; a new one makes every cache anew
+FORMAT = 2  # of the shards; a new one makes every cache anew
 SHARD_BYTES = 1 << 28  # about what one file holds
 SHARD_ITEMS = 2048  # and at most so many items, which is what a kill can lose
 INDEX, NULL, DIGESTS = "index.json", "null.safetensors", "digests.json"
@@ -177,18 +189,18 @@ class Cache:
         draft = self.folder / f".{INDEX}.{os.getpid()}"
         draft.write_text(json.dumps(self.about, indent=2) + "\n")
         draft.replace(self.folder / INDEX)
-        self.work.tell()
 
     def _encode(self, shard: Shard) -> None:
         found: list[dict[str, Tensor]] = []
         bad: list[Bad] = []
+        self.work.cuts = Cuts()
         for some in parts(shard.items):
             encoded, faults = self.work.encode(some)
             bad += faults
             if encoded:
                 found.append(encoded)
         full = {k: torch.cat([f[k] for f in found]) for k in found[0]} if found else {}
-        _write(self.folder / shard.file, full, bad)
+        _write(self.folder / shard.file, full, bad, self.work.cuts)
 
     def _bad(self) -> list[Bad]:
         """All that is bad, in the items' order."""
@@ -196,6 +208,13 @@ class Cache:
         for shard in self.shards:
             bad += _read_bad(self.folder / shard.file)
         return bad
+
+    def _cuts(self) -> Cuts:
+        """What was cut of all prompts."""
+        cuts = Cuts()
+        for shard in self.shards:
+            cuts.add(Cuts.of_tree(_about(self.folder / shard.file)["cuts"]))
+        return cuts
 
     def _check(self, bad: list[Bad], share: float) -> None:
         total = self.work.listing.total
@@ -211,6 +230,7 @@ class Cache:
         """
         bad, total = self._bad(), self.work.listing.total
         self.work.listing.check(bad, total, share)
+        tell(self._cuts(), self.work.listing.where)
         sources: list[Source] = []
         for bucket in self.work.groups:
             files = [self.folder / s.file for s in self.shards if s.bucket == bucket]
@@ -298,12 +318,15 @@ def _shards(work: Work) -> Iterator[Shard]:
             number += 1
 
 
-def _write(path: Path, tensors: dict[str, Tensor], bad: list[Bad]) -> None:
+def _write(
+    path: Path, tensors: dict[str, Tensor], bad: list[Bad], cuts: Cuts | None = None
+) -> None:
     """A shard, whole or absent."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     try:
-        save_file(tensors, draft, {"bad": json.dumps(bad)})  # one key: their order is not kept
+        about = {"bad": bad, "cuts": asdict(cuts or Cuts())}
+        save_file(tensors, draft, {"about": json.dumps(about)})  # one key: their order is not kept
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.replace(path)
@@ -332,9 +355,14 @@ def _whole(path: Path) -> bool:
         return False
 
 
-def _read_bad(path: Path) -> list[Bad]:
+def _about(path: Path) -> dict[str, Any]:
+    """What a shard says of its items beside their tensors."""
     with _opened(path) as file:
-        return [Bad(*b) for b in json.loads(file.metadata()["bad"])]
+        return json.loads(file.metadata()["about"])
+
+
+def _read_bad(path: Path) -> list[Bad]:
+    return [Bad(*b) for b in _about(path)["bad"]]
 
 
 def _rows(path: Path, name: str) -> int:

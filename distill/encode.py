@@ -20,6 +20,7 @@ from distill.images import READERS, pixels, signed
 from distill.listing import Bad, Item, Listing, report
 from distill.seeds import seed_of
 from distill.terminal import notice
+from teachers.cuts import Cuts
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.pipeline import Prompted
@@ -49,7 +50,7 @@ class Work:
         self.teacher, self.listing, self.sizes = teacher, listing, sizes
         self.with_data = with_data
         self.device = device()
-        self.read = self.truncated = 0  # prompts encoded here, and of them those cut at their end
+        self.cuts = Cuts()  # of the prompts encoded here, those that are not read to their end
         self.channels = picture_shape(teacher)[0] if with_data else 0
         used = sorted({i.bucket for i in listing.items})
         self.groups = {b: [i for i in listing.items if i.bucket == b] for b in used}
@@ -99,10 +100,9 @@ class Work:
             return {}, bad
         x = signed(images) if self.with_data else None
         prompts = [i.prompt for i in good]
-        found = self._through(x, prompts)
-        if isinstance(self.teacher.codec, Prompted) and not self.teacher.codec.classes:
-            self.read += len(prompts)
-            self.truncated += self.teacher.codec.truncated(prompts)
+        with counting(self.teacher) as cuts:
+            found = self._through(x, prompts)
+        self.cuts.add(cuts)
         for name, shape in self.shapes(good[0].bucket).items():
             if found[name].shape[1:] != shape:
                 raise UserError(
@@ -113,11 +113,7 @@ class Work:
 
     def tell(self) -> None:
         """Say how many prompts were cut, if any."""
-        if self.truncated:
-            notice(
-                f"{self.listing.where}: {self.truncated:,} of {self.read:,} prompts "
-                "are longer than the text encoder reads; their ends have no effect"
-            )
+        tell(self.cuts, self.listing.where)
 
     @torch.no_grad()
     def _through(self, images: Tensor | None, prompts: list) -> Encoded:
@@ -131,6 +127,23 @@ class Work:
 
     def _pixels(self, item: Item) -> Tensor | Bad:
         return pixels(item, self.channels, *self.sizes[item.bucket])
+
+
+@contextmanager
+def counting(teacher: Teacher) -> Iterator[Cuts]:
+    """Within it, the prompts that the teacher's codec cuts are counted, where it can be told."""
+    if not isinstance(teacher.codec, Prompted) or teacher.codec.classes:
+        yield Cuts()
+        return
+    with teacher.codec.counting() as cuts:
+        yield cuts
+
+
+def tell(cuts: Cuts, where: str) -> None:
+    """Say how many prompts were cut and by which encoder, if any; once of all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in cuts.lines(where):
+            notice(line)
 
 
 def split(found: Encoded) -> tuple[Tensor | None, Cond]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -35,3 +36,25 @@ def intact(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: damaged: it lacks {error}") from None
     except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError):
         raise UserError(f"{path}: damaged; it is not as a run leaves it") from None
+
+
+def clipped(value: object, most: int = 80) -> str:
+    """What a user gave, as a message echoes it: one line of at most `most` characters.
+
+    The middle is left out of longer ones, since the ends of paths and names tell most.
+    """
+    text = " ".join(str(value).split())
+    if len(text) <= most:
+        return text
+    head = most // 2
+    return f"{text[:head]}…{text[len(text) - (most - head - 1) :]}"
+
+
+def teacher_at(source: str) -> str:
+    """Begins a message about the teacher that a user named."""
+    return f"teacher {clipped(source)!r}"
+
+
+def note(line: str) -> None:
+    """What a user should know but need not act on: one line on stderr."""
+    sys.stderr.write(f"distill: {line}\n")

@@ -45,6 +45,10 @@ class QwenImage(Pretrained):
         return {"text": pad(text.float(), (0, 0, 0, left)), "mask": pad(mask, (0, left))}
 
     @staticmethod
+    def kept(pipe: Any, limit: int) -> int:
+        return min(limit, TOKENS + pipe.prompt_template_encode_start_idx)  # of a template and these
+
+    @staticmethod
     def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
         height, width = size  # its guidance_scale is something else: an input of the network
         return {"prompt": prompts, "true_cfg_scale": 1.0, "height": height, "width": width}
