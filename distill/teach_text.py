@@ -31,6 +31,7 @@ from distill.sections import Section
 from distill.seeds import seed_all, seed_of
 from distill.terminal import Progress
 from distill.vocabulary import clip_tokenizer, merges_of, tokens, write_vocabulary
+from students.portable import make_portable
 from teachers.errors import UserError, nearest
 
 LARGEST = 10 * 2**20  # bytes of a teacher that ships inside the package
@@ -370,6 +371,7 @@ def save(pipe: Any, captions: Sequence[str], folder: Path) -> None:
     pipe.unet.float()
     merges = merges_of({word for caption in captions for word in caption.split()})
     write_vocabulary(draft / "tokenizer", pipe.tokenizer.get_vocab(), merges)
+    make_portable(draft)
     size = sum(p.stat().st_size for p in draft.rglob("*") if p.is_file())
     shutil.rmtree(folder, ignore_errors=True)
     draft.replace(folder)

@@ -20,6 +20,7 @@ from torch import Tensor
 from students import card, stock
 from students.generator import Generator
 from students.lora import Adapted, merged, unwrap, using
+from students.portable import make_portable
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
 from teachers.pipeline import Prompted, quiet
@@ -79,6 +80,7 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
     try:
         with quiet():
             pipe.save_pretrained(draft)
+        make_portable(draft, getattr(teacher.codec, "folder", None))
         if brings_source(network):
             from students import edm_source
 

@@ -6,12 +6,14 @@ such a file is refused, whichever versions of the two are installed.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -64,6 +66,7 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
     Raises:
         UserError: the files are not there, cannot be read, or do not hold just its weights.
     """
+    check_rope(folder, who)
     if "variant" not in options:
         options["variant"] = variants(who, {part: folder})[part]
     try:
@@ -86,9 +89,9 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
     extra = sorted(k for k in info["unexpected_keys"] if not k.endswith("position_ids"))
     if lacking and extra:
         raise UserError(
-            f"{where} are not whole: {dot}{lacking[0]} is missing{more(lacking)}, and "
-            f"{extra[0]!r}{more(extra)} is not of a {kind.__name__}; names may differ by version: "
-            "save it again with the version of transformers that is installed, or install another"
+            f"{where} are not whole: {dot}{lacking[0]} is missing{more(lacking)}; there is "
+            f"{clipped(extra[0])}{more(extra)} instead, as another version of "
+            f"{kind.__module__.partition('.')[0]} may name them: install that one"
         )
     if lacking:
         raise UserError(f"{where} are not whole: {dot}{lacking[0]} is missing{more(lacking)}")
@@ -100,6 +103,29 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
             "that config.json describes knows nothing; correct config.json"
         )
     return made
+
+
+def check_rope(folder: Path, who: str) -> None:
+    """Refuse a language model's config that transformers before version 5 would read wrongly.
+
+    Raises:
+        UserError: rotary embeddings' settings are there under version 5's name alone.
+    """
+    import transformers
+
+    if (
+        int(transformers.__version__.partition(".")[0]) >= 5
+        or not (folder / "config.json").exists()
+    ):
+        return
+    todo: list[Any] = [read_json(folder / "config.json", who)]
+    for tree in todo:
+        if "rope_parameters" in tree and "rope_theta" not in tree:
+            raise UserError(
+                f"{who}: {folder / 'config.json'} holds rope_parameters, which transformers "
+                f"{transformers.__version__} does not read: install version 5"
+            )
+        todo += [value for value in tree.values() if isinstance(value, dict)]
 
 
 def more(names: list[str]) -> str:
@@ -125,7 +151,7 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
 
     index = read_json(folder / "model_index.json", who)
     check_index(folder, index, who)
-    kinds, parts = dict(networks(index)), {}
+    kinds, parts, classes = dict(networks(index)), {}, {}
     chosen = variants(who, {part: folder / part for part in kinds})
     for part, kind in kinds.items():
         # transformers' name for it; the older spelling is understood by all versions
@@ -133,13 +159,21 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
         parts[part] = module(
             kind, folder / part, who, part, torch_dtype=dtype, variant=chosen[part]
         )
+    for part, entry in index.items():
+        if isinstance(entry, list) and entry[0] == "transformers" and entry[1].endswith(TOKENIZERS):
+            parts[part] = tokenizer(entry[1], folder / part, who)
+            classes[part] = type(parts[part]).__name__
     # a part that is listed as null must be passed as None where its class does not call it optional
     absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
     absent += [k for k in index if k == "safety_checker"]
     try:
-        with quiet(), silent("diffusers.models.modeling_utils"):
+        with (
+            quiet(),
+            silent("diffusers.models.modeling_utils"),
+            naming(folder, index, classes) as root,
+        ):
             return diffusers.DiffusionPipeline.from_pretrained(
-                folder,
+                root,
                 use_safetensors=True,
                 local_files_only=True,
                 torch_dtype=dtypes,
@@ -150,6 +184,50 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
         raise UserError(
             f"{who}: the pipeline in {folder} cannot be read ({reason(error)})"
         ) from None
+
+
+def tokenizer(name: str, folder: Path, who: str) -> Any:
+    """A tokenizer of the named class of transformers, or of that class's fast form.
+
+    Version 5 writes one file, tokenizer.json, and a list of special tokens. Before it, the class of
+    the same name reads other files, but its fast form reads that one, and the list goes by another
+    name.
+
+    Raises:
+        UserError: it can be read as neither.
+    """
+    import transformers
+
+    said = f"there is no {name} in transformers {transformers.__version__}"
+    config = folder / "tokenizer_config.json"
+    special = read_json(config, who).get("extra_special_tokens") if config.exists() else None
+    older = {"extra_special_tokens": {}, "additional_special_tokens": special}
+    forms = dict.fromkeys((name, f"{name.removesuffix('Fast')}Fast"))
+    for words in ({}, older if isinstance(special, list) else {}):
+        for form in forms:
+            if (kind := getattr(transformers, form, None)) is None:
+                continue
+            try:
+                with quiet():
+                    return kind.from_pretrained(folder, local_files_only=True, **words)
+            except Exception as error:  # of many types: damaged files, sentencepiece is missing, …
+                said = reason(error) if form == name and not words else said
+    raise UserError(f"{who}: {folder} cannot be read as a {clipped(name)} ({said})")
+
+
+@contextmanager
+def naming(folder: Path, index: dict[str, Any], classes: dict[str, str]) -> Iterator[Path]:
+    """The folder, or one of links to its parts whose index names other classes of transformers."""
+    if all(index[part][1] == name for part, name in classes.items()):
+        yield folder
+        return
+    with TemporaryDirectory() as place:
+        for path in folder.iterdir():
+            if path.name != "model_index.json":
+                (Path(place) / path.name).symlink_to(path.resolve())
+        named = {part: ["transformers", name] for part, name in classes.items()}
+        (Path(place) / "model_index.json").write_text(json.dumps(index | named))
+        yield Path(place)
 
 
 def networks(index: dict[str, Any]) -> Iterator[tuple[str, Any]]:

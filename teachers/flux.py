@@ -84,7 +84,7 @@ class Told(Prompted):
 
     def __init__(self, codec: Prompted, guidance: float) -> None:
         super().__init__(codec.pipe, codec.kind, codec.size, codec.negative)
-        self.guidance = guidance
+        self.guidance, self.folder = guidance, codec.folder
 
     @property
     def null(self) -> dict[str, Tensor]:

@@ -109,6 +109,17 @@ class Pretrained(Network):
         return 0
 
     @classmethod
+    def check(cls, who: str) -> None:
+        """Refuse to load it where the installed packages would not run it rightly.
+
+        Args:
+            who: Begins a message.
+
+        Raises:
+            UserError: naming the package.
+        """
+
+    @classmethod
     def factor(cls, pipe: Any) -> int:
         """How many pixels of a side become one of a latent's."""
         return pipe.vae_scale_factor
@@ -195,6 +206,7 @@ class Prompted:
         self.negative, self.classes = negative, classes
         self._null: dict[str, Tensor] | None = None
         self._cuts: Cuts | None = None
+        self.folder: Path | None = None  # that it was read from
 
     @property
     def vae(self) -> nn.Module:
@@ -322,6 +334,7 @@ def load(
     who = teacher_at(source)
     if precision not in DTYPES:
         raise UserError(f"{who}: precision {precision!r}: {nearest(precision, DTYPES)}")
+    kind.check(who)
     pipe = stock(folder, who, {kind.PART: DTYPES[precision], "default": torch.float32})
     backbone = getattr(pipe, kind.PART)
     if precision in FORMS:
@@ -338,6 +351,7 @@ def load(
     if classes and negative_prompt:
         raise UserError(f"{who}: it takes labels and not prompts; leave out negative_prompt")
     codec = Prompted(pipe, kind, kind.pixels(pipe, shape), classes or negative_prompt, classes)
+    codec.folder = folder
     return Teacher(network, codec, shape, source)
 
 
