@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from os.path import isdir, isfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -112,7 +113,7 @@ def nowhere(source: str) -> str:
     """That there is no such folder here, with the nearest name beside where it was looked for."""
     folder = Path(source).expanduser()
     line = "no such folder here"
-    if not folder.parent.is_dir():
+    if not isdir(folder.parent):
         return line
     beside = [p.name for p in folder.parent.iterdir() if p.is_dir() and p.name[:1] != "."]
     close = nearest(folder.name, beside)
@@ -153,6 +154,6 @@ def refuse_file(source: str, who: str) -> None:
         UserError: the source's name ends as one.
     """
     path = Path(source).expanduser()
-    if path.suffix.lower() in SINGLE and not path.is_dir():
-        what = "is a single file" if path.is_file() else "names a single file, which is not there"
+    if path.suffix.lower() in SINGLE and not isdir(path):
+        what = "is a single file" if isfile(path) else "names a single file, which is not there"
         raise UserError(f"{who}: it {what}; teachers are diffusers folders: {single(source)}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -194,14 +195,15 @@ def find(source: str) -> Path:
     Raises:
         UserError: there is none, or it is a single file.
     """
-    if (folder := Path(source).expanduser()).is_dir():
+    folder = Path(source).expanduser()
+    if isdir(folder):  # for the longest of names too, at which Path's own raises
         return folder
     from teachers import download
 
     who = teacher_at(source)
     download.refuse_file(source, who)
     if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        if folder.exists():
+        if isfile(folder):
             raise UserError(f"{who}: it is a file; give a diffusers pipeline folder")
         raise UserError(f"{who}: no such folder, and not a Hub id (OWNER/NAME)")
     return download.fetch(source)
