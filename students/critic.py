@@ -58,7 +58,7 @@ class Critic(nn.Module):
         if len(found) != len(blocks):
             raise ValueError("critic: each block must run once in a forward pass")
         self.heads = nn.ModuleList(
-            Tokens(f.shape[-1]) if f.ndim == 3 else head(f.shape[1], tuple(f.shape[2:]))
+            Tokens(f.shape[-1]) if f.ndim == 3 else head(f.shape[1], (f.shape[2], f.shape[3]))
             for f in found
         ).to(x.device)
 
@@ -111,8 +111,13 @@ class Head(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         for i, layer in enumerate(self):
-            if i == self.last and x.shape[-2:] != self.size:
-                x = nn.functional.adaptive_avg_pool2d(x, self.size)
+            height, width = x.shape[-2:]
+            if i < self.last:
+                wanted = (max(2, height), max(2, width))  # or there is nothing to halve
+            else:
+                wanted = self.size if i == self.last else (height, width)
+            if wanted != (height, width):
+                x = nn.functional.adaptive_avg_pool2d(x, wanted)
             x = layer(x)
         return x
 
@@ -121,9 +126,9 @@ def head(channels: int, size: tuple[int, int]) -> Head:
     """Halve (B, C, *size) to at most 4×4, then read one logit (B, 1, 1, 1) off all of it."""
     layers: list[nn.Module] = []
     height, width = size
-    while max(height, width) > 4 and min(height, width) > 1:
+    while max(height, width) > 4:
         layers += [nn.Conv2d(channels, channels, 4, 2, 1), *block(channels)]
-        height, width = height // 2, width // 2
+        height, width = max(1, height // 2), max(1, width // 2)
     last = len(layers)
     layers += [nn.Conv2d(channels, channels, (height, width)), *block(channels)]
     return Head([*layers, nn.Conv2d(channels, 1, 1)], (height, width), last)

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -105,6 +106,11 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
     return made
 
 
+def installed() -> str:
+    """The version of transformers."""
+    return version("transformers")
+
+
 def check_rope(folder: Path, who: str) -> None:
     """Refuse a language model's config that transformers before version 5 would read wrongly.
 
@@ -123,7 +129,7 @@ def check_rope(folder: Path, who: str) -> None:
         if "rope_parameters" in tree and "rope_theta" not in tree:
             raise UserError(
                 f"{who}: {folder / 'config.json'} holds rope_parameters, which transformers "
-                f"{transformers.__version__} does not read: install version 5"
+                f"{installed()} does not read: install version 5"
             )
         todo += [value for value in tree.values() if isinstance(value, dict)]
 
@@ -198,7 +204,7 @@ def tokenizer(name: str, folder: Path, who: str) -> Any:
     """
     import transformers
 
-    said = f"there is no {name} in transformers {transformers.__version__}"
+    said = f"there is no {name} in transformers {installed()}"
     config = folder / "tokenizer_config.json"
     special = read_json(config, who).get("extra_special_tokens") if config.exists() else None
     older = {"extra_special_tokens": {}, "additional_special_tokens": special}

@@ -306,10 +306,17 @@ def mode(encoded: Any) -> Tensor:
     """The likeliest latent of what an autoencoder's `encode` returns.
 
     Deterministic ones say it outright: DC-AE as `latent`, the tiny ones as `latents`.
+
+    Raises:
+        UserError: it returns something else.
     """
     if "latent_dist" in encoded:
         return encoded.latent_dist.mode()
-    return encoded.latent if "latent" in encoded else encoded.latents
+    for name in ("latent", "latents"):
+        if name in encoded:
+            return encoded[name]
+    kind = type(encoded).__name__.removesuffix("Output")
+    raise UserError(f"vae: a {kind} gives no latents (latent_dist, latent or latents)")
 
 
 def load(

@@ -49,7 +49,9 @@ def labels_of(prompts: Sequence[Any], classes: int) -> list[int]:
         UserError: one is not an integer in [0, classes).
     """
     for p in prompts:
-        if not str(p).strip().isdecimal() or int(p) >= classes:
+        text = str(p).strip()
+        digits = text.isdecimal() and len(text) <= 18  # Python reads no number of thousands
+        if not digits or int(text) >= classes:
             raise UserError(f"labels: {clipped(p)} is outside 0 to {classes - 1}")
     return [int(p) for p in prompts]
 

@@ -137,7 +137,7 @@ def test_rotary_settings_that_the_installed_version_does_not_read_are_refused(
     tree = {"text_config": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     components.check_rope(tmp_path, "teacher 'x'")
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.setattr(components, "installed", lambda: "4.57.6")
     with pytest.raises(UserError, match=r"rope_parameters, which transformers 4\.57\.6 does not"):
         components.check_rope(tmp_path, "teacher 'x'")
     assert older_rope(tree)
