@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distill import imagefolder
 from distill.listing import Bad, Item, Listing
 from distill.sections import Bucketing, Column
 from distill.tables import SUFFIXES as TABLES
@@ -105,6 +106,9 @@ def _folder(
             "one subfolder each"
         )
     listing, wanted = Listing(where), captioned or bool(classes)
+    if wanted and not labelled and (files := imagefolder.tables(folder, captions)):
+        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        return _some(imagefolder.listed(files, images, captions, where, wanted))
     for label, group in enumerate(groups):
         for path in sorted(p for p in group.rglob("*") if p.suffix.lower() in SUFFIXES):
             prompt = label if labelled else _sidecar(path, captions, where) if wanted else None
@@ -123,10 +127,15 @@ def _sidecar(image: Path, captions: str | None, where: str) -> str | None:
 
 def _kinds(captions: str | None, where: str) -> list[str]:
     kind = (captions or "").partition(":")[0]
+    if kind == "metadata":
+        raise UserError(
+            f"data.captions: {captions!r}: {where.removeprefix('data.source: ')} holds no "
+            "metadata.jsonl or metadata.csv"
+        )
     if kind not in ("", "txt", "json", "folder"):
         raise UserError(
             f"data.captions: {captions!r}: for {where.removeprefix('data.source: ')} expected "
-            "'txt', 'json:KEY' or 'folder'"
+            "'txt', 'json:KEY', 'folder' or 'metadata:COLUMN'"
         )
     return [kind] if kind else ["txt", "json"]
 
