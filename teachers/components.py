@@ -117,18 +117,14 @@ def check_rope(folder: Path, who: str) -> None:
     Raises:
         UserError: rotary embeddings' settings are there under version 5's name alone.
     """
-    import transformers
-
-    if (
-        int(transformers.__version__.partition(".")[0]) >= 5
-        or not (folder / "config.json").exists()
-    ):
+    file = folder / "config.json"
+    if int(installed().partition(".")[0]) >= 5 or not file.exists():
         return
-    todo: list[Any] = [read_json(folder / "config.json", who)]
+    todo: list[Any] = [read_json(file, who)]
     for tree in todo:
         if "rope_parameters" in tree and "rope_theta" not in tree:
             raise UserError(
-                f"{who}: {folder / 'config.json'} holds rope_parameters, which transformers "
+                f"{who}: {file} holds rope_parameters, which transformers "
                 f"{installed()} does not read: install version 5"
             )
         todo += [value for value in tree.values() if isinstance(value, dict)]
