@@ -431,11 +431,11 @@ MUTANTS: tuple[Mutant, ...] = (
         "data.py::test_every_bucket_has_a_seed_of_its_own_and_the_first_has_the_runs",
     ),
     fault(
-        "truncated prompts counted as read",
-        "distill/encode.py",
-        "self.truncated += self.teacher.codec.truncated(prompts)",
-        "self.truncated += len(prompts)",
-        "pictures.py::test_prompts_that_are_cut_are_counted_in_one_line_and_not_shown",
+        "all prompts counted as cut",
+        "teachers/cuts.py",
+        "places.update(i for i, ids in enumerate(rows) if len(ids) > limit)",
+        "places.update(range(len(rows)))",
+        "pictures.py::test_prompts_that_are_cut_are_counted_in_one_line_with_the_first_of_them",
     ),
     fault(
         "pictures in 0 … 1",

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,11 +42,12 @@ from distill.encode import (
 from distill.fingerprint import fingerprint
 from distill.listing import Bad, Item, write_report
 from distill.sections import DataSection
+from teachers.cuts import Cuts
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.files import save_tensors
 
-FORMAT = 2  # of the shards, and of how images are read; a new one makes every cache anew
+FORMAT = 3  # of the shards, and of how images are read; a new one makes every cache anew
 SHARD_BYTES = 1 << 28  # about what one file holds
 SHARD_ITEMS = 2048  # and at most so many items, which is what a kill can lose
 INDEX, NULL, DIGESTS = "index.json", "null.safetensors", "digests.json"
@@ -94,10 +96,16 @@ class Shard(NamedTuple):
 
 
 class Notes(NamedTuple):
-    """What a file of a cache says beside its tensors: what is bad, and what are first frames."""
+    """What a file of a cache says beside its tensors, of the items that it is made of.
+
+    bad: Those that are left out.
+    firsts: Names of images of which the first of several frames was read.
+    cuts: Prompts that were not read to their end.
+    """
 
     bad: list[Bad]
     firsts: list[str]
+    cuts: Cuts
 
 
 def check_room(work: Work, root: Path, limit_gb: float) -> None:
@@ -184,7 +192,7 @@ class Cache:
             self.digests.save()
             bad = list(listing.bad)
             if not (self.folder / NULL).exists():
-                _write(self.folder / NULL, null, Notes([], []))
+                _write(self.folder / NULL, null, Notes([], [], Cuts()))
             for shard in self.shards[rank::world]:
                 if not _whole(self.folder / shard.file):
                     self._encode(shard)
@@ -194,35 +202,36 @@ class Cache:
                 yield done
         while world > 1 and not all((self.folder / s.file).is_file() for s in self.shards):
             time.sleep(0.2)  # the others' shards; a process that fails ends all
-        bad, firsts = self._noted()
-        self._check(bad, share)
-        write_report(self.folder, listing.report(listing.total, bad, firsts))
+        notes = self._noted()
+        self._check(notes.bad, share)
+        write_report(self.folder, listing.report(listing.total, notes.bad, notes.firsts))
         for left in self.folder.glob(".shard-*"):  # drafts of builds that were killed
             left.unlink(missing_ok=True)
         draft = self.folder / f".{INDEX}.{os.getpid()}"
         draft.write_text(json.dumps(self.about, indent=2) + "\n")
         draft.replace(self.folder / INDEX)
-        self.work.tell(firsts)
 
     def _encode(self, shard: Shard) -> None:
         found: list[dict[str, Tensor]] = []
-        notes = Notes([], [])
+        notes = Notes([], [], Cuts())
         for some in parts(shard.items):
             made = self.work.encode(some)
             notes.bad.extend(made.bad)
             notes.firsts.extend(made.firsts)
+            notes.cuts.add(made.cuts)
             if made.tensors:
                 found.append(made.tensors)
         full = {k: torch.cat([f[k] for f in found]) for k in found[0]} if found else {}
         _write(self.folder / shard.file, full, notes)
 
     def _noted(self) -> Notes:
-        """All that is bad, and all first frames, in the items' order."""
-        found = Notes(list(self.work.listing.bad), [])
+        """What all files say, in the items' order."""
+        found = Notes(list(self.work.listing.bad), [], Cuts())
         for shard in self.shards:
             notes = _notes(self.folder / shard.file)
             found.bad.extend(notes.bad)
             found.firsts.extend(notes.firsts)
+            found.cuts.add(notes.cuts)
         return found
 
     def _check(self, bad: list[Bad], share: float) -> None:
@@ -234,18 +243,21 @@ class Cache:
     def open(self, seed: int, share: float) -> Source:
         """The whole cache as a source; files are mapped, and read where a batch needs them.
 
+        Says, as data held in memory do, what was cut and of which images one frame was read.
+
         Raises:
             UserError: a file is damaged, or more than `share` of the items were bad.
         """
-        listing, (bad, firsts) = self.work.listing, self._noted()
-        listing.check(bad, listing.total, share)
+        listing, notes = self.work.listing, self._noted()
+        listing.check(notes.bad, listing.total, share)
+        self.work.tell(notes.firsts, notes.cuts)
         sources: list[Source] = []
         for bucket in self.work.groups:
             files = [self.folder / s.file for s in self.shards if s.bucket == bucket]
             shapes = self.work.shapes(bucket)
             shape = shapes.get("x", self.work.teacher.shape)
             sources.append(Cached(files, list(shapes), shape, bucket_seed(seed, bucket)))
-        return joined(sources, seed, listing.report(listing.total, bad, firsts))
+        return joined(sources, seed, listing.report(listing.total, notes.bad, notes.firsts))
 
     def null(self) -> Cond:
         """The null condition, each entry (1, ...), without the text encoder."""
@@ -338,7 +350,8 @@ def _write(path: Path, tensors: dict[str, Tensor], notes: Notes) -> None:
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     try:
         # One key, as the order of several is not kept.
-        save_tensors(tensors, draft, {"notes": json.dumps(notes)})
+        tree = {"bad": notes.bad, "firsts": notes.firsts, "cuts": asdict(notes.cuts)}
+        save_tensors(tensors, draft, {"notes": json.dumps(tree)})
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.replace(path)
@@ -369,8 +382,8 @@ def _whole(path: Path) -> bool:
 
 def _notes(path: Path) -> Notes:
     with _opened(path) as file:
-        bad, firsts = json.loads(file.metadata()["notes"])
-    return Notes([Bad(*b) for b in bad], firsts)
+        tree = json.loads(file.metadata()["notes"])
+    return Notes([Bad(*b) for b in tree["bad"]], tree["firsts"], Cuts.of_tree(tree["cuts"]))
 
 
 def _rows(path: Path, name: str) -> int:

@@ -21,6 +21,7 @@ from distill.images import READERS, Picture, picture, signed
 from distill.listing import Bad, Item, Listing
 from distill.seeds import seed_of
 from distill.terminal import notice
+from teachers.cuts import Cuts
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.pipeline import Prompted
@@ -42,11 +43,13 @@ class Encoding(NamedTuple):
     tensors: (N, ...) on the CPU, of the N that are good.
     bad: The others.
     firsts: Names of images of which the first of several frames was read.
+    cuts: Of the good ones' prompts, those that were not read to their end.
     """
 
     tensors: Encoded
     bad: list[Bad]
     firsts: list[str]
+    cuts: Cuts
 
 
 class Work:
@@ -68,7 +71,6 @@ class Work:
         self.teacher, self.listing, self.sizes = teacher, listing, sizes
         self.with_data = with_data
         self.device = device()
-        self.read = self.truncated = 0  # prompts encoded here, and of them those cut at their end
         self.channels = picture_shape(teacher)[0] if with_data else 0
         used = sorted({i.bucket for i in listing.items})
         self.groups = {b: [i for i in listing.items if i.bucket == b] for b in used}
@@ -124,21 +126,19 @@ class Work:
                     images.append(image.pixels)
                     firsts += [item.name] * image.first
         if not good:
-            return Encoding({}, bad, [])
+            return Encoding({}, bad, [], Cuts())
         x = signed(images) if self.with_data else None
         prompts = [i.prompt for i in good]
-        found = self._through(x, prompts)
+        with counting(self.teacher) as cuts:
+            found = self._through(x, prompts)
         check_finite(found, [i.name for i in good], self.teacher, self.listing.where)
-        if isinstance(self.teacher.codec, Prompted) and not self.teacher.codec.classes:
-            self.read += len(prompts)
-            self.truncated += self.teacher.codec.truncated(prompts)
         for name, shape in self.shapes(good[0].bucket).items():
             if found[name].shape[1:] != shape:
                 raise UserError(
                     f"teacher {self.teacher.source!r}: its codec made {name} of shape "
                     f"{tuple(found[name].shape[1:])} after {shape}; pad it to one length"
                 )
-        return Encoding(found, bad, firsts)
+        return Encoding(found, bad, firsts, cuts)
 
     def null(self) -> Encoded:
         """The condition that stands for none, each entry (1, ...); empty where there is none.
@@ -150,18 +150,15 @@ class Work:
         check_finite(null, ["the empty or negative prompt"], self.teacher, self.listing.where)
         return {k.removeprefix(COND): v.detach().cpu() for k, v in null.items()}
 
-    def tell(self, firsts: list[str]) -> None:
-        """Say how many prompts were cut, and how many images had further frames, if any."""
-        if firsts:
+    def tell(self, firsts: list[str], cuts: Cuts) -> None:
+        """Say how many images had further frames, and how many prompts were cut by which encoder,
+        if any; once of all processes."""
+        if firsts and os.environ.get("RANK", "0") == "0":
             notice(
                 f"{self.listing.where}: {len(firsts):,} images have several frames or pages, such "
                 f"as {firsts[0]}; the first of each is read"
             )
-        if self.truncated:
-            notice(
-                f"{self.listing.where}: {self.truncated:,} of {self.read:,} prompts "
-                "are longer than the text encoder reads; their ends have no effect"
-            )
+        tell(cuts, self.listing.where)
 
     @torch.no_grad()
     def _through(self, images: Tensor | None, prompts: list) -> Encoded:
@@ -226,6 +223,23 @@ def broken_weight(module: nn.Module) -> str | None:
     return None
 
 
+@contextmanager
+def counting(teacher: Teacher) -> Iterator[Cuts]:
+    """Within it, the prompts that the teacher's codec cuts are counted, where it can be told."""
+    if not isinstance(teacher.codec, Prompted) or teacher.codec.classes:
+        yield Cuts()
+        return
+    with teacher.codec.counting() as cuts:
+        yield cuts
+
+
+def tell(cuts: Cuts, where: str) -> None:
+    """Say how many prompts were cut and by which encoder, if any; once of all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in cuts.lines(where):
+            notice(line)
+
+
 def split(found: Encoded) -> tuple[Tensor | None, Cond]:
     """Data and condition of encoded tensors."""
     cond = {k.removeprefix(COND): v for k, v in found.items() if k != "x"}
@@ -246,7 +260,7 @@ def held(work: Work, seed: int, share: float) -> Source:
         NotFinite: as `Work.encode`.
     """
     listing, bad = work.listing, list(work.listing.bad)
-    total, firsts = listing.total, []
+    total, firsts, cuts = listing.total, [], Cuts()
     sources: list[Source] = []
     with encoders_on(work.teacher, work.device):
         work.null()
@@ -263,11 +277,12 @@ def held(work: Work, seed: int, share: float) -> Source:
                 rows += n
                 bad += made.bad
                 firsts += made.firsts
+                cuts.add(made.cuts)
                 listing.check(bad, total, share)
             x, cond = split({k: v[:rows] for k, v in full.items()})
             shape = work.shapes(bucket).get("x", work.teacher.shape)
             sources.append(Source(shape, x, cond, bucket_seed(seed, bucket), rows))
-    work.tell(firsts)
+    work.tell(firsts, cuts)
     return joined(sources, seed, listing.report(total, bad, firsts))
 
 

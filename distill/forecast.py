@@ -91,7 +91,7 @@ def shape_of(recipe: Recipe, without: Any) -> Teacher:
             quantise(backbone, t.precision)
     # an EDM student's time is refitted, which takes values; here there are none
     named = replace(network.schedule, name=CM if network.schedule.sigma_data else "")
-    twin = type(network)(backbone.requires_grad_(False).eval(), named)
+    twin = network.twin(backbone.requires_grad_(False).eval(), named)
     return Teacher(twin, Still(teacher.codec), teacher.shape, teacher.source)
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distill import imagefolder
 from distill.listing import Bad, Item, Listing, Needs
 from distill.sections import Bucketing, Column
 from distill.tables import SUFFIXES as TABLES
@@ -148,6 +149,11 @@ def _folder(folder: Path, where: str, captions: str | None, needs: Needs) -> Lis
     files = files_in(folder)
     if labelled:  # class by class, as their labels are
         files.sort(key=lambda p: (order.get(p.relative_to(folder).parts[0], -1), p))
+    tables = imagefolder.tables(files, captions) if needs and not labelled else []
+    told = imagefolder.told(tables, captions, where)
+    for path in sorted(told.keys() - set(files)):
+        if not path.is_file():
+            listing.bad.append(Bad(str(path), "missing image", "a table of captions names it"))
     for path in files:
         if not is_image(path):
             _leave(listing, path)
@@ -159,7 +165,7 @@ def _folder(folder: Path, where: str, captions: str | None, needs: Needs) -> Lis
         else:
             listing.contents.append(path)
             try:
-                prompt = _beside(path, folder, captions, needs, where)
+                prompt = told.get(path) if tables else _beside(path, folder, captions, needs, where)
             except ValueError as error:
                 listing.bad.append(Bad(str(path), "unreadable caption", str(error)))
                 continue
@@ -208,10 +214,15 @@ def _beside_shards(listing: Listing, folder: Path, shards: list[Path]) -> None:
 
 def _kinds(captions: str | None, where: str) -> list[str]:
     kind = (captions or "").partition(":")[0]
+    if kind == "metadata":
+        raise UserError(
+            f"data.captions: {captions!r}: {where.removeprefix('data.source: ')} holds no "
+            "metadata.jsonl or metadata.csv"
+        )
     if kind not in ("", "txt", "json", "folder"):
         raise UserError(
             f"data.captions: {captions!r}: for {where.removeprefix('data.source: ')} expected "
-            "'txt', 'json:KEY' or 'folder'"
+            "'txt', 'json:KEY', 'folder' or 'metadata:COLUMN'"
         )
     return [kind] if kind else ["txt", "json"]
 

@@ -14,6 +14,7 @@ from distill.prompts import list_prompts, place_of_prompts
 from distill.recipe import Recipe
 from eval import digits, shapes
 from teachers.errors import UserError
+from teachers.pipeline import Prompted
 from teachers.teacher import EMBEDDED, Teacher
 
 
@@ -145,12 +146,20 @@ def sizes_for(recipe: Recipe, teacher: Teacher) -> list[tuple[int, int]]:
     data = recipe.data
     _, *sides = picture_shape(teacher)
     height, width = (data.size, data.size) if data.size else sides
-    factor = sides[0] // teacher.shape[-2]
+    factor, needs = sides[0] // teacher.shape[-2], "codec"
+    if isinstance(codec := teacher.codec, Prompted) and (grain := codec.grain) > factor:
+        factor, needs = grain, "network"  # which reads latents in patches
     if height % factor:
-        raise UserError(f"data.size: {height} is no multiple of {factor}, as the codec needs")
+        raise UserError(f"data.size: {height} is no multiple of {factor}, as the {needs} needs")
     if data.buckets and data.buckets.multiple % factor:
         raise UserError(
             f"data.buckets.multiple: {data.buckets.multiple} is no multiple of {factor}, "
-            "as the codec needs"
+            f"as the {needs} needs"
         )
-    return sizes_of(data.buckets, height, width)
+    sizes = sizes_of(data.buckets, height, width)
+    if isinstance(codec, Prompted) and codec.kind.SQUARE and any(h != w for h, w in sizes):
+        raise UserError(
+            f"data.buckets: {type(codec.pipe).__name__} draws squares alone, and so would its "
+            "students; remove it"
+        )
+    return sizes

@@ -30,7 +30,8 @@ from distill.player import Moves, Player
 from distill.sections import Section
 from distill.seeds import seed_all, seed_of
 from distill.terminal import Progress
-from distill.vocabulary import clip_tokenizer, merges_of, tokens, write_vocabulary
+from distill.vocabulary import clip_tokenizer, tokens
+from students.portable import make_portable
 from teachers.errors import UserError, nearest
 from teachers.files import open_to_readers
 
@@ -158,7 +159,7 @@ def train(pipe: Any, recipe: TextRecipe, scenes: Scenes, out: Path) -> dict[str,
     networks = [pipe.unet, pipe.text_encoder]
     stage = Stage("unet", networks, cfg.unet.moves, cfg, cfg.unet.steps, accelerator, out)
     report["unet"] = stage.run(lambda: unet_loss(pipe, latents, which, ids, cfg.unet))
-    save(pipe, scenes.captions, out / "teacher")
+    save(pipe, out / "teacher")
     return report
 
 
@@ -364,7 +365,7 @@ def part(kind: Any, config: dict[str, Any], section: str, where: str) -> Any:
         raise UserError(f"{where}: {section}: {' '.join(str(error).split())}") from None
 
 
-def save(pipe: Any, captions: Sequence[str], folder: Path) -> None:
+def save(pipe: Any, folder: Path) -> None:
     """Leave the pipeline in `folder`, the UNet's weights in half precision.
 
     Raises:
@@ -375,8 +376,7 @@ def save(pipe: Any, captions: Sequence[str], folder: Path) -> None:
     pipe.save_pretrained(draft)
     pipe.unet.half().save_pretrained(draft / "unet")
     pipe.unet.float()
-    merges = merges_of({word for caption in captions for word in caption.split()})
-    write_vocabulary(draft / "tokenizer", pipe.tokenizer.get_vocab(), merges)
+    make_portable(draft)
     open_to_readers(draft)
     size = sum(p.stat().st_size for p in draft.rglob("*") if p.is_file())
     shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from distill.encode import counting, tell
 from distill.recipe import Recipe
 from distill.sections import GuidanceSection
 from teachers.denoiser import Denoiser, Guided, Mix, Under, linear
@@ -16,6 +17,10 @@ def load_teacher(recipe: Recipe) -> Teacher:
     """The recipe's teacher, unguided."""
     teacher = load(recipe.teacher.source, **recipe.teacher.options())
     how = guidance_of(recipe)
+    if recipe.teacher.negative_prompt:
+        with counting(teacher) as cuts:
+            _ = teacher.codec.null  # encoded at its first use, which is this
+        tell(cuts, "teacher.negative_prompt")
     if how.kind in ("cfg", "apg") and how.scale != 1 and teacher.codec.null is None:
         raise UserError(
             f"teacher.guidance: {how.scale} needs a null class, and "

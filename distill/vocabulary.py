@@ -45,7 +45,7 @@ def merges_of(words: Iterable[str]) -> list[tuple[str, str]]:
 def write_vocabulary(
     folder: Path, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]
 ) -> None:
-    """CLIP's vocab.json and merges.txt, which newer transformers no longer write by themselves."""
+    """CLIP's vocab.json and merges.txt, of which every version can make a tokenizer."""
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")

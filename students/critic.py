@@ -58,7 +58,8 @@ class Critic(nn.Module):
         if len(found) != len(blocks):
             raise ValueError("critic: each block must run once in a forward pass")
         self.heads = nn.ModuleList(
-            Tokens(f.shape[-1]) if f.ndim == 3 else head(f.shape[1], f.shape[-1]) for f in found
+            Tokens(f.shape[-1]) if f.ndim == 3 else head(f.shape[1], (f.shape[2], f.shape[3]))
+            for f in found
         ).to(x.device)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> list[Tensor]:
@@ -93,14 +94,44 @@ def network_of(denoiser: Denoiser) -> Denoiser:
     return denoiser.denoiser if isinstance(denoiser, Adapted) else denoiser
 
 
-def head(channels: int, size: int) -> nn.Sequential:
-    """Halve (B, C, size, size) to at most 4×4, then read one logit (B, 1, 1, 1) off all of it."""
+class Head(nn.Sequential):
+    """One logit (B, 1, 1, 1) of feature maps (B, C, H, W), which are halved and then read whole.
+
+    Those of another shape than the first, as buckets have, are brought to that first one's before
+    they are read: cells are averaged, or repeated.
+
+    Args:
+        size: Height and width of what the layer that reads all of it is made for.
+        last: Which layer that is.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], size: tuple[int, int], last: int) -> None:
+        super().__init__(*layers)
+        self.size, self.last = size, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self):
+            height, width = x.shape[-2:]
+            if i < self.last:
+                wanted = (max(2, height), max(2, width))  # or there is nothing to halve
+            else:
+                wanted = self.size if i == self.last else (height, width)
+            if wanted != (height, width):
+                x = nn.functional.adaptive_avg_pool2d(x, wanted)
+            x = layer(x)
+        return x
+
+
+def head(channels: int, size: tuple[int, int]) -> Head:
+    """Halve (B, C, *size) to at most 4×4, then read one logit (B, 1, 1, 1) off all of it."""
     layers: list[nn.Module] = []
-    while size > 4:
+    height, width = size
+    while max(height, width) > 4:
         layers += [nn.Conv2d(channels, channels, 4, 2, 1), *block(channels)]
-        size = (size + 1) // 2
-    layers += [nn.Conv2d(channels, channels, size), *block(channels), nn.Conv2d(channels, 1, 1)]
-    return nn.Sequential(*layers)
+        height, width = max(1, height // 2), max(1, width // 2)
+    last = len(layers)
+    layers += [nn.Conv2d(channels, channels, (height, width)), *block(channels)]
+    return Head([*layers, nn.Conv2d(channels, 1, 1)], (height, width), last)
 
 
 def picture(out: Any) -> Any:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from students import portable, stock
+from students import stock
 from students.generator import Generator
 from students.lora import Adapted, merged, unwrap, using
+from students.portable import make_portable
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
 from teachers.files import open_to_readers
@@ -94,7 +95,7 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
     try:
         with quiet():
             pipe.save_pretrained(draft)
-        portable.complete(draft, pipe, teacher.source)
+        make_portable(draft, getattr(teacher.codec, "folder", None))
         open_to_readers(draft)
         if brings_source(network):
             from students import edm_source

@@ -1,8 +1,8 @@
-"""An exported pipeline's text parts, written so that transformers 4 reads them as 5 does.
+"""A pipeline's folder in the form that transformers 4 reads as well as 5.
 
-Version 5 keeps a tokenizer in tokenizer.json alone, and a CLIP text model's weights without the
-prefix `text_model.`. Version 4 builds diffusers' tokenizers from their vocabulary's own files, and
-would fill the weights that it does not find with random ones. Version 5 reads both forms.
+Version 5 writes CLIP's text encoder and rotary embeddings under other names, of tokenizers one file
+where version 4 reads several, and special tokens as a list. Version 4 then gives an encoder random
+weights or another base, or stops. What is written here both read alike.
 """
 
 from __future__ import annotations
@@ -14,73 +14,121 @@ from typing import Any
 
 from safetensors import safe_open
 
-from teachers.errors import UserError
 from teachers.files import save_tensors
-from teachers.teacher import EMBEDDED, find, read_json
 
-PREFIX = "text_model."
+PREFIX = "text_model."  # of a CLIPTextModel's weights, which version 5 leaves off and reads
 BPE = {"vocab.json", "merges.txt"}
-CONFIG = "tokenizer_config.json"
+SINGLE = {"spiece.model", "tokenizer.model", "vocab.txt"}  # each a whole vocabulary
+# Vocabularies as version 4's slow classes read them, and what version 5 no longer writes.
+KEPT = BPE | SINGLE | {"added_tokens.json", "special_tokens_map.json"}
+PAIRS = ("CLIPTokenizer", "Qwen2Tokenizer")  # whose slow forms read the files of BPE
 LISTED, LISTED_IN_4 = "extra_special_tokens", "additional_special_tokens"  # one list, two names
 
 
-def complete(folder: Path, pipe: Any, source: str) -> None:
-    """Add to a saved pipeline what older versions of transformers look for.
+def make_portable(folder: Path, origin: Path | None = None) -> None:
+    """Rewrite a pipeline's folder for both versions, in place; files that both read are left.
 
     Args:
-        folder: Where `pipe.save_pretrained` has written.
-        source: The teacher's, whose vocabularies are copied where a tokenizer cannot write them.
+        origin: The folder whose tokenizers these are, for files of theirs that were not written.
     """
-    origin = None
-    for name, part in pipe.components.items():
-        if (folder / name).is_dir() and hasattr(part, "vocab_files_names"):
-            origin = origin or folder_of(source)
-            add_vocabulary(part, folder / name, origin / name)
-        elif type(part).__name__ == "CLIPTextModel":
-            add_prefix(folder / name)
+    path = folder / "model_index.json"
+    index: dict[str, Any] = json.loads(path.read_text())
+    for part, entry in index.items():
+        if not isinstance(entry, list) or entry[0] != "transformers":
+            continue
+        if (config := folder / part / "config.json").is_file():
+            tree = json.loads(config.read_text())
+            if older_rope(tree):
+                write(config, tree)
+        if entry[1] == "CLIPTextModel":
+            prefix_weights(folder / part)
+        elif entry[1].endswith(("Tokenizer", "TokenizerFast")):
+            name = vocabulary(folder / part, entry[1], origin and origin / part)
+            index[part] = ["transformers", name]
+    write(path, index)
 
 
-def folder_of(source: str) -> Path:
-    """A teacher's folder; one that does not exist for a teacher that has none."""
-    try:
-        return EMBEDDED.get(source) or find(source)
-    except UserError:  # of a user's own function
-        return Path("nowhere") / "at all"
+def older_rope(tree: Any) -> bool:
+    """Add rotary embeddings' settings to a config under version 4's names too; whether any were
+    added.
+
+    Version 4 does not know `rope_parameters` and takes a base of its own instead.
+    """
+    if not isinstance(tree, dict):
+        return False
+    changed = [older_rope(value) for value in tree.values()]
+    rope = tree.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in tree:
+        tree["rope_theta"] = rope["rope_theta"]
+        rest = {k: v for k, v in rope.items() if k != "rope_theta"}
+        if rest.keys() - {"rope_type"} or rest.get("rope_type") != "default":
+            tree["rope_scaling"] = rest
+        return True
+    return any(changed)
 
 
-def add_vocabulary(tokenizer: Any, folder: Path, origin: Path) -> None:
-    """Write the files of a tokenizer's vocabulary that are not in its folder."""
-    wanted = set(tokenizer.vocab_files_names.values())
-    for file in [f for f in wanted if not (folder / f).exists() and (origin / f).is_file()]:
-        shutil.copyfile(origin / file, folder / file)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    lacks = [f for f in BPE if not (folder / f).exists()]
-    if wanted >= BPE and lacks and backend is not None:
-        backend.model.save(str(folder))  # tokenizers' own: vocab.json and merges.txt
-    config = read_json(folder / CONFIG, str(folder)) if (folder / CONFIG).is_file() else {}
-    if isinstance(config.get(LISTED), list):
-        config[LISTED_IN_4] = config.pop(LISTED)  # version 5 reads either
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def add_prefix(folder: Path) -> None:
-    """Give the weights of a saved CLIPTextModel the names that every version knows."""
+def prefix_weights(folder: Path) -> None:
+    """Give a CLIPTextModel's weights the names that begin with `text_model.`"""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             metadata, names = file.metadata(), list(file.keys())
             if all(name.startswith(PREFIX) for name in names):
                 continue
-            tensors = {full(name): file.get_tensor(name) for name in names}
+            tensors = {prefixed(name): file.get_tensor(name) for name in names}
         draft = path.with_name(f".{path.name}.draft")
         save_tensors(tensors, draft, metadata)
         draft.replace(path)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        tree = json.loads(index.read_text())
-        tree["weight_map"] = {full(k): v for k, v in tree["weight_map"].items()}
-        index.write_text(json.dumps(tree, indent=2) + "\n")
+    for path in folder.glob("*.safetensors.index*.json"):
+        tree = json.loads(path.read_text())
+        tree["weight_map"] = {prefixed(k): v for k, v in tree["weight_map"].items()}
+        write(path, tree)
 
 
-def full(name: str) -> str:
+def prefixed(name: str) -> str:
     """A weight's name with the prefix."""
     return name if name.startswith(PREFIX) else PREFIX + name
+
+
+def vocabulary(folder: Path, name: str, origin: Path | None) -> str:
+    """Complete a tokenizer's folder; the class that both versions read it by.
+
+    Args:
+        name: The class that it was saved as.
+        origin: The folder of the tokenizer that it was made of, where there is one.
+    """
+    if origin is not None:
+        for file in KEPT:
+            if (origin / file).is_file() and not (folder / file).exists():
+                shutil.copyfile(origin / file, folder / file)
+    config = folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text()) if config.is_file() else {}
+    if isinstance(settings.get(LISTED), list):
+        settings[LISTED_IN_4] = settings.pop(LISTED)  # version 5 reads either
+        write(config, settings)
+    there = {p.name for p in folder.iterdir()}
+    if "tokenizer.json" not in there or name.endswith("Fast"):
+        return name
+    if name in PAIRS and add_pairs(folder):
+        return name
+    return name if there & SINGLE else f"{name}Fast"  # that reads tokenizer.json in either version
+
+
+def add_pairs(folder: Path) -> bool:
+    """Write vocab.json and merges.txt of tokenizer.json, if its model is of byte pairs and either
+    is missing; whether both are there."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE as BytePairs
+
+    if all((folder / file).is_file() for file in BPE):
+        return True
+    model = Tokenizer.from_file(str(folder / "tokenizer.json")).model
+    if not isinstance(model, BytePairs):
+        return False
+    model.save(str(folder))
+    return True
+
+
+def write(path: Path, tree: dict[str, Any]) -> None:
+    """Write JSON, unless that is what the file holds."""
+    if not path.is_file() or json.loads(path.read_text()) != tree:
+        path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")

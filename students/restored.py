@@ -14,8 +14,9 @@ from torch import nn
 
 from students.generator import Generator
 from students.lora import Adapted, adapters, layers, under, unwrap
+from teachers.components import module
 from teachers.errors import UserError
-from teachers.pipeline import Pretrained, quiet
+from teachers.pipeline import Pretrained
 from teachers.quantised import is_quantised
 from teachers.teacher import EMBEDDED, Teacher, find
 
@@ -56,16 +57,9 @@ def original(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> nn.Mo
     folder = EMBEDDED.get(teacher.source) or find(teacher.source)
     kind: Any = type(network.backbone)
     try:
-        with quiet():
-            return kind.from_pretrained(
-                folder,
-                subfolder=network.PART,
-                torch_dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return module(kind, folder / network.PART, "export", network.PART, torch_dtype=dtype)
+    except (OSError, UserError) as error:
+        reason = str(error).removeprefix("export: ").strip().splitlines()[0]
         raise UserError(
             f"export: the adapter belongs on the weights of {teacher.source!r}, which cannot be "
             f"read again ({reason}); put them back and resume the run"

@@ -245,7 +245,7 @@ def student(
     trim(backbone, teacher)
     if rescaled(source, made.schedule):
         retime(backbone, source.time, made.schedule.time)
-    return made.generator(type(source)(backbone, made.schedule))
+    return made.generator(source.twin(backbone, made.schedule))
 
 
 def rescaled(network: Pretrained, schedule: Schedule) -> bool:

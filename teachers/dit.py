@@ -16,6 +16,7 @@ class DiT(Pretrained):
     """A DiTTransformer2DModel; its null label is the one after the last class."""
 
     PIPELINES = ("DiTPipeline",)
+    SQUARE = True
     LORA = r".*(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

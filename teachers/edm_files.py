@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from teachers import adm, edm, edm2, pickles
+from teachers import adm, components, edm, edm2, pickles
 from teachers.edm_checks import NETWORKS, check
 from teachers.edm_latents import Latents
 from teachers.edm_model import EDM, EDMModel
 from teachers.edm_names import renamed
-from teachers.errors import UserError, nearest
+from teachers.errors import UserError, nearest, teacher_at
 from teachers.files import save_tensors
 from teachers.process import Karras
 from teachers.schedule import log_sigma, read
@@ -74,7 +74,7 @@ def load(path: Path, source: str, null_label: int | None = None, vae: str | None
     Raises:
         UserError: nothing is there, it is damaged or refused, or the options do not fit it.
     """
-    who = f"teacher {source!r}"
+    who = teacher_at(source)
     files = unpickle(path) if path.suffix == ".pkl" else open_folder(path, who)
     config, arguments = files.config, files.config["arguments"]
     classes = arguments.get("label_dim", 0)
@@ -346,11 +346,7 @@ def autoencoder(folder: Path, channels: int, who: str) -> Any:
     config = read_json(folder / "config.json", who)
     if (kind := config.get("_class_name")) != "AutoencoderKL":
         raise UserError(f"{who}: vae: {folder} holds a {kind}; expected an AutoencoderKL")
-    try:
-        vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
-    except Exception as error:  # diffusers wraps a damaged file in various types
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{who}: vae: {folder} cannot be read ({reason})") from None
+    vae = components.module(AutoencoderKL, folder, f"{who}: vae", low_cpu_mem_usage=False)
     if (has := config.get("latent_channels")) != channels:
         raise UserError(f"{who}: vae: {has} latent channels; the network has {channels}")
     return vae.eval().requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -35,6 +36,11 @@ def cut(text: str, most: int = QUOTED) -> str:
         return text
     end = most // 4
     return f"{text[: most - end - 1]}…{text[-end:]}"
+
+
+def clipped(value: object, most: int = QUOTED) -> str:
+    """What a user gave, as a message repeats it without quotes: on one line, cut if it is long."""
+    return cut(" ".join(str(value).split()), most)
 
 
 def quoted(value: object, most: int = QUOTED) -> str:
@@ -73,3 +79,13 @@ def intact(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: damaged: it lacks {error}") from None
     except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError):
         raise UserError(f"{path}: damaged; it is not as a run leaves it") from None
+
+
+def teacher_at(source: str) -> str:
+    """Begins a message about the teacher that a user named."""
+    return f"teacher {clipped(source)!r}"
+
+
+def note(line: str) -> None:
+    """What a user should know but need not act on: one line on stderr."""
+    sys.stderr.write(f"distill: {line}\n")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teachers import pipeline
 from teachers.denoiser import Cond
-from teachers.errors import UserError
+from teachers.errors import UserError, teacher_at
 from teachers.pipeline import Pretrained, Prompted
 from teachers.quantised import Precision
 from teachers.teacher import Teacher
@@ -84,7 +84,7 @@ class Told(Prompted):
 
     def __init__(self, codec: Prompted, guidance: float) -> None:
         super().__init__(codec.pipe, codec.kind, codec.size, codec.negative)
-        self.guidance = guidance
+        self.guidance, self.folder = guidance, codec.folder
 
     @property
     def null(self) -> dict[str, Tensor]:
@@ -124,6 +124,6 @@ def load(
         teacher.codec = Told(teacher.codec, 3.5 if embedded_guidance is None else embedded_guidance)
     elif embedded_guidance is not None:
         raise UserError(
-            f"teacher {source!r}: its network takes no guidance; leave out embedded_guidance"
+            f"{teacher_at(source)}: its network takes no guidance; leave out embedded_guidance"
         )
     return teacher

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from teachers import adm
 from teachers.denoiser import Cond
-from teachers.errors import UserError, nearest
+from teachers.errors import UserError, nearest, teacher_at
 from teachers.flux import Flux
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.schedule import CM, read
@@ -74,7 +74,7 @@ SDXL = Outline(
         "projection_class_embeddings_input_dim": 2816, "use_linear_projection": True,
     },
     (4, 128, 128),
-    {"text": (77, 2048), "pooled": (1280,), "sizes": (6,)},
+    {"text": (77, 2048), "pooled": (1280,)},
     ("EulerDiscreteScheduler", BETAS),
     901_000_000,
 )  # fmt: skip
@@ -195,7 +195,7 @@ def outline(
 
     if source not in OUTLINES:
         raise UserError(
-            f"teacher {source!r}: not on this machine, and no known outline; download it first, "
+            f"{teacher_at(source)}: not on this machine, and no known outline; download it first, "
             f"or name a known one: {nearest(source, OUTLINES)}"
         )
     known = OUTLINES[source]
@@ -206,12 +206,12 @@ def outline(
     if size is not None:
         shape = (shape[0], size // known.factor, size // known.factor)
     name, config = known.scheduler
-    schedule = read(name, config, f"teacher {source!r}", kind.tokens(shape))
+    schedule = read(name, config, teacher_at(source), kind.tokens(shape))
     with without, dtype_of_new(DTYPES[precision]):
         backbone = getattr(diffusers, known.network).from_config(known.config)
         if precision in FORMS:
             quantise(backbone, precision)
-    network = kind(backbone, schedule)
+    network = kind(backbone, schedule, known.factor)
     pixels = (shape[-2] * known.factor, shape[-1] * known.factor)
     network.eval().requires_grad_(False)
     return Teacher(network, Blank(known, pixels), shape, source)

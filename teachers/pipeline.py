@@ -7,29 +7,34 @@ the checkpoint's configs.
 
 from __future__ import annotations
 
-import logging
-import re
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from teachers.components import check_vocabulary, quiet, stock
+from teachers.cuts import Cuts
 from teachers.denoiser import Network, coefficients
-from teachers.errors import UserError, nearest
+from teachers.errors import UserError, nearest, teacher_at
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.schedule import Schedule, read
-from teachers.teacher import Teacher, labels_of, read_json
+from teachers.teacher import Teacher, labels_of
+
+__all__ = ["Pretrained", "Prompted", "check_vocabulary", "load", "quiet", "stock"]
 
 
 class Pretrained(Network):
     """A network out of a diffusers folder. A family overrides `call`, and what else differs.
 
+    What its pipeline tells it of a picture's height and width it is told in `call`, from the shape
+    of x_t, and by no condition: batches of several shapes are all told their own.
+
     Args:
         schedule: How its outputs and times are to be read.
+        per_latent: How many pixels of a side become one of a latent's.
     """
 
     PIPELINES: ClassVar[tuple[str, ...]] = ()  # classes that model_index.json may name
@@ -38,13 +43,24 @@ class Pretrained(Network):
     GRID: ClassVar[Literal["own", "trailing"]] = "own"
     SEEDED: ClassVar[bool] = False  # whether it hands its generator on to the scheduler's steps
     FRAMED: ClassVar[bool] = False  # whether its VAE is one for videos, of which it makes pictures
-    # The tokenizer whose length is all that is read of a prompt; where a longer one reads on, none.
-    READER: ClassVar[str] = ""
+    SQUARE: ClassVar[bool] = False  # whether its pipeline draws squares of one size alone
+    SCALED: ClassVar[bool] = False  # whether it knows EDM's schedulers, which scale its input
+    FLOWS: ClassVar[bool] = True  # whether its pipeline runs with schedulers of rectified flow
     LORA: ClassVar[str] = r".*attn\d?\.(to_q|to_k|to_v|to_out\.0)"  # what adapters adapt: a regex
 
-    def __init__(self, backbone: nn.Module, schedule: Schedule) -> None:
+    def __init__(self, backbone: nn.Module, schedule: Schedule, per_latent: int = 1) -> None:
         super().__init__(backbone, schedule.process, schedule.predicts)
-        self.schedule = schedule
+        self.schedule, self.per_latent = schedule, per_latent
+
+    def twin(self, backbone: nn.Module, schedule: Schedule) -> Self:
+        """Another network of this family, whose pictures are as many pixels large."""
+        twin = type(self)(backbone, schedule)
+        twin.per_latent = self.per_latent
+        return twin
+
+    def seen(self, x_t: Tensor) -> tuple[int, int]:
+        """Height and width in pixels of the pictures that x_t (B, C, ..., H, W) becomes."""
+        return x_t.shape[-2] * self.per_latent, x_t.shape[-1] * self.per_latent
 
     def adopt(self, schedule: Schedule) -> Self:
         """Read the network by another schedule from now on."""
@@ -76,6 +92,11 @@ class Pretrained(Network):
         return cls.embed(pipe, [prompt], size)
 
     @staticmethod
+    def kept(pipe: Any, limit: int) -> int:
+        """How many of the `limit` tokens that a tokenizer makes at most its pipeline hands on."""
+        return limit
+
+    @staticmethod
     def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
         """How the stock pipeline is asked for pictures of the prompts, without guidance."""
         height, width = size
@@ -86,6 +107,17 @@ class Pretrained(Network):
         """How many labels there are, where prompts are labels and the one after is the null label;
         0 where prompts are text."""
         return 0
+
+    @classmethod
+    def check(cls, who: str) -> None:
+        """Refuse to load it where the installed packages would not run it rightly.
+
+        Args:
+            who: Begins a message.
+
+        Raises:
+            UserError: naming the package.
+        """
 
     @classmethod
     def factor(cls, pipe: Any) -> int:
@@ -126,6 +158,9 @@ class Pretrained(Network):
     @property
     def middle(self) -> str:
         """The block whose output a critic reads unless told otherwise."""
+        backbone: Any = self.backbone
+        if getattr(backbone, "mid_block", None) is None:  # some UNets go straight up again
+            return f"backbone.down_blocks.{len(backbone.down_blocks) - 1}"
         return "backbone.mid_block"
 
     @staticmethod
@@ -137,6 +172,15 @@ class Pretrained(Network):
     def unpack(x: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of `pack`."""
         return x
+
+
+def repeated(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers for every sample of `like` (B, ...), as (B, len(values)).
+
+    Filled in on its device: a copy from the host would be made at every call of the network.
+    """
+    columns = [torch.full((len(like),), v, dtype=dtype, device=like.device) for v in values]
+    return torch.stack(columns, 1)
 
 
 class Prompted:
@@ -161,6 +205,8 @@ class Prompted:
         self.pipe, self.kind, self.size = pipe, kind, size
         self.negative, self.classes = negative, classes
         self._null: dict[str, Tensor] | None = None
+        self._cuts: Cuts | None = None
+        self.folder: Path | None = None  # that it was read from
 
     @property
     def vae(self) -> nn.Module:
@@ -168,10 +214,15 @@ class Prompted:
         return self.pipe.vae
 
     @property
+    def grain(self) -> int:
+        """What the side of a picture must be a multiple of, in pixels."""
+        return self.kind.grain(self.pipe)
+
+    @property
     def null(self) -> dict[str, Tensor]:
         """The negative prompt's condition, each entry (1, ...); encoded once."""
         if self._null is None:
-            with torch.no_grad(), quiet():
+            with torch.no_grad(), quiet(), self._watched([str(self.negative)]):
                 self._null = self.kind.embed_negative(self.pipe, self.negative, self.size)
         return self._null
 
@@ -189,18 +240,22 @@ class Prompted:
         """How the stock pipeline is asked for the pictures that these conditions mean."""
         return self.kind.arguments(prompts, self.size)
 
-    def truncated(self, prompts: Sequence[Any]) -> int:
-        """How many of these prompts the text encoder does not read to their end."""
-        if not self.kind.READER:
-            return 0
-        tokenizer = getattr(self.pipe, self.kind.READER)
-        with quiet():
-            found = tokenizer([str(p) for p in prompts]).input_ids
-        return sum(len(ids) > tokenizer.model_max_length for ids in found)
+    @contextmanager
+    def counting(self) -> Iterator[Cuts]:
+        """Within it, what is encoded is counted, and what of it an encoder does not read to its
+        end."""
+        before, self._cuts = self._cuts, Cuts()
+        try:
+            yield self._cuts
+        finally:
+            self._cuts = before
+
+    def _watched(self, prompts: list[str]) -> AbstractContextManager[None]:
+        return nullcontext() if self._cuts is None else self._cuts.of(self.pipe, self.kind, prompts)
 
     @torch.no_grad()
     def _embed(self, prompts: list[Any]) -> dict[str, Tensor]:
-        with quiet():  # of prompts that are cut, of which `truncated` tells
+        with quiet(), self._watched([str(p) for p in prompts]):
             return self.kind.embed(self.pipe, prompts, self.size)
 
     @torch.no_grad()
@@ -212,9 +267,7 @@ class Prompted:
         vae = self.pipe.vae
         if self.kind.FRAMED:
             images = images.unsqueeze(2)
-        encoded = vae.encode(images.to(vae.dtype).to(vae.device))
-        # deterministic autoencoders (DC-AE) say it outright
-        latent = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent
+        latent = mode(vae.encode(images.to(vae.dtype).to(vae.device)))
         if self.kind.FRAMED:
             latent = latent.squeeze(2)
         shift, scale = self.affine(latent.float())
@@ -249,6 +302,23 @@ class Prompted:
         return self
 
 
+def mode(encoded: Any) -> Tensor:
+    """The likeliest latent of what an autoencoder's `encode` returns.
+
+    Deterministic ones say it outright: DC-AE as `latent`, the tiny ones as `latents`.
+
+    Raises:
+        UserError: it returns something else.
+    """
+    if "latent_dist" in encoded:
+        return encoded.latent_dist.mode()
+    for name in ("latent", "latents"):
+        if name in encoded:
+            return encoded[name]
+    kind = type(encoded).__name__.removesuffix("Output")
+    raise UserError(f"vae: a {kind} gives no latents (latent_dist, latent or latents)")
+
+
 def load(
     kind: type[Pretrained],
     folder: Path,
@@ -268,9 +338,10 @@ def load(
         UserError: a file is missing or damaged, the scheduler is of an unknown kind, or the family
             has no use for the option.
     """
-    who = f"teacher {source!r}"
+    who = teacher_at(source)
     if precision not in DTYPES:
         raise UserError(f"{who}: precision {precision!r}: {nearest(precision, DTYPES)}")
+    kind.check(who)
     pipe = stock(folder, who, {kind.PART: DTYPES[precision], "default": torch.float32})
     backbone = getattr(pipe, kind.PART)
     if precision in FORMS:
@@ -281,130 +352,34 @@ def load(
     config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     name = type(pipe.scheduler).__name__
     schedule = read(name, config, who, kind.tokens(shape))
-    network = kind(backbone, schedule)
+    check_schedule(kind, schedule, type(pipe).__name__, who)
+    network = kind(backbone, schedule, kind.factor(pipe))
     classes = kind.classes(pipe)
     if classes and negative_prompt:
         raise UserError(f"{who}: it takes labels and not prompts; leave out negative_prompt")
     codec = Prompted(pipe, kind, kind.pixels(pipe, shape), classes or negative_prompt, classes)
+    codec.folder = folder
     return Teacher(network, codec, shape, source)
 
 
-def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
-    """The pipeline in a folder, from safetensors only, without a safety checker.
+def check_schedule(kind: type[Pretrained], schedule: Schedule, pipeline: str, who: str) -> None:
+    """Refuse a scheduler that the family's network would be read wrongly under, or its pipeline
+    cannot run with.
+
+    Args:
+        pipeline: The class that the folder names, for messages.
 
     Raises:
-        UserError: it cannot be read, or weights of some part are not there: diffusers would leave
-            them without values, and transformers would draw them at random.
+        UserError: naming the scheduler.
     """
-    import diffusers
-
-    index = read_json(folder / "model_index.json", who)
-    for part, entry in index.items():
-        if not isinstance(entry, list) or part == "safety_checker":
-            continue
-        if len(entry) != 2:
-            raise UserError(f"{who}: model_index.json: {part}: expected two names, not {entry}")
-        if entry[0] is None:
-            continue
-        if not (folder / part).is_dir():
-            raise UserError(f"{who}: {folder / part} is missing, which model_index.json names")
-        if entry[1].endswith(("Tokenizer", "TokenizerFast")):
-            check_vocabulary(folder / part, who)
-        pickled = [*(folder / part).glob("*.bin"), *(folder / part).glob("*.pt")]
-        if pickled and not list((folder / part).glob("*.safetensors")):
-            raise UserError(
-                f"{who}: {pickled[0]} is pickled, and pickles are never loaded; "
-                "convert the folder with diffusers' save_pretrained first"
-            )
-    # a part that is listed as null must be passed as None where its class does not call it optional
-    absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
-    absent += [k for k in index if k == "safety_checker"]
-    try:
-        with quiet(), silent("diffusers.models.modeling_utils"), invented() as lacking:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                torch_dtype=dtypes,
-                **dict.fromkeys(absent),
-            )
-    except Exception as error:  # diffusers and transformers wrap a damaged file in various types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{who}: the pipeline in {folder} cannot be read ({reason})") from None
-    for part, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module):
-            lacking += [f"{part}.{k}" for k, v in module.state_dict().items() if v.is_meta]
-    if lacking:
+    if schedule.sigma_data is not None and not kind.SCALED:
         raise UserError(
-            f"{who}: the weights in {folder} are not whole: {lacking[0]} is missing"
-            + f", and {len(lacking) - 1} more" * (len(lacking) > 1)
+            f"{who}: scheduler: {schedule.name} (EDM) under a {pipeline} is not supported: EDM's "
+            "networks can be distilled where they are a UNet2DModel or in EDM's own files"
         )
-    return pipe
-
-
-def check_vocabulary(folder: Path, who: str) -> None:
-    """Refuse a tokenizer's folder without its vocabulary: transformers would make an empty one.
-
-    Raises:
-        UserError: there is none in any of the forms that tokenizers are saved in.
-    """
-    words = {p.name for p in folder.iterdir()}
-    whole = {"tokenizer.json"} & words or {"vocab.json", "merges.txt"} <= words
-    if not (whole or "vocab.txt" in words or any(w.endswith(".model") for w in words)):
+    if schedule.predicts == "flow" and not kind.FLOWS:
         raise UserError(
-            f"{who}: {folder} lacks its vocabulary: tokenizer.json, vocab.json and merges.txt, "
-            "vocab.txt, or a sentencepiece .model; copy it there"
+            f"{who}: scheduler: {schedule.name} (flow matching) under a {pipeline} is not "
+            "supported: that pipeline cannot run the schedulers of its students; give a checkpoint "
+            "of ε or v, whose scheduler has betas"
         )
-
-
-@contextmanager
-def silent(name: str) -> Iterator[None]:
-    """Without a word from one logger, whose errors are raised as well."""
-    log = logging.getLogger(name)
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
-
-
-@contextmanager
-def invented() -> Iterator[list[str]]:
-    """The names of weights that transformers had to make up; it only says so in its log."""
-    found: list[str] = []
-    log = logging.getLogger("transformers.modeling_utils")
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.extend(re.findall(r"^(\S.*?)\s*\| MISSING", record.getMessage(), re.MULTILINE))
-
-    listener, level, passes = Listener(), log.level, log.propagate
-    log.addHandler(listener)
-    log.setLevel(logging.WARNING)
-    log.propagate = False
-    try:
-        yield found
-    finally:
-        log.removeHandler(listener)
-        log.setLevel(level)
-        log.propagate = passes
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the bars and notes that diffusers and transformers show for every file they touch."""
-    from diffusers.utils import logging as ours
-    from transformers.utils import logging as theirs
-
-    levels = ours.get_verbosity(), theirs.get_verbosity()
-    for part in (ours, theirs):
-        part.set_verbosity_error()
-        part.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for part, level in zip((ours, theirs), levels, strict=True):
-            part.set_verbosity(level)
-            part.enable_progress_bar()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from teachers.denoiser import Cond
-from teachers.pipeline import Pretrained
+from teachers.pipeline import Pretrained, repeated
 
 
 def cleans() -> bool:
@@ -27,17 +26,20 @@ class PixArtSigma(Pretrained):
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
         assert cond is not None
-        sizes = {k: cond[k].to(self.dtype) for k in ("resolution", "aspect_ratio") if k in cond}
-        x_t = x_t.to(self.dtype)
+        sizes, x_t = self.sizes(x_t), x_t.to(self.dtype)
         out = self.backbone(
             x_t,
             cond["text"].to(self.dtype),
             self.time(t),
-            sizes or {"resolution": None, "aspect_ratio": None},
+            sizes,
             encoder_attention_mask=cond["mask"],
             return_dict=False,
         )[0]
         return out[:, : x_t.shape[1]]  # a learned variance, where there is one, comes after
+
+    def sizes(self, x_t: Tensor) -> dict[str, Tensor | None]:
+        """What it is told of the pictures' size: nothing."""
+        return {"resolution": None, "aspect_ratio": None}
 
     @staticmethod
     def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
@@ -66,12 +68,13 @@ class PixArtAlpha(PixArtSigma):
 
     PIPELINES = ("PixArtAlphaPipeline",)
 
-    @staticmethod
-    def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
-        cond = PixArtSigma.embed(pipe, prompts, size)
-        if pipe.transformer.config.sample_size == 128:  # how its pipeline tells them apart
-            height, width = size
-            like = cond["text"].new_ones(len(prompts), 1)
-            cond["resolution"] = like * torch.tensor([height, width], device=like.device)
-            cond["aspect_ratio"] = like * (height / width)
-        return cond
+    def sizes(self, x_t: Tensor) -> dict[str, Tensor | None]:
+        """Height and width in pixels (B, 2), and their ratio (B, 1)."""
+        config: Any = self.backbone.config
+        if config.sample_size != 128:  # how its pipeline tells the two apart
+            return super().sizes(x_t)
+        height, width = self.seen(x_t)
+        return {
+            "resolution": repeated((height, width), x_t, self.dtype),
+            "aspect_ratio": repeated((height / width,), x_t, self.dtype),
+        }

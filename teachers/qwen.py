@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from teachers.denoiser import Cond
+from teachers.errors import UserError
 from teachers.pipeline import Pretrained
 
 TOKENS = 512  # the stock pipeline's own limit of a prompt's length
@@ -45,6 +46,10 @@ class QwenImage(Pretrained):
         return {"text": pad(text.float(), (0, 0, 0, left)), "mask": pad(mask, (0, left))}
 
     @staticmethod
+    def kept(pipe: Any, limit: int) -> int:
+        return min(limit, TOKENS + pipe.prompt_template_encode_start_idx)  # of a template and these
+
+    @staticmethod
     def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
         height, width = size  # its guidance_scale is something else: an input of the network
         return {"prompt": prompts, "true_cfg_scale": 1.0, "height": height, "width": width}
@@ -57,6 +62,17 @@ class QwenImage(Pretrained):
     def shape(cls, pipe: Any, size: int | None) -> tuple[int, ...]:
         side = pipe.default_sample_size if size is None else size // pipe.vae_scale_factor
         return (pipe.transformer.config.in_channels // 4, side, side)
+
+    @classmethod
+    def check(cls, who: str) -> None:
+        import diffusers
+        from diffusers.models.transformers import transformer_qwenimage
+
+        if not hasattr(transformer_qwenimage, "compute_text_seq_len_from_mask"):
+            raise UserError(
+                f"{who}: diffusers {diffusers.__version__} does not hide a prompt's padding from "
+                "its network; install a newer one"
+            )
 
     @property
     def middle(self) -> str:

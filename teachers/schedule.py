@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from teachers.denoiser import Prediction, edm
-from teachers.errors import UserError, nearest
+from teachers.errors import UserError, clipped, nearest
 from teachers.process import Karras, Linear, Process, Tabulated
 
 CM = "CMStochasticIterativeScheduler"
@@ -70,13 +70,15 @@ def read(name: str, config: dict[str, Any], who: str, tokens: int = 0) -> Schedu
     kind = getattr(diffusers, name, None)
     known = [CM, *EDM, "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"]
     if kind is None:
-        raise UserError(f"{who}: scheduler {name!r} is unknown: {nearest(name, known)}")
+        raise UserError(f"{who}: scheduler {clipped(name)!r} is unknown: {nearest(name, known)}")
     try:
         scheduler = kind.from_config(config)
         full = dict(scheduler.config)
         bar = getattr(scheduler, "alphas_cumprod", None)
     except Exception as error:  # diffusers checks little, and late
-        raise UserError(f"{who}: the scheduler's config cannot be read ({error})") from None
+        raise UserError(
+            f"{who}: the scheduler's config cannot be read ({clipped(error, 200)})"
+        ) from None
     if name == CM or name in EDM:
         return _karras(name, full, who)
     if name.startswith("FlowMatch") or full.get("use_flow_sigmas"):
@@ -88,10 +90,14 @@ def read(name: str, config: dict[str, Any], who: str, tokens: int = 0) -> Schedu
         raise UserError(
             f"{who}: {len(bar)} betas for {full['num_train_timesteps']} num_train_timesteps"
         )
-    if kind == "epsilon" and bar[-1] < 1e-10:
-        raise UserError(f"{who}: its last index is pure noise, from which ε says nothing of x")
+    # some schedulers' tables of zero terminal SNR end just above it; those of students, at it
+    if kind == "epsilon" and (bar[-1] < 1e-10 or full.get("rescale_betas_zero_snr")):
+        raise UserError(
+            f"{who}: its last index is pure noise (rescale_betas_zero_snr), from which ε says "
+            "nothing of x; such networks are of prediction_type v_prediction"
+        )
     if not isinstance(kind, str) or kind not in PREDICTS:
-        raise UserError(f"{who}: prediction_type {kind!r}: {nearest(str(kind), PREDICTS)}")
+        raise UserError(f"{who}: prediction_type {clipped(kind)!r}: {nearest(str(kind), PREDICTS)}")
     process = Tabulated(bar)
     return Schedule(process, PREDICTS[kind], process.index, name, full)
 
@@ -111,7 +117,11 @@ def _karras(name: str, full: dict[str, Any], who: str) -> Schedule:
 def _flow(name: str, full: dict[str, Any], who: str, tokens: int) -> Schedule:
     kind = full.get("prediction_type", "flow_prediction")
     if kind != "flow_prediction":
-        raise UserError(f"{who}: prediction_type {kind!r} under flow sigmas; 'flow_prediction' is")
+        raise UserError(
+            f"{who}: prediction_type {clipped(kind)!r} under flow sigmas; 'flow_prediction' is"
+        )
+    if full.get("invert_sigmas"):
+        raise UserError(f"{who}: invert_sigmas: times that run from data to noise are not known")
     shift = full.get("shift", full.get("flow_shift", 1.0))
     if full.get("use_dynamic_shifting"):
         shift = dynamic_shift(full, tokens)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from teachers.denoiser import Cond, Denoiser
-from teachers.errors import UserError, nearest
+from teachers.errors import UserError, clipped, nearest, teacher_at
 
 TERMS = ("README.md", "LICEN[SC]E*")  # files of a model's folder that may state its licence
 EMBEDDED = {name: Path(__file__).parent / name for name in ("digits", "shapes")}
@@ -48,8 +49,10 @@ def labels_of(prompts: Sequence[Any], classes: int) -> list[int]:
         UserError: one is not an integer in [0, classes).
     """
     for p in prompts:
-        if not str(p).strip().isdecimal() or int(p) >= classes:
-            raise UserError(f"labels: {p!s} is outside 0 to {classes - 1}")
+        text = str(p).strip()
+        digits = text.isdecimal() and len(text) <= 18  # Python reads no number of thousands
+        if not digits or int(text) >= classes:
+            raise UserError(f"labels: {clipped(p)} is outside 0 to {classes - 1}")
     return [int(p) for p in prompts]
 
 
@@ -112,11 +115,11 @@ def load(source: str, **options: Any) -> Teacher:
     """
     if source.startswith("analytic:"):
         if options:
-            raise UserError(f"teacher {source!r} takes no options; leave out {min(options)}")
+            raise UserError(f"{teacher_at(source)} takes no options; leave out {min(options)}")
         return _analytic(source)
     if source.rpartition(":")[0].endswith(".py"):
         if options:
-            raise UserError(f"teacher {source!r} takes no options; leave out {min(options)}")
+            raise UserError(f"{teacher_at(source)} takes no options; leave out {min(options)}")
         return _own(source)
     if source == "digits":
         options.setdefault("null_label", 10)
@@ -126,7 +129,7 @@ def load(source: str, **options: Any) -> Teacher:
     takes = list(signature(loader).parameters)[2:]
     if unknown := sorted(options.keys() - set(takes)):
         raise UserError(
-            f"teacher {source!r}: {family} has no option {unknown[0]!r}; "
+            f"{teacher_at(source)}: {family} has no option {clipped(unknown[0])!r}; "
             f"{nearest(unknown[0], takes)}"
         )
     teacher = loader(folder, source, **options)
@@ -142,11 +145,13 @@ def loader_of(path: Path, source: str) -> tuple[str, Any]:
 
         if edm_files.recognises(path):
             return "an EDM network", edm_files.load
-    index = read_json(path / "model_index.json", f"teacher {source!r}")
+    index = read_json(path / "model_index.json", teacher_at(source))
     family = str(index.get("_class_name", "a nameless class"))
     known = families()
     if family not in known:
-        raise UserError(f"teacher {source!r}: {family} is not supported; {nearest(family, known)}")
+        raise UserError(
+            f"{teacher_at(source)}: {clipped(family)} is not supported; {nearest(family, known)}"
+        )
     return family, known[family]
 
 
@@ -186,23 +191,24 @@ def families() -> dict[str, Any]:
 
 
 def find(source: str) -> Path:
-    """The folder of a local path or of a Hub id, downloading its safetensors and configs once, and
-    its licence with them."""
-    if (folder := Path(source).expanduser()).is_dir():
-        return folder
-    if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
-        raise UserError(f"teacher {source!r}: no such folder, and not a Hub id (OWNER/NAME)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    """The folder of a local path or of a Hub id, downloading once what its pipeline is loaded from,
+    and its licence with it.
 
-    try:
-        wanted = ["*.json", "*.safetensors", "*.txt", "*.model", *TERMS]
-        return Path(snapshot_download(source, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"teacher {source!r}: not a local folder, and the Hub said: {reason}"
-        ) from None
+    Raises:
+        UserError: there is none, or it is a single file.
+    """
+    folder = Path(source).expanduser()
+    if isdir(folder):  # for the longest of names too, at which Path's own raises
+        return folder
+    from teachers import download
+
+    who = teacher_at(source)
+    download.refuse_file(source, who)
+    if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+        if isfile(folder):
+            raise UserError(f"{who}: it is a file; give a diffusers pipeline folder")
+        raise UserError(f"{who}: no such folder, and not a Hub id (OWNER/NAME)")
+    return download.fetch(source)
 
 
 def read_json(path: Path, who: str) -> dict[str, Any]:
@@ -223,7 +229,7 @@ def _analytic(source: str) -> Teacher:
 
     name = source.removeprefix("analytic:")
     if name not in ANALYTIC:
-        raise UserError(f"teacher {source!r} is unknown: {nearest(name, ANALYTIC)}")
+        raise UserError(f"{teacher_at(source)} is unknown: {nearest(name, ANALYTIC)}")
     denoiser = ANALYTIC[name]()
     return Teacher(denoiser.eval(), Pixels(), tuple(denoiser.sample(1).shape[1:]), source)
 
@@ -241,13 +247,17 @@ def _own(source: str) -> Teacher:
         raise
     except (Exception, SystemExit) as error:  # whatever a user's module raises
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"teacher {source!r}: {place} raised {reason}") from None
+        raise UserError(
+            f"{teacher_at(source)}: {clipped(place)} raised {clipped(reason, 200)}"
+        ) from None
     if function is None:
         known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
-        raise UserError(f"teacher {source!r}: no function {name!r} in it; {nearest(name, known)}")
+        raise UserError(
+            f"{teacher_at(source)}: no function {clipped(name)!r} in it; {nearest(name, known)}"
+        )
     if not isinstance(teacher, Teacher):
         kind = type(teacher).__name__
-        raise UserError(f"teacher {source!r}: {name} must return a Teacher, not {kind}")
+        raise UserError(f"{teacher_at(source)}: {name} must return a Teacher, not {kind}")
     teacher.denoiser.eval().requires_grad_(False)
     teacher.source = teacher.source or source
     return teacher

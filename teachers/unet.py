@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from teachers import components
 from teachers.denoiser import Cond
-from teachers.errors import UserError
-from teachers.pipeline import Pretrained
+from teachers.errors import UserError, teacher_at
+from teachers.pipeline import Pretrained, check_schedule
 from teachers.schedule import read
 from teachers.teacher import Pixels, Teacher, read_json
 
@@ -18,7 +19,7 @@ class UNet(Pretrained):
     """A UNet2DModel as a denoiser."""
 
     PIPELINES = ("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline", "PNDMPipeline")
-    PART, SEEDED = "unet", True
+    PART, SEEDED, SCALED, FLOWS = "unet", True, True, False
     LORA = r".*(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut|time_emb_proj)"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
@@ -42,12 +43,14 @@ def load(folder: Path, source: str, null_label: int | None = None) -> Teacher:
     Raises:
         UserError: a file is missing or damaged, or the scheduler is of a kind not in the table.
     """
-    who = f"teacher {source!r}"
+    who = teacher_at(source)
     kind, backbone = backbone_of(inside(folder, "unet"), who)
     config = read_json(inside(folder, "scheduler") / "scheduler_config.json", who)
     config = {k: v for k, v in config.items() if not k.startswith("_diffusers")}
     name = str(config.pop("_class_name", ""))
-    denoiser = kind(backbone, read(name, config, who))
+    schedule = read(name, config, who)
+    check_schedule(kind, schedule, "UNet2DModel", who)
+    denoiser = kind(backbone, schedule)
     classes = backbone.config["num_class_embeds"] or 0
     if null_label is not None:
         if not 0 <= null_label < classes:
@@ -86,10 +89,4 @@ def backbone_of(folder: Path, who: str) -> tuple[type[UNet], Any]:
             f"{who}: no safetensors weights in {folder}; pickled weights are never loaded, "
             "convert them with diffusers' save_pretrained first"
         )
-    try:
-        return UNet, UNet2DModel.from_pretrained(
-            folder, use_safetensors=True, low_cpu_mem_usage=False
-        )
-    except Exception as error:  # diffusers wraps a damaged file in various types
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{who}: the weights in {folder} cannot be read ({reason})") from None
+    return UNet, components.module(UNet2DModel, folder, who, low_cpu_mem_usage=False)

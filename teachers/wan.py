@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teachers import pipeline
 from teachers.denoiser import Cond
-from teachers.errors import UserError
+from teachers.errors import UserError, teacher_at
 from teachers.pipeline import Pretrained
 from teachers.quantised import Precision
 from teachers.teacher import Teacher, read_json
@@ -71,6 +71,17 @@ class Wan(Pretrained):
         frames = 1 + (shape[1] - 1) * pipe.vae_scale_factor_temporal
         return (frames, *super().pixels(pipe, shape))
 
+    @classmethod
+    def check(cls, who: str) -> None:
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        try:
+            prompt_clean("a")
+        except NameError:  # in some versions of diffusers its pipeline takes it to be there
+            raise UserError(
+                f"{who}: its pipeline cleans prompts with ftfy: pip install ftfy"
+            ) from None
+
     @property
     def middle(self) -> str:
         blocks: Any = self.backbone.blocks
@@ -95,7 +106,7 @@ def load(
         UserError: as `pipeline.load`; or it takes turns between two networks, gives each token a
             time of its own, or the frames do not fill whole latents.
     """
-    who = f"teacher {source!r}"
+    who = teacher_at(source)
     index = read_json(folder / "model_index.json", who)
     if index.get("boundary_ratio") is not None or (index.get("transformer_2") or [None])[0]:
         raise UserError(f"{who}: it denoises with two networks in turn; only one can be distilled")

@@ -206,13 +206,6 @@ def test_a_null_t5_is_read_as_zeros(teachers):
     assert teachers("sd3.5").codec.condition(["a"])["text"][:, clip:].any()
 
 
-def test_sizes_are_told_to_the_network_that_was_trained_on_them(teachers):
-    cond = teachers("pixart-alpha").codec.condition(["a", "b"])
-    assert cond["resolution"].tolist() == [[24, 24]] * 2
-    assert cond["aspect_ratio"].tolist() == [[1]] * 2
-    assert "resolution" not in teachers("pixart-sigma").codec.condition(["a"])
-
-
 def test_embedded_guidance_is_what_the_stock_pipeline_takes_by_default(teachers):
     cond = teachers("flux-dev", embedded_guidance=None).codec.condition(["a"])
     assert cond["guidance"].tolist() == [3.5]

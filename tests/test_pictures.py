@@ -22,7 +22,7 @@ def test_a_video_is_a_row_of_frames_evenly_apart(tmp_path):
     assert all(abs(a + b - 255) <= 1 for a, b in zip(*rows, strict=True))
 
 
-def test_prompts_that_are_cut_are_counted_in_one_line_and_not_shown(capfd):
+def test_prompts_that_are_cut_are_counted_in_one_line_with_the_first_of_them(capfd):
     teacher = load("shapes")
     assert teacher.codec.pipe.tokenizer.model_max_length == 16
     prompts = ["one red circle on the left", "word " * 40, "two blue squares at the top"]
@@ -31,6 +31,6 @@ def test_prompts_that_are_cut_are_counted_in_one_line_and_not_shown(capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert err == (
-        "distill: data.prompts: 'p.txt': 1 of 3 prompts are longer than the text encoder reads; "
-        "their ends have no effect\n"
+        "distill: data.prompts: 'p.txt': 1 of 3 prompts is longer than the encoder's 16 tokens and "
+        f"was cut (first: '{'word ' * 11}word…{'word ' * 3}word')\n"
     )

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer, Qwen2Tokenizer
 
-from students import portable
+from students.portable import make_portable
 from teachers import load
 from tests import families
 
@@ -30,7 +30,7 @@ def exported(tmp_path):
 
 def test_clip_text_weights_are_named_as_every_version_knows_them(exported):
     folder, origin, pipe = exported("sd")
-    portable.complete(folder, pipe, str(origin))
+    make_portable(folder, origin)
     names = load_file(folder / "text_encoder" / "model.safetensors").keys()
     assert names and all(name.startswith("text_model.") for name in names)
     assert "text_model.text_model" not in "".join(names)
@@ -43,7 +43,7 @@ def test_clip_text_weights_are_named_as_every_version_knows_them(exported):
 
 def test_a_clip_tokenizer_can_be_built_from_its_vocabularys_own_files(exported):
     folder, origin, pipe = exported("sd")
-    portable.complete(folder, pipe, str(origin))
+    make_portable(folder, origin)
     place = folder / "tokenizer"
     (place / "tokenizer.json").unlink()  # the only file that version 4 does not read
     assert {"vocab.json", "merges.txt"} <= {p.name for p in place.iterdir()}
@@ -52,7 +52,7 @@ def test_a_clip_tokenizer_can_be_built_from_its_vocabularys_own_files(exported):
 
 def test_special_tokens_are_listed_under_the_name_that_both_versions_know(exported):
     folder, origin, pipe = exported("qwen")
-    portable.complete(folder, pipe, str(origin))
+    make_portable(folder, origin)
     place = folder / "tokenizer"
     config = json.loads((place / "tokenizer_config.json").read_text())
     assert not isinstance(config.get("extra_special_tokens"), list)
@@ -61,18 +61,18 @@ def test_special_tokens_are_listed_under_the_name_that_both_versions_know(export
 
 
 def test_a_vocabulary_that_only_its_teacher_has_is_copied(exported):
-    folder, origin, pipe = exported("pixart-sigma")
+    folder, origin, _ = exported("pixart-sigma")
     file = "spiece.model"
     (origin / "tokenizer" / file).write_bytes(b"sentencepiece's own form")
-    portable.complete(folder, pipe, str(origin))
+    make_portable(folder, origin)
     assert (folder / "tokenizer" / file).read_bytes() == b"sentencepiece's own form"
 
 
-def test_what_is_complete_is_left_as_it_is(exported):
-    folder, origin, pipe = exported("sd")
-    portable.complete(folder, pipe, str(origin))
+def test_what_is_complete_is_left_as_it_is(exported, tmp_path):
+    folder, origin, _ = exported("sd")
+    make_portable(folder, origin)
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-    portable.complete(folder, pipe, str(origin))
+    make_portable(folder, origin)
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
     shutil.rmtree(origin)
-    portable.complete(folder, pipe, "no/such/teacher/folder")
+    make_portable(folder, tmp_path / "no" / "such")

@@ -222,7 +222,7 @@ def test_the_saved_tokenizer_is_in_clips_own_files(tmp_path):
     config = TextRecipe.check(recipe(), "r")
     every = shapes.all_captions()
     pipe = pipeline(config, every, "r")
-    save(pipe, every, tmp_path / "teacher")
+    save(pipe, tmp_path / "teacher")
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):

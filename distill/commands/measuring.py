@@ -24,6 +24,7 @@ def sample(
     ] = None,
 ):
     """Draw pictures from a student: those that the stock pipeline draws for the same seed."""
+    from distill.encode import counting, tell
     from distill.report import intact, read_summary
     from distill.terminal import waiting
     from students.export import draw, load_student
@@ -56,7 +57,9 @@ def sample(
     if labels or prompt:
         names = prompt or [p.strip() for p in str(labels).split(",")]
     wanted = [names[i % len(names)] for i in range(n)]
-    teacher.codec.condition(wanted)
+    with counting(teacher) as cuts:
+        teacher.codec.condition(list(dict.fromkeys(wanted)))
+    tell(cuts, "--prompt")
     with waiting(f"drawing {n} pictures in {steps} step{'s' * (steps != 1)}"):
         images = teacher.codec.decode(draw(generator.at(steps), teacher, wanted, seed))
     if out.suffix == ".npz":

@@ -1,0 +1,79 @@
+"""Folders of images whose captions are in Hugging Face's metadata.jsonl or metadata.csv."""
+
+import json
+
+import pytest
+
+from distill.images import list_images
+from teachers import UserError
+from tests.datasets import folder_of
+
+
+def rows_of(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def captions(folder, named=None):
+    listing = list_images(str(folder), named, 0, True)
+    return {i.name.rpartition("/")[2]: i.prompt for i in listing.items}, listing
+
+
+@pytest.mark.parametrize("column", ["text", "caption", "prompt"])
+def test_captions_come_from_the_table_beside_the_images(tmp_path, column):
+    folder = folder_of(tmp_path / "a", 3, captioned=False)
+    rows_of(folder / "metadata.jsonl", [
+        {"file_name": f"00{i}.png", "width": 9, column: f" cat {i} "} for i in (2, 0, 1)
+    ])  # fmt: skip
+    found, listing = captions(folder)
+    assert found == {f"00{i}.png": f"cat {i}" for i in range(3)} and not listing.bad
+
+
+def test_another_column_is_named(tmp_path):
+    folder = folder_of(tmp_path / "a", 1)
+    rows_of(folder / "metadata.jsonl", [{"file_name": "000.png", "text": "one", "long": "two"}])
+    assert captions(folder)[0] == {"000.png": "one"}
+    assert captions(folder, "metadata:long")[0] == {"000.png": "two"}
+    assert captions(folder, "txt")[0] == {"000.png": "word 0"}
+
+
+def test_tables_of_comma_separated_values_and_of_subfolders_are_read(tmp_path):
+    folder = folder_of(tmp_path / "a/train", 2, captioned=False)
+    lines = ["file_name,text", '000.png,"one, two"', "001.png,three"]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    assert captions(tmp_path / "a")[0] == {"000.png": "one, two", "001.png": "three"}
+
+
+def test_images_without_a_row_and_rows_without_an_image_are_bad(tmp_path):
+    folder = folder_of(tmp_path / "a", 2, captioned=False)
+    rows_of(folder / "metadata.jsonl", [
+        {"file_name": "000.png", "text": "one"}, {"file_name": "777.png", "text": "gone"},
+    ])  # fmt: skip
+    found, listing = captions(folder)
+    assert found == {"000.png": "one"}
+    assert {(b.name.rpartition("/")[2], b.kind) for b in listing.bad} == {
+        ("777.png", "missing image"), ("001.png", "empty caption"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "named", "says"),
+    [
+        ('{"file_name": "000.png", "words": "a"}', None, "no column 'caption', 'text', 'prompt'; "
+         "its columns are words: name one as data.captions: metadata:COLUMN"),
+        ('{"file_name": "000.png", "text": "a"}', "metadata:title", "no column 'title'"),
+        ('{"text": "a"}', None, "a row without file_name"),
+        ('{"file_name": ', None, "line 1 is not valid JSON"),
+        ("[1]", None, "line 1 is no JSON object"),
+    ],
+)  # fmt: skip
+def test_tables_that_cannot_be_followed_are_refused(tmp_path, text, named, says):
+    folder = folder_of(tmp_path / "a", 1, captioned=False)
+    (folder / "metadata.jsonl").write_text(text + "\n")
+    with pytest.raises(UserError, match=says) as error:
+        captions(folder, named)
+    assert "\n" not in str(error.value)
+
+
+def test_a_table_that_is_not_there_is_missed(tmp_path):
+    with pytest.raises(UserError, match=r"metadata:text.* holds no metadata\.jsonl"):
+        captions(folder_of(tmp_path / "a", 1), "metadata:text")
