@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 from distill.bench import Bench
@@ -38,3 +39,21 @@ def test_the_readmes_own_objective_learns(tmp_path, monkeypatch):
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(v)["student/loss"] for v in lines]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+FAMILIES = [("DMD2", "DMD2, 4 steps"), ("Jensen-Shannon", "Jensen-Shannon, 4 steps"),
+            ("progressive, 1 step", "progressive, 2 steps", "progressive, 4 steps")]  # fmt: skip
+
+
+def test_more_steps_are_never_worse_on_the_digits_beyond_the_spread():
+    board = json.loads((ROOT / "docs/results/bench-digits/leaderboard.json").read_text())
+    students = [line for line in board if line["kind"] == "student"]
+    names = {line["name"] for line in students}
+    assert {name for family in FAMILIES for name in family} <= names
+    compared = 0
+    for family in [*((name,) for name in names), *FAMILIES]:
+        lines = sorted((v for v in students if v["name"] in family), key=lambda v: v["steps"])
+        for few, more in combinations([line["metrics"]["fd"] for line in lines], 2):
+            assert more["mean"] <= few["mean"] + few["spread"] + more["spread"], family
+            compared += 1
+    assert compared >= 10
