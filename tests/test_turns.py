@@ -236,8 +236,8 @@ def test_ratios_are_trusted_within_their_limits(ratio, trusted):
 def test_consistencys_distance_is_of_the_whole_sample(distance, d):
     generator = Generator(Says(3.0))
     objective = Consistency(
-        teacher=Says(0.0), student=generator, pairs="grid", levels=10**6, distance=distance, huber_c=0.5,
-        target_ema=0.5,
+        teacher=Says(0.0), student=generator, pairs="grid", levels=10**6,
+        distance=distance, huber_c=0.5, target_ema=0.5,
     )  # fmt: skip
     generator.denoiser.x += 2.0  # and the network that makes targets is where it was
     zeros = torch.zeros(6, d, dtype=D)
