@@ -17,7 +17,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     problems = [e for e in error.errors() if not _other_member(e, error.errors())]
     first = sorted(problems, key=lambda e: e["type"] not in UNKNOWN)[0]
     # a union reports each member that failed; the path up to its tag is the key itself
-    *parents, last = first["loc"]  # an unknown key may look like a tag
+    *parents, last = first["loc"] or ("[all]",)  # an unknown key may look like a tag
     named = first["type"] in UNKNOWN or not _is_tag(last)
     loc = [str(p) for p in parents if not _is_tag(p)] + [str(last)] * named
     path = ".".join(cut(part) for part in ([prefix, *loc] if prefix else loc))

@@ -289,7 +289,7 @@ def test_the_first_line_of_a_run_reads_as_a_sentence(recipe, tmp_path, monkeypat
     for words, line in (
         ([], "(unguided, g = 1) to a student of 1 or 2 steps, in "),
         (
-            ["student.steps=1", "teacher.guidance=1.5"],
+            ["student={steps: 1}", "teacher.guidance=1.5"],
             "guidance, g = 1.5: 1 is none) to a student of 1 step, in ",
         ),
     ):

@@ -5,7 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from distill.meter import Meter, fused
 
@@ -58,11 +62,12 @@ def test_fused_attentions_flops_are_those_of_torchs_own_counter(again):
         out = checkpoint(attend, q, k, v, use_reentrant=False) if again else attend(q, k, v)
         out.sum().backward()
 
-    with FlopCounterMode(display=False) as counter:
-        step()
     with Meter(set()) as meter, fused(meter):
         step()
-    assert meter.flops == counter.get_total_flops() > 0
+    # torch's own formulas, which its counter applies to the kernels of GPUs alone
+    forward = sdpa_flop_count(q.shape, k.shape, v.shape)
+    backward = sdpa_backward_flop_count((2, 3, 7, 8), q.shape, k.shape, v.shape)
+    assert meter.flops == (2 + again) * forward + backward > 0
 
 
 @pytest.mark.parametrize("depth", [8, 32])

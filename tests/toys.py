@@ -101,7 +101,7 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
     if name in ("dmd2", "fdistill"):
         objective["student_every"] = 2
         tree["critic"] = {}
-        tree["student"] = {"steps": 2}
+        tree["student"] = {"steps": 2, "counts": [1, 2]}
     if name == "progressive":
         objective |= {"first": 4, "stage_steps": 2}
     if name == "fdistill":
