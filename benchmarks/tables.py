@@ -58,7 +58,7 @@ def row(name: str, found: dict[str, Any], base: float | None) -> str:
 
 
 def readme() -> str:
-    """The quickstart's table, and the longer run's row under it."""
+    """The quickstart's table, and what four untrained steps come to under it."""
     quick = summary("dmd2")
     assert quick is not None
     metrics = quick["metrics"]
@@ -72,18 +72,14 @@ def readme() -> str:
     ]
     for steps, found in metrics["student"].items():
         lines.append(row(f"student, {steps} step{'s' * (steps != '1')}", found, base))
-    if long := summary("dmd2-long"):
-        found = long["metrics"]["student"]["1"]
-        lines.append(row("student of `digits/dmd2-long`, 1 step", found, None))
     lines += [searched()]
     seeds = metrics["student"]["1"]["seeds"]
-    longer = f"; the longer recipe, {long['steps']} in {long['wall_s']:.0f} s" if long else ""
     lines.append("")
     lines.append(
-        f"Training: {quick['steps']} steps in {quick['wall_s']:.0f} s{longer}. "
+        f"Training: {quick['steps']} steps in {quick['wall_s']:.0f} s. "
         f"{teacher['n']:,} samples; ± is the standard deviation\nover {seeds} seeds of noise. "
         "Trainings by other seeds differ by more ([docs/benchmark.md](docs/benchmark.md)),\n"
-        "and speeds vary with the machine. The last two rows are as fast as any of their steps."
+        "and speeds vary with the machine. The last row is as fast as any of its steps."
     )
     return "\n".join(lines)
 

@@ -129,7 +129,7 @@ def test_compare_says_which_curve_left_and_when(run, tmp_path, capsys):
 )
 def test_what_cannot_be_compared_is_said_in_one_line(run, spoil, said):
     spoil(run)
-    for named in ([], ["digits/dmd2"]):
+    for named in ([], ["digits/sid"]):
         with pytest.raises(UserError, match=said):
             cli.app(["compare", str(run), *named], standalone_mode=False)
 
@@ -141,13 +141,13 @@ def test_curves_without_a_step_in_common_are_not_compared(run, tmp_path, values)
     text = (run / "metrics.jsonl").read_text()
     (other / "metrics.jsonl").write_text(text.replace('0, "sec', '1, "sec'))
     logged(run, values)
-    for reference in (str(other), "digits/dmd2"):
+    for reference in (str(other), "digits/sid"):
         with pytest.raises(UserError, match=r"metrics\.jsonl: no logged step is one of .*'s; log"):
             cli.app(["compare", str(run), reference], standalone_mode=False)
 
 
 def test_a_report_does_not_praise_curves_that_it_could_not_compare(run):
-    (run / "recipe.yaml").write_text(yaml.safe_dump(Recipe.load("digits/dmd2").tree()))
+    (run / "recipe.yaml").write_text(yaml.safe_dump(Recipe.load("digits/sid").tree()))
     assert "No logged step of this run is one of theirs." in report(run).read_text()
 
 
@@ -349,10 +349,10 @@ def test_a_browser_shows_the_whole_page(run, tmp_path, width):
 def test_a_run_of_a_shipped_recipe_finds_its_reference(tmp_path):
     """Whatever its seed; but not one of other settings."""
     for words, known in (["train.seed=7"], True), (["train.batch=32"], False):
-        tree = Recipe.load("digits/dmd2", words).tree()
+        tree = Recipe.load("digits/sid", words).tree()
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
         found = curves.match(curves.tree_of(tmp_path))
-        assert (found is not None and found.recipe == "digits/dmd2") == known
+        assert (found is not None and found.recipe == "digits/sid") == known
 
 
 @pytest.mark.parametrize("name", curves.references())
