@@ -189,7 +189,9 @@ class Handler(BaseHTTPRequestHandler):
         verb, branch = rest[0] if rest else "", "/".join(rest[1:]) or "main"
         if verb in ("", "revision"):
             head = self.branch(repo, branch)[-1]
-            return ok({"id": f"{owner}/{name}", "sha": head, "private": repo.private})
+            files = [{"rfilename": k} for k in self.held(repo, branch)]
+            about = {"id": f"{owner}/{name}", "sha": head, "private": repo.private}
+            return ok({**about, "siblings": files})
         if verb == "tree":
             return ok([entry(k, v) for k, v in self.held(repo, branch).items()])
         self.writable(owner)

@@ -14,6 +14,7 @@ from students import export as exporting
 from students import formats, linear, lora_files, stock
 from students.lora import Adapter
 from teachers import edm_files, load
+from teachers.cuts import Cuts
 from teachers.files import open_to_readers, save_tensors
 from tests import families
 
@@ -48,7 +49,8 @@ def test_checkpoints_caches_and_references_are_open(tmp_path, umask):
     out = tmp_path / "out"
     out.mkdir()
     checkpoint.save({"x": torch.zeros(2)}, out / "checkpoint", {"step": 1})
-    cache._write(out / "shard.safetensors", {"x": torch.zeros(2)}, [])
+    notes = cache.Notes([], [], Cuts())
+    cache._write(out / "shard.safetensors", {"x": torch.zeros(2)}, notes)
     moments = Moments(torch.zeros(2).double(), torch.eye(2).double(), 3)
     Reference("name", "rule", "content", moments, torch.zeros(3, 2)).save(out / "r.safetensors")
     Gathering(()).save(out / "g.safetensors", "about")
