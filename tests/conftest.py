@@ -13,6 +13,7 @@ And the one place that decides on which device tests run. FEWSTEP_TEST_DEVICE sa
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,18 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Small random UNet2D pipelines in the real on-disk format, by kind."""
     root = tmp_path_factory.mktemp("pipelines")
     return {kind: toys.save_pipeline(kind, root / kind) for kind in toys.KINDS}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The folder of a family's small pipeline, by its name; built when it is first asked for."""
+    from tests import families
+
+    built: dict[str, str] = {}
+
+    def folder(name: str) -> str:
+        if name not in built:
+            built[name] = str(families.build(name, tmp_path_factory.mktemp(name)))
+        return built[name]
+
+    return folder

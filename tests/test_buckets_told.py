@@ -22,18 +22,6 @@ from tests.datasets import folder_of, recipe
 WIDE = [name for name in families.FAMILIES if name != "dit"]  # whose pipeline draws squares alone
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = families.build(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder
-
-
 @pytest.fixture
 def opened(folders):
     return lambda name, **more: load(str(folders(name)), **families.OPTIONS.get(name, {}) | more)

@@ -31,18 +31,6 @@ LIMITS = {  # of each family's encoders: what its pipeline lets the tokenizer ma
 }
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = str(families.build(name, tmp_path_factory.mktemp(name)))
-        return made[name]
-
-    return folder
-
-
 @pytest.mark.parametrize("name", LIMITS)
 def test_every_encoder_of_every_family_counts_what_it_cuts(folders, name):
     teacher = load(folders(name), **families.OPTIONS.get(name, {}))

@@ -155,18 +155,6 @@ def test_teachers_are_examined_where_they_are(gpu):
     assert not [c for c in checks if c.verdict == "broken"]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    found = {}
-
-    def folder(name):
-        if name not in found:
-            found[name] = families.build(name, tmp_path_factory.mktemp(name))
-        return str(found[name])
-
-    return folder
-
-
 @pytest.mark.parametrize("name", ["sdxl", "dit", "flux-schnell", "sana", "wan"])
 def test_the_stock_pipeline_draws_students_of_two_steps(name, folders, gpu):
     """The noise that its scheduler draws is the student's, whatever the device's own would be."""

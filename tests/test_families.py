@@ -18,18 +18,6 @@ from teachers.pixart import PixArtSigma
 from tests import families
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = families.build(name, tmp_path_factory.mktemp(name))
-        return str(made[name])
-
-    return folder
-
-
 def disturbed(student):
     """The student, moved away from its teacher."""
     torch.manual_seed(1)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from teachers.denoiser import Denoiser, Guided
 from teachers.errors import UserError
 from teachers.process import Linear
 from teachers.qwen import QwenImage
-from tests import families, families_b
+from tests import families_b
 
 # How each pipeline is asked for guidance of g = 3, as published; Lumina's without its norm.
 GUIDED = {
@@ -26,18 +27,6 @@ GUIDED = {
     "wan": {"guidance_scale": 3.0, "negative_prompt": ["", ""]},
 }
 PROMPTS = ["a red circle", "two boats on a lake"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = families.build(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder
 
 
 def opened(folders, name, by=0.05, **options):
@@ -259,7 +248,7 @@ def test_sizes_are_those_of_the_published_pipelines_unless_told(folders):
 def test_videos_of_two_networks_or_of_token_times_are_refused(
     folders, tmp_path, key, value, reason
 ):
-    index = json.loads((folders("wan") / "model_index.json").read_text())
+    index = json.loads((Path(folders("wan")) / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | {key: value}))
     with pytest.raises(UserError, match=reason):
         load(str(tmp_path))

@@ -23,18 +23,6 @@ FLOWS = [FLOW, {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas":
 EDMS = [{"_class_name": "EDMEulerScheduler"}, {"_class_name": "EDMDPMSolverMultistepScheduler"}]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = families.build(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder
-
-
 def under(folder, tmp_path, config):
     """The pipeline with another scheduler."""
     copy = shutil.copytree(folder, tmp_path / "t")

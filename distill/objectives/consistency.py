@@ -72,8 +72,7 @@ class Consistency(Objective):
         x_t = process.noise(batch.data, t, batch.noise)
         with torch.no_grad():
             x_r = self.previous(x_t, t, r, batch)
-            target = torch.nan_to_num(self.target(x_r, r, batch.cond))
-            target = torch.where(expand(r == 0, x_r), self.end(x_r, batch), target)
+            target = self.boundary(self.target(x_r, r, batch.cond), x_r, r, batch)
         gap = self.apart(f(x_t, t, batch.cond), target)
         return Loss((self.weight(t, r) * gap).mean(), {"distance": gap.detach().mean()})
 
@@ -96,9 +95,9 @@ class Consistency(Objective):
             return heun_step(self.teacher, x_t, t, r, batch.cond)
         return self.teacher.process.step(x_t, self.teacher(x_t, t, batch.cond), t, r)
 
-    def end(self, x_r: Tensor, batch: Batch) -> Tensor:
-        """The target where r is 0: the end of the teacher's path."""
-        return x_r
+    def boundary(self, target: Tensor, x_r: Tensor, r: Tensor, batch: Batch) -> Tensor:
+        """The target (B, ...), but where r is 0 the end of the teacher's path."""
+        return torch.where(expand(r == 0, x_r), x_r, target)
 
     def apart(self, x: Tensor, target: Tensor) -> Tensor:
         """The distance (B,), over the whole sample."""
@@ -135,6 +134,9 @@ class ConsistencyTuning(Consistency):
     def previous(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
         return self.student.denoiser.process.noise(batch.data, r, batch.noise)
 
-    def end(self, x_r: Tensor, batch: Batch) -> Tensor:
-        """The target where r is 0: the data, although x_r still holds a trace of noise."""
-        return batch.data
+    def boundary(self, target: Tensor, x_r: Tensor, r: Tensor, batch: Batch) -> Tensor:
+        """Where r is 0, the data, although x_r still holds a trace of noise.
+
+        A NaN elsewhere is 0, as in the authors' code.
+        """
+        return torch.where(expand(r == 0, x_r), batch.data, torch.nan_to_num(target))

@@ -6,6 +6,8 @@ score's features, trained with real data, corrects what the teacher gets wrong.
 
 As in the authors' code: the fake score learns on every step, the student on every k-th; the fake is
 never guided; fakes and data are noised for the critic at independent times over the full range.
+Differs from it: of a student of several steps, the fake and the critic see the last x̂
+(`rivals_see`), and one batch holds every place of the chain.
 """
 
 from __future__ import annotations
