@@ -95,6 +95,7 @@ def data(folder, tmp_path, **more):
 def test_a_run_says_it_and_one_from_a_cache_says_it_too(folders, tmp_path, capfd):
     recipe = data(folders("sdxl"), tmp_path)
     teacher = load(folders("sdxl"))
+    capfd.readouterr()  # what building the folder said
     said = []
     for place in ("memory", "made", "kept"):
         if place == "made":
