@@ -79,7 +79,7 @@ def readme() -> str:
         f"Training: {quick['steps']} steps in {quick['wall_s']:.0f} s. "
         f"{teacher['n']:,} samples; ± is the standard deviation\nover {seeds} seeds of noise. "
         "Trainings by other seeds differ by more ([docs/benchmark.md](docs/benchmark.md)),\n"
-        "and speeds vary with the machine. The last row is as fast as any of its steps."
+        "and speeds vary with the machine."
     )
     return "\n".join(lines)
 
@@ -187,8 +187,12 @@ def text() -> str:
             right += f" ± {100 * spread['accuracy']:.1f}"
             distance += f" ± {spread['fd']:.1f}"
         lines.append(f"| {name} | {evaluations} | {right} | {distance} |")
-    cost = ", ".join(f"{f['steps']} steps in {f['wall_s']:.0f} s" for f in found.values() if f)
-    return "\n".join([*lines, "", f"Training: {cost}, each on one CPU thread that it shared."])
+    cost = ", ".join(
+        f"{f['steps']} updates in {f['wall_s']:.0f} s for `{name}`"
+        for name, f in found.items()
+        if f
+    )
+    return "\n".join([*lines, "", f"Training: {cost}, each on one thread of a busy CPU."])
 
 
 def again() -> str:

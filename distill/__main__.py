@@ -80,14 +80,10 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write(
-            "distill: SIGINT: stopped; a run goes on with --resume, a benchmark by itself\n"
-        )
+        sys.stderr.write(f"distill: SIGINT: stopped{afterwards()}\n")
         code = 128 + signal.SIGINT
     except Terminated:
-        sys.stderr.write(
-            "distill: SIGTERM: stopped; a run goes on with --resume, a benchmark by itself\n"
-        )
+        sys.stderr.write(f"distill: SIGTERM: stopped{afterwards()}\n")
         code = 128 + signal.SIGTERM
     except Exception as error:
         code = code_of(error)
@@ -96,6 +92,14 @@ def main() -> None:
     finally:
         leave_group()
     sys.exit(code)
+
+
+def afterwards() -> str:
+    """How the command that was stopped goes on."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if command in ("run", "teach"):
+        return "; go on with --resume"
+    return "; the same command goes on" if command in ("bench", "cache") else ""
 
 
 def code_of(error: Exception) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
@@ -81,6 +82,7 @@ class Progress:
 
     def __init__(self, steps: int, done: int, shown: bool) -> None:
         self.steps, self.shown, self.live = steps, shown, shown and out.is_terminal
+        self.begun, self.start = done, time.monotonic()
         self.bar = bars.Progress(
             bars.TextColumn("{task.description}"),
             bars.BarColumn(),
@@ -114,7 +116,18 @@ class Progress:
         if self.live:
             self.bar.update(self.task, completed=step, losses=losses)
         elif self.shown:
-            out.print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {losses}", soft_wrap=True)
+            line = f"step {step:>{len(str(self.steps))}}/{self.steps}  {losses}{self.left(step)}"
+            out.print(line, soft_wrap=True)
+
+    def left(self, step: int) -> str:
+        """The time that the steps after this one take at the rate so far."""
+        if not self.begun < step < self.steps:
+            return ""
+        rate = (time.monotonic() - self.start) / (step - self.begun)
+        seconds = rate * (self.steps - step)
+        units = ((172_800, 86_400, "days"), (7200, 3600, "h"), (120, 60, "min"), (0, 1, "s"))
+        size, unit = next((size, unit) for least, size, unit in units if seconds >= least)
+        return f"  about {seconds / size:.0f} {unit} left"
 
     def note(self, line: str) -> None:
         """A line above the bar."""

@@ -346,6 +346,11 @@ def load_student(folder: Path, precision: Precision | None = None) -> tuple[Gene
         raise UserError(f"student {str(folder)!r}: no such folder")
     if not (folder / SIDECAR).exists() and (folder / "student" / SIDECAR).exists():
         folder = folder / "student"  # a run folder was named
+    if not (folder / SIDECAR).exists() and (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"student {str(folder)!r}: this run has no student yet; wait for its end, or go on "
+            f"with distill run {folder / 'recipe.yaml'} --out {folder} --resume"
+        )
     sidecar = read_json(folder / SIDECAR, f"student {str(folder)!r}")
     counts: Any = sidecar.get("steps")
     whole = isinstance(counts, list) and counts and all(type(k) is int for k in counts)

@@ -16,8 +16,10 @@ import torch
 import yaml
 
 from distill import __main__ as cli
+from distill import terminal
 from distill.commands.training import show
 from students.card import card
+from teachers import UserError
 from tests.toys import recipe_tree
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -398,3 +400,35 @@ def test_a_killed_run_resumes_to_the_same_bits(pipelines, tmp_path):
 @pytest.mark.parametrize("name", ["dmd2", "sid", "fdistill", "consistency", "progressive"])
 def test_five_kills_at_random_moments_change_no_bit(name, pipelines, tmp_path):
     kill_and_compare(name, pipelines, tmp_path, kills=5, steps=120)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "left"), [(1, "9 s"), (60, "9 min"), (3600, "9 h"), (86_400, "9 days")]
+)
+def test_lines_of_losses_say_how_long_the_rest_takes(monkeypatch, seconds, left):
+    progress = terminal.Progress(20, 10, shown=False)
+    monkeypatch.setattr(progress, "start", terminal.time.monotonic() - seconds)
+    assert progress.left(11) == f"  about {left} left"
+    assert progress.left(10) == progress.left(20) == ""
+
+
+def test_a_run_without_a_student_yet_is_named_with_the_command_that_goes_on(tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has no student yet.* --out .*run --resume$"):
+        cli.app(
+            ["sample", str(tmp_path / "run"), "--out", str(tmp_path / "g.png")],
+            standalone_mode=False,
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["run", "x"], "; go on with --resume"),
+        (["bench", "x"], "; the same command goes on"),
+        (["list"], ""),
+    ],
+)
+def test_a_stopped_command_says_how_it_goes_on(monkeypatch, words, advice):
+    monkeypatch.setattr("sys.argv", ["distill", *words])
+    assert cli.afterwards() == advice
