@@ -70,6 +70,11 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
             for what cannot be.
     """
     check_folder(recipe, out, resume)
+    if resume and (out / "summary.json").exists() and not checkpoint.steps(out / "checkpoints"):
+        raise UserError(
+            f"--resume: the run in {out} came to its end and its checkpoints are gone; "
+            "train again in another folder"
+        )
     for origin in filter(None, (recipe.teacher.source, guidance_of(recipe).weaker)):
         check_licence(origin, recipe.export.licence_override)
     if recipe.train.precision == "fp16" and device().type == "cpu":
@@ -117,15 +122,8 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
         own.rehearse(objective, players, source, recipe.train, accelerator)
     accelerator.wait_for_everyone()  # a slow process must not take what is written now for old
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        take(out)
+        hold(out)
         check_folder(recipe, out, resume)  # again: another may have begun meanwhile
-        draft = out / ".recipe.yaml"
-        draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
-        draft.replace(out / "recipe.yaml")
-        own.keep(recipe, out)
-        if source.report is not None:
-            write_report(out, source.report)
     accelerator.wait_for_everyone()
     run = Run(recipe, teacher, None, measure, out)  # pyright: ignore[reportArgumentType]
 
@@ -147,8 +145,16 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
         shown=shown(recipe, teacher),
     )
     resumed = run.engine.resume() if resume else False
-    if not resumed and accelerator.is_main_process:
-        (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run killed before it saved
+    if accelerator.is_main_process:  # after what could be refused of the checkpoint
+        if not resumed:
+            (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run killed before it saved
+        draft = out / ".recipe.yaml"
+        draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
+        draft.replace(out / "recipe.yaml")
+        own.keep(recipe, out)
+        if source.report is not None:
+            write_report(out, source.report)
+    accelerator.wait_for_everyone()
     accelerator.init_trackers("fewstep")
     return run
 
@@ -162,8 +168,42 @@ def forget_precision() -> None:
     AcceleratorState._shared_state = type(AcceleratorState._shared_state)()
 
 
+FILES = ("recipe.yaml", "metrics.jsonl", "summary.json", "report.html", ".lock")
+FOLDERS = ("checkpoints", "samples", "student")
+
+
+def hold(out: Path) -> None:
+    """Make a run's folder, where there is none, and hold it for this process.
+
+    Raises:
+        UserError: it cannot be made, or another process holds it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        take(out)
+    except OSError as error:
+        raise UserError(f"--out {out}: it cannot be written to ({error.strerror})") from None
+
+
+def check_places(out: Path) -> None:
+    """Refuse a folder in which something else stands where a run's files go.
+
+    Raises:
+        UserError: naming it.
+    """
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"--out {out}: it is a link to nothing; give a folder")
+    for name in FILES:
+        if (out / name).is_dir():
+            raise UserError(f"--out {out}: {name} in it is a folder; give another, or remove that")
+    for name in FOLDERS:
+        if (out / name).exists() and not (out / name).is_dir():
+            raise UserError(f"--out {out}: {name} in it is no folder; give another, or remove that")
+
+
 def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
     """Refuse to write over a run, or to go on with a different one, or with one that is at work."""
+    check_places(out)
     there = next(p for p in (out.absolute(), *out.absolute().parents) if exists(p))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--out {out}: {there} is not a folder that can be written to")

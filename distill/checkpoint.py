@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,24 +31,40 @@ def save(state: Any, folder: Path, about: dict[str, Any] | None = None) -> None:
 
     Args:
         about: Kept in the manifest, readable without the tensors.
+
+    Raises:
+        UserError: the disk does not take it; the checkpoints before it are as they were.
     """
-    _settle(folder)
-    draft, old = folder.with_name(f".{folder.name}.draft"), _aside(folder)
-    shutil.rmtree(draft, ignore_errors=True)
+    draft = folder.with_name(f".{folder.name}.draft")
+    try:
+        _settle(folder)
+        shutil.rmtree(draft, ignore_errors=True)
+        _write(state, draft, about or {})
+        old = _aside(folder)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(draft, folder)
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)  # it holds the room that is short
+        raise UserError(
+            f"checkpoint {folder}: it cannot be written ({error}); "
+            "put that right, and go on from the one before it with --resume"
+        ) from None
+
+
+def _write(state: Any, draft: Path, about: dict[str, Any]) -> None:
+    """Write the files of a checkpoint to a new folder, and flush them to the disk."""
     draft.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, tensors)
     save_tensors(tensors, draft / TENSORS)
     (draft / TREE).write_text(json.dumps(tree))
     hashes = {name: _digest(draft / name) for name in (TENSORS, TREE)}
-    (draft / MANIFEST).write_text(json.dumps({"sha256": hashes, **(about or {})}, indent=2))
+    (draft / MANIFEST).write_text(json.dumps({"sha256": hashes, **about}, indent=2))
     for name in (TENSORS, TREE, MANIFEST, "."):
         _flush(draft / name)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(draft, folder)
-    _flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder: Path) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from eval.images import files_in as every_file
@@ -155,7 +156,7 @@ def table(source: str, checks: Sequence[Check]) -> Table:
     styles = {"ok": "green", "left out": "dim"}
     for c in checks:
         value = "" if c.value is None else f"{c.value:.3g}"
-        found.add_row(c.name, value, c.bound, f"[{styles.get(c.verdict, 'red')}]{c.verdict}[/]")
+        found.add_row(c.name, value, c.bound, Text(c.verdict, styles.get(c.verdict, "red")))
     return found
 
 

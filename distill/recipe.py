@@ -179,6 +179,10 @@ class Recipe(Section):
 def find(path: str | Path) -> Path:
     """A recipe's file: the path itself, or else that of the shipped recipe of that name."""
     path = Path(path)
+    if not path.name:
+        raise UserError(
+            f"recipe {str(path)!r}: give a file, or one of {', '.join(shipped()[:2])}, …"
+        )
     name = Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else path
     for candidate in (path, SHIPPED / name, (SHIPPED / name).with_suffix(".yaml")):
         if candidate.is_file():
@@ -193,14 +197,29 @@ def shipped() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number, as everyone who writes it means."""
+    """YAML whose numbers are those of YAML 1.2: 1e-4 is one; 010 and 1:30, octal and minutes, not.
+
+    A key that comes twice is an error: one of the two would be lost.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted(k for k in set(keys) if k != "<<" and keys.count(k) > 1):
+            raise yaml.YAMLError(f"key {twice[0]!r} comes twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]*)",
+    "tag:yaml.org,2002:float": r"[-+]?(\d[\d_]*\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?"
+    r"|\d+[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list("-+.0123456789"))
 
 
 # What the loader raises for text that is no YAML, or whose scalars are no values of their type.
@@ -210,7 +229,10 @@ BAD_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, Rec
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        tree = yaml.load(file.read_text(), _Loader)  # a SafeLoader: plain data only
+        text = file.read_text(encoding="utf-8")
+        tree = yaml.load(text, _Loader)  # a SafeLoader: plain data only
+    except OSError as error:
+        raise UserError(f"recipe {file}: it cannot be read ({error.strerror})") from None
     except BAD_YAML as error:
         raise UserError(f"recipe {file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -23,7 +23,7 @@ from distill import build, teach_text
 from distill.drawing import evaluate_teacher
 from distill.encode import device
 from distill.finish import summarise
-from distill.lock import release, take
+from distill.lock import release
 from distill.meter import device_name
 from distill.recipe import Recipe, find, override, read_yaml
 from distill.seeds import seed_all
@@ -199,8 +199,7 @@ def teach_pictures(recipe: TextRecipe, out: Path, resume: bool, where: str) -> d
     build.check_folder(recipe, out, resume)  # pyright: ignore[reportArgumentType]
     scenes = Scenes(shapes.all_captions(), shapes.draw, shapes.accuracy)
     pipe = teach_text.pipeline(recipe, scenes.captions, where)
-    out.mkdir(parents=True, exist_ok=True)
-    take(out)
+    build.hold(out)
     draft = out / ".recipe.yaml"
     draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
     draft.replace(out / "recipe.yaml")

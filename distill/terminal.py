@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,8 +15,29 @@ from rich.table import Table
 from rich.text import Text
 
 T = TypeVar("T")
-out = Console(highlight=False)
-err = Console(highlight=False, stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+
+
+class Unbreakable(Console):
+    """Prints text as it is; falls silent where nobody reads it any more, so that a run goes on."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except (OSError, ValueError):  # a full disk, or a file that was closed
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        if self.stderr:
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+        else:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+out = Unbreakable(highlight=False, markup=False)
+err = Unbreakable(
+    highlight=False, markup=False, stderr=True, quiet=os.environ.get("RANK", "0") != "0"
+)
 
 
 def waiting(line: str) -> AbstractContextManager[Any]:

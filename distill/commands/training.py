@@ -27,7 +27,7 @@ def run(
 
     from distill.terminal import out as console
     from distill.terminal import waiting
-    from teachers.errors import UserError
+    from teachers.errors import UserError, intact
 
     out = out or Path("runs") / Path(recipe).stem
     with waiting("distill: preparing"):  # the imports alone take seconds
@@ -41,13 +41,16 @@ def run(
         from distill import build
 
         made = None
-        if resume and complete(out) and not more_steps(out, checked.train.steps):
+        with intact(out / "summary.json"):
+            done = resume and complete(out) and not more_steps(out, checked.train.steps)
+        if done:
             build.check_folder(checked, out, resume)
         else:
             made = build.build(checked, out, resume)
     if made is None:
         console.print(f"{out} is finished; its figures:")
-        return show(out)
+        with intact(out / "summary.json"):
+            return show(out)
     main = made.engine.accelerator.is_main_process
     if main:
         from distill.teaching import guided
