@@ -23,7 +23,7 @@ from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.schedule import Schedule, read
 from teachers.teacher import Teacher, labels_of
 
-__all__ = ["Pretrained", "Prompted", "check_vocabulary", "load", "quiet", "stock"]
+__all__ = ["Pretrained", "Prompted", "check_vocabulary", "load", "pixels", "quiet", "stock"]
 
 
 class Pretrained(Network):
@@ -300,6 +300,15 @@ class Prompted:
             if name != self.kind.PART and isinstance(part, nn.Module):
                 part.to(device)
         return self
+
+
+def pixels(output: Any) -> Tensor:
+    """The images (N, 3, H, W) in [0, 1] of a pipeline that was asked for "pt", or its videos.
+
+    DiT's pipeline in diffusers 0.36 gives NumPy's (N, H, W, 3), whatever it is asked.
+    """
+    made = next(iter(output.values()))
+    return made if isinstance(made, Tensor) else torch.from_numpy(made).movedim(-1, 1)
 
 
 def mode(encoded: Any) -> Tensor:
