@@ -77,8 +77,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt)
     if not sys.warnoptions:  # what our dependencies will change is no user's concern
         warnings.simplefilter("ignore", FutureWarning)
-        # diffusers 0.36 asks for CUDA's autocast as it is imported, wherever that is
-        warnings.filterwarnings("ignore", "User provided device_type of 'cuda'", UserWarning)
     try:
         code = app(standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):

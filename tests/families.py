@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import pytest
 import torch
 import transformers
 
@@ -104,12 +102,7 @@ OPTIONS = families_a.OPTIONS | families_b.OPTIONS  # what each is loaded with
 
 
 def build(name: str, root: Path) -> Path:
-    """The folder of a small pipeline of this family; a test of one that is refused is skipped."""
-    if diffusers.__version__.startswith("0.36."):  # docs/teachers.md says the same
-        if name == "qwen":
-            pytest.skip("Qwen-Image's network in diffusers 0.36 does not hide padding")
-        if name == "wan" and find_spec("ftfy") is None:
-            pytest.skip("Wan's pipeline in diffusers 0.36 asks for ftfy")
+    """The folder of a small pipeline of this family."""
     torch.manual_seed(0)
     FAMILIES[name](root)
     return root
