@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -31,7 +32,9 @@ HEAVY = ("torch", "torchvision")
 DRAW = """
 import sys, torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from safetensors.torch import save_file
+logging.disable_progress_bar()
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
 if hasattr(pipe, "tokenizer"):
@@ -41,7 +44,7 @@ else:
 torch.manual_seed(1)
 rng = torch.Generator().manual_seed(0)
 images = pipe(num_inference_steps=2, generator=rng, output_type="np", **asked).images
-save_file({"images": torch.tensor(images)}, sys.argv[2])
+save_file({"images": torch.tensor(images).contiguous()}, sys.argv[2])
 """
 
 
@@ -61,14 +64,19 @@ def environment(folder: Path, pins: list[str], on: Path | None = None) -> Path:
     Args:
         pins: Versions that are installed instead of the newest.
         on: Another environment's site-packages, for what is not pinned.
+
+    Raises:
+        CalledProcessError: pip could not install all of it, or found versions that do not agree.
     """
     programs = folder / "bin"
-    if programs.is_dir():
+    if (programs / "distill").is_file():  # the last that is installed
         return programs
-    venv.create(folder, with_pip=True)
+    if not programs.is_dir():
+        venv.create(folder, with_pip=True)
     pip = [str(programs / "python"), "-m", "pip", "install", "--quiet"]
     if on is None:
         subprocess.run([*pip, "--editable", str(ROOT), *pins], check=True)
+        subprocess.run([*pip[:-2], "check"], check=True)
         return programs
     (site,) = folder.glob("lib/python*/site-packages")
     light = [pin for pin in pins if pin.partition("==")[0] not in HEAVY]
@@ -93,8 +101,11 @@ def run_all(folder: Path, programs: Path) -> dict[str, Path]:
         AssertionError: one left less than it should.
     """
     found = {}
+    for words in (["--help"], ["run", "--help"], ["eval", "--help"]):
+        command(folder, programs, *words)
     for name, recipe in RECIPES.items():
         out = found[name] = folder / f"run-{name}"
+        shutil.rmtree(out, ignore_errors=True)  # of a call before
         command(folder, programs, "run", recipe, *SHORT, "--out", str(out))
         summary = json.loads((out / "summary.json").read_text())
         assert summary["failed"] == {}, summary["failed"]
@@ -142,8 +153,9 @@ def main() -> None:
     programs = environment(folder, floors() if options.kind == "oldest" else [], options.on)
     found = run_all(folder, programs)
     other = folder.with_name("plain" if options.kind == "oldest" else "oldest")
-    if (other / "bin").is_dir():
-        runs = [*found.values(), *(other / f"run-{name}" for name in RECIPES)]
+    theirs = [other / f"run-{name}" for name in RECIPES]
+    if all((run / "student").is_dir() for run in theirs):
+        runs = [*found.values(), *theirs]
         for run in runs:
             gap = apart((folder, programs), (other, other / "bin"), run / "student")
             sys.stdout.write(f"{run}: drawn alike to {gap:.2g}\n")

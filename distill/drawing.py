@@ -23,7 +23,7 @@ from students.lora import unwrap
 from teachers.deepcache import DeepCache
 from teachers.denoiser import Denoiser, Guided, computes
 from teachers.guidance import Adaptive
-from teachers.pipeline import Prompted, quiet
+from teachers.pipeline import Prompted, images_of, quiet
 from teachers.solver import SOLVERS
 from teachers.teacher import Teacher
 
@@ -190,7 +190,7 @@ class Piped(Drawing):
                     made = self.pipe(
                         **asked, num_inference_steps=self.steps, generator=rng, output_type="pt"
                     )
-                parts.append(made.images.cpu())
+                parts.append(images_of(made).cpu())
             return torch.cat(parts)
 
         # a pipeline is on one device, and in one precision

@@ -26,7 +26,7 @@ from students.portable import make_portable
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
 from teachers.files import open_to_readers
-from teachers.pipeline import Prompted, quiet
+from teachers.pipeline import Prompted, images_of, quiet
 from teachers.quantised import Precision
 from teachers.teacher import Teacher, load, read_json
 from teachers.unet import UNet
@@ -54,7 +54,10 @@ for steps in request["counts"]:
         pipe.scheduler.step = functools.partial(step, generator=again)
     arguments = json.loads(sys.argv[3])["arguments"]  # afresh: some pipelines write to their lists
     out_ = pipe(num_inference_steps=steps, generator=draw, output_type="pt", **arguments)
-    images[str(steps)] = next(iter(out_.values())).float().cpu().contiguous()
+    made = next(iter(out_.values()))
+    if not torch.is_tensor(made):  # DiT's pipeline before diffusers 0.41, whatever it is asked
+        made = torch.from_numpy(made).movedim(-1, 1)
+    images[str(steps)] = made.float().cpu().contiguous()
 save_file(images, out)
 """
 
@@ -262,7 +265,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
                         num_inference_steps=steps, generator=rng, output_type="pt", **arguments
                     )
                 ours = pictures(generator, teacher, steps, prompts)
-                if wrong := apart(ours, next(iter(out.values())), generator):
+                if wrong := apart(ours, images_of(out), generator):
                     raise UserError(f"{who}: at {steps} steps it {wrong}")
     except UserError:
         raise

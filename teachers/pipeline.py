@@ -23,7 +23,7 @@ from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.schedule import Schedule, read
 from teachers.teacher import Teacher, labels_of
 
-__all__ = ["Pretrained", "Prompted", "check_vocabulary", "load", "quiet", "stock"]
+__all__ = ["Pretrained", "Prompted", "check_vocabulary", "images_of", "load", "quiet", "stock"]
 
 
 class Pretrained(Network):
@@ -107,17 +107,6 @@ class Pretrained(Network):
         """How many labels there are, where prompts are labels and the one after is the null label;
         0 where prompts are text."""
         return 0
-
-    @classmethod
-    def check(cls, who: str) -> None:
-        """Refuse to load it where the installed packages would not run it rightly.
-
-        Args:
-            who: Begins a message.
-
-        Raises:
-            UserError: naming the package.
-        """
 
     @classmethod
     def factor(cls, pipe: Any) -> int:
@@ -302,6 +291,15 @@ class Prompted:
         return self
 
 
+def images_of(output: Any) -> Tensor:
+    """The images (N, 3, H, W) in [0, 1] of a pipeline that was asked for "pt", or its videos.
+
+    DiT's pipeline before diffusers 0.41 gives NumPy's (N, H, W, 3), whatever it is asked.
+    """
+    made = next(iter(output.values()))
+    return made if isinstance(made, Tensor) else torch.from_numpy(made).movedim(-1, 1)
+
+
 def mode(encoded: Any) -> Tensor:
     """The likeliest latent of what an autoencoder's `encode` returns.
 
@@ -341,7 +339,6 @@ def load(
     who = teacher_at(source)
     if precision not in DTYPES:
         raise UserError(f"{who}: precision {precision!r}: {nearest(precision, DTYPES)}")
-    kind.check(who)
     pipe = stock(folder, who, {kind.PART: DTYPES[precision], "default": torch.float32})
     backbone = getattr(pipe, kind.PART)
     if precision in FORMS:

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from teachers.denoiser import Cond
-from teachers.errors import UserError
 from teachers.pipeline import Pretrained
 
 TOKENS = 512  # the stock pipeline's own limit of a prompt's length
@@ -62,17 +61,6 @@ class QwenImage(Pretrained):
     def shape(cls, pipe: Any, size: int | None) -> tuple[int, ...]:
         side = pipe.default_sample_size if size is None else size // pipe.vae_scale_factor
         return (pipe.transformer.config.in_channels // 4, side, side)
-
-    @classmethod
-    def check(cls, who: str) -> None:
-        import diffusers
-        from diffusers.models.transformers import transformer_qwenimage
-
-        if not hasattr(transformer_qwenimage, "compute_text_seq_len_from_mask"):
-            raise UserError(
-                f"{who}: diffusers {diffusers.__version__} does not hide a prompt's padding from "
-                "its network; install a newer one"
-            )
 
     @property
     def middle(self) -> str:

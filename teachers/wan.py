@@ -71,17 +71,6 @@ class Wan(Pretrained):
         frames = 1 + (shape[1] - 1) * pipe.vae_scale_factor_temporal
         return (frames, *super().pixels(pipe, shape))
 
-    @classmethod
-    def check(cls, who: str) -> None:
-        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
-        try:
-            prompt_clean("a")
-        except NameError:  # in some versions of diffusers its pipeline takes it to be there
-            raise UserError(
-                f"{who}: its pipeline cleans prompts with ftfy: pip install ftfy"
-            ) from None
-
     @property
     def middle(self) -> str:
         blocks: Any = self.backbone.blocks

@@ -9,6 +9,8 @@ from typing import Any
 import diffusers
 import transformers
 
+from tests import vocabularies
+
 # What they are loaded with in tests, where they make large pictures unless told otherwise.
 OPTIONS: dict[str, dict[str, Any]] = {
     "pixart-alpha": {"size": 24},
@@ -23,7 +25,7 @@ TRANSFORMER: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 1
 def t5(width: int = 32) -> tuple[Any, Any]:
     """A T5 of single characters: tokenizer and encoder."""
     words = ["<pad>", "</s>", "<unk>", "▁", *(chr(c) for c in range(33, 127))]
-    tokenizer = transformers.T5Tokenizer(vocab=[(w, -1.0) for w in words], extra_ids=0)
+    tokenizer = vocabularies.t5([(w, -1.0) for w in words])
     config = transformers.T5Config(
         vocab_size=len(words), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu",

@@ -8,6 +8,8 @@ from typing import Any
 import diffusers
 import transformers
 
+from tests import vocabularies
+
 LETTERS = [chr(c) for c in range(33, 127)]
 # What they are loaded with in tests, where they make large pictures unless told otherwise.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -23,7 +25,7 @@ def gemma() -> tuple[Any, Any]:
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "\n", *LETTERS]
     words += [f"<0x{i:02X}>" for i in range(256)]
     vocab = {w: i for i, w in enumerate(words)}
-    tokenizer = transformers.GemmaTokenizer(vocab=vocab, merges=[], add_bos_token=True)
+    tokenizer = vocabularies.gemma(vocab)
     config = transformers.Gemma2Config(
         vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=2048,
@@ -34,7 +36,7 @@ def gemma() -> tuple[Any, Any]:
 def qwen_tokenizer() -> Any:
     """A Qwen tokenizer of single bytes, with a chat template."""
     letters = [*LETTERS, "Ġ", "Ċ"]  # byte-level names of the space and the line's end
-    tokenizer = transformers.Qwen2Tokenizer(vocab={w: i for i, w in enumerate(letters)}, merges=[])
+    tokenizer = vocabularies.qwen({w: i for i, w in enumerate(letters)})
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -146,7 +148,7 @@ def zimage(root: Path) -> None:
 def wan(root: Path) -> None:
     words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     words += [(c, -3.0) for c in LETTERS]
-    tokenizer = transformers.T5Tokenizer(vocab=words, extra_ids=0)
+    tokenizer = vocabularies.t5(words)
     config = transformers.UMT5Config(
         vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
     )

@@ -136,6 +136,7 @@ def test_rotary_settings_that_the_installed_version_does_not_read_are_refused(
     """Version 4 would take a base of its own."""
     tree = {"text_config": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}}
     (tmp_path / "config.json").write_text(json.dumps(tree))
+    monkeypatch.setattr(components, "installed", lambda: "5.0.0")
     components.check_rope(tmp_path, "teacher 'x'")
     monkeypatch.setattr(components, "installed", lambda: "4.57.6")
     with pytest.raises(UserError, match=r"rope_parameters, which transformers 4\.57\.6 does not"):
@@ -200,9 +201,12 @@ def test_an_exported_student_is_in_the_form_that_both_versions_read(sd, tmp_path
     names = load_file(tmp_path / "s" / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in names)
     words = {p.name for p in (tmp_path / "s" / "tokenizer").iterdir()}
-    assert {"vocab.json", "merges.txt", "tokenizer.json"} <= words
-    model = json.loads((tmp_path / "s" / "tokenizer" / "tokenizer.json").read_text())["model"]
-    assert json.loads((tmp_path / "s" / "tokenizer" / "vocab.json").read_text()) == model["vocab"]
+    assert {"vocab.json", "merges.txt"} <= words
+    vocab = json.loads((tmp_path / "s" / "tokenizer" / "vocab.json").read_text())
+    assert vocab == teacher.codec.pipe.tokenizer.get_vocab()
+    if "tokenizer.json" in words:  # which version 5 writes
+        made = json.loads((tmp_path / "s" / "tokenizer" / "tokenizer.json").read_text())
+        assert made["model"]["vocab"] == vocab
     one, two = load(str(tmp_path / "s")).codec, teacher.codec
     for prompt in ("a red cat", "", "Zebras!"):
         torch.testing.assert_close(one.condition([prompt]), two.condition([prompt]))
@@ -241,4 +245,4 @@ def test_a_tokenizers_own_files_come_along(tmp_path):
     make_portable(folder, origin)
     assert (folder / "tokenizer" / "spiece.model").read_bytes() == b"pieces"
     index = json.loads((folder / "model_index.json").read_text())
-    assert index["tokenizer"] == ["transformers", "T5Tokenizer"]
+    assert index["tokenizer"][1].removesuffix("Fast") == "T5Tokenizer"

@@ -13,7 +13,7 @@ from students import stock
 from students.export import export, load_student, rehearse, request
 from students.lora import Adapter
 from teachers import UserError, load
-from teachers.pipeline import check_vocabulary
+from teachers.pipeline import check_vocabulary, images_of
 from teachers.pixart import PixArtSigma
 from tests import families
 
@@ -63,6 +63,13 @@ def test_a_teacher_in_half_precision_is_rehearsed_and_exported(folders, name, tm
     student = disturbed(stock.student(teacher, 2, None, True, Adapter(rank=4))).eval()
     rehearse(student, teacher)
     export(student, teacher, tmp_path / "student", {})
+
+
+def test_pictures_that_a_pipeline_gives_as_numpys_are_read_as_those_of_torch():
+    """As DiT's does before diffusers 0.41."""
+    images, videos = torch.rand(2, 3, 4, 5), torch.rand(2, 7, 3, 4, 5)
+    assert images_of({"images": images}) is images and images_of({"frames": videos}) is videos
+    assert torch.equal(images_of({"images": images.permute(0, 2, 3, 1).numpy()}), images)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
