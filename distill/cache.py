@@ -299,9 +299,12 @@ class _Digests:
     def __init__(self, root: Path) -> None:
         self.file = root / DIGESTS
         try:
-            self.known: dict[str, list[Any]] = json.loads(self.file.read_text())
-        except (OSError, ValueError):
-            self.known = {}
+            tree = json.loads(self.file.read_text())
+        except (OSError, ValueError, RecursionError):
+            tree = {}
+        # What is not as `save` wrote it is forgotten, and those files are hashed again.
+        entries = tree.items() if isinstance(tree, dict) else ()
+        self.known: dict[str, list[Any]] = {k: v for k, v in entries if _is_digest(v)}
         self.new = False
 
     def __call__(self, contents: list[Path | str]) -> list[str]:
@@ -331,6 +334,11 @@ class _Digests:
             draft = self.file.with_name(f".{DIGESTS}.{os.getpid()}")
             draft.write_text(json.dumps(self.known))
             draft.replace(self.file)
+
+
+def _is_digest(entry: Any) -> bool:
+    """Whether an entry of DIGESTS is [size, time of change, hash]."""
+    return isinstance(entry, list) and [type(v) for v in entry] == [int, int, str]
 
 
 def _shards(work: Work) -> Iterator[Shard]:

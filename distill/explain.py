@@ -55,6 +55,8 @@ def _expected(problem: ErrorDetails) -> str:
     if problem["type"] == "too_short":
         least = context["min_length"]
         return f"expected at least {least} item{'s' * (least != 1)}"
+    if problem["type"] == "string_too_short":
+        return "empty; give it a value, or remove the key"
     if problem["type"] == "tuple_type":
         return "expected a list"
     if problem["type"] in ("model_type", "dict_type"):

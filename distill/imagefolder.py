@@ -6,14 +6,13 @@ Each metadata.jsonl or metadata.csv names, beside other columns, the images belo
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from eval.text import decoded, lines
+from distill.tables import kind_of
+from eval.text import csv_rows, decoded, json_rows
 from teachers.errors import UserError, clipped
 
 FILES = ("metadata.jsonl", "metadata.csv")
@@ -29,18 +28,22 @@ def tables(files: Iterable[Path], captions: str | None) -> list[Path]:
     """
     if captions is not None and captions.partition(":")[0] != "metadata":
         return []
-    return [p for p in files if p.name in FILES and p.is_file()]
+    return [p for p in files if p.name.lower() in FILES and p.is_file()]
 
 
 def told(tables: Iterable[Path], captions: str | None, where: str) -> dict[Path, Any]:
     """What tables say of images, by the images' paths.
 
     Raises:
-        UserError: a table is damaged, or lacks the column.
+        UserError: a table is damaged or lacks the column, an image has two rows, or a folder two
+            tables.
     """
     column = (captions or "").partition(":")[2]
     found: dict[Path, Any] = {}
+    of_folder: dict[Path, Path] = {}
     for file in tables:
+        if (other := of_folder.setdefault(file.parent, file)) != file:
+            raise UserError(f"{where}: both {other} and {file} hold captions; keep one of them")
         for row in rows(file):
             name = row.get(NAME)
             if not isinstance(name, str) or not name:
@@ -48,7 +51,10 @@ def told(tables: Iterable[Path], captions: str | None, where: str) -> dict[Path,
                     f"{where}: {file} has a row without {NAME}, which names its image; name the "
                     "images there, or say where captions are: data.captions: txt"
                 )
-            found[file.parent / name] = text_of(row, column, f"{where}: {file}")
+            image = file.parent / os.path.normpath(name)  # "./a.png" is "a.png"
+            if image in found:
+                raise UserError(f"{where}: {file} names {image} again; give each image one row")
+            found[image] = text_of(row, column, f"{where}: {file}")
     return found
 
 
@@ -73,22 +79,14 @@ def rows(file: Path) -> Iterator[dict[str, Any]]:
     """The rows of a table, as mappings.
 
     Raises:
-        UserError: it is not UTF-8, or a line is no JSON object.
+        UserError: it is not UTF-8, or a row cannot be read for certain, such as a line that is no
+            JSON object or has more values than there are columns.
     """
     try:
         text = decoded(file.read_bytes())
     except ValueError as error:
         raise UserError(f"{file} {error}") from None
-    if file.suffix == ".csv":
-        yield from csv.DictReader(io.StringIO(text, newline=""))
-        return
-    for number, line in enumerate(lines(text), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}: line {number} is not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{file}: line {number} is no JSON object; expected one for each image")
-        yield row
+    try:
+        yield from csv_rows(text) if kind_of(file) == ".csv" else json_rows(text)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None

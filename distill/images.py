@@ -23,7 +23,7 @@ from distill import imagefolder
 from distill.listing import Bad, Item, Listing, Needs
 from distill.sections import Bucketing, Column
 from distill.tables import SUFFIXES as TABLES
-from distill.tables import Table, file_of, open_table
+from distill.tables import Table, file_of, kind_of, lookup, open_table
 from distill.terminal import notice
 from eval.images import (
     files_in,
@@ -37,11 +37,13 @@ from eval.images import (
     suffixes,
     unread_suffixes,
 )
-from eval.text import decoded
+from eval.text import decoded, json_value
 from teachers.errors import UserError
 
 CAPTION_KEYS = ("caption", "text", "prompt")  # of a JSON sidecar, unless it is told
 PACKED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+MOST_SHARDS = 1_000_000  # that a pattern may name
+MOST_SIDES = 10_000  # that buckets may have
 READERS = 8  # threads that read and decode
 CORRUPT = "corrupt image"
 UNREAD = "its format is not read; save it as PNG or JPEG"
@@ -106,6 +108,11 @@ def place_of_images(place: str | Column) -> Column | list[Path] | Path:
     Raises:
         UserError: nothing is there, as far as can be told without asking the Hub.
     """
+    with lookup("data.source", place):
+        return _place(place)
+
+
+def _place(place: str | Column) -> Column | list[Path] | Path:
     where = f"data.source: {place!r}"
     if isinstance(place, str):
         folder = Path(place).expanduser()
@@ -115,7 +122,7 @@ def place_of_images(place: str | Column) -> Column | list[Path] | Path:
             return folder
         name, colon, column = place.rpartition(":")
         if not colon or not name or not column:
-            if folder.suffix in TABLES and folder.is_file():
+            if kind_of(folder) in TABLES and folder.is_file():
                 raise UserError(f"{where} is a table; name its column of images: '{place}:COLUMN'")
             raise UserError(
                 f"{where} is not a folder; give 'digits', a folder of images, .tar shards, or "
@@ -151,6 +158,7 @@ def _folder(folder: Path, where: str, captions: str | None, needs: Needs) -> Lis
         files.sort(key=lambda p: (order.get(p.relative_to(folder).parts[0], -1), p))
     tables = imagefolder.tables(files, captions) if needs and not labelled else []
     told = imagefolder.told(tables, captions, where)
+    sidecars = {} if tables or labelled or not needs else _sidecars(files)
     for path in sorted(told.keys() - set(files)):
         if not path.is_file():
             listing.bad.append(Bad(str(path), "missing image", "a table of captions names it"))
@@ -161,11 +169,16 @@ def _folder(folder: Path, where: str, captions: str | None, needs: Needs) -> Lis
             reason = "it lies beside the class folders, and so has no label; move it into one"
             listing.left_out.append(Bad(str(path), "no class", reason))
         elif not path.is_file():
-            listing.bad.append(Bad(str(path), "missing file", "it is a link to no file"))
+            listing.bad.append(Bad(str(path), "missing file", _no_file(path)))
         else:
             listing.contents.append(path)
             try:
-                prompt = told.get(path) if tables else _beside(path, folder, captions, needs, where)
+                if labelled:
+                    prompt = path.relative_to(folder).parts[0]
+                elif tables:
+                    prompt = told.get(path)
+                else:
+                    prompt = _beside(path, sidecars, captions, where) if needs else None
             except ValueError as error:
                 listing.bad.append(Bad(str(path), "unreadable caption", str(error)))
                 continue
@@ -173,23 +186,37 @@ def _folder(folder: Path, where: str, captions: str | None, needs: Needs) -> Lis
     return listing
 
 
-def _beside(path: Path, folder: Path, captions: str | None, needs: Needs, where: str) -> Any:
-    """The caption or the label of an image file, or None.
+def _no_file(path: Path) -> str:
+    """Why a path in a folder is no file that can be read."""
+    if path.exists():
+        return "it is a pipe, a socket or a device, and no image file"
+    return "it is a link to no file" if path.is_symlink() else "it is no longer there"
+
+
+def _sidecars(files: Iterable[Path]) -> dict[Path, list[Path]]:
+    """Files of captions by their path with the suffix in lower case."""
+    found: dict[Path, list[Path]] = {}
+    for file in files:
+        if (suffix := kind_of(file)) in (".txt", ".json") and file.is_file():
+            found.setdefault(file.with_suffix(suffix), []).append(file)
+    return found
+
+
+def _beside(path: Path, sidecars: dict[Path, list[Path]], captions: str | None, where: str) -> Any:
+    """The caption of an image file, or None.
 
     Raises:
         ValueError: it cannot be read; the message says which file, and why.
     """
-    if not needs:
-        return None
-    if needs == "label" and captions is None:
-        return path.relative_to(folder).parts[0]
     if captions == "folder":
         return path.parent.name
     texts = {}
     for suffix in _kinds(captions, where):
-        file = path.with_suffix(f".{suffix}")
-        if file.is_file():
-            texts[suffix] = (file.name, file.read_bytes())
+        files = sidecars.get(path.with_suffix(f".{suffix}"), [])
+        if len(files) > 1:
+            raise ValueError(f"both {files[0].name} and {files[1].name} lie beside it; keep one")
+        if files:
+            texts[suffix] = (files[0].name, files[0].read_bytes())
     return _caption(texts, captions)
 
 
@@ -231,17 +258,20 @@ def _caption(texts: dict[str, tuple[str, bytes]], captions: str | None) -> Any:
     """Of a sample's files by suffix, with name and content, what one says its caption is.
 
     Raises:
-        ValueError: the file is not UTF-8, no JSON, or lacks the key; the message names it.
+        ValueError: the file is not UTF-8, no JSON, or lacks or repeats a key; the message names it.
     """
     if "txt" in texts:
         return _decoded(*texts["txt"]).strip()
     if "json" not in texts:
         return None
     name, content = texts["json"]
+    text = _decoded(name, content)
     try:
-        tree = json.loads(_decoded(name, content))
+        tree = json_value(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{name} is not valid JSON ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     key = (captions or "").partition(":")[2]
     keys = (key,) if key else CAPTION_KEYS
     found = [tree[k] for k in keys if isinstance(tree, dict) and k in tree]
@@ -277,14 +307,21 @@ def _shards(place: str, where: str) -> list[Path] | None:
     """The .tar files that a place names, or None if it names none."""
     folder = Path(place).expanduser()
     if folder.is_dir():
-        return _visible(folder.glob("*.tar")) or None
-    if folder.suffix != ".tar":
+        return _visible(p for p in folder.iterdir() if kind_of(p) == ".tar") or None
+    if kind_of(folder) != ".tar":
         return None
     found: list[Path] = []
-    for name in _expanded(str(folder)):
+    for name in _expanded(str(folder), where):
         path = Path(name)
         if "*" in name:
-            found += _visible(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+            try:
+                found += _visible(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+            except ValueError as error:  # such as a ** that is not all of a folder's name
+                why = str(error).lower()
+                raise UserError(
+                    f"{where} is no pattern of files ({why}); write * within a name, and ** alone "
+                    "for any folders"
+                ) from None
         elif path.is_file():
             found.append(path)
         else:
@@ -299,14 +336,27 @@ def _visible(found: Iterable[Path]) -> list[Path]:
     return sorted(p for p in found if p.is_file() and not is_hidden(p.name))
 
 
-def _expanded(pattern: str) -> list[str]:
-    """Every name that {0000..0099} in a pattern stands for."""
+def _expanded(pattern: str, where: str) -> list[str]:
+    """Every name that {0000..0099} in a pattern stands for.
+
+    Raises:
+        UserError: they are more than could ever be read.
+    """
+    count = 1
+    for first, last in re.findall(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern):
+        count *= max(1, int(last) - int(first) + 1)
+    if count > MOST_SHARDS or re.search(r"(\{|\.\.)\d{19,}(\.\.|\})", pattern):
+        raise UserError(f"{where} names more than {MOST_SHARDS:,} files; narrow its ranges")
+    return _names(pattern)
+
+
+def _names(pattern: str) -> list[str]:
     if not (match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern)):
         return [pattern]
     first, last = match.groups()
     before, after = pattern[: match.start()], pattern[match.end() :]
     numbers = range(int(first), int(last) + 1)
-    return [n for i in numbers for n in _expanded(f"{before}{i:0{len(first)}d}{after}")]
+    return [n for i in numbers for n in _names(f"{before}{i:0{len(first)}d}{after}")]
 
 
 def _webdataset(shards: list[Path], where: str, captions: str | None, needs: Needs) -> Listing:
@@ -319,7 +369,9 @@ def _webdataset(shards: list[Path], where: str, captions: str | None, needs: Nee
             for name, span in _members(shard, listing):
                 folder, _, base = name.rpartition("/")
                 key, _, suffix = base.partition(".")
-                samples.setdefault(f"{folder}/{key}" if folder else key, {})[suffix.lower()] = span
+                spans = samples.setdefault(f"{folder}/{key}" if folder else key, {})
+                if spans.setdefault(suffix.lower(), span) is not span:
+                    raise UserError(f"{where}: {shard} holds {name} twice; pack each file once")
         except (tarfile.TarError, OSError, EOFError) as error:
             listing.bad.append(
                 Bad(str(shard), "truncated shard", f"{error} after {len(samples)} samples")
@@ -438,8 +490,14 @@ def sizes_of(buckets: Bucketing | None, height: int, width: int) -> list[tuple[i
     m, area = buckets.multiple, height * width
     if m > min(height, width):
         raise UserError(f"data.buckets.multiple: {m} is more than the image size of {height}")
+    longest = math.isqrt(round(area * buckets.ratio))
+    if longest // m > MOST_SIDES:
+        raise UserError(
+            f"data.buckets.multiple: {m} makes more than {MOST_SIDES:,} sizes of sides up to "
+            f"{longest:,}; take a greater one"
+        )
     found: set[tuple[int, int]] = set()
-    for side in range(m, math.isqrt(round(area * buckets.ratio)) + 1, m):
+    for side in range(m, longest + 1, m):
         other = max(m, round(area / side / m) * m)
         if max(side, other) <= buckets.ratio * min(side, other):
             found |= {(side, other), (other, side)}

@@ -17,6 +17,7 @@ from teachers.errors import UserError
 REPORT = "data-report.json"
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")  # tabs and line ends are white space
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character; no encoding can write it down
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 SHOWN = 12  # labels that a line names before it says how many there are
 
 Needs = Literal["caption", "label", ""]  # what an item must come with
@@ -91,22 +92,24 @@ class Listing:
             UserError: a number is no label of the teacher's, or there are more names than classes.
         """
         given = {str(item.prompt).strip(): item.name for item in reversed(self.items)}
-        names = sorted({*self.folders, *given})
+        folders = self._folder_names()
+        names = sorted({*folders, *given})
         known = f"the teacher knows {classes} classes, 0 to {classes - 1}"
         if all(_is_number(name) for name in names):
             names.sort(key=float)
             for name in names:
-                if not (name.isascii() and name.isdecimal()) or int(name) >= classes:
+                if not (name.isascii() and name.isdecimal()) or float(name) >= classes:
                     which = f"its folder {name!r} is no label"
-                    if name not in self.folders:
+                    if name not in folders:
                         which = f"{given[name]} has label {name!r}"
                     raise UserError(
                         f"{self.where}: {which}; {known}; number them in that range, or give all "
                         "of them names that are no numbers"
                     )
+            self._refuse_spellings(names, "folders" if folders else "labels")
             self.labels = {name: int(name) for name in names}
         elif len(names) > classes:
-            what = "subfolders" if self.folders else "different labels"
+            what = "subfolders" if folders else "different labels"
             raise UserError(
                 f"{self.where} has {len(names)} {what}, such as {names[0]!r}; {known}; "
                 "give one name to each class"
@@ -120,6 +123,37 @@ class Listing:
         self._tell_classes({item.prompt for item in read}, classes)
         if self.numbered:
             self.labels = self.numbered
+
+    def _folder_names(self) -> set[str]:
+        """The names of class folders as labels have them: without blanks around them.
+
+        Raises:
+            UserError: two of them, or all of one, are nothing but blanks apart.
+        """
+        names: dict[str, str] = {}
+        for folder in self.folders:
+            if not (name := folder.strip()):
+                raise UserError(f"{self.where}: its folder {folder!r} has no name; rename it")
+            if (other := names.setdefault(name, folder)) != folder:
+                raise UserError(
+                    f"{self.where}: its folders {other!r} and {folder!r} differ in blanks alone; "
+                    "merge them, or rename one"
+                )
+        return set(names)
+
+    def _refuse_spellings(self, numbers: list[str], what: str) -> None:
+        """Refuse two spellings of one label, such as 1 and 01.
+
+        Raises:
+            UserError: naming both.
+        """
+        seen: dict[int, str] = {}
+        for name in numbers:
+            if (other := seen.setdefault(int(name), name)) != name:
+                raise UserError(
+                    f"{self.where}: its {what} {other!r} and {name!r} are one number; "
+                    "merge them, or renumber one"
+                )
 
     def _tell_classes(self, present: set[int], classes: int) -> None:
         """Say which classes there are data of, where it is not all."""
@@ -194,11 +228,8 @@ def _fault(prompt: Any, needs: Needs) -> tuple[str, str] | None:
 
 
 def _is_number(name: str) -> bool:
-    try:
-        float(name)
-    except ValueError:
-        return False
-    return True
+    """Whether a name is a number as people write one; "nan", "inf" and "1_0" are names."""
+    return NUMBER.fullmatch(name) is not None
 
 
 def _listed(words: list[str]) -> str:
@@ -225,8 +256,11 @@ def check_labels(folder: Path, content: dict[str, Any]) -> None:
         UserError: naming one whose label has changed.
     """
     try:
-        before = json.loads((folder / REPORT).read_text(encoding="utf-8")).get("labels", {})
-    except (OSError, ValueError, AttributeError):
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    before = report.get("labels") if isinstance(report, dict) else None
+    if not isinstance(before, dict):
         return
     now = content["labels"]
     for name in before.keys() & now.keys():

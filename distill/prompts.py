@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distill.listing import Bad, Item, Listing, Needs
 from distill.sections import Column
-from distill.tables import SUFFIXES, file_of, open_table
+from distill.tables import SUFFIXES, file_of, kind_of, lookup, open_table
 from eval.text import MARK, decoded, lines
 from teachers.errors import UserError, nearest
 
@@ -36,6 +36,11 @@ def place_of_prompts(place: str | Column) -> Path | Column:
     Raises:
         UserError: nothing is there, as far as can be told without asking the Hub.
     """
+    with lookup("data.prompts", place):
+        return _place(place)
+
+
+def _place(place: str | Column) -> Path | Column:
     if isinstance(place, str):
         if place.startswith("pack:"):
             return pack(place.removeprefix("pack:"))
@@ -44,12 +49,17 @@ def place_of_prompts(place: str | Column) -> Path | Column:
             raise UserError(
                 f"data.prompts: {place!r} is a folder; give a text file in it, one prompt a line"
             )
-        if file.is_file() and file.suffix in SUFFIXES:
+        if file.is_file() and kind_of(file) in SUFFIXES:
             raise UserError(
                 f"data.prompts: {place!r} is a table; name its column: '{place}:COLUMN'"
             )
         if file.is_file():
             return file
+        if file.exists():
+            raise UserError(
+                f"data.prompts: {place!r} is a pipe or a device, which cannot be read again; save "
+                "the prompts in a text file"
+            )
         name, colon, column = place.rpartition(":")
         if not colon or not name or not column:
             raise UserError(

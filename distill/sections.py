@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Interval, MinLen
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 
 from distill.objective import Count, Finite, Learns, NonNegative, Positive, Seed, Share, Whole
 from students.lora import Adapter
 from teachers.errors import UserError
 from teachers.quantised import Precision
+
+# Of a file, a folder or a name. An empty path would be the working directory, and an empty text is
+# easily taken for none; leaving the key out says that.
+Name = Annotated[str, MinLen(1)]
 
 
 class Section(BaseModel):
@@ -30,7 +34,7 @@ class GuidanceSection(Section):
     eta: NonNegative | None = None  # apg: share of the parallel component; 0 by default
     threshold: Positive | None = None  # apg: the greatest norm of what is moved by
     blocks: tuple[str, ...] = ()  # skip: the blocks left out
-    weaker: str | None = None  # auto: a teacher's source
+    weaker: Name | None = None  # auto: a teacher's source
 
     def agree(self, where: str) -> None:
         """Refuse keys of another kind of guidance, and the lack of those of this one."""
@@ -58,7 +62,7 @@ Guidance = Annotated[
 class TeacherSection(Section):
     """What is distilled."""
 
-    source: str  # "digits", a diffusers folder, a Hub id, or "file.py:function"
+    source: Name  # "digits", a diffusers folder, a Hub id, or "file.py:function"
     guidance: Guidance = 1.0  # g = 1 + w of classifier-free guidance, 1 is none; or a mapping
     null_label: Whole | None = None  # the class that means "no class", if there is one
     negative_prompt: str | None = None  # what guidance moves away from; by default ""
@@ -66,7 +70,7 @@ class TeacherSection(Section):
     precision: Precision | None = None  # of the teacher's frozen weights
     frames: Count | None = None  # of videos
     embedded_guidance: Positive | None = None  # what FLUX.1-dev's network is told; by default 3.5
-    vae: str | None = None  # the folder of EDM2's autoencoder, for pictures of its latents
+    vae: Name | None = None  # the folder of EDM2's autoencoder, for pictures of its latents
 
     def options(self) -> dict[str, Any]:
         """What `teachers.load` is told, beside the source."""
@@ -171,21 +175,22 @@ class CriticSection(Section):
 class Column(Section):
     """A column of a dataset: of the Hub, of a folder that was saved, or of a table file."""
 
-    hf: str  # a Hub id, a folder, or a .parquet, .csv or .jsonl file
-    column: str
-    split: str = "train"
+    hf: Name  # a Hub id, a folder, or a .parquet, .csv or .jsonl file
+    column: Name
+    split: Name = "train"
 
 
 class Bucketing(Section):
     """Sizes of one area and several aspect ratios, of which each batch has one."""
 
     multiple: Count = 64  # of which every side is one
-    ratio: Annotated[float, *Finite, Ge(1)] = 2.0  # of the longer side to the shorter, at most
+    # Of the longer side to the shorter, at most; no network draws longer strips than 100.
+    ratio: Annotated[float, *Finite, Interval(ge=1, le=100)] = 2.0
 
 
 # A text, or a mapping; the tags keep one's errors out of the other's.
 Place = Annotated[
-    Annotated[str, Tag("[text]")] | Annotated[Column, Tag("[column]")],
+    Annotated[Name, Tag("[text]")] | Annotated[Column, Tag("[column]")],
     Discriminator(lambda v: "[column]" if isinstance(v, dict | Column) else "[text]"),
 ]
 
@@ -197,11 +202,11 @@ class DataSection(Section):
     # "DATASET:COLUMN"
     source: Place | None = None
     prompts: Place | None = None  # a text file, "pack:starter", or "DATASET:COLUMN"
-    captions: str | None = None  # of images: "txt", "json:KEY", "folder", or a dataset's column
+    captions: Name | None = None  # of images: "txt", "json:KEY", "folder", or a dataset's column
     size: Count | None = None  # pixels of a side; by default the teacher's
     buckets: Bucketing | None = None  # several aspect ratios of size × size's area; none: squares
     in_memory_gb: NonNegative = 4.0  # what is larger, once encoded, is read from a cache
-    cache: str = "~/.cache/fewstep"  # the folder of all caches
+    cache: Name = "~/.cache/fewstep"  # the folder of all caches
     cache_limit_gb: NonNegative = 100.0  # of one
     skip_share: Share = 0.01  # of items that may be bad; with more, the run stops
 

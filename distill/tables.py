@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import bisect
-import csv
-import io
-import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from eval.text import decoded, lines
-from teachers.errors import UserError, nearest
+from eval.text import csv_rows, decoded, json_rows, json_value, repeated
+from teachers.errors import UserError, clipped, nearest
 
 TEXTS = {".csv", ".tsv", ".jsonl", ".json"}  # read without any package
 SUFFIXES = TEXTS | {".parquet"}
@@ -59,7 +58,7 @@ class Rows(Table):
         self.name, self.contents, self.root = str(file), file, file.parent
         try:
             self.rows = list(_rows(file))
-        except (ValueError, RecursionError, OSError, csv.Error) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise UserError(f"{where}: {file} cannot be read ({error})") from None
         self.columns = list({k: None for row in self.rows for k in row if isinstance(k, str)})
         self.size = len(self.rows)
@@ -72,14 +71,12 @@ class Rows(Table):
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    text = decoded(file.read_bytes())
-    if file.suffix == ".jsonl":
-        rows = [json.loads(line) for line in lines(text) if line.strip()]
-    elif file.suffix == ".json":
-        rows = json.loads(text)
-    else:
-        mark = "\t" if file.suffix == ".tsv" else ","
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark))
+    text, kind = decoded(file.read_bytes()), kind_of(file)
+    if kind == ".jsonl":
+        return list(json_rows(text))
+    if kind != ".json":
+        return list(csv_rows(text, "\t" if kind == ".tsv" else ","))
+    rows = json_value(text)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("expected JSON objects, one for each row")
     return rows
@@ -99,6 +96,8 @@ class Parquet(Table):
         except (ArrowException, OSError) as error:
             raise UserError(f"{where}: {file} cannot be read ({first_line(error)})") from None
         self.columns = self.file.schema_arrow.names
+        if (twice := repeated(self.columns)) is not None:
+            raise UserError(f"{where}: {file}: two columns are named {twice!r}; rename one")
         groups = range(self.file.num_row_groups)
         rows = [self.file.metadata.row_group(g).num_rows for g in groups]
         self.starts = [sum(rows[:g]) for g in groups]
@@ -167,9 +166,31 @@ def open_table(name: str, split: str, where: str) -> Table:
         UserError: it is not there or not readable, or the package that reads it is missing.
     """
     file = file_of(name, where)
-    if file.suffix in TEXTS:
+    if (kind := kind_of(file)) in TEXTS:
         return Rows(file, where)
-    return Parquet(file, where) if file.suffix == ".parquet" else Arrow(name, split, where)
+    return Parquet(file, where) if kind == ".parquet" else Arrow(name, split, where)
+
+
+@contextmanager
+def lookup(key: str, place: object) -> Iterator[None]:
+    """Look for what a recipe's key names.
+
+    Raises:
+        UserError: the system cannot look there, as the name is too long or a folder is closed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user whom there is not
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(
+            f"{key}: {clipped(str(place))!r} is no path that can be looked up ({why}); "
+            "give a file or a folder that is there"
+        ) from None
+
+
+def kind_of(file: Path) -> str:
+    """A file's suffix, by which its kind is told; upper case means no other kind."""
+    return file.suffix.lower()
 
 
 def file_of(name: str, where: str) -> Path:
@@ -179,7 +200,7 @@ def file_of(name: str, where: str) -> Path:
         UserError: its name is a file's or a folder's, and there is none.
     """
     file = Path(name).expanduser()
-    if file.suffix in SUFFIXES and not file.is_file():
+    if kind_of(file) in SUFFIXES and not file.is_file():
         raise UserError(f"{where}: no such file: {name}")
     if name.startswith(("/", "~", ".")) and not file.exists():
         raise UserError(f"{where}: no such folder: {name}")

@@ -58,7 +58,7 @@ def geneval_prompts(path: Path) -> list[Asked]:
     """
     try:
         texts = text.lines(text.decoded(path.read_bytes()))
-        lines = [json.loads(line) for line in texts if line.strip()]
+        lines = [text.json_value(line) for line in texts if line.strip()]
     except (OSError, ValueError) as error:
         raise MetricError(f"geneval: {path}: expected its evaluation_metadata.jsonl") from error
     for number, line in enumerate(lines, 1):

@@ -1,12 +1,17 @@
-"""Text files as users save them: which encodings are read, and where lines end.
+"""Text files as users save them: their encodings, where lines end, and what is in rows of them.
 
-Read by `eval` and `distill` alike. Nothing is ever replaced: text is decoded to the letter, or
-refused.
+Read by `eval` and `distill` alike. Nothing is ever replaced or dropped: text is read to the letter,
+or refused.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
 
 MARK = "\ufeff"  # the byte-order mark, once decoded
 REMEDY = "save it as UTF-8"
@@ -40,3 +45,93 @@ def lines(text: str) -> list[str]:
     end of line at the end of the text begins no line.
     """
     return text.removesuffix("\n").split("\n") if text else []
+
+
+def json_value(text: str) -> Any:
+    """What JSON text holds, where no object has one key twice.
+
+    Raises:
+        ValueError: it is not valid JSON, or a key is repeated, of which `json` keeps the last.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def json_rows(text: str) -> Iterator[dict[str, Any]]:
+    """The objects of JSON lines; blank lines are none.
+
+    Raises:
+        ValueError: a line is not valid JSON, repeats a key, or is no object; names the line.
+    """
+    for number, line in enumerate(lines(text), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json_value(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} is not valid JSON ({error})") from None
+        except RecursionError:
+            raise ValueError(f"line {number} is not valid JSON (nested too deeply)") from None
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is no JSON object; expected one for each row")
+        yield row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if (twice := repeated([key for key, _ in pairs])) is not None:
+        raise ValueError(f"the key {twice!r} is there twice; keep one")
+    return dict(pairs)
+
+
+def csv_rows(text: str, mark: str = ",") -> Iterator[dict[str, str | None]]:
+    """The rows under the header of comma-separated values, as mappings.
+
+    Columns without a name are left out. A short row has None where it ends; blank rows are none.
+
+    Raises:
+        ValueError: a row has values beyond the header's columns, as after a comma that is not
+            quoted; a quote is not closed; a value is too long; or two columns have one name. The
+            message names the line that the row begins at.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    header: list[str] | None = None
+    first = 1
+    try:
+        for row in reader:
+            if not row:
+                pass
+            elif header is None:
+                header = row
+                if (twice := repeated([name for name in header if name.strip()])) is not None:
+                    raise ValueError(f"two columns are named {twice!r}; rename one")
+                named = max((i for i, name in enumerate(row, 1) if name.strip()), default=0)
+            else:
+                if len(row) > len(header) or any(cell.strip() for cell in row[named:]):
+                    raise ValueError(
+                        f"the row of line {first} has {len(row)} values for {named} named columns; "
+                        f"write a value that holds {_MARKS[mark]} in double quotes"
+                    )
+                cells = [*row, *[None] * (len(header) - len(row))]
+                yield {k: v for k, v in zip(header, cells, strict=True) if k.strip()}
+            first = reader.line_num + 1
+    except csv.Error as error:
+        if "field limit" in str(error):
+            raise ValueError(
+                f"the row of line {first} holds a value of more than {csv.field_size_limit():,} "
+                "characters; shorten it, or close the double quote that it begins with"
+            ) from None
+        raise ValueError(
+            f"the row of line {first} cannot be told from the next ({error}); close each double "
+            "quote, and write one inside a quoted value twice"
+        ) from None
+
+
+_MARKS = {",": "a comma", "\t": "a tab"}
+
+
+def repeated(names: list[str]) -> str | None:
+    """The first of some names that is among them twice."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)

@@ -1,5 +1,6 @@
 """Caches of encoded data: the bits that are without, through kills and damage; whole runs."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,11 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from distill import build, cache, encode, sources
-from distill.cache import Cache, Cached
+from distill.cache import DIGESTS, Cache, Cached, _Digests
 from distill.fingerprint import fingerprint
+from distill.images import sizes_of
 from distill.listing import REPORT
 from distill.prompts import list_prompts
 from distill.recipe import Recipe
+from distill.sections import Bucketing
 from teachers import UserError
 from tests.datasets import folder_of, picture, recipe, same, spoil, toy
 from tests.test_cli import called
@@ -268,6 +271,13 @@ def test_a_data_size_that_is_not_the_teachers_is_refused(tmp_path):
         ({"source": "x", "prompts": "y"}, "data.prompts: the images of data.source have captions"),
         ({"buckets": {}}, "data.buckets: there are no images to sort"),
         ({"source": "x", "buckets": {"ratio": 0.5}}, "data.buckets.ratio: expected greater than"),
+        ({"source": "x", "buckets": {"ratio": 1e300}}, "data.buckets.ratio: expected less than or"),
+        ({"prompts": ""}, "data.prompts: empty; give it a value, or remove the key"),
+        ({"source": ""}, "data.source: empty; give it a value, or remove the key"),
+        ({"source": "x", "captions": ""}, "data.captions: empty; give it a value"),
+        ({"cache": ""}, "data.cache: empty; give it a value, or remove the key"),
+        ({"prompts": {"hf": "", "column": "a"}}, "data.prompts.hf: empty; give it a value"),
+        ({"source": {"hf": "a", "column": ""}}, "data.source.column: empty; give it a value"),
         ({"skip_share": 1.5}, "data.skip_share: expected less than or equal to 1"),
         ({"promts": "x"}, "data.promts: unknown key; did you mean 'prompts'"),
     ],
@@ -276,6 +286,26 @@ def test_a_data_section_is_checked_key_by_key(data, line):
     with pytest.raises(UserError) as error:
         recipe("sid", **data)
     assert line in str(error.value)
+
+
+def test_sides_that_are_too_many_to_try_are_refused():
+    many = Bucketing(multiple=1, ratio=100)
+    with pytest.raises(UserError, match=r"data\.buckets\.multiple: 1 makes more than 10,000 sizes"):
+        sizes_of(many, 10**9, 10**9)
+    assert max(sizes_of(many, 8, 8)) == (80, 1)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "[" * 100_000, '{"%s": 3}', '{"%s": [3, 1]}'])
+def test_digests_of_another_form_are_made_again(tmp_path, content):
+    file = tmp_path / "words.txt"
+    file.write_text("one\n")
+    want = [hashlib.blake2b(b"one\n", digest_size=16).hexdigest()]
+    (tmp_path / DIGESTS).write_text(content.replace("%s", str(file)))
+    digests = _Digests(tmp_path)
+    assert digests([file]) == want
+    digests.save()
+    tree = json.loads((tmp_path / DIGESTS).read_text())
+    assert [entry[2] for entry in tree.values()] == want
 
 
 def test_a_recipe_with_a_column_reads_back_as_itself():

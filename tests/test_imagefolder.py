@@ -77,3 +77,33 @@ def test_tables_that_cannot_be_followed_are_refused(tmp_path, text, named, says)
 def test_a_table_that_is_not_there_is_missed(tmp_path):
     with pytest.raises(UserError, match=r"metadata:text.* holds no metadata\.jsonl"):
         captions(folder_of(tmp_path / "a", 1), "metadata:text")
+
+
+@pytest.mark.parametrize("second", ["000.png", "./000.png"])
+def test_two_rows_of_one_image_are_refused(tmp_path, second):
+    folder = folder_of(tmp_path / "a", 2, captioned=False)
+    rows_of(folder / "metadata.jsonl", [
+        {"file_name": "000.png", "text": "one"}, {"file_name": second, "text": "two"},
+    ])  # fmt: skip
+    with pytest.raises(UserError) as error:
+        captions(folder)
+    assert "metadata.jsonl names " in str(error.value)
+    assert f"{folder / '000.png'} again; give each image one row" in str(error.value)
+
+
+def test_two_tables_of_one_folder_are_refused_and_both_are_named(tmp_path):
+    folder = folder_of(tmp_path / "a", 2, captioned=False)
+    rows_of(folder / "metadata.jsonl", [{"file_name": "000.png", "text": "one"}])
+    (folder / "metadata.csv").write_text("file_name,text\n001.png,two\n")
+    with pytest.raises(UserError) as error:
+        captions(folder)
+    for name in ("metadata.csv", "metadata.jsonl", "keep one of them"):
+        assert name in str(error.value)
+
+
+def test_two_tables_that_name_one_image_are_refused(tmp_path):
+    folder = folder_of(tmp_path / "a/b", 1, captioned=False).parent
+    rows_of(folder / "metadata.jsonl", [{"file_name": "b/000.png", "text": "one"}])
+    rows_of(folder / "b/metadata.jsonl", [{"file_name": "000.png", "text": "two"}])
+    with pytest.raises(UserError, match="give each image one row"):
+        captions(folder)

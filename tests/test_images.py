@@ -14,10 +14,12 @@ from PIL import Image, ImageCms
 from distill import doctor, sources
 from distill.images import list_images, picture
 from distill.listing import Item
+from distill.prompts import list_prompts
 from eval import images, reference
 from eval.errors import MetricError
+from teachers import UserError
+from tests.datasets import folder_of, pixels, png, recipe, tar_of
 from tests.datasets import picture as photo
-from tests.datasets import pixels, png, recipe, tar_of
 
 
 def saved(image, kind="PNG", **how):
@@ -377,3 +379,15 @@ def test_reading_warns_of_nothing():
         image = Image.new("P", (2, 1))
         image.putpalette([255, 0, 0, 0, 0, 255])
         values(saved(image, transparency=bytes([255, 51])))
+
+
+def test_a_pipe_is_no_image_and_no_file_of_prompts(tmp_path):
+    folder = folder_of(tmp_path / "a", 1)
+    os.mkfifo(folder / "001.png")
+    (folder / "002.png").symlink_to(folder / "none.png")
+    assert [b.reason for b in list_images(str(folder), None, 0, True).bad] == [
+        "it is a pipe, a socket or a device, and no image file",
+        "it is a link to no file",
+    ]
+    with pytest.raises(UserError, match="is a pipe or a device, which cannot be read again"):
+        list_prompts(str(folder / "001.png"))

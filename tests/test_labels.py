@@ -113,6 +113,43 @@ def test_a_column_with_a_number_that_is_no_label_is_refused_by_its_row(wrong):
         labels_of(items(3, wrong), 10)
 
 
+def test_blanks_around_a_folder_s_name_shift_no_label(tmp_path):
+    found = folders(tmp_path, "ant", "cat ", "dog")
+    assert [i.prompt for i in found.items] == [0, 1, 2]
+    assert found.labels == {"ant": 0, "cat": 1, "dog": 2}
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("cat", "cat "), "its folders 'cat' and 'cat ' differ in blanks alone"),
+        (("1 ", "1"), "its folders '1' and '1 ' differ in blanks alone"),
+        (("01", "1", "2"), "its folders '01' and '1' are one number"),
+    ],
+)
+def test_two_folders_of_one_label_are_refused_and_both_are_named(tmp_path, names, says):
+    with pytest.raises(UserError) as error:
+        folders(tmp_path, *names)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_name_is_refused():
+    with pytest.raises(UserError, match="its folder ' ' has no name; rename it"):
+        Listing("data.source: 'x'", folders=[" ", "ant"]).read_labels(10)
+
+
+def test_two_spellings_of_one_label_are_refused():
+    with pytest.raises(UserError, match="its labels '01' and '1' are one number"):
+        labels_of(items("1", 2, "01"), 10)
+    assert labels_of(items("00", "01", "01"), 10) == [0, 1, 1]
+
+
+def test_what_only_a_program_takes_for_a_number_is_a_name(tmp_path):
+    found = folders(tmp_path, "1_0", "inf", "nan")
+    assert [i.prompt for i in found.items] == [0, 1, 2]
+    assert found.labels == {"1_0": 0, "inf": 1, "nan": 2}
+
+
 @pytest.mark.parametrize("wrong", [None, "", 3.0, True, [3]])
 def test_a_cell_that_can_be_no_label_is_a_bad_item(wrong):
     (bad,) = items(3, wrong).bad
@@ -151,3 +188,12 @@ def test_the_run_keeps_its_labels_and_does_not_go_on_with_others(pipelines, tmp_
     assert "--resume: label 0 was 'cat' when the run in" in err.splitlines()[-1]
     assert json.loads((tmp_path / "run" / REPORT).read_text())["labels"] == {"cat": 0}
     check_labels(tmp_path / "run", {"labels": {"cat": 0, "dog": 1}})  # one more is no change
+
+
+@pytest.mark.parametrize("content", ["[]", '{"labels": [1]}', "[" * 100_000])
+def test_a_report_of_another_form_holds_no_labels(tmp_path, content):
+    (tmp_path / REPORT).write_text(content)
+    check_labels(tmp_path, {"labels": {"ant": 0}})
+    (tmp_path / REPORT).write_text('{"labels": {"ant": 1}}')
+    with pytest.raises(UserError, match="label 1 was 'ant'"):
+        check_labels(tmp_path, {"labels": {"ant": 0, "bee": 1}})
