@@ -121,7 +121,7 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
         take(out)
         check_folder(recipe, out, resume)  # again: another may have begun meanwhile
         draft = out / ".recipe.yaml"
-        draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
+        draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False), encoding="utf-8")
         draft.replace(out / "recipe.yaml")
         own.keep(recipe, out)
         if source.report is not None:

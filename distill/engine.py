@@ -426,10 +426,10 @@ def forget_after(step: int, out: Path) -> None:
     """Drop what a killed run logged after the step that is taken up again."""
     log = out / "metrics.jsonl"
     if log.exists():
-        lines = log.read_text().splitlines()
+        lines = log.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _step_of(line) <= step]
         draft = log.with_suffix(".draft")
-        draft.write_text("".join(f"{line}\n" for line in kept))
+        draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         draft.replace(log)
     shutil.rmtree(out / "student", ignore_errors=True)  # it was made from later weights
 

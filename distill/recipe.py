@@ -210,7 +210,7 @@ BAD_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, Rec
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        tree = yaml.load(file.read_text(), _Loader)  # a SafeLoader: plain data only
+        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # a SafeLoader: plain data only
     except BAD_YAML as error:
         raise UserError(f"recipe {file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
