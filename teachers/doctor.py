@@ -186,7 +186,8 @@ def outputs(subject: Subject) -> Iterator[Check]:
         good = share == 1 and out.shape == x.shape
         yield check(
             f"finite at t = {t:g}", share, "all, shaped like x_t", good,
-            (share < 1 and not_finite(subject.teacher)) or f"call(): x̂ at t = {t:g} is not finite or not shaped like x_t; a time unit, or a "
+            (share < 1 and not_finite(subject.teacher))
+            or f"call(): x̂ at t = {t:g} is not finite or not shaped like x_t; a time unit, or a "
             "prediction_type of epsilon where α is 0",
         )  # fmt: skip
     x_t, t = subject.noised(x.std().item())
