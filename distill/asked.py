@@ -75,7 +75,7 @@ def check_folder(folder: Path, about: dict[str, object]) -> Path:
 def says(record: Path, about: dict[str, object]) -> bool:
     """Whether a file is there and says just this."""
     try:
-        return json.loads(record.read_text()) == json.loads(json.dumps(about))
+        return json.loads(record.read_text(encoding="utf-8")) == json.loads(json.dumps(about))
     except (OSError, ValueError, RecursionError):
         return False
 

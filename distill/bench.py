@@ -229,7 +229,11 @@ class Entry:
         """The hash of the row whose recipe is on the disk, if one is."""
         if not self.file.is_file():
             return None
-        return self.file.read_text(errors="replace").partition("\n")[0].removeprefix(OF_ROW)
+        return (
+            self.file.read_text(errors="replace", encoding="utf-8")
+            .partition("\n")[0]
+            .removeprefix(OF_ROW)
+        )
 
     def summary(self) -> dict[str, Any] | None:
         """What the run left, once it is finished; a damaged one counts for none."""
@@ -237,7 +241,7 @@ class Entry:
 
         if not finished(self.folder):
             return None
-        found = json.loads((self.folder / "summary.json").read_text())
+        found = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
         return found if whole(found) else None
 
     def steps(self) -> int:
@@ -298,7 +302,7 @@ class Race:
         self.bench, self.out = bench, out
         try:
             out.mkdir(parents=True, exist_ok=True)
-            self._lock = (out / LOCK).open("w")
+            self._lock = (out / LOCK).open("w", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {out}: {error.strerror}; give another folder") from None
         try:  # runs inherit it: one that outlives a killed benchmark still holds it
@@ -389,7 +393,7 @@ class Race:
         words += [str(entry.folder), *(["--resume"] if entry.folder.exists() else [])]
         logs = self.out / "logs"
         logs.mkdir(exist_ok=True)
-        with (logs / f"{entry.name}.txt").open("w") as log:
+        with (logs / f"{entry.name}.txt").open("w", encoding="utf-8") as log:
             child = subprocess.Popen(
                 words, stdout=log, stderr=subprocess.PIPE, text=True,
                 pass_fds=[self._lock.fileno()],

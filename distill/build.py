@@ -149,7 +149,7 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
         if not resumed:
             (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run killed before it saved
         draft = out / ".recipe.yaml"
-        draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
+        draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False), encoding="utf-8")
         draft.replace(out / "recipe.yaml")
         own.keep(recipe, out)
         if source.report is not None:

@@ -45,7 +45,7 @@ from distill.sections import DataSection
 from teachers.cuts import Cuts
 from teachers.denoiser import Cond
 from teachers.errors import UserError
-from teachers.files import save_tensors
+from teachers.files import home, save_tensors
 
 FORMAT = 3  # of the shards, and of how images are read; a new one makes every cache anew
 SHARD_BYTES = 1 << 28  # about what one file holds
@@ -61,7 +61,7 @@ def source(work: Work, data: DataSection, seed: int) -> Source:
     Raises:
         UserError: too many items are bad, or the cache would be over its limit.
     """
-    root = Path(data.cache).expanduser()
+    root = home(data.cache, "data.cache")
     if work.bytes > data.in_memory_gb * GB:
         return fill(work, data).open(seed, data.skip_share)
     if root.is_dir() and (cache := Cache(work, root)).ready:
@@ -75,7 +75,7 @@ def fill(work: Work, data: DataSection) -> Cache:
     Raises:
         UserError: as `check_room` and `Cache.build` do.
     """
-    root = Path(data.cache).expanduser()
+    root = home(data.cache, "data.cache")
     count = len(work.listing.items)
     terminal.say(f"{count:,} items, {work.bytes / GB:.3g} GB once encoded")
     check_room(work, root, data.cache_limit_gb)
@@ -208,7 +208,7 @@ class Cache:
         for left in self.folder.glob(".shard-*"):  # drafts of builds that were killed
             left.unlink(missing_ok=True)
         draft = self.folder / f".{INDEX}.{os.getpid()}"
-        draft.write_text(json.dumps(self.about, indent=2) + "\n")
+        draft.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
         draft.replace(self.folder / INDEX)
 
     def _encode(self, shard: Shard) -> None:
@@ -299,7 +299,7 @@ class _Digests:
     def __init__(self, root: Path) -> None:
         self.file = root / DIGESTS
         try:
-            tree = json.loads(self.file.read_text())
+            tree = json.loads(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             tree = {}
         # What is not as `save` wrote it is forgotten, and those files are hashed again.
@@ -332,7 +332,7 @@ class _Digests:
     def save(self) -> None:
         if self.new:
             draft = self.file.with_name(f".{DIGESTS}.{os.getpid()}")
-            draft.write_text(json.dumps(self.known))
+            draft.write_text(json.dumps(self.known), encoding="utf-8")
             draft.replace(self.file)
 
 

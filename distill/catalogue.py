@@ -38,7 +38,9 @@ def sentence(text: str) -> str:
 def recipes() -> dict[str, str]:
     from distill.recipe import SHIPPED, shipped
 
-    return {k: sentence(header((SHIPPED / f"{k}.yaml").read_text())) for k in shipped()}
+    return {
+        k: sentence(header((SHIPPED / f"{k}.yaml").read_text(encoding="utf-8"))) for k in shipped()
+    }
 
 
 def header(text: str) -> str:

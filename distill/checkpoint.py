@@ -60,9 +60,10 @@ def _write(state: Any, draft: Path, about: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, tensors)
     save_tensors(tensors, draft / TENSORS)
-    (draft / TREE).write_text(json.dumps(tree))
+    (draft / TREE).write_text(json.dumps(tree), encoding="utf-8")
     hashes = {name: _digest(draft / name) for name in (TENSORS, TREE)}
-    (draft / MANIFEST).write_text(json.dumps({"sha256": hashes, **about}, indent=2))
+    manifest = json.dumps({"sha256": hashes, **about}, indent=2)
+    (draft / MANIFEST).write_text(manifest, encoding="utf-8")
     for name in (TENSORS, TREE, MANIFEST, "."):
         _flush(draft / name)
 
@@ -81,13 +82,15 @@ def load(folder: Path) -> Any:
             raise UserError(f"checkpoint {folder}: {name} is missing; {remedy}")
         if _digest(folder / name) != hashes.get(name):
             raise UserError(f"checkpoint {folder}: {name} is truncated or damaged; {remedy}")
-    return _unpack(json.loads((folder / TREE).read_text()), load_file(folder / TENSORS))
+    return _unpack(
+        json.loads((folder / TREE).read_text(encoding="utf-8")), load_file(folder / TENSORS)
+    )
 
 
 def about(folder: Path) -> dict[str, Any]:
     """The manifest of the checkpoint in `folder`."""
     try:
-        manifest = json.loads((_where(folder) / MANIFEST).read_text())
+        manifest = json.loads((_where(folder) / MANIFEST).read_text(encoding="utf-8"))
         manifest["sha256"].keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(

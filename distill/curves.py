@@ -20,6 +20,8 @@ from teachers.errors import UserError, nearest
 REFERENCES = SHIPPED / "curves"
 WIDER = 1.5  # a band reaches this factor beyond what its few seeds showed
 LEFT_OUT = ("/lr",)  # what the recipe itself fixes
+# What JSON that is not what it should be raises, as it is read and as it is used.
+NOT_THESE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 Series = dict[str, dict[int, float]]  # name -> step -> value
 
@@ -80,7 +82,11 @@ def series(run: Path) -> Series:
     path = run / "metrics.jsonl"
     found: Series = {}
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        lines = [
+            json.loads(line)
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
         for line in lines:
             step = int(line["step"])
             for name, value in line.items():
@@ -89,7 +95,7 @@ def series(run: Path) -> Series:
                 found.setdefault(name, {})[step] = float(value)
     except FileNotFoundError:
         raise UserError(f"{run}: no metrics.jsonl there; give the folder of a run") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    except (OSError, *NOT_THESE):
         raise UserError(f"{path}: damaged; it holds a line of JSON for each logged step") from None
     return found
 
@@ -153,7 +159,7 @@ def read(path: Path) -> Reference:
         UserError: it is not one.
     """
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(encoding="utf-8"))
         bands = {
             k: Band(tuple(v["steps"]), tuple(v["low"]), tuple(v["high"]))
             for k, v in tree["bands"].items()
@@ -161,7 +167,7 @@ def read(path: Path) -> Reference:
         return Reference(tree["recipe"], tree["runs"], bands)
     except OSError as error:
         raise UserError(f"reference {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except NOT_THESE:
         raise UserError(f"reference {path}: damaged, or not one") from None
 
 

@@ -429,7 +429,7 @@ def forget_after(step: int, out: Path) -> None:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if _step_of(line) <= step]
         draft = log.with_suffix(".draft")
-        draft.write_text("".join(f"{line}\n" for line in kept))
+        draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         draft.replace(log)
     shutil.rmtree(out / "student", ignore_errors=True)  # it was made from later weights
 

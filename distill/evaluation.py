@@ -34,6 +34,7 @@ from students.export import SIDECAR, load_student
 from students.rows import steps_of
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, nearest
+from teachers.files import home
 from teachers.quantised import Precision
 from teachers.solver import SOLVERS
 from teachers.teacher import EMBEDDED, Teacher, read_json
@@ -82,7 +83,7 @@ class Subject:
 
 def is_student(source: str) -> bool:
     """Whether a folder holds an exported student, or a run that left one."""
-    folder = Path(source).expanduser()
+    folder = home(source)
     return any((folder / name / SIDECAR).is_file() for name in (".", "student"))
 
 
@@ -92,7 +93,7 @@ def usual_protocol(source: str) -> str:
     Raises:
         UserError: there is none.
     """
-    folder, teacher, named = Path(source).expanduser(), source, None
+    folder, teacher, named = home(source), source, None
     for place in (folder / SIDECAR, folder / "student" / SIDECAR):
         if place.is_file():
             sidecar = read_json(place, f"student {source!r}")
@@ -130,7 +131,7 @@ def student(source: str, device: torch.device, precision: Precision | None = Non
     Raises:
         UserError: it is none, or is damaged.
     """
-    folder = Path(source).expanduser()
+    folder = home(source)
     generator, teacher = load_student(folder, precision)
     generator = generator.to(device)
 
@@ -303,8 +304,8 @@ def recall(record: Path | None, about: dict[str, Any]) -> dict[str, dict[str, fl
     if record is None or not record.is_file():
         return {}
     try:
-        kept = json.loads(record.read_text())
+        kept = json.loads(record.read_text(encoding="utf-8"))
         same = kept["about"] == json.loads(json.dumps(about))
         return dict(kept["figures"]) if same else {}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}

@@ -41,7 +41,11 @@ class Figures:
 
     def close(self, tree: dict[str, Any]) -> None:
         """Write the figures, with those of other step counts that an earlier call left."""
-        kept = {v: json.loads(p.read_text()) for v in PARTS if (p := self.record(v)).exists()}
+        kept = {
+            v: json.loads(p.read_text(encoding="utf-8"))
+            for v in PARTS
+            if (p := self.record(v)).exists()
+        }
         if self._abouts(self.before.get("kept", {})) == self._abouts(kept):  # of the same weights
             for key, new in tree.items():
                 if isinstance(new, dict):

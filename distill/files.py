@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from teachers.files import home
 from teachers.teacher import EMBEDDED
 
 DECIDING = (".safetensors", ".pkl", ".py", "config.json", "model_index.json")  # ends of names
@@ -22,7 +23,7 @@ def stamps(source: str) -> dict[str, list[int]]:
     Figures that were kept of it count only while these are the same. What is fetched by name has
     none, and its name says which it is.
     """
-    path = EMBEDDED.get(source) or Path(source.partition(":")[0]).expanduser()
+    path = EMBEDDED.get(source) or home(source.partition(":")[0])
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     kept = [p for p in files if p.name.endswith(DECIDING) and "checkpoints" not in p.parts]
     return {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in kept}

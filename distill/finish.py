@@ -116,7 +116,7 @@ def save_pictures(run: Run, student: Generator) -> None:
     """Grids of the teacher's and the student's pictures, all from the same noise; each is tried."""
     folder, shown = run.out / "samples" / PICTURES, run.engine.shown
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prompts.json").write_text(json.dumps(shown))
+    (folder / "prompts.json").write_text(json.dumps(shown), encoding="utf-8")
 
     def save(who: str, steps: int, draw: Callable[[], Samples]) -> None:
         name = f"{who}-{steps}.png"
@@ -154,7 +154,7 @@ def measure_all(run: Run, student: Generator) -> dict[str, Any]:
 def finished(out: Path) -> bool:
     """Whether the run in `out` came to its end: its student is there, and was measured."""
     try:
-        summary = json.loads((out / "summary.json").read_text())
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     whole = isinstance(summary, dict) and {"steps", "wall_s", "metrics"} <= summary.keys()

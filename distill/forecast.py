@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from distill.recipe import Recipe
 from distill.sources import needs_data
 from students import stock
 from students.lora import unwrap
+from teachers.files import home
 from teachers.outlines import OUTLINES, Blank, dtype_of_new, outline
 from teachers.quantised import FORMS, parameters, quantise
 from teachers.schedule import CM
@@ -80,7 +80,7 @@ def shape_of(recipe: Recipe, without: Any) -> Teacher:
     """The recipe's teacher with a network of shapes alone: from its files, or from its outline."""
     t = recipe.teacher
     options = t.options()
-    if t.source in OUTLINES and not Path(t.source).expanduser().exists():
+    if t.source in OUTLINES and not home(t.source, "teacher.source").exists():
         return outline(t.source, without, t.size, t.precision or "fp32")
     teacher = load(t.source, **options)
     network = unwrap(teacher.denoiser)

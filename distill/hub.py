@@ -108,8 +108,8 @@ class Remote:
                 )
             )
             try:
-                return json.loads(Path(path).read_text()).get(MARK)
-            except (ValueError, AttributeError):
+                return json.loads(Path(path).read_text(encoding="utf-8")).get(MARK)
+            except (ValueError, AttributeError, RecursionError):
                 return None
 
     def commit(

@@ -39,6 +39,7 @@ from eval.images import (
 )
 from eval.text import decoded, json_value
 from teachers.errors import UserError
+from teachers.files import home
 
 CAPTION_KEYS = ("caption", "text", "prompt")  # of a JSON sidecar, unless it is told
 PACKED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
@@ -73,7 +74,7 @@ def list_images(
         try:
             if isinstance(found, list):
                 listing = _webdataset(found, where, captions, needs)
-                beside = Path(str(place)).expanduser()
+                beside = home(str(place), "data.source")
                 if beside.is_dir():
                     _beside_shards(listing, beside, found)
             else:
@@ -115,7 +116,7 @@ def place_of_images(place: str | Column) -> Column | list[Path] | Path:
 def _place(place: str | Column) -> Column | list[Path] | Path:
     where = f"data.source: {place!r}"
     if isinstance(place, str):
-        folder = Path(place).expanduser()
+        folder = home(place, "data.source")
         if (shards := _shards(place, where)) is not None:
             return shards
         if folder.is_dir():
@@ -305,7 +306,7 @@ class Span(NamedTuple):
 
 def _shards(place: str, where: str) -> list[Path] | None:
     """The .tar files that a place names, or None if it names none."""
-    folder = Path(place).expanduser()
+    folder = home(place, "data.source")
     if folder.is_dir():
         return _visible(p for p in folder.iterdir() if kind_of(p) == ".tar") or None
     if kind_of(folder) != ".tar":

@@ -48,8 +48,8 @@ def table(path: Path) -> dict[str, Any]:
         UserError: it is damaged.
     """
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise damaged(path)

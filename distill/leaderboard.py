@@ -125,7 +125,9 @@ def save(race: Race, lines: Sequence[Line]) -> None:
 
 def read(out: Path) -> list[Line]:
     """The lines that `save` left in a folder."""
-    return [Line(**tree) for tree in json.loads((out / "leaderboard.json").read_text())]
+    return [
+        Line(**tree) for tree in json.loads((out / "leaderboard.json").read_text(encoding="utf-8"))
+    ]
 
 
 def ordered(lines: Iterable[Line]) -> list[Line]:

@@ -28,7 +28,7 @@ def take(out: Path) -> None:
     """
     if holds(out):
         return
-    file = (out / LOCK).open("a+")
+    file = (out / LOCK).open("a+", encoding="utf-8")
     try:
         lock(file, fcntl.LOCK_EX, out)
     except OSError as error:  # a file system without locks
@@ -53,7 +53,8 @@ def refuse_live(out: Path) -> None:
     """
     if holds(out) or not (out / LOCK).exists():
         return
-    with (out / LOCK).open() as file, suppress(OSError):  # a file system without locks
+    # suppressed: a file system without locks
+    with (out / LOCK).open(encoding="utf-8") as file, suppress(OSError):
         lock(file, fcntl.LOCK_SH, out)
 
 

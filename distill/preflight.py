@@ -58,10 +58,12 @@ def write_pages(recipe: Recipe, student: Generator, teacher: Teacher) -> None:
         folder = run / "student"
         folder.mkdir()
         about = sidecar(student, teacher, recipe.tree())
-        (folder / SIDECAR).write_text(json.dumps(about))
-        (folder / "model_index.json").write_text(json.dumps(index, default=str))
-        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
-        (run / "summary.json").write_text(json.dumps(UNMEASURED))
-        (run / "metrics.jsonl").write_text(json.dumps(LOGGED) + "\n")
+        (folder / SIDECAR).write_text(json.dumps(about), encoding="utf-8")
+        (folder / "model_index.json").write_text(json.dumps(index, default=str), encoding="utf-8")
+        (run / "recipe.yaml").write_text(
+            yaml.safe_dump(recipe.tree(), sort_keys=False), encoding="utf-8"
+        )
+        (run / "summary.json").write_text(json.dumps(UNMEASURED), encoding="utf-8")
+        (run / "metrics.jsonl").write_text(json.dumps(LOGGED) + "\n", encoding="utf-8")
         draft(folder)
         render(run)

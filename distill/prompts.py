@@ -9,6 +9,7 @@ from distill.sections import Column
 from distill.tables import SUFFIXES, file_of, kind_of, lookup, open_table
 from eval.text import MARK, decoded, lines
 from teachers.errors import UserError, nearest
+from teachers.files import home
 
 PACKS = Path(__file__).parent / "packs"
 
@@ -44,7 +45,7 @@ def _place(place: str | Column) -> Path | Column:
     if isinstance(place, str):
         if place.startswith("pack:"):
             return pack(place.removeprefix("pack:"))
-        file = Path(place).expanduser()
+        file = home(place, "data.prompts")
         if file.is_dir():
             raise UserError(
                 f"data.prompts: {place!r} is a folder; give a text file in it, one prompt a line"

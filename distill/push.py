@@ -203,9 +203,9 @@ class Record:
             made.save()  # before anything is sent: what a cut-off push left is known as ours
             return made
         try:
-            kept = json.loads(path.read_text())
+            kept = json.loads(path.read_text(encoding="utf-8"))
             return cls(path, str(kept["run"]), dict(kept["commits"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 f"push: {path} is damaged; delete it, and push with --overwrite"
             ) from None
@@ -216,5 +216,8 @@ class Record:
 
     def save(self) -> None:
         draft = self.path.with_name(f".{self.path.name}")
-        draft.write_text(json.dumps({"run": self.run, "commits": self.commits}, indent=2) + "\n")
+        draft.write_text(
+            json.dumps({"run": self.run, "commits": self.commits}, indent=2) + "\n",
+            encoding="utf-8",
+        )
         draft.replace(self.path)

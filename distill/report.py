@@ -95,8 +95,8 @@ def render(run: Path) -> str:
 
 def read_summary(run: Path) -> dict[str, Any]:
     try:
-        return json.loads((run / "summary.json").read_text())
-    except (OSError, ValueError):
+        return json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{run}: summary.json is damaged; run it again with --resume") from None
 
 
@@ -192,7 +192,7 @@ def prompts(run: Path) -> list[str]:
     if not path.is_file():
         return []
     with intact(path):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, list):
             raise TypeError("prompts are a list")
     return [str(p) for p in found]
@@ -230,7 +230,7 @@ def paces(run: Path) -> dict[str, Any]:
         return {}
     rows = []
     try:
-        found = json.loads(path.read_text())["speed"]
+        found = json.loads(path.read_text(encoding="utf-8"))["speed"]
         for who, own in (("student", True), ("against", False)):
             for steps, row in found.get(who, {"steps": {}})["steps"].items():
                 name = f"{'student' if own else 'teacher'}, {steps_of([int(steps)])}"
@@ -240,7 +240,7 @@ def paces(run: Path) -> dict[str, Any]:
                     cells += [f"{pace['images_per_s']:,.4g}", f"{pace['peak_memory_gb']:.2f}"]
                     rows.append((name, own, cells))
         machine = f"{found['student']['device']}, {found['student']['dtype']}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: damaged; write it anew by distill eval --speed") from None
     heads = ["evaluations", "batch", "ms", "90 % within ms", "images/s", "GB"]
     return {"heads": heads, "rows": rows, "machine": machine}

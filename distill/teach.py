@@ -82,8 +82,8 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
         os.replace(draft, out / "teacher")
         run.teacher = load(str(out / "teacher"), null_label=null_label)
         summary = summarise(run, measure(run))
-        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        (out / "teacher" / "README.md").write_text(card(summary, recipe))
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (out / "teacher" / "README.md").write_text(card(summary, recipe), encoding="utf-8")
     run.engine.accelerator.wait_for_everyone()
     run.engine.accelerator.end_training()
     release(out)
@@ -201,7 +201,7 @@ def teach_pictures(recipe: TextRecipe, out: Path, resume: bool, where: str) -> d
     pipe = teach_text.pipeline(recipe, scenes.captions, where)
     build.hold(out)
     draft = out / ".recipe.yaml"
-    draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False))
+    draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False), encoding="utf-8")
     draft.replace(out / "recipe.yaml")
     stages = teach_text.train(pipe, recipe, scenes, out)
     threads = torch.get_num_threads()
@@ -215,9 +215,9 @@ def teach_pictures(recipe: TextRecipe, out: Path, resume: bool, where: str) -> d
         "recipe": recipe.tree(),
     }
     text = json.dumps(summary, indent=2) + "\n"
-    (out / "summary.json").write_text(text)
-    (out / "teacher" / "measurements.json").write_text(text)
-    (out / "teacher" / "README.md").write_text(pictures_card(summary, recipe))
+    (out / "summary.json").write_text(text, encoding="utf-8")
+    (out / "teacher" / "measurements.json").write_text(text, encoding="utf-8")
+    (out / "teacher" / "README.md").write_text(pictures_card(summary, recipe), encoding="utf-8")
     release(out)
     return summary
 

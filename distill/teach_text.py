@@ -236,7 +236,7 @@ class Stage:
             raise UserError(f"{said}lower train.{self.name}.moves.lr, or raise its warmup")
         progress.show(self.step, {f"{self.name}/{k}": v for k, v in values.items()})
         line = {"stage": self.name, "step": self.step, "seconds": self.seconds, **values}
-        with (self.out / "metrics.jsonl").open("a") as file:
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def _save(self) -> None:

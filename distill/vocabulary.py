@@ -46,9 +46,9 @@ def write_vocabulary(
     folder: Path, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]
 ) -> None:
     """CLIP's vocab.json and merges.txt, of which every version can make a tokenizer."""
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:

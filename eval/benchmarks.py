@@ -95,7 +95,7 @@ def write_geneval(asked: Asked, images: Tensor, folder: Path) -> None:
     for i, picture in enumerate(pictures(images)):
         picture.save(place.parent / "samples" / f"{i:05}.png")
     aside = place.with_suffix(".part")
-    aside.write_text(json.dumps(asked.line))
+    aside.write_text(json.dumps(asked.line), encoding="utf-8")
     aside.rename(place)
 
 

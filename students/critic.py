@@ -42,7 +42,7 @@ class Critic(nn.Module):
         modules = dict(network_of(denoiser).named_modules())
         if not blocks:
             raise ValueError("critic: name at least one block")
-        if missing := [b for b in blocks if b not in modules]:
+        if missing := [b for b in blocks if not b or b not in modules]:
             raise ValueError(f"critic: the denoiser has no block {missing[0]!r}")
         self._denoiser = (denoiser, [modules[b] for b in blocks])  # in a tuple: not a submodule
         x = torch.zeros(1, *shape, device=next(network_of(denoiser).parameters()).device)

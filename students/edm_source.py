@@ -27,10 +27,10 @@ def write(folder: Path, model: EDMModel) -> None:
     """Make the pipeline saved in `folder` one that loads without our packages."""
     # a name for each kind: diffusers gives modules of one name one namespace
     name = f"edm_{type(model.network).__name__.lower()}"
-    (folder / "unet" / f"{name}.py").write_text(source(model))
-    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "unet" / f"{name}.py").write_text(source(model), encoding="utf-8")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["unet"] = [name, EDMModel.__name__]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def source(model: EDMModel) -> str:

@@ -105,7 +105,7 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
 
             edm_source.write(draft, getattr(pipe, network.PART))
         about = sidecar(generator, teacher, recipe)
-        (draft / SIDECAR).write_text(json.dumps(about, indent=2) + "\n")
+        (draft / SIDECAR).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         verify(draft, generator, teacher)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(draft, path)

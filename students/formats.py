@@ -433,7 +433,7 @@ def drawn_elsewhere(
     """The pictures of each file at each step count, by a process that has only stock packages."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "images.safetensors"
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
         plain = [json.dumps(v) for v in (dict(arguments), jobs, list(counts), absent)]
         words = [str(folder.resolve()), str(out), kind, *plain]

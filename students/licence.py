@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from teachers.errors import UserError
+from teachers.files import home
 from teachers.teacher import EMBEDDED, TERMS, read_json
 
 HUB = "https://huggingface.co"
@@ -32,6 +33,12 @@ FORBIDS = re.compile(
     r"(^|[-_ .])(nd|no-?derivatives?|no-?derivs?|all-rights-reserved|proprietary|evaluation-only)"
     r"($|[-_ .])"
 )
+
+# Lines of front matter that say it, and what stands there for nothing.
+BARE = re.compile(
+    r"^(license(?:_name|_link)?):[ \t]*[\"']?([^\s\"'#][^\"'#\r\n]*?)[\"' \t\r]*(?:#.*)?$", re.M
+)
+NULLS = ("", "~", "null", "Null", "NULL")
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def licence_of(source: str) -> Licence:
     about = read_json(index, f"teacher {source!r}") if index.is_file() else {}
     texts = [p for p in sorted(folder.glob("LICEN[SC]E*")) if p.is_file()]
     readme = folder / "README.md"
-    text = readme.read_text(errors="replace") if readme.is_file() else ""
+    text = readme.read_text(errors="replace", encoding="utf-8") if readme.is_file() else ""
     return licence_in(text, about, texts[0] if texts else None, hub_id(source))
 
 
@@ -88,7 +95,7 @@ def licence_in(
         return Licence(str(found), name and str(name), link and str(link), file)
     if file is None:
         return Licence()
-    text = file.read_text(errors="replace")
+    text = file.read_text(errors="replace", encoding="utf-8")
     known = next((v for k, v in TEXTS.items() if re.search(k, text, re.IGNORECASE)), None)
     return (
         Licence(known, None, None, file) if known else Licence("other", "see-licence", None, file)
@@ -116,18 +123,23 @@ def check_licence(source: str, override: str = "") -> Licence:
 
 
 def front_matter(readme: str) -> dict[str, Any]:
-    """The YAML between a README's first two --- lines; empty if there is none."""
+    """The YAML between a README's first two --- lines, every scalar a string; empty if there is
+    none, and the lines on the licence alone where it is not YAML."""
     match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", readme, re.DOTALL)
-    try:
-        found = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+    if match is None:
         return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        found = yaml.load(match[1], Loader=yaml.BaseLoader)  # of strings alone
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        found = dict(BARE.findall(match[1]))
+    if not isinstance(found, dict):
+        return {}
+    return {k: v for k, v in found.items() if isinstance(k, str) and v not in NULLS}
 
 
 def folder_of(source: str) -> Path | None:
     """The teacher's local folder, if it has one."""
-    folder = EMBEDDED.get(source) or Path(source).expanduser()
+    folder = EMBEDDED.get(source) or home(source, "teacher")
     return folder if folder.is_dir() else None
 
 

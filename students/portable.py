@@ -32,12 +32,12 @@ def make_portable(folder: Path, origin: Path | None = None) -> None:
         origin: The folder whose tokenizers these are, for files of theirs that were not written.
     """
     path = folder / "model_index.json"
-    index: dict[str, Any] = json.loads(path.read_text())
+    index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for part, entry in index.items():
         if not isinstance(entry, list) or entry[0] != "transformers":
             continue
         if (config := folder / part / "config.json").is_file():
-            tree = json.loads(config.read_text())
+            tree = json.loads(config.read_text(encoding="utf-8"))
             if older_rope(tree):
                 write(config, tree)
         if entry[1] == "CLIPTextModel":
@@ -79,7 +79,7 @@ def prefix_weights(folder: Path) -> None:
         save_tensors(tensors, draft, metadata)
         draft.replace(path)
     for path in folder.glob("*.safetensors.index*.json"):
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(encoding="utf-8"))
         tree["weight_map"] = {prefixed(k): v for k, v in tree["weight_map"].items()}
         write(path, tree)
 
@@ -101,7 +101,7 @@ def vocabulary(folder: Path, name: str, origin: Path | None) -> str:
             if (origin / file).is_file() and not (folder / file).exists():
                 shutil.copyfile(origin / file, folder / file)
     config = folder / "tokenizer_config.json"
-    settings = json.loads(config.read_text()) if config.is_file() else {}
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     if isinstance(settings.get(LISTED), list):
         settings[LISTED_IN_4] = settings.pop(LISTED)  # version 5 reads either
         write(config, settings)
@@ -130,5 +130,5 @@ def add_pairs(folder: Path) -> bool:
 
 def write(path: Path, tree: dict[str, Any]) -> None:
     """Write JSON, unless that is what the file holds."""
-    if not path.is_file() or json.loads(path.read_text()) != tree:
-        path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != tree:
+        path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ such a file is refused, whichever versions of the two are installed.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -18,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from teachers.errors import UserError, clipped, note
@@ -29,6 +31,9 @@ WEIGHTS = re.compile(
     r"(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d{5}-of-\d{5})?\.safetensors"
 )
 LOADED = ("diffusers", "transformers")  # libraries whose classes are loaded here, one by one
+# Parts that pipelines draw without, though their classes name them.
+SPARE = {"safety_checker", "feature_extractor", "image_encoder", "transformer_2"}
+SPARE |= {"text_encoder_3", "tokenizer_3"}  # T5, which Stable Diffusion 3 takes zeros for
 TOKENIZERS = ("Tokenizer", "TokenizerFast")  # how the names of tokenizers' classes end
 
 
@@ -67,6 +72,7 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
     Raises:
         UserError: the files are not there, cannot be read, or do not hold just its weights.
     """
+    read_json(folder / "config.json", who)  # libraries would ask the Hub for one that is not there
     check_rope(folder, who)
     if "variant" not in options:
         options["variant"] = variants(who, {part: folder})[part]
@@ -103,7 +109,41 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
             f"{where} hold {dot}{clipped(extra[0])}{more(extra)}, of which the {kind.__name__} "
             "that config.json describes knows nothing; correct config.json"
         )
+    check_floating(made, folder, options["variant"], where)
     return made
+
+
+def check_floating(made: nn.Module, folder: Path, variant: str | None, where: str) -> None:
+    """Refuse weights of whole numbers for a network of others: cast, they would lack their scale.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    own, wrong = made.state_dict(), []
+    for file in sorted(folder.glob("*.safetensors")):
+        match = WEIGHTS.fullmatch(file.name)
+        if match is None or match["variant"] != variant:
+            continue
+        for name in whole_numbers(file):  # of which libraries may add or drop the beginning
+            mates = [
+                v
+                for k, v in own.items()
+                if k == name or k.endswith(f".{name}") or name.endswith(f".{k}")
+            ]
+            if any(v.is_floating_point() for v in mates):
+                wrong.append(name)
+    if wrong:
+        raise UserError(
+            f"{where} are quantised: {clipped(wrong[0])}{more(wrong)} holds whole numbers, without "
+            "the scale that they are of; give weights of fp32, bf16 or fp16"
+        )
+
+
+def whole_numbers(file: Path) -> list[str]:
+    """The names of a safetensors file's tensors that are of integers or truth values."""
+    with safe_open(file, "pt") as tensors:
+        types = {k: tensors.get_slice(k).get_dtype() for k in tensors.keys()}  # noqa: SIM118
+    return [k for k, v in types.items() if v.startswith(("I", "U", "BOOL"))]
 
 
 def installed() -> str:
@@ -228,7 +268,7 @@ def naming(folder: Path, index: dict[str, Any], classes: dict[str, str]) -> Iter
             if path.name != "model_index.json":
                 (Path(place) / path.name).symlink_to(path.resolve())
         named = {part: ["transformers", name] for part, name in classes.items()}
-        (Path(place) / "model_index.json").write_text(json.dumps(index | named))
+        (Path(place) / "model_index.json").write_text(json.dumps(index | named), encoding="utf-8")
         yield Path(place)
 
 
@@ -246,6 +286,30 @@ def networks(index: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield part, kind
 
 
+def check_parts(folder: Path, who: str) -> None:
+    """Refuse a folder whose model_index.json leaves out a part that its pipeline draws with.
+
+    Raises:
+        UserError: naming the first such part.
+    """
+    import diffusers
+
+    index = read_json(folder / "model_index.json", who)
+    kind: Any = getattr(diffusers, str(index.get("_class_name")), None)
+    if kind is None:  # of another version of diffusers, which reading it says
+        return
+    known = inspect.signature(kind.__init__).parameters
+    must = [k for k, v in known.items() if k != "self" and v.default is inspect.Parameter.empty]
+    must += [k for k in kind._optional_components if k not in must]
+    for part in must:
+        entry = index.get(part)
+        if part not in SPARE and (not isinstance(entry, list) or entry[:1] in ([], [None])):
+            raise UserError(
+                f"{who}: model_index.json: {part} is {clipped(json.dumps(entry))}, and a "
+                f"{kind.__name__} draws with one; give a folder with all its parts"
+            )
+
+
 def check_index(folder: Path, index: dict[str, Any], who: str) -> None:
     """Refuse a folder that lacks what its model_index.json names, or holds it as a pickle.
 
@@ -255,14 +319,19 @@ def check_index(folder: Path, index: dict[str, Any], who: str) -> None:
     for part, entry in index.items():
         if not isinstance(entry, list) or part == "safety_checker":
             continue
-        if len(entry) != 2:
-            raise UserError(f"{who}: model_index.json: {part}: expected two names, not {entry}")
+        named = len(entry) == 2 and (entry[0] is None or all(isinstance(v, str) for v in entry))
+        if not named:
+            raise UserError(
+                f"{who}: model_index.json: {part}: expected two names, not {clipped(entry)}"
+            )
         if entry[0] is None:
             continue
         if not (folder / part).is_dir():
             raise UserError(f"{who}: {folder / part} is missing, which model_index.json names")
-        if str(entry[1]).endswith(TOKENIZERS):
+        if entry[1].endswith(TOKENIZERS):
             check_vocabulary(folder / part, who)
+        if entry[1].endswith("Scheduler"):
+            read_json(folder / part / "scheduler_config.json", who)
         pickled = [*(folder / part).glob("*.bin"), *(folder / part).glob("*.pt")]
         if pickled and not list((folder / part).glob("*.safetensors")):
             raise UserError(

@@ -186,7 +186,8 @@ def outputs(subject: Subject) -> Iterator[Check]:
         good = share == 1 and out.shape == x.shape
         yield check(
             f"finite at t = {t:g}", share, "all, shaped like x_t", good,
-            f"call(): x̂ at t = {t:g} is not finite or not shaped like x_t; a time unit, or a "
+            (share < 1 and not_finite(subject.teacher))
+            or f"call(): x̂ at t = {t:g} is not finite or not shaped like x_t; a time unit, or a "
             "prediction_type of epsilon where α is 0",
         )  # fmt: skip
     x_t, t = subject.noised(x.std().item())
@@ -214,6 +215,30 @@ def outputs(subject: Subject) -> Iterator[Check]:
             "batch independence", gap, "≤ 1e-4", gap <= 1e-4,
             "call(): a sample's x̂ changes with the others in its batch; what mixes them?",
         )  # fmt: skip
+
+
+def not_finite(teacher: Teacher) -> str:
+    """Which weights of the teacher are not finite, for a remedy; empty where all are."""
+    held: dict[str, Any] = {"": teacher.denoiser, **vars(teacher.codec)}
+    pipe = held.pop("pipe", None)
+    # a pipeline holds the denoiser's network as well, which the denoiser names
+    own = {id(m) for m in teacher.denoiser.modules()}
+    parts = {} if pipe is None else {k: v for k, v in pipe.components.items() if id(v) not in own}
+    wrong = [
+        f"{part}.{name}".lstrip(".")
+        for part, module in {**held, **parts}.items()
+        if isinstance(module, torch.nn.Module)
+        for name, value in module.state_dict().items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        and not value.float().isfinite().all()
+    ]  # fmt: skip
+    if not wrong:
+        return ""
+    rest = f" and {len(wrong) - 1} more" * (len(wrong) > 1)
+    return (
+        f"weights: {wrong[0]}{rest} hold NaN or infinity; the file is damaged, or its training "
+        "diverged: give another checkpoint"
+    )
 
 
 def gradients(subject: Subject) -> Iterator[Check]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from teachers.components import LOADED, WEIGHTS, variant_of
 from teachers.errors import UserError, clipped, nearest, teacher_at
+from teachers.files import home
 from teachers.teacher import TERMS, read_json
 
 INDEX = "model_index.json"
@@ -111,7 +112,7 @@ def escaped(name: str) -> str:
 
 def nowhere(source: str) -> str:
     """That there is no such folder here, with the nearest name beside where it was looked for."""
-    folder = Path(source).expanduser()
+    folder = home(source, "teacher")
     line = "no such folder here"
     if not isdir(folder.parent):
         return line
@@ -153,7 +154,7 @@ def refuse_file(source: str, who: str) -> None:
     Raises:
         UserError: the source's name ends as one.
     """
-    path = Path(source).expanduser()
+    path = home(source, "teacher")
     if path.suffix.lower() in SINGLE and not isdir(path):
         what = "is a single file" if isfile(path) else "names a single file, which is not there"
         raise UserError(f"{who}: it {what}; teachers are diffusers folders: {single(source)}")

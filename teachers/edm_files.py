@@ -27,7 +27,7 @@ from teachers.edm_latents import Latents
 from teachers.edm_model import EDM, EDMModel
 from teachers.edm_names import renamed
 from teachers.errors import UserError, nearest, teacher_at
-from teachers.files import save_tensors
+from teachers.files import home, save_tensors
 from teachers.process import Karras
 from teachers.schedule import log_sigma, read
 from teachers.teacher import Pixels, Teacher, read_json
@@ -56,8 +56,8 @@ def recognises(path: Path) -> bool:
     if path.suffix == ".pkl":
         return True
     try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and config.get("_class_name") in NETWORKS
 
@@ -89,7 +89,7 @@ def load(path: Path, source: str, null_label: int | None = None, vae: str | None
     if latents := config.get("latents"):
         if vae is None and (path / "vae").is_dir():
             vae = str(path / "vae")
-        loaded = None if vae is None else autoencoder(Path(vae).expanduser(), channels, who)
+        loaded = None if vae is None else autoencoder(home(vae, f"{who}: vae"), channels, who)
         codec = Latents(classes, null, latents["scale"], latents["bias"], loaded)
     elif vae is not None:
         raise UserError(f"{who}: vae: this network makes pixels; leave it out")
@@ -116,7 +116,9 @@ def convert(source: Path, out: Path) -> None:
         draft.mkdir(parents=True)
         weights = {k: v.contiguous().clone() for k, v in files.weights.items()}
         save_tensors(weights, draft / WEIGHTS, {"format": "pt"})
-        (draft / "config.json").write_text(json.dumps(files.config, indent=2) + "\n")
+        (draft / "config.json").write_text(
+            json.dumps(files.config, indent=2) + "\n", encoding="utf-8"
+        )
         if out.exists():
             out.rmdir()
         draft.rename(out)

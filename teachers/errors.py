@@ -77,7 +77,7 @@ def intact(path: Path) -> Iterator[None]:
         yield
     except KeyError as error:
         raise UserError(f"{path}: damaged: it lacks {error}") from None
-    except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError):
+    except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError):
         raise UserError(f"{path}: damaged; it is not as a run leaves it") from None
 
 

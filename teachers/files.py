@@ -1,4 +1,5 @@
-"""Files of weights, written so that whoever may read a new file of the user's may read them."""
+"""Where a user's paths lead, and files of weights, written so that whoever may read a new file of
+the user's may read them."""
 
 from __future__ import annotations
 
@@ -9,6 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
+
+from teachers.errors import UserError, clipped
+
+
+def home(path: str | Path, who: str = "") -> Path:
+    """A path with `~` and `~name` at its start replaced by the home folder of that user.
+
+    Args:
+        who: Begins the message: the key or option that the path is given by.
+
+    Raises:
+        UserError: there is no such user here, or the home folder is not known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        said = clipped(path)
+        user = clipped(Path(path).parts[0])
+        raise UserError(
+            f"{f'{who}: ' if who and who != said else ''}{said}: the home folder of {user} is not "
+            f"known; write the folder out, or ./{user} for one of that name"
+        ) from None
 
 
 def save_tensors(

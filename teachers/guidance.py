@@ -130,7 +130,7 @@ class Skipping(Guided):
         self.blocks, modules = tuple(blocks), dict(denoiser.named_modules())
         if not self.blocks:
             raise UserError("teacher.guidance.blocks: name at least one block to skip")
-        if missing := [b for b in self.blocks if b not in modules]:
+        if missing := [b for b in self.blocks if not b or b not in modules]:
             raise UserError(
                 f"teacher.guidance.blocks: the network has no block {missing[0]!r}; "
                 f"{nearest(missing[0], shown(denoiser))}"

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from teachers.components import check_vocabulary, quiet, stock
+from teachers.components import check_parts, check_vocabulary, quiet, stock
 from teachers.cuts import Cuts
 from teachers.denoiser import Network, coefficients
-from teachers.errors import UserError, nearest, teacher_at
+from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.schedule import Schedule, read
 from teachers.teacher import Teacher, labels_of
@@ -339,13 +339,14 @@ def load(
     who = teacher_at(source)
     if precision not in DTYPES:
         raise UserError(f"{who}: precision {precision!r}: {nearest(precision, DTYPES)}")
+    check_parts(folder, who)
     pipe = stock(folder, who, {kind.PART: DTYPES[precision], "default": torch.float32})
     backbone = getattr(pipe, kind.PART)
     if precision in FORMS:
         quantise(backbone, precision)
     if size is not None and (size <= 0 or size % kind.grain(pipe)):
         raise UserError(f"{who}: size {size} is no multiple of {kind.grain(pipe)} pixels")
-    shape = kind.shape(pipe, size)
+    shape = shape_of(kind, pipe, size, who)
     config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     name = type(pipe.scheduler).__name__
     schedule = read(name, config, who, kind.tokens(shape))
@@ -357,6 +358,26 @@ def load(
     codec = Prompted(pipe, kind, kind.pixels(pipe, shape), classes or negative_prompt, classes)
     codec.folder = folder
     return Teacher(network, codec, shape, source)
+
+
+def shape_of(kind: type[Pretrained], pipe: Any, size: int | None, who: str) -> tuple[int, ...]:
+    """Of one latent, without the batch.
+
+    Raises:
+        UserError: the network's config gives no whole numbers for it.
+    """
+    try:
+        shape = kind.shape(pipe, size)
+    except TypeError:  # such as of a sample_size that is null
+        shape = ()
+    if not shape or any(type(v) is not int or v < 1 for v in shape):  # a bool is an int as well
+        config = getattr(pipe, kind.PART).config
+        raise UserError(
+            f"{who}: {kind.PART}/config.json: sample_size is "
+            f"{clipped(repr(config.get('sample_size')))} and in_channels "
+            f"{clipped(repr(config.get('in_channels')))}; expected whole numbers from 1"
+        )
+    return shape
 
 
 def check_schedule(kind: type[Pretrained], schedule: Schedule, pipeline: str, who: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError, clipped, nearest, teacher_at
+from teachers.files import home
 
 TERMS = ("README.md", "LICEN[SC]E*")  # files of a model's folder that may state its licence
 EMBEDDED = {name: Path(__file__).parent / name for name in ("digits", "shapes")}
@@ -124,7 +125,8 @@ def load(source: str, **options: Any) -> Teacher:
     if source == "digits":
         options.setdefault("null_label", 10)
     pickled = source.endswith(".pkl")
-    folder = EMBEDDED.get(source) or (Path(source).expanduser() if pickled else find(source))
+    at = partial(home, who="teacher") if pickled else find
+    folder = EMBEDDED.get(source) or at(source)
     family, loader = loader_of(folder, source)
     takes = list(signature(loader).parameters)[2:]
     if unknown := sorted(options.keys() - set(takes)):
@@ -197,7 +199,7 @@ def find(source: str) -> Path:
     Raises:
         UserError: there is none, or it is a single file.
     """
-    folder = Path(source).expanduser()
+    folder = home(source, "teacher")
     if isdir(folder):  # for the longest of names too, at which Path's own raises
         return folder
     from teachers import download
@@ -214,11 +216,14 @@ def find(source: str) -> Path:
 def read_json(path: Path, who: str) -> dict[str, Any]:
     """A JSON object from a file that must be there and be one."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{who}: {path} is missing; give a diffusers pipeline folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{who}: {path} is not valid JSON ({error})") from None
+    except OSError as error:  # such as a folder of that name
+        raise UserError(f"{who}: {path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else clipped(error)
+        raise UserError(f"{who}: {path} is not valid JSON ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{who}: {path} is not a JSON object")
     return content
@@ -240,7 +245,7 @@ def _own(source: str) -> Teacher:
 
     place, _, name = source.rpartition(":")
     try:
-        module = import_file(Path(place).expanduser())
+        module = import_file(home(place, "teacher"))
         function = getattr(module, name, None)
         teacher = function() if callable(function) else None
     except UserError:

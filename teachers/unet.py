@@ -9,7 +9,7 @@ from torch import Tensor
 
 from teachers import components
 from teachers.denoiser import Cond
-from teachers.errors import UserError, teacher_at
+from teachers.errors import UserError, clipped, teacher_at
 from teachers.pipeline import Pretrained, check_schedule
 from teachers.schedule import read
 from teachers.teacher import Pixels, Teacher, read_json
@@ -58,8 +58,11 @@ def load(folder: Path, source: str, null_label: int | None = None) -> Teacher:
         if null_label == classes - 1:
             classes -= 1  # the null class is not one to ask for
     size = backbone.config["sample_size"]
-    if not isinstance(size, int):
-        raise UserError(f"{who}: sample_size is {size!r}; stock pipelines sample one square size")
+    if type(size) is not int or size < 1:  # a bool is an int as well
+        raise UserError(
+            f"{who}: unet/config.json: sample_size is {clipped(repr(size))}; expected a whole "
+            "number of pixels from 1, as stock pipelines sample one square size"
+        )
     shape = (backbone.config["in_channels"], size, size)
     return Teacher(denoiser, Pixels(classes, null_label), shape, source)
 

@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
-from distill.commands.options import Overrides, RecipeArg, writable
+from distill.commands.options import Overrides, RecipeArg, at_home, writable
 
 
 def doctor(
     teacher: Annotated[str, typer.Argument(help="As a recipe names it, or file.py:function.")],
     image: Annotated[
-        Path | None, typer.Option(help="A picture such as it was trained on, or a folder of them.")
+        Path | None,
+        typer.Option(
+            callback=at_home, help="A picture such as it was trained on, or a folder of them."
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What the picture shows.")] = None,
     null_label: Annotated[
@@ -23,7 +26,9 @@ def doctor(
     structure_only: Annotated[
         bool, typer.Option("--structure-only", help="Leave out what needs trained weights.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the checks here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=at_home, help="Write the checks here.")
+    ] = None,
 ):
     """Examine a teacher's adapter before money is spent on it; exit 2 at a broken promise."""
     import json
@@ -50,7 +55,9 @@ def doctor(
     console.print(table(teacher, checks))
     if json_file is not None:
         plain = {"teacher": teacher, "checks": [asdict(c) for c in checks]}
-        json_file.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+        json_file.write_text(
+            json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     console.print(verdict(checks))
     if broken := [c for c in checks if c.verdict in ("broken", "untrained?")]:
         raise UserError(f"doctor {teacher!r}: {broken[0].remedy}")
@@ -60,7 +67,9 @@ def plan(
     recipe: RecipeArg,
     overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="The card to run on.")] = "rtx-4090",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=at_home, help="Write the plan here.")
+    ] = None,
 ):
     """Say what a recipe's run would take: memory by part, time, cost; exit 2 if it will not fit."""
     import json
@@ -87,7 +96,7 @@ def plan(
     tree = made.tree(gpu, card)
     console.print(planned(tree, card.memory, RESERVE))
     if json_file is not None:
-        json_file.write_text(json.dumps(tree, indent=2) + "\n")
+        json_file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     if remedies := advice(checked, made, card):
         raise UserError(
             f"plan: {made.peak + RESERVE:.1f} GB do not fit on {gpu} ({card.memory:g} GB); "

@@ -7,16 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from distill.commands.options import Student, counts, writable
+from distill.commands.options import Student, at_home, counts, writable
+
+MOST = 100_000  # pictures that `sample` draws: all are in memory at once
 
 
 def sample(
     student: Student,
-    out: Annotated[Path, typer.Option(help="A .png grid, or .npz with images and labels.")],
+    out: Annotated[
+        Path, typer.Option(callback=at_home, help="A .png grid, or .npz with images and labels.")
+    ],
     steps: Annotated[
         int | None, typer.Option(help="A count it was trained for; by default its run's best.")
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="How many pictures.", min=1)] = 16,
+    n: Annotated[int, typer.Option("--n", help="How many pictures.", min=1, max=MOST)] = 16,
     seed: Annotated[int, typer.Option(help="The stock pipeline's generator seed.")] = 0,
     labels: Annotated[str | None, typer.Option(help="Such as 3, or 0,1,2: repeated to n.")] = None,
     prompt: Annotated[
@@ -53,9 +57,12 @@ def sample(
         )
     if prompt and not text:
         raise UserError("--prompt: this student does not read text")
-    names = [str(i) for i in range(classes or 1)]
-    if labels or prompt:
-        names = prompt or [p.strip() for p in str(labels).split(",")]
+    names = prompt or [str(i) for i in range(classes or 1)]
+    if labels is not None:
+        names = split_labels(labels)
+    if (labels or prompt) and len(names) > n:
+        option = "--labels" if labels else "--prompt"
+        raise UserError(f"{option}: there are {len(names)} and --n is {n}; give --n {len(names)}")
     wanted = [names[i % len(names)] for i in range(n)]
     with counting(teacher) as cuts:
         teacher.codec.condition(list(dict.fromkeys(wanted)))
@@ -77,6 +84,21 @@ def sample(
 
         each = len(names)  # a column for each, or several such
         save_grid(images, out, min(n, each * max(1, 8 // each) if each <= 16 else 8))
+
+
+def split_labels(labels: str) -> list[str]:
+    """The labels of `--labels`, which are checked as they are drawn.
+
+    Raises:
+        UserError: one is empty.
+    """
+    from teachers.errors import UserError, quoted
+
+    names = [p.strip() for p in labels.split(",")]
+    if "" in names:
+        which = f"label {names.index('') + 1} of {len(names)} is empty"
+        raise UserError(f"--labels {quoted(labels)}: {which}; give numbers, such as 3 or 0,1,2")
+    return names
 
 
 Source = Annotated[str, typer.Argument(help="A student or its run's folder, or a teacher.")]
@@ -122,7 +144,9 @@ def evaluate(
     ] = False,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="Write the figures here; seeds that it holds are kept."),
+        typer.Option(
+            "--json", callback=at_home, help="Write the figures here; seeds that it holds are kept."
+        ),
     ] = None,
 ):
     """Measure a student or a teacher by a protocol, at the step counts given; or its speed."""
@@ -225,9 +249,15 @@ def draw(
     benchmark: Annotated[str, typer.Argument(help="geneval or dpg.")],
     source: Source,
     prompts: Annotated[
-        Path, typer.Argument(help="GenEval's evaluation_metadata.jsonl; DPG-Bench's folder of .txt")
+        Path,
+        typer.Argument(
+            callback=at_home, help="GenEval's evaluation_metadata.jsonl; DPG-Bench's folder of .txt"
+        ),
     ],
-    folder: Annotated[Path, typer.Argument(help="For its scorer; FOLDER.json says what it holds.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(callback=at_home, help="For its scorer; FOLDER.json says what it holds."),
+    ],
     steps: Annotated[
         int | None, typer.Option(min=1, help="A student's most, or a teacher's 18, by default.")
     ] = None,
@@ -262,6 +292,7 @@ def draw(
     lines = [v._asdict() for v in asked]
     about = {"benchmark": benchmark, "steps": k, "seed": seed, **found.about, "prompts": lines}
     record = benchmarks.check_folder(folder, about)
+    writable(record, "draw")
     state.wait_for_everyone()  # all have looked before anything is there
     if state.is_main_process:
         benchmarks.begin(record, about)
@@ -273,7 +304,10 @@ def draw(
 def reference(
     name: Annotated[str, typer.Argument(help="Of the set of pictures, as protocols name it.")],
     source: Annotated[
-        Path, typer.Argument(help="Its folder of pictures; or published moments, FILE.npz.")
+        Path,
+        typer.Argument(
+            callback=at_home, help="Its folder of pictures; or published moments, FILE.npz."
+        ),
     ],
     protocol: Annotated[
         str | None, typer.Option(help="For this one alone; for all that take it, by default.")

@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
-from distill.commands.options import Licence, RunArg, writable
+from distill.commands.options import Licence, RunArg, at_home, writable
 
 
 def report(
     run: RunArg,
-    out: Annotated[Path | None, typer.Option(help="Instead of RUN/report.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=at_home, help="Instead of RUN/report.html.")
+    ] = None,
 ):
     """Write a finished run's report: verdict, pictures, curves, figures and cost on one page."""
     from distill.report import report as write
@@ -56,7 +58,9 @@ def compare(
 
 def card(
     run: RunArg,
-    out: Annotated[Path | None, typer.Option(help="A file to write it to.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=at_home, help="A file to write it to.")
+    ] = None,
     repo: Annotated[str, typer.Option(help="The Hub id that its snippet loads.")] = "",
     licence_override: Licence = "",
 ):
@@ -69,7 +73,7 @@ def card(
     if out is None:
         sys.stdout.write(made.text)
     else:
-        out.write_text(made.text)
+        out.write_text(made.text, encoding="utf-8")
 
 
 def push(
@@ -105,10 +109,16 @@ def push(
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="An EDM network, FILE.pkl; or a student or its run's folder.")
+        Path,
+        typer.Argument(
+            callback=at_home, help="An EDM network, FILE.pkl; or a student or its run's folder."
+        ),
     ],
     to: Annotated[
-        Path, typer.Argument(help="A new folder for the network; FILE.safetensors for a student.")
+        Path,
+        typer.Argument(
+            callback=at_home, help="A new folder for the network; FILE.safetensors for a student."
+        ),
     ],
 ):
     """Turn a pickled EDM network into a folder, or a student into one file for other programs."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distill.commands.options import Licence, Out, Overrides, RecipeArg, Resume, counts
+from distill.commands.options import Licence, Out, Overrides, RecipeArg, Resume, at_home, counts
 
 
 def run(
@@ -80,7 +80,9 @@ def complete(out: Path) -> bool:
 
     from distill.finish import failed, finished
 
-    return finished(out) and not failed(json.loads((out / "summary.json").read_text()))
+    return finished(out) and not failed(
+        json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    )
 
 
 def tell_failed(failed: dict[str, str], out: Path) -> None:
@@ -106,7 +108,7 @@ def more_steps(out: Path, steps: int) -> bool:
     """Whether the recipe now asks for more steps than the finished run took."""
     import json
 
-    return json.loads((out / "summary.json").read_text())["steps"] < steps
+    return json.loads((out / "summary.json").read_text(encoding="utf-8"))["steps"] < steps
 
 
 def show(out: Path) -> None:
@@ -117,7 +119,7 @@ def show(out: Path) -> None:
     from distill.terminal import results
     from students.rows import rows_of
 
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     if metrics := summary["metrics"]:
         rows = rows_of(metrics)
         taught = [row for row in rows if not row.ours]
@@ -159,7 +161,8 @@ def bench(
         list[str] | None, typer.Argument(help="Such as seeds=[0] budget.network_evaluations=20000.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Its folder.", show_default="runs/bench-RECIPE")
+        Path | None,
+        typer.Option(callback=at_home, help="Its folder.", show_default="runs/bench-RECIPE"),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
 ):
