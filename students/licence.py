@@ -36,7 +36,9 @@ FORBIDS = re.compile(
 
 # Lines of front matter that say it, and what stands there for nothing.
 BARE = re.compile(
-    r"^(license(?:_name|_link)?):[ \t]*[\"']?([^\s\"'#][^\"'#\r\n]*?)[\"' \t\r]*(?:#.*)?$", re.M
+    r"^(license(?:_name|_link)?):[ \t]*"
+    r"[\"']?([^\s\"'#\[{|>&*!][^\"'#\r\n]*?)[\"' \t\r]*(?:#.*)?$",
+    re.M,
 )
 NULLS = ("", "~", "null", "Null", "NULL")
 
