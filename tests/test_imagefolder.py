@@ -107,3 +107,29 @@ def test_two_tables_that_name_one_image_are_refused(tmp_path):
     rows_of(folder / "b/metadata.jsonl", [{"file_name": "000.png", "text": "two"}])
     with pytest.raises(UserError, match="give each image one row"):
         captions(folder)
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "latin-1"])
+def test_a_tables_encoding_is_read_by_its_mark_or_refused(tmp_path, coding):
+    folder = folder_of(tmp_path / "a", 1, captioned=False)
+    text = "file_name,text\n000.png,Köln\n"
+    (folder / "metadata.csv").write_bytes(text.encode(coding))
+    if coding in ("utf-16-le", "latin-1"):  # bytes without a mark that are no UTF-8
+        with pytest.raises(UserError, match=r"metadata\.csv.*UTF-8"):
+            captions(folder)
+    else:
+        assert captions(folder)[0] == {"000.png": "Köln"}
+
+
+def test_a_table_in_a_hidden_folder_is_not_read(tmp_path):
+    folder = folder_of(tmp_path / "a", 1)
+    folder_of(folder / ".cache", 1, captioned=False)
+    rows_of(folder / ".cache" / "metadata.jsonl", [{"file_name": "000.png", "text": "hidden"}])
+    assert captions(folder)[0] == {"000.png": "word 0"}
+
+
+def test_a_table_that_is_a_link_is_read(tmp_path):
+    folder = folder_of(tmp_path / "a", 1, captioned=False)
+    rows_of(tmp_path / "elsewhere.jsonl", [{"file_name": "000.png", "text": "one"}])
+    (folder / "metadata.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    assert captions(folder)[0] == {"000.png": "one"}
