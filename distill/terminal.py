@@ -29,9 +29,9 @@ class Unbreakable(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
         if self.stderr:
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
         else:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 out = Unbreakable(highlight=False, markup=False)

@@ -43,7 +43,7 @@ def test_rows_that_can_be_read_two_ways_are_refused_by_their_line(tmp_path, name
         with pytest.raises(UserError) as error:
             prompts(tmp_path / file)
         message = str(error.value)
-        assert message.startswith(f"data.prompts: '{tmp_path / file}:text'")
+        assert message.startswith("data.prompts: ")
         want = says if file == "p.csv" else says.replace("a comma", "a tab")
         assert f"{file} cannot be read (the row of line {line} " in message and want in message
         assert "\n" not in message
@@ -161,5 +161,7 @@ def test_a_text_that_can_be_no_path_is_refused_in_a_line(place, column):
     for key, look in (("prompts", list_prompts), ("source", place_of_images)):
         with pytest.raises(UserError) as error:
             look(place + column)
-        assert str(error.value).startswith(f"data.{key}: ") and "is no path" in str(error.value)
+        message = str(error.value)
+        assert message.startswith(f"data.{key}: ")
+        assert "is no path" in message or "the home folder of" in message
         assert len(str(error.value)) < 300 and "\n" not in str(error.value)
