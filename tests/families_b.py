@@ -105,8 +105,9 @@ def qwen(root: Path) -> None:
         "out_hidden_size": 16, "fullatt_block_indexes": [0],
     }  # fmt: skip
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    named = {"rope_scaling": rope} if vocabularies.OLDER else {"rope_parameters": rope}
     config = transformers.Qwen2_5_VLConfig(
-        text_config={**LANGUAGE, "vocab_size": len(tokenizer), "rope_parameters": rope},
+        text_config={**LANGUAGE, "vocab_size": len(tokenizer), **named},
         vision_config=vision,
     )
     vae = diffusers.AutoencoderKLQwenImage(

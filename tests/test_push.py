@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from distill import __main__ as cli
 from distill.push import portable, push
@@ -73,7 +73,8 @@ def hub(monkeypatch, tmp_path, pauses):
     with serving() as server:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for module in (constants, file_download):  # versions before 1 keep it in both
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
