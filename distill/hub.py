@@ -160,11 +160,18 @@ def retried(request: Callable[[], T]) -> T:
         try:
             return request()
         except Exception as error:
-            if attempt == TRIES or not passing(error):
-                raise
-            time.sleep(min(asked(error) or wait, LONGEST))
+            fault = bare(error)
+            if attempt == TRIES or not passing(fault):
+                raise fault from fault.__cause__
+            time.sleep(min(asked(fault) or wait, LONGEST))
             wait = min(2 * wait, LONGEST)
     raise AssertionError
+
+
+def bare(error: Exception) -> Exception:
+    """The fault itself: huggingface_hub before 1 hides that of a large file in a RuntimeError."""
+    cause = error.__cause__
+    return cause if isinstance(error, RuntimeError) and isinstance(cause, Exception) else error
 
 
 def passing(error: Exception) -> bool:

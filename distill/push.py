@@ -130,7 +130,7 @@ def check_name(repo: str, revision: str) -> None:
     except HFValidationError:
         good = False
     else:
-        good = repo.count("/") == 1
+        good = repo.isascii() and repo.count("/") == 1  # versions before 1 let ü pass
     if not good:
         raise UserError(
             f"push: {repo!r} is not OWNER/NAME of letters, digits, '-', '_' and '.' "

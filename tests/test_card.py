@@ -19,7 +19,7 @@ from students.licence import check_licence, licence_of
 from students.papers import PAPERS
 from teachers.errors import UserError
 from teachers.teacher import find
-from tests.test_push import hub, make_run, pauses  # noqa: F401
+from tests.test_push import hub, make_run, new_sessions, pauses  # noqa: F401
 from tests.toys import recipe_tree
 
 ROW = {
@@ -316,6 +316,7 @@ def test_a_hub_teachers_licence_is_known_before_it_is_downloaded_and_offline(
     folder = find("owner/model")
     assert {p.name for p in folder.iterdir()} == set(files)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    new_sessions()
     asked = len(hub.seen)
     assert licence_of("owner/model").id == kept
     assert len(hub.seen) == asked

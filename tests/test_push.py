@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants, file_download, utils
 
 from distill import __main__ as cli
 from distill.push import portable, push
@@ -78,7 +78,15 @@ def hub(monkeypatch, tmp_path, pauses):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
+        new_sessions()
         yield server
+    new_sessions()
+
+
+def new_sessions():
+    """Have huggingface_hub ask again whether it is offline; before 1, only new sessions do."""
+    if reset := getattr(utils, "reset_sessions", None):
+        reset()
 
 
 def called(capsys, *words):
@@ -317,6 +325,7 @@ def test_a_damaged_file_is_named_before_anything_is_sent(hub, run, capsys):
 
 def test_offline_mode_is_said(hub, run, capsys, monkeypatch, pauses):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    new_sessions()
     assert "HF_HUB_OFFLINE is set" in refused(capsys, run, REPO)
     assert pauses == []
 
