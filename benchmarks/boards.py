@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distill import leaderboard
-from distill.leaderboard import Line, figure
+from distill.benchmark import leaderboard
+from distill.benchmark.leaderboard import Line, figure
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 Cell = Callable[[Line], str]

@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from distill.curves import REFERENCES, changes, record, tree_of
-from distill.recipe import Recipe, shipped
+from distill.config.recipe import Recipe, shipped
+from distill.report.curves import REFERENCES, changes, record, tree_of
 from teachers.errors import UserError, nearest
 
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from distill import build
-from distill.data import Stream
-from distill.engine import Engine
-from distill.recipe import Recipe
+from distill.config.recipe import Recipe
+from distill.data.stream import Stream
+from distill.training import build
+from distill.training.engine import Engine
 
 FIVE = ("dmd2", "sid", "fdistill", "consistency", "progressive")
 LARGE = {

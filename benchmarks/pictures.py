@@ -16,12 +16,12 @@ from textwrap import wrap
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from distill.drawing import own
-from distill.measure import student_samples
-from distill.recipe import Recipe
-from distill.teaching import load_teacher
+from distill.config.recipe import Recipe
+from distill.sampling.guided_teacher import load_teacher
+from distill.sampling.student_sampler import student_samples
+from distill.sampling.teacher_sampler import own
 from eval import shapes
-from students.export import load_student
+from students.export.folder import load_student
 
 COLUMNS, CELL, GAP = 8, 96, 6  # pictures in a row; pixels of a side, and between two
 MARGIN, LINE, LETTERS = 150, 17, 14  # pixels for the rows' names, of a line; letters in one

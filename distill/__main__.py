@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from distill import __version__
-from distill.commands import looking, measuring, sharing, training
+from distill.cli import evaluate, inspect, publish, train
 
 app = typer.Typer(
     add_completion=False,
@@ -42,22 +42,22 @@ def options(
 # In the order of --help: a run and what it draws, figures, sharing, and what comes before a run.
 # Each with what fits into its line there.
 COMMANDS = {
-    "run": (training.run, "Distil a student, export it and measure it."),
-    "sample": (measuring.sample, "Draw pictures from a student."),
-    "eval": (measuring.evaluate, "Measure a student or a teacher, or its speed."),
-    "draw": (measuring.draw, "Draw GenEval's or DPG-Bench's prompts."),
-    "reference": (measuring.reference, "Make what protocols compare with."),
-    "report": (sharing.report, "Write the page of a finished run."),
-    "compare": (sharing.compare, "Compare a run's curves with known-good ones."),
-    "card": (sharing.card, "Write the model card of a finished run."),
-    "push": (sharing.push, "Upload a finished run's student to the Hub."),
-    "convert": (sharing.convert, "Turn a network or a student into other files."),
-    "doctor": (looking.doctor, "Examine a teacher before money is spent on it."),
-    "plan": (looking.plan, "Say what a run would take: memory and time."),
-    "cache": (training.cache, "Encode prompts and images once, beforehand."),
-    "teach": (training.teach, "Train a small teacher from nothing."),
-    "bench": (training.bench, "Race objectives at one budget."),
-    "list": (looking.listing, "Name what there is: objectives, recipes, …"),
+    "run": (train.run, "Distil a student, export it and measure it."),
+    "sample": (evaluate.sample, "Draw pictures from a student."),
+    "eval": (evaluate.evaluate, "Measure a student or a teacher, or its speed."),
+    "draw": (evaluate.draw, "Draw GenEval's or DPG-Bench's prompts."),
+    "reference": (evaluate.reference, "Make what protocols compare with."),
+    "report": (publish.report, "Write the page of a finished run."),
+    "compare": (publish.compare, "Compare a run's curves with known-good ones."),
+    "card": (publish.card, "Write the model card of a finished run."),
+    "push": (publish.push, "Upload a finished run's student to the Hub."),
+    "convert": (publish.convert, "Turn a network or a student into other files."),
+    "doctor": (inspect.doctor, "Examine a teacher before money is spent on it."),
+    "plan": (inspect.plan, "Say what a run would take: memory and time."),
+    "cache": (train.cache, "Encode prompts and images once, beforehand."),
+    "teach": (train.teach, "Train a small teacher from nothing."),
+    "bench": (train.bench, "Race objectives at one budget."),
+    "list": (inspect.listing, "Name what there is: objectives, recipes, …"),
 }
 for name, (command, line) in COMMANDS.items():
     app.command(name, short_help=line)(command)
@@ -104,7 +104,7 @@ def afterwards() -> str:
 
 def code_of(error: Exception) -> int | None:
     """The exit code of an error that is not our own fault, having said it in one line."""
-    from distill.mistakes import broken, is_usage, said, stop_code
+    from distill.cli.errors import broken, is_usage, said, stop_code
 
     if (stopped := stop_code(error)) is not None:
         return stopped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from teachers.files import home
+from teachers.storage.files import home
 from teachers.teacher import EMBEDDED
 
 DECIDING = (".safetensors", ".pkl", ".py", "config.json", "model_index.json")  # ends of names

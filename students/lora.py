@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from teachers.denoiser import Cond, Denoiser, Wrapper
 from teachers.errors import WORD, UserError, cut, quoted
-from teachers.pipeline import Pretrained
-from teachers.schedule import Schedule
+from teachers.families.base import Pretrained
+from teachers.storage.diffusers_config import Schedule
 from teachers.teacher import Teacher
 
 Module = TypeVar("Module", bound=nn.Module)

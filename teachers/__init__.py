@@ -1,9 +1,10 @@
 """Pretrained models, read as denoisers: processes, networks, solvers, and where they load from."""
 
+from teachers.catalogue.loading import load
 from teachers.denoiser import Cond, Denoiser, Guided, Network, Under
 from teachers.errors import UserError
 from teachers.process import Karras, Linear, Process, Tabulated, Trig
-from teachers.teacher import Codec, Teacher, load
+from teachers.teacher import Codec, Teacher
 
 __all__ = [
     "Codec",

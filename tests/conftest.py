@@ -6,8 +6,8 @@ And the one place that decides on which device tests run. FEWSTEP_TEST_DEVICE sa
   compared to many digits, which GPUs do not agree on, so GPUs are hidden before torch looks.
 - `cuda` (`make test-gpu`): the tests that follow the device run on the first GPU, those marked
   `device`; and those that need one, marked `gpu`. No others run.
-- `fake`: the tests marked `device` run on `tests/fake_gpu.py`, which refuses on a CPU what a GPU
-  would. `tests/test_fake_gpu.py` plays every objective there in any case.
+- `fake`: the tests marked `device` run on `tests/helpers/fake_gpu.py`, which refuses on a CPU what
+  a GPU would. `tests/training/test_fake_gpu.py` plays every objective there in any case.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ else:
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
-from tests import fake_gpu, toys  # noqa: E402
+from tests.helpers import fake_gpu, toys  # noqa: E402
 
 if DEVICE == "cuda":  # a run that is taken up again is compared bit for bit, values to the host's
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -86,7 +86,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """The folder of a family's small pipeline, by its name; built when it is first asked for."""
-    from tests import families
+    from tests.helpers import families
 
     built: dict[str, str] = {}
 

@@ -1,6 +1,6 @@
 """The objectives, a file to a family. A new one is its class and its line here."""
 
-from distill.objective import Objective
+from distill.objectives.base import Objective
 from distill.objectives.consistency import Consistency, ConsistencyTuning
 from distill.objectives.diffusion import Diffusion
 from distill.objectives.dmd2 import DMD2

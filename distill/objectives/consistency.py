@@ -21,18 +21,9 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from distill.losses import LogNormal, Times, huber
-from distill.objective import (
-    Batch,
-    Count,
-    Finite,
-    Learns,
-    Loss,
-    NonNegative,
-    Objective,
-    Share,
-    Turn,
-)
+from distill.field_types import Count, Finite, NonNegative, Share
+from distill.objectives.base import Batch, Learns, Loss, Objective, Turn
+from distill.objectives.losses import LogNormal, Times, huber
 from teachers.denoiser import Denoiser
 from teachers.process import expand
 from teachers.solver import heun_step

@@ -11,8 +11,9 @@ from typing import ClassVar
 
 import torch
 
-from distill.losses import LogNormal, Times
-from distill.objective import Batch, Loss, Objective, Share, Whole
+from distill.field_types import Share, Whole
+from distill.objectives.base import Batch, Loss, Objective
+from distill.objectives.losses import LogNormal, Times
 
 
 @dataclass(kw_only=True)

@@ -20,8 +20,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from distill.losses import Times, Uniform, critique, mean_abs, realism, surrogate
-from distill.objective import Batch, Count, Loss, NonNegative, Objective, Turn
+from distill.field_types import Count, NonNegative
+from distill.objectives.base import Batch, Loss, Objective, Turn
+from distill.objectives.losses import Times, Uniform, critique, mean_abs, realism, surrogate
 from students.critic import Critic
 from students.generator import Generator, Sees
 from teachers.denoiser import Cond, Denoiser

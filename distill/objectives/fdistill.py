@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distill.losses import all_sum
-from distill.objective import Batch, Count, Positive, Share, Turn, Whole
+from distill.field_types import Count, Positive, Share, Whole
+from distill.objectives.base import Batch, Turn
 from distill.objectives.dmd2 import DMD2
+from distill.objectives.losses import all_sum
 from students.critic import Critic
 from teachers.errors import UserError
 from teachers.process import expand

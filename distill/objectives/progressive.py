@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from distill.losses import mean_square
-from distill.objective import Batch, Count, Learns, Loss, Objective, Turn
+from distill.field_types import Count
+from distill.objectives.base import Batch, Learns, Loss, Objective, Turn
+from distill.objectives.losses import mean_square
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError
 

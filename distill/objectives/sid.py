@@ -17,8 +17,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from distill.losses import LogNormal, Times, Uniform, mean_abs
-from distill.objective import Batch, Loss, NonNegative, Objective, Positive, Turn
+from distill.field_types import NonNegative, Positive
+from distill.objectives.base import Batch, Loss, Objective, Turn
+from distill.objectives.losses import LogNormal, Times, Uniform, mean_abs
 from students.generator import Generator, Sees
 from teachers.denoiser import Denoiser
 

@@ -1,0 +1,1 @@
+"""Many objectives at one budget: `distill bench`."""

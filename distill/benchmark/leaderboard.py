@@ -1,0 +1,224 @@
+"""Leaderboards: what a benchmark's runs left, gathered into rows, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any, Literal
+
+from distill.benchmark.spec import Entry, Race, Row
+from distill.benchmark.state import DISTANCES
+from distill.files import write
+
+# Figures that tables show, and their heads.
+SHOWN = {"fd": "FD", "fid": "FID", "patch_fid": "patch FID", "fd_dinov2": "FD-DINOv2",
+         "cmmd": "CMMD", "inception_score": "IS", "precision": "precision", "recall": "recall",
+         "coverage": "coverage", "accuracy": "accuracy"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contestant at one step count.
+
+    Args:
+        steps: Of sampling; None for a row of which no run came through.
+        metrics: By name, the mean over seeds and the spread (population standard deviation).
+        seeds: Of the runs that came through; for the teacher, of its noise.
+        train_steps, network_evaluations, wall_s, peak_memory_gb: Of training, the mean over seeds.
+        failed: Why runs failed, by seed.
+    """
+
+    name: str
+    kind: Literal["student", "teacher", "baseline"]
+    objective: str | None
+    steps: int | None
+    seeds: list[int]
+    metrics: dict[str, dict[str, float]]
+    train_steps: float | None = None
+    network_evaluations: float | None = None
+    wall_s: float | None = None
+    peak_memory_gb: float | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def value(self, key: str) -> float:
+        """The mean of a metric."""
+        return self.metrics[key]["mean"]
+
+    @property
+    def distance(self) -> float:
+        """The mean of the figure that orders lines."""
+        return self.value(distance_of(self.metrics))
+
+
+def distance_of(figures: Mapping[str, Any]) -> str:
+    """The name of the distance among a protocol's figures."""
+    return next(k for k in DISTANCES if k in figures)
+
+
+def student_lines(race: Race) -> list[Line]:
+    """Every row's lines, a row's together."""
+    lines = []
+    for row in race.bench.rows:
+        entries = [e for e in race.entries if e.row is row]
+        lines += lines_of(race, row, entries)
+    return lines
+
+
+def lines_of(race: Race, row: Row, entries: Sequence[Entry]) -> list[Line]:
+    """A line for each step count that the row's runs were measured at."""
+    name = race.bench.recipe(row, entries[0].seed).objective["name"]
+    failed = {str(e.seed): why for e in entries if (why := race.failure(e)) is not None}
+    came = [e for e in entries if race.done(e) and str(e.seed) not in failed]
+    found = {e.seed: s for e in came if (s := e.summary()) is not None}
+    if not found:
+        return [Line(row.name, "student", name, None, [], {}, failed=failed)]
+    runs = list(found.values())
+
+    def average(key: str) -> float:
+        return mean(s[key] for s in runs)
+
+    return [
+        Line(
+            row.name,
+            "student",
+            name,
+            int(steps),
+            list(found),
+            over_seeds([s["metrics"]["student"][steps] for s in runs]),
+            average("steps"),
+            average("network_evaluations"),
+            average("wall_s"),
+            average("peak_memory_gb"),
+            failed,
+        )
+        for steps in runs[0]["metrics"]["student"]
+        if all(steps in s["metrics"]["student"] for s in runs)
+    ]
+
+
+def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The mean and the spread of every figure that is a float in all rows."""
+    keys = [k for k in rows[0] if all(isinstance(r.get(k), float) for r in rows)]
+    values = {k: [r[k] for r in rows] for k in keys}
+    return {k: {"mean": mean(v), "spread": pstdev(v)} for k, v in values.items()}
+
+
+def sampled(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """A protocol's own means and spreads, as lines have them."""
+    spread = found["spread"]
+    keys = [k for k, v in found.items() if isinstance(v, float)]
+    return {k: {"mean": found[k], "spread": spread.get(k, 0.0)} for k in keys}
+
+
+def save(race: Race, lines: Sequence[Line]) -> None:
+    """Write leaderboard.json and leaderboard.md, students best first."""
+    lines = ordered(lines)
+    tree = json.dumps([asdict(v) for v in lines], indent=2, ensure_ascii=False)
+    write(race.out / "leaderboard.json", tree + "\n")
+    write(race.out / "leaderboard.md", markdown(race, lines))
+
+
+def read(out: Path) -> list[Line]:
+    """The lines that `save` left in a folder."""
+    return [
+        Line(**tree) for tree in json.loads((out / "leaderboard.json").read_text(encoding="utf-8"))
+    ]
+
+
+def ordered(lines: Iterable[Line]) -> list[Line]:
+    """The teacher, its baselines, then students by their distance in the fewest steps.
+
+    Rows of which no run came through are last.
+    """
+    lines = list(lines)
+    best: dict[str, float] = {}
+    for line in sorted((v for v in lines if v.metrics), key=lambda v: v.steps or 0):
+        best.setdefault(line.name, line.distance)
+    kinds = ("teacher", "baseline", "student")
+
+    def key(line: Line) -> tuple[int, float, str, int]:
+        place = best.get(line.name, float("inf")) if line.kind == "student" else 0.0
+        name = line.name if line.kind == "student" else ""
+        return kinds.index(line.kind), place, name, line.steps or 0
+
+    return sorted(lines, key=key)
+
+
+def markdown(race: Race, lines: Sequence[Line]) -> str:
+    """The leaderboard as a page: students, the teacher beside them, and what failed."""
+    bench = race.bench
+    protocol = bench.reference().eval.protocol or "closed form"
+    seeds = ", ".join(map(str, bench.seeds))
+    parts = [
+        "# Leaderboard",
+        f"Every student was trained for {bench.budget}, with seeds {seeds}; protocol: {protocol}. "
+        "± is the spread over seeds. Evaluations are samples through any network while training.",
+        table([v for v in lines if v.kind == "student" and v.steps]),
+    ]
+    if taught := [v for v in lines if v.kind != "student"]:
+        cost = "Evaluations are samples through any network for one picture."
+        parts += ["## The teacher, untrained", cost, table(taught)]
+    if failed := {(v.name, k): why for v in lines for k, why in v.failed.items()}:
+        said = [
+            f"- {plain(name)}, seed {seed}: {plain(why)}" for (name, seed), why in failed.items()
+        ]
+        parts += ["## Failed", "\n".join(said)]
+    return "\n\n".join(p for p in parts if p) + "\n"
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Lines as a Markdown table, of the columns that any of them has."""
+    if not lines:
+        return ""
+    keys = [k for k in SHOWN if any(k in v.metrics for v in lines)]
+    timed = any("images_per_s" in v.metrics for v in lines)
+    trained = any(v.wall_s is not None for v in lines)
+    asked = any("evaluations" in v.metrics for v in lines)  # network evaluations of a picture
+    heads = [
+        "",
+        "steps",
+        *(["evaluations"] if asked else []),
+        *(SHOWN[k] for k in keys),
+        *(["images/s"] if timed else []),
+    ]
+    heads += ["trained steps", "evaluations", "wall s", "memory GB"] if trained else []
+    rows = [heads, ["---"] * len(heads)]
+    for line in lines:
+        cells = [plain(line.name), str(line.steps)]
+        if asked:
+            cells.append(
+                f"{line.value('evaluations'):.4g}" if "evaluations" in line.metrics else ""
+            )
+        cells += [figure(line, k) for k in keys]
+        if timed:
+            speed = "images_per_s" in line.metrics
+            cells.append(f"{line.value('images_per_s'):,.0f}" if speed else "")
+        if trained:
+            assert line.network_evaluations is not None and line.train_steps is not None
+            cells += [f"{line.train_steps:,.0f}", f"{line.network_evaluations:,.0f}"]
+            cells += [f"{line.wall_s:.0f}", f"{line.peak_memory_gb:.2f}"]
+        rows.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def plain(text: str) -> str:
+    """A text that Markdown shows as it is, in a table's cell as well."""
+    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(text, quote=False))
+
+
+def figure(line: Line, key: str) -> str:
+    """A mean, and its spread where there are several seeds."""
+    if key not in line.metrics:
+        return ""
+    spread = f" ± {short(line.metrics[key]['spread'])}" if len(line.seeds) > 1 else ""
+    return f"{short(line.value(key))}{spread}"
+
+
+def short(value: float) -> str:
+    """Three decimals, or two digits of what they would not show."""
+    return f"{value:.2g}" if 0 < abs(value) < 0.005 else f"{value:.3f}"

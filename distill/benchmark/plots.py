@@ -1,0 +1,245 @@
+"""A leaderboard as pictures: every point named beside it, colours that all eyes can tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distill.benchmark.leaderboard import Line, distance_of
+
+# Okabe and Ito's palette (Color Universal Design, 2008), without yellow, which is faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")  # of objectives, so that colour is not all
+GREY, BLACK = "#767676", "#1a1a1a"
+NAME = 0.21  # inches that a name takes
+
+
+class Point(NamedTuple):
+    """A place in an axis, and the name that is written for it in the margin."""
+
+    x: float
+    y: float
+    name: str
+    colour: str
+
+
+def plot(lines: Sequence[Line], out: Path) -> list[Path]:
+    """Write every picture that the lines have figures for; their paths."""
+    import matplotlib as mpl
+
+    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+             "axes.edgecolor": GREY, "axes.titlesize": 10, "axes.titlelocation": "left",
+             "xtick.color": BLACK, "ytick.color": BLACK, "grid.color": "#e6e6e6",
+             "figure.dpi": 150, "savefig.bbox": "tight", "axes.axisbelow": True}  # fmt: skip
+    lines = [replace(v, name=v.name.replace("$", r"\$")) for v in lines]  # no mathematics
+    students = [v for v in lines if v.kind == "student" and v.steps]
+    if not students:
+        return []
+    first = fewest(students)
+    found = []
+    with mpl.rc_context(style):
+        if any(v.steps != students[0].steps for v in students):
+            found.append(quality_by_steps(lines, out))
+        found.append(quality_by_cost(lines, first, out))
+        if all("recall" in v.metrics for v in first):
+            found.append(diversity(lines, first, out))
+        found.append(cost(first, out))
+    return found
+
+
+def fewest(students: Sequence[Line]) -> list[Line]:
+    """Each row's line at its fewest steps."""
+    found: dict[str, Line] = {}
+    for line in sorted(students, key=lambda v: v.steps or 0):
+        found.setdefault(line.name, line)
+    return list(found.values())
+
+
+def looks(lines: Sequence[Line]) -> dict[str | None, tuple[str, str]]:
+    """A colour and a mark for each objective."""
+    names = sorted({v.objective or "" for v in lines if v.kind == "student"})
+    return {n: (COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]) for i, n in enumerate(names)}
+
+
+def figure(names: int, width: float = 7.0, panels: int = 1) -> tuple[Any, Any]:
+    """Axes tall enough for so many names in the margin."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, max(4.0, NAME * names + 1.0)), layout="constrained")
+    FigureCanvasAgg(fig)  # no window, and no state of pyplot's
+    return fig, fig.subplots(1, panels, sharey=panels > 1)
+
+
+def saved(fig: Any, path: Path) -> Path:
+    fig.savefig(path)
+    return path
+
+
+def quality_by_steps(lines: Sequence[Line], out: Path) -> Path:
+    """Distance against the students' sampling steps: a path for each row, the baselines' dashed."""
+    rows: dict[str, list[Line]] = {}
+    most = max(v.steps or 0 for v in lines if v.kind == "student")
+    few = [v for v in lines if v.steps and v.steps <= most and v.kind != "teacher"]
+    for line in sorted(few, key=lambda v: v.steps or 0):
+        rows.setdefault(line.name, []).append(line)
+    fig, ax = figure(len(rows) + 1)
+    look, points = looks(lines), []
+    for name, path in rows.items():
+        colour, mark = look.get(path[0].objective, (GREY, "."))
+        x, y = [v.steps or 0 for v in path], [v.distance for v in path]
+        dashed = "--" if path[0].kind == "baseline" else "-"
+        ax.plot(x, y, dashed, marker=mark, color=colour, lw=1.2, ms=4.5, alpha=0.9)
+        points.append(Point(x[-1], y[-1], name, colour))
+    ax.set_xscale("log", base=2)
+    steps = sorted({v.steps for v in few if v.steps})
+    ax.set_xticks(steps, [str(k) for k in steps])
+    ax.set_xlabel("sampling steps")
+    scale_of_distance(ax, "Distance by sampling steps")
+    points += reference(ax, lines, None)
+    in_margin(ax, points)
+    return saved(fig, out / "quality-steps.png")
+
+
+def quality_by_cost(lines: Sequence[Line], first: Sequence[Line], out: Path) -> Path:
+    """Distance in the fewest steps against what training took, of what was not held equal."""
+    spent = [v.network_evaluations or 0 for v in first]
+    timed = max(spent) <= 1.2 * min(spent)  # the budget was of evaluations
+    fig, ax = figure(len(first) + 2)
+    look, points = looks(lines), []
+    for line in first:
+        colour, mark = look[line.objective]
+        x = (line.wall_s if timed else line.network_evaluations) or 0.0
+        y, spread = line.distance, line.metrics[distance_of(line.metrics)]["spread"]
+        low = min(spread, 0.9 * y)  # a logarithm has no room for more
+        ax.errorbar(x, y, [[low], [spread]], color=colour, marker=mark, ms=5.5, lw=1, capsize=2)
+        points.append(Point(x, y, at(line), colour))
+    ax.set_xlabel("training, seconds" if timed else "training, network evaluations")
+    ax.set_xlim(0, 1.08 * max(p.x for p in points))
+    scale_of_distance(ax, "Distance by the cost of training (bars: spread of seeds)")
+    points += reference(ax, lines, min(v.steps or 0 for v in first))
+    in_margin(ax, points)
+    return saved(fig, out / "quality-cost.png")
+
+
+def diversity(lines: Sequence[Line], first: Sequence[Line], out: Path) -> Path:
+    """Recall and coverage beside distance, which both panels and the names share."""
+    fig, axes = figure(len(first) + 2, 8.4, 2)
+    look, points = looks(lines), []
+    for ax, key in zip(axes, ("recall", "coverage"), strict=True):
+        for line in first:
+            colour, mark = look[line.objective]
+            ax.plot(line.value(key), line.distance, mark, color=colour, ms=5.5)
+            if key == "coverage":
+                points.append(Point(line.value(key), line.distance, at(line), colour))
+        scale_of_distance(ax, f"{key}: to the right is more diverse", key == "recall")
+        ax.set_xlabel(key)
+        found = reference(ax, lines, min(v.steps or 0 for v in first), key)
+        points += found if key == "coverage" else []
+    in_margin(axes[1], points)
+    return saved(fig, out / "diversity.png")
+
+
+def cost(first: Sequence[Line], out: Path) -> Path:
+    """Wall time and peak memory of training, a bar for each row, the quickest on top."""
+    order = sorted(first, key=lambda v: v.wall_s or 0, reverse=True)
+    fig, axes = figure(len(order) + 1, 8.4, 2)
+    look = looks(first)
+    colours = [look[v.objective][0] for v in order]
+    parts = (("training, seconds", "wall_s", "{:.0f}"),
+             ("peak memory, GB", "peak_memory_gb", "{:.2f}"))  # fmt: skip
+    for ax, (title, key, text) in zip(axes, parts, strict=True):
+        values = [getattr(v, key) for v in order]
+        text = "{:.1f}" if key == "wall_s" and max(values) < 10 else text
+        bars = ax.barh([v.name for v in order], values, color=colours, height=0.62)
+        ax.bar_label(bars, [text.format(v) for v in values], padding=3, color=BLACK)
+        ax.set_title(title)
+        ax.set_xlim(0, 1.16 * max(values))
+        ax.spines["left"].set_visible(False)
+        ax.tick_params(axis="y", length=0)
+        ax.set_xticks([])
+        ax.spines["bottom"].set_visible(False)
+    return saved(fig, out / "cost.png")
+
+
+def at(line: Line) -> str:
+    """A row's name, with the steps that its point is of, unless it says them itself."""
+    steps = f"{line.steps} step{'s' * (line.steps != 1)}"
+    return line.name if steps in line.name else f"{line.name} ({steps})"
+
+
+def scale_of_distance(ax: Any, title: str, named: bool = True) -> None:
+    """A logarithmic axis of distance, in plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.yaxis.set_minor_locator(LogLocator(subs=()))
+    ax.grid(axis="y", lw=0.6)
+    ax.set_title(title)
+    if named:
+        ax.set_ylabel("Fréchet distance, lower is better")
+
+
+def reference(ax: Any, lines: Sequence[Line], steps: int | None, key: str = "") -> list[Point]:
+    """Lines across at the teacher's distance, and at its best baseline's in at most `steps`.
+
+    Args:
+        key: A metric, to mark where on the line they are.
+    """
+    found = []
+    full = [v for v in lines if v.kind == "teacher"]
+    few = [v for v in lines if v.kind == "baseline" and steps and (v.steps or 0) <= steps]
+    best = sorted(few, key=lambda v: v.distance)[:1]
+    for line, colour, style in [(v, BLACK, "-") for v in full] + [(v, GREY, "--") for v in best]:
+        y = line.distance
+        ax.axhline(y, color=colour, lw=1, ls=style, zorder=1)
+        left, x = ax.get_xlim()
+        # a collapsed sampler's place would squeeze all others into a corner
+        if key in line.metrics and (line.kind == "teacher" or line.value(key) > left):
+            x = line.value(key)
+            ax.plot(x, y, "*", color=colour, ms=9)
+        name = at(line) if line.kind == "teacher" else f"teacher untrained, {at(line)}"
+        found.append(Point(x, y, name, colour))
+    return found
+
+
+def in_margin(ax: Any, points: Sequence[Point]) -> None:
+    """Every point's name to the right of the axes, apart from all others, a thin line to it."""
+    ax.figure.canvas.draw()  # limits are known from here on
+    low, high = ax.get_ylim()
+    right = ax.get_xlim()[1]
+    points = sorted(points, key=lambda p: p.y)
+    places = [ax.transAxes.inverted().transform(ax.transData.transform((p.x, p.y)))[1]
+              for p in points]  # fmt: skip
+    gap = NAME / (ax.figure.get_figheight() - 1.0)
+    for p, y in zip(points, apart(places, gap), strict=True):
+        ax.annotate(
+            p.name, (p.x, p.y), xytext=(1.09, y), textcoords="axes fraction", color=p.colour,
+            va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": p.colour, "lw": 0.5, "alpha": 0.55,
+                        "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)},
+        )  # fmt: skip
+    ax.set_ylim(low, high)
+    ax.set_xlim(right=right)
+
+
+def apart(places: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
+    """Rising places moved as little as they can be, in squares, to lie `gap` apart, all within
+    `low` and `high`, or from `low` on where there is no room."""
+    blocks: list[list[float]] = []  # of places less what the gaps alone give: means that must rise
+    for i, place in enumerate(places):
+        blocks.append([place - i * gap])
+        while len(blocks) > 1 and _mean(blocks[-2]) > _mean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    most = high - (len(places) - 1) * gap
+    level = [max(low, min(most, _mean(b))) for b in blocks for _ in b]
+    return [v + i * gap for i, v in enumerate(level)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

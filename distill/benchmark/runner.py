@@ -1,0 +1,175 @@
+"""The whole of a benchmark: the teacher measured once, every run, the leaderboard and its plots."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from distill.benchmark import leaderboard
+from distill.benchmark.leaderboard import Line, distance_of, sampled
+from distill.benchmark.plots import plot
+from distill.benchmark.spec import Bench, Entry, Race, digest, teacher_files
+from distill.benchmark.state import check_folder, measured, table
+from distill.config.recipe import Recipe
+from distill.console import follow, say
+from distill.data.encode import device, moved
+from distill.data.from_recipe import check_places
+from distill.files import write
+from distill.sampling.guided_teacher import load_teacher
+from distill.sampling.student_sampler import check_protocol
+from distill.sampling.teacher_sampler import Solved
+from distill.training.build import check_exact
+from eval.protocols.measure import Protocol, protocol
+from students import gaussian
+from teachers.errors import UserError
+from teachers.teacher import Teacher
+
+TEACHER = "teacher.json"  # its figures, by what they were measured of
+
+
+def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Line]:
+    """Run a benchmark in `out`, or what is left of it, and leave its leaderboard there.
+
+    Raises:
+        UserError: the benchmark is not one that can be run, or the folder is in use.
+        KeyboardInterrupt: it was stopped; called again, it goes on where it was.
+    """
+    made = Bench.load(path, overrides)
+    check_folder(out)
+    recipe = made.reference()
+    measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
+    teacher = load_teacher(recipe)
+    if measure is not None:
+        check_protocol(measure, teacher)
+    elif not gaussian.exact(teacher):
+        raise UserError(
+            f"{path}: common.eval.protocol: expected one, as students are measured by it"
+        )
+    elif made.baselines:
+        raise UserError(f"{path}: baselines: they are measured by a protocol; set eval.protocol")
+    for baseline in made.baselines:
+        baseline.check(recipe, teacher)
+    check_rows(made, teacher, path)
+    race = Race(made, out)
+    try:
+        with moved([teacher.denoiser], device()):
+            taught = [] if measure is None else teacher_lines(race, recipe, teacher, measure)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # runs are processes of their own
+        runs = len(race.entries)
+        done = [e for e in race.entries if race.done(e)]
+        if done:
+            say(f"{len(done)} of {runs} runs were done before")
+        with closing(ended(race, jobs, len(done))) as counts:
+            follow(counts, runs, f"{runs - len(done)} runs, each for {made.budget}")
+        lines = [*taught, *leaderboard.student_lines(race)]
+        leaderboard.save(race, lines)
+    finally:
+        race.close()
+    lines = leaderboard.read(out)
+    plot(lines, out)
+    return lines
+
+
+def check_rows(made: Bench, teacher: Teacher, path: str) -> None:
+    """Refuse, before any work, a row that can never run.
+
+    It cannot be built, its data are not there, or its first step costs more than the budget.
+
+    Raises:
+        UserError: naming the row.
+    """
+    for row in made.rows:
+        recipe = made.recipe(row, made.seeds[0])
+        try:
+            if gaussian.exact(teacher):
+                check_exact(recipe, teacher)
+            check_places(recipe, teacher)
+            made.budget.check(recipe)
+        except UserError as error:
+            raise UserError(f"{path}: row {row.name!r}: {error}") from None
+
+
+def standings(lines: list[Line]) -> Table:
+    """The students and their teacher on the terminal: distances by step count, best first."""
+    counts = sorted({v.steps for v in lines if v.steps and v.kind != "teacher"})
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    key = next((distance_of(v.metrics) for v in lines if v.metrics), "fd")
+    table.add_column(f"{leaderboard.SHOWN[key]} at steps")
+    for k in counts:
+        table.add_column(str(k), justify="right")
+    rows: dict[str, dict[int, str]] = {}
+    for line in lines:
+        rows.setdefault(line.name, {})
+        if line.steps in counts:
+            rows[line.name][line.steps] = leaderboard.figure(line, key)
+        elif line.kind == "teacher":
+            rows[f"{line.name}, {line.steps} steps: {leaderboard.figure(line, key)}"] = {}
+            rows.pop(line.name)
+    for name, cells in rows.items():
+        table.add_row(Text(name), *(cells.get(k, "") for k in counts))
+    return table
+
+
+def ended(race: Race, jobs: int, before: int) -> Generator[int]:
+    """The count of runs that have ended, each said as it does, with the time that is left."""
+    began, runs = time.monotonic(), len(race.entries)
+    for count, entry in enumerate(race.run(jobs), before + 1):
+        left = (time.monotonic() - began) / (count - before) * (runs - count) / 60
+        rest = f"; about {left:.0f} min left" if count < runs else ""
+        say(f"{count}/{runs}  {said(race, entry)}{rest}")
+        yield count
+
+
+def said(race: Race, entry: Entry) -> str:
+    """One line of how a run ended."""
+    who = f"{entry.row.name}, seed {entry.seed}"
+    if (why := race.failure(entry)) is not None:
+        return f"{who}: failed: {why}"
+    summary = entry.summary()
+    assert summary is not None
+    found = summary["metrics"].get("student", {})
+    keys = {k: distance_of(v) for k, v in found.items()}
+    figures = "  ".join(f"{keys[k]} {v[keys[k]]:.3f} at {k}" for k, v in found.items())
+    return f"{who}: {figures}; {summary['steps']} steps in {summary['wall_s']:.0f} s"
+
+
+def teacher_lines(race: Race, recipe: Recipe, teacher: Teacher, measure: Protocol) -> list[Line]:
+    """The teacher at its full steps and by every baseline, each measured once for the folder."""
+    file = race.out / TEACHER
+    known = table(file) if file.exists() else {}
+    tree, count = recipe.tree(), len(race.bench.seeds)
+    solver, full = recipe.eval.teacher_solver, recipe.eval.teacher_steps
+    seeds, files = list(range(count)), teacher_files(recipe)
+    lines = []
+
+    def once(of: Any, make: Any) -> Any:
+        key = digest([of, tree["teacher"], files, measure.name, count])
+        if not (measured(known.get(key)) and "spread" in known[key]):  # none yet, or damaged
+            known[key] = make()
+            write(file, json.dumps(known, indent=2) + "\n")
+        return sampled(known[key])
+
+    def whole() -> dict[str, Any]:
+        return measure(Solved(recipe, teacher, solver, "own", full, measure.prompts), count)
+
+    more = len(race.bench.baselines)
+    say(f"measuring the teacher: {full} steps of {solver}, and {more} other{'s' * (more != 1)}")
+    metrics = once([solver, full], whole)
+    lines.append(Line(f"teacher, {solver}", "teacher", None, full, seeds, metrics))
+    for b in race.bench.baselines:
+        for k in b.steps:
+            metrics = once(
+                [b.model_dump(mode="json", exclude={"steps"}), k],
+                lambda b=b, k=k: b.measure(recipe, teacher, measure, k, count),
+            )
+            lines.append(Line(b.name, "baseline", None, k, seeds, metrics))
+    return lines

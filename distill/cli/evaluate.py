@@ -1,0 +1,337 @@
+"""`distill sample`, `eval`, `draw`, `reference`: pictures and figures of students and teachers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distill.cli.options import Student, at_home, counts, writable
+
+MOST = 100_000  # pictures that `sample` draws: all are in memory at once
+
+
+def sample(
+    student: Student,
+    out: Annotated[
+        Path, typer.Option(callback=at_home, help="A .png grid, or .npz with images and labels.")
+    ],
+    steps: Annotated[
+        int | None, typer.Option(help="A count it was trained for; by default its run's best.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", help="How many pictures.", min=1, max=MOST)] = 16,
+    seed: Annotated[int, typer.Option(help="The stock pipeline's generator seed.")] = 0,
+    labels: Annotated[str | None, typer.Option(help="Such as 3, or 0,1,2: repeated to n.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="For text students; may be repeated, and is up to n.")
+    ] = None,
+):
+    """Draw pictures from a student: those that the stock pipeline draws for the same seed."""
+    from distill.console import waiting
+    from distill.data.encode import counting, tell
+    from distill.publish.results_table import advised
+    from distill.report.page import intact, read_summary
+    from students.export.folder import draw, load_student
+    from teachers.errors import UserError, cut
+
+    if out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {cut(str(out))}: expected a name that ends in .png or .npz")
+    writable(out, "--out")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
+    generator, teacher = load_student(student)
+    if steps is None:
+        done = student / "summary.json"
+        with intact(done):
+            steps = advised(generator.counts, read_summary(student) if done.is_file() else {})
+    if steps not in generator.counts:
+        raise UserError(f"--steps {steps}: this student was trained for {counts(generator)}")
+    classes = getattr(teacher.codec, "classes", 0)
+    if labels is not None and not classes:
+        raise UserError("--labels: this student is not class-conditional")
+    text = not classes and teacher.codec.condition([""]) is not None
+    if text and not prompt:
+        raise UserError(
+            '--prompt is missing: this student draws what it is told, as in --prompt "…"'
+        )
+    if prompt and not text:
+        raise UserError("--prompt: this student does not read text")
+    names = prompt or [str(i) for i in range(classes or 1)]
+    if labels is not None:
+        names = split_labels(labels)
+    if (labels or prompt) and len(names) > n:
+        option = "--labels" if labels else "--prompt"
+        raise UserError(f"{option}: there are {len(names)} and --n is {n}; give --n {len(names)}")
+    wanted = [names[i % len(names)] for i in range(n)]
+    with counting(teacher) as cuts:
+        teacher.codec.condition(list(dict.fromkeys(wanted)))
+    tell(cuts, "--prompt")
+    with waiting(f"drawing {n} pictures in {steps} step{'s' * (steps != 1)}"):
+        images = teacher.codec.decode(draw(generator.at(steps), teacher, wanted, seed))
+    if out.suffix == ".npz":
+        import numpy as np
+
+        from eval.samples import to_uint8
+
+        np.savez(
+            out,
+            images=to_uint8(images).numpy(),
+            labels=np.array(wanted if text else [int(p) for p in wanted]),
+        )
+    else:
+        from distill.grids import save_grid
+
+        each = len(names)  # a column for each, or several such
+        save_grid(images, out, min(n, each * max(1, 8 // each) if each <= 16 else 8))
+
+
+def split_labels(labels: str) -> list[str]:
+    """The labels of `--labels`, which are checked as they are drawn.
+
+    Raises:
+        UserError: one is empty.
+    """
+    from teachers.errors import UserError, quoted
+
+    names = [p.strip() for p in labels.split(",")]
+    if "" in names:
+        which = f"label {names.index('') + 1} of {len(names)} is empty"
+        raise UserError(f"--labels {quoted(labels)}: {which}; give numbers, such as 3 or 0,1,2")
+    return names
+
+
+Source = Annotated[str, typer.Argument(help="A student or its run's folder, or a teacher.")]
+Solver = Annotated[
+    str, typer.Option(help="Teachers': one of ours, or a scheduler class of diffusers.")
+]
+Guidance = Annotated[float, typer.Option(help="Teachers': g = 1 + w; 1 is none.")]
+
+
+def evaluate(
+    source: Source,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="How to measure; see distill list.", show_default="the run's own"),
+    ] = None,
+    steps: Annotated[str, typer.Option(help="Such as 1,2,4; all of a student's, by default.")] = "",
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many, from 0; the protocol's by default.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A teacher to measure beside it, from the same noise.")
+    ] = None,
+    against_steps: Annotated[
+        int | None, typer.Option(min=1, help="And in how many steps.", show_default="18")
+    ] = None,
+    solver: Solver = "heun",
+    guidance: Guidance = 1.0,
+    null_label: Annotated[int | None, typer.Option(help="Teachers': the null class.")] = None,
+    schedule: Annotated[
+        str, typer.Option(help="Our solvers' times: own, ays, gits or searched.")
+    ] = "own",
+    adaptive: Annotated[
+        float | None, typer.Option(help="Guide until both predictions have this cosine, as 0.991.")
+    ] = None,
+    cache: Annotated[
+        int, typer.Option(min=1, help="DeepCache: run a UNet whole in every so many calls.")
+    ] = 1,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the weights: fp32, bf16 or fp16; text pipelines only.")
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time it: alone, unless a protocol is named.")
+    ] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", callback=at_home, help="Write the figures here; seeds that it holds are kept."
+        ),
+    ] = None,
+):
+    """Measure a student or a teacher by a protocol, at the step counts given; or its speed."""
+    from dataclasses import replace
+
+    from accelerate import PartialState
+
+    from distill.console import out as console
+    from distill.console import paces, results
+    from distill.data.encode import device as device_of
+    from distill.evaluation import subject
+    from distill.evaluation.results_file import PARTS, Figures
+    from eval.protocols.measure import protocol as protocol_of
+    from eval.stream import Processes
+    from teachers.errors import UserError, cut, nearest
+
+    if against is None and against_steps is not None:
+        raise UserError("--against-steps: it is for --against, which names a teacher")
+    against_steps = 18 if against_steps is None else against_steps
+    if protocol is None and not speed:
+        protocol = subject.usual_protocol(source)
+    if protocol is None and seeds is not None:
+        raise UserError("--seeds: it is for --protocol; a speed has none")
+    measure = None if protocol is None else protocol_of(protocol)
+    if precision not in (None, "fp32", "bf16", "fp16"):
+        raise UserError(
+            f"--precision {cut(precision)}: {nearest(precision, ('fp32', 'bf16', 'fp16'))}"
+        )
+    if json_file is not None:
+        writable(json_file, "--json")
+    wanted = [k.strip() for k in steps.split(",")] if steps else []
+    if not all(k.isdecimal() and int(k) for k in wanted):
+        raise UserError(f"--steps {cut(steps)}: expected whole numbers from 1, such as 1,2,4")
+    device = device_of()
+    state = PartialState(
+        cpu=device.type == "cpu"
+    )  # or processes on CPUs do not know of one another
+    processes = Processes(state.process_index, state.num_processes)
+    if speed and processes.count > 1:
+        raise UserError("--speed: it is of one process; start it without a launcher")
+    how = {"solver": solver, "guidance": guidance, "null_label": null_label}
+    few = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
+    file = None
+    if json_file is not None:
+        of = {"source": source, "protocol": protocol, "precision": precision, **how, **few}
+        if against is not None:
+            of |= {"against": against, "against_steps": against_steps}
+        file = Figures(json_file, of)
+        for part in PARTS:
+            writable(file.record(part), "--json")
+    if subject.is_student(source):
+        subject.refuse(few, "a student has no such choice")
+        if against is None:
+            subject.refuse(how, "a student has no such choice; it is for --against")
+        found = subject.student(source, device, precision)
+    else:
+        found = subject.teacher(source, device, **how, **few, precision=precision)
+    counts = [int(k) for k in wanted] or list(found.counts or (1, 2, 4))
+    found.check(counts)
+    other = (
+        None if against is None else subject.teacher(against, device, **how, precision=precision)
+    )
+    if other is not None:
+        subject.check_against(found, other)
+    if file is not None:
+        state.wait_for_everyone()  # all have looked before anything is there
+        if state.is_main_process:
+            file.open()
+        state.wait_for_everyone()
+    record, beside = (file and file.record(part) for part in PARTS)
+    tree: dict[str, Any] = {}
+    if measure is not None:
+        n = measure.seeds if seeds is None else seeds
+        rows = subject.evaluate(found, measure, counts, n, processes, record)
+        tree |= {"protocol": protocol, found.who: rows}
+        shown, base = subject.shown(found, rows), None
+        if other is not None:
+            for k in counts:
+                near = subject.agreement(found, other, measure.prompts, k, against_steps)
+                rows[str(k)].update(near)
+            full = subject.evaluate(other, measure, [against_steps], n, processes, beside)
+            tree["against"] = full
+            beside_it = subject.shown(replace(other, who=str(against)), full)
+            base, shown = next(iter(beside_it)), beside_it | shown
+        if not processes.rank:
+            title = f"{protocol}: {len(measure.prompts):,} samples, "
+            title += f"{n} seeds; ± over seeds" if n > 1 else "one seed"
+            console.print(results(title, shown, base=base))
+    if speed:
+        tree["speed"] = {found.who: subject.speeds(found, counts, device)}
+        console.print(paces(found.who, tree["speed"][found.who]))
+        if other is not None:
+            tree["speed"]["against"] = subject.speeds(other, [against_steps], device)
+            console.print(paces(str(against), tree["speed"]["against"]))
+    if file is not None and not processes.rank:
+        file.close(tree)
+
+
+def draw(
+    benchmark: Annotated[str, typer.Argument(help="geneval or dpg.")],
+    source: Source,
+    prompts: Annotated[
+        Path,
+        typer.Argument(
+            callback=at_home, help="GenEval's evaluation_metadata.jsonl; DPG-Bench's folder of .txt"
+        ),
+    ],
+    folder: Annotated[
+        Path,
+        typer.Argument(callback=at_home, help="For its scorer; FOLDER.json says what it holds."),
+    ],
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="A student's most, or a teacher's 18, by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Other pictures for another.")] = 0,
+    solver: Solver = "heun",
+    guidance: Guidance = 1.0,
+):
+    """Draw a benchmark's prompts, four pictures of each, as the scorer of its authors takes them.
+
+    Called again, it goes on where it was cut off.
+    """
+    from accelerate import PartialState
+
+    from distill.console import say
+    from distill.data.encode import device as device_of
+    from distill.evaluation import prompt_benchmarks as benchmarks
+    from distill.evaluation import subject
+    from eval.stream import Processes
+
+    asked = benchmarks.prompts_of(benchmark, prompts)
+    device = device_of()
+    state = PartialState(
+        cpu=device.type == "cpu"
+    )  # or processes on CPUs do not know of one another
+    if subject.is_student(source):
+        found = subject.student(source, device)
+    else:
+        found = subject.teacher(source, device, solver, guidance)
+    k = steps or max(found.counts or (18,))
+    found.check([k])
+    benchmarks.check_subject(found, benchmark)
+    lines = [v._asdict() for v in asked]
+    about = {"benchmark": benchmark, "steps": k, "seed": seed, **found.about, "prompts": lines}
+    record = benchmarks.check_folder(folder, about)
+    writable(record, "draw")
+    state.wait_for_everyone()  # all have looked before anything is there
+    if state.is_main_process:
+        benchmarks.begin(record, about)
+    processes = Processes(state.process_index, state.num_processes)
+    benchmarks.draw(found, benchmark, asked, folder, k, seed, processes)
+    say(f"pictures of {len(asked):,} prompts in {folder}")
+
+
+def reference(
+    name: Annotated[str, typer.Argument(help="Of the set of pictures, as protocols name it.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            callback=at_home, help="Its folder of pictures; or published moments, FILE.npz."
+        ),
+    ],
+    protocol: Annotated[
+        str | None, typer.Option(help="For this one alone; for all that take it, by default.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Which features the moments are of, if it may be several.")
+    ] = None,
+):
+    """Make the statistics of real pictures that protocols compare with; what is there is kept."""
+    from distill.console import say
+    from distill.evaluation import references
+    from teachers.errors import UserError
+
+    asked = references.wanted(name, protocol)
+    if source.is_dir():
+        if features is not None:
+            raise UserError("--features: for an .npz alone; of pictures all are made")
+        made = references.from_pictures(asked, source)
+        say(f"{name}: {asked.count:,} pictures, {len(made)} kinds of features in {made[0].parent}")
+        return
+    if source.suffix != ".npz" or not source.is_file():
+        raise UserError(f"{source}: expected a folder of pictures, or an .npz of mu and sigma")
+    path, rest = references.from_moments(asked, source, features)
+    say(f"{name}: moments in {path}; that they are of {asked.count:,} pictures is your word")
+    if rest:
+        names = ", ".join(need.features.name for need in rest)
+        say(f"still to be made, of the pictures: {names}")

@@ -1,0 +1,1 @@
+"""Recipes: YAML in, checked settings out. Nothing here loads a network."""

@@ -1,0 +1,1 @@
+"""Training data: items found, read, encoded, cached, and handed out as batches."""

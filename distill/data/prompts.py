@@ -1,0 +1,116 @@
+"""Prompts alone, for objectives that need no images: a text file, a table's column, or a pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill.config.schema import Column
+from distill.data.listing import Bad, Item, Listing, Needs
+from distill.data.tables import SUFFIXES, file_of, kind_of, lookup, open_table
+from eval.text import MARK, decoded, lines
+from teachers.errors import UserError, nearest
+from teachers.storage.files import home
+
+PACKS = Path(__file__).parent / "packs"
+
+
+def list_prompts(place: str | Column, needs: Needs = "caption") -> Listing:
+    """The prompts that `data.prompts` names.
+
+    Args:
+        place: A text file with a prompt on each line, "pack:NAME", "DATASET:COLUMN" where DATASET
+            is a table file, a saved dataset or a Hub id, or the same in a mapping.
+        needs: Whether they are captions, or labels.
+
+    Raises:
+        UserError: there is no such file, pack, dataset or column, or it holds no prompts.
+    """
+    found = place_of_prompts(place)
+    if isinstance(found, Column):
+        return _column(found, needs)
+    return _lines(found, str(place), needs)
+
+
+def place_of_prompts(place: str | Column) -> Path | Column:
+    """The text file or the column that `data.prompts` names; nothing is read.
+
+    Raises:
+        UserError: nothing is there, as far as can be told without asking the Hub.
+    """
+    with lookup("data.prompts", place):
+        return _place(place)
+
+
+def _place(place: str | Column) -> Path | Column:
+    if isinstance(place, str):
+        if place.startswith("pack:"):
+            return pack(place.removeprefix("pack:"))
+        file = home(place, "data.prompts")
+        if file.is_dir():
+            raise UserError(
+                f"data.prompts: {place!r} is a folder; give a text file in it, one prompt a line"
+            )
+        if file.is_file() and kind_of(file) in SUFFIXES:
+            raise UserError(
+                f"data.prompts: {place!r} is a table; name its column: '{place}:COLUMN'"
+            )
+        if file.is_file():
+            return file
+        if file.exists():
+            raise UserError(
+                f"data.prompts: {place!r} is a pipe or a device, which cannot be read again; save "
+                "the prompts in a text file"
+            )
+        name, colon, column = place.rpartition(":")
+        if not colon or not name or not column:
+            raise UserError(
+                f"data.prompts: no such file: {place!r}; give a text file, 'pack:starter', or "
+                "'DATASET:COLUMN'"
+            )
+        place = Column(hf=name, column=column)
+    file_of(place.hf, f"data.prompts: '{place.hf}:{place.column}'")
+    return place
+
+
+def pack(name: str) -> Path:
+    """The file of a pack that comes with the package."""
+    packs = [p.stem for p in PACKS.glob("*.txt")]
+    if name not in packs:
+        raise UserError(f"data.prompts: no pack {name!r}; {nearest(name, packs)}")
+    return PACKS / f"{name}.txt"
+
+
+def _lines(file: Path, place: str, needs: Needs) -> Listing:
+    """A line each; blank ones at the end are none, those before it are empty captions."""
+    listing = Listing(f"data.prompts: {place!r}")
+    try:
+        text = decoded(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{listing.where} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{listing.where} {error}") from None
+    for number, line in enumerate(lines(text.rstrip()), 1):
+        name, prompt = f"{place}:{number}", line.strip().lstrip(MARK).lstrip()
+        if "\r" in prompt:
+            reason = "it holds a carriage return that ends no line; end lines with \\n or \\r\\n"
+            listing.bad.append(Bad(name, "control character", reason))
+        else:
+            listing.add(Item(name, prompt), needs)
+    return _some(listing)
+
+
+def _column(place: Column, needs: Needs) -> Listing:
+    listing = Listing(f"data.prompts: '{place.hf}:{place.column}'")
+    table = open_table(place.hf, place.split, listing.where)
+    table.need(place.column, listing.where)
+    listing.numbered = table.numbered(place.column)
+    for row, value in enumerate(table.values(place.column)):
+        text = value.strip() if isinstance(value, str) else value
+        listing.add(Item(f"{table.name}[{row}]", text), needs)
+    return _some(listing)
+
+
+def _some(listing: Listing) -> Listing:
+    if not listing.total:
+        raise UserError(f"{listing.where} holds no prompts")
+    return listing

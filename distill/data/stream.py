@@ -1,0 +1,154 @@
+"""Data: an endless stream of batches, any of which can be made without making those before it.
+
+Batch number d, shard k is a function of (seed, d, k) alone. So a resumed run needs no position but
+its count of batches, and N processes draw exactly what one process would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.objectives.base import Batch
+from distill.seeds import seed_of
+from teachers.denoiser import Cond
+
+AHEAD = 3  # shards made before they are asked for
+
+
+class Source:
+    """Encoded data (N, ...) with their conditions, or conditions alone, in memory.
+
+    A subclass that keeps them elsewhere overrides `take`; one that holds several, `batch`.
+
+    Args:
+        shape: Of one datum.
+        x: (N, ...), or None where the objective needs no data.
+        cond: Entries (N, ...), or None.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], x: Tensor | None, cond: Cond, seed: int, size: int
+    ) -> None:
+        self.shape, self.x, self.cond, self.seed = shape, x, cond, seed
+        self.size = size  # how many items there are: of x, or of cond
+        self.report: dict[str, Any] | None = None  # how files were read, where any were
+        self._order = lru_cache(2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        rng = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
+        return torch.randperm(self.size, generator=rng)
+
+    def batch(self, draw: int, shard: int, shards: int, size: int) -> Batch:
+        """Shard `shard` of `shards`, each of `size` items, of batch number `draw`; on the CPU.
+
+        Every epoch visits every item once, in its own order.
+        """
+        first = (draw * shards + shard) * size
+        where = torch.arange(first, first + size)
+        epochs, places = where // self.size, where % self.size
+        index = torch.cat(
+            [
+                self._order(int(e))[places[epochs == e]]
+                for e in range(int(epochs[0]), int(epochs[-1]) + 1)
+            ]
+        )
+        rng = torch.Generator().manual_seed(seed_of(self.seed, "noise", draw, shard))
+        noise = torch.randn(size, *self.shape, generator=rng)
+        x, cond = self.take(index)
+        return Batch(x, noise, cond)
+
+    def take(self, index: Tensor) -> tuple[Tensor | None, Cond]:
+        """Data and conditions of the items numbered `index` (B,)."""
+        cond = self.cond and {k: v[index] for k, v in self.cond.items()}
+        return None if self.x is None else self.x[index], cond
+
+
+class Buckets(Source):
+    """Sources of differently shaped data, one for each batch: all its shards are of one shape.
+
+    Batches come from each in proportion to its size, spread evenly: of any run of as many batches
+    as there are items, each source gives as many as it has items. Within a source every epoch
+    visits every item once.
+    """
+
+    def __init__(self, parts: Sequence[Source], seed: int) -> None:
+        size = sum(p.size for p in parts)
+        super().__init__(parts[0].shape, None, None, seed, size)
+        self.parts = parts
+        self._rounds = lru_cache(2)(self._round)
+
+    def _round(self, number: int) -> tuple[Tensor, Tensor]:
+        """Of `size` batches, the part that each is from, and how many of that part came before."""
+        rng = torch.Generator().manual_seed(seed_of(self.seed, "buckets", number))
+        sizes = torch.tensor([p.size for p in self.parts])
+        part = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        turn = torch.cat([torch.arange(p.size) for p in self.parts])
+        offsets = torch.rand(len(sizes), dtype=torch.float64, generator=rng)
+        order = ((turn + offsets[part]) / sizes[part]).argsort(stable=True)
+        return part[order], turn[order]
+
+    def batch(self, draw: int, shard: int, shards: int, size: int) -> Batch:
+        """Shard `shard` of batch number `draw`, whose part is a function of `draw` alone."""
+        number, place = divmod(draw, self.size)
+        part, turn = (int(v[place]) for v in self._rounds(number))
+        source = self.parts[part]
+        return source.batch(number * source.size + turn, shard, shards, size)
+
+
+class Stream:
+    """A source's batches for this process, made ahead on a thread and moved to the device.
+
+    Args:
+        draw: The number of the first batch.
+        mine: The shards of each batch that this process takes, in order.
+        size: Items in one shard.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        device: torch.device,
+        draw: int,
+        mine: range,
+        shards: int,
+        size: int,
+        ahead: int = AHEAD,
+    ) -> None:
+        self.source, self.device = source, device
+        self.mine, self.shards, self.size = mine, shards, size
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self.places = self._places(draw)
+        self.waiting: list[Future[Batch]] = [self._submit() for _ in range(ahead)]
+
+    def _places(self, draw: int) -> Iterator[tuple[int, int]]:
+        while True:
+            yield from ((draw, shard) for shard in self.mine)
+            draw += 1
+
+    def _submit(self) -> Future[Batch]:
+        return self.pool.submit(self._make, *next(self.places))
+
+    def _make(self, draw: int, shard: int) -> Batch:
+        batch = self.source.batch(draw, shard, self.shards, self.size)
+        if self.device.type == "cpu":
+            return batch
+
+        def move(v: Tensor) -> Tensor:
+            return v.pin_memory().to(self.device, non_blocking=True)
+
+        x = None if batch.x is None else move(batch.x)
+        cond = batch.cond and {k: move(v) for k, v in batch.cond.items()}
+        return Batch(x, move(batch.noise), cond)
+
+    def __next__(self) -> Batch:
+        self.waiting.append(self._submit())
+        return self.waiting.pop(0).result()
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,1 @@
+"""Figures of students and teachers, and what a finished run writes."""

@@ -1,0 +1,93 @@
+"""The few formulas that objectives share.
+
+Batches are (B, ...). Every loss is a per-sample scalar, then the batch mean; whether that scalar
+sums or averages over dimensions is said for each, because it changes the algorithm.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from annotated_types import Interval
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from distill.field_types import Finite, Share
+from teachers.process import Process
+
+
+def mean_square(x: Tensor, y: Tensor) -> Tensor:
+    """|x - y|² averaged over dimensions, (B,)."""
+    return (x - y).square().flatten(1).mean(1)
+
+
+def surrogate(x: Tensor, grad: Tensor) -> Tensor:
+    """A loss whose gradient with respect to x is grad / x.numel(): ½ the mean square, as DMD2's."""
+    return 0.5 * F.mse_loss(x, (x - grad).detach())
+
+
+def huber(x: Tensor, y: Tensor, c: float = 0.0) -> Tensor:
+    """Pseudo-Huber distance √(|x - y|² + c²) - c over the whole sample (summed), (B,).
+
+    iCT's (arXiv:2310.14189); c = 0 is ECT's plain norm, kept smooth at 0 by the tiniest of floors.
+    """
+    square = (x - y).square().flatten(1).sum(1) + c**2
+    return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt() - c
+
+
+def realism(logits: Tensor) -> Tensor:
+    """Non-saturating generator loss: make the critic call fakes real."""
+    return F.softplus(-logits).mean()
+
+
+def critique(fake: Tensor, real: Tensor) -> Tensor:
+    """Logistic critic loss, whose optimal logits are log p_real/p_fake."""
+    return F.softplus(fake).mean() + F.softplus(-real).mean()
+
+
+def mean_abs(x: Tensor) -> Tensor:
+    """|x| averaged over dimensions, shaped (B, 1, ..., 1)."""
+    return x.abs().flatten(1).mean(1).view(-1, *(1,) * (x.ndim - 1))
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """x summed over processes; x itself when there is only one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
+class Uniform:
+    """Times uniform in the process's own t, between `low` and `high`."""
+
+    low: Share = 0.0
+    high: Share = 1.0
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"low, {self.low}, is above high, {self.high}")
+
+    def sample(self, like: Tensor, process: Process) -> Tensor:
+        """One time for each item of `like` (B, ...), shaped (B,)."""
+        u = torch.rand(len(like), device=like.device)
+        return self.low + (self.high - self.low) * u
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
+class LogNormal:
+    """Noise levels σ/α whose logarithm is N(mean, std²), as EDM trains (arXiv:2206.00364)."""
+
+    mean: Annotated[float, *Finite, Interval(ge=-20, le=20)]
+    std: Annotated[float, *Finite, Interval(ge=0, le=20)]
+
+    def sample(self, like: Tensor, process: Process) -> Tensor:
+        """One time for each item of `like` (B, ...), shaped (B,), held within the process."""
+        normal = torch.randn(len(like), device=like.device)
+        return process.time((self.mean + self.std * normal).exp()).clamp(0, 1)
+
+
+Times = Uniform | LogNormal

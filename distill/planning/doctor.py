@@ -1,0 +1,170 @@
+"""The doctor's whole list: a teacher's promises, and those of the students made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from eval.images import files_in as every_file
+from eval.images import is_image, opened, shown
+from students.generator import Generator
+from teachers.analytic import Finite, Gaussian, Mixture
+from teachers.diagnosis.checks import Check, Subject, check, relative
+from teachers.diagnosis.structure import examine, leaves, subject_of, tried
+from teachers.errors import UserError
+from teachers.families.base import Prompted
+from teachers.teacher import Teacher
+
+PICTURES = 4  # how many are drawn, or noised, where there are not more
+VIDEOS = 2  # and of videos
+MOST = 32  # how many are used of a folder
+
+
+def diagnose(
+    teacher: Teacher,
+    images: Tensor,
+    prompts: Sequence[Any] | None = None,
+    structure_only: bool = False,
+) -> list[Check]:
+    """The checks of `teachers.diagnosis.structure`, and that students train as they are sampled.
+
+    Args: as for `examine`.
+    """
+    found = examine(teacher, images, prompts, structure_only=structure_only)
+    if any(c.verdict == "broken" for c in found):
+        return found
+
+    def students() -> Iterator[Check]:
+        yield trained_as_sampled(subject_of(teacher, images, prompts, None))
+
+    return [*found, *tried("students", students)]
+
+
+def trained_as_sampled(subject: Subject) -> Check:
+    """A student of four steps in training, at each place of its chain, is the one at inference."""
+    denoiser, process = subject.denoiser, subject.denoiser.process
+    few = slice(0, 2)
+    z = torch.randn(subject.x[few].shape, generator=torch.Generator().manual_seed(1)).to(subject.x)
+    cond = subject.cond and {k: v[few] for k, v in subject.cond.items()}
+    times = process.grid(4).tolist()
+    fresh, worst = [z.flip(0) * k for k in (1, -1, 0.5)], 0.0
+    for renoise in (True, False):
+        student = Generator(denoiser, times, renoise)
+        at = [z.new_full((len(z),), t) for t in times]
+        x_t = z * process.at(at[0], z)[1]
+        for i, (t, s) in enumerate(zip(at, [*at[1:], None])):
+            with torch.no_grad():
+                x = denoiser(x_t, t, cond)
+            in_training = student(z, cond, i + 1, fresh).detach()  # gradients are on
+            worst = max(worst, relative(in_training, x))
+            if s is not None and renoise:
+                x_t = process.noise(x, s, fresh[i])
+            elif s is not None:
+                x_t = process.step(x_t, x, t, s)
+    return check(
+        "train input = inference input", worst, "≤ 1e-3", worst <= 1e-3,
+        "call(): a student's chain differs between training and sampling; the network keeps a "
+        "state from call to call, or asks whether gradients are on",
+    )  # fmt: skip
+
+
+def pictures_for(teacher: Teacher, path: Path | None) -> Tensor:
+    """Pictures of the teacher's size: of a file, of a folder, or drawn for lack of any.
+
+    Returns:
+        (N, C, H, W) in [-1, 1]; (N, C, F, H, W), in which nothing moves, for teachers of videos;
+        or (N, D) points for teachers in closed form.
+
+    Raises:
+        UserError: the path holds no readable picture, or the codec takes none.
+    """
+    denoiser = teacher.denoiser
+    if isinstance(denoiser, Gaussian | Mixture | Finite):
+        if path is not None:
+            raise UserError("--image: a teacher in closed form brings its own data")
+        if isinstance(denoiser, Finite):
+            return denoiser.items
+        return denoiser.sample(256)
+    channels, *frames, height, width = picture_shape(teacher)
+    few = VIDEOS if frames else PICTURES
+    if path is None:
+        read = leaves(few, channels, (height, width))
+    else:
+        read = torch.stack([picture(p, channels, (height, width)) for p in files_in(path)])
+        read = read if len(read) >= few else read.repeat(few, 1, 1, 1)
+    return read.unsqueeze(2).expand(-1, -1, frames[0], -1, -1) if frames else read
+
+
+def files_in(path: Path) -> list[Path]:
+    """The picture that --image names, or the first of a folder."""
+    if not path.exists():
+        raise UserError(f"--image {path}: no such file or folder")
+    if not path.is_dir():
+        return [path]
+    files = [p for p in every_file(path) if is_image(p)][:MOST]
+    if not files:
+        raise UserError(f"--image {path} holds no images, such as .png, .jpg or .webp")
+    return files
+
+
+def picture_shape(teacher: Teacher) -> tuple[int, ...]:
+    """Channels, height and width of the pictures that become data of the teacher's shape; for
+    videos (C, F, H, W)."""
+    if isinstance(teacher.codec, Prompted):
+        return (3, *teacher.codec.size)
+    shape = teacher.shape
+    channels = shape[0] if shape[0] in (1, 3) else 3
+    try:
+        with torch.no_grad():
+            data = teacher.codec.encode(torch.zeros(1, channels, 64, 64))
+    except Exception as error:  # whatever a user's codec raises
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        raise UserError(
+            f"codec.encode: it raised {type(error).__name__} for a picture "
+            f"(1, {channels}, 64, 64): {first}"
+        ) from None
+    factor = max(64 // data.shape[-1], 1)
+    return channels, shape[-2] * factor, shape[-1] * factor
+
+
+def picture(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
+    """A picture (C, H, W) in [-1, 1], resized to cover the size and cropped at its centre."""
+    from torchvision.transforms import functional as tf
+
+    try:
+        with opened(path) as file:
+            image = shown(file).convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # Pillow's range over many types for a bad file
+        raise UserError(f"--image {path} is not a readable image ({error})") from None
+    scale = max(size[0] / image.height, size[1] / image.width)
+    covering = [round(image.height * scale), round(image.width * scale)]
+    image = tf.center_crop(tf.resize(image, covering, antialias=True), list(size))  # pyright: ignore
+    return tf.pil_to_tensor(image).float() / 127.5 - 1  # pyright: ignore
+
+
+def table(source: str, checks: Sequence[Check]) -> Table:
+    """One row for each promise."""
+    found = Table(title=source, title_justify="left", box=None, pad_edge=False)
+    for name in ("promise", "measured", "should be", "verdict"):
+        found.add_column(name, justify="right" if name == "measured" else "left")
+    styles = {"ok": "green", "left out": "dim"}
+    for c in checks:
+        value = "" if c.value is None else f"{c.value:.3g}"
+        found.add_row(c.name, value, c.bound, Text(c.verdict, styles.get(c.verdict, "red")))
+    return found
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    """The table in one line: passed or broken, and how many checks there were."""
+    counts = {v: sum(c.verdict == v for c in checks) for v in ("ok", "left out")}
+    broken = len(checks) - sum(counts.values())
+    rest = f", {counts['left out']} left out" if counts["left out"] else ""
+    if broken:
+        return f"broken: {broken} of {len(checks) - counts['left out']} checks{rest}"
+    return f"passed: {counts['ok']} checks{rest}"

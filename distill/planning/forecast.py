@@ -1,0 +1,147 @@
+"""A recipe's networks as shapes alone, and the plan that playing them gives."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.config.optimizer import Moves
+from distill.config.recipe import Recipe
+from distill.data.from_recipe import needs_data
+from distill.objectives.base import Batch
+from distill.planning.plan import Plan, play
+from distill.profiling import unique
+from distill.training.build import objective_of, player_networks
+from distill.training.optimizers import held
+from students import schedulers
+from students.lora import unwrap
+from teachers.catalogue.loading import load
+from teachers.catalogue.outlines import OUTLINES, Blank, dtype_of_new, outline
+from teachers.quantised import FORMS, parameters, quantise
+from teachers.storage.diffusers_config import CM
+from teachers.storage.files import home
+from teachers.teacher import Codec, Teacher
+
+
+def plan(recipe: Recipe) -> Plan:
+    """What a run of this recipe would take, on one device. Nothing of its size is allocated.
+
+    Raises:
+        UserError: the teacher is neither here nor known by its outline.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    teacher = shape_of(recipe, fake)
+    train, parts = recipe.train, recipe.train.accumulate
+    n = train.batch // parts
+    base = parameters(unwrap(teacher.denoiser).backbone)  # before there are adapters on it
+    with fake, shaped():
+        objective = objective_of(recipe, teacher, torch.device("cpu"))
+        movers = {k: list(v.parameters()) for k, v in player_networks(objective).items()}
+        x = torch.zeros(n, *teacher.shape)
+        cond = teacher.codec.condition([0] * n)
+        cond = cond and {k: v.clone() for k, v in cond.items()}
+        batch = Batch(x if needs_data(recipe) else None, x.clone(), cond)
+        steps = getattr(objective, "student_every", 1)
+        random.seed(0)
+        most, gradients, flops, evaluations = play(
+            objective, movers, batch, parts, max(steps, 4), train.precision
+        )
+    networks = [v for v in vars(objective).values() if isinstance(v, nn.Module)]
+    tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
+    moments = [
+        held(recipe.players.get(name, Moves()).optimizer, moving) for name, moving in movers.items()
+    ]
+    return Plan(
+        weights=unique(tensors),
+        gradients=gradients,
+        optimizer=sum(device for device, _ in moments),
+        average=4 * sum(p.numel() for p in movers["student"]) if train.ema else 0,
+        activations=most,
+        beside=encoders(teacher),
+        base=base,
+        batch=train.batch,
+        precision=train.precision
+        if train.precision != "fp32"
+        else recipe.teacher.precision or "fp32",
+        evaluations=evaluations,
+        flops=flops,
+        host=sum(host for _, host in moments),
+    )
+
+
+def shape_of(recipe: Recipe, without: Any) -> Teacher:
+    """The recipe's teacher with a network of shapes alone: from its files, or from its outline."""
+    t = recipe.teacher
+    options = t.options()
+    if t.source in OUTLINES and not home(t.source, "teacher.source").exists():
+        return outline(t.source, without, t.size, t.precision or "fp32")
+    teacher = load(t.source, **options)
+    network = unwrap(teacher.denoiser)
+    before: Any = network.backbone
+    with without, dtype_of_new(next(before.parameters()).dtype):
+        backbone = type(before).from_config(before.config)
+        if t.precision in FORMS:
+            quantise(backbone, t.precision)
+    # an EDM student's time is refitted, which takes values; here there are none
+    named = replace(network.schedule, name=CM if network.schedule.sigma_data else "")
+    twin = network.twin(backbone.requires_grad_(False).eval(), named)
+    return Teacher(twin, Still(teacher.codec), teacher.shape, teacher.source)
+
+
+class Still:
+    """A codec whose every condition is that of one prompt, made before any tensor is fake."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.classes = getattr(codec, "classes", 0)
+        self.null_label = getattr(codec, "null_label", None)
+        self.null, self.one = codec.null, codec.condition([0])
+        self.pipe = getattr(codec, "pipe", None)
+
+    def condition(self, prompts: Sequence[Any]) -> Any:
+        n = len(prompts)
+        return self.one and {k: v.expand(n, *v.shape[1:]) for k, v in self.one.items()}
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+
+def encoders(teacher: Teacher) -> int:
+    """Bytes of text encoders and VAE, in float32 as they are read."""
+    codec: Any = teacher.codec
+    if isinstance(codec, Blank):
+        return 4 * codec.outline.beside
+    if (pipe := getattr(codec, "pipe", None)) is None:
+        return 0
+    part = unwrap(teacher.denoiser).PART
+    modules = [v for k, v in pipe.components.items() if k != part and isinstance(v, nn.Module)]
+    return sum(p.nbytes for m in modules for p in m.parameters())
+
+
+@contextmanager
+def shaped() -> Iterator[None]:
+    """Work out students' times on real numbers, where all else is shapes; move no module."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    before, to = schedulers.form, nn.Module.to
+
+    def form(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return before(*args, **kwargs)
+
+    schedulers.form = form
+    nn.Module.to = lambda self, *args, **kwargs: self  # fake weights cannot be moved, nor need be
+    try:
+        yield
+    finally:
+        schedulers.form, nn.Module.to = before, to

@@ -1,0 +1,246 @@
+"""What a run would take: the real step, played on shapes alone.
+
+The objective's own turns run forward and backward on fake tensors, which have no memory, while the
+birth and death of each is followed. So the figures come from the code that will run, not from a
+formula beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.config.recipe import Recipe
+from distill.objectives.base import Batch, Objective, Turn
+from distill.profiling import Meter, fused, unique
+from teachers.denoiser import computes
+
+GB = 1e9
+BUSY = 0.4  # of a GPU's peak that training reaches: what is assumed of time, not measured
+RESERVE = 1.0  # GB that CUDA's context and libraries take, and the allocator cannot use
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card: memory in GB, dense bf16 and fp32 TFLOP/s, and dollars an hour to rent."""
+
+    memory: float
+    bf16: float
+    fp32: float
+    price: float
+
+
+GPUS = {
+    "rtx-3090": Gpu(24, 71, 36, 0.30),
+    "rtx-4090": Gpu(24, 165, 83, 0.45),
+    "rtx-5090": Gpu(32, 210, 105, 0.70),
+    "l40s": Gpu(48, 362, 92, 1.00),
+    "a100-40gb": Gpu(40, 312, 19.5, 1.20),
+    "a100-80gb": Gpu(80, 312, 19.5, 1.60),
+    "h100": Gpu(80, 989, 67, 2.50),
+    "h200": Gpu(141, 989, 67, 3.30),
+}
+
+
+@dataclass
+class Plan:
+    """What a run would take, in bytes, FLOPs and network evaluations for each step.
+
+    Args:
+        weights: Every network's, once each.
+        gradients: The most that are held at one time.
+        optimizer: All players' moments on the device.
+        average: The student's EMA.
+        activations: The most that a turn holds beside all of the above.
+        beside: Text encoders and VAE, while what they encode is not cached yet.
+        base: Parameters of the teacher.
+        evaluations: Samples through each network in one step, on average.
+        flops: Of one step, on average.
+        host: Moments that rest in host memory.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    beside: int
+    base: int
+    batch: int
+    precision: str
+    evaluations: dict[str, float] = field(default_factory=dict)
+    flops: float = 0.0
+    host: int = 0
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """In GB."""
+        names = ("weights", "gradients", "optimizer", "average", "activations")
+        return {k: getattr(self, k) / GB for k in names}
+
+    @property
+    def peak(self) -> float:
+        """The most memory held at once, in GB, without CUDA's own."""
+        return sum(self.parts.values())
+
+    @property
+    def bytes_per_base_param(self) -> float:
+        """Of weights and optimiser state; three full copies in fp32 under Adam come to 28."""
+        return (self.weights + self.optimizer) / self.base
+
+    def seconds(self, gpu: Gpu) -> float:
+        """Of one step, if the card is BUSY."""
+        rate = gpu.fp32 if self.precision == "fp32" else gpu.bf16
+        return self.flops / (rate * 1e12 * BUSY)
+
+    def tree(self, name: str, gpu: Gpu) -> dict[str, Any]:
+        """As plain data, for --json."""
+        hours = self.seconds(gpu) * 1000 / 3600
+        return {
+            "gpu": name,
+            "peak_gb": self.peak,
+            "fits": self.peak + RESERVE <= gpu.memory,
+            "bytes_per_base_param": self.bytes_per_base_param,
+            "parts_gb": self.parts,
+            "encoders_gb": self.beside / GB,
+            "host_gb": self.host / GB,
+            "base_params": self.base,
+            "batch": self.batch,
+            "evaluations_per_step": self.evaluations,
+            "tflop_per_step": self.flops / 1e12,
+            "hours_per_1k_steps": hours,
+            "dollars_per_1k_steps": hours * gpu.price,
+            "assumed_share_of_peak": BUSY,
+        }
+
+
+def play(
+    objective: Objective,
+    players: dict[str, list[nn.Parameter]],
+    batch: Batch,
+    parts: int,
+    steps: int,
+    precision: str,
+) -> tuple[int, int, float, dict[str, float]]:
+    """The turns of the objective's first `steps` steps, each kind once, without updates.
+
+    Args:
+        batch: One of the `parts` that a step's batch is cut into.
+
+    Returns:
+        The most bytes of activations, the most of gradients, and the FLOPs and the samples through
+        each network of an average step.
+    """
+    networks = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}
+    tensors = [t for n in networks.values() for t in [*n.parameters(), *n.buffers()]]
+    tensors += [*(batch.cond or {}).values(), batch.noise]
+    kinds: dict[tuple[str, ...], Cost] = {}
+    plays: list[tuple[str, ...]] = []
+    counts = dict.fromkeys(networks, 0)
+    hooks = count_samples(networks, counts)
+    for step in range(steps):
+        for turn in objective.turns(step):
+            plays.append(turn.players)
+            if turn.players not in kinds:
+                moving = [p for name in turn.players for p in players[name]]
+                kinds[turn.players] = _cost(turn, batch, parts, moving, tensors, precision, counts)
+    for hook in hooks:
+        hook.remove()
+    scale = parts / steps
+    return (
+        max(c.activations for c in kinds.values()),
+        max(c.gradients for c in kinds.values()),
+        sum(kinds[k].flops for k in plays) * scale,
+        {n: sum(kinds[k].evaluations[n] for k in plays) * scale for n in networks},
+    )
+
+
+@dataclass
+class Cost:
+    """What one turn takes."""
+
+    activations: int
+    gradients: int
+    flops: float
+    evaluations: dict[str, int]
+
+
+def _cost(
+    turn: Turn,
+    batch: Batch,
+    parts: int,
+    moving: list[nn.Parameter],
+    tensors: list[Tensor],
+    precision: str,
+    counts: dict[str, int],
+) -> Cost:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    for p in moving:
+        p.requires_grad_(True)
+    before = dict(counts)
+    known = {t.untyped_storage()._cdata for t in tensors}
+    with Meter(known) as meter, fused(meter):
+        if parts > 1:  # the gradients of the parts before are there from the beginning
+            for p in moving:
+                p.grad = torch.zeros_like(p)
+        # as a run's: casts are not kept; but the CPU's, which casts the same, as fake tensors are
+        with torch.autocast(
+            "cpu", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
+        ):
+            loss = turn.loss(batch)
+        loss.value.backward()
+        del loss
+    gradients = unique(p.grad for p in moving if p.grad is not None)
+    for p in moving:
+        p.grad = None
+        p.requires_grad_(False)
+    return Cost(
+        meter.most - gradients,
+        gradients,
+        float(meter.flops),
+        {k: v - before[k] for k, v in counts.items()},
+    )
+
+
+def count_samples(networks: dict[str, nn.Module], counts: dict[str, int]) -> list[Any]:
+    """Hooks that add the samples through each network to `counts`; one of two names counts once."""
+    hooks, seen = [], set()
+    for name, network in networks.items():
+
+        def count(module: nn.Module, args: Any, name: str = name) -> None:
+            counts[name] += len(args[0])
+
+        for module in network.modules():
+            if computes(module) and module not in seen:
+                seen.add(module)
+                hooks.append(module.register_forward_pre_hook(count))
+    return hooks
+
+
+def advice(recipe: Recipe, plan: Plan, gpu: Gpu) -> list[str]:
+    """Which keys to change when it does not fit, the most telling first."""
+    if plan.peak + RESERVE <= gpu.memory:
+        return []
+    found = []
+    largest = max(plan.parts, key=plan.parts.__getitem__)
+    if recipe.adapters is None:
+        found.append("adapters: {rank: 64} keeps one set of weights instead of three")
+    if recipe.teacher.precision in (None, "fp32"):
+        found.append("teacher.precision: bf16 halves the frozen weights")
+    if recipe.train.precision == "fp32":
+        found.append("train.precision: bf16 halves the activations")
+    if not recipe.train.checkpointing:
+        found.append("train.checkpointing: true recomputes activations instead of keeping them")
+    if plan.optimizer / GB > plan.peak / 5:
+        found.append("players.NAME.optimizer: adamw8bit keeps a quarter, adamw-offloaded nothing")
+    if recipe.adapters is not None and recipe.teacher.precision in ("bf16", "fp16", "fp8"):
+        found.append("teacher.precision: nf4 keeps the frozen weights in a little over four bits")
+    parts = recipe.train.accumulate
+    if largest == "activations" and recipe.train.batch > parts:
+        found.append(f"train.accumulate: {2 * parts} halves the activations at the same batch")
+    if recipe.adapters is not None and recipe.adapters.rank > 16:
+        found.append(f"adapters.rank: {recipe.adapters.rank // 2} halves what learns")
+    return found or ["a smaller teacher.size, or a larger card"]

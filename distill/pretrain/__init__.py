@@ -1,0 +1,1 @@
+"""Small teachers trained from nothing: `distill teach`."""

@@ -1,0 +1,1 @@
+"""Model cards, licences and uploads to the Hub."""

@@ -1,0 +1,1 @@
+"""Samples of teachers and students: solvers, few-step timesteps, baselines, speed."""

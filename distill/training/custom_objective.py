@@ -1,0 +1,83 @@
+"""Objectives in a user's own file: tried before anything is written, and the same on resuming."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Mapping
+from copy import copy, deepcopy
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from distill.config.recipe import Recipe
+from distill.config.schema import TrainSection
+from distill.data.stream import Source, Stream
+from distill.objectives.base import Objective
+from distill.objectives.validate import check_loss
+from distill.seeds import seed_all
+from distill.training.engine import shards_of
+from distill.training.player import Player
+from teachers.errors import UserError
+
+KEPT = "objective.py"  # in the run's folder: the file as it was when the run began
+
+
+def file_of(recipe: Recipe) -> Path | None:
+    """The file of an objective that is none of the package's."""
+    return Path(inspect.getfile(recipe.kind)) if ":" in recipe.objective["name"] else None
+
+
+def keep(recipe: Recipe, out: Path) -> None:
+    """Leave a copy of the objective's file in the run's folder."""
+    if (file := file_of(recipe)) is not None:
+        shutil.copyfile(file, out / KEPT)
+
+
+def check_same(recipe: Recipe, out: Path) -> None:
+    """Refuse to go on with other code than the run has been trained by.
+
+    Raises:
+        UserError: the objective's file is not the one that was kept.
+    """
+    file, kept = file_of(recipe), out / KEPT
+    if file is None or not kept.exists() or kept.read_bytes() == file.read_bytes():
+        return
+    raise UserError(
+        f"--resume: {file} has changed since the run in {out} began; restore it from {kept}, or "
+        "start in another folder"
+    )
+
+
+def rehearse(
+    objective: Objective,
+    players: Mapping[str, Player],
+    source: Source,
+    train: TrainSection,
+    accelerator: Accelerator,
+) -> None:
+    """Compute the first turn's loss once, on its first batch, and leave the objective as it was.
+
+    Raises:
+        UserError: it is none that can be descended. What the user's own code raises is passed on.
+    """
+    shards = shards_of(train, accelerator.num_processes)
+    first = shards // accelerator.num_processes * accelerator.process_index
+    size, device = train.batch // shards, accelerator.device
+    stream = Stream(source, device, 0, range(first, first + 1), shards, size, ahead=0)
+    before = deepcopy(objective.state_dict())  # a loss may change it in place
+    seed_all(train.seed, "turns", 0, 0)
+    turn = next(copy(objective).turns(0))
+    moving = [players[name] for name in turn.players]
+    try:
+        for player in moving:
+            player.requires_grad_(True)
+        seed_all(train.seed, 0, 0, first)
+        with accelerator.autocast():
+            loss = turn.loss(next(stream))
+        check_loss(loss, objective)
+    finally:
+        stream.close()
+        for player in moving:
+            player.requires_grad_(False)
+    objective.load_state_dict(before)

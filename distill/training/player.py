@@ -1,0 +1,120 @@
+"""A player: the weights that move on its turn, and how they move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from distill.config.optimizer import Moves
+from distill.training import optimizers
+
+BUCKET = 1 << 23  # elements averaged in one all-reduce: 32 MiB of float32
+
+
+class Player:
+    """One side of the game. Its parameters require grad during its turn and at no other time.
+
+    Networks are not wrapped in DistributedDataParallel, which cannot see through a JVP and loses
+    gradients when adapters take turns on one backbone. They are averaged here, once per update.
+
+    Args:
+        moves: Learning rate and the rest.
+        steps: How many engine steps the run has, for the schedule.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], accelerator: Accelerator, moves: Moves, steps: int
+    ) -> None:
+        self.params = list(params)
+        self.accelerator, self.moves, self.steps = accelerator, moves, steps
+        self.optimizer = optimizers.optimizer(
+            moves.optimizer, self.params, moves.lr, moves.betas, moves.eps, moves.weight_decay
+        )
+        self.born = 0  # the step at which its schedule started
+        self.grad_norm = torch.zeros(())
+        self.requires_grad_(False)
+
+    def requires_grad_(self, flag: bool) -> None:
+        for p in self.params:
+            p.requires_grad_(flag)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a turn at the engine's `step`."""
+        return self.moves.rate(step - self.born, self.steps)
+
+    @contextmanager
+    def turn(self, step: int, fresh: bool = False) -> Iterator[None]:
+        """Inside, these weights learn; on exit their gradients are averaged, clipped and applied.
+
+        Args:
+            step: The engine's, from which the learning rate follows.
+            fresh: Forget the optimiser's state and start the schedule over.
+        """
+        if fresh:
+            self.optimizer.state.clear()
+            self.born = step
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step)
+        self.requires_grad_(True)
+        try:
+            yield
+            self._apply()
+        finally:
+            self.optimizer.zero_grad()
+            self.requires_grad_(False)
+
+    def _apply(self) -> None:
+        average_gradients(self.params, self.accelerator)
+        scaler = self.accelerator.scaler  # there is one in fp16; the engine updates it
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        self.grad_norm = nn.utils.clip_grad_norm_(
+            self.params, self.moves.clip or math.inf, foreach=True
+        )
+        if scaler is not None:
+            scaler.step(self.optimizer)
+        else:
+            self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        optimizer = {str(i): s for i, s in self.optimizer.state_dict()["state"].items()}
+        return {
+            "params": [p.detach() for p in self.params],
+            "optimizer": optimizer,
+            "born": self.born,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for p, saved in zip(self.params, state["params"], strict=True):
+            if p.shape != saved.shape:
+                raise ValueError(f"a weight is {tuple(saved.shape)}, not {tuple(p.shape)}")
+            p.copy_(saved)
+        groups = self.optimizer.state_dict()["param_groups"]
+        moments = {int(i): s for i, s in state["optimizer"].items()}
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.born = state["born"]
+
+
+@torch.no_grad()
+def average_gradients(params: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Average gradients over processes, in buckets; a parameter that got none counts as zero."""
+    if accelerator.num_processes == 1:
+        return
+    bucket: list[Tensor] = []
+    for i, p in enumerate(params):
+        if p.grad is None:  # another rank may have one: the buckets must match
+            p.grad = torch.zeros_like(p)
+        bucket.append(p.grad)
+        if i + 1 == len(params) or sum(g.numel() for g in bucket) >= BUCKET:
+            flat = torch.cat([g.flatten() for g in bucket])
+            flat = accelerator.reduce(flat, reduction="mean")
+            parts = flat.split([g.numel() for g in bucket])  # pyright: ignore
+            torch._foreach_copy_(bucket, [v.view_as(g) for g, v in zip(bucket, parts)])
+            bucket = []

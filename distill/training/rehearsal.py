@@ -1,0 +1,86 @@
+"""The teacher's first answers, heard before anything is written: whether they are finite numbers.
+
+What is NaN before any update was never a matter of learning rates; it is named here instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from distill.config.schema import TrainSection
+from distill.data.encode import broken_weight
+from distill.data.stream import Source
+from distill.training.engine import shards_of
+from teachers.denoiser import Cond, Denoiser
+from teachers.errors import UserError
+from teachers.teacher import Teacher
+
+
+@torch.no_grad()
+def check_finite(
+    guided: Denoiser,
+    teacher: Teacher,
+    source: Source,
+    train: TrainSection,
+    accelerator: Accelerator,
+) -> None:
+    """Ask the teacher for x̂ of the first batch's first part, at times from 1 down to nearly 0.
+
+    Args:
+        guided: The teacher as the objective sees it.
+
+    Raises:
+        UserError: the data, their conditions, the network's x̂ or the guided one hold NaN or
+            infinity; the first of these is named.
+    """
+    shards = shards_of(train, accelerator.num_processes)
+    first = shards // accelerator.num_processes * accelerator.process_index
+    batch = source.batch(0, first, shards, train.batch // shards)
+    for name, value in {"data": batch.x, **(batch.cond or {})}.items():
+        if value is not None and _lost(value):
+            which = "data" if name == "data" else f"condition {name!r}"
+            raise UserError(
+                f"data: the first batch's {which} hold {_lost(value)}; encode them anew (delete "
+                "their cache under data.cache), and look at what they are made of"
+            )
+    device = accelerator.device
+    noise, cond = batch.noise.to(device), batch.cond and _moved(batch.cond, device)
+    x = torch.zeros_like(noise) if batch.x is None else batch.x.to(device)
+    t = torch.linspace(1, 0, len(noise) + 1, device=device)[:-1]
+    x_t = guided.process.noise(x, t, noise)
+    with accelerator.autocast():
+        if not (kind := _lost(guided(x_t, t, cond))):
+            return
+        alone = _lost(teacher.denoiser(x_t, t, cond))
+    who = f"teacher {teacher.source!r}"
+    if not alone:
+        raise UserError(
+            f"teacher.guidance: with it, x̂ of the first batch holds {kind}, before any training; "
+            "without, it is finite; set teacher.guidance to 1, or check its keys"
+        )
+    raise UserError(f"{who}: {_reason(teacher.denoiser, alone, train)}")
+
+
+def _reason(network: nn.Module, kind: str, train: TrainSection) -> str:
+    """Why a network's own x̂ may not be finite, and what to do."""
+    said = f"its network's x̂ of the first batch holds {kind}, before any training"
+    if (weight := broken_weight(network)) is not None:
+        return f"{said}: its weight {weight} is not finite; the files are damaged, fetch them again"
+    halves = any(p.dtype == torch.float16 for p in network.parameters())
+    if train.precision == "fp16" or halves:
+        key = "train.precision" if train.precision == "fp16" else "teacher.precision"
+        return f"{said}: float16 overflows in it; set {key} to bf16 or fp32"
+    return f"{said}; examine it by distill doctor"
+
+
+def _lost(value: Tensor) -> str:
+    """What a tensor holds that is no finite number; nothing where it holds none."""
+    if not value.is_floating_point() or torch.isfinite(value).all():
+        return ""
+    return "NaN" if torch.isnan(value).any() else "infinity"
+
+
+def _moved(cond: Cond, device: torch.device) -> Cond:
+    return cond and {k: v.to(device) for k, v in cond.items()}

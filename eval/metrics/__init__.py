@@ -1,0 +1,1 @@
+"""One file to a metric, and the feature extractors that they share."""

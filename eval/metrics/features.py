@@ -1,0 +1,233 @@
+"""Feature extractors by name: network, version and resize rule are one thing, never mixed.
+
+`digits` and `shapes` are embedded; the others are downloaded once and run wherever CUDA is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from eval import digits, fetch, shapes
+from eval.errors import MetricError, unknown
+from eval.metrics.base import Features
+from eval.resize import Resize, centre_then_resize, pil_bytes, pil_float, untouched
+
+Network = Callable[[Tensor], Tensor]  # float32 (N, 3, size, size) in 0 … 255 -> (N, D)
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+# The 2015 graph of arXiv:1706.08500 as TorchScript, with a bilinear resize inside. Reading one runs
+# no Python, and its hash is pinned.
+GRAPH = "inception-2015-12-05"
+INCEPTION = (
+    f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{GRAPH}.pt",
+    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+)
+DINOV2 = ("facebook/dinov2-large", "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c")
+CLIP_L_336 = ("openai/clip-vit-large-patch14-336", "ce19dc912ca5cd21c8a653c79e251e808ccabcd1")
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Pictures to features, by one network after one resize.
+
+    name, version: what is written beside every figure and statistic made with it.
+    dim: how many features there are of a picture.
+    size, resize: what pictures become first.
+    load: makes the network, at the first call.
+    batch: how many pictures go through it at a time.
+    """
+
+    name: str
+    version: str
+    dim: int
+    size: int
+    resize: Resize
+    load: Callable[[], Network]
+    batch: int = 64
+
+    @property
+    def rule(self) -> str:
+        """All of it in words, as statistics keep it."""
+        return f"{self.name} {self.version}, {self.resize.__name__} to {self.size}"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (N, D) float32 on the CPU, of uint8 images (N, 3|1, H, W).
+
+        Raises:
+            MetricError: images are not such, or the weights are not to be had.
+        """
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+            raise MetricError(
+                f"features {self.name}: images are {images.dtype} {tuple(images.shape)}; "
+                "give uint8 (N, 3, H, W)"
+            )
+        network = _loaded(self)
+        parts = [
+            network(self.resize(part.expand(-1, 3, -1, -1), self.size)).float().cpu()
+            for part in images.split(self.batch)
+        ]
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Features of a classifier that lies in this repository, of pictures of its own size."""
+
+    name: str
+    version: str
+    dim: int
+    read: Features
+
+    @property
+    def rule(self) -> str:
+        return f"{self.name} {self.version}, not resized"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (N, dim) of uint8 images of the size that the classifier reads.
+
+        Raises:
+            MetricError: they have another.
+        """
+        return self.read(images)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Features of pictures that are first cropped or reduced, as a protocol says for its data."""
+
+    prepare: Callable[[Tensor, int], Tensor]  # bytes to bytes
+    size: int
+    of: Extractor | Embedded
+
+    @property
+    def name(self) -> str:
+        return f"{self.of.name}-{self.prepare.__name__}-{self.size}"
+
+    @property
+    def dim(self) -> int:
+        return self.of.dim
+
+    @property
+    def rule(self) -> str:
+        return f"{self.prepare.__name__} to {self.size}, then {self.of.rule}"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (N, D) of uint8 images (N, C, H, W)."""
+        return self.of(self.prepare(images, self.size))
+
+
+Named = Extractor | Embedded | Prepared
+
+
+@cache
+def _loaded(extractor: Extractor) -> Network:
+    return extractor.load()
+
+
+def device() -> torch.device:
+    """Where networks run: the GPU, where there is one that ACCELERATE_USE_CPU does not spare."""
+    said = os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    spared = said in ("y", "yes", "t", "true", "on", "1")  # as Accelerate reads it
+    return torch.device("cpu" if spared or not torch.cuda.is_available() else "cuda")
+
+
+def inception(head: Callable[[nn.Module, Tensor], Tensor]) -> Network:
+    """The 2015 Inception graph, read by `head`."""
+    network = torch.jit.load(str(fetch.download(*INCEPTION)), map_location=device()).eval()
+
+    @torch.no_grad()
+    def read(images: Tensor) -> Tensor:
+        return head(network, images.to(device())).flatten(1)
+
+    return read
+
+
+def pool_of_resized(network: nn.Module, images: Tensor) -> Tensor:
+    """pool3 (N, 2048) of images already at 299, with the graph's own resize left out."""
+    return network.layers((images - 128) / 128)  # pyright: ignore[reportCallIssue]
+
+
+def pool(network: nn.Module, images: Tensor) -> Tensor:
+    """pool3 (N, 2048), after the graph's own resize: TF1's bilinear, with no antialiasing."""
+    return network(images, return_features=True)
+
+
+def logits(network: nn.Module, images: Tensor) -> Tensor:
+    """Log probabilities (N, 1008), without the last layer's bias as in the original score."""
+    return network(images, no_output_bias=True).clamp(min=1e-30).log()
+
+
+def normalised(images: Tensor, by: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+    """Images in 0 … 255 to those that a network was trained on, by mean and deviation."""
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in by)
+    return (images / 255 - mean) / std
+
+
+def dinov2(source: str, revision: str) -> Network:
+    """The class token after the last norm (N, 1024) of a `Dinov2Model`, of a folder or the Hub."""
+    network = fetch.pretrained("Dinov2Model", source, revision).to(device())
+
+    @torch.no_grad()
+    def read(images: Tensor) -> Tensor:
+        return network(normalised(images.to(device()), IMAGENET)).last_hidden_state[:, 0]
+
+    return read
+
+
+def clip_image(source: str, revision: str) -> Network:
+    """Projected image embeddings (N, D) of length one of a `CLIPModel`, of a folder or the Hub."""
+    network = fetch.pretrained("CLIPModel", source, revision).to(device())
+
+    @torch.no_grad()
+    def read(images: Tensor) -> Tensor:
+        found = network.vision_model(pixel_values=normalised(images.to(device()), CLIP))
+        return torch.nn.functional.normalize(network.visual_projection(found.pooler_output), dim=1)
+
+    return read
+
+
+# FID's named protocols are the first three: the weights are the same, what precedes them is not.
+EXTRACTORS: dict[str, Extractor | Embedded] = {
+    e.name: e
+    for e in (
+        Extractor(
+            "inception-clean", GRAPH, 2048, 299, pil_float,
+            lambda: inception(pool_of_resized),
+        ),
+        Extractor(
+            "inception-legacy-tensorflow", GRAPH, 2048, 299, untouched,
+            lambda: inception(pool),
+        ),
+        Extractor("inception-edm", GRAPH, 2048, 299, untouched, lambda: inception(pool)),
+        Extractor("inception-logits", GRAPH, 1008, 299, untouched, lambda: inception(logits)),
+        Extractor(
+            "dinov2-vitl14", DINOV2[1][:12], 1024, 224, pil_bytes,
+            lambda: dinov2(*DINOV2),
+        ),
+        Extractor(
+            "clip-vitl14-336", CLIP_L_336[1][:12], 768, 336, centre_then_resize,
+            lambda: clip_image(*CLIP_L_336),
+        ),
+        Embedded("digits", "1", 64, digits.features),
+        Embedded("shapes", "1", 64, shapes.features),
+    )
+}  # fmt: skip
+
+
+def extractor(name: str) -> Extractor | Embedded:
+    """The extractor of that name.
+
+    Raises:
+        MetricError: there is none.
+    """
+    if name not in EXTRACTORS:
+        raise unknown("features", name, EXTRACTORS)
+    return EXTRACTORS[name]

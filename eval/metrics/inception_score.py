@@ -1,0 +1,79 @@
+"""Inception score: pictures that a classifier is sure of, of many classes.
+
+Salimans et al. 2016 (arXiv:1606.03498): exp E KL(p(y | x), p(y)), between 1 and the number of
+classes. It has no reference, so it says nothing of likeness to data.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from eval.errors import MetricError
+from eval.metrics.base import Features, KeptMetric
+from eval.metrics.extrapolate import at_infinity, sizes, subset
+from eval.stream import Reservoir
+
+
+def score(logits: Tensor) -> float:
+    """The score of one set of logits (N, K)."""
+    log_p = logits.double().log_softmax(1)
+    log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # of p: finite where p itself is 0
+    return (log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item()
+
+
+class InceptionScore(KeptMetric):
+    """The mean over `splits` of the shuffled samples, and its standard deviation.
+
+    It is low for small sets: for sure and even predictions of K classes by about a factor
+    exp(-(K - 1) / 2N), so the size N of a split (5,000 in papers) is part of the metric.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        *,
+        splits: int = 10,
+        keep: int = 50_000,
+        name: str = "inception_score",
+    ) -> None:
+        """`features` are the classifier's logits (N, K)."""
+        self.features, self.splits, self.keep, self.name = features, splits, keep, name
+        self.least = 2 * splits
+
+    def measure(self, seen: Reservoir) -> dict[str, float]:
+        n = len(seen.kept)
+        if n < self.least:
+            raise MetricError(
+                f"{self.name}: {n} samples in {self.splits} splits; give {self.least} or more"
+            )
+        parts = subset(seen.kept, n, seed=0).tensor_split(self.splits)
+        found = torch.tensor([score(part) for part in parts], dtype=torch.double)
+        return {
+            self.name: found.mean().item(),
+            f"{self.name}_std": found.std(unbiased=False).item(),
+        }
+
+
+class InceptionScoreInfinity(KeptMetric):
+    """The score that infinitely many samples would have (Chong & Forsyth, arXiv:1911.07023)."""
+
+    def __init__(
+        self,
+        features: Features,
+        *,
+        start: int = 5000,
+        keep: int = 50_000,
+        points: int = 15,
+        name: str = "inception_score_infinity",
+    ) -> None:
+        """`features` are the classifier's logits (N, K)."""
+        self.features, self.keep, self.name = features, keep, name
+        self.start, self.points, self.least = start, points, start + 1
+
+    def measure(self, seen: Reservoir) -> dict[str, float]:
+        counts = sizes(self.name, len(seen.kept), self.start, self.points)
+        found = [score(subset(seen.kept, n, seed)) for seed, n in enumerate(counts)]
+        return {self.name: at_infinity(counts, found)}

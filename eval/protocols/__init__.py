@@ -1,0 +1,1 @@
+"""Protocols: which samples are drawn, what they are compared with, which metrics are taken."""

@@ -1,0 +1,65 @@
+"""An exported EDM student's own network: its source, beside its weights, for diffusers to import.
+
+Diffusers has no class for DDPM++, NCSN++ and EDM2, but it takes a pipeline's part from a module in
+the part's folder, once `trust_remote_code=True` allows it. From the Hub it fetches no second file,
+so all that the network needs is written into one. The pipeline stays ConsistencyModelPipeline.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from pathlib import Path
+from types import ModuleType
+
+from teachers.edm import model as model_file
+from teachers.edm import parts
+from teachers.edm.model import EDMModel
+
+HEADER = '''"""The network of a few-step student (arXiv:2206.00364, arXiv:2312.02696); Apache-2.0.
+
+Load the whole folder: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
+"""
+'''
+
+
+def write(folder: Path, model: EDMModel) -> None:
+    """Make the pipeline saved in `folder` one that loads without our packages."""
+    # a name for each kind: diffusers gives modules of one name one namespace
+    name = f"edm_{type(model.network).__name__.lower()}"
+    (folder / "unet" / f"{name}.py").write_text(source(model), encoding="utf-8")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["unet"] = [name, EDMModel.__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def source(model: EDMModel) -> str:
+    """One module with EDMModel and this model's kind of network."""
+    kind = type(model.network)
+    family = inspect.getmodule(kind)
+    assert family is not None
+    imports: dict[str, None] = {}  # a set that keeps their order
+    bodies = [body(module, imports) for module in (parts, family)]
+    body(model_file, imports)
+    first = [line for line in imports if line.startswith("from __future__")]
+    rest = [line for line in imports if line not in first]
+    known = f'NETWORKS = {{"{kind.__name__}": {kind.__name__}}}'
+    return "\n\n".join(
+        [HEADER + "\n".join(first), "\n".join(rest), *bodies, known, inspect.getsource(EDMModel)]
+    )
+
+
+def body(module: ModuleType, imports: dict[str, None]) -> str:
+    """A module's source without its docstring and imports; these are added, but for our own."""
+    text = inspect.getsource(module)
+    lines, cut = text.splitlines(), set()
+    for i, node in enumerate(ast.parse(text).body):
+        own = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("teachers")
+        imported = isinstance(node, ast.Import | ast.ImportFrom)
+        if imported and not own:
+            imports[ast.unparse(node)] = None
+        if imported or i == 0:
+            assert node.end_lineno is not None
+            cut |= set(range(node.lineno - 1, node.end_lineno))
+    return "\n".join(line for i, line in enumerate(lines) if i not in cut).strip()

@@ -1,0 +1,371 @@
+"""Export: a finished student as a folder that stock diffusers loads and samples exactly."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from students import schedulers
+from students.export.portable import make_portable
+from students.generator import Generator
+from students.lora import Adapted, merged, unwrap, using
+from teachers.catalogue.loading import load
+from teachers.denoiser import Cond, Denoiser
+from teachers.errors import UserError
+from teachers.families.base import Prompted, images_of, quiet
+from teachers.families.unet import UNet
+from teachers.quantised import Precision
+from teachers.storage.files import open_to_readers, read_json
+from teachers.teacher import Teacher
+
+SIDECAR = "fewstep.json"  # what the student is; diffusers ignores it
+SHAPING = ("size", "frames", "embedded_guidance")  # teacher's options that its students share
+TOLERANCE = 1e-3  # of any pixel in [0, 1]: a quarter of a grey level
+ROUNDING = 0.02  # of the mean pixel, where weights are of half precision: a wrong time costs more
+
+# Runs in another process, with none of our packages imported: what a user's machine will do.
+SCRIPT = """
+import functools, json, sys, torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+folder, out, request = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+options = {"trust_remote_code": True} if request["own"] else {}
+pipe = DiffusionPipeline.from_pretrained(folder, **options, **dict.fromkeys(request["absent"]))
+pipe.to(request["device"]).set_progress_bar_config(disable=True)
+images, step = {}, pipe.scheduler.step
+for steps in request["counts"]:
+    torch.manual_seed(1)  # for schedulers that draw from no other generator
+    draw = torch.Generator().manual_seed(0)
+    if not request["seeded"]:  # a scheduler left to itself draws on the GPU, from other numbers
+        again = torch.Generator().manual_seed(1)
+        pipe.scheduler.step = functools.partial(step, generator=again)
+    arguments = json.loads(sys.argv[3])["arguments"]  # afresh: some pipelines write to their lists
+    out_ = pipe(num_inference_steps=steps, generator=draw, output_type="pt", **arguments)
+    made = next(iter(out_.values()))
+    if not torch.is_tensor(made):  # DiT's pipeline before diffusers 0.41, whatever it is asked
+        made = torch.from_numpy(made).movedim(-1, 1)
+    images[str(steps)] = made.float().cpu().contiguous()
+save_file(images, out)
+"""
+
+
+class ExportError(RuntimeError):
+    """What was exported does not give the student's own pictures. The message is one line."""
+
+    @classmethod
+    def of(cls, what: str, stderr: str) -> ExportError:
+        """That a process failed: by the last line it wrote, with all of it as a note."""
+        lines = [v.strip() for v in stderr.splitlines() if v.strip()] or ["it said nothing"]
+        error = cls(f"stock diffusers could not use {what}: {lines[-1]}")
+        error.add_note(stderr[-20_000:])
+        return error
+
+
+def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[str, Any]) -> None:
+    """Write the student to `path` as a diffusers folder, having checked that it loads and agrees.
+
+    The check loads the folder in a separate process with stock diffusers only and compares pixels,
+    for a fixed seed, at every step count; `path` appears only once it has passed.
+
+    Args:
+        recipe: The resolved recipe, kept in the folder's sidecar, of which a card can be written.
+
+    Raises:
+        UserError: the student has no stock form.
+        ExportError: the pictures differ, or the folder does not load.
+    """
+    pipe = pipeline(generator, teacher)
+    network = unwrap(generator.denoiser)
+    network.unguided(getattr(pipe, network.PART))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}-*"):  # by an export that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    draft = path.parent / f".{path.name}-{secrets.token_hex(4)}"
+    draft.mkdir()
+    try:
+        with quiet():
+            pipe.save_pretrained(draft)
+        make_portable(draft, getattr(teacher.codec, "folder", None))
+        open_to_readers(draft)
+        if brings_source(network):
+            from students.export import edm_source
+
+            edm_source.write(draft, getattr(pipe, network.PART))
+        about = sidecar(generator, teacher, recipe)
+        (draft / SIDECAR).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        verify(draft, generator, teacher)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def sidecar(generator: Generator, teacher: Teacher, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What an exported folder says of its student beside what diffusers reads."""
+    return {
+        "steps": list(generator.counts),
+        "times": list(generator.times),
+        "renoise": generator.renoise,
+        "teacher": teacher.source,
+        "options": {k: v for k, v in teacher.options.items() if k in SHAPING},
+        "recipe": dict(recipe),
+    }
+
+
+def brings_source(network: Denoiser) -> bool:
+    """Whether it is one of EDM's own networks, for which diffusers has no class."""
+    from teachers.edm.model import EDM  # and with it all of diffusers' models
+
+    return isinstance(network, EDM)
+
+
+def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
+    """The stock pipeline that samples this student, with its weights and its scheduler inside.
+
+    Args:
+        merge: Give an adapter's student weights of its own; otherwise the shared ones, which are
+            the student only while its adapter is used.
+
+    Raises:
+        UserError: the student has no stock form.
+    """
+    import diffusers
+
+    try:
+        network = unwrap(generator.denoiser)
+    except UserError as error:
+        raise UserError(f"export: {error}") from None
+    backbone = merged(generator.denoiser) if merge else network.backbone
+    scheduler = schedulers.scheduler(generator)
+    if isinstance(network, UNet):
+        if isinstance(generator.denoiser, Adapted):
+            schedulers.trim(backbone, teacher)
+        return diffusers.ConsistencyModelPipeline(unet=backbone, scheduler=scheduler)  # pyright: ignore
+    before = teacher.codec.pipe  # pyright: ignore[reportAttributeAccessIssue]
+    parts = {**before.components, network.PART: backbone, "scheduler": scheduler}
+    known = inspect.signature(type(before).__init__).parameters
+    settings = {k: v for k, v in before.config.items() if k in known and k not in parts}
+    return type(before)(**parts, **settings)
+
+
+def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str, Any]]:
+    """What the checks ask for: the prompts, and the stock pipeline's arguments for them."""
+    kind = type(unwrap(generator.denoiser))
+    if classes := getattr(teacher.codec, "classes", 0):
+        prompts: list[Any] = [i % classes for i in range(4)]
+    else:
+        prompts = ["a red circle", "two boats on a lake"]
+    if isinstance(teacher.codec, Prompted):
+        return prompts, teacher.codec.arguments([*prompts])
+    arguments = kind.arguments([*prompts], teacher.shape[-2:])
+    if issubclass(kind, UNet) and not classes:
+        arguments["class_labels"] = None
+    return prompts, arguments
+
+
+def absent(teacher: Teacher) -> list[str]:
+    """Parts that its pipeline insists on being given, if only as None: SD3's T5, left out."""
+    if not isinstance(teacher.codec, Prompted):
+        return []
+    pipe = teacher.codec.pipe
+    optional = type(pipe)._optional_components
+    return [k for k, v in pipe.components.items() if v is None and k not in optional]
+
+
+def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
+    """Compare the folder's pictures, made by stock diffusers in another process, with our own."""
+    prompts, arguments = request(generator, teacher)
+    lacks = absent(teacher)
+    device = next(generator.parameters()).device.type
+    network = unwrap(generator.denoiser)
+    about = {"device": device, "own": brings_source(network), "seeded": network.SEEDED}
+    asked = {"counts": generator.counts, "arguments": arguments, "absent": lacks}
+    asked = json.dumps({**asked, **about})
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "images.safetensors"
+        # -I: neither this folder nor PYTHONPATH can lend the child our packages
+        command = [sys.executable, "-I", "-c", SCRIPT, str(folder.resolve()), str(out), asked]
+        result = subprocess.run(
+            command,
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            env={**child_environment(), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch},
+        )
+        if result.returncode:
+            raise ExportError.of("the student's folder", result.stderr)
+        from safetensors.torch import load_file
+
+        theirs = load_file(out)
+    for steps in generator.counts:
+        ours = pictures(generator, teacher, steps, prompts)
+        if wrong := apart(ours, theirs[str(steps)], generator):
+            raise ExportError(f"at {steps} steps the exported pipeline {wrong}")
+
+
+def apart(ours: Tensor, theirs: Tensor, generator: Generator) -> str:
+    """How pictures differ by more than rounding; nothing where they do not."""
+    gap = (ours - theirs.float().cpu()).abs()
+    if unwrap(generator.denoiser).dtype == torch.float32:
+        worst, most, what = gap.max().item(), TOLERANCE, "a pixel"
+    else:
+        worst, most, what = gap.mean().item(), ROUNDING, "the mean pixel"
+    if worst <= most:
+        return ""
+    return (
+        f"differs from the student by {worst:.2g} at {what}'s range; at most {most:g} is rounding"
+    )
+
+
+def pictures(generator: Generator, teacher: Teacher, steps: int, prompts: list[Any]) -> Tensor:
+    """The student's pictures for seed 0, as a stock pipeline's "pt" output: in [0, 1]."""
+    x = draw(generator.at(steps), teacher, prompts, seed=0)
+    images = (teacher.codec.decode(x) / 2 + 0.5).clamp(0, 1).cpu()
+    return images.movedim(1, 2) if images.ndim == 5 else images  # videos come frame by frame
+
+
+@torch.no_grad()
+def rehearse(generator: Generator, teacher: Teacher) -> None:
+    """Before training: does the stock pipeline, in this process, sample this very student?
+
+    Raises:
+        UserError: it does not, so a training run would end in a failed export.
+    """
+    who = f"teacher {teacher.source!r}: no stock pipeline samples its students"
+    prompts, _ = request(generator, teacher)
+    network = unwrap(generator.denoiser)
+    device = next(generator.parameters()).device
+    half = network.dtype != torch.float32
+    try:
+        with placed(teacher, device), torch.autocast(device.type, network.dtype, enabled=half):
+            pipe = pipeline(generator, teacher, merge=isinstance(network, UNet))
+            pipe.set_progress_bar_config(disable=True)
+            step = pipe.scheduler.step
+            for steps in generator.counts:
+                rng = torch.Generator().manual_seed(0)
+                if not network.SEEDED:  # on a GPU, the global generator draws other numbers
+                    pipe.scheduler.step = partial(step, generator=torch.Generator().manual_seed(1))
+                _, arguments = request(generator, teacher)  # afresh: some write to their lists
+                with torch.random.fork_rng(), adapter_of(generator.denoiser):
+                    torch.manual_seed(1)
+                    out = pipe(
+                        num_inference_steps=steps, generator=rng, output_type="pt", **arguments
+                    )
+                ours = pictures(generator, teacher, steps, prompts)
+                if wrong := apart(ours, images_of(out), generator):
+                    raise UserError(f"{who}: at {steps} steps it {wrong}")
+    except UserError:
+        raise
+    except Exception as error:  # whatever an odd configuration breaks in diffusers
+        raise UserError(f"{who} ({type(error).__name__}: {error})") from None
+
+
+def adapter_of(denoiser: Denoiser) -> AbstractContextManager[None]:
+    """In which the shared network, called by anyone, runs under this student's adapter."""
+    if isinstance(denoiser, Adapted):
+        return using(denoiser.denoiser, denoiser.name)
+    return nullcontext()
+
+
+@contextmanager
+def placed(teacher: Teacher, device: torch.device) -> Iterator[None]:
+    """With the codec's text encoders and VAE on the device; afterwards they leave it again."""
+    if not isinstance(teacher.codec, Prompted):
+        yield
+        return
+    teacher.codec.to(device)
+    try:
+        yield
+    finally:
+        teacher.codec.to(torch.device("cpu"))
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment without what makes a child join its process group."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC")
+    return {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+
+
+@torch.no_grad()
+def draw(
+    generator: Generator,
+    teacher: Teacher,
+    labels: Sequence[Any],
+    seed: int,
+    batch: int = 512,
+    cond: Cond = None,
+) -> Tensor:
+    """x̂ (N, ...) for N labels or prompts, from the very noise that a stock pipeline draws.
+
+    The noise comes from CPU generators, all of it first and then in batches, so the pictures depend
+    neither on the device nor on the batch size. Pipelines that hand their generator on to the
+    scheduler draw all from that one; the others' schedulers draw the noise of returns from one that
+    is seeded with `seed` + 1, as they do by themselves on the CPU after `torch.manual_seed`.
+
+    Args:
+        cond: The labels' condition, where it has been worked out already.
+    """
+    kind = type(unwrap(generator.denoiser))
+    rng = torch.Generator().manual_seed(seed)
+    again = rng if kind.SEEDED else torch.Generator().manual_seed(seed + 1)
+    steps, n = len(generator.times), len(labels)
+    noise = [torch.randn(n, *teacher.shape, generator=rng)]
+    layout = kind.pack(noise[0]).shape
+    for _ in range(steps - 1 if generator.renoise else 0):
+        noise.append(kind.unpack(torch.randn(layout, generator=again), teacher.shape))
+    cond = teacher.codec.condition(list(labels)) if cond is None else cond
+    device = next(generator.parameters()).device
+    parts = []
+    for i in range(0, n, batch):
+        z, *fresh = [x[i : i + batch].to(device) for x in noise]
+        part = cond and {k: v[i : i + batch].to(device) for k, v in cond.items()}
+        parts.append(generator(z, part, fresh=fresh))
+    return torch.cat(parts)
+
+
+def load_student(folder: Path, precision: Precision | None = None) -> tuple[Generator, Teacher]:
+    """An exported student, ready to sample: its generator, and itself as a teacher (for the codec).
+
+    Args:
+        precision: Of its weights; by default single.
+
+    Raises:
+        UserError: the folder is not an exported student, or is not whole.
+    """
+    if not folder.is_dir():
+        raise UserError(f"student {str(folder)!r}: no such folder")
+    if not (folder / SIDECAR).exists() and (folder / "student" / SIDECAR).exists():
+        folder = folder / "student"  # a run folder was named
+    if not (folder / SIDECAR).exists() and (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"student {str(folder)!r}: this run has no student yet; wait for its end, or go on "
+            f"with distill run {folder / 'recipe.yaml'} --out {folder} --resume"
+        )
+    sidecar = read_json(folder / SIDECAR, f"student {str(folder)!r}")
+    counts: Any = sidecar.get("steps")
+    whole = isinstance(counts, list) and counts and all(type(k) is int for k in counts)
+    options = sidecar.get("options", {})  # students of before had none
+    whole = whole and isinstance(options, dict) and options.keys() <= set(SHAPING)
+    if not whole or not isinstance(sidecar.get("renoise"), bool):
+        raise UserError(f"student {str(folder)!r}: {SIDECAR} is damaged; export the run again")
+    if precision is not None:
+        options = {**options, "precision": precision}
+    teacher = load(str(folder), **options)
+    like = schedulers.student(teacher, max(counts), None, sidecar["renoise"], exported=True)
+    if unknown := set(counts) - set(like.counts):
+        raise UserError(f"student {str(folder)!r}: {SIDECAR}: steps: {min(unknown)} is no count")
+    return like.keep(*counts).eval().requires_grad_(False), teacher

@@ -1,0 +1,378 @@
+"""Students in the forms that stock diffusers pipelines sample exactly.
+
+A student leaves this project as a plain folder, so its parametrisation and its times are chosen
+here, before training, to be those of a scheduler that diffusers ships:
+
+| teacher | returns by | scheduler | times |
+|---|---|---|---|
+| EDM | renoising | CMStochasticIterative | equal steps in σ^(1/ρ), on its 40-level grid |
+| EDM, a UNet2DModel | the ODE | EDMEuler | equal steps in σ^(1/ρ), of one count only |
+| DDPM betas | renoising | LCM | equal steps of its 50-index grid |
+| DDPM betas | the ODE | DDIM, trailing | equal steps of the index |
+| flow | renoising | FlowMatchEuler, stochastic | what it gives for each count |
+| flow | the ODE | FlowMatchEuler | what it gives for each count |
+
+Students of pixels run in `ConsistencyModelPipeline`, the one that hands labels to a UNet2DModel;
+all others in their teacher's own pipeline. EDM's networks that are no UNet2DModel bring their own
+source (`edm_source.py`), and that pipeline calls them alike.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from students.generator import Generator, thinned
+from students.lora import Adapted, Adapter, under, unwrap, whole
+from teachers.denoiser import Prediction, coefficients, edm
+from teachers.edm.latents import Latents
+from teachers.errors import UserError
+from teachers.families.base import Pretrained
+from teachers.process import Karras, Linear, Tabulated
+from teachers.quantised import is_quantised
+from teachers.storage.diffusers_config import CM, Schedule, Time, log_sigma
+from teachers.teacher import Teacher
+
+CM_LEVELS = 40  # CMStochasticIterativeScheduler's default, rounded up to a multiple of the steps
+LCM_LEVELS = 50  # LCMScheduler's original_inference_steps
+LCM_SCALE, LCM_DATA = 10.0, 0.5  # its boundary: c_skip = d² / ((10 i)² + d²) at index i
+
+
+@dataclass(frozen=True)
+class Form:
+    """A few-step student's parametrisation and times, those of a stock scheduler.
+
+    Args:
+        grids: For each step count that it can be run at, the times, from noise to data.
+        start: The scale of the noise it starts from; None is σ at the first time.
+    """
+
+    schedule: Schedule
+    grids: dict[int, tuple[float, ...]]
+    renoise: bool
+    floor: float = 0.0
+    start: float | None = None
+
+    def generator(self, denoiser: Any) -> Generator:
+        """The student that this form makes of a network."""
+        steps = max(self.grids)
+        return Generator(
+            denoiser, self.grids[steps], self.renoise, self.floor, self.start, self.grids
+        )
+
+
+def form(
+    network: Pretrained,
+    steps: int = 1,
+    start: float | None = None,
+    renoise: bool = True,
+    exported: bool = False,
+) -> Form:
+    """The stock form of a student of `steps` steps of this network.
+
+    Args:
+        steps: The most steps it is trained for; it also runs in those that divide them.
+        start: σ/α of the noise it starts from; the teacher's highest by default.
+        renoise: Return to the next time with fresh noise, or along the ODE.
+        exported: The network is such a student itself, read back from its folder.
+
+    Raises:
+        UserError: no stock scheduler samples such a student.
+    """
+    if not 1 <= steps <= CM_LEVELS:
+        raise UserError(f"student.steps: {steps} is outside 1 to {CM_LEVELS}")
+    process = network.process
+    if start is not None and not isinstance(process, Karras):
+        raise UserError("student.start: only EDM students choose where they start; leave it out")
+    if isinstance(process, Karras):
+        if renoise or steps == 1:
+            return _consistency(network.schedule, process, steps, start)
+        return _euler(network, process, steps, start, exported)
+    if isinstance(process, Linear):
+        return _flow(network, process, steps, renoise)
+    if not isinstance(process, Tabulated):
+        raise UserError(f"student: no stock scheduler knows a {type(process).__name__} process")
+    return _ddpm(network.schedule, process, steps, renoise)
+
+
+def _consistency(schedule: Schedule, process: Karras, steps: int, start: float | None) -> Form:
+    first = _first(process, start)
+    assert schedule.sigma_data is not None
+    n = levels(steps)
+    times = [first * (1 - k * (n // steps) / (n - 1)) for k in range(steps)]
+    schedule = replace(
+        schedule,
+        predicts=edm(schedule.sigma_data, process.sigma_min),
+        time=log_sigma(process, 250.0),
+    )
+    return Form(schedule, thinned(times), True, floor=process.sigma_min)
+
+
+def _euler(
+    network: Pretrained, process: Karras, steps: int, start: float | None, exported: bool
+) -> Form:
+    """The teacher's own parametrisation, walked by Euler's steps in σ, which are DDIM's.
+
+    The scheduler spaces any number of times from its σ_max to its σ_min, so the student's σ_min is
+    its last time, and it runs at that one count. `exported` ones have it in their schedule.
+    """
+    if not _stock(network) or network.schedule.name == CM:
+        raise UserError(
+            "student.renoise: stock pipelines walk the ODE of EDM's networks only where they are a "
+            "UNet2DModel under EDM's own scheduler; leave it true"
+        )
+    first = _first(process, start)
+    times = [first * (1 - k / (steps - exported)) for k in range(steps)]
+    sigma = process.scales(torch.tensor(first, dtype=torch.float64))[1].item()
+    return Form(network.schedule, {steps: tuple(times)}, False, start=(sigma**2 + 1) ** 0.5)
+
+
+def _first(process: Karras, start: float | None) -> float:
+    """The time at which an EDM student starts."""
+    if start is None:
+        return 1.0
+    if not process.sigma_min < start <= process.sigma_max:
+        raise UserError(
+            f"student.start: {start} is outside the teacher's noise levels, "
+            f"{process.sigma_min} to {process.sigma_max}"
+        )
+    return process.time(torch.tensor(start, dtype=torch.float64)).item()
+
+
+def _ddpm(schedule: Schedule, process: Tabulated, steps: int, renoise: bool) -> Form:
+    if not renoise:
+        if (process.last + 1) % steps:
+            raise UserError(
+                f"student.steps: {steps} does not divide the {process.last + 1} indices"
+            )
+        indices = [(round((process.last + 1) * (1 - k / steps)) - 1) for k in range(steps)]
+        return Form(schedule, thinned([i / process.last for i in indices]), False, start=1.0)
+    n = lcm_levels(process)
+    if steps > n:
+        raise UserError(f"student.steps: {steps} is more than the {n} times there are")
+    jump = (process.last + 1) // n
+    grid = [jump * (i + 1) - 1 for i in reversed(range(n))]
+    times = [grid[k * n // steps] / process.last for k in range(steps)]
+    schedule = replace(schedule, predicts=partial(_lcm, process=process, own=schedule.predicts))
+    return Form(schedule, thinned(times), True, start=1.0)
+
+
+def _lcm(alpha: Tensor, sigma: Tensor, process: Tabulated, own: str | Prediction):
+    """A DDPM network under latent consistency models' boundary (arXiv:2310.04378): x̂ = x at t = 0.
+
+    The stock scheduler applies it, so the student is trained under it: c_skip x_t + c_out x̂, with
+    weights that differ from 0 and 1 only at the lowest few indices.
+    """
+    skip, out = coefficients(own)(alpha, sigma)
+    index = process.index(process.time(sigma.double() / alpha.double()))
+    scaled = (LCM_SCALE * index).to(alpha.dtype)
+    total = scaled**2 + LCM_DATA**2
+    keep, change = LCM_DATA**2 / total, scaled / total.sqrt()
+    return keep + change * skip, change * out
+
+
+def _flow(network: Pretrained, process: Linear, steps: int, renoise: bool) -> Form:
+    stock = flow_scheduler(network.schedule, process.shift, steps, renoise, network.GRID)
+    grids: dict[int, tuple[float, ...]] = {}
+    for k in [k for k in range(1, steps + 1) if steps % k == 0]:
+        if k == 1 < steps and stock.config.shift_terminal:
+            continue  # it would stretch one step over nothing
+        even = np.linspace(1.0, 1 / k, k)
+        stock.set_timesteps(k, sigmas=None if network.GRID == "own" else even)
+        sigma = stock.sigmas[:-1].double()
+        sigma = sigma.clamp(max=1)  # shifting in float32 may end beyond
+        grids[k] = tuple(process.time(sigma / (1 - sigma)).tolist())
+    return Form(network.schedule, grids, renoise)
+
+
+def flow_scheduler(schedule: Schedule, shift: float, steps: int, renoise: bool, grid: str) -> Any:
+    """FlowMatchEulerDiscreteScheduler, so set that a pipeline's own way of asking for times gives
+    useful ones: left alone, those that let it choose would spend their last step at σ near 0."""
+    import diffusers
+
+    last = None
+    if grid == "own" and steps > 1:
+        last = shift / steps / (1 + (shift - 1) / steps)
+    return diffusers.FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=schedule.config["num_train_timesteps"],
+        shift=shift,
+        shift_terminal=last,  # pyright: ignore[reportArgumentType]
+        stochastic_sampling=renoise,
+    )
+
+
+def student(
+    teacher: Teacher,
+    steps: int = 1,
+    start: float | None = None,
+    renoise: bool = True,
+    adapter: Adapter | None = None,
+    exported: bool = False,
+) -> Generator:
+    """A trainable few-step student that starts as the teacher, in a stock form.
+
+    Args:
+        steps, start, renoise, exported: As `form` has them.
+        adapter: Train one on the teacher's own weights, which stay as they are; None is a copy.
+
+    Raises:
+        UserError: no stock scheduler samples such a student.
+    """
+    try:
+        source = unwrap(teacher.denoiser)
+    except UserError as error:
+        raise UserError(f"student: {error}") from None
+    if isinstance(teacher.codec, Latents):
+        raise UserError(
+            "student: no stock pipeline decodes EDM2's latents; EDM2's networks of pixels "
+            "(ImageNet-64) can be distilled"
+        )
+    made = form(source, steps, start, renoise, exported)
+    if is_quantised(source.backbone) and (adapter is None or adapter.kind == "dora"):
+        raise UserError("student: on quantised weights there must be an adapter, and none of DoRA")
+    if adapter is not None:
+        share_time(source, made.schedule)
+        view = under(source, made.schedule)
+        return made.generator(Adapted(view, "student", adapter.config(source.LORA)))
+    # what learns is kept in full precision, whatever the teacher's is
+    backbone: Any = whole(deepcopy(source.backbone)).requires_grad_(True)
+    trim(backbone, teacher)
+    if rescaled(source, made.schedule):
+        retime(backbone, source.time, made.schedule.time)
+    return made.generator(source.twin(backbone, made.schedule))
+
+
+def rescaled(network: Pretrained, schedule: Schedule) -> bool:
+    """Whether a UNet2DModel of EDM's reads its time in other units than its student's scheduler
+    feeds."""
+    own = network.schedule
+    karras = isinstance(own.process, Karras)
+    return karras and _stock(network) and own.name != CM and schedule is not own
+
+
+def _stock(network: Pretrained) -> bool:
+    """Whether the network is one of diffusers', and not one of EDM's with its own source."""
+    from diffusers import UNet2DModel
+
+    return isinstance(network.backbone, UNet2DModel)
+
+
+def share_time(source: Pretrained, schedule: Schedule) -> None:
+    """Have an EDM teacher read its time as its student will, since they share the layer for it."""
+    if rescaled(source, schedule):
+        retime(source.backbone, source.time, schedule.time)
+        source.adopt(replace(source.schedule, time=schedule.time, name=CM))
+
+
+def trim(backbone: Any, teacher: Teacher) -> None:
+    """Cut off a student's UNet2DModel what it has no use for: null class and learned variance."""
+    from diffusers import UNet2DModel
+
+    if isinstance(backbone, UNet2DModel):
+        drop_null(backbone, teacher)
+        drop_variance(backbone)
+
+
+def levels(steps: int) -> int:
+    """The CM scheduler's grid size for a student of `steps`: a multiple, so that every count that
+    divides them picks a subset of the same times."""
+    return steps * -(-CM_LEVELS // steps)
+
+
+def lcm_levels(process: Tabulated) -> int:
+    """The LCM scheduler's grid size: its default, or every index where there are fewer."""
+    return min(LCM_LEVELS, process.last + 1)
+
+
+def retime(backbone: Any, old: Time, new: Time) -> None:
+    """Make a UNet2DModel read its time in other units, in place, saying what it said before.
+
+    Both are smooth functions of log σ, so the first layer of the time embedding is refitted to the
+    new units' slow sinusoids by ridge regression in float64; the fast ones start at weight zero.
+    """
+    t = torch.linspace(0, 1, 4096, dtype=torch.float64)
+    first = backbone.time_embedding.linear_1
+    device = first.weight.device
+    before = backbone.time_proj(old(t).to(device)).double()
+    after = backbone.time_proj(new(t).to(device)).double()
+    target = before @ first.weight.double().T + first.bias.double()
+    turns = after.diff(dim=0).abs().sum(0)  # total variation: 4 for each full period
+    slow = turns < 24
+    basis = torch.cat([after[:, slow], torch.ones(len(t), 1, dtype=t.dtype, device=device)], 1)
+    ridge = 1e-12 * len(t) * torch.eye(basis.shape[1], dtype=t.dtype, device=device)
+    solution = torch.linalg.solve(basis.T @ basis + ridge, basis.T @ target)
+    with torch.no_grad():
+        first.weight.zero_()
+        first.weight[:, slow] = solution[:-1].T.to(first.weight.dtype)
+        first.bias.copy_(solution[-1])
+
+
+def drop_variance(backbone: Any) -> None:
+    """Cut a learned variance off the network's output: no few-step scheduler reads one."""
+    channels, last = backbone.config["in_channels"], backbone.conv_out
+    if last.out_channels == 2 * channels:
+        cut = nn.Conv2d(last.in_channels, channels, last.kernel_size, padding=last.padding)
+        cut.weight = nn.Parameter(last.weight[:channels].detach().clone())
+        cut.bias = nn.Parameter(last.bias[:channels].detach().clone())
+        backbone.conv_out = cut
+        backbone.register_to_config(out_channels=channels)
+
+
+def drop_null(backbone: Any, teacher: Teacher) -> None:
+    """Forget the null class: a student needs no guidance, and pipelines draw random labels."""
+    null: int | None = teacher.codec.null_label  # pyright: ignore[reportAttributeAccessIssue]
+    if null is None or backbone.class_embedding is None:
+        return
+    table = backbone.class_embedding
+    if null == table.num_embeddings - 1:
+        kept = nn.Parameter(table.weight[:null].detach().clone())
+        backbone.class_embedding = nn.Embedding(null, table.embedding_dim, _weight=kept)
+        backbone.register_to_config(num_class_embeds=null)
+
+
+def scheduler(generator: Generator) -> Any:
+    """The diffusers scheduler that samples this student."""
+    import diffusers
+
+    network = unwrap(generator.denoiser)
+    schedule, steps = network.schedule, len(generator.times)
+    if isinstance(process := schedule.process, Karras):
+        assert schedule.sigma_data is not None
+        ends = torch.tensor(generator.times, dtype=torch.float64)[[0, -1]]
+        sigma_max, sigma_min = process.scales(ends)[1].tolist()
+        if not generator.renoise:
+            return diffusers.EDMEulerScheduler(
+                sigma_min=sigma_min,
+                sigma_max=sigma_max,
+                sigma_data=schedule.sigma_data,
+                rho=process.rho,
+            )
+        return diffusers.CMStochasticIterativeScheduler(
+            num_train_timesteps=levels(steps),
+            sigma_min=process.sigma_min,
+            sigma_max=sigma_max,
+            sigma_data=schedule.sigma_data,
+            rho=process.rho,
+            clip_denoised=False,
+        )
+    if isinstance(process, Linear):
+        return flow_scheduler(schedule, process.shift, steps, generator.renoise, network.GRID)
+    assert isinstance(process, Tabulated)
+    shared = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+              "prediction_type", "rescale_betas_zero_snr")  # fmt: skip
+    config = {k: v for k, v in schedule.config.items() if k in shared}  # these stay as they were
+    if generator.renoise:
+        return diffusers.LCMScheduler.from_config(
+            config, original_inference_steps=lcm_levels(process), clip_sample=False,
+            thresholding=False, timestep_scaling=LCM_SCALE, steps_offset=1,
+        )  # fmt: skip
+    return diffusers.DDIMScheduler.from_config(
+        config, timestep_spacing="trailing", clip_sample=False, thresholding=False,
+        set_alpha_to_one=True, steps_offset=1,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Every teacher that can be loaded, by name; and the shapes of well-known ones."""

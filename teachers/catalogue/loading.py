@@ -1,0 +1,171 @@
+"""The one function that loads any teacher, and the families that it knows."""
+
+from __future__ import annotations
+
+from functools import partial
+from inspect import signature
+from os.path import isdir, isfile
+from pathlib import Path
+from typing import Any
+
+from teachers.errors import UserError, clipped, nearest, teacher_at
+from teachers.storage.files import home, read_json
+from teachers.teacher import EMBEDDED, Pixels, Teacher
+
+
+def load(source: str, **options: Any) -> Teacher:
+    """The teacher at `source`, frozen and in eval mode.
+
+    Args:
+        source: "digits" or "shapes" (embedded), "analytic:NAME" (closed form), a diffusers folder,
+            a Hub id, a published EDM or EDM2 .pkl, the folder that it was converted to, or
+            "path/to/file.py:function" for a function that returns a Teacher.
+        options: The family's own: `null_label`, the class that means none, for UNet2D pipelines;
+            that and `vae`, the folder of their latents' AutoencoderKL, for EDM and EDM2;
+            `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16, fp8, nf4) for the
+            others,
+            `frames` for videos, and `embedded_guidance` for FLUX.1-dev.
+
+    Raises:
+        UserError: nothing is there, the files are not whole, the family is not supported, or it
+            does not know the option.
+    """
+    if source.startswith("analytic:"):
+        if options:
+            raise UserError(f"{teacher_at(source)} takes no options; leave out {min(options)}")
+        return _analytic(source)
+    if source.rpartition(":")[0].endswith(".py"):
+        if options:
+            raise UserError(f"{teacher_at(source)} takes no options; leave out {min(options)}")
+        return _own(source)
+    if source == "digits":
+        options.setdefault("null_label", 10)
+    pickled = source.endswith(".pkl")
+    at = partial(home, who="teacher") if pickled else find
+    folder = EMBEDDED.get(source) or at(source)
+    family, loader = loader_of(folder, source)
+    takes = list(signature(loader).parameters)[2:]
+    if unknown := sorted(options.keys() - set(takes)):
+        raise UserError(
+            f"{teacher_at(source)}: {family} has no option {clipped(unknown[0])!r}; "
+            f"{nearest(unknown[0], takes)}"
+        )
+    teacher = loader(folder, source, **options)
+    teacher.options = options
+    teacher.denoiser.eval().requires_grad_(False)
+    return teacher
+
+
+def loader_of(path: Path, source: str) -> tuple[str, Any]:
+    """The family of a folder or pickle, by name, and its loader."""
+    if path.suffix == ".pkl" or (path / "config.json").is_file():
+        from teachers.edm import checkpoints
+
+        if checkpoints.recognises(path):
+            return "an EDM network", checkpoints.load
+    index = read_json(path / "model_index.json", teacher_at(source))
+    family = str(index.get("_class_name", "a nameless class"))
+    known = families()
+    if family not in known:
+        raise UserError(
+            f"{teacher_at(source)}: {clipped(family)} is not supported; {nearest(family, known)}"
+        )
+    return family, known[family]
+
+
+def families() -> dict[str, Any]:
+    """Loaders by the pipeline class that a folder's model_index.json names."""
+    from teachers.edm import checkpoints
+    from teachers.families import (
+        base,
+        dit,
+        flux,
+        lumina,
+        pixart,
+        qwen,
+        sana,
+        sd3,
+        stable_diffusion,
+        unet,
+        wan,
+        zimage,
+    )
+
+    table: dict[str, Any] = dict.fromkeys(
+        unet.UNet.PIPELINES, partial(unet.load, {"EDMModel": checkpoints.network})
+    )
+    for kind in (
+        stable_diffusion.StableDiffusion,
+        stable_diffusion.SDXL,
+        dit.DiT,
+        pixart.PixArtAlpha,
+        pixart.PixArtSigma,
+        sd3.StableDiffusion3,
+        sana.Sana,
+        lumina.Lumina2,
+        qwen.QwenImage,
+        zimage.ZImage,
+    ):
+        table |= dict.fromkeys(kind.PIPELINES, partial(base.load, kind))
+    table |= dict.fromkeys(flux.Flux.PIPELINES, flux.load)
+    return table | dict.fromkeys(wan.Wan.PIPELINES, wan.load)
+
+
+def find(source: str) -> Path:
+    """The folder of a local path or of a Hub id, downloading once what its pipeline is loaded from,
+    and its licence with it.
+
+    Raises:
+        UserError: there is none, or it is a single file.
+    """
+    folder = home(source, "teacher")
+    if isdir(folder):  # for the longest of names too, at which Path's own raises
+        return folder
+    from teachers.storage import download
+
+    who = teacher_at(source)
+    download.refuse_file(source, who)
+    if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+        if isfile(folder):
+            raise UserError(f"{who}: it is a file; give a diffusers pipeline folder")
+        raise UserError(f"{who}: no such folder, and not a Hub id (OWNER/NAME)")
+    return download.fetch(source)
+
+
+def _analytic(source: str) -> Teacher:
+    from teachers.analytic import ANALYTIC
+
+    name = source.removeprefix("analytic:")
+    if name not in ANALYTIC:
+        raise UserError(f"{teacher_at(source)} is unknown: {nearest(name, ANALYTIC)}")
+    denoiser = ANALYTIC[name]()
+    return Teacher(denoiser.eval(), Pixels(), tuple(denoiser.sample(1).shape[1:]), source)
+
+
+def _own(source: str) -> Teacher:
+    """What a user's own function returns."""
+    from teachers.storage.plugin import import_file
+
+    place, _, name = source.rpartition(":")
+    try:
+        module = import_file(home(place, "teacher"))
+        function = getattr(module, name, None)
+        teacher = function() if callable(function) else None
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's module raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{teacher_at(source)}: {clipped(place)} raised {clipped(reason, 200)}"
+        ) from None
+    if function is None:
+        known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+        raise UserError(
+            f"{teacher_at(source)}: no function {clipped(name)!r} in it; {nearest(name, known)}"
+        )
+    if not isinstance(teacher, Teacher):
+        kind = type(teacher).__name__
+        raise UserError(f"{teacher_at(source)}: {name} must return a Teacher, not {kind}")
+    teacher.denoiser.eval().requires_grad_(False)
+    teacher.source = teacher.source or source
+    return teacher

@@ -1,0 +1,229 @@
+"""Outlines of well-known checkpoints: their shapes, without a weight.
+
+So that a run can be planned before anything is downloaded. The networks are the real classes with
+the published configs, made without memory; what prompts become is known by its shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teachers.catalogue.loading import families
+from teachers.denoiser import Cond
+from teachers.edm import adm
+from teachers.errors import UserError, nearest, teacher_at
+from teachers.families.flux import Flux
+from teachers.families.unet import UNet
+from teachers.quantised import DTYPES, FORMS, Precision, quantise
+from teachers.storage.diffusers_config import CM, read
+from teachers.teacher import Teacher
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is public of a checkpoint.
+
+    Args:
+        pipeline, network, config: Their diffusers classes, and the network's published config.
+        shape: Of one latent at the checkpoint's own size.
+        cond: Of one prompt's entries.
+        scheduler: Class name and config.
+        beside: Parameters of text encoders and VAE, which leave the device once all is encoded.
+        factor: Pixels per latent.
+        classes: How many labels there are; 0 where prompts are text.
+        whole: Entries of the condition that hold integers.
+    """
+
+    pipeline: str
+    network: str
+    config: dict[str, Any]
+    shape: tuple[int, ...]
+    cond: dict[str, tuple[int, ...]]
+    scheduler: tuple[str, dict[str, Any]]
+    beside: int
+    factor: int = 8
+    classes: int = 0
+    whole: tuple[str, ...] = field(default=())
+
+
+SD15 = Outline(
+    "StableDiffusionPipeline",
+    "UNet2DConditionModel",
+    {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    (4, 64, 64),
+    {"text": (77, 768)},
+    ("PNDMScheduler", {**BETAS, "skip_prk_steps": True}),
+    207_000_000,
+)
+SDXL = Outline(
+    "StableDiffusionXLPipeline",
+    "UNet2DConditionModel",
+    {
+        "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20],
+        "block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816, "use_linear_projection": True,
+    },
+    (4, 128, 128),
+    {"text": (77, 2048), "pooled": (1280,)},
+    ("EulerDiscreteScheduler", BETAS),
+    901_000_000,
+)  # fmt: skip
+SD35_MEDIUM = Outline(
+    "StableDiffusion3Pipeline",
+    "SD3Transformer2DModel",
+    {
+        "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24,
+        "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "out_channels": 16,
+        "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
+        "qk_norm": "rms_norm",
+    },
+    (16, 128, 128),
+    {"text": (333, 4096), "pooled": (2048,)},
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    5_670_000_000,
+)  # fmt: skip
+FLUX_DEV = Outline(
+    "FluxPipeline",
+    "FluxTransformer2DModel",
+    {"guidance_embeds": True},
+    (16, 128, 128),
+    {"text": (512, 4096), "pooled": (768,), "guidance": ()},
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
+    4_970_000_000,
+)
+SANA_1600M = Outline(
+    "SanaPipeline",
+    "SanaTransformer2DModel",
+    {"sample_size": 32},
+    (32, 32, 32),
+    {"text": (300, 2304), "mask": (300,)},
+    ("DPMSolverMultistepScheduler", {
+        "use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction",
+    }),
+    2_930_000_000,
+    factor=32,
+    whole=("mask",),
+)  # fmt: skip
+PIXART_SIGMA = Outline(
+    "PixArtSigmaPipeline",
+    "PixArtTransformer2DModel",
+    {"sample_size": 128, "use_additional_conditions": False, "caption_channels": 4096},
+    (4, 128, 128),
+    {"text": (300, 4096), "mask": (300,)},
+    ("DPMSolverMultistepScheduler", {"beta_start": 0.0001, "beta_end": 0.02}),
+    4_850_000_000,
+    whole=("mask",),
+)
+EDM_IN64 = Outline(
+    "ConsistencyModelPipeline",
+    "UNet2DModel",
+    adm.config({"img_resolution": 64, "img_channels": 3, "label_dim": 1000}) or {},
+    (3, 64, 64),
+    {"class_labels": ()},
+    (CM, {}),  # as its students read their time: to refit a layer for that takes values
+    0,
+    factor=1,
+    classes=1000,
+    whole=("class_labels",),
+)
+
+OUTLINES = {
+    "edm-imagenet-64x64-cond-adm.pkl": EDM_IN64,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
+    "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
+    "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
+    "black-forest-labs/FLUX.1-dev": FLUX_DEV,
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": SANA_1600M,
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": PIXART_SIGMA,
+}
+
+
+class Blank:
+    """A codec that knows shapes alone."""
+
+    null_label = None
+
+    def __init__(self, outline: Outline, size: tuple[int, int]) -> None:
+        self.outline, self.size, self.classes = outline, size, outline.classes
+
+    @property
+    def null(self) -> Cond:
+        return self.condition([""])
+
+    def condition(self, prompts: Sequence[Any]) -> Cond:
+        """Conditions of no meaning, each entry (N, ...)."""
+        return {
+            k: torch.ones(
+                len(prompts), *shape, dtype=torch.long if k in self.outline.whole else torch.float32
+            )
+            for k, shape in self.outline.cond.items()
+        }
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images.new_zeros(len(images), *self.outline.shape)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.new_zeros(len(latents), 3, *self.size)
+
+
+def outline(
+    source: str,
+    without: AbstractContextManager[Any],
+    size: int | None = None,
+    precision: Precision = "fp32",
+) -> Teacher:
+    """A known checkpoint's teacher, with a network that has shapes alone.
+
+    Args:
+        without: In which networks are made without memory: a FakeTensorMode, or the meta device.
+
+    Raises:
+        UserError: it is not among OUTLINES.
+    """
+    import diffusers
+
+    if source not in OUTLINES:
+        raise UserError(
+            f"{teacher_at(source)}: not on this machine, and no known outline; download it first, "
+            f"or name a known one: {nearest(source, OUTLINES)}"
+        )
+    known = OUTLINES[source]
+    # those whose loader takes more options than others have one of their own
+    owner = next((k for k in (UNet, Flux) if known.pipeline in k.PIPELINES), None)
+    kind = owner or families()[known.pipeline].args[0]
+    shape = known.shape
+    if size is not None:
+        shape = (shape[0], size // known.factor, size // known.factor)
+    name, config = known.scheduler
+    schedule = read(name, config, teacher_at(source), kind.tokens(shape))
+    with without, dtype_of_new(DTYPES[precision]):
+        backbone = getattr(diffusers, known.network).from_config(known.config)
+        if precision in FORMS:
+            quantise(backbone, precision)
+    network = kind(backbone, schedule, known.factor)
+    pixels = (shape[-2] * known.factor, shape[-1] * known.factor)
+    network.eval().requires_grad_(False)
+    return Teacher(network, Blank(known, pixels), shape, source)
+
+
+@contextmanager
+def dtype_of_new(dtype: torch.dtype) -> Iterator[None]:
+    """Make new networks in this type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

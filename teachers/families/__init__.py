@@ -1,0 +1,1 @@
+"""Pipelines of diffusers as teachers, a file to a family."""

@@ -1,0 +1,129 @@
+"""FLUX.1: rectified flow on packed latents; the dev checkpoint was distilled from guidance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teachers.denoiser import Cond
+from teachers.errors import UserError, teacher_at
+from teachers.families import base
+from teachers.families.base import Pretrained, Prompted
+from teachers.quantised import Precision
+from teachers.teacher import Teacher
+
+
+class Flux(Pretrained):
+    """A FluxTransformer2DModel, which reads patches of 2×2, T5's tokens and CLIP's pooled ones."""
+
+    PIPELINES = ("FluxPipeline",)
+    GRID = "trailing"
+    LORA = (
+        r".*(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+        r"|ff(_context)?\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.(proj_mlp|proj_out))"
+    )
+
+    def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
+        assert cond is not None
+        text, pooled = cond["text"].to(self.dtype), cond["pooled"].to(self.dtype)
+        rows, columns = (torch.arange(n // 2, device=x_t.device) for n in x_t.shape[-2:])
+        grid = torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)
+        out = self.backbone(
+            self.pack(x_t).to(self.dtype),
+            text,
+            pooled,
+            self.time(t) / 1000,  # the network multiplies by it
+            grid,
+            torch.zeros(text.shape[1], 3, device=x_t.device),
+            cond.get("guidance"),
+            return_dict=False,
+        )[0]
+        return self.unpack(out, tuple(x_t.shape[1:]))
+
+    @staticmethod
+    def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
+        text, pooled, _ = pipe.encode_prompt(prompts, device=pipe.text_encoder.device)
+        return {"text": text.float(), "pooled": pooled.float()}
+
+    @classmethod
+    def shape(cls, pipe: Any, size: int | None) -> tuple[int, ...]:
+        side = pipe.default_sample_size if size is None else size // cls.factor(pipe)
+        return (pipe.transformer.config.in_channels // 4, side, side)
+
+    @classmethod
+    def grain(cls, pipe: Any) -> int:
+        return 2 * cls.factor(pipe)
+
+    @property
+    def middle(self) -> str:
+        backbone: Any = self.backbone
+        double, single = backbone.transformer_blocks, backbone.single_transformer_blocks
+        half = (len(double) + len(single)) // 2
+        if half < len(double):
+            return f"backbone.transformer_blocks.{half}"
+        return f"backbone.single_transformer_blocks.{half - len(double)}"
+
+    @staticmethod
+    def pack(x: Tensor) -> Tensor:
+        """Patches (B, H W / 4, 4 C) of x (B, C, H, W)."""
+        patches = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, H/2, 2, W/2, 2)
+        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    @staticmethod
+    def unpack(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        channels, height, width = shape
+        patches = x.unflatten(2, (channels, 2, 2)).unflatten(1, (height // 2, width // 2))
+        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+class Told(Prompted):
+    """A codec whose conditions hold the guidance that a guidance-distilled network is told."""
+
+    def __init__(self, codec: Prompted, guidance: float) -> None:
+        super().__init__(codec.pipe, codec.kind, codec.size, codec.negative)
+        self.guidance, self.folder = guidance, codec.folder
+
+    @property
+    def null(self) -> dict[str, Tensor]:
+        return self._tell(super().null)
+
+    def condition(self, prompts: Any) -> dict[str, Tensor]:
+        return self._tell(super().condition(prompts))
+
+    def arguments(self, prompts: list[Any]) -> dict[str, Any]:
+        return {**super().arguments(prompts), "guidance_scale": self.guidance}
+
+    def _tell(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**cond, "guidance": cond["pooled"].new_full((len(cond["pooled"]),), self.guidance)}
+
+
+def load(
+    folder: Path,
+    source: str,
+    negative_prompt: str = "",
+    size: int | None = None,
+    precision: Precision = "fp32",
+    embedded_guidance: float | None = None,
+) -> Teacher:
+    """A FLUX.1 folder as a teacher.
+
+    Args:
+        negative_prompt, size, precision: As `teachers.families.base.load` has them.
+        embedded_guidance: What a guidance-distilled network is told; by default 3.5, the stock
+            pipeline's own. It is an input, and no classifier-free guidance.
+
+    Raises:
+        UserError: as `teachers.families.base.load`, or the network takes no such input.
+    """
+    teacher = base.load(Flux, folder, source, negative_prompt, size, precision)
+    assert isinstance(teacher.codec, Prompted)
+    if teacher.codec.pipe.transformer.config.guidance_embeds:
+        teacher.codec = Told(teacher.codec, 3.5 if embedded_guidance is None else embedded_guidance)
+    elif embedded_guidance is not None:
+        raise UserError(
+            f"{teacher_at(source)}: its network takes no guidance; leave out embedded_guidance"
+        )
+    return teacher

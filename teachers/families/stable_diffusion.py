@@ -1,0 +1,88 @@
+"""Stable Diffusion 1.x and 2.x (arXiv:2112.10752) and SDXL (arXiv:2307.01952)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teachers.denoiser import Cond
+from teachers.families.base import Pretrained, repeated
+
+
+class StableDiffusion(Pretrained):
+    """A UNet2DConditionModel that reads CLIP's tokens."""
+
+    PIPELINES = ("StableDiffusionPipeline",)
+    PART, SEEDED, FLOWS = "unet", True, False
+    LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|proj_in|proj_out)"
+
+    def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
+        assert cond is not None
+        text, x_t = cond["text"].to(self.dtype), x_t.to(self.dtype)
+        return self.backbone(
+            x_t, self.time(t), text, timestep_cond=self.scale(x_t), return_dict=False
+        )[0]  # fmt: skip
+
+    def scale(self, x_t: Tensor) -> Tensor | None:
+        """What its pipeline tells a network that is told of guidance where there is none: sines and
+        cosines of 0, (B, D)."""
+        config: Any = self.backbone.config
+        if config.time_cond_proj_dim is None:
+            return None
+        half = config.time_cond_proj_dim // 2
+        told = x_t.new_zeros(len(x_t), config.time_cond_proj_dim)
+        told[:, half : 2 * half] = 1
+        return told
+
+    @staticmethod
+    def unguided(backbone: Any) -> None:
+        """These pipelines guide no network that is told of the scale: tell it, by weights of 0."""
+        if backbone.config.time_cond_proj_dim is None:
+            width = backbone.time_embedding.linear_1.in_features
+            told = nn.Linear(256, width, bias=False)  # 256 is the embedding they make of the scale
+            nn.init.zeros_(told.weight)
+            backbone.time_embedding.cond_proj = told.to(backbone.device, backbone.dtype)
+            backbone.register_to_config(time_cond_proj_dim=256)
+
+    @staticmethod
+    def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
+        text, _ = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)
+        return {"text": text.float()}
+
+
+class SDXL(StableDiffusion):
+    """Two text encoders, a pooled embedding, and six numbers of size and crop.
+
+    The six are those of its pipeline by default: the picture's own size, uncropped.
+    """
+
+    PIPELINES = ("StableDiffusionXLPipeline",)
+
+    def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
+        assert cond is not None
+        text, pooled = cond["text"].to(self.dtype), cond["pooled"].to(self.dtype)
+        size, x_t = self.seen(x_t), x_t.to(self.dtype)
+        sizes = repeated((*size, 0, 0, *size), x_t, self.dtype)
+        added = {"text_embeds": pooled, "time_ids": sizes}
+        return self.backbone(
+            x_t,
+            self.time(t),
+            text,
+            timestep_cond=self.scale(x_t),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+
+    @staticmethod
+    def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
+        device = pipe.text_encoder_2.device
+        text, _, pooled, _ = pipe.encode_prompt(
+            prompts, device=device, do_classifier_free_guidance=False
+        )
+        if pipe.config.force_zeros_for_empty_prompt:  # what its unconditional half was trained on
+            empty = torch.tensor([not p for p in prompts], device=device)
+            text = text.masked_fill(empty.view(-1, 1, 1), 0)
+            pooled = pooled.masked_fill(empty.view(-1, 1), 0)
+        return {"text": text.float(), "pooled": pooled.float()}

@@ -1,0 +1,103 @@
+"""Diffusers' UNet2DModel pipelines of pixels, unconditional or class-conditional, as denoisers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from teachers.denoiser import Cond
+from teachers.errors import UserError, clipped, teacher_at
+from teachers.families.base import Pretrained, check_schedule
+from teachers.storage import components
+from teachers.storage.diffusers_config import read
+from teachers.storage.files import read_json
+from teachers.teacher import Pixels, Teacher
+
+# By the class that config.json names: of a folder, its config and its name in errors, the denoiser
+# and the network.
+Networks = Mapping[str, Callable[[Path, dict[str, Any], str], "tuple[type[UNet], Any]"]]
+
+
+class UNet(Pretrained):
+    """A UNet2DModel as a denoiser."""
+
+    PIPELINES = ("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline", "PNDMPipeline")
+    PART, SEEDED, SCALED, FLOWS = "unet", True, True, False
+    LORA = r".*(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut|time_emb_proj)"
+
+    def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
+        if (sigma_data := self.schedule.sigma_data) is not None:
+            _, sigma = self.process.at(t, x_t)
+            x_t = x_t / (sigma**2 + sigma_data**2).sqrt()
+        labels = None if cond is None else cond["class_labels"]
+        x_t = x_t.to(self.dtype)
+        out = self.backbone(x_t, self.time(t), class_labels=labels, return_dict=False)[0]
+        return out[:, : x_t.shape[1]]  # a learned variance, where there is one, comes after
+
+    @staticmethod
+    def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
+        """What ConsistencyModelPipeline calls them, whichever pipeline the teacher came in."""
+        return {"batch_size": len(prompts), "class_labels": prompts}
+
+
+def load(own: Networks, folder: Path, source: str, null_label: int | None = None) -> Teacher:
+    """A UNet2D pipeline folder as a teacher.
+
+    Args:
+        own: Networks of other kinds than UNet2DModel that such a folder may hold.
+
+    Raises:
+        UserError: a file is missing or damaged, or the scheduler is of a kind not in the table.
+    """
+    who = teacher_at(source)
+    kind, backbone = backbone_of(own, inside(folder, "unet"), who)
+    config = read_json(inside(folder, "scheduler") / "scheduler_config.json", who)
+    config = {k: v for k, v in config.items() if not k.startswith("_diffusers")}
+    name = str(config.pop("_class_name", ""))
+    schedule = read(name, config, who)
+    check_schedule(kind, schedule, "UNet2DModel", who)
+    denoiser = kind(backbone, schedule)
+    classes = backbone.config["num_class_embeds"] or 0
+    if null_label is not None:
+        if not 0 <= null_label < classes:
+            raise UserError(f"{who}: null_label {null_label} is outside its {classes} classes")
+        if null_label == classes - 1:
+            classes -= 1  # the null class is not one to ask for
+    size = backbone.config["sample_size"]
+    if type(size) is not int or size < 1:  # a bool is an int as well
+        raise UserError(
+            f"{who}: unet/config.json: sample_size is {clipped(repr(size))}; expected a whole "
+            "number of pixels from 1, as stock pipelines sample one square size"
+        )
+    shape = (backbone.config["in_channels"], size, size)
+    return Teacher(denoiser, Pixels(classes, null_label), shape, source)
+
+
+def inside(folder: Path, part: str) -> Path:
+    """Where a part of a pipeline lies: its own subfolder, or the pipeline's, as in old ones."""
+    return folder / part if (folder / part).is_dir() else folder
+
+
+def backbone_of(own: Networks, folder: Path, who: str) -> tuple[type[UNet], Any]:
+    """The network in `folder` and how it is read as a denoiser, from safetensors only."""
+    from diffusers import UNet2DModel
+
+    config = read_json(folder / "config.json", who)
+    kind = str(config.get("_class_name"))
+    if kind in own:
+        return own[kind](folder, config, who)
+    if kind != "UNet2DModel":
+        raise UserError(f"{who}: {folder / 'config.json'} holds a {kind}; expected a UNet2DModel")
+    if (embed := config.get("class_embed_type")) is not None:
+        raise UserError(
+            f"{who}: class_embed_type {embed!r} is not supported; only class labels are"
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{who}: no safetensors weights in {folder}; pickled weights are never loaded, "
+            "convert them with diffusers' save_pretrained first"
+        )
+    return UNet, components.module(UNet2DModel, folder, who, low_cpu_mem_usage=False)

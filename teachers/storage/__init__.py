@@ -1,0 +1,1 @@
+"""What lies on disk or on the Hub: weights, configs and tokenizers, read and checked."""

@@ -1,0 +1,386 @@
+"""The parts of a diffusers folder, read from safetensors: every weight is there, and none is left.
+
+Diffusers and transformers only log which weights a file lacks, and give those random values. Here
+such a file is refused, whichever versions of the two are installed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from teachers.errors import UserError, clipped, note
+from teachers.storage.files import read_json
+
+# A file of weights as diffusers and transformers name them: its shard, and its variant, if any.
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?"
+    r"(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d{5}-of-\d{5})?\.safetensors"
+)
+LOADED = ("diffusers", "transformers")  # libraries whose classes are loaded here, one by one
+# Parts that pipelines draw without, though their classes name them.
+SPARE = {"safety_checker", "feature_extractor", "image_encoder", "transformer_2"}
+SPARE |= {"text_encoder_3", "tokenizer_3"}  # T5, which Stable Diffusion 3 takes zeros for
+TOKENIZERS = ("Tokenizer", "TokenizerFast")  # how the names of tokenizers' classes end
+
+
+def variant_of(names: Iterable[str]) -> str | None:
+    """Which variant of a part's weights to read; None for the plain files, or where none are there.
+
+    Args:
+        names: Of the files in its folder.
+    """
+    found = {m["variant"] for name in names if (m := WEIGHTS.fullmatch(name))}
+    if not found or None in found:
+        return None
+    return min(found, key=lambda v: (("fp16", "bf16").index(v) if v in ("fp16", "bf16") else 9, v))
+
+
+def variants(who: str, folders: dict[str, Path]) -> dict[str, str | None]:
+    """Which variant to read of each part, in its folder; says so where the plain files are not
+    there."""
+    found = {part: variant_of(p.name for p in at.iterdir()) for part, at in folders.items()}
+    for variant in sorted({v for v in found.values() if v is not None}):
+        parts = ", ".join(part for part, v in found.items() if v == variant and part)
+        note(
+            f"{who}: there are no weights{f' of {parts}' * bool(parts)} but *.{variant}.safetensors"
+            ", and those are read"
+        )
+    return found
+
+
+def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) -> Any:
+    """A network in `folder`, of a class with diffusers' and transformers' `from_pretrained`.
+
+    Args:
+        part: Its name in the pipeline, for messages.
+        options: Of `from_pretrained`.
+
+    Raises:
+        UserError: the files are not there, cannot be read, or do not hold just its weights.
+    """
+    read_json(folder / "config.json", who)  # libraries would ask the Hub for one that is not there
+    check_rope(folder, who)
+    if "variant" not in options:
+        options["variant"] = variants(who, {part: folder})[part]
+    try:
+        with quiet(), silent("diffusers.models.modeling_utils"):
+            made, info = kind.from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+    except Exception as error:  # diffusers and transformers wrap a damaged file in various types
+        raise UserError(f"{who}: {folder} cannot be read ({reason(error)})") from None
+    where = f"{who}: the weights in {folder}"
+    dot = f"{part}." if part else ""
+    # networks that diffusers makes without memory say so themselves where they were given none
+    hollow = [k for k, v in made.state_dict().items() if v.is_meta]
+    lacking = sorted({*info["missing_keys"], *hollow})
+    wrong = [k if isinstance(k, str) else k[0] for k in info["mismatched_keys"]]
+    extra = sorted(k for k in info["unexpected_keys"] if not k.endswith("position_ids"))
+    if lacking and extra:
+        raise UserError(
+            f"{where} are not whole: {dot}{lacking[0]} is missing{more(lacking)}; there is "
+            f"{clipped(extra[0])}{more(extra)} instead, as another version of "
+            f"{kind.__module__.partition('.')[0]} may name them: install that one"
+        )
+    if lacking:
+        raise UserError(f"{where} are not whole: {dot}{lacking[0]} is missing{more(lacking)}")
+    if wrong:
+        raise UserError(f"{where} do not fit its config.json: {dot}{wrong[0]}{more(wrong)}")
+    if extra:
+        raise UserError(
+            f"{where} hold {dot}{clipped(extra[0])}{more(extra)}, of which the {kind.__name__} "
+            "that config.json describes knows nothing; correct config.json"
+        )
+    check_floating(made, folder, options["variant"], where)
+    return made
+
+
+def check_floating(made: nn.Module, folder: Path, variant: str | None, where: str) -> None:
+    """Refuse weights of whole numbers for a network of others: cast, they would lack their scale.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    own, wrong = made.state_dict(), []
+    for file in sorted(folder.glob("*.safetensors")):
+        match = WEIGHTS.fullmatch(file.name)
+        if match is None or match["variant"] != variant:
+            continue
+        for name in whole_numbers(file):  # of which libraries may add or drop the beginning
+            mates = [
+                v
+                for k, v in own.items()
+                if k == name or k.endswith(f".{name}") or name.endswith(f".{k}")
+            ]
+            if any(v.is_floating_point() for v in mates):
+                wrong.append(name)
+    if wrong:
+        raise UserError(
+            f"{where} are quantised: {clipped(wrong[0])}{more(wrong)} holds whole numbers, without "
+            "the scale that they are of; give weights of fp32, bf16 or fp16"
+        )
+
+
+def whole_numbers(file: Path) -> list[str]:
+    """The names of a safetensors file's tensors that are of integers or truth values."""
+    with safe_open(file, "pt") as tensors:
+        types = {k: tensors.get_slice(k).get_dtype() for k in tensors.keys()}  # noqa: SIM118
+    return [k for k, v in types.items() if v.startswith(("I", "U", "BOOL"))]
+
+
+def installed() -> str:
+    """The version of transformers."""
+    return version("transformers")
+
+
+def check_rope(folder: Path, who: str) -> None:
+    """Refuse a language model's config that transformers before version 5 would read wrongly.
+
+    Raises:
+        UserError: rotary embeddings' settings are there under version 5's name alone.
+    """
+    file = folder / "config.json"
+    if int(installed().partition(".")[0]) >= 5 or not file.exists():
+        return
+    todo: list[Any] = [read_json(file, who)]
+    for tree in todo:
+        if "rope_parameters" in tree and "rope_theta" not in tree:
+            raise UserError(
+                f"{who}: {file} holds rope_parameters, which transformers "
+                f"{installed()} does not read: install version 5"
+            )
+        todo += [value for value in tree.values() if isinstance(value, dict)]
+
+
+def more(names: list[str]) -> str:
+    """What follows the first of several names."""
+    return f", and {len(names) - 1} more" * (len(names) > 1)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
+    """The pipeline in a folder, from safetensors only, without a safety checker.
+
+    Args:
+        dtypes: Of the weights of each part, and "default" for all others.
+
+    Raises:
+        UserError: it cannot be read, or the weights of some part are not just those it needs.
+    """
+    import diffusers
+
+    index = read_json(folder / "model_index.json", who)
+    check_index(folder, index, who)
+    kinds, parts, classes = dict(networks(index)), {}, {}
+    chosen = variants(who, {part: folder / part for part in kinds})
+    for part, kind in kinds.items():
+        # transformers' name for it; the older spelling is understood by all versions
+        dtype = dtypes.get(part, dtypes["default"])
+        parts[part] = module(
+            kind, folder / part, who, part, torch_dtype=dtype, variant=chosen[part]
+        )
+    for part, entry in index.items():
+        if isinstance(entry, list) and entry[0] == "transformers" and entry[1].endswith(TOKENIZERS):
+            parts[part] = tokenizer(entry[1], folder / part, who)
+            classes[part] = type(parts[part]).__name__
+    # a part that is listed as null must be passed as None where its class does not call it optional
+    absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
+    absent += [k for k in index if k == "safety_checker"]
+    try:
+        with (
+            quiet(),
+            silent("diffusers.models.modeling_utils"),
+            naming(folder, index, classes) as root,
+        ):
+            return diffusers.DiffusionPipeline.from_pretrained(
+                root,
+                use_safetensors=True,
+                local_files_only=True,
+                torch_dtype=dtypes,
+                **dict.fromkeys(absent),
+                **parts,
+            )
+    except Exception as error:  # as above
+        raise UserError(
+            f"{who}: the pipeline in {folder} cannot be read ({reason(error)})"
+        ) from None
+
+
+def tokenizer(name: str, folder: Path, who: str) -> Any:
+    """A tokenizer of the named class of transformers, or of that class's fast form.
+
+    Version 5 writes one file, tokenizer.json, and a list of special tokens. Before it, the class of
+    the same name reads other files, but its fast form reads that one, and the list goes by another
+    name.
+
+    Raises:
+        UserError: it can be read as neither.
+    """
+    import transformers
+
+    said = f"there is no {name} in transformers {installed()}"
+    config = folder / "tokenizer_config.json"
+    special = read_json(config, who).get("extra_special_tokens") if config.exists() else None
+    older = {"extra_special_tokens": {}, "additional_special_tokens": special}
+    forms = dict.fromkeys((name, f"{name.removesuffix('Fast')}Fast"))
+    for words in ({}, older if isinstance(special, list) else {}):
+        for form in forms:
+            if (kind := getattr(transformers, form, None)) is None:
+                continue
+            try:
+                with quiet():
+                    return kind.from_pretrained(folder, local_files_only=True, **words)
+            except Exception as error:  # of many types: damaged files, sentencepiece is missing, …
+                said = reason(error) if form == name and not words else said
+    raise UserError(f"{who}: {folder} cannot be read as a {clipped(name)} ({said})")
+
+
+@contextmanager
+def naming(folder: Path, index: dict[str, Any], classes: dict[str, str]) -> Iterator[Path]:
+    """The folder, or one of links to its parts whose index names other classes of transformers."""
+    if all(index[part][1] == name for part, name in classes.items()):
+        yield folder
+        return
+    with TemporaryDirectory() as place:
+        for path in folder.iterdir():
+            if path.name != "model_index.json":
+                (Path(place) / path.name).symlink_to(path.resolve())
+        named = {part: ["transformers", name] for part, name in classes.items()}
+        (Path(place) / "model_index.json").write_text(json.dumps(index | named), encoding="utf-8")
+        yield Path(place)
+
+
+def networks(index: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The parts that a model_index.json names and that are networks, each with its class."""
+    import diffusers
+    import transformers
+
+    for part, entry in index.items():
+        if not isinstance(entry, list) or part == "safety_checker" or entry[0] not in LOADED:
+            continue
+        library = diffusers if entry[0] == "diffusers" else transformers
+        kind = getattr(library, entry[1], None)
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
+            yield part, kind
+
+
+def check_parts(folder: Path, who: str) -> None:
+    """Refuse a folder whose model_index.json leaves out a part that its pipeline draws with.
+
+    Raises:
+        UserError: naming the first such part.
+    """
+    import diffusers
+
+    index = read_json(folder / "model_index.json", who)
+    kind: Any = getattr(diffusers, str(index.get("_class_name")), None)
+    if kind is None:  # of another version of diffusers, which reading it says
+        return
+    known = inspect.signature(kind.__init__).parameters
+    must = [k for k, v in known.items() if k != "self" and v.default is inspect.Parameter.empty]
+    must += [k for k in kind._optional_components if k not in must]
+    for part in must:
+        entry = index.get(part)
+        if part not in SPARE and (not isinstance(entry, list) or entry[:1] in ([], [None])):
+            raise UserError(
+                f"{who}: model_index.json: {part} is {clipped(json.dumps(entry))}, and a "
+                f"{kind.__name__} draws with one; give a folder with all its parts"
+            )
+
+
+def check_index(folder: Path, index: dict[str, Any], who: str) -> None:
+    """Refuse a folder that lacks what its model_index.json names, or holds it as a pickle.
+
+    Raises:
+        UserError: naming the first such part.
+    """
+    for part, entry in index.items():
+        if not isinstance(entry, list) or part == "safety_checker":
+            continue
+        named = len(entry) == 2 and (entry[0] is None or all(isinstance(v, str) for v in entry))
+        if not named:
+            raise UserError(
+                f"{who}: model_index.json: {part}: expected two names, not {clipped(entry)}"
+            )
+        if entry[0] is None:
+            continue
+        if not (folder / part).is_dir():
+            raise UserError(f"{who}: {folder / part} is missing, which model_index.json names")
+        if entry[1].endswith(TOKENIZERS):
+            check_vocabulary(folder / part, who)
+        if entry[1].endswith("Scheduler"):
+            read_json(folder / part / "scheduler_config.json", who)
+        pickled = [*(folder / part).glob("*.bin"), *(folder / part).glob("*.pt")]
+        if pickled and not list((folder / part).glob("*.safetensors")):
+            raise UserError(
+                f"{who}: {pickled[0]} is pickled, and pickles are never loaded; "
+                "convert the folder with diffusers' save_pretrained first"
+            )
+
+
+def check_vocabulary(folder: Path, who: str) -> None:
+    """Refuse a tokenizer's folder without its vocabulary: transformers would make an empty one.
+
+    Raises:
+        UserError: there is none in any of the forms that tokenizers are saved in.
+    """
+    words = {p.name for p in folder.iterdir()}
+    whole = {"tokenizer.json"} & words or {"vocab.json", "merges.txt"} <= words
+    if not (whole or "vocab.txt" in words or any(w.endswith(".model") for w in words)):
+        raise UserError(
+            f"{who}: {folder} lacks its vocabulary: tokenizer.json, vocab.json and merges.txt, "
+            "vocab.txt, or a sentencepiece .model; copy it there"
+        )
+
+
+@contextmanager
+def silent(name: str) -> Iterator[None]:
+    """Without a word from one logger, whose errors are raised as well."""
+    log = logging.getLogger(name)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars and notes that diffusers and transformers show for every file they touch."""
+    from diffusers.utils import logging as ours
+    from transformers.utils import logging as theirs
+
+    levels = ours.get_verbosity(), theirs.get_verbosity()
+    for part in (ours, theirs):
+        part.set_verbosity_error()
+        part.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for part, level in zip((ours, theirs), levels, strict=True):
+            part.set_verbosity(level)
+            part.enable_progress_bar()

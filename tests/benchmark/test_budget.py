@@ -1,0 +1,75 @@
+"""Budgets: the steps that they buy, counted beforehand, against what real runs count."""
+
+import pytest
+
+from distill.benchmark import budget
+from distill.config.recipe import Recipe
+from distill.training import build
+from teachers import UserError
+from tests.helpers.engines import stream
+from tests.helpers.toys import FIVE, recipe_tree
+
+
+def counted(recipe, out):
+    """The evaluations after each step of a real run."""
+    engine = build.build(recipe, out).engine
+    batches, found = stream(engine), []
+    for _ in range(recipe.train.steps):
+        engine.advance(batches)
+        found.append(sum(engine.evaluations.values()))
+    batches.close()
+    return found
+
+
+@pytest.mark.parametrize("name", [*FIVE, "ect"])
+def test_evaluations_are_foretold_step_by_step(name, pipelines, tmp_path):
+    tree = recipe_tree(name, pipelines["edm"], steps=6, seed=3)
+    if name == "sid":  # random counts and places in the chain: each step costs its own
+        tree["student"] = {"steps": 4}
+    recipe = Recipe.check(tree)
+    foretold = budget.evaluations_after_steps(recipe)
+    assert [next(foretold) for _ in range(6)] == counted(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("adapters", [None, {"rank": 2}], ids=["full", "lora"])
+def test_a_guided_teacher_counts_twice(adapters, pipelines, tmp_path):
+    tree = recipe_tree("sid", pipelines["edm"], steps=2)
+    tree["teacher"]["guidance"] = 2.0
+    recipe = Recipe.check({**tree, "adapters": adapters})
+    foretold = budget.evaluations_after_steps(recipe)
+    assert [next(foretold) for _ in range(2)] == counted(recipe, tmp_path / "run")
+    # student twice, fake twice, and the guided teacher with its two halves; 8 samples a step
+    assert next(budget.evaluations_after_steps(recipe)) == 8 * (2 + 2 + 2)
+
+
+def test_a_budget_buys_the_most_steps_that_do_not_exceed_it(pipelines):
+    recipe = Recipe.check(recipe_tree("sid", pipelines["edm"], batch=8))
+    each = 8 * 5  # student and fake twice, teacher once
+    assert budget.steps_for_evaluations(recipe, 10 * each) == 10
+    assert budget.steps_for_evaluations(recipe, 11 * each - 1) == 10
+
+
+def test_networks_compute_again_once_they_were_counted(pipelines, tmp_path):
+    from teachers.denoiser import Network
+
+    before = Network.forward
+    recipe = Recipe.check(recipe_tree("dmd2", pipelines["edm"]))
+    next(budget.evaluations_after_steps(recipe))
+    assert Network.forward is before
+
+
+def test_a_budget_below_one_step_is_refused(pipelines):
+    recipe = Recipe.check(recipe_tree("sid", pipelines["edm"]))
+    with pytest.raises(UserError, match="3 network evaluations do not buy one step, which takes"):
+        budget.steps_for_evaluations(recipe, 3)
+
+
+def test_seconds_buy_as_many_steps_as_they_take(pipelines, monkeypatch):
+    clock = iter([0.0, budget.TIMED * 0.5, 0.0, budget.TIMED * 0.5])
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: next(clock))
+    recipe = Recipe.check(recipe_tree("progressive", pipelines["unconditional"]) | {
+        "teacher": {"source": "analytic:gaussian"}, "objective": {"name": "sid"}, "data": {},
+    })  # fmt: skip
+    assert budget.steps_for_seconds(recipe, 10.2) == 20
+    with pytest.raises(UserError, match=r"a step takes 0.5 s, so 0.2 s buy none"):
+        budget.steps_for_seconds(recipe, 0.2)

@@ -1,0 +1,103 @@
+"""Recipes for published checkpoints: their headers, their plans, and a step on a small likeness."""
+
+import re
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+from distill.config.recipe import SHIPPED, Recipe, read_yaml, shipped
+from distill.planning import forecast
+from distill.planning.plan import GPUS, RESERVE
+from distill.training import build
+from students.lora import unwrap
+from teachers.catalogue.outlines import OUTLINES, outline
+from tests.helpers import families
+from tests.helpers.engines import stream
+
+LIKE = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3.5", "flux": "flux-dev", "sana": "sana",
+        "pixart": "pixart-sigma"}  # fmt: skip
+BILLIONS = {
+    "edm-imagenet-64x64-cond-adm.pkl": 0.296,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": 0.860,
+    "stabilityai/stable-diffusion-xl-base-1.0": 2.567,
+    "stabilityai/stable-diffusion-3.5-medium": 2.24,
+    "black-forest-labs/FLUX.1-dev": 11.9,
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": 1.60,
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": 0.611,
+}  # of the networks' parameters, as their cards and papers have them
+BIG = [name for name in shipped() if name.split("/")[0] in (*LIKE, "edm")]
+
+
+def header(name):
+    lines = (SHIPPED / f"{name}.yaml").read_text().splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+def test_every_recipe_for_a_published_checkpoint_is_among_these():
+    small = {"bench", "curves", "digits", "shapes", "teachers"}
+    big = {n for n in shipped() if n.split("/")[0] not in small}
+    assert big == set(BIG)
+    assert all(Recipe.load(n).teacher.source in OUTLINES for n in BIG)
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_a_header_says_what_is_known_what_is_expected_and_what_it_takes(name):
+    text = header(name)
+    planned, command = r"Planned: [\d.]+ GB on [\w-]+", rf"distill run recipes/{name}\.yaml --out"
+    for said in (r"arXiv:\d{4}\.\d{5}", "we expect", "Not yet run at full scale", planned, command):
+        assert re.search(said, text, re.IGNORECASE), said
+
+
+@pytest.mark.parametrize("source", OUTLINES)
+def test_an_outlines_network_has_the_published_size(source):
+    network = unwrap(outline(source, torch.device("meta"), precision="bf16").denoiser).backbone
+    held = sum(p.numel() for p in network.parameters())
+    assert held / 1e9 == pytest.approx(BILLIONS[source], rel=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("name", BIG)
+def test_a_recipe_is_planned_offline_and_fits_the_card_that_its_header_names(name):
+    found = re.search(r"Planned: ([\d.]+) GB on ([\w-]+)", header(name))
+    assert found is not None
+    held = forecast.plan(Recipe.load(name)).peak + RESERVE
+    assert held == pytest.approx(float(found[1]), abs=0.06)
+    assert held <= GPUS[found[2]].memory
+
+
+def likeness(name, tmp_path):
+    """The recipe on a small pipeline of its family; sources, sizes and steps alone are others."""
+    family = LIKE[name.split("/")[0]]
+    tree = read_yaml(SHIPPED / f"{name}.yaml")
+    tree["teacher"]["source"] = str(families.build(family, tmp_path / "teacher"))
+    if size := families.OPTIONS.get(family, {}).get("size"):
+        tree["teacher"]["size"] = size
+    tree["train"] |= {"steps": 1, "batch": 2, "accumulate": 1, "sample_every": 0}
+    photos, prompts = tmp_path / "photos", tmp_path / "prompts.txt"
+    photos.mkdir()
+    for i in range(2):
+        save_image(torch.rand(3, 24, 24), photos / f"{i}.png")
+        (photos / f"{i}.txt").write_text("noise")
+    prompts.write_text("a red circle\na boat\n")
+    tree["data"] |= (
+        {"source": str(photos)} if "source" in tree["data"] else {"prompts": str(prompts)}
+    )
+    return Recipe.check(tree, name)
+
+
+@pytest.mark.parametrize("name", [n for n in BIG if n.split("/")[0] in LIKE])
+def test_a_recipes_own_settings_train_a_small_network_of_its_family(name, tmp_path):
+    recipe = likeness(name, tmp_path)
+    engine = build.build(recipe, tmp_path / "run").engine
+    before = {k: [p.clone() for p in v.params] for k, v in engine.players.items()}
+    data = stream(engine)
+    # where the teacher is not guided, the student has nothing to learn until the fake has moved
+    for _ in range(1 if recipe.teacher.guidance != 1 else recipe.objective["student_every"] + 1):
+        logs = engine.advance(data)
+        assert all(torch.isfinite(v) for v in logs.values())
+    data.close()
+    for player, was in before.items():
+        moved = [not torch.equal(a, b) for a, b in zip(was, engine.players[player].params)]
+        assert any(moved), player

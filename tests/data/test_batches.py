@@ -1,0 +1,110 @@
+"""Batches: epochs, shards, conditions beside their data, class folders."""
+
+import pytest
+import torch
+
+from distill.config.recipe import Recipe
+from distill.data import from_recipe
+from distill.data.stream import Source, Stream
+from distill.sampling import guided_teacher
+from tests.helpers.toys import recipe_tree
+
+
+def source(n=10):
+    x = torch.arange(n).float()[:, None]
+    return Source((1,), x, {"class_labels": torch.arange(n)}, seed=0, size=n)
+
+
+def test_every_epoch_visits_every_item_once():
+    batches = [source().batch(d, 0, 1, 5) for d in range(4)]
+    for epoch in (batches[:2], batches[2:]):
+        assert sorted(torch.cat([b.x for b in epoch]).flatten().tolist()) == list(range(10))
+
+
+def test_conditions_stay_with_their_data():
+    batch = source().batch(3, 1, 2, 4)
+    assert batch.x.flatten().tolist() == batch.cond["class_labels"].tolist()
+
+
+def test_any_batch_can_be_made_without_those_before_it():
+    s = source()
+    assert torch.equal(s.batch(7, 1, 2, 3).noise, source().batch(7, 1, 2, 3).noise)
+    assert not torch.equal(s.batch(7, 1, 2, 3).noise, s.batch(7, 0, 2, 3).noise)
+
+
+def test_a_stream_gives_this_process_its_own_shards_in_order():
+    s = source()
+    mine = Stream(s, torch.device("cpu"), 5, range(1, 2), 2, 3)
+    for draw in (5, 6, 7):
+        assert torch.equal(next(mine).noise, s.batch(draw, 1, 2, 3).noise)
+    mine.close()
+
+
+def image(path, level):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), level).save(path)
+
+
+def folder_source(pipelines, kind, folder):
+    tree = recipe_tree("consistency", pipelines[kind])
+    tree["data"]["source"] = str(folder)
+    if kind == "unconditional":
+        del tree["teacher"]["null_label"]
+    recipe = Recipe.check(tree)
+    return from_recipe.source_of(recipe, guided_teacher.load_teacher(recipe))
+
+
+@pytest.mark.parametrize(
+    ("names", "ordered", "labels"),
+    [
+        (["3", "9", "07"], ["3", "07", "9"], [3, 7, 9]),
+        (["10", "2", "cat"], ["10", "2", "cat"], [0, 1, 2]),
+        (["cat", "Dog", "ant"], ["Dog", "ant", "cat"], [0, 1, 2]),
+    ],
+)
+def test_class_folders_are_labels_by_their_numbers_or_else_by_the_order_of_their_names(
+    pipelines, tmp_path, capsys, names, ordered, labels
+):
+    for i, name in enumerate(names):
+        image(tmp_path / name / "a.png", 10 * i)
+    found = folder_source(pipelines, "edm", tmp_path)
+    levels = ((found.x[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+    assert levels == [10 * names.index(n) for n in ordered]
+    assert found.cond["class_labels"].tolist() == labels
+    assert found.report["labels"] == dict(zip(ordered, labels))
+    said = capsys.readouterr().err.splitlines()
+    have = ", ".join(map(str, labels))
+    assert said[-1].endswith(f"of the teacher's 10 classes, 3 have data: {have}")
+    by_name = ", ".join(f"{k} is {n!r}" for k, n in zip(labels, ordered))
+    assert len(said) == (1 if labels[0] else 2)
+    assert labels[0] or said[0].endswith(f"labels are its names in sorted order: {by_name}")
+
+
+def test_class_folders_for_a_teacher_without_classes_are_read_with_a_word(
+    pipelines, tmp_path, capsys
+):
+    image(tmp_path / "a.png", 0)
+    assert folder_source(pipelines, "unconditional", tmp_path).cond is None
+    assert capsys.readouterr().err == ""
+    image(tmp_path / "cats" / "b.png", 0)
+    assert folder_source(pipelines, "unconditional", tmp_path).size == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "has no classes, so subfolders are not read as labels" in err
+
+
+def test_every_epoch_has_an_order_of_its_own_and_every_run_its_own_orders_and_noise():
+    s = source(50)
+    first, second = (s.batch(d, 0, 1, 50) for d in range(2))
+    other = Source((1,), s.x, s.cond, seed=1, size=50).batch(0, 0, 1, 50)
+    assert not torch.equal(first.x, second.x)
+    assert not torch.equal(first.x, other.x)
+    assert not torch.equal(first.noise, other.noise)
+    assert torch.equal(first.x, source(50).batch(0, 0, 1, 50).x)
+
+
+def test_an_epoch_may_end_within_a_batch():
+    found = torch.cat([source(10).batch(d, 0, 1, 4).x for d in range(5)]).flatten().tolist()
+    assert sorted(found[:10]) == sorted(found[10:]) == list(range(10))

@@ -1,0 +1,46 @@
+"""Two processes of which one is sent SIGTERM in the midst of a step: see test_ranks.py."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from distill.__main__ import leave_group
+from distill.config.recipe import Recipe
+from distill.training import build
+from distill.training.engine import Stopped
+from tests.helpers.toys import recipe_tree
+
+STEPS = 8
+
+
+def main(teacher: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    for when in (3, STEPS):
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        tree = recipe_tree("consistency", teacher, steps=STEPS, log_every=STEPS, save_every=STEPS)
+        engine = build.build(Recipe.check(tree), folder / str(when)).engine
+        play, rank = engine.play, engine.accelerator.process_index
+
+        def signalled(*args, engine=engine, play=play, rank=rank, when=when):
+            if rank == 1 and engine.step + 1 == when:
+                signal.raise_signal(signal.SIGTERM)
+            return play(*args)
+
+        engine.play = signalled
+        found = None
+        try:
+            engine.train()
+        except Stopped as stopped:
+            found = str(stopped)
+        report = {"signal": found, "step": engine.step}
+        (folder / f"{when}-{rank}.json").write_text(json.dumps(report))
+    leave_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

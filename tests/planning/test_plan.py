@@ -1,0 +1,123 @@
+"""Plans against what a run on this machine holds, and against arithmetic."""
+
+import json
+
+import pytest
+import torch
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
+from torch.profiler import ProfilerActivity, profile
+
+from distill.__main__ import app
+from distill.config.recipe import Recipe
+from distill.planning import forecast
+from distill.planning.plan import GPUS, Plan, advice
+from distill.training import build
+from tests.helpers.engines import stream
+from tests.helpers.toys import SMALL, recipe_tree
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+
+
+def saved(path, **config):
+    """A consistency pipeline whose U-Net is SMALL but for `config`."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(**{**SMALL, **config}, num_class_embeds=11)
+    ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler()).save_pretrained(path)
+    return path
+
+
+def small(pipelines, part=64, parts=1, **more):
+    tree = recipe_tree("sid", pipelines["edm"], batch=part * parts, accumulate=parts)
+    return Recipe.check({**tree, **more})
+
+
+def measured(run):
+    """The most bytes that a step holds beyond what it found, as the allocator saw."""
+    engine = run.engine
+    data = stream(engine)
+    engine.advance(data)  # the optimisers' moments are there from now on
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        engine.advance(data)
+    data.close()
+    events = seen.profiler.kineto_results.events()
+    held = most = 0
+    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        held += change
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(("part", "parts"), [(64, 1), (2, 2)])
+@pytest.mark.parametrize("adapters", [None, {"rank": 4}], ids=["full", "lora"])
+def test_a_plans_step_is_within_a_tenth_of_the_measured_one(
+    pipelines, tmp_path, adapters, part, parts
+):
+    more = {} if adapters is None else {"adapters": adapters}
+    recipe = small(pipelines, part, parts, **more)
+    plan = forecast.plan(recipe)
+    found = measured(build.build(recipe, tmp_path / "run"))
+    assert plan.activations + plan.gradients == pytest.approx(found, rel=0.1)
+
+
+def test_checkpointing_saves_in_a_plan_what_it_saves_in_a_run(tmp_path):
+    deep = saved(tmp_path / "deep", layers_per_block=3)
+    tree = recipe_tree("consistency", deep, batch=64, accumulate=1) | {"adapters": {"rank": 4}}
+    kept = forecast.plan(Recipe.check(tree))
+    tree["train"]["checkpointing"] = True
+    recipe = Recipe.check(tree)
+    plan, found = forecast.plan(recipe), measured(build.build(recipe, tmp_path / "run"))
+    assert plan.activations + plan.gradients == pytest.approx(found, rel=0.1)
+    assert plan.activations < kept.activations / 2
+
+
+def test_a_plan_keeps_no_casts_of_weights_as_a_run_keeps_none(tmp_path):
+    wide = saved(tmp_path / "wide", block_out_channels=(64, 128))
+    train = {"batch": 4, "accumulate": 2, "checkpointing": True, "precision": "bf16"}
+    recipe = Recipe.check(recipe_tree("consistency", wide, **train))
+    plan, found = forecast.plan(recipe), measured(build.build(recipe, tmp_path / "run"))
+    assert plan.activations + plan.gradients == pytest.approx(found, rel=0.1)
+
+
+def test_weights_and_optimiser_are_counted_exactly(pipelines, tmp_path):
+    recipe = small(pipelines)
+    plan, engine = forecast.plan(recipe), build.build(recipe, tmp_path / "run").engine
+    networks = [v for v in vars(engine.objective).values() if isinstance(v, torch.nn.Module)]
+    held = {p.data_ptr(): p.nbytes for n in networks for p in n.parameters()}
+    learns = sum(p.numel() for q in engine.players.values() for p in q.params)
+    assert plan.weights == sum(held.values())
+    assert plan.optimizer == 8 * learns
+    assert plan.average == sum(m.nbytes for m in engine.ema.mean)
+
+
+def test_samples_through_each_network_are_those_that_a_run_counts(pipelines, tmp_path):
+    recipe = small(pipelines, student={"steps": 1})
+    engine = build.build(recipe, tmp_path / "run").engine
+    data = stream(engine)
+    engine.advance(data)
+    data.close()
+    assert forecast.plan(recipe).evaluations == engine.evaluations
+
+
+def test_a_plan_that_does_not_fit_says_which_keys_to_change(pipelines):
+    plan = Plan(int(30e9), 0, 0, 0, int(9e9), 0, 10**9, 64, "fp32")
+    lines = " ".join(advice(small(pipelines), plan, GPUS["rtx-4090"]))
+    for key in ("adapters", "teacher.precision", "train.precision", "train.checkpointing"):
+        assert key in lines
+    assert advice(small(pipelines), plan, GPUS["h100"]) == []
+
+
+def test_an_unknown_card_is_named(tmp_path):
+    from teachers import UserError
+
+    with pytest.raises(UserError, match="did you mean 'rtx-4090'"):
+        app(["plan", "digits/sid", "--gpu", "rtx4090"], standalone_mode=False)
+
+
+@pytest.mark.slow
+def test_sdxl_under_adapters_holds_at_most_three_and_a_half_bytes_a_parameter(tmp_path):
+    file = tmp_path / "plan.json"
+    app(["plan", "sdxl/dmd2-lora", "--json", str(file)], standalone_mode=False)
+    plan = json.loads(file.read_text())
+    assert plan["base_params"] == 2_567_463_684
+    assert plan["bytes_per_base_param"] <= 3.5
+    assert plan["fits"]

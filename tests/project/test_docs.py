@@ -1,0 +1,60 @@
+"""What the docs say is what was measured."""
+
+import json
+import re
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+from distill.benchmark.spec import Bench
+from distill.config.recipe import Recipe
+from distill.training.build import build
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    result = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "--check"], cwd=ROOT)
+    assert result.returncode == 0, "run python benchmarks/tables.py"
+
+
+def test_every_file_that_the_docs_point_to_exists():
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_readmes_own_objective_learns(tmp_path, monkeypatch):
+    """Its very lines: the file, the recipe and, in docs/objectives.md, the race."""
+    monkeypatch.chdir(tmp_path)
+    pages = [ROOT / "README.md", ROOT / "docs/objectives.md"]
+    block = re.compile(r"```\w+\n(# (\w+\.\w+).*?)```", re.DOTALL)
+    for text, name in (found for page in pages for found in block.findall(page.read_text())):
+        (tmp_path / name).write_text(text)
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.py", "mine.yaml", "race.yaml"}
+    assert [row.name for row in Bench.load("race.yaml").rows] == ["mine", "DMD2"]
+    recipe = Recipe.load("mine.yaml", ["train.steps=30", "train.log_every=1", "train.batch=16"])
+    build(recipe, tmp_path / "run").engine.train()
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(v)["student/loss"] for v in lines]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+FAMILIES = [("DMD2", "DMD2, 4 steps"), ("Jensen-Shannon", "Jensen-Shannon, 4 steps"),
+            ("progressive, 1 step", "progressive, 2 steps", "progressive, 4 steps")]  # fmt: skip
+
+
+def test_more_steps_are_never_worse_on_the_digits_beyond_the_spread():
+    board = json.loads((ROOT / "docs/results/bench-digits/leaderboard.json").read_text())
+    students = [line for line in board if line["kind"] == "student"]
+    # The 2023 paper's own form, kept to compare with, is worse in two steps: docs/benchmark.md.
+    names = {line["name"] for line in students} - {"consistency on a grid"}
+    assert {name for family in FAMILIES for name in family} <= names
+    compared = 0
+    for family in [*((name,) for name in names), *FAMILIES]:
+        lines = sorted((v for v in students if v["name"] in family), key=lambda v: v["steps"])
+        for few, more in combinations([line["metrics"]["fd"] for line in lines], 2):
+            assert more["mean"] <= few["mean"] + few["spread"] + more["spread"], family
+            compared += 1
+    assert compared >= 10

@@ -1,0 +1,238 @@
+"""What a network is told of a picture's height and width is the bucket's own, for every family."""
+
+import json
+from inspect import signature
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from distill.data import from_recipe
+from students import Critic
+from students.export.folder import request
+from students.schedulers import student
+from teachers import load
+from teachers.denoiser import Guided
+from teachers.errors import UserError
+from teachers.process import Linear
+from tests.helpers import families
+from tests.helpers.datasets import folder_of, recipe
+
+WIDE = [name for name in families.FAMILIES if name != "dit"]  # whose pipeline draws squares alone
+
+
+@pytest.fixture
+def opened(folders):
+    return lambda name, **more: load(str(folders(name)), **families.OPTIONS.get(name, {}) | more)
+
+
+def flat(value, name=""):
+    """The tensors and shapes among a call's arguments, by name."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{name}.{key}").items()}
+    if isinstance(value, list | tuple):
+        return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{name}.{i}").items()}
+    return {name: value} if type(value) is int else {}
+
+
+def spy(network, seen):
+    """Append to `seen` what each call of the network is given."""
+    bind = signature(type(network).forward).bind
+
+    def note(module, args, kwargs):
+        given = dict(bind(module, *args, **kwargs).arguments)
+        seen.append((next(v for k, v in given.items() if k != "self"), flat(given)))
+
+    return network.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def stock_calls(teacher, height, width, monkeypatch):
+    """What the teacher's own pipeline feeds its network for pictures of this size: prompts, calls,
+    and the scheduler's time of each."""
+    pipe, times = teacher.codec.pipe, []
+    pipe.set_progress_bar_config(disable=True)
+    prompts, arguments = request(student(teacher), teacher)
+    step = pipe.scheduler.step
+
+    def note(out, t, *args, **kwargs):
+        times.append(float(t))
+        return step(out, t, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.scheduler, "step", note)
+    calls = []
+    hook = spy(teacher.denoiser.backbone, calls)
+    arguments |= {"height": height, "width": width}
+    pipe(**arguments, num_inference_steps=2, output_type="latent")
+    hook.remove()
+    return prompts, calls, times
+
+
+def time_of(teacher, index):
+    """The process's time (1,) at the index that a scheduler hands to its network."""
+    process = teacher.denoiser.process
+    if isinstance(process, Linear):
+        units = teacher.denoiser.schedule.config["num_train_timesteps"]
+        sigma = torch.tensor([index / units], dtype=torch.float64)
+        return process.time(sigma / (1 - sigma)).float()
+    return torch.tensor([index / process.last])
+
+
+def check(teacher, height, width, monkeypatch):
+    """Our denoiser feeds the network what its pipeline does, at this size."""
+    network = teacher.denoiser
+    prompts, calls, times = stock_calls(teacher, height, width, monkeypatch)
+    cond = teacher.codec.condition(prompts)
+    channels, *frames, _, _ = teacher.shape
+    shape = (channels, *frames, height // network.per_latent, width // network.per_latent)
+    assert len(calls) == len(times) >= 2
+    for (x_t, theirs), index in zip(calls, times, strict=True):
+        if isinstance(x_t, list):  # one by one, each a video of one frame
+            x_t = torch.stack(x_t).squeeze(2)
+        seen = []
+        hook = spy(network.backbone, seen)
+        with torch.no_grad():
+            network(network.unpack(x_t, shape), time_of(teacher, index).expand(len(prompts)), cond)
+        hook.remove()
+        ((_, ours),) = seen
+        if len(frames) == 0 and ".encoder_hidden_states_mask" in theirs:  # as long as the longest
+            n = theirs[".encoder_hidden_states"].shape[1]
+            for key in (".encoder_hidden_states", ".encoder_hidden_states_mask"):
+                ours[key] = ours[key][:, :n]
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            if isinstance(value, int):
+                assert ours[key] == value, key
+                continue
+            gap = (ours[key].double() - value.double()).abs() / (1 + value.double().abs())
+            assert gap.max() < 1e-5, key
+    return theirs
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_bucket_is_fed_as_the_stock_pipeline_feeds_pictures_of_its_size(
+    opened, name, monkeypatch
+):
+    teacher = opened(name)
+    side = teacher.codec.size[-1]
+    told = check(teacher, side, 2 * side, monkeypatch)
+    if name == "sdxl":
+        sizes = told[".added_cond_kwargs.time_ids"]
+        assert sizes.tolist() == [[side, 2 * side, 0, 0, side, 2 * side]] * 2
+    if name == "pixart-alpha":
+        assert told[".added_cond_kwargs.resolution"].tolist() == [[side, 2 * side]] * 2
+        assert told[".added_cond_kwargs.aspect_ratio"].tolist() == [[0.5]] * 2
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "lumina", "qwen", "zimage", "wan"])
+def test_times_are_counted_in_the_schedulers_own_units(folders, name, tmp_path, monkeypatch):
+    """Pipelines divide by 1000, by num_train_timesteps, or not at all."""
+    import shutil
+
+    copy = shutil.copytree(folders(name), tmp_path / "t")
+    config = copy / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_train_timesteps": 500}))
+    teacher = load(str(copy), **families.OPTIONS.get(name, {}))
+    side = teacher.codec.size[-1]
+    check(teacher, side, side, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "sd3", "zimage", "qwen"])
+def test_shifts_by_resolution_are_the_pipelines_at_its_size(folders, name, tmp_path, monkeypatch):
+    """Of sequences as long as a square's, and of the pipeline's own count of them."""
+    import shutil
+
+    copy = shutil.copytree(folders(name), tmp_path / "t")
+    config = copy / "scheduler" / "scheduler_config.json"
+    changed = {"use_dynamic_shifting": True, "shift_terminal": None, "base_image_seq_len": 4,
+               "max_image_seq_len": 64}  # fmt: skip
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    teacher = load(str(copy), **families.OPTIONS.get(name, {}))
+    _, _, times = stock_calls(teacher, *teacher.codec.size, monkeypatch)
+    process = teacher.denoiser.process
+    own = 1000 * process.scales(torch.tensor(0.5, dtype=torch.float64))[1]
+    first = times[1] if teacher.denoiser.GRID == "trailing" else None
+    if first is None:  # it lets its scheduler choose: from 1 to the smallest that it knows
+        sigma = torch.tensor(1 / 1000, dtype=torch.float64)
+        own, first = 1000 * process.scales(sigma)[1], times[1]
+    assert abs(first - own.item()) < 0.5 and process.shift > 1.2
+
+
+def bucketed(teacher, tmp_path, side):
+    """Batches of two shapes of pictures, by the shape of their latents."""
+    folder_of(tmp_path / "a/tall", 4, size=(2 * side, side))
+    folder_of(tmp_path / "a/wide", 4, size=(side, 2 * side))
+    wanted = {"source": str(tmp_path / "a"), "captions": "folder", "size": 2 * side}
+    source = from_recipe.source_of(
+        recipe(**wanted, buckets={"multiple": side // 2, "ratio": 3}), teacher
+    )
+    batches = [source.batch(draw, 0, 1, 2) for draw in range(8)]
+    return {tuple(b.data.shape[2:]): b for b in batches}
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("sdxl", ".added_cond_kwargs.time_ids"),
+                      ("pixart-alpha", ".added_cond_kwargs.resolution")]
+)  # fmt: skip
+def test_teacher_guidance_student_and_critic_are_told_the_size_of_their_batch(
+    opened, name, key, tmp_path
+):
+    side = 16
+    teacher = opened(name, size=2 * side)
+    few = student(teacher)
+    one = {k: v[:1] for k, v in teacher.codec.condition(["a"]).items()}
+    guided = Guided(teacher.denoiser, 2.0, teacher.codec.null)
+    critic = Critic(teacher.denoiser, teacher.shape, one, (teacher.denoiser.middle,))
+    batches = bucketed(teacher, tmp_path, side)
+    assert len(batches) == 2
+    for (height, width), batch in batches.items():
+        pixels = [height * teacher.denoiser.per_latent, width * teacher.denoiser.per_latent]
+        seen = []
+        hooks = [spy(n.backbone, seen) for n in (teacher.denoiser, few.denoiser)]
+        t = torch.full((2,), 0.5)
+        with torch.no_grad():
+            teacher.denoiser(batch.noise, t, batch.cond)
+            guided(batch.noise, t, batch.cond)
+            few(batch.noise, batch.cond)
+            assert critic(batch.noise, t, batch.cond).shape == (2,)
+        for hook in hooks:
+            hook.remove()
+        assert len(seen) == 4 and len(seen[1][1][key]) == 4  # both halves of guidance
+        for _, given in seen:
+            assert given[key][:, :2].tolist() == [pixels] * len(given[key])
+
+
+def test_buckets_must_fill_the_networks_patches(opened, tmp_path):
+    """Of FLUX's, 2×2 latents; the codec alone would take half of that."""
+    teacher = opened("flux-schnell")
+    assert teacher.denoiser.per_latent == 2
+    folder_of(tmp_path / "a", 4)
+    for data, key in (({"buckets": {"multiple": 6}}, "buckets.multiple"), ({"size": 22}, "size")):
+        with pytest.raises(UserError, match=rf"data\.{key}: \d+ is no multiple of 4, as the net"):
+            from_recipe.source_of(recipe(source=str(tmp_path / "a"), **data), teacher)
+
+
+def test_a_pipeline_of_squares_is_given_no_buckets(opened, tmp_path):
+    folder_of(tmp_path / "a/0", 4)
+    teacher = opened("dit")
+    data = {"source": str(tmp_path / "a"), "buckets": {"multiple": 4}}
+    with pytest.raises(UserError, match=r"data\.buckets: DiTPipeline draws squares alone"):
+        from_recipe.source_of(recipe(**data), teacher)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_network_that_is_told_of_guidance_is_told_of_none_as_its_pipeline_tells_it(
+    folders, name, tmp_path, monkeypatch
+):
+    """Latent consistency models' networks read an embedding of the scale."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folders(name))
+    config = {**pipe.unet.config, "time_cond_proj_dim": 6}
+    torch.manual_seed(0)
+    pipe.unet = diffusers.UNet2DConditionModel.from_config(config)
+    pipe.save_pretrained(tmp_path / "t")
+    teacher = load(str(tmp_path / "t"))
+    side = teacher.codec.size[-1]
+    told = check(teacher, side, side, monkeypatch)
+    assert told[".timestep_cond"].tolist() == [[0, 0, 0, 1, 1, 1]] * 2
