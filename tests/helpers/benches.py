@@ -1,4 +1,4 @@
-"""Shared by tests: TREE, figures, file, played."""
+"""A small benchmark, and what is kept of its figures."""
 
 from concurrent.futures import Executor, Future
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Shared by tests: ENV, called, command."""
+"""The command, run in a process of its own or in this one."""
 
 import os
 import subprocess

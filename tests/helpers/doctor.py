@@ -1,4 +1,4 @@
-"""Shared by tests: first_broken."""
+"""The first check that a teacher fails."""
 
 BROKEN = ("broken", "untrained?")
 

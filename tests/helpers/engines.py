@@ -1,4 +1,4 @@
-"""Shared by tests: assert_same, made, stream."""
+"""Engines of small runs, and what is compared of two of them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Shared by tests: PIPELINES."""
+"""Small pipelines of Stable Diffusion and SDXL."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Shared by tests: hub, make_run, pauses."""
+"""Finished runs, and a Hub that answers to them."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Shared by tests: disturbed."""
+"""Students that are no longer their teachers."""
 
 import torch
 

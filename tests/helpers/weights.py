@@ -1,4 +1,4 @@
-"""Shared by tests: weights."""
+"""A student's weights after three steps."""
 
 from pathlib import Path
 

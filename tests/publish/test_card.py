@@ -20,7 +20,7 @@ from distill.training import build
 from teachers.catalogue.loading import find
 from teachers.errors import UserError
 from tests.helpers.cards import ROW
-from tests.helpers.pushes import hub, make_run, new_sessions, pauses  # noqa: F401
+from tests.helpers.pushes import make_run, new_sessions
 from tests.helpers.toys import recipe_tree
 
 
@@ -300,7 +300,7 @@ def test_the_licence_of_the_weaker_teacher_that_guided_stops_the_card_as_well(tm
     ("front", "kept"), [("license: cc-by-nd-4.0", "cc-by-nd-4.0"), ("", "mit")]
 )
 def test_a_hub_teachers_licence_is_known_before_it_is_downloaded_and_offline(
-    hub,  # noqa: F811
+    hub,
     tmp_path,
     monkeypatch,
     front,
