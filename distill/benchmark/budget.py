@@ -25,7 +25,8 @@ from distill.objectives.base import Batch
 from distill.planning.plan import count_samples
 from distill.sampling.guided_teacher import load_teacher
 from distill.seeds import seed_all
-from distill.training.build import build, objective_of
+from distill.training.build import build
+from distill.training.networks import objective_of
 from students.critic import Critic
 from teachers.denoiser import Cond, Denoiser, Wrapper
 from teachers.errors import UserError

@@ -26,7 +26,7 @@ from distill.files import write
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import check_protocol
 from distill.sampling.teacher_sampler import Solved
-from distill.training.build import check_exact
+from distill.training.networks import check_exact
 from eval.protocols.measure import Protocol, protocol
 from students import gaussian
 from teachers.errors import UserError

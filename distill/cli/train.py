@@ -38,13 +38,13 @@ def run(
         if not checked.kind.few_step:
             name = checked.objective["name"]
             raise UserError(f"{recipe}: objective.name: {name} makes teachers; use distill teach")
-        from distill.training import build
+        from distill.training import build, run_folder
 
         made = None
         with intact(out / "summary.json"):
             done = resume and complete(out) and not more_steps(out, checked.train.steps)
         if done:
-            build.check_folder(checked, out, resume)
+            run_folder.check_folder(checked, out, resume)
         else:
             made = build.build(checked, out, resume)
     if made is None:

@@ -24,7 +24,7 @@ from distill.sampling.guided_teacher import guided
 from distill.sampling.student_sampler import evaluate_student, student_samples
 from distill.sampling.teacher_sampler import evaluate_teacher, own
 from distill.training.build import Run
-from distill.training.run_lock import release
+from distill.training.run_folder import release
 from eval.metrics.fid import Moments, frechet
 from eval.samples import Samples
 from students import gaussian

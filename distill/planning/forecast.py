@@ -17,7 +17,7 @@ from distill.data.from_recipe import needs_data
 from distill.objectives.base import Batch
 from distill.planning.plan import Plan, play
 from distill.profiling import unique
-from distill.training.build import objective_of, player_networks
+from distill.training.networks import objective_of, player_networks
 from distill.training.optimizers import held
 from students import schedulers
 from students.lora import unwrap

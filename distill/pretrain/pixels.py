@@ -28,8 +28,8 @@ from distill.profiling import device_name
 from distill.publish.results_table import many
 from distill.sampling.teacher_sampler import evaluate_teacher
 from distill.seeds import seed_all
-from distill.training import build
-from distill.training.run_lock import release
+from distill.training import build, run_folder
+from distill.training.run_folder import release
 from eval import shapes
 from eval.protocols.measure import floor, images_to_samples, protocol
 from eval.samples import Samples
@@ -66,7 +66,7 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
     classes = pipe.unet.config.num_class_embeds or 0
     if recipe.objective["drop"] and not recipe.objective["null_label"] < classes:
         raise UserError(f"{path}: objective.null_label: the network has {classes} classes")
-    build.check_folder(recipe, out, resume)
+    run_folder.check_folder(recipe, out, resume)
     keep(pipe, first, path)
     run = build.build(recipe, out, resume)
     run.engine.train()
@@ -197,10 +197,10 @@ def teach_pictures(recipe: TextRecipe, out: Path, resume: bool, where: str) -> d
     Raises:
         UserError: as for any recipe, and for unknown keys of any part's configuration.
     """
-    build.check_folder(recipe, out, resume)  # pyright: ignore[reportArgumentType]
+    run_folder.check_folder(recipe, out, resume)  # pyright: ignore[reportArgumentType]
     scenes = Scenes(shapes.all_captions(), shapes.draw, shapes.accuracy)
     pipe = text_to_image.pipeline(recipe, scenes.captions, where)
-    build.hold(out)
+    run_folder.hold(out)
     draft = out / ".recipe.yaml"
     draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False), encoding="utf-8")
     draft.replace(out / "recipe.yaml")

@@ -1,49 +1,45 @@
-"""Builds a run from its recipe, and finishes it: the one module that sees every package."""
+"""Builds a run from its recipe: checks it, makes the networks, opens the folder."""
 
 from __future__ import annotations
 
-import os
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from torch import nn
 
-from distill.config.compare import differences
 from distill.config.optimizer import Moves
-from distill.config.recipe import Recipe, networks_of, read_yaml
+from distill.config.recipe import Recipe
+from distill.config.schema import TrainSection
 from distill.data import cache
 from distill.data.encode import device
 from distill.data.from_recipe import source_of, work_of
 from distill.data.listing import check_labels, write_report
 from distill.data.prompts import list_prompts
+from distill.data.stream import Source
 from distill.objectives.base import Objective
 from distill.objectives.validate import check_first
 from distill.publish.licence import check_licence
-from distill.sampling.guided_teacher import guidance_of, guided, load_teacher
+from distill.sampling.guided_teacher import guidance_of, load_teacher
 from distill.sampling.student_sampler import check_protocol, evaluate_student
 from distill.seeds import seed_all
-from distill.training import checkpoint, custom_objective, optimizers
+from distill.training import custom_objective, optimizers
 from distill.training.engine import Engine, check_memory, shards_of
+from distill.training.networks import check_exact, objective_of, player_networks
 from distill.training.player import Player
 from distill.training.preflight import rehearse_end
 from distill.training.rehearsal import check_finite
-from distill.training.run_lock import refuse_live, take
+from distill.training.run_folder import check_checkpoints, check_folder, hold, write_recipe
 from distill.training.trackers import trackers
 from eval import shapes
 from eval.protocols.measure import Protocol, headline, protocol
-from students import gaussian, schedulers
-from students.critic import Critic
+from students import gaussian
 from students.export.folder import rehearse
 from students.generator import Generator
-from students.lora import Adapted, adapted, checkpointing, unwrap, whole
-from teachers.denoiser import Network
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
@@ -63,8 +59,20 @@ class Run:
         return self.engine.objective.student
 
 
+@dataclass
+class Parts:
+    """What a run is made of before its folder is opened; nothing has been written yet."""
+
+    teacher: Teacher
+    source: Source
+    protocol: Protocol | None
+    accelerator: Accelerator
+    objective: Objective
+    players: dict[str, Player]
+
+
 def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
-    """A run in `out`, taken up where it stopped if `resume`.
+    """A run in `out`, or the run in `out` taken up where it stopped if `resume`.
 
     Nothing is written before the recipe is known to be possible.
 
@@ -73,37 +81,49 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
             or of the weaker one that guides it lets nobody share the student, or the recipe asks
             for what cannot be.
     """
+    check(recipe, out, resume)
+    parts = networks(recipe, out, resume)
+    return open_run(recipe, parts, out, resume)
+
+
+def check(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Refuse what can be refused before a teacher is loaded.
+
+    Raises:
+        UserError: as `build` does.
+    """
     check_folder(recipe, out, resume)
-    if resume and (out / "summary.json").exists() and not checkpoint.steps(out / "checkpoints"):
-        raise UserError(
-            f"--resume: the run in {out} came to its end and its checkpoints are gone; "
-            "train again in another folder"
-        )
+    if resume:
+        check_checkpoints(out)
     for origin in filter(None, (recipe.teacher.source, guidance_of(recipe).weaker)):
         check_licence(origin, recipe.export.licence_override)
     if recipe.train.precision == "fp16" and device().type == "cpu":
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32")
     for name, moves in recipe.players.items():
         optimizers.check(moves.optimizer, name)
-    log_with = trackers(recipe.train.trackers, out)
+    trackers(recipe.train.trackers, out)
+    if recipe.eval.protocol:
+        protocol(recipe.eval.protocol)
+
+
+def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
+    """The teacher, its data, the objective's networks and their players, each tried once.
+
+    Raises:
+        UserError: a part does not go with the others, or what a run leaves could not be made.
+    """
     measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
     teacher = load_teacher(recipe)
+    linear = recipe.kind.few_step and gaussian.exact(teacher)
     if measure is not None:
         check_protocol(measure, teacher)
         measure.check()
-    if recipe.kind.few_step and gaussian.exact(teacher):
+    if linear:
         check_exact(recipe, teacher)
     source = source_of(recipe, teacher)
     if resume and source.report is not None:
         check_labels(out, source.report)
-    forget_precision()
-    accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(recipe.train.precision, recipe.train.precision),
-        log_with=log_with,
-        # A cast cached in a no_grad pass would cut the graph of the pass with gradients after it.
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
-        project_dir=str(out),
-    )
+    accelerator = accelerator_of(recipe.train, out)
     check_memory(recipe.train, teacher.shape, shards_of(recipe.train, accelerator.num_processes))
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
@@ -111,35 +131,38 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
     if guidance_of(recipe).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)
     check_finite(objective.teacher, teacher, source, recipe.train, accelerator)
-    if recipe.kind.few_step and not gaussian.exact(teacher):  # linear students have no pipeline
+    if recipe.kind.few_step and not linear:  # linear students have no pipeline
         rehearse(objective.student, teacher)
         rehearse_end(recipe, objective.student, teacher)
-    movers = player_networks(objective)
-    check_first(objective, movers)
-    players = {
-        name: Player(
-            network.parameters(), accelerator, recipe.players.get(name, Moves()), recipe.train.steps
-        )
-        for name, network in movers.items()
-    }
+    players = players_of(objective, recipe.players, recipe.train.steps, accelerator)
     if custom_objective.file_of(recipe) is not None:
         custom_objective.rehearse(objective, players, source, recipe.train, accelerator)
+    return Parts(teacher, source, measure, accelerator, objective, players)
+
+
+def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
+    """The run's folder made and held, its checkpoint taken up, and its recipe written.
+
+    Raises:
+        UserError: another process is at work in the folder, or its checkpoint cannot be read.
+    """
+    accelerator, measure = parts.accelerator, parts.protocol
     accelerator.wait_for_everyone()  # a slow process must not take what is written now for old
     if accelerator.is_main_process:
         hold(out)
         check_folder(recipe, out, resume)  # again: another may have begun meanwhile
     accelerator.wait_for_everyone()
-    run = Run(recipe, teacher, None, measure, out)  # pyright: ignore[reportArgumentType]
+    student, teacher = parts.objective.student, parts.teacher
 
     def evaluate(steps: int) -> dict[str, Any]:
         assert measure is not None
-        found = evaluate_student(run.student.at(steps), teacher, measure, seeds=1)
+        found = evaluate_student(student.at(steps), teacher, measure, seeds=1)
         return {**found, "headline": headline(found)}
 
-    run.engine = Engine(
-        objective,
-        players,
-        source,
+    engine = Engine(
+        parts.objective,
+        parts.players,
+        parts.source,
         teacher,
         recipe.train,
         accelerator,
@@ -148,19 +171,44 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
         evaluate_every=recipe.eval.every,
         shown=shown(recipe, teacher),
     )
-    resumed = run.engine.resume() if resume else False
+    resumed = engine.resume() if resume else False
     if accelerator.is_main_process:  # after what could be refused of the checkpoint
         if not resumed:
             (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run killed before it saved
-        draft = out / ".recipe.yaml"
-        draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False), encoding="utf-8")
-        draft.replace(out / "recipe.yaml")
-        custom_objective.keep(recipe, out)
-        if source.report is not None:
-            write_report(out, source.report)
+        write_recipe(recipe, out)
+        if parts.source.report is not None:
+            write_report(out, parts.source.report)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("fewstep")
-    return run
+    return Run(recipe, teacher, engine, measure, out)
+
+
+def accelerator_of(train: TrainSection, out: Path) -> Accelerator:
+    """An Accelerator of this run's precision and trackers."""
+    forget_precision()
+    return Accelerator(
+        mixed_precision={"fp32": "no"}.get(train.precision, train.precision),
+        log_with=trackers(train.trackers, out),
+        # A cast cached in a no_grad pass would cut the graph of the pass with gradients after it.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+        project_dir=str(out),
+    )
+
+
+def players_of(
+    objective: Objective, moves: dict[str, Moves], steps: int, accelerator: Accelerator
+) -> dict[str, Player]:
+    """A player for each network that an objective trains, once its first turn is known to be one.
+
+    Raises:
+        UserError: the objective's first turn could not be played.
+    """
+    movers = player_networks(objective)
+    check_first(objective, movers)
+    return {
+        name: Player(network.parameters(), accelerator, moves.get(name, Moves()), steps)
+        for name, network in movers.items()
+    }
 
 
 def forget_precision() -> None:
@@ -170,80 +218,6 @@ def forget_precision() -> None:
     that is under way holds on to its own; the processes' group, which runs share, stays.
     """
     AcceleratorState._shared_state = type(AcceleratorState._shared_state)()
-
-
-FILES = ("recipe.yaml", "metrics.jsonl", "summary.json", "report.html", ".lock")
-FOLDERS = ("checkpoints", "samples", "student")
-
-
-def hold(out: Path) -> None:
-    """Make a run's folder, where there is none, and hold it for this process.
-
-    Raises:
-        UserError: it cannot be made, or another process holds it.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        take(out)
-    except OSError as error:
-        raise UserError(f"--out {out}: it cannot be written to ({error.strerror})") from None
-
-
-def check_places(out: Path) -> None:
-    """Refuse a folder in which something else stands where a run's files go.
-
-    Raises:
-        UserError: naming it.
-    """
-    if out.is_symlink() and not out.exists():
-        raise UserError(f"--out {out}: it is a link to nothing; give a folder")
-    for name in FILES:
-        if (out / name).is_dir():
-            raise UserError(f"--out {out}: {name} in it is a folder; give another, or remove that")
-    for name in FOLDERS:
-        if (out / name).exists() and not (out / name).is_dir():
-            raise UserError(f"--out {out}: {name} in it is no folder; give another, or remove that")
-
-
-def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Refuse to write over a run, or to go on with a different one, or with one that is at work."""
-    check_places(out)
-    there = next(p for p in (out.absolute(), *out.absolute().parents) if exists(p))
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out {out}: {there} is not a folder that can be written to")
-    refuse_live(out)
-    written = out / "recipe.yaml"
-    if not written.exists():
-        if resume and not out.exists():
-            raise UserError(f"--resume: there is no run in {out}")
-        if out.exists() and any(p for p in out.iterdir() if not p.name.startswith(".")):
-            raise UserError(f"--out {out} exists and is not a run; give a new folder")
-        return
-    if not resume:
-        raise UserError(f"--out {out} already holds a run; add --resume, or give another folder")
-    before = read_yaml(written)
-    if changed := differences(before, recipe.tree()):
-        key, old, new = changed[0]
-        raise UserError(
-            f"--resume: {key} was {old!r} in {out} and is {new!r} now; "
-            "resume with the recipe it began with, or start in another folder"
-        )
-    taken = checkpoint.steps(out / "checkpoints")
-    if taken and (count := int(taken[-1].name[5:])) > recipe.train.steps:
-        raise UserError(
-            f"--resume: train.steps: {recipe.train.steps} is fewer than the {count} steps that "
-            f"the run in {out} has taken; ask for as many or more"
-        )
-    if taken:
-        custom_objective.check_same(recipe, out)
-
-
-def exists(path: Path) -> bool:
-    """Whether something is there; a path that cannot even be asked about is a mistake."""
-    try:
-        return path.exists()
-    except OSError as error:
-        raise UserError(f"--out {str(path)[:60]}…: {error.strerror}") from None
 
 
 @torch.no_grad()
@@ -265,103 +239,6 @@ def shown(recipe: Recipe, teacher: Teacher) -> list[Any]:
     if "shapes" in (recipe.eval.protocol, recipe.data.source):
         return shapes.captions(40, seed=0)
     return [item.prompt for item in list_prompts(recipe.data.prompts or "pack:starter").items[:10]]
-
-
-def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
-    """The objective with its networks: a student, and what else its fields name."""
-    kind = recipe.kind
-    adapters = recipe.adapters
-    if kind.few_step and gaussian.exact(teacher):
-        return exact_objective(recipe, teacher, device)
-    names = [n for n in networks_of(kind) if n not in ("teacher", "student", "critic")]
-    shared: tuple[str, ...] = ()
-    if adapters and kind.few_step:
-        shared = ("student", *names) if adapters.players is None else adapters.players
-    # copies first: once there are adapters on the teacher's weights, a copy would hold them as well
-    networks: dict[str, nn.Module] = {
-        n: whole(deepcopy(teacher.denoiser)).requires_grad_(True) for n in names if n not in shared
-    }
-    if kind.few_step:
-        s = recipe.student
-        adapter = adapters.adapter if adapters and "student" in shared else None
-        student = schedulers.student(teacher, s.steps, s.start, s.renoise, adapter)
-        trained = s.trained(kind.learns, student.counts)
-        networks["student"] = student.keep(*trained, weights=list(trained.values()))
-    else:
-        networks["student"] = Generator(deepcopy(teacher.denoiser).requires_grad_(True))
-    for name in [n for n in names if n in shared]:
-        assert adapters is not None
-        networks[name] = adapted(teacher, adapters.adapter, name)
-    networks["teacher"] = guided(recipe, teacher)
-    if recipe.critic is not None:
-        fake: Any = networks["fake"]
-        cond = teacher.codec.condition([0])
-        try:
-            named = recipe.critic.blocks
-            blocks = (unwrap(fake).middle,) if named is None else named
-            networks["critic"] = Critic(fake, teacher.shape, cond, blocks)
-        except ValueError as error:
-            raise UserError(f"critic.blocks: {error}") from None
-    if recipe.train.checkpointing:
-        for backbone in backbones(networks):
-            checkpointing(backbone)
-    return assembled(recipe, networks, device)
-
-
-def check_exact(recipe: Recipe, teacher: Teacher) -> None:
-    """Refuse what the linear student of a closed-form Gaussian has not.
-
-    Raises:
-        UserError: naming the section.
-    """
-    where, names = f"teacher {teacher.source!r}", networks_of(recipe.kind)
-    if "fake" not in names:
-        raise UserError(
-            f"{where}: objective.name: {recipe.objective['name']} trains at many times, and its "
-            "students are linear and of one; use one with a fake score, such as dmd2 or sid"
-        )
-    for section, given in (("adapters", recipe.adapters), ("critic", recipe.critic)):
-        if given is not None:
-            raise UserError(f"{where}: {section}: its students are linear; remove the section")
-    if recipe.student.steps != 1:
-        raise UserError(f"{where}: student.steps: its students are linear and take 1")
-    if recipe.train.sample_every:
-        raise UserError(f"{where}: train.sample_every: it has no pictures to show; set it to 0")
-
-
-def exact_objective(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
-    """The objective of a closed-form Gaussian teacher: a linear student, fake scores as exact."""
-    names = networks_of(recipe.kind)
-    networks: dict[str, nn.Module] = {
-        n: gaussian.score(teacher) for n in names if n not in ("teacher", "student", "critic")
-    }
-    networks |= {"student": gaussian.student(teacher), "teacher": guided(recipe, teacher)}
-    return assembled(recipe, networks, device)
-
-
-def assembled(recipe: Recipe, networks: dict[str, nn.Module], device: torch.device) -> Objective:
-    """The recipe's objective with its networks, all on the device and in eval mode."""
-    for network in networks.values():
-        network.to(device).eval()  # dropout would differ between teacher, fake and student
-    keys = {k: v for k, v in recipe.objective.items() if k != "name"}
-    schema = recipe.keys_schema().model_validate(keys)
-    return recipe.kind(**networks, **{k: getattr(schema, k) for k in keys})  # pyright: ignore
-
-
-def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
-    """The distinct backbones under a set of networks: adapters share one."""
-    found = []
-    for network in networks.values():
-        for module in network.modules():
-            if isinstance(module, Adapted | Network):
-                found.append(unwrap(module).backbone)
-    return list(dict.fromkeys(found))
-
-
-def player_networks(objective: Objective) -> dict[str, nn.Module]:
-    """The networks that move: all of an objective's, but for the teacher and absent ones."""
-    names = [n for n in networks_of(type(objective)) if n != "teacher"]
-    return {n: v for n in names if (v := getattr(objective, n)) is not None}
 
 
 def make_cache(recipe: Recipe) -> dict[str, Any]:

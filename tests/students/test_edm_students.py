@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from distill.config.recipe import Recipe
 from distill.training import build
+from distill.training.networks import objective_of
 from students import schedulers
 from students.export import edm_source
 from students.export.folder import export, load_student, rehearse
@@ -182,7 +183,7 @@ def test_a_critic_and_adapters_find_their_places_in_edms_networks(files, tmp_pat
     cond = teacher.codec.condition([1, 2])
     starts = student.denoiser(x, t, cond)
     assert starts.shape == x.shape and len(list(student.parameters())) > 20
-    found = build.objective_of(made, load(str(files / "ddpmpp-labels")), torch.device("cpu"))
+    found = objective_of(made, load(str(files / "ddpmpp-labels")), torch.device("cpu"))
     assert found.critic(x, t, cond).shape == (2,)
 
 

@@ -10,7 +10,7 @@ import torch
 from distill import console
 from distill.cli.train import show
 from distill.config.recipe import Recipe, read_yaml
-from distill.training import build, checkpoint
+from distill.training import build, checkpoint, run_folder
 from teachers import UserError
 
 
@@ -107,16 +107,16 @@ def test_what_is_in_the_way_of_a_runs_files_is_named(tmp_path, place, message):
     else:
         (tmp_path / place).touch()
     with pytest.raises(UserError, match=message):
-        build.check_places(tmp_path)
+        run_folder.check_places(tmp_path)
 
 
 def test_a_link_to_nothing_is_no_place_for_a_run(tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="a link to nothing"):
-        build.check_places(tmp_path / "run")
+        run_folder.check_places(tmp_path / "run")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(UserError, match="a link to nothing"):
-        build.check_places(tmp_path / "loop")
+        run_folder.check_places(tmp_path / "loop")
 
 
 def test_a_finished_run_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path):

@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 
-from distill.training.run_lock import LOCK, release, take
+from distill.training.run_folder import LOCK, release, take
 from teachers.errors import UserError
 from tests.helpers.command_line import ENV, called
 from tests.helpers.toys import recipe_tree
