@@ -47,6 +47,26 @@ def sample(
             steps = advised(generator.counts, read_summary(student) if done.is_file() else {})
     if steps not in generator.counts:
         raise UserError(f"--steps {steps}: this student was trained for {counts(generator)}")
+    names, text = prompts_of(teacher, labels, prompt, n)
+    wanted = [names[i % len(names)] for i in range(n)]
+    with counting(teacher) as cuts:
+        teacher.codec.condition(list(dict.fromkeys(wanted)))
+    tell(cuts, "--prompt")
+    with waiting(f"drawing {n} pictures in {steps} step{'s' * (steps != 1)}"):
+        images = teacher.codec.decode(draw(generator.at(steps), teacher, wanted, seed))
+    save_pictures(images, out, wanted if text else [int(p) for p in wanted], len(names))
+
+
+def prompts_of(
+    teacher: Any, labels: str | None, prompt: list[str] | None, n: int
+) -> tuple[list[str], bool]:
+    """The prompts or labels to draw n pictures of in turn, and whether they are text.
+
+    Raises:
+        UserError: an option does not go with the student, or there are more of them than n.
+    """
+    from teachers.errors import UserError
+
     classes = getattr(teacher.codec, "classes", 0)
     if labels is not None and not classes:
         raise UserError("--labels: this student is not class-conditional")
@@ -63,27 +83,26 @@ def sample(
     if (labels or prompt) and len(names) > n:
         option = "--labels" if labels else "--prompt"
         raise UserError(f"{option}: there are {len(names)} and --n is {n}; give --n {len(names)}")
-    wanted = [names[i % len(names)] for i in range(n)]
-    with counting(teacher) as cuts:
-        teacher.codec.condition(list(dict.fromkeys(wanted)))
-    tell(cuts, "--prompt")
-    with waiting(f"drawing {n} pictures in {steps} step{'s' * (steps != 1)}"):
-        images = teacher.codec.decode(draw(generator.at(steps), teacher, wanted, seed))
+    return names, text
+
+
+def save_pictures(images: Any, out: Path, labels: list[Any], kinds: int) -> None:
+    """Pictures (N, C, H, W) with their labels in an .npz, or as a .png grid.
+
+    Args:
+        kinds: How many different labels come in turn; the grid has a column for each.
+    """
     if out.suffix == ".npz":
         import numpy as np
 
         from eval.samples import to_uint8
 
-        np.savez(
-            out,
-            images=to_uint8(images).numpy(),
-            labels=np.array(wanted if text else [int(p) for p in wanted]),
-        )
-    else:
-        from distill.grids import save_grid
+        np.savez(out, images=to_uint8(images).numpy(), labels=np.array(labels))
+        return
+    from distill.grids import save_grid
 
-        each = len(names)  # a column for each, or several such
-        save_grid(images, out, min(n, each * max(1, 8 // each) if each <= 16 else 8))
+    columns = kinds * max(1, 8 // kinds) if kinds <= 16 else 8
+    save_grid(images, out, min(len(images), columns))
 
 
 def split_labels(labels: str) -> list[str]:
@@ -150,99 +169,26 @@ def evaluate(
     ] = None,
 ):
     """Measure a student or a teacher by a protocol, at the step counts given; or its speed."""
-    from dataclasses import replace
+    from distill.evaluation.evaluate import Request
+    from distill.evaluation.evaluate import evaluate as measure
 
-    from accelerate import PartialState
-
-    from distill.console import out as console
-    from distill.console import paces, results
-    from distill.data.encode import device as device_of
-    from distill.evaluation import subject
-    from distill.evaluation.results_file import PARTS, Figures
-    from eval.protocols.measure import protocol as protocol_of
-    from eval.stream import Processes
-    from teachers.errors import UserError, cut, nearest
-
-    if against is None and against_steps is not None:
-        raise UserError("--against-steps: it is for --against, which names a teacher")
-    against_steps = 18 if against_steps is None else against_steps
-    if protocol is None and not speed:
-        protocol = subject.usual_protocol(source)
-    if protocol is None and seeds is not None:
-        raise UserError("--seeds: it is for --protocol; a speed has none")
-    measure = None if protocol is None else protocol_of(protocol)
-    if precision not in (None, "fp32", "bf16", "fp16"):
-        raise UserError(
-            f"--precision {cut(precision)}: {nearest(precision, ('fp32', 'bf16', 'fp16'))}"
-        )
     if json_file is not None:
         writable(json_file, "--json")
-    wanted = [k.strip() for k in steps.split(",")] if steps else []
-    if not all(k.isdecimal() and int(k) for k in wanted):
-        raise UserError(f"--steps {cut(steps)}: expected whole numbers from 1, such as 1,2,4")
-    device = device_of()
-    state = PartialState(
-        cpu=device.type == "cpu"
-    )  # or processes on CPUs do not know of one another
-    processes = Processes(state.process_index, state.num_processes)
-    if speed and processes.count > 1:
-        raise UserError("--speed: it is of one process; start it without a launcher")
-    how = {"solver": solver, "guidance": guidance, "null_label": null_label}
-    few = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
-    file = None
-    if json_file is not None:
-        of = {"source": source, "protocol": protocol, "precision": precision, **how, **few}
-        if against is not None:
-            of |= {"against": against, "against_steps": against_steps}
-        file = Figures(json_file, of)
-        for part in PARTS:
-            writable(file.record(part), "--json")
-    if subject.is_student(source):
-        subject.refuse(few, "a student has no such choice")
-        if against is None:
-            subject.refuse(how, "a student has no such choice; it is for --against")
-        found = subject.student(source, device, precision)
-    else:
-        found = subject.teacher(source, device, **how, **few, precision=precision)
-    counts = [int(k) for k in wanted] or list(found.counts or (1, 2, 4))
-    found.check(counts)
-    other = (
-        None if against is None else subject.teacher(against, device, **how, precision=precision)
+    measure(
+        Request(
+            source=source,
+            protocol=protocol,
+            steps=steps,
+            seeds=seeds,
+            against=against,
+            against_steps=against_steps,
+            how={"solver": solver, "guidance": guidance, "null_label": null_label},
+            few={"schedule": schedule, "adaptive": adaptive, "cache": cache},
+            precision=precision,
+            speed=speed,
+            json_file=json_file,
+        )
     )
-    if other is not None:
-        subject.check_against(found, other)
-    if file is not None:
-        state.wait_for_everyone()  # all have looked before anything is there
-        if state.is_main_process:
-            file.open()
-        state.wait_for_everyone()
-    record, beside = (file and file.record(part) for part in PARTS)
-    tree: dict[str, Any] = {}
-    if measure is not None:
-        n = measure.seeds if seeds is None else seeds
-        rows = subject.evaluate(found, measure, counts, n, processes, record)
-        tree |= {"protocol": protocol, found.who: rows}
-        shown, base = subject.shown(found, rows), None
-        if other is not None:
-            for k in counts:
-                near = subject.agreement(found, other, measure.prompts, k, against_steps)
-                rows[str(k)].update(near)
-            full = subject.evaluate(other, measure, [against_steps], n, processes, beside)
-            tree["against"] = full
-            beside_it = subject.shown(replace(other, who=str(against)), full)
-            base, shown = next(iter(beside_it)), beside_it | shown
-        if not processes.rank:
-            title = f"{protocol}: {len(measure.prompts):,} samples, "
-            title += f"{n} seeds; ± over seeds" if n > 1 else "one seed"
-            console.print(results(title, shown, base=base))
-    if speed:
-        tree["speed"] = {found.who: subject.speeds(found, counts, device)}
-        console.print(paces(found.who, tree["speed"][found.who]))
-        if other is not None:
-            tree["speed"]["against"] = subject.speeds(other, [against_steps], device)
-            console.print(paces(str(against), tree["speed"]["against"]))
-    if file is not None and not processes.rank:
-        file.close(tree)
 
 
 def draw(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,23 +42,9 @@ RunArg = Annotated[Path, typer.Argument(callback=at_home, help="A finished run's
 
 def writable(path: Path, option: str) -> None:
     """Refuse a file that could not be written, before any work is done for it."""
-    from teachers.errors import UserError
-    from teachers.storage.files import new_mode
+    from distill.files import check_writable
 
-    if path.is_dir():
-        raise UserError(f"{option} {path} is a folder; give a file")
-    if not path.parent.is_dir():
-        raise UserError(f"{option} {path}: the folder {path.parent} does not exist")
-    if path.exists():
-        if not os.access(path, os.W_OK):
-            raise UserError(f"{option} {path} cannot be written")
-        return
-    try:  # some file systems, such as /proc, let all write and none create
-        new_mode(path.parent)
-    except OSError as error:
-        raise UserError(
-            f"{option} {path} cannot be written ({error.strerror}); give another folder"
-        ) from None
+    check_writable(path, option)
 
 
 def counts(generator: Generator) -> str:

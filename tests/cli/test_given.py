@@ -27,7 +27,7 @@ from teachers.storage.files import home, read_json
 from teachers.teacher import Pixels, Teacher
 from tests.helpers.command_line import called
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEEP = 20_000 * "["
 NOBODY = r"the home folder of ~nosuch is not known; write the folder out, or \./~nosuch"
 
@@ -275,7 +275,7 @@ def test_labels_and_counts_that_cannot_be_drawn_are_refused(
     words, says, capsys, monkeypatch, tmp_path
 ):
     made = SimpleNamespace(counts=(1,)), Teacher(None, Pixels(10), (1, 8, 8))
-    monkeypatch.setattr("students.export.load_student", lambda _: made)
+    monkeypatch.setattr("students.export.folder.load_student", lambda _: made)
     code, _, said = called(capsys, "sample", tmp_path, "--out", tmp_path / "x.png", *words)
     assert code == 2 and says in said and said.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -23,7 +23,11 @@ ENV = {
 
 def launch(n: int, port: int, script: str, *words) -> None:
     launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command = [sys.executable, *(["-m", *launcher] if n == 2 else []), str(ROOT / "tests" / script)]
+    command = [
+        sys.executable,
+        *(["-m", *launcher] if n == 2 else []),
+        str(ROOT / "tests" / "helpers" / script),
+    ]
     result = subprocess.run([*command, *map(str, words)], env=ENV, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
 
