@@ -219,6 +219,6 @@ def test_a_speed_is_of_one_process(monkeypatch):
     class Two:
         process_index, num_processes = 0, 2
 
-    monkeypatch.setattr("accelerate.PartialState", lambda cpu: Two())
+    monkeypatch.setattr("distill.evaluation.evaluate.PartialState", lambda cpu: Two())
     with pytest.raises(UserError, match="--speed: it is of one process"):
         cli.app(["eval", "digits", "--speed"], standalone_mode=False)

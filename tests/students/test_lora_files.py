@@ -9,7 +9,7 @@ from students.export.lora_files import DIFFUSERS, KOHYA, export_lora, possible
 from students.lora import Adapter
 from teachers import load
 from tests.helpers import families
-from tests.helpers.students import disturbed
+from tests.helpers.disturbed import disturbed
 
 
 @pytest.mark.parametrize(

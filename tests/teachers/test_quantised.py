@@ -15,7 +15,7 @@ from students.lora import Adapter, adapted, checkpointing, unwrap
 from teachers import UserError, load
 from teachers.quantised import BLOCK, FORMS, NF4, Quantised, decode, encode, parameters, quantise
 from tests.helpers import families
-from tests.helpers.students import disturbed
+from tests.helpers.disturbed import disturbed
 
 
 @pytest.fixture(scope="module")

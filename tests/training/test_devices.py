@@ -22,8 +22,8 @@ from students.lora import Adapter, unwrap
 from teachers import load
 from teachers.solver import SOLVERS, solve
 from tests.helpers import families
+from tests.helpers.disturbed import disturbed
 from tests.helpers.fake_gpu import hot
-from tests.helpers.students import disturbed
 from tests.helpers.toys import FIVE, recipe_tree
 
 pytestmark = [pytest.mark.device, pytest.mark.usefixtures("gpu")]

@@ -16,7 +16,7 @@ from teachers import UserError, load
 from teachers.families.base import check_vocabulary, images_of
 from teachers.families.pixart import PixArtSigma
 from tests.helpers import families
-from tests.helpers.students import disturbed
+from tests.helpers.disturbed import disturbed
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
