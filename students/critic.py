@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from students.lora import Adapted
+from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
 
 
@@ -46,7 +47,7 @@ class Critic(nn.Module):
             raise ValueError(f"critic: the denoiser has no block {missing[0]!r}")
         self._denoiser = (denoiser, [modules[b] for b in blocks])  # in a tuple: not a submodule
         x = torch.zeros(1, *shape, device=next(network_of(denoiser).parameters()).device)
-        cond = cond and {k: v.to(x.device) for k, v in cond.items()}
+        cond = conditions.moved(cond, x.device)
         with torch.no_grad():
             found = self.features(x, x.new_ones(1), cond)
         for name, f in zip(blocks, found, strict=False):

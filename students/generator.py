@@ -9,6 +9,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
 
 Sees = Literal["last", "places"]  # x̂ after a chain's last step, or at every place of it
@@ -134,7 +135,7 @@ class Generator(nn.Module):
         later = [sum(p > k for p in places) for k in range(n)]  # samples that go on after step k
         x_t = z * self.scale(z)
         for k, more in enumerate(later[:-1]):
-            head = cond and {key: v[:more] for key, v in cond.items()}
+            head = conditions.rows(cond, slice(None, more))
             with torch.no_grad():
                 moved = self.step(x_t[:more], k, head) if more else x_t[:0]
             x_t = torch.cat([moved, x_t[more:]])

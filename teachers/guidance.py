@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from teachers import conditions
 from teachers.denoiser import Cond, Denoiser, Guided, Mix, Wrapper, linear
 from teachers.errors import UserError, nearest
 from teachers.process import expand
@@ -219,7 +220,7 @@ class Interval(Wrapper):
         parts = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
         found = []
         for denoiser, i in zip((self.guided, self.denoiser), parts):
-            some = cond and {k: v[i] for k, v in cond.items()}
+            some = conditions.rows(cond, i)
             found.append(denoiser(x_t[i], t[i], some, s if s is None else s[i]))
         return torch.cat(found)[torch.cat(parts).argsort()]
 

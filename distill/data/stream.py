@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distill.objectives.base import Batch
 from distill.seeds import seed_of
+from teachers import conditions
 from teachers.denoiser import Cond
 
 AHEAD = 3  # shards made before they are asked for
@@ -65,7 +66,7 @@ class Source:
 
     def take(self, index: Tensor) -> tuple[Tensor | None, Cond]:
         """Data and conditions of the items numbered `index` (B,)."""
-        cond = self.cond and {k: v[index] for k, v in self.cond.items()}
+        cond = conditions.rows(self.cond, index)
         return None if self.x is None else self.x[index], cond
 
 
@@ -143,7 +144,7 @@ class Stream:
             return v.pin_memory().to(self.device, non_blocking=True)
 
         x = None if batch.x is None else move(batch.x)
-        cond = batch.cond and {k: move(v) for k, v in batch.cond.items()}
+        cond = conditions.each(batch.cond, move)
         return Batch(x, move(batch.noise), cond)
 
     def __next__(self) -> Batch:

@@ -25,6 +25,7 @@ from distill.objectives.base import Batch, Loss, Objective, Turn
 from distill.objectives.losses import Times, Uniform, critique, mean_abs, realism, surrogate
 from students.critic import Critic
 from students.generator import Generator, Sees
+from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
 
@@ -96,7 +97,7 @@ class DMD2(Objective):
         if self.critic is None:
             return Loss(denoising)
         (t, fake), (s, real) = (self.noised(y, self.critic_times) for y in (x, batch.data))
-        cond = asked and batch.cond and {k: torch.cat([v, batch.cond[k]]) for k, v in asked.items()}
+        cond = conditions.joined(asked, batch.cond)
         logits = self.critic(torch.cat([fake, real]), torch.cat([t, s]), cond)
         telling = critique(*logits.chunk(2))
         right = ((logits > 0) == (torch.arange(len(logits), device=x.device) >= len(x))).float()

@@ -14,6 +14,7 @@ from torch import Tensor
 from eval.images import files_in as every_file
 from eval.images import is_image, opened, shown
 from students.generator import Generator
+from teachers import conditions
 from teachers.analytic import Finite, Gaussian, Mixture
 from teachers.diagnosis.checks import Check, Subject, check, relative
 from teachers.diagnosis.structure import examine, leaves, subject_of, tried
@@ -51,7 +52,7 @@ def trained_as_sampled(subject: Subject) -> Check:
     denoiser, process = subject.denoiser, subject.denoiser.process
     few = slice(0, 2)
     z = torch.randn(subject.x[few].shape, generator=torch.Generator().manual_seed(1)).to(subject.x)
-    cond = subject.cond and {k: v[few] for k, v in subject.cond.items()}
+    cond = conditions.rows(subject.cond, few)
     times = process.grid(4).tolist()
     fresh, worst = [z.flip(0) * k for k in (1, -1, 0.5)], 0.0
     for renoise in (True, False):

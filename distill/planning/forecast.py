@@ -21,6 +21,7 @@ from distill.training.networks import objective_of, player_networks
 from distill.training.optimizers import held
 from students import schedulers
 from students.lora import unwrap
+from teachers import conditions
 from teachers.catalogue.loading import load
 from teachers.catalogue.outlines import OUTLINES, Blank, dtype_of_new, outline
 from teachers.quantised import FORMS, parameters, quantise
@@ -47,7 +48,7 @@ def plan(recipe: Recipe) -> Plan:
         movers = {k: list(v.parameters()) for k, v in player_networks(objective).items()}
         x = torch.zeros(n, *teacher.shape)
         cond = teacher.codec.condition([0] * n)
-        cond = cond and {k: v.clone() for k, v in cond.items()}
+        cond = conditions.each(cond, torch.clone)
         batch = Batch(x if needs_data(recipe) else None, x.clone(), cond)
         steps = getattr(objective, "student_every", 1)
         random.seed(0)

@@ -20,6 +20,7 @@ from distill.sampling.timesteps import PATHS, SAMPLES, align_your_steps, begun, 
 from eval.protocols.measure import Protocol, images_to_samples
 from eval.samples import Samples
 from students.lora import unwrap
+from teachers import conditions
 from teachers.deepcache import DeepCache
 from teachers.denoiser import Denoiser, Guided, computes
 from teachers.families.base import Prompted, images_of, quiet
@@ -132,7 +133,7 @@ class Solved(Drawing):
         def draw() -> Tensor:
             parts = []
             for i in range(0, len(noise), self.batch):
-                part = cond and {k: v[i : i + self.batch].to(device) for k, v in cond.items()}
+                part = conditions.moved(conditions.rows(cond, slice(i, i + self.batch)), device)
                 x_t = begun(self.denoiser, noise[i : i + self.batch].to(device), times)
                 with self.walk():
                     parts.append(self.solver(self.walked(), x_t, times.to(device), part))
@@ -276,7 +277,7 @@ def shallow_part(teacher: Teacher) -> float:
     """The FLOPs of a shallow call of the teacher's UNet over those of a whole one."""
     cond = teacher.codec.condition([0] if getattr(teacher.codec, "classes", 0) else [""])
     device = device_of(teacher)
-    cond = cond and {k: v.to(device) for k, v in cond.items()}
+    cond = conditions.moved(cond, device)
     x, t, flops = torch.zeros(1, *teacher.shape, device=device), torch.ones(1, device=device), []
     with DeepCache(unwrap(teacher.denoiser).backbone, 2):
         for _ in ("whole", "shallow"):

@@ -21,6 +21,7 @@ from random import Random
 import torch
 from torch import Tensor
 
+from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
 from teachers.families.base import Prompted
@@ -124,7 +125,7 @@ def searched(
     enough(steps, fine)
     process, cond = denoiser.process, moved(cond, z.device)
     grid, own = process.grid(fine), process.grid(steps)
-    found = gits(denoiser, z[:PATHS], steps, cond and {k: v[:PATHS] for k, v in cond.items()}, fine)
+    found = gits(denoiser, z[:PATHS], steps, conditions.rows(cond, slice(None, PATHS)), fine)
     choices = torch.cat([grid, own]).unique().flip(0)
 
     def walked(times: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ def enough(steps: int, fine: int, where: str = "baselines") -> None:
 
 def moved(cond: Cond, device: torch.device) -> Cond:
     """A condition on another device."""
-    return cond and {k: v.to(device) for k, v in cond.items()}
+    return conditions.moved(cond, device)
 
 
 def begun(denoiser: Denoiser, z: Tensor, times: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from eval.protocols.measure import Protocol, headline, protocol
 from students import gaussian
 from students.export.folder import rehearse
 from students.generator import Generator
+from teachers import conditions
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
@@ -224,7 +225,7 @@ def forget_precision() -> None:
 def rehearse_skipping(guided: nn.Module, teacher: Teacher, device: torch.device) -> None:
     """Call the guided teacher once, which is when a block that cannot be skipped is found out."""
     null = teacher.codec.null
-    cond = null and {k: v.to(device) for k, v in null.items()}
+    cond = conditions.moved(null, device)
     guided(
         torch.zeros(1, *teacher.shape, device=device), torch.full((1,), 0.5, device=device), cond
     )

@@ -13,6 +13,7 @@ from distill.config.schema import TrainSection
 from distill.data.encode import broken_weight
 from distill.data.stream import Source
 from distill.training.engine import shards_of
+from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
 from teachers.teacher import Teacher
@@ -83,4 +84,4 @@ def _lost(value: Tensor) -> str:
 
 
 def _moved(cond: Cond, device: torch.device) -> Cond:
-    return cond and {k: v.to(device) for k, v in cond.items()}
+    return conditions.moved(cond, device)

@@ -23,6 +23,7 @@ from students import schedulers
 from students.export.portable import make_portable
 from students.generator import Generator
 from students.lora import Adapted, merged, unwrap, using
+from teachers import conditions
 from teachers.catalogue.loading import load
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
@@ -332,7 +333,7 @@ def draw(
     parts = []
     for i in range(0, n, batch):
         z, *fresh = [x[i : i + batch].to(device) for x in noise]
-        part = cond and {k: v[i : i + batch].to(device) for k, v in cond.items()}
+        part = conditions.moved(conditions.rows(cond, slice(i, i + batch)), device)
         parts.append(generator(z, part, fresh=fresh))
     return torch.cat(parts)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from teachers.conditions import moved, rows
 from teachers.denoiser import PREDICTIONS, Denoiser, Guided
 from teachers.diagnosis.checks import Check, Subject, check, noise_like, relative
 from teachers.diagnosis.evidence import denoising, description
@@ -96,7 +97,7 @@ def subject_of(
         cond = {k: v.expand(n, *v.shape[1:]) for k, v in null.items()}
     else:
         cond = codec.condition([0] * n)
-    cond = cond and {k: v.to(device) for k, v in cond.items()}
+    cond = moved(cond, device)
     if guided is None and null is not None:
         guided = Guided(teacher.denoiser, 3.0, null)
     with torch.no_grad():
@@ -246,7 +247,7 @@ def gradients(subject: Subject) -> Iterator[Check]:
     denoiser = subject.denoiser
     few = slice(0, 2)
     x_t, t = (v[few] for v in subject.noised(subject.x.std().item()))
-    cond = subject.cond and {k: v[few] for k, v in subject.cond.items()}
+    cond = rows(subject.cond, few)
     # one-dimensional ones lie in every block, and their gradients cost no memory to speak of
     weights = [p for p in denoiser.parameters() if p.is_floating_point() and p.ndim <= 1]
     weights = weights or [p for p in denoiser.parameters() if p.is_floating_point()]
@@ -323,7 +324,7 @@ def conditions(subject: Subject) -> Iterator[Check]:
     if not subject.told:
         classes = getattr(codec, "classes", 0)
         cond = codec.condition([0] * n if classes else ["a photograph of a red house"] * n)
-        cond = cond and {k: v.to(device) for k, v in cond.items()}
+        cond = moved(cond, device)
     negative, positive = subject.denoiser(x_t, t, null), subject.denoiser(x_t, t, cond)
     gap = relative(positive, negative)
     yield check(
