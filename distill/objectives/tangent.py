@@ -1,0 +1,55 @@
+"""Directional derivatives of a network: d/dε f(x + ε v) at ε = 0, without gradients to weights.
+
+Objectives of continuous-time consistency and of flow maps learn from them (sCM, arXiv:2410.11081;
+MeanFlow, arXiv:2505.13447). Three ways, since forward mode does not pass through every kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+How = Literal["forward", "difference", "stacked"]
+
+
+def tangent(
+    f: Callable[..., Tensor],
+    primals: tuple[Tensor, ...],
+    tangents: tuple[Tensor, ...],
+    how: How = "forward",
+    step: float = 1e-3,
+) -> tuple[Tensor, Tensor]:
+    """f at the primals, and its derivative along the tangents; both without gradients.
+
+    Args:
+        f: Of tensors that share their first dimension, to a tensor (B, ...).
+        primals: Where, each (B, ...).
+        tangents: The direction, shaped as the primals.
+        how: "forward" is exact: forward-mode differentiation, attention by its formula and autocast
+            off, since fused attention and autocast have no forward mode. "difference" is
+            (f(x + step v) - f(x)) / step, in two calls, and "stacked" the same in one call of twice
+            the batch, where f gives every sample its own answer and takes any number of them.
+        step: Of the differences; smaller is closer until rounding shows, near √eps of the dtype.
+
+    Raises:
+        ValueError: the tangents do not match the primals.
+    """
+    if [p.shape for p in primals] != [v.shape for v in tangents]:
+        raise ValueError("tangents: give one for each primal, of its shape")
+    with torch.no_grad():
+        if how == "forward":
+            kind = primals[0].device.type
+            with sdpa_kernel(SDPBackend.MATH), torch.autocast(kind, enabled=False):
+                value, slope = torch.func.jvp(f, primals, tangents)
+            return value, slope
+        ahead = tuple(p + step * v for p, v in zip(primals, tangents, strict=True))
+        if how == "difference":
+            value, then = f(*primals), f(*ahead)
+        else:
+            both = f(*(torch.cat(pair) for pair in zip(primals, ahead, strict=True)))
+            value, then = both.chunk(2)
+        return value, (then - value) / step

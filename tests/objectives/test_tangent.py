@@ -1,0 +1,84 @@
+"""Derivatives along a direction: closed forms, and central differences for every family."""
+
+import pytest
+import torch
+from torch import nn
+
+from distill.objectives.tangent import tangent
+from students.lora import Adapter
+from students.schedulers import student
+from teachers import load
+from tests.helpers import families
+from tests.helpers.disturbed import disturbed
+
+WAYS = {"forward": 1e-12, "difference": 3e-4, "stacked": 3e-4}
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_the_derivative_of_a_product_is_by_hand(how):
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64)
+    t = torch.tensor([[0.5], [2.0]], dtype=torch.float64)
+    dx, dt = torch.ones_like(x), -torch.ones_like(t)
+    value, slope = tangent(lambda x, t: x**2 * t, (x, t), (dx, dt), how, step=1e-5)
+    assert torch.equal(value, x**2 * t)
+    torch.testing.assert_close(slope, 2 * x * t - x**2, atol=WAYS[how], rtol=0)
+
+
+def test_shapes_that_do_not_match_are_refused():
+    with pytest.raises(ValueError, match="one for each primal"):
+        tangent(lambda x: x, (torch.zeros(2),), (torch.zeros(3),))
+
+
+def test_neither_the_value_nor_the_slope_holds_a_graph():
+    layer = nn.Linear(2, 2)
+    for how in WAYS:
+        found = tangent(layer, (torch.ones(1, 2),), (torch.ones(1, 2),), how)
+        assert not any(v.requires_grad for v in found)
+
+
+def test_attention_and_autocast_do_not_stop_forward_mode():
+    q = torch.randn(2, 4, 3, 8)
+
+    def attend(q):
+        return nn.functional.scaled_dot_product_attention(q, q, q)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, slope = tangent(attend, (q,), (torch.ones_like(q),))
+    assert value.dtype == slope.dtype == torch.float32
+    close = tangent(attend, (q.double(),), (torch.ones_like(q).double(),), "difference", 1e-6)
+    torch.testing.assert_close(slope.double(), close[1], atol=1e-4, rtol=1e-3)
+
+
+def double(teacher, adapter=None):
+    """A student's network in float64, and its condition of two samples."""
+    made = disturbed(student(teacher, 2, None, True, adapter)).double()
+    prompts = [0, 1] if getattr(teacher.codec, "classes", 0) else ["a cat", "two dogs"]
+    cond = teacher.codec.condition(prompts)
+    return made.denoiser, cond and {
+        k: v.double() if v.is_floating_point() else v for k, v in cond.items()
+    }
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["digits", "shapes", *families.FAMILIES])
+def test_forward_mode_is_the_central_difference_for_every_family(folders, name, adapter):
+    embedded = name in ("digits", "shapes")
+    source = name if embedded else folders(name)
+    teacher = load(source, **families.OPTIONS.get(name, {}))
+    denoiser, cond = double(teacher, adapter)
+    torch.manual_seed(0)
+    x, v = torch.randn(2, 2, *teacher.shape, dtype=torch.float64)
+    # between two of a thousand times, where tables have no kink
+    t, u = torch.tensor([[0.6004, 0.3003], [0.1, -0.2]], dtype=torch.float64)
+
+    def f(x, t):
+        return denoiser(x, t, cond)
+
+    value, slope = tangent(f, (x, t), (v, u))
+    h = 2e-4  # no less: times are embedded in single precision, whatever the weights are
+    with torch.no_grad():
+        torch.testing.assert_close(value, f(x, t), atol=1e-4, rtol=1e-4)
+        want = (f(x + h * v, t + h * u) - f(x - h * v, t - h * u)) / (2 * h)
+    scale = want.square().mean().sqrt()
+    gap = ((slope - want).square().mean().sqrt() / scale).item()
+    assert gap < 1e-2
