@@ -41,7 +41,7 @@ from distill.data.encode import (
 )
 from distill.data.fingerprint import fingerprint
 from distill.data.listing import Bad, Item, write_report
-from distill.data.stream import Source
+from distill.data.stream import Items, Source
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.prompt_limits import Cuts
@@ -282,7 +282,7 @@ class Cached(Source):
         self.starts = [sum(rows[:i]) for i in range(len(rows))]
         self._file = lru_cache(128)(_opened)
 
-    def take(self, index: Tensor) -> tuple[Tensor | None, Cond]:
+    def take(self, index: Tensor) -> Items:
         found: dict[str, list[Tensor]] = {name: [] for name in self.names}
         for item in index.tolist():
             number = bisect.bisect_right(self.starts, item) - 1
@@ -290,7 +290,7 @@ class Cached(Source):
             for name in self.names:
                 rows = self._file(self.files[number]).get_slice(name)
                 found[name].append(rows[row : row + 1])
-        return split({k: torch.cat(v) for k, v in found.items()})
+        return Items(*split({k: torch.cat(v) for k, v in found.items()}))
 
 
 class _Digests:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ from teachers.denoiser import Cond
 AHEAD = 3  # shards made before they are asked for
 
 
+class Items(NamedTuple):
+    """Items of a source: data (B, ...), conditions, and their own noise where it is stored."""
+
+    x: Tensor | None
+    cond: Cond
+    noise: Tensor | None = None
+
+
 class Source:
     """Encoded data (N, ...) with their conditions, or conditions alone, in memory.
 
@@ -31,12 +39,19 @@ class Source:
         shape: Of one datum.
         x: (N, ...), or None where the objective needs no data.
         cond: Entries (N, ...), or None.
+        noise: (N, ...), the noise that each datum was made from; None for new noise each time.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], x: Tensor | None, cond: Cond, seed: int, size: int
+        self,
+        shape: tuple[int, ...],
+        x: Tensor | None,
+        cond: Cond,
+        seed: int,
+        size: int,
+        noise: Tensor | None = None,
     ) -> None:
-        self.shape, self.x, self.cond, self.seed = shape, x, cond, seed
+        self.shape, self.x, self.cond, self.seed, self.noise = shape, x, cond, seed, noise
         self.size = size  # how many items there are: of x, or of cond
         self.report: dict[str, Any] | None = None  # how files were read, where any were
         self._order = lru_cache(2)(self._shuffled)
@@ -59,15 +74,16 @@ class Source:
                 for e in range(int(epochs[0]), int(epochs[-1]) + 1)
             ]
         )
-        rng = torch.Generator().manual_seed(seed_of(self.seed, "noise", draw, shard))
-        noise = torch.randn(size, *self.shape, generator=rng)
-        x, cond = self.take(index)
-        return Batch(x, noise, cond)
+        x, cond, noise = self.take(index)
+        if noise is None:
+            rng = torch.Generator().manual_seed(seed_of(self.seed, "noise", draw, shard))
+            noise = torch.randn(size, *self.shape, generator=rng)
+        return Batch(x, noise, cond, index)
 
-    def take(self, index: Tensor) -> tuple[Tensor | None, Cond]:
-        """Data and conditions of the items numbered `index` (B,)."""
-        cond = conditions.rows(self.cond, index)
-        return None if self.x is None else self.x[index], cond
+    def take(self, index: Tensor) -> Items:
+        """The items numbered `index` (B,)."""
+        x, noise = (None if v is None else v[index] for v in (self.x, self.noise))
+        return Items(x, conditions.rows(self.cond, index), noise)
 
 
 class Buckets(Source):
@@ -145,7 +161,7 @@ class Stream:
 
         x = None if batch.x is None else move(batch.x)
         cond = conditions.each(batch.cond, move)
-        return Batch(x, move(batch.noise), cond)
+        return Batch(x, move(batch.noise), cond, batch.items)
 
     def __next__(self) -> Batch:
         self.waiting.append(self._submit())

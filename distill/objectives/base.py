@@ -20,13 +20,16 @@ class Batch(NamedTuple):
     """What one loss is computed from.
 
     x: data (B, ...), or None for objectives that need none.
-    noise: unit noise (B, ...), shaped like a datum.
+    noise: unit noise (B, ...), shaped like a datum; the source's own where it stores noise.
     cond: the condition of each sample, entries (B, ...), or None.
+    items: the number of each sample's item in its source, or in its bucket where there are several,
+        (B,) int64 on the host; None of a batch that no source made.
     """
 
     x: Tensor | None
     noise: Tensor
     cond: Cond = None
+    items: Tensor | None = None
 
     @property
     def data(self) -> Tensor:
@@ -36,10 +39,15 @@ class Batch(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A scalar to descend, and scalars to log. Tensors stay on the device until they are logged."""
+    """A scalar to descend, and scalars to log. Tensors stay on the device until they are logged.
+
+    samples: the student's x̂ (B, ...) with its graph, in losses of the student's turn that have one:
+        what a reward or a feature loss can be added on.
+    """
 
     value: Tensor
     logs: dict[str, Tensor] = {}
+    samples: Tensor | None = None
 
 
 class Turn(NamedTuple):

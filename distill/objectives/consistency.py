@@ -64,8 +64,9 @@ class Consistency(Objective):
         with torch.no_grad():
             x_r = self.previous(x_t, t, r, batch)
             target = self.boundary(self.target(x_r, r, batch.cond), x_r, r, batch)
-        gap = self.apart(f(x_t, t, batch.cond), target)
-        return Loss((self.weight(t, r) * gap).mean(), {"distance": gap.detach().mean()})
+        made = f(x_t, t, batch.cond)
+        gap = self.apart(made, target)
+        return Loss((self.weight(t, r) * gap).mean(), {"distance": gap.detach().mean()}, made)
 
     def pair(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Times t > r (B,) for data x (B, ...)."""

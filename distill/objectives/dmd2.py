@@ -80,10 +80,11 @@ class DMD2(Objective):
         matching = surrogate(x, torch.nan_to_num(grad))
         logs = {"matching": matching, "gap": (fake - real).abs().mean()}
         if self.critic is None or not self.realism:
-            return Loss(matching, logs)
+            return Loss(matching, logs, x)
         t, x_t = self.noised(x, self.critic_times)
         real_enough = realism(self.critic(x_t, t, batch.cond))
-        return Loss(matching + self.realism * real_enough, {**logs, "realism": real_enough})
+        logs["realism"] = real_enough
+        return Loss(matching + self.realism * real_enough, logs, x)
 
     def rival_loss(
         self, batch: Batch, student: Generator, first: int = 0, made: list[Made] | None = None

@@ -68,8 +68,9 @@ class Progressive(Objective):
             target = self.target(x_t, t, m, r, batch.cond)
         alpha, sigma = process.scales(t.double())
         weight = (alpha / sigma).square().clamp(min=1).to(x_t.dtype)
-        error = mean_square(self.student.denoiser(x_t, t, batch.cond), target)
-        return Loss((weight * error).mean(), {"error": error.detach().mean()})
+        made = self.student.denoiser(x_t, t, batch.cond)
+        error = mean_square(made, target)
+        return Loss((weight * error).mean(), {"error": error.detach().mean()}, made)
 
     def times(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A step t → r of this stage's grid and its middle m, each (B,), uniform over the grid."""

@@ -53,7 +53,8 @@ class SiD(Objective):
         real, fake = self.teacher(x_t, t, batch.cond), self.fake(x_t, t, batch.cond)
         gap = real - fake
         value = gap * ((real - x) - self.alpha * gap) / self.omega(x, real)
-        return Loss(self.scale * value.flatten(1).sum(1).mean(), {"gap": gap.detach().abs().mean()})
+        logs = {"gap": gap.detach().abs().mean()}
+        return Loss(self.scale * value.flatten(1).sum(1).mean(), logs, x)
 
     def omega(self, x: Tensor, real: Tensor) -> Tensor:
         """What each sample's loss is divided by, (B, 1, ..., 1); no gradient."""

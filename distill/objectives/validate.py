@@ -82,6 +82,8 @@ def check_loss(loss: Any, objective: Objective) -> None:
             f"{says} depends on no weight of its turn's players; compute it from their networks, "
             "and detach nothing on the way"
         )
+    if not (loss.samples is None or isinstance(loss.samples, Tensor)):
+        raise UserError(f"{says} comes with samples that are {_a(loss.samples)}; give a tensor")
     if not isinstance(loss.logs, dict):
         raise UserError(f"{says} comes with logs that are {_a(loss.logs)}; give a dict of tensors")
     for key, value in loss.logs.items():

@@ -108,3 +108,19 @@ def test_every_epoch_has_an_order_of_its_own_and_every_run_its_own_orders_and_no
 def test_an_epoch_may_end_within_a_batch():
     found = torch.cat([source(10).batch(d, 0, 1, 4).x for d in range(5)]).flatten().tolist()
     assert sorted(found[:10]) == sorted(found[10:]) == list(range(10))
+
+
+def test_a_batch_says_which_items_it_holds():
+    batch = source().batch(3, 1, 2, 4)
+    assert batch.items.tolist() == batch.x.flatten().tolist()
+    mine = Stream(source(), torch.device("cpu"), 3, range(1, 2), 2, 4)
+    assert torch.equal(next(mine).items, batch.items)
+    mine.close()
+
+
+def test_noise_that_is_stored_with_the_data_is_used():
+    x = torch.arange(10).float()[:, None]
+    pairs = Source((1,), x, None, seed=0, size=10, noise=-x)
+    batch = pairs.batch(2, 0, 1, 5)
+    assert torch.equal(batch.noise, -batch.x)
+    assert not torch.equal(source().batch(2, 0, 1, 5).noise, -batch.x)

@@ -378,3 +378,16 @@ def test_the_average_has_a_short_memory_at_first():
     with ema.swapped():
         assert weight.item() == pytest.approx(0.9)
     assert weight.item() == 1.0
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_the_students_loss_comes_with_its_samples_and_their_graph(name, pipelines, tmp_path):
+    """What a reward adds to it reaches the student's weights, and no others."""
+    run = made(name, pipelines, tmp_path / "run")
+    objective, batch = run.engine.objective, next(stream(run.engine))
+    network = objective.student.denoiser.requires_grad_(True)
+    turn = next(t for t in objective.turns(0) if "student" in t.players)
+    samples = turn.loss(batch).samples
+    assert samples.shape == batch.noise.shape
+    samples.square().mean().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
