@@ -848,4 +848,26 @@ MUTANTS: tuple[Mutant, ...] = (
         "* 127.5 + 127.5)",
         "eval/test_eval.py::test_bytes_are_rounded_and_not_truncated",
     ),
+    # pieces that several methods share
+    fault(
+        "a difference runs backwards",
+        "distill/objectives/tangent.py",
+        "return value, (then - value) / step",
+        "return value, (value - then) / step",
+        "objectives/test_tangent.py::test_the_derivative_of_a_product_is_by_hand",
+    ),
+    fault(
+        "noise that is stored with the data is ignored",
+        "distill/data/stream.py",
+        "if noise is None:",
+        "if True:",
+        "data/test_batches.py::test_noise_that_is_stored_with_the_data_is_used",
+    ),
+    fault(
+        "conditions are joined the other way round",
+        "teachers/conditions.py",
+        "for cond in given])",
+        "for cond in given[::-1]])",
+        "teachers/test_conditions.py::test_joined_conditions_are_one_after_the_other",
+    ),
 )

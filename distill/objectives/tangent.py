@@ -44,7 +44,7 @@ def tangent(
         if how == "forward":
             kind = primals[0].device.type
             with sdpa_kernel(SDPBackend.MATH), torch.autocast(kind, enabled=False):
-                value, slope = torch.func.jvp(f, primals, tangents)
+                value, slope = torch.func.jvp(f, primals, tangents)[:2]
             return value, slope
         ahead = tuple(p + step * v for p, v in zip(primals, tangents, strict=True))
         if how == "difference":

@@ -9,7 +9,7 @@ import yaml
 from distill.config.recipe import Recipe
 from distill.data import cache, encode, from_recipe
 from distill.data.encode import NotFinite, check_finite
-from distill.training import build
+from distill.training import build, networks
 from teachers import UserError
 from teachers.denoiser import Denoiser
 from tests.helpers.command_line import called
@@ -147,7 +147,7 @@ class Overflowing(Denoiser):
 
 
 def test_guidance_is_told_from_the_network_that_it_guides(pipelines, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "guided", lambda recipe, teacher: Overflowing(teacher.denoiser))
+    monkeypatch.setattr(networks, "guided", lambda recipe, teacher: Overflowing(teacher.denoiser))
     with pytest.raises(UserError, match=r"teacher\.guidance: with it, x̂ of the first batch holds"):
         build.build(Recipe.check(recipe_tree("dmd2", pipelines["edm"])), tmp_path / "run")
     assert not (tmp_path / "run").exists()
