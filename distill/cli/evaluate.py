@@ -174,21 +174,11 @@ def evaluate(
 
     if json_file is not None:
         writable(json_file, "--json")
-    measure(
-        Request(
-            source=source,
-            protocol=protocol,
-            steps=steps,
-            seeds=seeds,
-            against=against,
-            against_steps=against_steps,
-            how={"solver": solver, "guidance": guidance, "null_label": null_label},
-            few={"schedule": schedule, "adaptive": adaptive, "cache": cache},
-            precision=precision,
-            speed=speed,
-            json_file=json_file,
-        )
-    )
+    how = {"solver": solver, "guidance": guidance, "null_label": null_label}
+    few = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
+    beside = {"against": against, "against_steps": against_steps}
+    weights = {"precision": precision, "speed": speed, "json_file": json_file}
+    measure(Request(source, protocol, steps, seeds, how=how, few=few, **beside, **weights))
 
 
 def draw(

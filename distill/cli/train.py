@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,20 +51,11 @@ def run(
         console.print(f"{out} is finished; its figures:")
         with intact(out / "summary.json"):
             return show(out)
-    main = made.engine.accelerator.is_main_process
-    if main:
-        from distill.sampling.guided_teacher import guided
-        from teachers.guidance import describe
-
-        guidance = describe(guided(checked, made.teacher))
-        console.print(
-            f"{checked.objective['name']}: from teacher {checked.teacher.source} ({guidance}) "
-            f"to a student of {counts(made.student)}, in {out}",
-            soft_wrap=True,
-            markup=False,
-        )
     from distill.evaluation.finish import finish
 
+    main = made.engine.accelerator.is_main_process
+    if main:
+        introduce(made)
     made.engine.train()
     if main and made.protocol:
         console.print("exporting and measuring")
@@ -72,6 +63,21 @@ def run(
     if main:
         show(out)
         tell_failed(summary["failed"], out)
+
+
+def introduce(made: Any) -> None:
+    """Say of a run that begins what it trains, from which teacher, and where."""
+    from distill.console import out as console
+    from distill.sampling.guided_teacher import guided
+    from teachers.guidance import describe
+
+    recipe = made.recipe
+    guidance = describe(guided(recipe, made.teacher))
+    console.print(
+        f"{recipe.objective['name']}: from teacher {recipe.teacher.source} ({guidance}) "
+        f"to a student of {counts(made.student)}, in {made.out}",
+        soft_wrap=True,
+    )
 
 
 def complete(out: Path) -> bool:

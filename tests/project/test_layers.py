@@ -150,6 +150,17 @@ def test_a_folder_holds_at_most_a_dozen_files_and_says_what_belongs_in_it(folder
     assert ast.get_docstring(ast.parse((place / "__init__.py").read_text()))
 
 
+def test_no_function_of_the_product_is_longer_than_a_screen():
+    """60 lines, their signature and docstring among them."""
+    long = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in (ROOT / "distill").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
+    assert long == []
+
+
 @pytest.mark.parametrize("path", OBJECTIVES, ids=lambda p: p.stem)
 def test_objectives_know_nothing_of_the_engine(path):
     ours = {m for m in imports(path) if m.startswith("distill.")}
