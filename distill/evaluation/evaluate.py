@@ -95,6 +95,7 @@ def evaluate(request: Request) -> None:
         tree["speed"] = speeds(plan, device)
     if file is not None and not processes.rank:
         file.close(tree)
+    state.wait_for_everyone()  # a process that leaves earlier can abort as the group closes
 
 
 def check(request: Request) -> Request:
