@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from urllib.error import URLError
 
@@ -108,7 +109,7 @@ def pretrained(kind: str, source: str, revision: str) -> Any:
         model, report = getattr(stock, kind).from_pretrained(
             folder, weights_only=True, output_loading_info=True
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnpicklingError) as error:
         raise MetricError(f"weights {source}: no {kind} in {folder} ({_line(error)})") from error
     if lacking := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise MetricError(f"weights {source}: {kind} lacks {len(lacking)} of its weights there")
