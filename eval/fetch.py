@@ -62,7 +62,7 @@ def state(url: str) -> dict[str, Tensor]:
         return torch.hub.load_state_dict_from_url(
             url, str(folder), "cpu", progress=False, check_hash=True, weights_only=True
         )
-    except (URLError, OSError, RuntimeError) as error:
+    except (URLError, OSError, RuntimeError, UnpicklingError) as error:
         name = url.rpartition("/")[2]
         raise MetricError(
             f"weights {name}: not to be had from {url} ({_line(error)}); "

@@ -483,3 +483,16 @@ def test_lpips_puts_the_trunks_weights_where_the_package_would(monkeypatch):
     assert (found > 0).all()
     with pytest.raises(MetricError, match="did you mean 'alex'"):
         lpips("alexx")
+
+
+def test_a_state_dict_that_holds_code_is_refused_in_a_line_and_not_run(tmp_path, monkeypatch):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "run"),))
+
+    monkeypatch.setattr(fetch, "cache", lambda: tmp_path)
+    (tmp_path / "weights").mkdir()
+    torch.save({"x": Evil()}, tmp_path / "weights" / "net-12345678.pth")
+    with pytest.raises(MetricError, match=r"weights net-12345678\.pth") as error:
+        fetch.state("https://example.invalid/net-12345678.pth")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
