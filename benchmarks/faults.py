@@ -420,7 +420,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     fault(
         "pictures in 0 … 1",
-        "distill/data/images.py",
+        "distill/data/pictures.py",
         "torch.stack(images).float() / 127.5 - 1",
         "torch.stack(images).float() / 255",
         "data/test_batches.py::test_class_folders_are_labels_by_their_numbers_or_else_by_the_order_of_their_names",
@@ -448,14 +448,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     fault(
         "pictures stretched and not cut",
-        "distill/data/images.py",
+        "distill/data/pictures.py",
         "max(height / image.height, width / image.width)",
         "min(height / image.height, width / image.width)",
         "data/test_data.py::test_a_picture_is_cut_at_its_centre_and_not_stretched",
     ),
     fault(
         "buckets by the gap of ratios and not of their logarithms",
-        "distill/data/images.py",
+        "distill/data/pictures.py",
         "abs(log - math.log(aspect)) for log in logs",
         "abs(math.exp(log) - aspect) for log in logs",
         "data/test_data.py::test_images_between_two_buckets_go_to_the_nearer_by_ratio",

@@ -93,6 +93,13 @@ def counting() -> bars.Progress:
     return bars.Progress(*columns, console=out, disable=not live)
 
 
+def time_left(seconds: float) -> str:
+    """ "about 3 min left": in the largest unit of which there are two or more."""
+    units = ((172_800, 86_400, "days"), (7200, 3600, "h"), (120, 60, "min"), (0, 1, "s"))
+    size, unit = next((size, unit) for least, size, unit in units if seconds >= least)
+    return f"about {seconds / size:.0f} {unit} left"
+
+
 class Progress:
     """A bar with the time left, and the latest losses beside it.
 
@@ -146,10 +153,7 @@ class Progress:
         if not self.begun < step < self.steps:
             return ""
         rate = (time.monotonic() - self.start) / (step - self.begun)
-        seconds = rate * (self.steps - step)
-        units = ((172_800, 86_400, "days"), (7200, 3600, "h"), (120, 60, "min"), (0, 1, "s"))
-        size, unit = next((size, unit) for least, size, unit in units if seconds >= least)
-        return f"  about {seconds / size:.0f} {unit} left"
+        return f"  {time_left(rate * (self.steps - step))}"
 
     def note(self, line: str) -> None:
         """A line above the bar."""

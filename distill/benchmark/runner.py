@@ -19,7 +19,7 @@ from distill.benchmark.plots import plot
 from distill.benchmark.spec import Bench, Entry, Race, digest, teacher_files
 from distill.benchmark.state import check_folder, measured, table
 from distill.config.recipe import Recipe
-from distill.console import follow, say
+from distill.console import follow, say, time_left
 from distill.data.encode import device, moved
 from distill.data.from_recipe import check_places
 from distill.files import write
@@ -123,8 +123,8 @@ def ended(race: Race, jobs: int, before: int) -> Generator[int]:
     """The count of runs that have ended, each said as it does, with the time that is left."""
     began, runs = time.monotonic(), len(race.entries)
     for count, entry in enumerate(race.run(jobs), before + 1):
-        left = (time.monotonic() - began) / (count - before) * (runs - count) / 60
-        rest = f"; about {left:.0f} min left" if count < runs else ""
+        left = (time.monotonic() - began) / (count - before) * (runs - count)
+        rest = f"; {time_left(left)}" if count < runs else ""
         say(f"{count}/{runs}  {said(race, entry)}{rest}")
         yield count
 

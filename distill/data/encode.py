@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from distill.console import notice
 from distill.data.fingerprint import networks
-from distill.data.images import READERS, Picture, picture, signed
 from distill.data.listing import Bad, Item, Listing
+from distill.data.pictures import READERS, Picture, picture, signed
 from distill.data.stream import Buckets, Source
 from distill.seeds import seed_of
 from teachers.denoiser import Cond

@@ -9,7 +9,8 @@ from torch import Tensor
 from distill.config.recipe import Recipe
 from distill.data import cache
 from distill.data.encode import COND, Work, check_finite, picture_shape
-from distill.data.images import into_buckets, list_images, place_of_images, sizes_of
+from distill.data.images import list_images, place_of_images
+from distill.data.pictures import into_buckets, sizes_of
 from distill.data.prompts import list_prompts, place_of_prompts
 from distill.data.stream import Source
 from eval import digits, shapes

@@ -1,39 +1,29 @@
-"""Images and their captions or labels, from folders, WebDataset shards and tables; and their cut.
+"""Images with their captions or labels, listed from folders, WebDataset shards and tables.
 
-What is listed here is read later, a few at a time. A list's order follows from names alone.
+What is listed here is read later, by `pictures.py`. A list's order follows from names alone.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from distill.config.schema import Bucketing, Column
+from distill.config.schema import Column
 from distill.console import notice
 from distill.data import imagefolder
 from distill.data.listing import Bad, Item, Listing, Needs
 from distill.data.tables import SUFFIXES as TABLES
-from distill.data.tables import Table, file_of, kind_of, lookup, open_table
+from distill.data.tables import Table, checked, column_in, kind_of, lookup, open_table
 from eval.images import (
     files_in,
-    is_first_of_many,
     is_hidden,
     is_image,
     is_unread,
-    opened,
-    shown,
-    size_of,
     suffixes,
     unread_suffixes,
 )
@@ -44,9 +34,6 @@ from teachers.storage.files import home
 CAPTION_KEYS = ("caption", "text", "prompt")  # of a JSON sidecar, unless it is told
 PACKED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 MOST_SHARDS = 1_000_000  # that a pattern may name
-MOST_SIDES = 10_000  # that buckets may have
-READERS = 8  # threads that read and decode
-CORRUPT = "corrupt image"
 UNREAD = "its format is not read; save it as PNG or JPEG"
 
 
@@ -121,17 +108,14 @@ def _place(place: str | Column) -> Column | list[Path] | Path:
             return shards
         if folder.is_dir():
             return folder
-        name, colon, column = place.rpartition(":")
-        if not colon or not name or not column:
-            if kind_of(folder) in TABLES and folder.is_file():
-                raise UserError(f"{where} is a table; name its column of images: '{place}:COLUMN'")
-            raise UserError(
-                f"{where} is not a folder; give 'digits', a folder of images, .tar shards, or "
-                "'DATASET:COLUMN'"
-            )
-        place = Column(hf=name, column=column)
-    file_of(place.hf, f"data.source: '{place.hf}:{place.column}'")
-    return place
+        if kind_of(folder) in TABLES and folder.is_file():
+            raise UserError(f"{where} is a table; name its column of images: '{place}:COLUMN'")
+        refusal = (
+            f"{where} is not a folder; give 'digits', a folder of images, .tar shards, or "
+            "'DATASET:COLUMN'"
+        )
+        place = column_in(place, refusal)
+    return checked(place, "data.source")
 
 
 # ---- folders
@@ -475,101 +459,3 @@ def _cell(table: Table, row: int, column: str) -> bytes:
     if isinstance(value, str):
         return (table.root / value).read_bytes()
     raise ValueError(f"its cell holds no image but {type(value).__name__}")
-
-
-# ---- pixels
-
-
-def sizes_of(buckets: Bucketing | None, height: int, width: int) -> list[tuple[int, int]]:
-    """Heights and widths to cut images to: the one asked for, or all of about its area.
-
-    Buckets are, for every multiple that a side may be, it and the other side that brings the area
-    nearest to height × width, either way round, with none more than `ratio` times the other.
-    """
-    if buckets is None:
-        return [(height, width)]
-    m, area = buckets.multiple, height * width
-    if m > min(height, width):
-        raise UserError(f"data.buckets.multiple: {m} is more than the image size of {height}")
-    longest = math.isqrt(round(area * buckets.ratio))
-    if longest // m > MOST_SIDES:
-        raise UserError(
-            f"data.buckets.multiple: {m} makes more than {MOST_SIDES:,} sizes of sides up to "
-            f"{longest:,}; take a greater one"
-        )
-    found: set[tuple[int, int]] = set()
-    for side in range(m, longest + 1, m):
-        other = max(m, round(area / side / m) * m)
-        if max(side, other) <= buckets.ratio * min(side, other):
-            found |= {(side, other), (other, side)}
-    sizes = sorted(found)
-    if not sizes:
-        raise UserError(f"data.buckets: no sizes of multiples of {m} lie within {buckets.ratio:g}")
-    return sizes
-
-
-def into_buckets(listing: Listing, sizes: list[tuple[int, int]]) -> None:
-    """Give every item the bucket whose aspect ratio is nearest to its image's."""
-    if len(sizes) == 1:
-        return
-    logs = [math.log(h / w) for h, w in sizes]
-    items, listing.items = listing.items, []
-    with ThreadPoolExecutor(READERS) as pool:
-        for item, aspect in zip(items, pool.map(aspect_of, items), strict=True):
-            if isinstance(aspect, Bad):
-                listing.bad.append(aspect)
-                continue
-            gaps = [abs(log - math.log(aspect)) for log in logs]
-            listing.items.append(item._replace(bucket=gaps.index(min(gaps))))
-
-
-def aspect_of(item: Item) -> float | Bad:
-    """An image's height over its width, from its header."""
-    try:
-        width, height = size_of(opened(_stream(item)))
-        return height / width
-    except Exception as error:  # Pillow's range over many types for a bad file
-        return _corrupt(item.name, error)
-
-
-class Picture(NamedTuple):
-    """An image that was read.
-
-    pixels: (C, H, W) in uint8.
-    first: Whether it is the first of several frames, of which the others are left out.
-    """
-
-    pixels: Tensor
-    first: bool
-
-
-def picture(item: Item, channels: int, height: int, width: int) -> Picture | Bad:
-    """An image as a viewer shows it, its shorter side resized to fit, its centre cropped."""
-    from torchvision.transforms import functional as tf
-
-    try:
-        file = opened(_stream(item))
-        image, first = shown(file), is_first_of_many(file)
-    except Exception as error:  # as above
-        return _corrupt(item.name, error)
-    if channels == 1:
-        image = image.convert("L")
-    scale = max(height / image.height, width / image.width)
-    size = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
-    image = tf.center_crop(tf.resize(image, size, antialias=True), [height, width])  # pyright: ignore
-    return Picture(tf.pil_to_tensor(image), first)  # pyright: ignore
-
-
-def _stream(item: Item) -> io.BytesIO:
-    assert item.image is not None, "prompts have no pixels"
-    return io.BytesIO(item.image())
-
-
-def _corrupt(name: str, error: Exception) -> Bad:
-    reason = "its bytes are of no known kind" if "identify image" in str(error) else str(error)
-    return Bad(name, CORRUPT, f"not a readable image ({reason or type(error).__name__})")
-
-
-def signed(images: list[Tensor]) -> Tensor:
-    """Images (N, C, H, W) in [-1, 1] of uint8 ones (C, H, W)."""
-    return torch.stack(images).float() / 127.5 - 1

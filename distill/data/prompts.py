@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distill.config.schema import Column
 from distill.data.listing import Bad, Item, Listing, Needs
-from distill.data.tables import SUFFIXES, file_of, kind_of, lookup, open_table
+from distill.data.tables import SUFFIXES, checked, column_in, kind_of, lookup, open_table
 from eval.text import MARK, decoded, lines
 from teachers.errors import UserError, nearest
 from teachers.storage.files import home
@@ -61,15 +61,12 @@ def _place(place: str | Column) -> Path | Column:
                 f"data.prompts: {place!r} is a pipe or a device, which cannot be read again; save "
                 "the prompts in a text file"
             )
-        name, colon, column = place.rpartition(":")
-        if not colon or not name or not column:
-            raise UserError(
-                f"data.prompts: no such file: {place!r}; give a text file, 'pack:starter', or "
-                "'DATASET:COLUMN'"
-            )
-        place = Column(hf=name, column=column)
-    file_of(place.hf, f"data.prompts: '{place.hf}:{place.column}'")
-    return place
+        refusal = (
+            f"data.prompts: no such file: {place!r}; give a text file, 'pack:starter', or "
+            "'DATASET:COLUMN'"
+        )
+        place = column_in(place, refusal)
+    return checked(place, "data.prompts")
 
 
 def pack(name: str) -> Path:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from distill.config.schema import Column
 from eval.text import csv_rows, decoded, json_rows, json_value, repeated
 from teachers.errors import UserError, clipped, nearest
 
@@ -205,6 +206,28 @@ def file_of(name: str, where: str) -> Path:
     if name.startswith(("/", "~", ".")) and not file.exists():
         raise UserError(f"{where}: no such folder: {name}")
     return file
+
+
+def column_in(place: str, refusal: str) -> Column:
+    """The table and the column in "DATASET:COLUMN".
+
+    Raises:
+        UserError: the text is not of that form; it says `refusal`.
+    """
+    name, colon, column = place.rpartition(":")
+    if not colon or not name or not column:
+        raise UserError(refusal)
+    return Column(hf=name, column=column)
+
+
+def checked(column: Column, key: str) -> Column:
+    """A recipe's column whose table is there, as far as can be told without asking the Hub.
+
+    Raises:
+        UserError: its table is a file or a folder, and there is none.
+    """
+    file_of(column.hf, f"{key}: '{column.hf}:{column.column}'")
+    return column
 
 
 def first_line(error: Exception) -> str:

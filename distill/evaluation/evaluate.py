@@ -21,6 +21,7 @@ from eval.protocols.measure import protocol as protocol_of
 from eval.stream import Processes
 from teachers.errors import UserError, cut, nearest
 
+AGAINST_STEPS = 18  # of the teacher beside the subject, by default
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -49,7 +50,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Subjects:
     """What is measured, once it is known that it can be.
 
     Attributes:
@@ -79,7 +80,7 @@ def evaluate(request: Request) -> None:
     if request.speed and processes.count > 1:
         raise UserError("--speed: it is of one process; start it without a launcher")
     file = None if request.json_file is None else figures_of(request, request.json_file)
-    plan = planned(request, wanted, device)
+    subjects = subjects_of(request, wanted, device)
     if file is not None:
         state.wait_for_everyone()  # all have looked before anything is there
         if state.is_main_process:
@@ -90,9 +91,9 @@ def evaluate(request: Request) -> None:
         seeds = measure.seeds if request.seeds is None else request.seeds
         records = [file and file.record(part) for part in PARTS]
         tree["protocol"] = request.protocol
-        tree |= quality(plan, request.protocol, measure, seeds, processes, records)
+        tree |= quality(subjects, request.protocol, measure, seeds, processes, records)
     if request.speed:
-        tree["speed"] = speeds(plan, device)
+        tree["speed"] = speeds(subjects, device)
     if file is not None and not processes.rank:
         file.close(tree)
     state.wait_for_everyone()  # a process that leaves earlier can abort as the group closes
@@ -106,6 +107,8 @@ def check(request: Request) -> Request:
     """
     if request.against is None and request.against_steps is not None:
         raise UserError("--against-steps: it is for --against, which names a teacher")
+    if request.against_steps is None:
+        request = replace(request, against_steps=AGAINST_STEPS)
     if request.protocol is None and not request.speed:
         request = replace(request, protocol=subject.usual_protocol(request.source))
     if request.protocol is None and request.seeds is not None:
@@ -137,14 +140,14 @@ def figures_of(request: Request, path: Path) -> Figures:
     about = {"source": request.source, "protocol": request.protocol}
     about |= {"precision": request.precision, **request.how, **request.few}
     if request.against is not None:
-        about |= {"against": request.against, "against_steps": request.against_steps or 18}
+        about |= {"against": request.against, "against_steps": request.against_steps}
     file = Figures(path, about)
     for part in PARTS:
         check_writable(file.record(part), "--json")
     return file
 
 
-def planned(request: Request, wanted: list[int], device: Any) -> Plan:
+def subjects_of(request: Request, wanted: list[int], device: Any) -> Subjects:
     """The subject and the teacher beside it, loaded, and the step counts.
 
     Raises:
@@ -164,11 +167,12 @@ def planned(request: Request, wanted: list[int], device: Any) -> Plan:
     if request.against is not None:
         beside = subject.teacher(request.against, device, **how, precision=precision)
         subject.check_against(found, beside)
-    return Plan(found, counts, beside, request.against_steps or 18, str(request.against))
+    assert request.against_steps is not None  # `check` has filled it in
+    return Subjects(found, counts, beside, request.against_steps, str(request.against))
 
 
 def quality(
-    plan: Plan,
+    subjects: Subjects,
     name: str | None,
     measure: Protocol,
     seeds: int,
@@ -176,18 +180,18 @@ def quality(
     records: Sequence[Path | None],
 ) -> dict[str, Any]:
     """The figures of the subject at every count, and of the teacher beside it; a table is shown."""
-    found, other = plan.found, plan.beside
-    rows = subject.evaluate(found, measure, plan.counts, seeds, processes, records[0])
+    found, other = subjects.found, subjects.beside
+    rows = subject.evaluate(found, measure, subjects.counts, seeds, processes, records[0])
     tree: dict[str, Any] = {found.who: rows}
     shown, base = subject.shown(found, rows), None
     if other is not None:
-        for k in plan.counts:
-            near = subject.agreement(found, other, measure.prompts, k, plan.beside_steps)
+        for k in subjects.counts:
+            near = subject.agreement(found, other, measure.prompts, k, subjects.beside_steps)
             rows[str(k)].update(near)
-        steps = [plan.beside_steps]
+        steps = [subjects.beside_steps]
         full = subject.evaluate(other, measure, steps, seeds, processes, records[1])
         tree["against"] = full
-        beside = subject.shown(replace(other, who=plan.beside_name), full)
+        beside = subject.shown(replace(other, who=subjects.beside_name), full)
         base, shown = next(iter(beside)), beside | shown
     if not processes.rank:
         over = f"{seeds} seeds; ± over seeds" if seeds > 1 else "one seed"
@@ -196,11 +200,11 @@ def quality(
     return tree
 
 
-def speeds(plan: Plan, device: Any) -> dict[str, Any]:
+def speeds(subjects: Subjects, device: Any) -> dict[str, Any]:
     """The speed of the subject at every count, and of the teacher beside it; tables are shown."""
-    tree = {plan.found.who: subject.speeds(plan.found, plan.counts, device)}
-    console.print(paces(plan.found.who, tree[plan.found.who]))
-    if plan.beside is not None:
-        tree["against"] = subject.speeds(plan.beside, [plan.beside_steps], device)
-        console.print(paces(plan.beside_name, tree["against"]))
+    tree = {subjects.found.who: subject.speeds(subjects.found, subjects.counts, device)}
+    console.print(paces(subjects.found.who, tree[subjects.found.who]))
+    if subjects.beside is not None:
+        tree["against"] = subject.speeds(subjects.beside, [subjects.beside_steps], device)
+        console.print(paces(subjects.beside_name, tree["against"]))
     return tree

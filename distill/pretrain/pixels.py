@@ -22,6 +22,7 @@ import yaml
 from distill.config.recipe import Recipe, find, override, read_yaml
 from distill.data.encode import device
 from distill.evaluation.finish import summarise
+from distill.files import write
 from distill.pretrain import text_to_image
 from distill.pretrain.text_to_image import Scenes, TextRecipe
 from distill.profiling import device_name
@@ -201,9 +202,7 @@ def teach_pictures(recipe: TextRecipe, out: Path, resume: bool, where: str) -> d
     scenes = Scenes(shapes.all_captions(), shapes.draw, shapes.accuracy)
     pipe = text_to_image.pipeline(recipe, scenes.captions, where)
     run_folder.hold(out)
-    draft = out / ".recipe.yaml"
-    draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False), encoding="utf-8")
-    draft.replace(out / "recipe.yaml")
+    write(out / "recipe.yaml", yaml.safe_dump(recipe.tree(), sort_keys=False))
     stages = text_to_image.train(pipe, recipe, scenes, out)
     threads = torch.get_num_threads()
     cpu = f"cpu ({platform.machine()}, {many(threads, 'thread')})"

@@ -69,7 +69,8 @@ def render(run: Path) -> str:
     drawn = {name: chart(name, values, bands.get(name)) for name, values in found.items()}
     first = {k: v for k, v in drawn.items() if k.endswith(CURVES)}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.from_string(files("distill").joinpath("report.html").read_text("utf-8"))
+    page = files("distill.report").joinpath("report.html").read_text("utf-8")
+    template = environment.from_string(page)
     return template.render(
         title=f"{named(facts)} in {steps_of(facts.counts)}",
         verdict=said,

@@ -17,6 +17,7 @@ import yaml
 from distill.config.compare import differences
 from distill.config.recipe import Recipe, read_yaml
 from distill.console import notice
+from distill.files import write
 from distill.training import checkpoint, custom_objective
 from teachers.errors import UserError
 
@@ -170,9 +171,7 @@ def check_checkpoints(out: Path) -> None:
 
 def write_recipe(recipe: Recipe, out: Path) -> None:
     """Write recipe.yaml, with every default spelled out, and the user's own objective beside it."""
-    draft = out / ".recipe.yaml"
-    draft.write_text(yaml.safe_dump(recipe.tree(), sort_keys=False), encoding="utf-8")
-    draft.replace(out / "recipe.yaml")
+    write(out / "recipe.yaml", yaml.safe_dump(recipe.tree(), sort_keys=False))
     custom_objective.keep(recipe, out)
 
 

@@ -17,8 +17,8 @@ from distill.config.schema import Bucketing
 from distill.data import cache, encode, from_recipe
 from distill.data.cache import DIGESTS, Cache, Cached, _Digests
 from distill.data.fingerprint import fingerprint
-from distill.data.images import sizes_of
 from distill.data.listing import REPORT
+from distill.data.pictures import sizes_of
 from distill.data.prompts import list_prompts
 from distill.training import build
 from teachers import UserError

@@ -16,8 +16,9 @@ from torchvision.transforms import functional as tf
 from distill.config.schema import Bucketing, Column
 from distill.data import from_recipe
 from distill.data.encode import bucket_seed
-from distill.data.images import into_buckets, list_images, sizes_of
+from distill.data.images import list_images
 from distill.data.listing import REPORT
+from distill.data.pictures import into_buckets, sizes_of
 from distill.data.prompts import list_prompts, pack
 from distill.data.stream import Buckets, Source
 from teachers import UserError

@@ -12,8 +12,9 @@ import torch
 from PIL import Image, ImageCms
 
 from distill.data import from_recipe
-from distill.data.images import list_images, picture
+from distill.data.images import list_images
 from distill.data.listing import Item
+from distill.data.pictures import picture
 from distill.data.prompts import list_prompts
 from distill.planning import doctor
 from eval import images

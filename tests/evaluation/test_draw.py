@@ -1,13 +1,11 @@
 """`distill draw`: a benchmark's prompts as its own scorer takes them, and what is refused."""
 
 import json
-import sys
 
 import pytest
 import torch
 from PIL import Image
 
-from distill import __main__ as cli
 from distill.evaluation import prompt_benchmarks as benchmarks
 from distill.evaluation import subject
 from distill.evaluation.subject import Subject
@@ -16,6 +14,7 @@ from eval.samples import Samples
 from eval.stream import Processes
 from teachers.catalogue.loading import load
 from teachers.errors import UserError
+from tests.helpers.command_line import called
 
 PROMPTS = ["a red circle", "a blue square", "a red circle"]  # GenEval's own may come twice
 
@@ -37,13 +36,6 @@ def texts(tmp_path):
     for i, prompt in enumerate(PROMPTS):
         (folder / f"p{i}.txt").write_text(f"{prompt}\n")
     return folder
-
-
-def called(capsys, *words):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(sys, "argv", ["distill", *map(str, words)])
-        cli.main()
-    return stopped.value.code, *capsys.readouterr()
 
 
 def painter(asked, drawn):

@@ -1,6 +1,5 @@
 """`distill reference`: what protocols compare with, made by one command; and what it refuses."""
 
-import sys
 import tokenize
 import zipfile
 import zlib
@@ -11,7 +10,6 @@ import torch
 import yaml
 from PIL import Image
 
-from distill import __main__ as cli
 from distill.evaluation import references
 from eval.errors import MetricError
 from eval.metrics.features import Embedded, Prepared
@@ -20,6 +18,7 @@ from eval.protocols import reference, spec
 from eval.protocols.measure import PROTOCOLS, read
 from eval.resize import centre_lanczos
 from eval.samples import Samples
+from tests.helpers.command_line import called
 
 CALLS: list[str] = []
 
@@ -91,14 +90,6 @@ def moments(tmp_path):
     x = pictures().flatten(1)[:, :12].double()
     np.savez(tmp_path / "m.npz", mu=x.mean(0).numpy(), sigma=torch.cov(x.T).numpy())
     return tmp_path / "m.npz"
-
-
-def called(capsys, *words):
-    """Exit code, stdout and stderr of the command, run in this process."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(sys, "argv", ["distill", *map(str, words)])
-        cli.main()
-    return stopped.value.code, *capsys.readouterr()
 
 
 def files(world):

@@ -19,6 +19,7 @@ from distill.publish.papers import PAPERS
 from distill.training import build
 from teachers.catalogue.loading import find
 from teachers.errors import UserError
+from tests.helpers import command_line
 from tests.helpers.cards import ROW
 from tests.helpers.pushes import make_run, new_sessions
 from tests.helpers.toys import recipe_tree
@@ -326,10 +327,7 @@ def test_a_hub_teachers_licence_is_known_before_it_is_downloaded_and_offline(
 
 
 def called(capsys, *words):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(sys, "argv", ["distill", "card", *map(str, words)])
-        cli.main()
-    return stopped.value.code, *capsys.readouterr()
+    return command_line.called(capsys, "card", *words)
 
 
 def test_the_command_prints_the_card_or_writes_it(run, tmp_path, capsys):

@@ -9,9 +9,9 @@ import sys
 import pytest
 from huggingface_hub import constants
 
-from distill import __main__ as cli
 from distill.publish.push import portable, push
 from teachers.errors import UserError
+from tests.helpers import command_line
 from tests.helpers.hub import TOKEN, Fault
 from tests.helpers.pushes import WEIGHTS, make_run, new_sessions
 
@@ -24,11 +24,7 @@ def run(tmp_path):
 
 
 def called(capsys, *words):
-    """Exit code, stdout and stderr of the command, run in this process."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(sys, "argv", ["distill", "push", *map(str, words)])
-        cli.main()
-    return stopped.value.code, *capsys.readouterr()
+    return command_line.called(capsys, "push", *words)
 
 
 def refused(capsys, *words):

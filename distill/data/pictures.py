@@ -1,0 +1,115 @@
+"""Pixels of listed images: read as a viewer shows them, resized, cropped, sorted into buckets."""
+
+from __future__ import annotations
+
+import io
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill.config.schema import Bucketing
+from distill.data.listing import Bad, Item, Listing
+from eval.images import is_first_of_many, opened, shown, size_of
+from teachers.errors import UserError
+
+MOST_SIDES = 10_000  # that buckets may have
+READERS = 8  # threads that read and decode
+CORRUPT = "corrupt image"
+
+
+def sizes_of(buckets: Bucketing | None, height: int, width: int) -> list[tuple[int, int]]:
+    """Heights and widths to cut images to: the one asked for, or all of about its area.
+
+    Buckets are, for every multiple that a side may be, it and the other side that brings the area
+    nearest to height × width, either way round, with none more than `ratio` times the other.
+    """
+    if buckets is None:
+        return [(height, width)]
+    m, area = buckets.multiple, height * width
+    if m > min(height, width):
+        raise UserError(f"data.buckets.multiple: {m} is more than the image size of {height}")
+    longest = math.isqrt(round(area * buckets.ratio))
+    if longest // m > MOST_SIDES:
+        raise UserError(
+            f"data.buckets.multiple: {m} makes more than {MOST_SIDES:,} sizes of sides up to "
+            f"{longest:,}; take a greater one"
+        )
+    found: set[tuple[int, int]] = set()
+    for side in range(m, longest + 1, m):
+        other = max(m, round(area / side / m) * m)
+        if max(side, other) <= buckets.ratio * min(side, other):
+            found |= {(side, other), (other, side)}
+    sizes = sorted(found)
+    if not sizes:
+        raise UserError(f"data.buckets: no sizes of multiples of {m} lie within {buckets.ratio:g}")
+    return sizes
+
+
+def into_buckets(listing: Listing, sizes: list[tuple[int, int]]) -> None:
+    """Give every item the bucket whose aspect ratio is nearest to its image's."""
+    if len(sizes) == 1:
+        return
+    logs = [math.log(h / w) for h, w in sizes]
+    items, listing.items = listing.items, []
+    with ThreadPoolExecutor(READERS) as pool:
+        for item, aspect in zip(items, pool.map(aspect_of, items), strict=True):
+            if isinstance(aspect, Bad):
+                listing.bad.append(aspect)
+                continue
+            gaps = [abs(log - math.log(aspect)) for log in logs]
+            listing.items.append(item._replace(bucket=gaps.index(min(gaps))))
+
+
+def aspect_of(item: Item) -> float | Bad:
+    """An image's height over its width, from its header."""
+    try:
+        width, height = size_of(opened(_stream(item)))
+        return height / width
+    except Exception as error:  # Pillow's range over many types for a bad file
+        return _corrupt(item.name, error)
+
+
+class Picture(NamedTuple):
+    """An image that was read.
+
+    pixels: (C, H, W) in uint8.
+    first: Whether it is the first of several frames, of which the others are left out.
+    """
+
+    pixels: Tensor
+    first: bool
+
+
+def picture(item: Item, channels: int, height: int, width: int) -> Picture | Bad:
+    """An image as a viewer shows it, its shorter side resized to fit, its centre cropped."""
+    from torchvision.transforms import functional as tf
+
+    try:
+        file = opened(_stream(item))
+        image, first = shown(file), is_first_of_many(file)
+    except Exception as error:  # as above
+        return _corrupt(item.name, error)
+    if channels == 1:
+        image = image.convert("L")
+    scale = max(height / image.height, width / image.width)
+    size = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
+    image = tf.center_crop(tf.resize(image, size, antialias=True), [height, width])  # pyright: ignore
+    return Picture(tf.pil_to_tensor(image), first)  # pyright: ignore
+
+
+def _stream(item: Item) -> io.BytesIO:
+    assert item.image is not None, "prompts have no pixels"
+    return io.BytesIO(item.image())
+
+
+def _corrupt(name: str, error: Exception) -> Bad:
+    reason = "its bytes are of no known kind" if "identify image" in str(error) else str(error)
+    return Bad(name, CORRUPT, f"not a readable image ({reason or type(error).__name__})")
+
+
+def signed(images: list[Tensor]) -> Tensor:
+    """Images (N, C, H, W) in [-1, 1] of uint8 ones (C, H, W)."""
+    return torch.stack(images).float() / 127.5 - 1
