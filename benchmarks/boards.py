@@ -6,24 +6,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distill.benchmark import leaderboard
-from distill.benchmark.leaderboard import Line, figure
+from distill.benchmark.leaderboard import LeaderboardRow, figure
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
-Cell = Callable[[Line], str]
+Cell = Callable[[LeaderboardRow], str]
 
 
-def lines(name: str) -> list[Line]:
+def lines(name: str) -> list[LeaderboardRow]:
     """What a benchmark left, best first; nothing where it was not run."""
     folder = RESULTS / f"bench-{name}"
     return leaderboard.read(folder) if folder.is_dir() else []
 
 
-def distance(line: Line) -> str:
+def distance(line: LeaderboardRow) -> str:
     """The Fréchet distance, and its spread over seeds."""
     return figure(line, "fd")
 
 
-def right(line: Line) -> str:
+def right(line: LeaderboardRow) -> str:
     """Whole captions right, in per cent, and the Fréchet distance."""
     found = line.metrics["accuracy"]
     spread = f" ± {100 * found['spread']:.1f}" if len(line.seeds) > 1 else ""
@@ -51,7 +51,7 @@ def students(name: str, cell: Cell = distance) -> str:
 def untrained(name: str, cell: Cell = distance) -> str:
     """A row for each sampler of the teacher, its full one first; evaluations in brackets."""
 
-    def costed(line: Line) -> str:
+    def costed(line: LeaderboardRow) -> str:
         return f"{cell(line)} ({line.value('evaluations'):.3g})"
 
     found = [v for v in lines(name) if v.kind != "student"]
@@ -69,15 +69,15 @@ def untrained(name: str, cell: Cell = distance) -> str:
     return table([[*r, *[""] * (width - len(r))] for r in rows])
 
 
-def grouped(found: Sequence[Line]) -> list[list[Line]]:
+def grouped(found: Sequence[LeaderboardRow]) -> list[list[LeaderboardRow]]:
     """Lines by name, in the order in which the names come, each by falling cost in steps."""
-    rows: dict[str, list[Line]] = {}
+    rows: dict[str, list[LeaderboardRow]] = {}
     for line in found:
         rows.setdefault(line.name, []).append(line)
     return [sorted(row, key=lambda v: v.steps or 0) for row in rows.values()]
 
 
-def by_count(row: Sequence[Line], counts: Sequence[int], cell: Cell) -> list[str]:
+def by_count(row: Sequence[LeaderboardRow], counts: Sequence[int], cell: Cell) -> list[str]:
     """A row's cells, empty at counts that it was not measured at."""
     known = {v.steps: cell(v) for v in row}
     return [known.get(k, "") for k in counts]

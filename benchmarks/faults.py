@@ -89,22 +89,22 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "critic's halves swapped in DMD2",
         "distill/objectives/dmd2.py",
-        "critique(*logits.chunk(2))",
-        "critique(*logits.chunk(2)[::-1])",
+        "critic_loss(*logits.chunk(2))",
+        "critic_loss(*logits.chunk(2)[::-1])",
         "objectives/test_turns.py::test_the_rivals_loss_is_the_fakes_and_a_share_of_the_critics",
     ),
     fault(
         "sign of the student's GAN term flipped",
         "distill/objectives/dmd2.py",
-        "matching + self.realism * real_enough",
-        "matching - self.realism * real_enough",
+        "matching + self.gan_weight * gan",
+        "matching - self.gan_weight * gan",
         "objectives/test_turns.py::test_the_critic_pulls_the_student_to_where_logits_are_high",
     ),
     fault(
         "weight of the critic's loss ignored",
         "distill/objectives/dmd2.py",
-        "denoising + self.critique * telling",
-        "denoising + telling",
+        "denoising + self.critic_weight * critic",
+        "denoising + critic",
         "objectives/test_turns.py::test_the_rivals_loss_is_the_fakes_and_a_share_of_the_critics",
     ),
     fault(
@@ -159,8 +159,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "memory of f-distill's ratio swapped",
         "distill/objectives/fdistill.py",
-        "torch.lerp(found, self.means, self.memory)",
-        "torch.lerp(self.means, found, self.memory)",
+        "torch.lerp(found, self.means, self.ratio_ema)",
+        "torch.lerp(self.means, found, self.ratio_ema)",
         "objectives/test_turns.py::test_a_bins_mean_keeps_its_memory_and_takes_the_rest_from_the_turn",
     ),
     fault(
@@ -272,7 +272,7 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "gradient clipping removed",
         "distill/training/player.py",
-        "self.moves.clip or math.inf",
+        "self.config.clip or math.inf",
         "math.inf",
         "training/test_player.py::test_a_gradient_that_is_too_long_is_shortened_to_the_clip_and_keeps_its_direction",
     ),
@@ -300,8 +300,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "eps and weight decay swapped",
         "distill/training/player.py",
-        "moves.betas, moves.eps, moves.weight_decay",
-        "moves.betas, moves.weight_decay, moves.eps",
+        "config.betas, config.eps, config.weight_decay",
+        "config.betas, config.weight_decay, config.eps",
         "training/test_player.py::test_every_key_of_a_players_moves_reaches_its_optimiser",
     ),
     fault(

@@ -53,8 +53,8 @@ def row(name: str, found: dict[str, Any], base: float | None) -> str:
     spread = f" ± {found['spread']['fd']:.3f}" if found["seeds"] > 1 else ""
     shares = " | ".join(f"{found[k]:.3f}" for k in ("precision", "recall", "coverage"))
     speed = found["images_per_s"]
-    pace = f"{speed:,.0f} | {speed / base:.0f}×" if base else " | "
-    return f"| {name} | {found['fd']:.3f}{spread} | {shares} | {pace} |"
+    timing = f"{speed:,.0f} | {speed / base:.0f}×" if base else " | "
+    return f"| {name} | {found['fd']:.3f}{spread} | {shares} | {timing} |"
 
 
 def readme() -> str:
@@ -110,7 +110,7 @@ CHAINS = {  # rows of the digits' benchmark: what the student is trained for
     "DMD2": "its one step",
     "DMD2, 4 steps": "its four steps",
     "DMD2, 1, 2 and 4 steps": "chains of one, two and four steps",
-    "DMD2, 4 steps, rivals see every place": "its four steps, with `rivals_see: places`",
+    "DMD2, 4 steps, rivals see every place": "its four steps, with `fake_sees: places`",
 }
 
 

@@ -15,7 +15,7 @@ FIGURES = "figures"  # the measuring, by its name in `failed`
 WORDED = ("UserError", "ExportError", "MetricError")  # say by themselves what is wrong
 
 
-class Extras:
+class Attempts:
     """Keeps what failed.
 
     Attributes:

@@ -229,7 +229,7 @@ def planned(tree: dict[str, Any], memory: float, reserve: float) -> Table:
     return table
 
 
-def paces(who: str, found: dict[str, Any]) -> Group:
+def timings(who: str, found: dict[str, Any]) -> Group:
     """A line and a table of speed: at each step count one picture at a time, and as many as pay."""
     threads = f", {found['threads']} threads" if found["memory"].startswith("of") else ""
     line = f"{who}, from prompts to pictures: {found['device']}, {found['dtype']}{threads}"
@@ -238,11 +238,15 @@ def paces(who: str, found: dict[str, Any]) -> Group:
         table.add_column(name, justify="right", no_wrap=True)
     for steps, row in found["steps"].items():
         for kind in ("single", "saturated"):
-            pace = row[kind]
-            rate = pace["images_per_s"]
+            timing = row[kind]
+            rate = timing["images_per_s"]
             table.add_row(
-                steps, str(row["evaluations"]), str(pace["batch"]), f"{pace['latency_ms']:,.1f}",
-                f"{pace['latency_p90_ms']:,.1f}", f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
-                f"{pace['peak_memory_gb']:.2f}",
-            )  # fmt: skip
+                steps,
+                str(row["evaluations"]),
+                str(timing["batch"]),
+                f"{timing['latency_ms']:,.1f}",
+                f"{timing['latency_p90_ms']:,.1f}",
+                f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
+                f"{timing['peak_memory_gb']:.2f}",
+            )
     return Group(Text(line), table)

@@ -8,10 +8,10 @@ from annotated_types import Ge, Gt, Interval
 from pydantic import AllowInfNan, BeforeValidator, Strict
 
 # Types for hyper-parameter fields; the recipe checks them before anything is built.
-Count = Annotated[int, Strict(), Interval(ge=1, le=10**9)]
+PositiveInt = Annotated[int, Strict(), Interval(ge=1, le=10**9)]
 
 
-Whole = Annotated[int, Strict(), Interval(ge=0, le=10**9)]
+NonNegativeInt = Annotated[int, Strict(), Interval(ge=0, le=10**9)]
 
 
 Seed = Annotated[int, Strict(), Interval(ge=0, lt=2**63)]
@@ -35,4 +35,4 @@ Positive = Annotated[float, *Finite, Gt(0)]
 NonNegative = Annotated[float, *Finite, Ge(0)]
 
 
-Share = Annotated[float, *Finite, Interval(ge=0, le=1)]
+Fraction = Annotated[float, *Finite, Interval(ge=0, le=1)]

@@ -1,17 +1,19 @@
 """What your own objective imports: `from distill.objective import Objective, Loss`."""
 
 from distill.field_types import (
-    Count,
     Finite,
+    Fraction,
     NonNegative,
+    NonNegativeInt,
     Positive,
+    PositiveInt,
     Real,
     Seed,
-    Share,
-    Whole,
 )
 from distill.objectives.base import Batch, Learns, Loss, Objective, Turn
 from distill.objectives.validate import check_first, check_loss, check_turn
+
+Count, Share, Whole = PositiveInt, Fraction, NonNegativeInt  # the names they had before
 
 __all__ = [
     "Batch",

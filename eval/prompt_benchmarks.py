@@ -24,7 +24,7 @@ from eval.samples import Samples, by_prompt, pictures
 EACH = 4  # pictures of a prompt
 
 
-class Asked(NamedTuple):
+class BenchmarkPrompt(NamedTuple):
     """A prompt of a benchmark.
 
     name: of its file or folder.
@@ -45,12 +45,12 @@ class Benchmark:
     write: lays the pictures (4, 3, H, W) of a prompt down in a folder.
     """
 
-    read: Callable[[Path], list[Asked]]
-    place: Callable[[Asked, Path], Path]
-    write: Callable[[Asked, Tensor, Path], None]
+    read: Callable[[Path], list[BenchmarkPrompt]]
+    place: Callable[[BenchmarkPrompt, Path], Path]
+    write: Callable[[BenchmarkPrompt, Tensor, Path], None]
 
 
-def geneval_prompts(path: Path) -> list[Asked]:
+def geneval_prompts(path: Path) -> list[BenchmarkPrompt]:
     """The lines of GenEval's `evaluation_metadata.jsonl`.
 
     Raises:
@@ -64,10 +64,10 @@ def geneval_prompts(path: Path) -> list[Asked]:
     for number, line in enumerate(lines, 1):
         if not isinstance(line, dict) or not isinstance(line.get("prompt"), str):
             raise MetricError(f"geneval: {path}: line {number} holds no prompt")
-    return [Asked(f"{i:05}", line["prompt"], line) for i, line in enumerate(lines)]
+    return [BenchmarkPrompt(f"{i:05}", line["prompt"], line) for i, line in enumerate(lines)]
 
 
-def dpg_prompts(folder: Path) -> list[Asked]:
+def dpg_prompts(folder: Path) -> list[BenchmarkPrompt]:
     """The files of DPG-Bench's folder of prompts, a .txt for each.
 
     Raises:
@@ -85,10 +85,10 @@ def dpg_prompts(folder: Path) -> list[Asked]:
             raise MetricError(f"dpg: {file} {error}") from error
     if empty := next((k for k, v in found.items() if not v), None):
         raise MetricError(f"dpg: {folder / empty}.txt holds no prompt")
-    return [Asked(name, found[name], {}) for name in sorted(found)]
+    return [BenchmarkPrompt(name, found[name], {}) for name in sorted(found)]
 
 
-def write_geneval(asked: Asked, images: Tensor, folder: Path) -> None:
+def write_geneval(asked: BenchmarkPrompt, images: Tensor, folder: Path) -> None:
     """`00000/samples/00000.png` … and, when they are all there, `00000/metadata.jsonl`."""
     place = geneval_place(asked, folder)
     (place.parent / "samples").mkdir(parents=True, exist_ok=True)
@@ -99,11 +99,11 @@ def write_geneval(asked: Asked, images: Tensor, folder: Path) -> None:
     aside.rename(place)
 
 
-def geneval_place(asked: Asked, folder: Path) -> Path:
+def geneval_place(asked: BenchmarkPrompt, folder: Path) -> Path:
     return folder / asked.name / "metadata.jsonl"
 
 
-def write_dpg(asked: Asked, images: Tensor, folder: Path) -> None:
+def write_dpg(asked: BenchmarkPrompt, images: Tensor, folder: Path) -> None:
     """`<name>.png`: the four pictures as two rows of two."""
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f"{asked.name}.part"
@@ -111,7 +111,7 @@ def write_dpg(asked: Asked, images: Tensor, folder: Path) -> None:
     aside.rename(dpg_place(asked, folder))
 
 
-def dpg_place(asked: Asked, folder: Path) -> Path:
+def dpg_place(asked: BenchmarkPrompt, folder: Path) -> Path:
     return folder / f"{asked.name}.png"
 
 
@@ -133,7 +133,7 @@ def geneval(samples: Samples, metadata: list[dict[str, Any]], folder: Path) -> N
     places = _places(samples, [line["prompt"] for line in metadata], "geneval")
     for number, line in enumerate(metadata):
         images = samples.images[places[line["prompt"]]]
-        write_geneval(Asked(f"{number:05}", line["prompt"], line), images, folder)
+        write_geneval(BenchmarkPrompt(f"{number:05}", line["prompt"], line), images, folder)
 
 
 def dpg(samples: Samples, prompts: dict[str, str], folder: Path) -> None:
@@ -151,7 +151,7 @@ def dpg(samples: Samples, prompts: dict[str, str], folder: Path) -> None:
     for name, prompt in prompts.items():
         if len(places[prompt]) != EACH:
             raise MetricError(f"dpg: {len(places[prompt])} pictures of {name}; draw four of each")
-        write_dpg(Asked(name, prompt, {}), samples.images[places[prompt]], folder)
+        write_dpg(BenchmarkPrompt(name, prompt, {}), samples.images[places[prompt]], folder)
 
 
 def grid(images: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def inject(module: nn.Module, name: str, config: Any) -> None:
         layer._active_adapter, layer._disable_adapters = [], True
 
 
-def whole(module: Module) -> Module:
+def to_float32(module: Module) -> Module:
     """The module with its weights in float32, as what learns is kept."""
     for p in [*module.parameters(), *module.buffers()]:
         if p.is_floating_point() and p.dtype != torch.float32:

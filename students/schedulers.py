@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from students.generator import Generator, thinned
-from students.lora import Adapted, Adapter, under, unwrap, whole
+from students.lora import Adapted, Adapter, to_float32, under, unwrap
 from teachers.denoiser import Prediction, coefficients, edm
 from teachers.edm.latents import Latents
 from teachers.errors import UserError
@@ -45,7 +45,7 @@ LCM_SCALE, LCM_DATA = 10.0, 0.5  # its boundary: c_skip = d² / ((10 i)² + d²)
 
 
 @dataclass(frozen=True)
-class Form:
+class SchedulerForm:
     """A few-step student's parametrisation and times, those of a stock scheduler.
 
     Args:
@@ -73,7 +73,7 @@ def form(
     start: float | None = None,
     renoise: bool = True,
     exported: bool = False,
-) -> Form:
+) -> SchedulerForm:
     """The stock form of a student of `steps` steps of this network.
 
     Args:
@@ -101,7 +101,9 @@ def form(
     return _ddpm(network.schedule, process, steps, renoise)
 
 
-def _consistency(schedule: Schedule, process: Karras, steps: int, start: float | None) -> Form:
+def _consistency(
+    schedule: Schedule, process: Karras, steps: int, start: float | None
+) -> SchedulerForm:
     first = _first(process, start)
     assert schedule.sigma_data is not None
     n = levels(steps)
@@ -111,12 +113,12 @@ def _consistency(schedule: Schedule, process: Karras, steps: int, start: float |
         predicts=edm(schedule.sigma_data, process.sigma_min),
         time=log_sigma(process, 250.0),
     )
-    return Form(schedule, thinned(times), True, floor=process.sigma_min)
+    return SchedulerForm(schedule, thinned(times), True, floor=process.sigma_min)
 
 
 def _euler(
     network: Pretrained, process: Karras, steps: int, start: float | None, exported: bool
-) -> Form:
+) -> SchedulerForm:
     """The teacher's own parametrisation, walked by Euler's steps in σ, which are DDIM's.
 
     The scheduler spaces any number of times from its σ_max to its σ_min, so the student's σ_min is
@@ -130,7 +132,9 @@ def _euler(
     first = _first(process, start)
     times = [first * (1 - k / (steps - exported)) for k in range(steps)]
     sigma = process.scales(torch.tensor(first, dtype=torch.float64))[1].item()
-    return Form(network.schedule, {steps: tuple(times)}, False, start=(sigma**2 + 1) ** 0.5)
+    return SchedulerForm(
+        network.schedule, {steps: tuple(times)}, False, start=(sigma**2 + 1) ** 0.5
+    )
 
 
 def _first(process: Karras, start: float | None) -> float:
@@ -145,14 +149,16 @@ def _first(process: Karras, start: float | None) -> float:
     return process.time(torch.tensor(start, dtype=torch.float64)).item()
 
 
-def _ddpm(schedule: Schedule, process: Tabulated, steps: int, renoise: bool) -> Form:
+def _ddpm(schedule: Schedule, process: Tabulated, steps: int, renoise: bool) -> SchedulerForm:
     if not renoise:
         if (process.last + 1) % steps:
             raise UserError(
                 f"student.steps: {steps} does not divide the {process.last + 1} indices"
             )
         indices = [(round((process.last + 1) * (1 - k / steps)) - 1) for k in range(steps)]
-        return Form(schedule, thinned([i / process.last for i in indices]), False, start=1.0)
+        return SchedulerForm(
+            schedule, thinned([i / process.last for i in indices]), False, start=1.0
+        )
     n = lcm_levels(process)
     if steps > n:
         raise UserError(f"student.steps: {steps} is more than the {n} times there are")
@@ -160,7 +166,7 @@ def _ddpm(schedule: Schedule, process: Tabulated, steps: int, renoise: bool) -> 
     grid = [jump * (i + 1) - 1 for i in reversed(range(n))]
     times = [grid[k * n // steps] / process.last for k in range(steps)]
     schedule = replace(schedule, predicts=partial(_lcm, process=process, own=schedule.predicts))
-    return Form(schedule, thinned(times), True, start=1.0)
+    return SchedulerForm(schedule, thinned(times), True, start=1.0)
 
 
 def _lcm(alpha: Tensor, sigma: Tensor, process: Tabulated, own: str | Prediction):
@@ -177,7 +183,7 @@ def _lcm(alpha: Tensor, sigma: Tensor, process: Tabulated, own: str | Prediction
     return keep + change * skip, change * out
 
 
-def _flow(network: Pretrained, process: Linear, steps: int, renoise: bool) -> Form:
+def _flow(network: Pretrained, process: Linear, steps: int, renoise: bool) -> SchedulerForm:
     stock = flow_scheduler(network.schedule, process.shift, steps, renoise, network.GRID)
     grids: dict[int, tuple[float, ...]] = {}
     for k in [k for k in range(1, steps + 1) if steps % k == 0]:
@@ -188,7 +194,7 @@ def _flow(network: Pretrained, process: Linear, steps: int, renoise: bool) -> Fo
         sigma = stock.sigmas[:-1].double()
         sigma = sigma.clamp(max=1)  # shifting in float32 may end beyond
         grids[k] = tuple(process.time(sigma / (1 - sigma)).tolist())
-    return Form(network.schedule, grids, renoise)
+    return SchedulerForm(network.schedule, grids, renoise)
 
 
 def flow_scheduler(schedule: Schedule, shift: float, steps: int, renoise: bool, grid: str) -> Any:
@@ -241,7 +247,7 @@ def student(
         view = under(source, made.schedule)
         return made.generator(Adapted(view, "student", adapter.config(source.LORA)))
     # what learns is kept in full precision, whatever the teacher's is
-    backbone: Any = whole(deepcopy(source.backbone)).requires_grad_(True)
+    backbone: Any = to_float32(deepcopy(source.backbone)).requires_grad_(True)
     trim(backbone, teacher)
     if rescaled(source, made.schedule):
         retime(backbone, source.time, made.schedule.time)

@@ -1,7 +1,7 @@
 """Pretrained models, read as denoisers: processes, networks, solvers, and where they load from."""
 
 from teachers.catalogue.loading import load
-from teachers.denoiser import Cond, Denoiser, Guided, Network, Under
+from teachers.denoiser import Cond, Denoiser, Guided, Network, Reparametrised
 from teachers.errors import UserError
 from teachers.process import Karras, Linear, Process, Tabulated, Trig
 from teachers.teacher import Codec, Teacher
@@ -15,10 +15,10 @@ __all__ = [
     "Linear",
     "Network",
     "Process",
+    "Reparametrised",
     "Tabulated",
     "Teacher",
     "Trig",
-    "Under",
     "UserError",
     "load",
 ]

@@ -115,7 +115,7 @@ def computes(module: nn.Module) -> bool:
     return isinstance(module, Denoiser) and not isinstance(module, Wrapper)
 
 
-class Under(Wrapper):
+class Reparametrised(Wrapper):
     """A denoiser seen under another process: same σ/α, same x̂, rescaled input."""
 
     def __init__(self, denoiser: Denoiser, process: Process) -> None:

@@ -1,10 +1,10 @@
 """Guidance: wrappers that move x̂ away from a worse answer. Everywhere g = 1 is unguided.
 
 What the worse answer is, is a class: no condition or a negative prompt (`Guided`), the same network
-without some blocks (`Skipping`), a weaker network (`Auto`). How far to move from it is a `mix`:
-`linear`, `Projected` or `Rescaled`. Where to, is `Interval`. All of them combine. CFG++ changes the
-sampler and not x̂, so it is a solver: `teachers.solver.cfgpp`. `Adaptive` stops guiding on its way,
-so one is of one walk, and no teacher of students.
+without some blocks (`SkipLayerGuided`), a weaker network (`AutoGuided`). How far to move from it is
+a `mix`: `linear`, `Projected` or `Rescaled`. Where to, is `Interval`. All of them combine. CFG++
+changes the sampler and not x̂, so it is a solver: `teachers.solver.cfgpp`. `Adaptive` is stateful:
+create one for each sampling run; it cannot be the teacher in training.
 
 | paper | here |
 |---|---|
@@ -12,8 +12,8 @@ so one is of one walk, and no teacher of students.
 | limited interval, arXiv:2404.07724 | `Interval(guided, low, high)` |
 | APG, arXiv:2410.02416 | `Guided(denoiser, g, null, Projected(eta, threshold))` |
 | CFG rescale, arXiv:2305.08891 | `Guided(denoiser, g, null, Rescaled(factor))` |
-| autoguidance, arXiv:2406.02507 | `Auto(denoiser, g, weaker)` |
-| skip-layer guidance | `Skipping(denoiser, g, blocks)` |
+| autoguidance, arXiv:2406.02507 | `AutoGuided(denoiser, g, weaker)` |
+| skip-layer guidance | `SkipLayerGuided(denoiser, g, blocks)` |
 | adaptive guidance, arXiv:2312.12487 | `Adaptive(guided, threshold)` |
 """
 
@@ -90,11 +90,11 @@ class Rescaled:
         return f"{inner}rescaled by {self.factor:g}"
 
 
-class Auto(Guided):
+class AutoGuided(Guided):
     """Autoguidance (arXiv:2406.02507): away from what a weaker network says of the same condition.
 
     Args:
-        weaker: Smaller or less trained, under the same process; see `Under` for another one.
+        weaker: Smaller or less trained, under the same process; `Reparametrised` for another.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Auto(Guided):
         return self.denoiser(x_t, t, cond, s), self.weaker(x_t, t, cond, s)
 
 
-class Skipping(Guided):
+class SkipLayerGuided(Guided):
     """Skip-layer guidance: away from what the same network says without some of its blocks.
 
     A skipped block still runs, and forward hooks put its input in place of its output.
@@ -274,9 +274,9 @@ def describe(denoiser: Denoiser) -> str:
         return f"{inner}, where {denoiser.low:g} < σ/α ≤ {denoiser.high:g}"
     if isinstance(denoiser, Guided) and denoiser.scale != 1:
         kind, detail = "classifier-free guidance", ""
-        if isinstance(denoiser, Auto):
+        if isinstance(denoiser, AutoGuided):
             kind = "autoguidance"
-        if isinstance(denoiser, Skipping):
+        if isinstance(denoiser, SkipLayerGuided):
             kind, detail = "skip-layer guidance", f", without {', '.join(denoiser.blocks)}"
         mix = "" if denoiser.mix is linear else f", {denoiser.mix}"
         return f"{kind}, g = {denoiser.scale:g}: 1 is none{detail}{mix}"

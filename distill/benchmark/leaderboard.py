@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any, Literal
 
-from distill.benchmark.spec import Entry, Race, Row
+from distill.benchmark.spec import BenchmarkRun, BenchmarkRunner, Row
 from distill.benchmark.state import DISTANCES
 from distill.files import write
 
@@ -22,7 +22,7 @@ SHOWN = {"fd": "FD", "fid": "FID", "patch_fid": "patch FID", "fd_dinov2": "FD-DI
 
 
 @dataclass(frozen=True)
-class Line:
+class LeaderboardRow:
     """One contestant at one step count.
 
     Args:
@@ -60,7 +60,7 @@ def distance_of(figures: Mapping[str, Any]) -> str:
     return next(k for k in DISTANCES if k in figures)
 
 
-def student_lines(race: Race) -> list[Line]:
+def student_lines(race: BenchmarkRunner) -> list[LeaderboardRow]:
     """Every row's lines, a row's together."""
     lines = []
     for row in race.bench.rows:
@@ -69,21 +69,23 @@ def student_lines(race: Race) -> list[Line]:
     return lines
 
 
-def lines_of(race: Race, row: Row, entries: Sequence[Entry]) -> list[Line]:
+def lines_of(
+    race: BenchmarkRunner, row: Row, entries: Sequence[BenchmarkRun]
+) -> list[LeaderboardRow]:
     """A line for each step count that the row's runs were measured at."""
     name = race.bench.recipe(row, entries[0].seed).objective["name"]
     failed = {str(e.seed): why for e in entries if (why := race.failure(e)) is not None}
     came = [e for e in entries if race.done(e) and str(e.seed) not in failed]
     found = {e.seed: s for e in came if (s := e.summary()) is not None}
     if not found:
-        return [Line(row.name, "student", name, None, [], {}, failed=failed)]
+        return [LeaderboardRow(row.name, "student", name, None, [], {}, failed=failed)]
     runs = list(found.values())
 
     def average(key: str) -> float:
         return mean(s[key] for s in runs)
 
     return [
-        Line(
+        LeaderboardRow(
             row.name,
             "student",
             name,
@@ -115,7 +117,7 @@ def sampled(found: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {k: {"mean": found[k], "spread": spread.get(k, 0.0)} for k in keys}
 
 
-def save(race: Race, lines: Sequence[Line]) -> None:
+def save(race: BenchmarkRunner, lines: Sequence[LeaderboardRow]) -> None:
     """Write leaderboard.json and leaderboard.md, students best first."""
     lines = ordered(lines)
     tree = json.dumps([asdict(v) for v in lines], indent=2, ensure_ascii=False)
@@ -123,14 +125,15 @@ def save(race: Race, lines: Sequence[Line]) -> None:
     write(race.out / "leaderboard.md", markdown(race, lines))
 
 
-def read(out: Path) -> list[Line]:
+def read(out: Path) -> list[LeaderboardRow]:
     """The lines that `save` left in a folder."""
     return [
-        Line(**tree) for tree in json.loads((out / "leaderboard.json").read_text(encoding="utf-8"))
+        LeaderboardRow(**tree)
+        for tree in json.loads((out / "leaderboard.json").read_text(encoding="utf-8"))
     ]
 
 
-def ordered(lines: Iterable[Line]) -> list[Line]:
+def ordered(lines: Iterable[LeaderboardRow]) -> list[LeaderboardRow]:
     """The teacher, its baselines, then students by their distance in the fewest steps.
 
     Rows of which no run came through are last.
@@ -141,7 +144,7 @@ def ordered(lines: Iterable[Line]) -> list[Line]:
         best.setdefault(line.name, line.distance)
     kinds = ("teacher", "baseline", "student")
 
-    def key(line: Line) -> tuple[int, float, str, int]:
+    def key(line: LeaderboardRow) -> tuple[int, float, str, int]:
         place = best.get(line.name, float("inf")) if line.kind == "student" else 0.0
         name = line.name if line.kind == "student" else ""
         return kinds.index(line.kind), place, name, line.steps or 0
@@ -149,7 +152,7 @@ def ordered(lines: Iterable[Line]) -> list[Line]:
     return sorted(lines, key=key)
 
 
-def markdown(race: Race, lines: Sequence[Line]) -> str:
+def markdown(race: BenchmarkRunner, lines: Sequence[LeaderboardRow]) -> str:
     """The leaderboard as a page: students, the teacher beside them, and what failed."""
     bench = race.bench
     protocol = bench.reference().eval.protocol or "closed form"
@@ -171,7 +174,7 @@ def markdown(race: Race, lines: Sequence[Line]) -> str:
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
-def table(lines: Sequence[Line]) -> str:
+def table(lines: Sequence[LeaderboardRow]) -> str:
     """Lines as a Markdown table, of the columns that any of them has."""
     if not lines:
         return ""
@@ -211,7 +214,7 @@ def plain(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(text, quote=False))
 
 
-def figure(line: Line, key: str) -> str:
+def figure(line: LeaderboardRow, key: str) -> str:
     """A mean, and its spread where there are several seeds."""
     if key not in line.metrics:
         return ""

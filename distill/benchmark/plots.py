@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill.benchmark.leaderboard import Line, distance_of
+from distill.benchmark.leaderboard import LeaderboardRow, distance_of
 
 # Okabe and Ito's palette (Color Universal Design, 2008), without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -25,7 +25,7 @@ class Point(NamedTuple):
     colour: str
 
 
-def plot(lines: Sequence[Line], out: Path) -> list[Path]:
+def plot(lines: Sequence[LeaderboardRow], out: Path) -> list[Path]:
     """Write every picture that the lines have figures for; their paths."""
     import matplotlib as mpl
 
@@ -49,15 +49,15 @@ def plot(lines: Sequence[Line], out: Path) -> list[Path]:
     return found
 
 
-def fewest(students: Sequence[Line]) -> list[Line]:
+def fewest(students: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
     """Each row's line at its fewest steps."""
-    found: dict[str, Line] = {}
+    found: dict[str, LeaderboardRow] = {}
     for line in sorted(students, key=lambda v: v.steps or 0):
         found.setdefault(line.name, line)
     return list(found.values())
 
 
-def looks(lines: Sequence[Line]) -> dict[str | None, tuple[str, str]]:
+def looks(lines: Sequence[LeaderboardRow]) -> dict[str | None, tuple[str, str]]:
     """A colour and a mark for each objective."""
     names = sorted({v.objective or "" for v in lines if v.kind == "student"})
     return {n: (COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]) for i, n in enumerate(names)}
@@ -78,9 +78,9 @@ def saved(fig: Any, path: Path) -> Path:
     return path
 
 
-def quality_by_steps(lines: Sequence[Line], out: Path) -> Path:
+def quality_by_steps(lines: Sequence[LeaderboardRow], out: Path) -> Path:
     """Distance against the students' sampling steps: a path for each row, the baselines' dashed."""
-    rows: dict[str, list[Line]] = {}
+    rows: dict[str, list[LeaderboardRow]] = {}
     most = max(v.steps or 0 for v in lines if v.kind == "student")
     few = [v for v in lines if v.steps and v.steps <= most and v.kind != "teacher"]
     for line in sorted(few, key=lambda v: v.steps or 0):
@@ -103,7 +103,9 @@ def quality_by_steps(lines: Sequence[Line], out: Path) -> Path:
     return saved(fig, out / "quality-steps.png")
 
 
-def quality_by_cost(lines: Sequence[Line], first: Sequence[Line], out: Path) -> Path:
+def quality_by_cost(
+    lines: Sequence[LeaderboardRow], first: Sequence[LeaderboardRow], out: Path
+) -> Path:
     """Distance in the fewest steps against what training took, of what was not held equal."""
     spent = [v.network_evaluations or 0 for v in first]
     timed = max(spent) <= 1.2 * min(spent)  # the budget was of evaluations
@@ -124,7 +126,7 @@ def quality_by_cost(lines: Sequence[Line], first: Sequence[Line], out: Path) -> 
     return saved(fig, out / "quality-cost.png")
 
 
-def diversity(lines: Sequence[Line], first: Sequence[Line], out: Path) -> Path:
+def diversity(lines: Sequence[LeaderboardRow], first: Sequence[LeaderboardRow], out: Path) -> Path:
     """Recall and coverage beside distance, which both panels and the names share."""
     fig, axes = figure(len(first) + 2, 8.4, 2)
     look, points = looks(lines), []
@@ -142,7 +144,7 @@ def diversity(lines: Sequence[Line], first: Sequence[Line], out: Path) -> Path:
     return saved(fig, out / "diversity.png")
 
 
-def cost(first: Sequence[Line], out: Path) -> Path:
+def cost(first: Sequence[LeaderboardRow], out: Path) -> Path:
     """Wall time and peak memory of training, a bar for each row, the quickest on top."""
     order = sorted(first, key=lambda v: v.wall_s or 0, reverse=True)
     fig, axes = figure(len(order) + 1, 8.4, 2)
@@ -164,7 +166,7 @@ def cost(first: Sequence[Line], out: Path) -> Path:
     return saved(fig, out / "cost.png")
 
 
-def at(line: Line) -> str:
+def at(line: LeaderboardRow) -> str:
     """A row's name, with the steps that its point is of, unless it says them itself."""
     steps = f"{line.steps} step{'s' * (line.steps != 1)}"
     return line.name if steps in line.name else f"{line.name} ({steps})"
@@ -184,7 +186,9 @@ def scale_of_distance(ax: Any, title: str, named: bool = True) -> None:
         ax.set_ylabel("Fréchet distance, lower is better")
 
 
-def reference(ax: Any, lines: Sequence[Line], steps: int | None, key: str = "") -> list[Point]:
+def reference(
+    ax: Any, lines: Sequence[LeaderboardRow], steps: int | None, key: str = ""
+) -> list[Point]:
     """Lines across at the teacher's distance, and at its best baseline's in at most `steps`.
 
     Args:
@@ -216,7 +220,7 @@ def in_margin(ax: Any, points: Sequence[Point]) -> None:
     places = [ax.transAxes.inverted().transform(ax.transData.transform((p.x, p.y)))[1]
               for p in points]  # fmt: skip
     gap = NAME / (ax.figure.get_figheight() - 1.0)
-    for p, y in zip(points, apart(places, gap), strict=True):
+    for p, y in zip(points, spread_out(places, gap), strict=True):
         ax.annotate(
             p.name, (p.x, p.y), xytext=(1.09, y), textcoords="axes fraction", color=p.colour,
             va="center", annotation_clip=False,
@@ -227,7 +231,9 @@ def in_margin(ax: Any, points: Sequence[Point]) -> None:
     ax.set_xlim(right=right)
 
 
-def apart(places: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
+def spread_out(
+    places: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0
+) -> list[float]:
     """Rising places moved as little as they can be, in squares, to lie `gap` apart, all within
     `low` and `high`, or from `low` on where there is no room."""
     blocks: list[list[float]] = []  # of places less what the gaps alone give: means that must rise

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from distill.benchmark import leaderboard
-from distill.benchmark.leaderboard import Line, distance_of, sampled
+from distill.benchmark.leaderboard import LeaderboardRow, distance_of, sampled
 from distill.benchmark.plots import plot
-from distill.benchmark.spec import Bench, Entry, Race, digest, teacher_files
+from distill.benchmark.spec import Bench, BenchmarkRun, BenchmarkRunner, digest, teacher_files
 from distill.benchmark.state import check_folder, measured, table
 from distill.config.recipe import Recipe
 from distill.console import follow, say, time_left
@@ -25,7 +25,7 @@ from distill.data.from_recipe import check_places
 from distill.files import write
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import check_protocol
-from distill.sampling.teacher_sampler import Solved
+from distill.sampling.teacher_sampler import SolverSampler
 from distill.training.networks import check_exact
 from eval.protocols.measure import Protocol, protocol
 from students import gaussian
@@ -35,7 +35,7 @@ from teachers.teacher import Teacher
 TEACHER = "teacher.json"  # its figures, by what they were measured of
 
 
-def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Line]:
+def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[LeaderboardRow]:
     """Run a benchmark in `out`, or what is left of it, and leave its leaderboard there.
 
     Raises:
@@ -58,7 +58,7 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lin
     for baseline in made.baselines:
         baseline.check(recipe, teacher)
     check_rows(made, teacher, path)
-    race = Race(made, out)
+    race = BenchmarkRunner(made, out)
     try:
         with moved([teacher.denoiser], device()):
             taught = [] if measure is None else teacher_lines(race, recipe, teacher, measure)
@@ -98,7 +98,7 @@ def check_rows(made: Bench, teacher: Teacher, path: str) -> None:
             raise UserError(f"{path}: row {row.name!r}: {error}") from None
 
 
-def standings(lines: list[Line]) -> Table:
+def standings(lines: list[LeaderboardRow]) -> Table:
     """The students and their teacher on the terminal: distances by step count, best first."""
     counts = sorted({v.steps for v in lines if v.steps and v.kind != "teacher"})
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -119,7 +119,7 @@ def standings(lines: list[Line]) -> Table:
     return table
 
 
-def ended(race: Race, jobs: int, before: int) -> Generator[int]:
+def ended(race: BenchmarkRunner, jobs: int, before: int) -> Generator[int]:
     """The count of runs that have ended, each said as it does, with the time that is left."""
     began, runs = time.monotonic(), len(race.entries)
     for count, entry in enumerate(race.run(jobs), before + 1):
@@ -129,7 +129,7 @@ def ended(race: Race, jobs: int, before: int) -> Generator[int]:
         yield count
 
 
-def said(race: Race, entry: Entry) -> str:
+def said(race: BenchmarkRunner, entry: BenchmarkRun) -> str:
     """One line of how a run ended."""
     who = f"{entry.row.name}, seed {entry.seed}"
     if (why := race.failure(entry)) is not None:
@@ -142,7 +142,9 @@ def said(race: Race, entry: Entry) -> str:
     return f"{who}: {figures}; {summary['steps']} steps in {summary['wall_s']:.0f} s"
 
 
-def teacher_lines(race: Race, recipe: Recipe, teacher: Teacher, measure: Protocol) -> list[Line]:
+def teacher_lines(
+    race: BenchmarkRunner, recipe: Recipe, teacher: Teacher, measure: Protocol
+) -> list[LeaderboardRow]:
     """The teacher at its full steps and by every baseline, each measured once for the folder."""
     file = race.out / TEACHER
     known = table(file) if file.exists() else {}
@@ -159,17 +161,17 @@ def teacher_lines(race: Race, recipe: Recipe, teacher: Teacher, measure: Protoco
         return sampled(known[key])
 
     def whole() -> dict[str, Any]:
-        return measure(Solved(recipe, teacher, solver, "own", full, measure.prompts), count)
+        return measure(SolverSampler(recipe, teacher, solver, "own", full, measure.prompts), count)
 
     more = len(race.bench.baselines)
     say(f"measuring the teacher: {full} steps of {solver}, and {more} other{'s' * (more != 1)}")
     metrics = once([solver, full], whole)
-    lines.append(Line(f"teacher, {solver}", "teacher", None, full, seeds, metrics))
+    lines.append(LeaderboardRow(f"teacher, {solver}", "teacher", None, full, seeds, metrics))
     for b in race.bench.baselines:
         for k in b.steps:
             metrics = once(
                 [b.model_dump(mode="json", exclude={"steps"}), k],
                 lambda b=b, k=k: b.measure(recipe, teacher, measure, k, count),
             )
-            lines.append(Line(b.name, "baseline", None, k, seeds, metrics))
+            lines.append(LeaderboardRow(b.name, "baseline", None, k, seeds, metrics))
     return lines

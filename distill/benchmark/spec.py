@@ -32,8 +32,9 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from distill.benchmark.state import LOCK, STATE, states, whole
 from distill.config.errors import explain
 from distill.config.recipe import Recipe, find, override, read_yaml
+from distill.config.renamed import current_names
 from distill.config.schema import Section
-from distill.field_types import Count, Positive, Seed
+from distill.field_types import Positive, PositiveInt, Seed
 from distill.files import stamps, write
 from distill.sampling.baselines import Baseline
 from distill.sampling.guided_teacher import guidance_of
@@ -46,7 +47,7 @@ OF_ROW = "# row "  # begins a kept recipe, before its row's hash
 class Budget(Section):
     """What every run may spend on training: the one or the other."""
 
-    network_evaluations: Count | None = None  # samples through any network
+    network_evaluations: PositiveInt | None = None  # samples through any network
     seconds: Positive | None = None  # of this machine, timed alone
 
     @model_validator(mode="after")
@@ -150,9 +151,12 @@ class Bench(Section):
 
     def recipe(self, row: Row, seed: int, steps: int = 1) -> Recipe:
         """What a row's run with this seed does, in so many training steps."""
-        tree = {} if row.recipe is None else read_yaml(find(row.recipe))
+        tree = {} if row.recipe is None else current_names(read_yaml(find(row.recipe)))
         # a copy, as what is set below must not be set in common, and so in other rows
-        tree = deepcopy(laid_over(laid_over(tree, self.common), row.overrides))
+        for above in (self.common, row.overrides):
+            name = tree.get("objective", {}).get("name")
+            tree = laid_over(tree, current_names(above, name))
+        tree = deepcopy(tree)
         words = [f"train.seed={seed}", f"train.steps={steps}"]
         words += [f"{k}={math.ceil(v * steps)}" for k, v in row.shares.items()]
         recipe = Recipe.check(override(tree, words), f"row {row.name!r}")
@@ -192,7 +196,7 @@ def slug(name: str) -> str:
 
 
 @dataclass
-class Entry:
+class BenchmarkRun:
     """One run of a benchmark: a row with a seed, and where it is kept."""
 
     bench: Bench
@@ -291,7 +295,7 @@ def digest(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Race:
+class BenchmarkRunner:
     """A benchmark under way in a folder, which only one may use at a time.
 
     Raises:
@@ -312,7 +316,9 @@ class Race:
                 f"--out {out}: a benchmark, or a run that it left behind, is at work there; "
                 "wait for it to end, or give another folder"
             ) from None
-        self.entries = [Entry(bench, row, seed, out) for row in bench.rows for seed in bench.seeds]
+        self.entries = [
+            BenchmarkRun(bench, row, seed, out) for row in bench.rows for seed in bench.seeds
+        ]
         self.children: set[subprocess.Popen[str]] = set()
         self.stopping = False
         self.state: dict[str, dict[str, Any]] = {}
@@ -326,17 +332,17 @@ class Race:
         """Give the folder back."""
         self._lock.close()
 
-    def failure(self, entry: Entry) -> str | None:
+    def failure(self, entry: BenchmarkRun) -> str | None:
         """Why the run failed, if it did."""
         return self.state.get(entry.name, {}).get("failed")
 
-    def done(self, entry: Entry) -> bool:
+    def done(self, entry: BenchmarkRun) -> bool:
         """Whether the run has ended, well or not, and was of this very row."""
         known = self.state.get(entry.name, {})
         ended = known.get("failed") is not None or entry.summary() is not None
         return known.get("row") == entry.hash and ended
 
-    def prepare(self, entry: Entry) -> None:
+    def prepare(self, entry: BenchmarkRun) -> None:
         """Have the run's recipe on the disk, and nothing of another row of its name.
 
         Raises:
@@ -351,12 +357,12 @@ class Race:
         self.note(entry, None)
         entry.write_recipe()
 
-    def note(self, entry: Entry, failed: str | None) -> None:
+    def note(self, entry: BenchmarkRun, failed: str | None) -> None:
         """Remember which row the run is of, and whether it failed."""
         self.state[entry.name] = {"row": entry.hash, "failed": failed}
         write(self.out / STATE, json.dumps(self.state, indent=2) + "\n")
 
-    def run(self, jobs: int = 1) -> Iterator[Entry]:
+    def run(self, jobs: int = 1) -> Iterator[BenchmarkRun]:
         """Run what is not done yet, `jobs` at a time, each entry given once it has ended.
 
         Raises:
@@ -364,7 +370,7 @@ class Race:
         """
         waiting = [e for e in self.entries if not self.done(e)]
         with ThreadPoolExecutor(jobs) as pool:
-            running: dict[Future[str | None], Entry] = {}
+            running: dict[Future[str | None], BenchmarkRun] = {}
             try:
                 while waiting or running:
                     while waiting and len(running) < jobs:
@@ -387,7 +393,7 @@ class Race:
                 self.stop()
                 raise
 
-    def play(self, entry: Entry) -> str | None:
+    def play(self, entry: BenchmarkRun) -> str | None:
         """One run in a process of its own; why it failed, if it did."""
         words = [sys.executable, "-m", "distill", "run", str(entry.file), "--out"]
         words += [str(entry.folder), *(["--resume"] if entry.folder.exists() else [])]

@@ -44,7 +44,7 @@ def compare(
             f"{run / 'metrics.jsonl'}: no logged step is one of {good.recipe}'s; "
             "log at the same ones (train.log_every), or train for longer"
         )
-    left = curves.departures(found, good)
+    left = curves.deviations(found, good)
     for departure in left:
         console.print(str(departure), soft_wrap=True, markup=False)
     kept = "every curve keeps to its band"

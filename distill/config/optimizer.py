@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic.dataclasses import dataclass
 
-from distill.field_types import Count, Finite, NonNegative, Positive, Share, Whole
+from distill.field_types import Finite, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
 
 Name = Literal["adamw", "adamw8bit", "adamw-offloaded"]
 
@@ -17,7 +17,7 @@ Decay = Annotated[float, *Finite, Interval(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
-class Moves:
+class OptimizerConfig:
     """How a player's weights move: a form of AdamW under a learning-rate schedule."""
 
     optimizer: Name = "adamw"
@@ -26,10 +26,10 @@ class Moves:
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     clip: NonNegative = 1.0  # of the gradient's norm; 0 leaves it as it is
-    warmup: Whole = 0  # engine steps of linear rise
+    warmup: NonNegativeInt = 0  # engine steps of linear rise
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    decay_steps: Count | None = None  # engine steps until `lr_end`; by default train.steps
-    lr_end: Share = 0.0  # where the decay ends, as a share of lr
+    decay_steps: PositiveInt | None = None  # engine steps until `lr_end`; by default train.steps
+    lr_end: Fraction = 0.0  # where the decay ends, as a share of lr
 
     def rate(self, age: int, steps: int) -> float:
         """The learning rate at `age` steps after the start, of `steps` in all."""

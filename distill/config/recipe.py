@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from distill.config.errors import explain
-from distill.config.optimizer import Moves
+from distill.config.optimizer import OptimizerConfig
+from distill.config.renamed import current_key, current_names
 from distill.config.schema import (
     AdaptersSection,
     CriticSection,
@@ -47,7 +48,7 @@ class Recipe(Section):
     objective: dict[str, Any]
     adapters: AdaptersSection | None = None
     critic: CriticSection | None = None
-    players: dict[str, Moves] = Field(default_factory=dict)
+    players: dict[str, OptimizerConfig] = Field(default_factory=dict)
     data: DataSection = DataSection()
     train: TrainSection
     eval: EvalSection = EvalSection()
@@ -78,7 +79,7 @@ class Recipe(Section):
         Raises:
             UserError: one line with the key path, what was expected, and the nearest valid name.
         """
-        tree = override(read_yaml(find(path)), overrides)
+        tree = override(current_names(read_yaml(find(path))), overrides)
         if "rows" in tree and "objective" not in tree:
             raise UserError(f"{path}: it is a benchmark; distill bench runs it")
         return cls.check(tree, str(path))
@@ -249,7 +250,7 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
                 f"override {quoted(text)}: expected key.path=value, as in train.steps=100"
             )
         node: dict[str, Any] = tree
-        *parents, leaf = key.split(".")
+        *parents, leaf = current_key(key, tree).split(".")
         for depth, parent in enumerate(parents):
             below: Any = node.get(parent)
             if parent == "teacher" and isinstance(below, str):

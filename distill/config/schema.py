@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval, MinLen
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 
-from distill.field_types import Count, Finite, NonNegative, Positive, Seed, Share, Whole
+from distill.field_types import (
+    Finite,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Seed,
+)
 from distill.objectives.base import Learns
 from students.lora import Adapter
 from teachers.errors import UserError
@@ -31,7 +39,7 @@ class GuidanceSection(Section):
     scale: NonNegative  # g = 1 + w; 1 is none
     kind: Literal["cfg", "apg", "skip", "auto"] = "cfg"
     interval: tuple[NonNegative, NonNegative] | None = None  # of σ/α; guided only in it
-    rescale: Share = 0.0  # of the way back to the unguided standard deviation
+    rescale: Fraction = 0.0  # of the way back to the unguided standard deviation
     eta: NonNegative | None = None  # apg: share of the parallel component; 0 by default
     threshold: Positive | None = None  # apg: the greatest norm of what is moved by
     blocks: tuple[str, ...] = ()  # skip: the blocks left out
@@ -65,11 +73,11 @@ class TeacherSection(Section):
 
     source: Name  # "digits", a diffusers folder, a Hub id, or "file.py:function"
     guidance: Guidance = 1.0  # g = 1 + w of classifier-free guidance, 1 is none; or a mapping
-    null_label: Whole | None = None  # the class that means "no class", if there is one
+    null_label: NonNegativeInt | None = None  # the class that means "no class", if there is one
     negative_prompt: str | None = None  # what guidance moves away from; by default ""
-    size: Count | None = None  # of the pictures, in pixels; by default the checkpoint's own
+    size: PositiveInt | None = None  # of the pictures, in pixels; by default the checkpoint's own
     precision: Precision | None = None  # of the teacher's frozen weights
-    frames: Count | None = None  # of videos
+    frames: PositiveInt | None = None  # of videos
     embedded_guidance: Positive | None = None  # what FLUX.1-dev's network is told; by default 3.5
     vae: Name | None = None  # the folder of EDM2's autoencoder, for pictures of its latents
 
@@ -83,10 +91,10 @@ class TeacherSection(Section):
 class StudentSection(Section):
     """What it becomes."""
 
-    steps: Count = 1  # how many it takes
+    steps: PositiveInt = 1  # how many it takes
     # The step counts that it is trained for, where there are several: each divides `steps`, which
     # is one of them. Shorter chains cost the longest one its updates: see docs/methods.md.
-    counts: tuple[Count, ...] | None = None
+    counts: tuple[PositiveInt, ...] | None = None
     # How often each of `counts` is trained; by default in proportion to its steps, so that every
     # place of every chain is trained equally often.
     weights: tuple[Positive, ...] | None = None
@@ -158,7 +166,7 @@ class AdaptersSection(Section):
 
     players: tuple[str, ...] | None = None  # the others are full copies; by default there are none
     kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
-    rank: Count = 64
+    rank: PositiveInt = 64
     alpha: Positive | None = None  # changes are scaled by alpha / rank; by default by 1
     targets: str | None = None  # a regex of module names; by default the family's own
 
@@ -184,7 +192,7 @@ class Column(Section):
 class Bucketing(Section):
     """Sizes of one area and several aspect ratios, of which each batch has one."""
 
-    multiple: Count = 64  # of which every side is one
+    multiple: PositiveInt = 64  # of which every side is one
     # Of the longer side to the shorter, at most; no network draws longer strips than 100.
     ratio: Annotated[float, *Finite, Interval(ge=1, le=100)] = 2.0
 
@@ -204,27 +212,27 @@ class DataSection(Section):
     source: Place | None = None
     prompts: Place | None = None  # a text file, "pack:starter", or "DATASET:COLUMN"
     captions: Name | None = None  # of images: "txt", "json:KEY", "folder", or a dataset's column
-    size: Count | None = None  # pixels of a side; by default the teacher's
+    size: PositiveInt | None = None  # pixels of a side; by default the teacher's
     buckets: Bucketing | None = None  # several aspect ratios of size × size's area; none: squares
     in_memory_gb: NonNegative = 4.0  # what is larger, once encoded, is read from a cache
     cache: Name = "~/.cache/fewstep"  # the folder of all caches
     cache_limit_gb: NonNegative = 100.0  # of one
-    skip_share: Share = 0.01  # of items that may be bad; with more, the run stops
+    skip_share: Fraction = 0.01  # of items that may be bad; with more, the run stops
 
 
 class TrainSection(Section):
     """How long, how large, how often."""
 
-    steps: Count
-    batch: Count = 64  # samples per update, over all processes
-    accumulate: Count = 1  # parts each batch is cut into; with more processes, one for each
+    steps: PositiveInt
+    batch: PositiveInt = 64  # samples per update, over all processes
+    accumulate: PositiveInt = 1  # parts each batch is cut into; with more processes, one for each
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    ema: Share = 0.999  # decay of the student's average, which is what is exported; 0 for none
+    ema: Fraction = 0.999  # decay of the student's average, which is what is exported; 0 for none
     seed: Seed = 0
-    log_every: Count = 50
-    save_every: Count = 500
-    sample_every: Whole = 500  # and at the end; 0 for never
-    keep: Count = 2  # checkpoints kept, beside the best
+    log_every: PositiveInt = 50
+    save_every: PositiveInt = 500
+    sample_every: NonNegativeInt = 500  # and at the end; 0 for never
+    keep: PositiveInt = 2  # checkpoints kept, beside the best
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl
 
@@ -238,10 +246,10 @@ class EvalSection(Section):
     """What the run is measured by."""
 
     protocol: Known | None = None
-    every: Whole = 0  # steps between evaluations while training; 0 for only at the end
-    seeds: Count = 3  # over which the student's figures are averaged
-    teacher_seeds: Whole = 1  # and the teacher's, which take longer; 0 leaves it out
-    teacher_steps: Count = 18
+    every: NonNegativeInt = 0  # steps between evaluations while training; 0 for only at the end
+    seeds: PositiveInt = 3  # over which the student's figures are averaged
+    teacher_seeds: NonNegativeInt = 1  # and the teacher's, which take longer; 0 leaves it out
+    teacher_steps: PositiveInt = 18
     teacher_solver: Literal["heun", "ddim", "dpmpp_2m", "euler", "ancestral"] = "heun"
 
 

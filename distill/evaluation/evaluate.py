@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 
 from distill.console import out as console
-from distill.console import paces, results
+from distill.console import results, timings
 from distill.data.encode import device as device_of
 from distill.evaluation import subject
 from distill.evaluation.results_file import PARTS, Figures
@@ -203,8 +203,8 @@ def quality(
 def speeds(subjects: Subjects, device: Any) -> dict[str, Any]:
     """The speed of the subject at every count, and of the teacher beside it; tables are shown."""
     tree = {subjects.found.who: subject.speeds(subjects.found, subjects.counts, device)}
-    console.print(paces(subjects.found.who, tree[subjects.found.who]))
+    console.print(timings(subjects.found.who, tree[subjects.found.who]))
     if subjects.beside is not None:
         tree["against"] = subject.speeds(subjects.beside, [subjects.beside_steps], device)
-        console.print(paces(subjects.beside_name, tree["against"]))
+        console.print(timings(subjects.beside_name, tree["against"]))
     return tree

@@ -30,7 +30,7 @@ from eval.samples import Samples
 from students import gaussian
 from students.export import lora_files
 from students.export.folder import ExportError, export
-from students.export.unquantised import restored
+from students.export.unquantised import unquantised
 from students.generator import Generator
 from teachers.guidance import describe
 
@@ -84,7 +84,7 @@ def leave_student(run: Run) -> Generator:
         gaussian.save(run.student, run.out / "student")
         return run.student
     try:
-        student = restored(run.student, run.teacher)
+        student = unquantised(run.student, run.teacher)
         export(student, run.teacher, run.out / "student", run.recipe.tree())
     except Exception as error:
         log(run.out, "student", error)

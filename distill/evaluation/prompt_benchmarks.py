@@ -14,12 +14,12 @@ from distill.data.encode import picture_shape
 from distill.evaluation.subject import Subject
 from distill.files import write
 from distill.sampling.student_sampler import asked_by
-from eval.prompt_benchmarks import BENCHMARKS, EACH, Asked
+from eval.prompt_benchmarks import BENCHMARKS, EACH, BenchmarkPrompt
 from eval.stream import ALONE, Processes
 from teachers.errors import UserError, nearest
 
 
-def prompts_of(benchmark: str, path: Path) -> list[Asked]:
+def prompts_of(benchmark: str, path: Path) -> list[BenchmarkPrompt]:
     """The benchmark's prompts, from where its authors' are.
 
     Raises:
@@ -83,7 +83,7 @@ def says(record: Path, about: dict[str, object]) -> bool:
 def draw(
     found: Subject,
     benchmark: str,
-    asked: list[Asked],
+    asked: list[BenchmarkPrompt],
     folder: Path,
     steps: int,
     seed: int = 0,

@@ -19,7 +19,7 @@ from teachers.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ReferenceRequest:
     """What protocols ask for of one set of real pictures.
 
     Args:
@@ -39,7 +39,7 @@ class Wanted:
         return next((n.side for n in self.needs if n.side is not None), None)
 
 
-def wanted(name: str, protocol: str | None = None) -> Wanted:
+def wanted(name: str, protocol: str | None = None) -> ReferenceRequest:
     """What a protocol, or else every one that compares with the set, asks for.
 
     Raises:
@@ -67,10 +67,10 @@ def wanted(name: str, protocol: str | None = None) -> Wanted:
         if need.features not in needs or need.vectors > needs[need.features].vectors:
             needs[need.features] = need
     count = of_files[takers[0]].count
-    return Wanted(name, count, ", ".join(takers), list(needs.values()))
+    return ReferenceRequest(name, count, ", ".join(takers), list(needs.values()))
 
 
-def from_pictures(asked: Wanted, folder: Path) -> list[Path]:
+def from_pictures(asked: ReferenceRequest, folder: Path) -> list[Path]:
     """The files of statistics of a folder's pictures, made where they are not there yet.
 
     Published moments that are there already are left, where they are enough.
@@ -106,7 +106,7 @@ def from_pictures(asked: Wanted, folder: Path) -> list[Path]:
     return [path for path in found.values() if path is not None]
 
 
-def there(asked: Wanted, need: Need, content: str) -> Path | None:
+def there(asked: ReferenceRequest, need: Need, content: str) -> Path | None:
     """The file that serves a need already; None if there is none, or it is to be made anew.
 
     Args:
@@ -130,7 +130,9 @@ def there(asked: Wanted, need: Need, content: str) -> Path | None:
     return None
 
 
-def from_moments(asked: Wanted, file: Path, features: str | None) -> tuple[Path, list[Need]]:
+def from_moments(
+    asked: ReferenceRequest, file: Path, features: str | None
+) -> tuple[Path, list[Need]]:
     """The file of statistics of published moments, and what they leave to be made of pictures.
 
     Args:

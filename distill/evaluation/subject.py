@@ -26,7 +26,7 @@ from distill.sampling import speed
 from distill.sampling.baselines import Baseline, Stock, StockEDM
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import check_protocol, student_samples
-from distill.sampling.teacher_sampler import Drawing
+from distill.sampling.teacher_sampler import Sampler
 from distill.sampling.timesteps import FINE, FOUND
 from eval.metrics.perceptual import lpips, psnr
 from eval.protocols.measure import PROTOCOLS, Draw, Protocol
@@ -187,7 +187,7 @@ def teacher(
     baseline.check(recipe, found, f"eval: {baseline.name}")
 
     @lru_cache
-    def drawing(prompts: tuple[str, ...], steps: int, batch: int | None) -> Drawing:
+    def drawing(prompts: tuple[str, ...], steps: int, batch: int | None) -> Sampler:
         return baseline.draw(recipe, found, prompts, steps, batch)
 
     def draw(prompts: list[str], steps: int, batch: int | None) -> Draw:
@@ -283,7 +283,7 @@ def speeds(found: Subject, steps: Sequence[int], device: torch.device) -> dict[s
         UserError: there is no memory for one picture.
     """
     asked, counted = speed.prompts(found.teacher, speed.CAP), speed.evaluated(found.denoiser)
-    gauge, rows = speed.gauge_of(device), {}
+    gauge, rows = speed.timer_of(device), {}
     try:
         with encoders_on(found.teacher, device):
             for k in steps:

@@ -59,7 +59,7 @@ class Turn(NamedTuple):
 
     players: tuple[str, ...]
     loss: Callable[[Batch], Loss]
-    fresh: bool = False
+    reset: bool = False
 
 
 @dataclass(kw_only=True)

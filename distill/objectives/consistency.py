@@ -21,7 +21,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from distill.field_types import Count, Finite, NonNegative, Share
+from distill.field_types import Finite, Fraction, NonNegative, PositiveInt
 from distill.objectives.base import Batch, Learns, Loss, Objective, Turn
 from distill.objectives.losses import LogNormal, Times, huber
 from teachers.denoiser import Denoiser
@@ -32,15 +32,15 @@ from teachers.solver import heun_step
 @dataclass(kw_only=True)
 class Consistency(Objective):
     pairs: Literal["shrinking", "grid"] = "shrinking"  # of times t > r; grid is the 2023 paper's
-    levels: Annotated[Count, Ge(2)] = 18  # of the grid: 18 for CIFAR, 40 for ImageNet-64
+    levels: Annotated[PositiveInt, Ge(2)] = 18  # of the grid: 18 for CIFAR, 40 for ImageNet-64
     times: Times = LogNormal(-1.1, 2.0)  # of t, where pairs shrink
     q: Annotated[float, *Finite, Gt(1)] = 2.0  # r/t grows as 1 - n(t) / q^(stage + 1)
     ratio_max: Annotated[float, Ge(0), Lt(1)] = 0.999  # of r/t: closer, only rounding is learned
-    stage_steps: Count = 1000  # steps per stage
+    stage_steps: PositiveInt = 1000  # steps per stage
     solver: Literal["heun", "ddim"] = "heun"  # the teacher's step from t to r
     distance: Literal["huber", "square"] = "huber"  # huber: √(|Δ|² + c²) - c over a whole sample
     huber_c: NonNegative | None = None  # c itself; by default iCT's 0.00054 √d (arXiv:2310.14189)
-    target_ema: Share = 0.0  # of the network that makes the targets; 0 is the student itself
+    target_ema: Fraction = 0.0  # of the network that makes the targets; 0 is the student itself
 
     learns: ClassVar[Learns] = "all-times"
 
@@ -59,16 +59,16 @@ class Consistency(Objective):
 
     def loss(self, batch: Batch, step: int) -> Loss:
         f, process = self.student.denoiser, self.student.denoiser.process
-        t, r = self.pair(batch.data, step)
+        t, r = self.sample_times(batch.data, step)
         x_t = process.noise(batch.data, t, batch.noise)
         with torch.no_grad():
-            x_r = self.previous(x_t, t, r, batch)
+            x_r = self.ode_step(x_t, t, r, batch)
             target = self.boundary(self.target(x_r, r, batch.cond), x_r, r, batch)
         made = f(x_t, t, batch.cond)
-        gap = self.apart(made, target)
+        gap = self.distances(made, target)
         return Loss((self.weight(t, r) * gap).mean(), {"distance": gap.detach().mean()}, made)
 
-    def pair(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def sample_times(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Times t > r (B,) for data x (B, ...)."""
         if self.pairs == "grid":
             cell = torch.randint(self.levels - 1, (len(x),), device=x.device)
@@ -81,7 +81,7 @@ class Consistency(Objective):
         r = process.time(sigma * ratio.clamp(0, self.ratio_max)).clamp(min=0)
         return t, torch.minimum(r, t)
 
-    def previous(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
+    def ode_step(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
         """x_r, on the teacher's path through x_t."""
         if self.solver == "heun":
             return heun_step(self.teacher, x_t, t, r, batch.cond)
@@ -91,7 +91,7 @@ class Consistency(Objective):
         """The target (B, ...), but where r is 0 the end of the teacher's path."""
         return torch.where(expand(r == 0, x_r), x_r, target)
 
-    def apart(self, x: Tensor, target: Tensor) -> Tensor:
+    def distances(self, x: Tensor, target: Tensor) -> Tensor:
         """The distance (B,), over the whole sample."""
         if self.distance == "square":
             return (x - target).square().flatten(1).sum(1)
@@ -123,7 +123,7 @@ class ConsistencyTuning(Consistency):
 
     huber_c: NonNegative | None = 0.0  # ECT's distance is the plain norm
 
-    def previous(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
+    def ode_step(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
         return self.student.denoiser.process.noise(batch.data, r, batch.noise)
 
     def boundary(self, target: Tensor, x_r: Tensor, r: Tensor, batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from distill.field_types import Share, Whole
+from distill.field_types import Fraction, NonNegativeInt
 from distill.objectives.base import Batch, Loss, Objective
 from distill.objectives.losses import LogNormal, Times
 
@@ -19,8 +19,8 @@ from distill.objectives.losses import LogNormal, Times
 @dataclass(kw_only=True)
 class Diffusion(Objective):
     times: Times = LogNormal(-1.2, 1.2)
-    drop: Share = 0.0  # how often the condition is the null class
-    null_label: Whole = 0  # which class that is
+    drop: Fraction = 0.0  # how often the condition is the null class
+    null_label: NonNegativeInt = 0  # which class that is
 
     few_step: ClassVar[bool] = False
 

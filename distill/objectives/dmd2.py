@@ -7,7 +7,7 @@ score's features, trained with real data, corrects what the teacher gets wrong.
 As in the authors' code: the fake score learns on every step, the student on every k-th; the fake is
 never guided; fakes and data are noised for the critic at independent times over the full range.
 Differs from it: of a student of several steps, the fake and the critic see the last x̂
-(`rivals_see`), and one batch holds every place of the chain.
+(`fake_sees`), and one batch holds every place of the chain.
 """
 
 from __future__ import annotations
@@ -20,30 +20,37 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from distill.field_types import Count, NonNegative
+from distill.field_types import NonNegative, PositiveInt
 from distill.objectives.base import Batch, Loss, Objective, Turn
-from distill.objectives.losses import Times, Uniform, critique, mean_abs, realism, surrogate
+from distill.objectives.losses import (
+    Times,
+    Uniform,
+    critic_loss,
+    generator_loss,
+    mean_abs,
+    surrogate,
+)
 from students.critic import Critic
 from students.generator import Generator, Sees
 from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
 
-Made = tuple[Tensor, Cond]  # a sample of the student's, and what it was asked for
+Samples = tuple[Tensor, Cond]  # x̂ of the student (B, ...), and its condition
 
 
 @dataclass(kw_only=True)
 class DMD2(Objective):
     fake: Denoiser  # denoises the student's samples
     critic: Critic | None = None  # tells them from data
-    student_every: Count = 5  # steps, each with a fake update, per student update
-    realism: NonNegative = 3e-3  # weight of the critic in the student's loss
-    critique: NonNegative = 1e-2  # weight of the critic's own loss beside the fake's
+    student_every: PositiveInt = 5  # steps, each with a fake update, per student update
+    gan_weight: NonNegative = 3e-3  # weight of the critic in the student's loss
+    critic_weight: NonNegative = 1e-2  # weight of the critic's own loss beside the fake's
     # Which of a chain's x̂ the fake and the critic learn from: its last, which is what users see,
     # or those of every place, as the authors'. One place's faults then teach the others to err the
     # other way: a place that draws too little variety makes the others draw too much.
-    rivals_see: Sees = "last"
-    reuse: bool = False  # rivals learn from what the student was just judged on, not from new
+    fake_sees: Sees = "last"
+    share_samples: bool = False  # fake and critic learn from the samples of the student's turn
     times: Times = Uniform(0.02, 0.98)  # where teacher and fake are compared
     fake_times: Times = Uniform(0.0, 1.0)  # where the fake learns
     critic_times: Times = Uniform(0.0, 1.0)  # where the critic compares
@@ -51,65 +58,67 @@ class DMD2(Objective):
     needs_data: ClassVar[Literal["always", "never", "critic"]] = "critic"
 
     def __post_init__(self) -> None:
-        if self.reuse and self.rivals_see == "last" and len(self.student.times) > 1:
+        if self.share_samples and self.fake_sees == "last" and len(self.student.times) > 1:
             raise UserError(
-                "objective.reuse: a student of several steps is judged at every place of its chain;"
-                " set objective.rivals_see to places, or reuse to false"
+                "objective.share_samples: a student of several steps is trained at every place of "
+                "its chain; set objective.fake_sees to places, or share_samples to false"
             )
 
     def turns(self, step: int) -> Iterator[Turn]:
         student, first = self.student.draw()
-        made: list[Made] | None = [] if self.reuse else None  # this step's, one for each shard
+        shared: list[Samples] | None = [] if self.share_samples else None  # one for each shard
         if step % self.student_every == 0:
-            judged = partial(self.student_loss, student=student, first=first, made=made)
+            judged = partial(self.student_loss, student=student, first=first, shared=shared)
             yield Turn(("student",), judged)
-        rivals = ("fake",) if self.critic is None else ("fake", "critic")
-        yield Turn(rivals, partial(self.rival_loss, student=student, first=first, made=made))
+        names = ("fake",) if self.critic is None else ("fake", "critic")
+        yield Turn(
+            names, partial(self.fake_and_critic_loss, student=student, first=first, shared=shared)
+        )
 
     def student_loss(
-        self, batch: Batch, student: Generator, first: int = 0, made: list[Made] | None = None
+        self, batch: Batch, student: Generator, first: int = 0, shared: list[Samples] | None = None
     ) -> Loss:
-        """Distribution matching, and realism where there is a critic."""
+        """Distribution matching, plus the generator loss where there is a critic."""
         x = student.rollout(batch.noise, batch.cond, first)
-        if made is not None:
-            made.append((x.detach(), batch.cond))
+        if shared is not None:
+            shared.append((x.detach(), batch.cond))
         t, x_t = self.noised(x, self.times)
         with torch.no_grad():
             real, fake = self.teacher(x_t, t, batch.cond), self.fake(x_t, t, batch.cond)
-            grad = self.weigh((fake - real) / self.scale(x, real), x_t, t, batch)
+            grad = self.weighted((fake - real) / self.scale(x, real), x_t, t, batch)
         matching = surrogate(x, torch.nan_to_num(grad))
         logs = {"matching": matching, "gap": (fake - real).abs().mean()}
-        if self.critic is None or not self.realism:
+        if self.critic is None or not self.gan_weight:
             return Loss(matching, logs, x)
         t, x_t = self.noised(x, self.critic_times)
-        real_enough = realism(self.critic(x_t, t, batch.cond))
-        logs["realism"] = real_enough
-        return Loss(matching + self.realism * real_enough, logs, x)
+        gan = generator_loss(self.critic(x_t, t, batch.cond))
+        logs["gan"] = gan
+        return Loss(matching + self.gan_weight * gan, logs, x)
 
-    def rival_loss(
-        self, batch: Batch, student: Generator, first: int = 0, made: list[Made] | None = None
+    def fake_and_critic_loss(
+        self, batch: Batch, student: Generator, first: int = 0, shared: list[Samples] | None = None
     ) -> Loss:
         """The fake denoises the student's samples; the critic tells them from data."""
-        if made:
-            x, asked = made.pop(0)
+        if shared:
+            x, cond = shared.pop(0)
         else:
-            x, asked = student.samples(batch.noise, batch.cond, self.rivals_see, first), batch.cond
-        denoising = self.fake.loss(x, self.fake_times.sample(x, self.fake.process), asked)
+            x, cond = student.samples(batch.noise, batch.cond, self.fake_sees, first), batch.cond
+        denoising = self.fake.loss(x, self.fake_times.sample(x, self.fake.process), cond)
         if self.critic is None:
             return Loss(denoising)
         (t, fake), (s, real) = (self.noised(y, self.critic_times) for y in (x, batch.data))
-        cond = conditions.joined(asked, batch.cond)
+        cond = conditions.joined(cond, batch.cond)
         logits = self.critic(torch.cat([fake, real]), torch.cat([t, s]), cond)
-        telling = critique(*logits.chunk(2))
+        critic = critic_loss(*logits.chunk(2))
         right = ((logits > 0) == (torch.arange(len(logits), device=x.device) >= len(x))).float()
-        logs = {"denoising": denoising, "telling": telling, "accuracy": right.mean()}
-        return Loss(denoising + self.critique * telling, logs)
+        logs = {"denoising": denoising, "critic": critic, "accuracy": right.mean()}
+        return Loss(denoising + self.critic_weight * critic, logs)
 
     def scale(self, x: Tensor, real: Tensor) -> Tensor:
         """What each sample's gap is divided by, (B, 1, ..., 1): the (guided) teacher's error."""
         return mean_abs(x - real).clamp(min=1e-5)
 
-    def weigh(self, grad: Tensor, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
+    def weighted(self, grad: Tensor, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """Per-sample weights on the student's gradient: none here; f-divergences differ by them."""
         return grad
 

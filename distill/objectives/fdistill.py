@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distill.field_types import Count, Positive, Share, Whole
+from distill.field_types import Fraction, NonNegativeInt, Positive, PositiveInt
 from distill.objectives.base import Batch, Turn
 from distill.objectives.dmd2 import DMD2
 from distill.objectives.losses import all_sum
@@ -52,9 +52,9 @@ class FDistill(DMD2):
     divergence: Divergence = "jensen-shannon"
     ratio_min: Positive = 0.1  # ratios are trusted within these
     ratio_max: Positive = 20.0
-    bins: Count = 10  # of t, in which the mean ratio is tracked
-    memory: Share = 0.9  # of a bin's mean, per student update
-    warmup: Whole = 0  # steps of plain DMD2 first, while the critic cannot tell
+    bins: PositiveInt = 10  # of t, in which the mean ratio is tracked
+    ratio_ema: Fraction = 0.9  # of a bin's mean, per student update
+    warmup: NonNegativeInt = 0  # steps of plain DMD2 first, while the critic cannot tell
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,9 +72,9 @@ class FDistill(DMD2):
         for turn in super().turns(step):
             yield turn
             if turn.players == ("student",):
-                self.settle()
+                self.update_means()
 
-    def weigh(self, grad: Tensor, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
+    def weighted(self, grad: Tensor, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
         logits = self.critic(x_t, t, batch.cond).clamp(-10, 10)
         ratio = logits.exp().clamp(self.ratio_min, self.ratio_max)
         where = (t * self.bins).long().clamp(0, self.bins - 1)
@@ -86,11 +86,11 @@ class FDistill(DMD2):
         h = WEIGHTS[self.divergence](ratio / self.means[where].to(ratio.dtype))
         return expand(h / h.mean(), grad) * grad
 
-    def settle(self) -> None:
+    def update_means(self) -> None:
         """Move the bins' means towards this turn's ratios, over all micro-batches and processes."""
         total, count = all_sum(self.sums)
         found = torch.where(count > 0, total / count.clamp(min=1), self.means)
-        self.means = torch.lerp(found, self.means, self.memory)
+        self.means = torch.lerp(found, self.means, self.ratio_ema)
         self.sums = torch.zeros_like(self.sums)
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from annotated_types import Interval
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from distill.field_types import Finite, Share
+from distill.field_types import Finite, Fraction
 from teachers.process import Process
 
 
@@ -38,12 +38,12 @@ def huber(x: Tensor, y: Tensor, c: float = 0.0) -> Tensor:
     return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt() - c
 
 
-def realism(logits: Tensor) -> Tensor:
+def generator_loss(logits: Tensor) -> Tensor:
     """Non-saturating generator loss: make the critic call fakes real."""
     return F.softplus(-logits).mean()
 
 
-def critique(fake: Tensor, real: Tensor) -> Tensor:
+def critic_loss(fake: Tensor, real: Tensor) -> Tensor:
     """Logistic critic loss, whose optimal logits are log p_real/p_fake."""
     return F.softplus(fake).mean() + F.softplus(-real).mean()
 
@@ -64,8 +64,8 @@ def all_sum(x: Tensor) -> Tensor:
 class Uniform:
     """Times uniform in the process's own t, between `low` and `high`."""
 
-    low: Share = 0.0
-    high: Share = 1.0
+    low: Fraction = 0.0
+    high: Fraction = 1.0
 
     def __post_init__(self) -> None:
         if self.low > self.high:

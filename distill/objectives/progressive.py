@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from distill.field_types import Count
+from distill.field_types import PositiveInt
 from distill.objectives.base import Batch, Learns, Loss, Objective, Turn
 from distill.objectives.losses import mean_square
 from teachers.denoiser import Denoiser
@@ -28,20 +28,22 @@ from teachers.errors import UserError
 
 @dataclass(kw_only=True)
 class Progressive(Objective):
-    first: Count = 16  # student steps in the first stage; its teacher takes twice as many
-    stage_steps: Count = 1000  # training steps per stage; the last has all that remain
+    initial_steps: PositiveInt = (
+        16  # student steps in the first stage; its teacher takes twice as many
+    )
+    stage_steps: PositiveInt = 1000  # training steps per stage; the last has all that remain
 
     learns: ClassVar[Learns] = "one-chain"  # that of its last stage
 
     def __post_init__(self) -> None:
         last = len(self.student.times)
-        self.grids = [self.first]
+        self.grids = [self.initial_steps]
         while self.grids[-1] > last and self.grids[-1] % 2 == 0:
             self.grids.append(self.grids[-1] // 2)
         if self.grids[-1] != last:
             raise UserError(
-                f"objective.first: {self.first} does not halve to the student's {last} steps; "
-                f"try {last * 16}"
+                f"objective.initial_steps: {self.initial_steps} does not halve to the student's "
+                f"{last} steps; try {last * 16}"
             )
         if last > 1 and self.student.renoise:
             raise UserError(
@@ -52,9 +54,9 @@ class Progressive(Objective):
 
     def turns(self, step: int) -> Iterator[Turn]:
         stage = min(step // self.stage_steps, len(self.grids) - 1)
-        if fresh := stage > self.stage:
+        if reset := stage > self.stage:
             self.teacher, self.stage = self.promoted(), stage
-        yield Turn(("student",), partial(self.loss, step=step), fresh)
+        yield Turn(("student",), partial(self.loss, step=step), reset)
 
     def promoted(self) -> Denoiser:
         """The student as it now is, frozen."""

@@ -28,7 +28,7 @@ from teachers.denoiser import Denoiser
 class SiD(Objective):
     fake: Denoiser  # denoises the student's samples
     alpha: NonNegative = 1.2
-    rivals_see: Sees = "places"  # which of a chain's x̂ the fake learns from (arXiv:2509.25127)
+    fake_sees: Sees = "places"  # which of a chain's x̂ the fake learns from (arXiv:2509.25127)
     scale: Positive = 100.0  # of the student's loss, which is summed over dimensions
     times: Times = Uniform(0.0, 0.8)  # where they are compared: EDM's σ from 0.002 to 24.4
     fake_times: Times = LogNormal(-1.2, 1.2)  # where the fake learns
@@ -42,7 +42,7 @@ class SiD(Objective):
 
     def fake_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
         """The fake's denoising of the student's samples."""
-        x = student.samples(batch.noise, batch.cond, self.rivals_see, first)
+        x = student.samples(batch.noise, batch.cond, self.fake_sees, first)
         return Loss(self.fake.loss(x, self.fake_times.sample(x, self.fake.process), batch.cond))
 
     def student_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
@@ -52,10 +52,10 @@ class SiD(Objective):
         x_t = self.teacher.process.noise(x, t, torch.randn_like(x))
         real, fake = self.teacher(x_t, t, batch.cond), self.fake(x_t, t, batch.cond)
         gap = real - fake
-        value = gap * ((real - x) - self.alpha * gap) / self.omega(x, real)
+        value = gap * ((real - x) - self.alpha * gap) / self.normaliser(x, real)
         logs = {"gap": gap.detach().abs().mean()}
         return Loss(self.scale * value.flatten(1).sum(1).mean(), logs, x)
 
-    def omega(self, x: Tensor, real: Tensor) -> Tensor:
+    def normaliser(self, x: Tensor, real: Tensor) -> Tensor:
         """What each sample's loss is divided by, (B, 1, ..., 1); no gradient."""
         return mean_abs(x - real).detach().clamp(min=1e-5)

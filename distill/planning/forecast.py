@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.config.optimizer import Moves
+from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe
 from distill.data.from_recipe import needs_data
 from distill.objectives.base import Batch
@@ -23,7 +23,7 @@ from students import schedulers
 from students.lora import unwrap
 from teachers import conditions
 from teachers.catalogue.loading import load
-from teachers.catalogue.outlines import OUTLINES, Blank, dtype_of_new, outline
+from teachers.catalogue.outlines import OUTLINES, OutlineCodec, dtype_of_new, outline
 from teachers.quantised import FORMS, parameters, quantise
 from teachers.storage.diffusers_config import CM
 from teachers.storage.files import home
@@ -58,7 +58,8 @@ def plan(recipe: Recipe) -> Plan:
     networks = [v for v in vars(objective).values() if isinstance(v, nn.Module)]
     tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
     moments = [
-        held(recipe.players.get(name, Moves()).optimizer, moving) for name, moving in movers.items()
+        held(recipe.players.get(name, OptimizerConfig()).optimizer, moving)
+        for name, moving in movers.items()
     ]
     return Plan(
         weights=unique(tensors),
@@ -94,10 +95,10 @@ def shape_of(recipe: Recipe, without: Any) -> Teacher:
     # an EDM student's time is refitted, which takes values; here there are none
     named = replace(network.schedule, name=CM if network.schedule.sigma_data else "")
     twin = network.twin(backbone.requires_grad_(False).eval(), named)
-    return Teacher(twin, Still(teacher.codec), teacher.shape, teacher.source)
+    return Teacher(twin, FakeCodec(teacher.codec), teacher.shape, teacher.source)
 
 
-class Still:
+class FakeCodec:
     """A codec whose every condition is that of one prompt, made before any tensor is fake."""
 
     def __init__(self, codec: Codec) -> None:
@@ -120,7 +121,7 @@ class Still:
 def encoders(teacher: Teacher) -> int:
     """Bytes of text encoders and VAE, in float32 as they are read."""
     codec: Any = teacher.codec
-    if isinstance(codec, Blank):
+    if isinstance(codec, OutlineCodec):
         return 4 * codec.outline.beside
     if (pipe := getattr(codec, "pipe", None)) is None:
         return 0

@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from distill.config.recipe import Recipe, find, override, read_yaml
+from distill.config.renamed import current_names
 from distill.data.encode import device
 from distill.evaluation.finish import summarise
 from distill.files import write
@@ -49,7 +50,7 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
     Raises:
         UserError: as for any recipe, and for unknown keys of the network or the scheduler.
     """
-    tree = override(read_yaml(find(path)), overrides)
+    tree = override(current_names(read_yaml(find(path))), overrides)
     if "text_encoder" in tree:
         return teach_pictures(TextRecipe.check(tree, path), out, resume, path)
     for section in ("network", "scheduler"):

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from distill.config.errors import explain
-from distill.config.optimizer import Moves
+from distill.config.optimizer import OptimizerConfig
 from distill.config.schema import Section
 from distill.console import Progress
-from distill.field_types import Count, NonNegative, Share, Whole
+from distill.field_types import Fraction, NonNegative, NonNegativeInt, PositiveInt
 from distill.pretrain.tokenizer import clip_tokenizer, tokens
 from distill.seeds import seed_all, seed_of
 from distill.training import checkpoint
@@ -56,35 +56,35 @@ class DataSection(Section):
     """Pictures drawn for the run."""
 
     source: Literal["shapes"]
-    each: Count = 100  # of every caption, to learn from
-    held_out: Count = 4  # of every caption, to check the autoencoder by
+    each: PositiveInt = 100  # of every caption, to learn from
+    held_out: PositiveInt = 4  # of every caption, to check the autoencoder by
 
 
 class VaeStage(Section):
     """How the autoencoder learns: squared error of pixels plus a little KL divergence."""
 
-    steps: Count
-    batch: Count = 32
+    steps: PositiveInt
+    batch: PositiveInt = 32
     kl: NonNegative = 1e-4  # nats per latent number, beside the mean squared error per pixel
-    moves: Moves = Moves()
+    optimizer: OptimizerConfig = OptimizerConfig()
 
 
 class UnetStage(Section):
     """How the denoiser and the text encoder learn."""
 
-    steps: Count
-    batch: Count = 64
-    drop: Share = 0.1  # share of captions replaced by the empty prompt
-    moves: Moves = Moves()
+    steps: PositiveInt
+    batch: PositiveInt = 64
+    drop: Fraction = 0.1  # share of captions replaced by the empty prompt
+    optimizer: OptimizerConfig = OptimizerConfig()
 
 
 class Stages(Section):
     vae: VaeStage
     unet: UnetStage
-    ema: Share = 0.999  # of both stages
-    seed: Whole = 0
-    log_every: Count = 50
-    save_every: Count = 500
+    ema: Fraction = 0.999  # of both stages
+    seed: NonNegativeInt = 0
+    log_every: PositiveInt = 50
+    save_every: PositiveInt = 500
 
 
 class Measures(Section):
@@ -92,8 +92,8 @@ class Measures(Section):
 
     protocol: Literal["shapes"] | None = None
     guidance: tuple[NonNegative, ...] = (1.0, 3.0, 5.0)
-    steps: tuple[Count, ...] = (1, 2, 4, 8, 25)
-    seeds: Count = 1
+    steps: tuple[PositiveInt, ...] = (1, 2, 4, 8, 25)
+    seeds: PositiveInt = 1
 
 
 class TextRecipe(Section):
@@ -139,7 +139,7 @@ def train(pipe: Any, recipe: TextRecipe, scenes: Scenes, out: Path) -> dict[str,
 
     captions = [c for c in scenes.captions for _ in range(recipe.data.each)]
     pictures = scenes.draw(captions, seed_of(cfg.seed, "pictures") % 2**32)
-    stage = Stage("vae", [pipe.vae], cfg.vae.moves, cfg, cfg.vae.steps, accelerator, out)
+    stage = Stage("vae", [pipe.vae], cfg.vae.optimizer, cfg, cfg.vae.steps, accelerator, out)
     report["vae"] = stage.run(lambda: vae_loss(pipe.vae, pictures, cfg.vae))
     pipe.vae.eval()
     tests = [c for c in scenes.captions for _ in range(recipe.data.held_out)]
@@ -158,7 +158,7 @@ def train(pipe: Any, recipe: TextRecipe, scenes: Scenes, out: Path) -> dict[str,
     ids = tokens(pipe.tokenizer, [*scenes.captions, ""]).to(accelerator.device)
     which = torch.arange(len(scenes.captions)).repeat_interleave(recipe.data.each)
     networks = [pipe.unet, pipe.text_encoder]
-    stage = Stage("unet", networks, cfg.unet.moves, cfg, cfg.unet.steps, accelerator, out)
+    stage = Stage("unet", networks, cfg.unet.optimizer, cfg, cfg.unet.steps, accelerator, out)
     report["unet"] = stage.run(lambda: unet_loss(pipe, latents, which, ids, cfg.unet))
     save(pipe, out / "teacher")
     return report
@@ -172,12 +172,12 @@ class Stage:
     """
 
     def __init__(
-        self, name: str, networks: list[nn.Module], moves: Moves, cfg: Stages, steps: int,
-        accelerator: Accelerator, out: Path,
+        self, name: str, networks: list[nn.Module], config: OptimizerConfig, cfg: Stages,
+        steps: int, accelerator: Accelerator, out: Path,
     ) -> None:  # fmt: skip
         self.name, self.networks, self.cfg, self.steps, self.out = name, networks, cfg, steps, out
         params = [p for network in networks for p in network.parameters()]
-        self.player = Player(params, accelerator, moves, steps)
+        self.player = Player(params, accelerator, config, steps)
         self.ema = EMA(params, cfg.ema)
         self.step, self.seconds = 0, 0.0
         self.first: Tensor | None = None  # the loss before any update of this run
@@ -234,7 +234,7 @@ class Stage:
                     f"{said}it was so before any update, so no learning rate is to blame; look at "
                     "the sections of the networks and the scheduler"
                 )
-            raise UserError(f"{said}lower train.{self.name}.moves.lr, or raise its warmup")
+            raise UserError(f"{said}lower train.{self.name}.optimizer.lr, or raise its warmup")
         progress.show(self.step, {f"{self.name}/{k}": v for k, v in values.items()})
         line = {"stage": self.name, "step": self.step, "seconds": self.seconds, **values}
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:

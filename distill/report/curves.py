@@ -15,6 +15,7 @@ from typing import Any
 
 from distill.config.compare import differences
 from distill.config.recipe import SHIPPED, Recipe, read_yaml
+from distill.config.renamed import current_names
 from teachers.errors import UserError, nearest
 
 REFERENCES = SHIPPED / "curves"
@@ -54,7 +55,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Departure:
+class Deviation:
     """Where a series first left its band, and where it was farthest outside."""
 
     series: str
@@ -109,7 +110,7 @@ def tree_of(run: Path) -> dict[str, Any]:
     path = run / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{run}: no recipe.yaml there; give the folder of a run")
-    tree = read_yaml(path)
+    tree = current_names(read_yaml(path), quiet=True)
     if not isinstance(train := tree.get("train"), dict) or "seed" not in train:
         raise UserError(f"{path}: damaged: it lacks train.seed")
     return tree
@@ -211,7 +212,7 @@ def reference_for(run: Path, name: str | None) -> Reference:
     raise UserError(f"reference {name!r} is unknown: {nearest(name, known)}")
 
 
-def departures(found: Series, reference: Reference) -> list[Departure]:
+def deviations(found: Series, reference: Reference) -> list[Deviation]:
     """Where the series leave their bands, the earliest first."""
     left = []
     for name, band in reference.bands.items():
@@ -224,7 +225,7 @@ def departures(found: Series, reference: Reference) -> list[Departure]:
                 outside.append((distance, step, value, band.low[i], band.high[i]))
         if outside:
             _, worst, value, low, high = max(outside)
-            left.append(Departure(name, min(o[1] for o in outside), worst, value, low, high))
+            left.append(Deviation(name, min(o[1] for o in outside), worst, value, low, high))
     return sorted(left, key=lambda d: d.first)
 
 

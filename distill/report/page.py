@@ -80,11 +80,11 @@ def render(run: Path) -> str:
         prompts=prompts(run),
         table=figures,
         protocol=how,
-        paces=paces(run),
+        timings=timings(run),
         curves=first,
         more={k: v for k, v in drawn.items() if k not in first},
         reference=reference,
-        departures=curves.departures(found, reference) if reference else [],
+        deviations=curves.deviations(found, reference) if reference else [],
         compared=curves.compared(found, reference) if reference else 0,
         snippet=snippet(facts),
         limitations=[li[2:] for li in limitations(facts).splitlines() if li.startswith("- ")],
@@ -220,7 +220,7 @@ def table(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def paces(run: Path) -> dict[str, Any]:
+def timings(run: Path) -> dict[str, Any]:
     """What the run's speed.json says: heads, rows as the figures have them, and the machine.
 
     Raises:
@@ -235,10 +235,10 @@ def paces(run: Path) -> dict[str, Any]:
         for who, own in (("student", True), ("against", False)):
             for steps, row in found.get(who, {"steps": {}})["steps"].items():
                 name = f"{'student' if own else 'teacher'}, {steps_of([int(steps)])}"
-                for pace in (row["single"], row["saturated"]):
-                    cells = [f"{row['evaluations']:,}", f"{pace['batch']:,}"]
-                    cells += [f"{pace[k]:,.1f}" for k in ("latency_ms", "latency_p90_ms")]
-                    cells += [f"{pace['images_per_s']:,.4g}", f"{pace['peak_memory_gb']:.2f}"]
+                for timing in (row["single"], row["saturated"]):
+                    cells = [f"{row['evaluations']:,}", f"{timing['batch']:,}"]
+                    cells += [f"{timing[k]:,.1f}" for k in ("latency_ms", "latency_p90_ms")]
+                    cells += [f"{timing['images_per_s']:,.4g}", f"{timing['peak_memory_gb']:.2f}"]
                     rows.append((name, own, cells))
         machine = f"{found['student']['device']}, {found['student']['dtype']}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -15,9 +15,9 @@ from pydantic import Field, model_validator
 
 from distill.config.recipe import Recipe
 from distill.config.schema import Section
-from distill.field_types import Count
+from distill.field_types import PositiveInt
 from distill.sampling.guided_teacher import guidance_of
-from distill.sampling.teacher_sampler import Drawing, Piped, Solved
+from distill.sampling.teacher_sampler import PipelineSampler, Sampler, SolverSampler
 from distill.sampling.timesteps import AYS, FINE, FOUND, enough, family
 from eval.protocols.measure import Protocol
 from students.lora import unwrap
@@ -41,11 +41,11 @@ class Baseline(Section):
 
     solver: Literal["ddim", "euler", "heun", "dpmpp_2m", "ancestral"] | None = None  # our own
     scheduler: Stock | StockEDM | None = None  # diffusers' class, in the own pipeline
-    steps: Annotated[tuple[Count, ...], MinLen(1)] = (1, 2, 4)
+    steps: Annotated[tuple[PositiveInt, ...], MinLen(1)] = (1, 2, 4)
     schedule: Schedule = "own"  # the times of our own solvers
     guidance: Literal["full", "adaptive"] = "full"  # adaptive: until both predictions agree
     threshold: Annotated[float, Field(gt=0, le=1)] = AGREED  # the cosine at which they do
-    cache: Count = 1  # DeepCache: calls of a UNet from one whole call to the next; 1 is none
+    cache: PositiveInt = 1  # DeepCache: calls of a UNet from one whole call to the next; 1 is none
 
     @model_validator(mode="after")
     def _agree(self) -> Baseline:
@@ -123,17 +123,17 @@ class Baseline(Section):
         prompts: Sequence[Any],
         steps: int,
         batch: int | None = None,
-    ) -> Drawing:
+    ) -> Sampler:
         """A way of drawing by this sampler; a schedule that is found is found for these prompts.
 
         Args:
             batch: How many go through the networks at once; by default what their size allows.
         """
         if self.scheduler is not None:
-            return Piped(recipe, teacher, self.scheduler, steps, self.cache, batch)
+            return PipelineSampler(recipe, teacher, self.scheduler, steps, self.cache, batch)
         assert self.solver is not None
         threshold = self.threshold if self.guidance == "adaptive" else None
-        return Solved(
+        return SolverSampler(
             recipe,
             teacher,
             self.solver,

@@ -8,9 +8,9 @@ from distill.config.recipe import Recipe
 from distill.config.schema import GuidanceSection
 from distill.data.encode import counting, tell
 from teachers.catalogue.loading import load
-from teachers.denoiser import Denoiser, Guided, Mix, Under, linear
+from teachers.denoiser import Denoiser, Guided, Mix, Reparametrised, linear
 from teachers.errors import UserError
-from teachers.guidance import Auto, Interval, Projected, Rescaled, Skipping
+from teachers.guidance import AutoGuided, Interval, Projected, Rescaled, SkipLayerGuided
 from teachers.teacher import Teacher
 
 
@@ -49,9 +49,9 @@ def guided(recipe: Recipe, teacher: Teacher) -> Denoiser:
     if how.rescale:
         mix = Rescaled(how.rescale, mix)
     if how.kind == "skip":
-        found: Guided = Skipping(denoiser, how.scale, how.blocks, mix)
+        found: Guided = SkipLayerGuided(denoiser, how.scale, how.blocks, mix)
     elif how.weaker is not None:
-        found = Auto(denoiser, how.scale, weaker(how.weaker, recipe, teacher), mix)
+        found = AutoGuided(denoiser, how.scale, weaker(how.weaker, recipe, teacher), mix)
     else:
         found = Guided(denoiser, how.scale, teacher.codec.null, mix)
     return found if how.interval is None else Interval(found, *how.interval)
@@ -67,7 +67,7 @@ def weaker(source: str, recipe: Recipe, teacher: Teacher) -> Denoiser:
     parameters = [*teacher.denoiser.parameters(), *teacher.denoiser.buffers()]
     denoiser = other.denoiser.to(parameters[0].device)
     same = denoiser.process == teacher.denoiser.process
-    return denoiser if same else Under(denoiser, teacher.denoiser.process)
+    return denoiser if same else Reparametrised(denoiser, teacher.denoiser.process)
 
 
 def check_reads(source: str, other: Teacher, teacher: Teacher) -> None:

@@ -31,7 +31,7 @@ Make = Callable[[int], Any]  # draws so many pictures at once, and has them on t
 
 
 @dataclass(frozen=True)
-class Gauge:
+class Timer:
     """What a machine is timed and weighed by.
 
     Args:
@@ -47,16 +47,16 @@ class Gauge:
     peak: Callable[[], float]
 
 
-def gauge_of(device: torch.device) -> Gauge:
+def timer_of(device: torch.device) -> Timer:
     """The gauge of a device. A CPU's peak is the whole process's, from its start."""
     if device.type != "cuda":
-        return Gauge(time.perf_counter, lambda: None, lambda: None, lambda: peak_memory(device))
+        return Timer(time.perf_counter, lambda: None, lambda: None, lambda: peak_memory(device))
 
     def empty() -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
-    return Gauge(
+    return Timer(
         time.perf_counter,
         lambda: torch.cuda.synchronize(device),
         empty,
@@ -65,7 +65,7 @@ def gauge_of(device: torch.device) -> Gauge:
 
 
 @dataclass(frozen=True)
-class Pace:
+class Timing:
     """What calls of one batch size took.
 
     Args:
@@ -83,7 +83,7 @@ class Pace:
     calls: int
 
 
-def pace(make: Make, batch: int, gauge: Gauge) -> Pace:
+def timing(make: Make, batch: int, gauge: Timer) -> Timing:
     """The pace at one batch size, once warm."""
     gauge.empty()
     for _ in range(WARM):
@@ -96,7 +96,7 @@ def pace(make: Make, batch: int, gauge: Gauge) -> Pace:
         gauge.settle()
         spent.append(gauge.clock() - began)
     middle = median(spent)
-    return Pace(
+    return Timing(
         batch, 1e3 * middle, 1e3 * quantile(spent, 0.9), batch / middle, gauge.peak(), len(spent)
     )
 
@@ -106,7 +106,7 @@ def quantile(values: list[float], share: float) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
-def saturated(make: Make, one: Pace, gauge: Gauge, cap: int = CAP) -> tuple[Pace, str]:
+def saturated(make: Make, one: Timing, gauge: Timer, cap: int = CAP) -> tuple[Timing, str]:
     """The pace at the smallest batch of which twice as many gain less than GAIN, and why there.
 
     Batches are doubled from that of `one` on, until `cap` or the end of the device's memory.
@@ -115,7 +115,7 @@ def saturated(make: Make, one: Pace, gauge: Gauge, cap: int = CAP) -> tuple[Pace
     while 2 * best.batch <= cap:
         twice = 2 * best.batch
         try:
-            found = pace(make, twice, gauge)
+            found = timing(make, twice, gauge)
         except torch.cuda.OutOfMemoryError:
             gauge.empty()
             return best, f"out of memory at {twice}"
@@ -126,7 +126,7 @@ def saturated(make: Make, one: Pace, gauge: Gauge, cap: int = CAP) -> tuple[Pace
     return best, f"no more than {cap} are tried"
 
 
-def measured(make: Make, counted: nn.Module, gauge: Gauge, cap: int) -> dict[str, Any]:
+def measured(make: Make, counted: nn.Module, gauge: Timer, cap: int) -> dict[str, Any]:
     """Evaluations for a picture, and the paces of one picture and of a saturating batch.
 
     Args:
@@ -134,7 +134,7 @@ def measured(make: Make, counted: nn.Module, gauge: Gauge, cap: int) -> dict[str
     """
     with calls_counted([counted]) as counts:
         make(1)
-    one = pace(make, 1, gauge)
+    one = timing(make, 1, gauge)
     many, why = saturated(make, one, gauge, cap)
     return {
         "evaluations": sum(counts),

@@ -29,7 +29,7 @@ from teachers.solver import SOLVERS
 from teachers.teacher import Teacher
 
 
-class Drawing(ABC):
+class Sampler(ABC):
     """Draws a picture for each prompt, as a protocol asks for them, and counts.
 
     Args:
@@ -81,7 +81,7 @@ class Drawing(ABC):
         return found | ({"search_evaluations": float(self.searching)} if self.searching else {})
 
 
-class Solved(Drawing):
+class SolverSampler(Sampler):
     """By one of our own solvers, from the noise that any other begins with.
 
     Schedules are found for all that is drawn, without `threshold` and `cache`.
@@ -151,9 +151,9 @@ class Solved(Drawing):
         return Adaptive(self.denoiser, self.threshold)
 
 
-def own(recipe: Recipe, teacher: Teacher, steps: int) -> Solved:
+def own(recipe: Recipe, teacher: Teacher, steps: int) -> SolverSampler:
     """The guided teacher by the recipe's own solver."""
-    return Solved(recipe, teacher, recipe.eval.teacher_solver, "own", steps, [])
+    return SolverSampler(recipe, teacher, recipe.eval.teacher_solver, "own", steps, [])
 
 
 def evaluate_teacher(
@@ -164,7 +164,7 @@ def evaluate_teacher(
     return {**found, "solver": recipe.eval.teacher_solver, "steps": steps}
 
 
-class Piped(Drawing):
+class PipelineSampler(Sampler):
     """By the teacher's stock pipeline, with diffusers' scheduler in it."""
 
     def __init__(

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from torch import nn
 
-from distill.config.optimizer import Moves
+from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe
 from distill.config.schema import TrainSection
 from distill.data import cache
@@ -100,8 +100,8 @@ def check(recipe: Recipe, out: Path, resume: bool) -> None:
         check_licence(origin, recipe.export.licence_override)
     if recipe.train.precision == "fp16" and device().type == "cpu":
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32")
-    for name, moves in recipe.players.items():
-        optimizers.check(moves.optimizer, name)
+    for name, configs in recipe.players.items():
+        optimizers.check(configs.optimizer, name)
     trackers(recipe.train.trackers, out)
     if recipe.eval.protocol:
         protocol(recipe.eval.protocol)
@@ -197,7 +197,7 @@ def accelerator_of(train: TrainSection, out: Path) -> Accelerator:
 
 
 def players_of(
-    objective: Objective, moves: dict[str, Moves], steps: int, accelerator: Accelerator
+    objective: Objective, configs: dict[str, OptimizerConfig], steps: int, accelerator: Accelerator
 ) -> dict[str, Player]:
     """A player for each network that an objective trains, once its first turn is known to be one.
 
@@ -207,7 +207,7 @@ def players_of(
     movers = player_networks(objective)
     check_first(objective, movers)
     return {
-        name: Player(network.parameters(), accelerator, moves.get(name, Moves()), steps)
+        name: Player(network.parameters(), accelerator, configs.get(name, OptimizerConfig()), steps)
         for name, network in movers.items()
     }
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from distill.attempts import FIGURES, Extras
+from distill.attempts import FIGURES, Attempts
 from distill.config.schema import TrainSection
 from distill.console import Progress
 from distill.data.encode import decoder_on
@@ -47,14 +47,14 @@ class Stopped(Exception):
         self.number = number
 
 
-class Asked(NamedTuple):
+class StopVote(NamedTuple):
     """Whether any process caught a signal: asked from host to host, and under way."""
 
     work: dist.Work
     flag: Tensor  # () on the CPU: the signal's number, or 0
 
     @classmethod
-    def of(cls, signal: int, group: Any) -> Asked:
+    def of(cls, signal: int, group: Any) -> StopVote:
         flag = torch.tensor(signal)
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group, async_op=True)
         assert work is not None
@@ -100,7 +100,7 @@ class Engine:
         )
         self.cfg, self.accelerator, self.out = train, accelerator, out
         self.evaluate, self.evaluate_every, self.shown = evaluate, evaluate_every, shown
-        self.extras = Extras(out)
+        self.extras = Attempts(out)
         self.ema = EMA(players["student"].params, train.ema)
         self._shown: Cond = None  # the grids' condition, once it is known
         self.step = self.draws = 0
@@ -110,7 +110,7 @@ class Engine:
         self.shards = shards_of(train, accelerator.num_processes)
         self._first: dict[str, Tensor] = {}  # the loss of the first turn that is played here
         self._stop, self._counting = 0, False
-        self._asked: Asked | None = None
+        self._asked: StopVote | None = None
         # Its own group, for gloo keeps to the hosts: on the devices' an answer would be a sync.
         self._hosts = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self._count_evaluations()
@@ -187,11 +187,11 @@ class Engine:
         check_turn(turn, self.objective, self.players)
         players = {name: self.players[name] for name in turn.players}
         shards, logs = len(stream.mine), {}
-        if turn.fresh and "student" in players:
+        if turn.reset and "student" in players:
             self.ema.restart()  # or this stage's average would hold the last one's weights
         with ExitStack() as stack:
             for player in players.values():
-                stack.enter_context(player.turn(self.step, turn.fresh))
+                stack.enter_context(player.turn(self.step, turn.reset))
             for shard in stream.mine:
                 batch = next(stream)
                 seed_all(self.cfg.seed, self.step, place, shard)
@@ -373,7 +373,7 @@ class Engine:
         if self._hosts is None:
             return self._stop
         stop = self._asked.answer() if self._asked else 0
-        self._asked = None if stop else Asked.of(self._stop, self._hosts)
+        self._asked = None if stop else StopVote.of(self._stop, self._hosts)
         if self._asked and self.step == self.cfg.steps:  # there is no next
             stop, self._asked = self._asked.answer(), None
         return stop

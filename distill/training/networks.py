@@ -14,7 +14,7 @@ from distill.sampling.guided_teacher import guided
 from students import gaussian, schedulers
 from students.critic import Critic
 from students.generator import Generator
-from students.lora import Adapted, adapted, checkpointing, unwrap, whole
+from students.lora import Adapted, adapted, checkpointing, to_float32, unwrap
 from teachers.denoiser import Network
 from teachers.errors import UserError
 from teachers.teacher import Teacher
@@ -32,7 +32,9 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
         shared = ("student", *names) if adapters.players is None else adapters.players
     # copies first: once there are adapters on the teacher's weights, a copy would hold them as well
     networks: dict[str, nn.Module] = {
-        n: whole(deepcopy(teacher.denoiser)).requires_grad_(True) for n in names if n not in shared
+        n: to_float32(deepcopy(teacher.denoiser)).requires_grad_(True)
+        for n in names
+        if n not in shared
     }
     if kind.few_step:
         s = recipe.student

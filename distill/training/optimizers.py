@@ -50,7 +50,7 @@ class OffloadedAdamW(Optimizer):
                 state = self.state[p]
                 if not state:
                     state["step"] = torch.zeros((), device=p.device)
-                    state.update({k: at_rest(torch.zeros_like(p)) for k in MOMENTS})
+                    state.update({k: pinned(torch.zeros_like(p)) for k in MOMENTS})
                 here = [state[k].to(p.device, non_blocking=True) for k in MOMENTS]
                 adamw(
                     [p],
@@ -83,11 +83,11 @@ class OffloadedAdamW(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for index, saved in state_dict["state"].items():
             p = params[index]
-            moments = {k: at_rest(saved[k].to("cpu"), p.device) for k in MOMENTS}
+            moments = {k: pinned(saved[k].to("cpu"), p.device) for k in MOMENTS}
             self.state[p] = {"step": saved["step"].to(p.device), **moments}
 
 
-def at_rest(value: Tensor, visits: torch.device | None = None) -> Tensor:
+def pinned(value: Tensor, visits: torch.device | None = None) -> Tensor:
     """A copy of the tensor in host memory, pinned if the device that it visits is not the host."""
     pinned = (visits or value.device).type != "cpu"
     return torch.empty_like(value, device="cpu", pin_memory=pinned).copy_(value)

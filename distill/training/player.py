@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill.config.optimizer import Moves
+from distill.config.optimizer import OptimizerConfig
 from distill.training import optimizers
 
 BUCKET = 1 << 23  # elements averaged in one all-reduce: 32 MiB of float32
@@ -24,19 +24,23 @@ class Player:
     gradients when adapters take turns on one backbone. They are averaged here, once per update.
 
     Args:
-        moves: Learning rate and the rest.
+        config: Learning rate and the rest.
         steps: How many engine steps the run has, for the schedule.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], accelerator: Accelerator, moves: Moves, steps: int
+        self,
+        params: Iterable[nn.Parameter],
+        accelerator: Accelerator,
+        config: OptimizerConfig,
+        steps: int,
     ) -> None:
         self.params = list(params)
-        self.accelerator, self.moves, self.steps = accelerator, moves, steps
+        self.accelerator, self.config, self.steps = accelerator, config, steps
         self.optimizer = optimizers.optimizer(
-            moves.optimizer, self.params, moves.lr, moves.betas, moves.eps, moves.weight_decay
+            config.optimizer, self.params, config.lr, config.betas, config.eps, config.weight_decay
         )
-        self.born = 0  # the step at which its schedule started
+        self.schedule_start = 0  # the step at which its schedule started
         self.grad_norm = torch.zeros(())
         self.requires_grad_(False)
 
@@ -46,19 +50,19 @@ class Player:
 
     def rate(self, step: int) -> float:
         """The learning rate of a turn at the engine's `step`."""
-        return self.moves.rate(step - self.born, self.steps)
+        return self.config.rate(step - self.schedule_start, self.steps)
 
     @contextmanager
-    def turn(self, step: int, fresh: bool = False) -> Iterator[None]:
+    def turn(self, step: int, reset: bool = False) -> Iterator[None]:
         """Inside, these weights learn; on exit their gradients are averaged, clipped and applied.
 
         Args:
             step: The engine's, from which the learning rate follows.
             fresh: Forget the optimiser's state and start the schedule over.
         """
-        if fresh:
+        if reset:
             self.optimizer.state.clear()
-            self.born = step
+            self.schedule_start = step
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         self.requires_grad_(True)
@@ -75,7 +79,7 @@ class Player:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         self.grad_norm = nn.utils.clip_grad_norm_(
-            self.params, self.moves.clip or math.inf, foreach=True
+            self.params, self.config.clip or math.inf, foreach=True
         )
         if scaler is not None:
             scaler.step(self.optimizer)
@@ -87,7 +91,7 @@ class Player:
         return {
             "params": [p.detach() for p in self.params],
             "optimizer": optimizer,
-            "born": self.born,
+            "schedule_start": self.schedule_start,
         }
 
     @torch.no_grad()
@@ -99,7 +103,7 @@ class Player:
         groups = self.optimizer.state_dict()["param_groups"]
         moments = {int(i): s for i, s in state["optimizer"].items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.born = state["born"]
+        self.schedule_start = state.get("schedule_start", state.get("born", 0))
 
 
 @torch.no_grad()

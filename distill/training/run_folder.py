@@ -16,6 +16,7 @@ import yaml
 
 from distill.config.compare import differences
 from distill.config.recipe import Recipe, read_yaml
+from distill.config.renamed import current_names
 from distill.console import notice
 from distill.files import write
 from distill.training import checkpoint, custom_objective
@@ -139,7 +140,7 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
         return
     if not resume:
         raise UserError(f"--out {out} already holds a run; add --resume, or give another folder")
-    before = read_yaml(written)
+    before = current_names(read_yaml(written), quiet=True)
     if changed := differences(before, recipe.tree()):
         key, old, new = changed[0]
         raise UserError(

@@ -36,7 +36,7 @@ from eval.text import decoded, lines
 
 FOLDER = Path(__file__).parent
 PREPARE = {f.__name__: f for f in (untouched, centre_lanczos, centre_patch)}
-Count = Annotated[int, Ge(1)]
+PositiveInt = Annotated[int, Ge(1)]
 
 
 def label_accuracy() -> Metric:
@@ -100,7 +100,7 @@ class Shapes(Strict):
     """Every caption of the embedded shapes, `each` times."""
 
     source: Literal["shapes"]
-    each: Count
+    each: PositiveInt
     classes: ClassVar[int] = 0
 
     def read(self) -> list[str]:
@@ -111,8 +111,8 @@ class Labels(Strict):
     """Class labels in turn, `each` of every class, so that every chunk is balanced."""
 
     source: Literal["labels"]
-    classes: Count
-    each: Count
+    classes: PositiveInt
+    each: PositiveInt
 
     def read(self) -> list[str]:
         return [str(i % self.classes) for i in range(self.classes * self.each)]
@@ -142,7 +142,7 @@ class Against(Strict):
     """The real pictures: of the embedded sets, or by the name of their statistics."""
 
     name: str
-    count: Count
+    count: PositiveInt
 
 
 class Need(NamedTuple):
@@ -174,13 +174,13 @@ class Spec(Strict):
 
     summary: str
     prompts: Annotated[Digits | Shapes | Labels | Captions, Field(discriminator="source")]
-    count: Count
-    seeds: Count
-    chunk: Count
-    channels: Count = 3
-    side: Count | None = None
+    count: PositiveInt
+    seeds: PositiveInt
+    chunk: PositiveInt
+    channels: PositiveInt = 3
+    side: PositiveInt | None = None
     prepare: Literal["untouched", "centre_lanczos", "centre_patch"] = "untouched"
-    size: Count | None = None
+    size: PositiveInt | None = None
     reference: Against | None = None
     metrics: dict[str, dict[str, Any]]
 

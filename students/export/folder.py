@@ -214,11 +214,11 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
         theirs = load_file(out)
     for steps in generator.counts:
         ours = pictures(generator, teacher, steps, prompts)
-        if wrong := apart(ours, theirs[str(steps)], generator):
+        if wrong := pixel_difference(ours, theirs[str(steps)], generator):
             raise ExportError(f"at {steps} steps the exported pipeline {wrong}")
 
 
-def apart(ours: Tensor, theirs: Tensor, generator: Generator) -> str:
+def pixel_difference(ours: Tensor, theirs: Tensor, generator: Generator) -> str:
     """How pictures differ by more than rounding; nothing where they do not."""
     gap = (ours - theirs.float().cpu()).abs()
     if unwrap(generator.denoiser).dtype == torch.float32:
@@ -267,7 +267,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
                         num_inference_steps=steps, generator=rng, output_type="pt", **arguments
                     )
                 ours = pictures(generator, teacher, steps, prompts)
-                if wrong := apart(ours, images_of(out), generator):
+                if wrong := pixel_difference(ours, images_of(out), generator):
                     raise UserError(f"{who}: at {steps} steps it {wrong}")
     except UserError:
         raise

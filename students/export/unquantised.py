@@ -22,7 +22,7 @@ from teachers.storage.components import module
 from teachers.teacher import EMBEDDED, Teacher
 
 
-def restored(generator: Generator, teacher: Teacher) -> Generator:
+def unquantised(generator: Generator, teacher: Teacher) -> Generator:
     """The student as a network of its own, in its teacher's bf16 weights and in host memory.
 
     A student whose teacher was never quantised is returned as it is.

@@ -150,7 +150,7 @@ OUTLINES = {
 }
 
 
-class Blank:
+class OutlineCodec:
     """A codec that knows shapes alone."""
 
     null_label = None
@@ -215,7 +215,7 @@ def outline(
     network = kind(backbone, schedule, known.factor)
     pixels = (shape[-2] * known.factor, shape[-1] * known.factor)
     network.eval().requires_grad_(False)
-    return Teacher(network, Blank(known, pixels), shape, source)
+    return Teacher(network, OutlineCodec(known, pixels), shape, source)
 
 
 @contextmanager

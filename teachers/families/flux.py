@@ -79,7 +79,7 @@ class Flux(Pretrained):
         return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-class Told(Prompted):
+class GuidanceCodec(Prompted):
     """A codec whose conditions hold the guidance that a guidance-distilled network is told."""
 
     def __init__(self, codec: Prompted, guidance: float) -> None:
@@ -121,7 +121,9 @@ def load(
     teacher = base.load(Flux, folder, source, negative_prompt, size, precision)
     assert isinstance(teacher.codec, Prompted)
     if teacher.codec.pipe.transformer.config.guidance_embeds:
-        teacher.codec = Told(teacher.codec, 3.5 if embedded_guidance is None else embedded_guidance)
+        teacher.codec = GuidanceCodec(
+            teacher.codec, 3.5 if embedded_guidance is None else embedded_guidance
+        )
     elif embedded_guidance is not None:
         raise UserError(
             f"{teacher_at(source)}: its network takes no guidance; leave out embedded_guidance"

@@ -14,8 +14,8 @@ import yaml
 
 from distill.benchmark import leaderboard, runner
 from distill.benchmark import spec as benches
-from distill.benchmark.spec import Bench, Race, laid_over
-from distill.config.optimizer import Moves
+from distill.benchmark.spec import Bench, BenchmarkRunner, laid_over
+from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe, shipped
 from distill.sampling.guided_teacher import load_teacher
 from distill.training.engine import Engine
@@ -137,11 +137,11 @@ def test_a_row_that_can_never_run_is_refused_before_any_work(
 
 
 def test_a_folder_takes_one_benchmark_at_a_time(file, tmp_path):
-    first = Race(Bench.load(str(file)), tmp_path / "out")
+    first = BenchmarkRunner(Bench.load(str(file)), tmp_path / "out")
     with pytest.raises(UserError, match="is at work there; wait for it to end"):
-        Race(Bench.load(str(file)), tmp_path / "out")
+        BenchmarkRunner(Bench.load(str(file)), tmp_path / "out")
     first.close()
-    Race(Bench.load(str(file)), tmp_path / "out").close()
+    BenchmarkRunner(Bench.load(str(file)), tmp_path / "out").close()
 
 
 def test_shares_follow_the_steps_that_the_budget_buys():
@@ -156,7 +156,7 @@ def test_what_a_row_shares_is_its_own():
     rows = [{**TREE["rows"][0], "shares": {"players.student.warmup": 0.5}}, TREE["rows"][1]]
     bench = Bench.model_validate({**TREE, "rows": rows})
     warmups = [bench.recipe(row, 0, steps=8).players["student"].warmup for row in bench.rows]
-    assert warmups == [4, Moves().warmup]
+    assert warmups == [4, OptimizerConfig().warmup]
 
 
 @pytest.mark.parametrize("name", [n for n in shipped() if n.startswith("bench/")])
@@ -193,7 +193,7 @@ def test_sections_are_merged_and_values_replaced():
 def test_students_are_ordered_by_their_distance_in_the_fewest_steps():
     def line(name, steps, fd, kind="student"):
         metrics = {} if fd is None else {"fd": {"mean": fd, "spread": 0.0}}
-        return leaderboard.Line(name, kind, "dmd2", steps, [0], metrics)
+        return leaderboard.LeaderboardRow(name, kind, "dmd2", steps, [0], metrics)
 
     lines = [line("failed", None, None), line("b", 4, 0.1), line("b", 1, 2.0), line("a", 1, 1.0),
              line("heun", 2, 9.0, "baseline"), line("full", 18, 0.5, "teacher")]  # fmt: skip
@@ -263,7 +263,9 @@ def test_the_teacher_and_its_baselines_say_what_a_picture_costs(tmp_path):
     rows = [{"name": "a", "overrides": {"objective": {"name": "sid"}}}]
     baselines = [{"solver": "ddim", "steps": [2]}, {"solver": "heun", "steps": [2], "cache": 2}]
     tree = {"budget": {"seconds": 1}, "seeds": [0], "common": common, "rows": rows}
-    contest = Race(Bench.model_validate({**tree, "baselines": baselines}), tmp_path / "out")
+    contest = BenchmarkRunner(
+        Bench.model_validate({**tree, "baselines": baselines}), tmp_path / "out"
+    )
     recipe = contest.bench.reference()
     small = replace(protocol("digits"), prompts=["1", "4"] * 40)
     lines = runner.teacher_lines(contest, recipe, load_teacher(recipe), small)
@@ -299,7 +301,7 @@ class Child:
 )
 def test_why_a_run_failed_is_its_last_line(file, tmp_path, monkeypatch, code, said, why):
     monkeypatch.setattr(benches.subprocess, "Popen", lambda *_, **__: Child(code, said))
-    contest = Race(Bench.load(str(file)), tmp_path / "out")
+    contest = BenchmarkRunner(Bench.load(str(file)), tmp_path / "out")
     assert contest.play(contest.entries[0]) == why
     assert (tmp_path / "out/logs/dmd2-seed0.txt").read_text() == said
     contest.close()
@@ -308,7 +310,7 @@ def test_why_a_run_failed_is_its_last_line(file, tmp_path, monkeypatch, code, sa
 @pytest.mark.parametrize("code", [130, 143, -signal.SIGTERM])
 def test_a_run_that_was_stopped_stops_the_benchmark(file, tmp_path, monkeypatch, code):
     monkeypatch.setattr(benches.subprocess, "Popen", lambda *_, **__: Child(code, ""))
-    contest = Race(Bench.load(str(file)), tmp_path / "out")
+    contest = BenchmarkRunner(Bench.load(str(file)), tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         contest.play(contest.entries[0])
     contest.close()
@@ -325,9 +327,9 @@ def test_as_many_runs_are_under_way_as_there_are_jobs(file, tmp_path, monkeypatc
         now.remove(entry)
         return "not run"
 
-    monkeypatch.setattr(Race, "play", play)
-    monkeypatch.setattr(benches.Entry, "write_recipe", lambda _: None)
-    contest = Race(Bench.load(str(file)), tmp_path / "out")
+    monkeypatch.setattr(BenchmarkRunner, "play", play)
+    monkeypatch.setattr(benches.BenchmarkRun, "write_recipe", lambda _: None)
+    contest = BenchmarkRunner(Bench.load(str(file)), tmp_path / "out")
     ended = list(contest.run(jobs))
     assert sorted(e.name for e in ended) == sorted(e.name for e in contest.entries)
     assert max(most) == jobs

@@ -14,9 +14,9 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from distill.benchmark import leaderboard, runner
-from distill.benchmark.leaderboard import Line
+from distill.benchmark.leaderboard import LeaderboardRow
 from distill.benchmark.plots import plot
-from distill.benchmark.spec import Bench, Entry, Race
+from distill.benchmark.spec import Bench, BenchmarkRun, BenchmarkRunner
 from tests.helpers.benches import TREE, figures, file, played  # noqa: F401
 from tests.helpers.command_line import called
 
@@ -54,7 +54,7 @@ def test_a_row_is_another_once_a_file_that_it_is_made_of_has_changed(tmp_path, w
                                   "rows": [row]})  # fmt: skip
 
     def found():
-        return Entry(bench, bench.rows[0], 0, tmp_path / "out").hash
+        return BenchmarkRun(bench, bench.rows[0], 0, tmp_path / "out").hash
 
     before = found()
     assert found() == before
@@ -144,7 +144,7 @@ def test_a_folder_below_a_file_is_refused(file, tmp_path, capsys):
 ])  # fmt: skip
 def test_a_damaged_table_of_runs_is_one_line(file, tmp_path, played, capsys, known):
     out = tmp_path / "out"
-    Race(Bench.load(str(file)), out).close()
+    BenchmarkRunner(Bench.load(str(file)), out).close()
     (out / "state.json").write_text(json.dumps({"dmd2-seed0": known}))
     code, _, err = called(capsys, "bench", file, "--out", out)
     assert code == 2 and not played
@@ -159,8 +159,8 @@ def test_a_damaged_table_of_runs_is_one_line(file, tmp_path, played, capsys, kno
     {"fid": 1.0, "fd": None, "spread": {}},
 ])  # fmt: skip
 def test_damaged_figures_of_the_teacher_are_measured_again(file, tmp_path, monkeypatch, found):
-    monkeypatch.setattr(runner, "Solved", lambda *_: None)
-    contest = Race(Bench.load(str(file)), tmp_path / "out")
+    monkeypatch.setattr(runner, "SolverSampler", lambda *_: None)
+    contest = BenchmarkRunner(Bench.load(str(file)), tmp_path / "out")
 
     class Measure:
         name, prompts, calls = "digits", (), 0
@@ -184,13 +184,13 @@ def test_damaged_figures_of_the_teacher_are_measured_again(file, tmp_path, monke
 def test_the_damaged_summary_of_a_run_is_made_again(small, tmp_path, played, monkeypatch):
     whole = runner.bench(str(small), [], tmp_path / "out")
     path = tmp_path / "out/runs/dmd2-seed0/summary.json"
-    prepare = Race.prepare
+    prepare = BenchmarkRunner.prepare
 
     def prepared(self, entry):
         prepare(self, entry)
         assert not path.exists()  # `distill run --resume` would take the run for a finished one
 
-    monkeypatch.setattr(Race, "prepare", prepared)
+    monkeypatch.setattr(BenchmarkRunner, "prepare", prepared)
     good = json.loads(path.read_text())
     short = {"steps": 1, "wall_s": 1}
     for bad in (
@@ -217,7 +217,7 @@ def test_a_run_whose_figures_are_no_numbers_has_failed(small, tmp_path, monkeypa
                 "metrics": {"student": {"1": {"fd": float("inf")}}}}  # fmt: skip
         (entry.folder / "summary.json").write_text(json.dumps(tree))
 
-    monkeypatch.setattr(Race, "play", play)
+    monkeypatch.setattr(BenchmarkRunner, "play", play)
     (line,) = runner.bench(str(small), [], tmp_path / "out")
     assert line.failed == {"0": "its summary.json has no distance, or one that is no number"}
     assert (line.steps, line.metrics) == (None, {})
@@ -250,7 +250,7 @@ NAME = "a|b <b>&amp; *c* [d](e) `f` _g_ # ~~h~~ \\ [/red] $\\frac$"
 def test_any_other_name_is_shown_as_it_is(tmp_path):
     bench = Bench.model_validate({**TREE, "rows": [{**TREE["rows"][0], "name": NAME}]})
     metrics = {"fd": {"mean": 1.0, "spread": 0.0}}
-    line = Line(NAME, "student", "sid", 1, [0], metrics, 1, 1, 1, 1, {"1": NAME})
+    line = LeaderboardRow(NAME, "student", "sid", 1, [0], metrics, 1, 1, 1, 1, {"1": NAME})
     page = leaderboard.markdown(SimpleNamespace(bench=bench), [line])
     shown = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(page)
     assert html.unescape(re.findall(r"<td>(.*?)</td>", shown)[0]) == NAME

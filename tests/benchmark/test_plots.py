@@ -6,13 +6,13 @@ import pytest
 from matplotlib.text import Text
 
 from distill.benchmark import plots
-from distill.benchmark.leaderboard import Line
+from distill.benchmark.leaderboard import LeaderboardRow
 
 
 def line(name, steps, fd, kind="student", objective="dmd2", wall=10.0):
     metrics = {k: {"mean": v, "spread": 0.0} for k, v in
                (("fd", fd), ("recall", 1 / (1 + fd)), ("coverage", 1 / (1 + fd)))}  # fmt: skip
-    return Line(name, kind, objective, steps, [0], metrics, 100, 1000.0, wall, 1.0)
+    return LeaderboardRow(name, kind, objective, steps, [0], metrics, 100, 1000.0, wall, 1.0)
 
 
 CROWD = [line(f"row {i}", k, 0.3 + 0.001 * i + 0.1 * k, objective=f"kind {i % 6}", wall=5.0 + i)
@@ -32,7 +32,7 @@ CROWD += [line("teacher, heun", 18, 0.14, "teacher", None)]
     ],
 )
 def test_names_move_as_little_as_keeps_them_apart(places, expected):
-    assert plots.apart(places, 0.1) == pytest.approx(expected)
+    assert plots.spread_out(places, 0.1) == pytest.approx(expected)
 
 
 @pytest.fixture
@@ -80,7 +80,10 @@ def test_cost_is_what_the_budget_did_not_hold_equal(drawn, tmp_path, monkeypatch
     assert drawn["quality-cost.png"].axes[0].get_xlabel() == "training, seconds"
     figures = []
     monkeypatch.setattr(plots, "saved", lambda fig, path: figures.append(fig))
-    unequal = [line("a", 1, 0.5), Line(**{**vars(line("b", 1, 0.6)), "network_evaluations": 9e3})]
+    unequal = [
+        line("a", 1, 0.5),
+        LeaderboardRow(**{**vars(line("b", 1, 0.6)), "network_evaluations": 9e3}),
+    ]
     plots.plot(unequal, tmp_path)
     assert figures[0].axes[0].get_xlabel() == "training, network evaluations"
 
@@ -92,4 +95,4 @@ def test_objectives_differ_by_mark_as_well_as_by_colour():
 
 
 def test_without_a_student_there_is_nothing_to_draw(tmp_path):
-    assert plots.plot([Line("a", "student", "dmd2", None, [], {})], tmp_path) == []
+    assert plots.plot([LeaderboardRow("a", "student", "dmd2", None, [], {})], tmp_path) == []

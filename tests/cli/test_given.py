@@ -22,7 +22,7 @@ from students import Critic
 from teachers import UserError, load
 from teachers.catalogue.loading import find
 from teachers.errors import intact
-from teachers.guidance import Skipping
+from teachers.guidance import SkipLayerGuided
 from teachers.storage.files import home, read_json
 from teachers.teacher import Pixels, Teacher
 from tests.helpers.command_line import called
@@ -235,7 +235,7 @@ def test_weights_that_are_not_finite_are_told_from_a_wrong_adapter(folders):
     ("file", "read"),
     [
         ("summary.json", page.read_summary),
-        ("speed.json", page.paces),
+        ("speed.json", page.timings),
         ("metrics.jsonl", curves.series),
         ("reference.json", lambda run: curves.read(run / "reference.json")),
         ("samples/final/prompts.json", page.prompts),
@@ -258,7 +258,7 @@ def test_a_block_without_a_name_is_refused(pipelines):
     with pytest.raises(ValueError, match="no block ''"):
         Critic(teacher.denoiser, teacher.shape, None, [""])
     with pytest.raises(UserError, match="no block ''"):
-        Skipping(teacher.denoiser, 2.0, [""])
+        SkipLayerGuided(teacher.denoiser, 2.0, [""])
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """Recipes: every mistake is one line with its place and its remedy, before anything is built."""
 
 import pytest
+import yaml
 
-from distill.config.recipe import Recipe, networks_of, shipped
+from distill.benchmark.spec import Bench, Row
+from distill.config import renamed
+from distill.config.recipe import Recipe, find, networks_of, read_yaml, shipped
 from distill.objectives import OBJECTIVES
 from distill.objectives.losses import LogNormal, Uniform
 from teachers import UserError
@@ -24,7 +27,7 @@ train: {steps: 10}
 def test_defaults_are_spelled_out(tmp_path):
     recipe = load(tmp_path, GOOD)
     assert recipe.objective == {
-        "name": "sid", "alpha": 1.2, "rivals_see": "places", "scale": 100.0,
+        "name": "sid", "alpha": 1.2, "fake_sees": "places", "scale": 100.0,
         "times": {"low": 0.0, "high": 0.8}, "fake_times": {"mean": -1.2, "std": 1.2},
     }  # fmt: skip
     assert Recipe.check(recipe.tree()) == recipe
@@ -182,3 +185,69 @@ def test_counts_without_times_in_the_scheduler_are_refused(tmp_path):
     recipe = load(tmp_path, GOOD, "student={steps: 4, counts: [2, 4]}")
     with pytest.raises(UserError, match="no times for 2 of 4 steps"):
         recipe.student.trained("chains", (4,))
+
+
+OLD_NAMES = [
+    ("digits/dmd2", "objective.realism", "gan_weight", 0.2),
+    ("digits/dmd2", "objective.critique", "critic_weight", 0.3),
+    ("digits/dmd2", "objective.reuse", "share_samples", True),
+    ("digits/dmd2", "objective.rivals_see", "fake_sees", "places"),
+    ("digits/sid", "objective.rivals_see", "fake_sees", "last"),
+    ("digits/fdistill", "objective.memory", "ratio_ema", 0.4),
+    ("digits/progressive", "objective.first", "initial_steps", 8),
+]
+
+
+@pytest.fixture
+def _unwarned(monkeypatch):
+    monkeypatch.setattr(renamed, "_warned", set())
+
+
+@pytest.mark.usefixtures("_unwarned")
+@pytest.mark.parametrize(("name", "old", "new", "value"), OLD_NAMES)
+def test_an_old_key_is_read_with_one_line(name, old, new, value, tmp_path, capsys):
+    tree = read_yaml(find(name))
+    tree["objective"].pop(new, None)
+    tree["objective"][old.partition(".")[2]] = value
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    for recipe in (Recipe.load(file), Recipe.load(name, [f"{old}={yaml.safe_dump(value)}"])):
+        assert recipe.objective[new] == value
+        assert old.partition(".")[2] not in recipe.objective
+    line = f"distill: {old} is now objective.{new}; the old name will go with the next release\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.usefixtures("_unwarned")
+def test_a_benchmarks_old_keys_are_laid_over_new_ones(capsys):
+    row = {"name": "old", "recipe": "digits/dmd2", "overrides": {"objective": {"realism": 0.7}}}
+    tree = {
+        "budget": {"seconds": 1},
+        "seeds": [0],
+        "common": {"train": {"batch": 8}},
+        "rows": [row],
+    }
+    assert Bench.model_validate(tree).recipe(Row(**row), 0).objective["gan_weight"] == 0.7
+    assert "objective.realism is now" in capsys.readouterr().err
+
+
+def test_a_key_under_both_names_is_refused():
+    tree = read_yaml(find("digits/dmd2"))
+    tree["objective"] |= {"realism": 0.1, "gan_weight": 0.1}
+    with pytest.raises(UserError, match=r"^objective\.realism: .*gan_weight"):
+        renamed.current_names(tree)
+
+
+def test_a_field_of_ones_own_objective_may_have_an_old_name():
+    tree = {"objective": {"name": "mine.py:Mine", "first": 3, "memory": 1}}
+    assert renamed.current_names(tree) == tree
+    assert renamed.current_key("objective.first", tree) == "objective.first"
+
+
+@pytest.mark.usefixtures("_unwarned")
+def test_old_keys_of_a_text_teacher_are_read():
+    tree = read_yaml(find("teachers/shapes"))
+    optimizer = tree["train"]["vae"].pop("optimizer")
+    tree["train"]["vae"]["moves"] = optimizer
+    assert renamed.current_names(tree)["train"]["vae"]["optimizer"] == optimizer
+    assert renamed.current_key("train.unet.moves.lr", tree) == "train.unet.optimizer.lr"

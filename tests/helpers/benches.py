@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 
 from distill.benchmark import runner
 from distill.benchmark import spec as benches
-from distill.benchmark.spec import Race
+from distill.benchmark.spec import BenchmarkRunner
 from distill.config.recipe import Recipe
 from distill.evaluation.finish import finish
 from distill.training.build import build
@@ -76,7 +76,7 @@ def played(monkeypatch):
         except Stopped:
             raise KeyboardInterrupt from None
 
-    monkeypatch.setattr(Race, "play", play)
+    monkeypatch.setattr(BenchmarkRunner, "play", play)
     monkeypatch.setattr(benches, "ThreadPoolExecutor", Here)
     monkeypatch.setattr(runner, "plot", lambda *_: [])
     return names

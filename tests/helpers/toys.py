@@ -103,7 +103,7 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         tree["critic"] = {}
         tree["student"] = {"steps": 2, "counts": [1, 2]}
     if name == "progressive":
-        objective |= {"first": 4, "stage_steps": 2}
+        objective |= {"initial_steps": 4, "stage_steps": 2}
     if name == "fdistill":
         objective["divergence"] = "forward-kl"
     return tree

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from distill.objectives.losses import LogNormal, Uniform, critique, mean_abs, mean_square, realism
+from distill.objectives.losses import (
+    LogNormal,
+    Uniform,
+    critic_loss,
+    generator_loss,
+    mean_abs,
+    mean_square,
+)
 from teachers.process import Karras, Linear
 
 
@@ -16,15 +23,15 @@ def softplus(x):
 def test_the_critics_loss_is_low_where_data_have_high_logits_and_fakes_low_ones():
     fake, real = torch.tensor([-2.0, 1.0]), torch.tensor([3.0, -0.5])
     expected = (softplus(-2) + softplus(1)) / 2 + (softplus(-3) + softplus(0.5)) / 2
-    assert critique(fake, real).item() == pytest.approx(expected, rel=1e-6)
+    assert critic_loss(fake, real).item() == pytest.approx(expected, rel=1e-6)
     fake.requires_grad_(), real.requires_grad_()
-    critique(fake, real).backward()
+    critic_loss(fake, real).backward()
     assert (fake.grad > 0).all() and (real.grad < 0).all()  # a step down lowers and raises them
 
 
 def test_the_students_loss_is_low_where_its_samples_have_high_logits():
     logits = torch.tensor([-2.0, 1.0], requires_grad=True)
-    value = realism(logits)
+    value = generator_loss(logits)
     assert value.item() == pytest.approx((softplus(2) + softplus(-1)) / 2, rel=1e-6)
     value.backward()
     assert (logits.grad < 0).all()

@@ -7,7 +7,7 @@ import torch
 
 from distill.objectives import DMD2, OBJECTIVES, FDistill, SiD
 from distill.objectives.base import Batch
-from distill.objectives.losses import Uniform, realism, surrogate
+from distill.objectives.losses import Uniform, generator_loss, surrogate
 from students.generator import Generator
 from teachers.analytic import Gaussian
 from teachers.errors import UserError
@@ -53,7 +53,7 @@ class PlainDMD2(DMD2):
 
 
 class PlainSiD(SiD):
-    def omega(self, x, real):
+    def normaliser(self, x, real):
         return torch.ones_like(x)
 
 
@@ -126,7 +126,7 @@ def test_f_divergences_have_their_own_gradients(divergence, m, r):
     teacher, student, network = pair()
     objective = Plain(
         teacher=teacher, student=student, fake=Fitted(network), critic=Ratio(), times=ONLY,
-        divergence=divergence, ratio_min=1e-6, ratio_max=1e6, realism=0,
+        divergence=divergence, ratio_min=1e-6, ratio_max=1e6, gan_weight=0,
     )  # fmt: skip
     found = gradient(objective, network, student_loss(objective))
     # the mean of h under the student undoes the normalisation
@@ -146,7 +146,7 @@ def test_reverse_kl_is_dmd2_whatever_the_critic_says():
             student=student,
             fake=Fitted(network),
             critic=Ratio(),
-            realism=0,
+            gan_weight=0,
             **extra,
         ).student_loss(Batch(None, noise(1000)), student, 1).value.backward()
         grads.append(network.r.grad)
@@ -160,7 +160,7 @@ def test_ratio_bins_settle_on_the_mean_ratio_of_their_times():
         student=student,
         fake=Fitted(network),
         critic=Ratio(),
-        memory=0,
+        ratio_ema=0,
         times=ONLY,
         ratio_min=1e-3,
         ratio_max=1e3,
@@ -195,7 +195,7 @@ def test_the_non_saturating_gradient_is_the_softened_reverse_kl():
     m = torch.tensor(0.8, dtype=D, requires_grad=True)
     x = m + noise()
     logits = -0.8 * x + 0.32  # the optimal critic of N(0, 1) against N(0.8, 1), held fixed
-    realism(logits).backward()
+    generator_loss(logits).backward()
     assert m.grad.item() == pytest.approx(0.45583, abs=2e-3)
 
 
@@ -261,7 +261,7 @@ def heard(reuse):
 
     objective = DMD2(
         teacher=teacher, student=student, fake=Listening(network), times=ONLY, fake_times=ONLY,
-        student_every=2, reuse=reuse,
+        student_every=2, share_samples=reuse,
     )  # fmt: skip
 
     def batch(label):
@@ -299,10 +299,10 @@ def test_rivals_see_the_end_of_the_chain_unless_told_to_see_every_place(kind, se
             return x.sum()
 
     objective = kind(
-        teacher=teacher, student=student, fake=Listening(network), fake_times=ONLY, rivals_see=see
+        teacher=teacher, student=student, fake=Listening(network), fake_times=ONLY, fake_sees=see
     )
     batch = Batch(None, torch.randn(6, 1, dtype=D))
-    (objective.rival_loss if kind is DMD2 else objective.fake_loss)(batch, student, 1)
+    (objective.fake_and_critic_loss if kind is DMD2 else objective.fake_loss)(batch, student, 1)
     last, places = student(batch.noise), student.rollout(batch.noise, first=1)
     assert not torch.allclose(last, places)
     torch.testing.assert_close(seen[0], last if see == "last" else places)
@@ -310,8 +310,8 @@ def test_rivals_see_the_end_of_the_chain_unless_told_to_see_every_place(kind, se
 
 def test_samples_of_every_place_are_not_reused_where_rivals_see_the_last():
     teacher, _, network = pair()
-    with pytest.raises(UserError, match=r"objective\.reuse"):
+    with pytest.raises(UserError, match=r"objective\.share_samples"):
         DMD2(
             teacher=teacher, student=Generator(network, (1.0, 0.5)), fake=Fitted(network),
-            reuse=True,
+            share_samples=True,
         )  # fmt: skip

@@ -29,7 +29,7 @@ def consistency(solver, levels):
     )  # fmt: skip
     one, slopes = torch.ones(1, 1, dtype=D), [1.0]
     for i in range(1, levels):
-        back = objective.previous(one, times[i : i + 1], times[i - 1 : i], Batch(None, one))
+        back = objective.ode_step(one, times[i : i + 1], times[i - 1 : i], Batch(None, one))
         slopes.append(slopes[-1] * back.item())
     return objective, network, torch.tensor(slopes, dtype=D)
 
@@ -77,13 +77,13 @@ def test_ects_steps_shrink_as_published(q, sigma, share, monkeypatch):
     objective = tuning(q)
     t = objective.teacher.process.time(torch.tensor([sigma], dtype=D))
     monkeypatch.setattr(LogNormal, "sample", lambda *_: t)
-    t, r = objective.pair(torch.zeros(1, 1), 0)
+    t, r = objective.sample_times(torch.zeros(1, 1), 0)
     assert (objective.ratio(r) / objective.ratio(t)).item() == pytest.approx(share, abs=1e-3)
 
 
 def test_ects_last_stages_neither_overflow_nor_let_the_times_meet():
     objective, x = tuning(256.0), torch.zeros(64, 1)
-    t, r = objective.pair(x, 10_000)  # where q^stage is beyond any float
+    t, r = objective.sample_times(x, 10_000)  # where q^stage is beyond any float
     ratio = objective.ratio(r) / objective.ratio(t)
     assert ratio.max().item() == pytest.approx(0.999, abs=2e-4) and (r < t)[t > 0].all()
 
@@ -92,7 +92,7 @@ def test_ects_first_stage_is_plain_diffusion_below_its_threshold(monkeypatch):
     objective = tuning()
     t = objective.teacher.process.time(torch.tensor([1.8, 2.0], dtype=D))
     monkeypatch.setattr(LogNormal, "sample", lambda *_: t)
-    _, r = objective.pair(torch.zeros(2, 1), 0)
+    _, r = objective.sample_times(torch.zeros(2, 1), 0)
     assert (r[0] == 0) and (r[1] > 0)
     x = torch.randn(2, 1, dtype=D)
     target = objective.boundary(torch.full((2, 1), 9.0, dtype=D), x + 1, r, Batch(x, x))
@@ -103,9 +103,9 @@ def test_ects_first_stage_is_plain_diffusion_below_its_threshold(monkeypatch):
 def test_ects_stages_halve_the_gap():
     objective = tuning()
     torch.manual_seed(0)
-    t0, r0 = objective.pair(torch.zeros(1000, 1), 0)
+    t0, r0 = objective.sample_times(torch.zeros(1000, 1), 0)
     torch.manual_seed(0)
-    t1, r1 = objective.pair(torch.zeros(1000, 1), 1)
+    t1, r1 = objective.sample_times(torch.zeros(1000, 1), 1)
     far = objective.ratio(t0) > 5
     gaps = (
         (objective.ratio(t0) - objective.ratio(r0))[far],
@@ -142,7 +142,7 @@ def test_the_steps_of_distillation_go_along_the_teachers_path_and_not_to_the_dat
     x_t = torch.tensor([[3.0]], dtype=D)
     t, r = (Karras().time(torch.tensor([v], dtype=D)) for v in (2.0, 1.9))
     batch = Batch(torch.full((1, 1), -99.0, dtype=D), torch.zeros(1, 1, dtype=D))
-    back = objective.previous(x_t, t, r, batch).item()
+    back = objective.ode_step(x_t, t, r, batch).item()
     assert back == pytest.approx(3 * ((0.25 + 1.9**2) / (0.25 + 2.0**2)) ** 0.5, abs=1e-4)
 
 
@@ -153,7 +153,9 @@ def test_hubers_constant_is_what_the_recipe_says():
 
     def distance(kind, **keys):
         return (
-            kind(teacher=teacher, student=student, **keys).apart(x, torch.zeros_like(x))[0].item()
+            kind(teacher=teacher, student=student, **keys)
+            .distances(x, torch.zeros_like(x))[0]
+            .item()
         )
 
     for kind in (Consistency, ConsistencyTuning):
@@ -190,7 +192,9 @@ def progressive(first):
     process = Trig()
     teacher = Gaussian(torch.zeros(1, dtype=D), torch.tensor([0.25], dtype=D), process)
     network = Slopes(torch.zeros(1, dtype=D), torch.zeros(1, dtype=D), process)
-    return Progressive(teacher=teacher, student=Generator(network), first=first, stage_steps=1)
+    return Progressive(
+        teacher=teacher, student=Generator(network), initial_steps=first, stage_steps=1
+    )
 
 
 @pytest.mark.parametrize(("first", "slope"), [(1, 0.2), (2, 0.33344), (4, 0.41138), (8, 0.45393)])
@@ -246,7 +250,7 @@ def test_the_loss_is_the_larger_of_the_errors_of_x_and_eps():
 def test_grids_that_do_not_halve_to_the_students_are_refused():
     from teachers.errors import UserError
 
-    with pytest.raises(UserError, match=r"objective\.first"):
+    with pytest.raises(UserError, match=r"objective\.initial_steps"):
         progressive(3)
 
 

@@ -77,13 +77,13 @@ def test_the_rivals_loss_is_the_fakes_and_a_share_of_the_critics(w, right):
     generator, _ = student(3.0)  # fakes are at 3, data at -3
     critic = Slope(w)
     objective = DMD2(
-        teacher=Says(0.0), student=generator, fake=Says(0.0), critic=critic, critique=0.25,
+        teacher=Says(0.0), student=generator, fake=Says(0.0), critic=critic, critic_weight=0.25,
         critic_times=CLEAN,
     )  # fmt: skip
     batch = Batch(-noise(3.0, 3.0, 3.0), noise(0.0, 0.0, 0.0))
     loss = played(objective, ("fake", "critic"), batch)
     telling = 2 * math.log1p(math.exp(3 * w))
-    assert loss.logs["telling"].item() == pytest.approx(telling, abs=0.01)
+    assert loss.logs["critic"].item() == pytest.approx(telling, abs=0.01)
     assert loss.value.item() == pytest.approx(2 + 0.25 * telling, abs=0.01)
     assert loss.logs["accuracy"].item() == right
     loss.value.backward()
@@ -95,7 +95,7 @@ def test_the_critic_pulls_the_student_to_where_logits_are_high(weight):
     generator, network = student(0.0)
     teacher = Says(0.0)  # the fake is the teacher: there is no other force
     objective = DMD2(
-        teacher=teacher, student=generator, fake=teacher, critic=Slope(2.0), realism=weight,
+        teacher=teacher, student=generator, fake=teacher, critic=Slope(2.0), gan_weight=weight,
         critic_times=CLEAN,
     )  # fmt: skip
     batch = Batch(noise(0.0, 0.0), noise(0.0, 0.0))
@@ -173,11 +173,11 @@ def test_sids_gradient_is_summed_over_dimensions_and_flows_not_through_its_weigh
         teacher=Says([2.0, 3.0]), student=generator, fake=Says([1.0, 1.0]), alpha=1.2, scale=10
     )
     loss = played(objective, ("student",), Batch(None, noise(0.0, 0.0, d=2)))
-    omega = (1.5 + 2.5) / 2
+    normaliser = (1.5 + 2.5) / 2
     value = 1 * (1.5 - 1.2 * 1) + 2 * (2.5 - 1.2 * 2)
-    assert loss.value.item() == pytest.approx(10 * value / omega)
+    assert loss.value.item() == pytest.approx(10 * value / normaliser)
     loss.value.backward()
-    assert network.m.grad.tolist() == pytest.approx([-10 * 1 / omega, -10 * 2 / omega])
+    assert network.m.grad.tolist() == pytest.approx([-10 * 1 / normaliser, -10 * 2 / normaliser])
 
 
 # f-divergences: the running means of the ratio, and when they begin to count
@@ -185,7 +185,7 @@ def test_sids_gradient_is_summed_over_dimensions_and_flows_not_through_its_weigh
 
 def divergence(w, **keys):
     generator, network = student(0.5, 1.0)
-    keys = {"divergence": "forward-kl", "realism": 0, "student_every": 1, **keys}
+    keys = {"divergence": "forward-kl", "gan_weight": 0, "student_every": 1, **keys}
     objective = FDistill(
         teacher=Says(2.0), student=generator, fake=Says(1.0), critic=w, times=Uniform(0.35, 0.35),
         **keys,
@@ -194,7 +194,7 @@ def divergence(w, **keys):
 
 
 def test_a_bins_mean_keeps_its_memory_and_takes_the_rest_from_the_turn():
-    objective, _ = divergence(Level(math.log(2.0)), memory=0.9)
+    objective, _ = divergence(Level(math.log(2.0)), ratio_ema=0.9)
     batch = Batch(noise(0.0, 1.0), noise(0.0, 1.0))
     for step, expected in enumerate((1.1, 1.19)):  # 0.9 · 1 + 0.1 · 2, and once more
         for turn in objective.turns(step):
@@ -210,7 +210,7 @@ def test_the_first_steps_are_plain_dmd2_and_not_one_more():
         def forward(self, x_t, t, cond=None):
             return torch.where(x_t[:, 0] > 2, self.w, -self.w)
 
-    objective, network = divergence(ByPlace(math.log(2.0)), warmup=2, memory=1.0)
+    objective, network = divergence(ByPlace(math.log(2.0)), warmup=2, ratio_ema=1.0)
     objective.times = CLEAN
     batch = Batch(noise(0.0, 4.0), noise(0.0, 4.0))
     plain = -(1 / 1.5 + 1 / 2.5) / 2
@@ -223,7 +223,7 @@ def test_the_first_steps_are_plain_dmd2_and_not_one_more():
 
 @pytest.mark.parametrize(("ratio", "trusted"), [(100.0, 20.0), (1e-3, 0.1), (3.0, 3.0)])
 def test_ratios_are_trusted_within_their_limits(ratio, trusted):
-    objective, _ = divergence(Level(math.log(ratio)), memory=0.0)
+    objective, _ = divergence(Level(math.log(ratio)), ratio_ema=0.0)
     for turn in objective.turns(0):
         turn.loss(Batch(noise(0.0, 1.0), noise(0.0, 1.0)))
     assert objective.means[3].item() == pytest.approx(trusted, rel=1e-5)

@@ -88,18 +88,18 @@ def test_a_curve_leaves_its_band_where_it_is_half_beyond_it():
     assert band.at(10) == (0.0, 6.0)
     assert band.at(11) is None
     good = reference((1, 1, 1), (2, 2, 2))
-    assert curves.departures({"student/loss": {10: 2.9, 20: 0.1, 30: 3.0}}, good) == []
-    (left,) = curves.departures({"student/loss": {10: 1.0, 20: 3.5, 30: 8.0}}, good)
+    assert curves.deviations({"student/loss": {10: 2.9, 20: 0.1, 30: 3.0}}, good) == []
+    (left,) = curves.deviations({"student/loss": {10: 1.0, 20: 3.5, 30: 8.0}}, good)
     assert (left.first, left.worst, left.value) == (20, 30, 8.0)
     assert str(left) == "student/loss: 4× the reference at step 30, outside since step 20"
 
 
 def test_a_run_that_diverged_to_infinity_has_left_its_band(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "student/loss": Infinity}\n')
-    (left,) = curves.departures(curves.series(tmp_path), reference((1, 1, 1), (2, 2, 2)))
+    (left,) = curves.deviations(curves.series(tmp_path), reference((1, 1, 1), (2, 2, 2)))
     assert left.worst == 10
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "student/loss": NaN}\n')
-    assert curves.departures(curves.series(tmp_path), reference((1, 1, 1), (2, 2, 2)))
+    assert curves.deviations(curves.series(tmp_path), reference((1, 1, 1), (2, 2, 2)))
 
 
 def test_compare_says_which_curve_left_and_when(run, tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 from distill import __main__ as cli
 from distill.evaluation import subject
 from distill.sampling import speed
-from distill.sampling.speed import Gauge, Pace, evaluated, measured, pace, quantile, saturated
+from distill.sampling.speed import Timer, Timing, evaluated, measured, quantile, saturated, timing
 from distill.sampling.teacher_sampler import counted
 from students.lora import unwrap
 from teachers.catalogue.loading import load
@@ -39,12 +39,12 @@ class Machine:
 
     @property
     def gauge(self):
-        return Gauge(lambda: self.now, lambda: None, self.empty, lambda: self.held)
+        return Timer(lambda: self.now, lambda: None, self.empty, lambda: self.held)
 
 
 def test_latency_is_the_median_of_warm_calls_and_what_nine_in_ten_do_not_exceed():
     machine = Machine(slow=[100, 100, *(1 + i / 10 for i in range(11))])  # two that are not warm
-    found = pace(machine.make, 1, machine.gauge)
+    found = timing(machine.make, 1, machine.gauge)
     assert found.calls == 8  # 1 + 1.1 + … + 1.7 s are enough
     assert found.latency_ms == pytest.approx(1350)
     assert found.latency_p90_ms == pytest.approx(1630)
@@ -55,7 +55,7 @@ def test_latency_is_the_median_of_warm_calls_and_what_nine_in_ten_do_not_exceed(
 @pytest.mark.parametrize(("each", "calls"), [(0.001, speed.MOST), (0.5, 20), (7.0, speed.LEAST)])
 def test_quick_calls_are_timed_more_often_than_slow_ones(each, calls):
     machine = Machine(fixed=0.0, each=each)
-    assert pace(machine.make, 1, machine.gauge).calls == calls
+    assert timing(machine.make, 1, machine.gauge).calls == calls
     assert len(machine.calls) == calls + speed.WARM
 
 
@@ -67,7 +67,7 @@ def test_quantiles_are_linear_between_neighbours():
 def test_a_batch_is_doubled_until_twice_as_many_gain_less_than_a_tenth():
     """n pictures take 0.9 + n/10 seconds: 2n of them are worth 2 (0.9 + n/10) / (0.9 + n/5)."""
     machine = Machine()
-    one = pace(machine.make, 1, machine.gauge)
+    one = timing(machine.make, 1, machine.gauge)
     best, why = saturated(machine.make, one, machine.gauge)
     first = next(n for n in (1, 2, 4, 8, 16, 32, 64, 128)
                  if 2 * (0.9 + n / 10) / (0.9 + n / 5) < speed.GAIN)  # fmt: skip
@@ -80,7 +80,7 @@ def test_a_batch_is_doubled_until_twice_as_many_gain_less_than_a_tenth():
 @pytest.mark.parametrize(("memory", "batch"), [(1, 1), (20, 16)])
 def test_out_of_memory_the_last_batch_that_fitted_stands(memory, batch):
     machine = Machine(memory=memory)
-    best, why = saturated(machine.make, pace(machine.make, 1, machine.gauge), machine.gauge)
+    best, why = saturated(machine.make, timing(machine.make, 1, machine.gauge), machine.gauge)
     assert (best.batch, why) == (batch, f"out of memory at {2 * batch}")
     assert best.peak_memory_gb == 2.0 + batch
     assert machine.held == 0.0  # what was held in vain was given back
@@ -88,7 +88,7 @@ def test_out_of_memory_the_last_batch_that_fitted_stands(memory, batch):
 
 def test_no_batch_exceeds_the_cap():
     machine = Machine(fixed=1000.0)
-    one = pace(machine.make, 1, machine.gauge)
+    one = timing(machine.make, 1, machine.gauge)
     best, why = saturated(machine.make, one, machine.gauge, cap=12)
     assert (best.batch, why, max(machine.calls)) == (8, "no more than 12 are tried", 8)
 
@@ -106,7 +106,7 @@ def test_one_picture_is_one_picture_however_slow_the_next_batch():
     assert found["evaluations"] == 6
     assert found["single"] == found["saturated"]
     assert found["single"]["batch"] == 1
-    assert set(found["single"]) == set(Pace.__dataclass_fields__)
+    assert set(found["single"]) == set(Timing.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(

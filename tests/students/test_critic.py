@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.objectives.losses import critique
+from distill.objectives.losses import critic_loss
 from students.critic import Critic, Tokens, picture
 from teachers.denoiser import Network
 from teachers.process import Linear
@@ -75,7 +75,7 @@ def test_training_raises_the_logits_of_data_above_those_of_fakes():
     data, fakes = torch.randn(2, 32, 2, 4, 4).add(torch.tensor([1.0, -1.0]).view(2, 1, 1, 1, 1))
     for _ in range(20):
         optimizer.zero_grad()
-        critique(critic(fakes, t), critic(data, t)).backward()
+        critic_loss(critic(fakes, t), critic(data, t)).backward()
         optimizer.step()
     assert critic(data, t).mean() > 0.5
     assert critic(fakes, t).mean() < -0.5

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from students import Critic, Generator, schedulers
-from students.export.folder import ExportError, apart, draw, export, load_student, verify
+from students.export.folder import ExportError, draw, export, load_student, pixel_difference, verify
 from teachers import Karras, UserError, load
 from teachers.analytic import Gaussian
 from teachers.process import Tabulated
@@ -299,9 +299,9 @@ def test_one_pixel_that_differs_fails_an_export(pipelines):
     ours = torch.rand(3, 1, 8, 8)
     theirs = ours.clone()
     theirs[1, 0, 2, 5] += 5e-4  # rounding
-    assert apart(ours, theirs, student) == ""
+    assert pixel_difference(ours, theirs, student) == ""
     theirs[1, 0, 2, 5] += 5e-3
-    assert "differs from the student by 0.005" in apart(ours, theirs, student)
+    assert "differs from the student by 0.005" in pixel_difference(ours, theirs, student)
 
 
 def test_pictures_do_not_depend_on_the_batch_size(pipelines):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from teachers.analytic import Finite, Gaussian, Mixture, ring
-from teachers.denoiser import PREDICTIONS, Denoiser, Guided, Network, Under, edm
+from teachers.denoiser import PREDICTIONS, Denoiser, Guided, Network, Reparametrised, edm
 from teachers.process import Karras, Linear, Tabulated, Trig
 
 
@@ -62,13 +62,13 @@ def test_a_consistency_network_is_the_identity_at_sigma_min():
 )
 def test_the_process_is_only_a_clock(process):
     straight, x = Mixture(ring(), 0.2, process), torch.randn(16, 2)
-    seen = Under(Mixture(ring(), 0.2, Linear()), process)
+    seen = Reparametrised(Mixture(ring(), 0.2, Linear()), process)
     t = torch.rand(16).clamp(0.1, 0.9)
     torch.testing.assert_close(seen(x, t), straight(x, t), atol=1e-4, rtol=1e-3)
 
 
 def test_pure_noise_under_another_process_is_finite():
-    seen = Under(Mixture(ring(), 0.2, Karras()), Linear())
+    seen = Reparametrised(Mixture(ring(), 0.2, Karras()), Linear())
     assert torch.isfinite(seen(torch.randn(4, 2), torch.ones(4))).all()
 
 
@@ -152,6 +152,6 @@ def test_a_wrapper_has_the_weight_of_its_network_at_the_same_noise():
     t = torch.tensor([0.2, 0.5, 0.7], dtype=torch.double)
     alpha, sigma = Karras().scales(t)
     expected = inner.weight(Linear().time(sigma / alpha))
-    torch.testing.assert_close(Under(inner, Karras()).weight(t), expected)
+    torch.testing.assert_close(Reparametrised(inner, Karras()).weight(t), expected)
     torch.testing.assert_close(expected, sigma**-2.0, rtol=1e-6, atol=0)  # ε's weight is the SNR
     torch.testing.assert_close(Guided(inner, 3.0).weight(t), inner.weight(t))

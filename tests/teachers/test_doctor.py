@@ -152,7 +152,7 @@ def test_what_mixes_a_batch_detaches_or_draws_is_caught(teacher, data):
         def call(self, x_t, t, cond, s):
             return super().call(x_t, t, cond, s)
 
-    class Drawing(Other):
+    class Sampler(Other):
         def call(self, x_t, t, cond, s):
             return super().call(x_t, t, cond, s) + torch.randn_like(x_t)
 
@@ -164,11 +164,11 @@ def test_what_mixes_a_batch_detaches_or_draws_is_caught(teacher, data):
         kind.__name__: first_broken(
             examine(replace(teacher, denoiser=kind(teacher.denoiser)), *data, structure_only=True)
         )
-        for kind in (Mixing, Detached, Drawing, Raising)
+        for kind in (Mixing, Detached, Sampler, Raising)
     }
     assert found["Mixing"].startswith("call(): a sample's x̂ changes with the others")
     assert found["Detached"].startswith("call(): something in it detaches")
-    assert found["Drawing"].startswith("call(): two calls differ")
+    assert found["Sampler"].startswith("call(): two calls differ")
     assert found["Raising"].startswith("outputs: the adapter raised KeyError: 'text_embeds'")
 
 

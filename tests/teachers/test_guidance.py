@@ -11,8 +11,16 @@ from distill.config.recipe import Recipe
 from distill.sampling import guided_teacher
 from teachers import UserError, load
 from teachers.analytic import Gaussian
-from teachers.denoiser import Denoiser, Guided, Network, Under, linear
-from teachers.guidance import Adaptive, Auto, Interval, Projected, Rescaled, Skipping, describe
+from teachers.denoiser import Denoiser, Guided, Network, Reparametrised, linear
+from teachers.guidance import (
+    Adaptive,
+    AutoGuided,
+    Interval,
+    Projected,
+    Rescaled,
+    SkipLayerGuided,
+    describe,
+)
 from teachers.process import Karras, Linear
 from teachers.solver import cfgpp, ddim, solve
 from tests.helpers import families
@@ -55,7 +63,7 @@ def kinds(denoiser, scale, mix=linear):
     weaker = Gaussian(torch.zeros(D, dtype=torch.double), torch.ones(D, dtype=torch.double))
     return [
         Guided(denoiser, scale, NULL, mix),
-        Auto(denoiser, scale, weaker, mix),
+        AutoGuided(denoiser, scale, weaker, mix),
         Interval(Guided(denoiser, scale, NULL, mix), 0.01, 10),
     ]
 
@@ -150,7 +158,7 @@ def test_outside_the_interval_one_evaluation_is_spent_and_x_is_unguided(teacher,
 def test_an_interval_is_of_the_noise_level_under_any_clock(teacher, point):
     x_t, t, cond = point
     straight = Interval(Guided(teacher, 3.0, NULL), 0.5, 5)
-    clocked = Interval(Guided(Under(teacher, Linear()), 3.0, NULL), 0.5, 5)
+    clocked = Interval(Guided(Reparametrised(teacher, Linear()), 3.0, NULL), 0.5, 5)
     ratio = teacher.process.scales(t)[1]
     own = Linear().time(ratio)
     scaled = x_t / (1 + ratio[:, None])
@@ -161,7 +169,7 @@ def test_autoguidance_extrapolates_from_the_weaker_network():
     strong = Gaussian(torch.ones(D).double(), torch.full((D,), 1.0).double())
     weak = Gaussian(torch.zeros(D).double(), torch.full((D,), 2.0).double())
     x_t, t = torch.randn(5, D, dtype=torch.double), torch.rand(5, dtype=torch.double)
-    found = Auto(strong, 2.0, weak)(x_t, t)
+    found = AutoGuided(strong, 2.0, weak)(x_t, t)
     torch.testing.assert_close(found, 2 * strong(x_t, t) - weak(x_t, t))
 
 
@@ -193,12 +201,12 @@ def test_a_skipped_block_returns_its_input_and_is_itself_again_afterwards():
     with torch.no_grad():
         x = x_t + net.first(x_t)
         by_hand = net.last(x) + net.wide(x)[:, :D] + 2 * x[:2].mean()  # without `pair`
-    found = Skipping(denoiser, 1.5, ["backbone.pair"])(x_t, t)
+    found = SkipLayerGuided(denoiser, 1.5, ["backbone.pair"])(x_t, t)
     torch.testing.assert_close(found, by_hand + 1.5 * (plain - by_hand))
     assert torch.equal(denoiser(x_t, t), plain)
     without_first = deepcopy(denoiser)
     without_first.backbone.first = nn.Identity()
-    found = Skipping(denoiser, 0.0, ["backbone.first"])(x_t, t)
+    found = SkipLayerGuided(denoiser, 0.0, ["backbone.first"])(x_t, t)
     torch.testing.assert_close(found, without_first(x_t, t))
 
 
@@ -207,15 +215,15 @@ def test_a_block_that_is_not_there_or_cannot_be_skipped_is_named():
     with pytest.raises(
         UserError, match=r"no block 'backbone.frist'; did you mean 'backbone.first'"
     ):
-        Skipping(denoiser, 2.0, ["backbone.frist"])
+        SkipLayerGuided(denoiser, 2.0, ["backbone.frist"])
     with pytest.raises(UserError, match="a Linear does not return what it was given"):
-        Skipping(denoiser, 2.0, ["backbone.wide"])(torch.randn(2, D), torch.rand(2))
+        SkipLayerGuided(denoiser, 2.0, ["backbone.wide"])(torch.randn(2, D), torch.rand(2))
 
 
 def test_skipping_refuses_to_be_recomputed_without_its_hooks():
     denoiser = Network(Blocks(), Linear(), "x")
     denoiser.backbone.gradient_checkpointing = True
-    skipping, x_t = Skipping(denoiser, 2.0, ["backbone.first"]), torch.randn(2, D)
+    skipping, x_t = SkipLayerGuided(denoiser, 2.0, ["backbone.first"]), torch.randn(2, D)
     skipping(x_t, torch.rand(2))
     with pytest.raises(UserError, match="turn gradient checkpointing off"):
         skipping(x_t.requires_grad_(), torch.rand(2))

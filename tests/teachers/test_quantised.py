@@ -10,7 +10,7 @@ from distill.config.recipe import Recipe
 from distill.training import build
 from students import schedulers
 from students.export.folder import export, load_student, rehearse
-from students.export.unquantised import restored
+from students.export.unquantised import unquantised
 from students.lora import Adapter, adapted, checkpointing, unwrap
 from teachers import UserError, load
 from teachers.quantised import BLOCK, FORMS, NF4, Quantised, decode, encode, parameters, quantise
@@ -146,7 +146,7 @@ def test_adapters_on_quantised_weights_have_the_gradients_of_those_on_the_decode
 def test_a_student_is_merged_into_the_weights_of_the_files_and_not_into_codes(folder):
     small, whole = load(folder, precision="nf4"), load(folder, precision="bf16")
     student = disturbed(schedulers.student(small, 2, None, True, Adapter(rank=4, alpha=8.0)))
-    found = restored(student, small)
+    found = unquantised(student, small)
     weights = dict(unwrap(found.denoiser).backbone.named_parameters())
     state = student.denoiser.trainable()
     moved = 0
@@ -168,7 +168,7 @@ def test_a_student_on_quantised_weights_is_rehearsed_and_exported_whole(folder, 
     teacher = load(folder, precision="nf4")
     student = disturbed(schedulers.student(teacher, 2, None, True, Adapter(rank=4))).eval()
     rehearse(student, teacher)
-    export(restored(student, teacher), teacher, tmp_path / "student", {})
+    export(unquantised(student, teacher), teacher, tmp_path / "student", {})
     again, _ = load_student(tmp_path / "student")
     kinds = {type(m) for m in unwrap(again.denoiser).backbone.modules()}
     assert Quantised not in kinds and nn.Linear in kinds
@@ -177,7 +177,7 @@ def test_a_student_on_quantised_weights_is_rehearsed_and_exported_whole(folder, 
 def test_a_student_of_whole_weights_is_restored_as_it_is(folder):
     teacher = load(folder)
     student = schedulers.student(teacher, 1, None, True, Adapter(rank=2))
-    assert restored(student, teacher) is student
+    assert unquantised(student, teacher) is student
 
 
 @pytest.mark.parametrize(

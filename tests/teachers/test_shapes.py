@@ -253,7 +253,9 @@ def test_a_taught_teacher_is_a_stock_pipeline_and_resumes_exactly(tmp_path):
         assert (tmp_path / "whole/checkpoints" / stage).is_dir()
     lines = (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 1, 2, 3]
-    flat = {"constant": ["train.vae.moves.decay=constant", "train.unet.moves.decay=constant"]}
+    flat = {
+        "constant": ["train.vae.optimizer.decay=constant", "train.unet.optimizer.decay=constant"]
+    }
     _, straight = taught("straight", False, "train.unet.steps=5", *flat["constant"])
     taught("broken", False, "train.unet.steps=3", *flat["constant"])
     (tmp_path / "broken/recipe.yaml").write_text((tmp_path / "straight/recipe.yaml").read_text())

@@ -60,7 +60,7 @@ def where(modules):
 def test_every_objective_trains_samples_and_resumes(name, way, pipelines, tmp_path, gpu):
     tree = recipe_tree(name, pipelines["edm"], steps=6, save_every=1)
     if name == "progressive":
-        tree["objective"] |= {"first": 2, "stage_steps": 1}  # a new stage makes a network
+        tree["objective"] |= {"initial_steps": 2, "stage_steps": 1}  # a new stage makes a network
     if WAYS[way]:
         tree["adapters"] = WAYS[way]
     engine = made(tree, tmp_path / "run")

@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.config.optimizer import Moves
+from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe
 from distill.objectives.base import Loss, Objective, Turn
 from distill.seeds import seed_all
@@ -308,18 +308,18 @@ def player(moves, steps=10):
 
 
 def test_learning_rates_warm_up_and_decay():
-    linear = Moves(lr=1.0, warmup=4, decay="linear")
+    linear = OptimizerConfig(lr=1.0, warmup=4, decay="linear")
     assert linear.rate(0, 10) == pytest.approx(0.2)
     assert linear.rate(5, 10) == pytest.approx(0.5)
     assert linear.rate(10, 10) == 0
-    cosine = Moves(lr=2.0, decay="cosine", lr_end=0.5, decay_steps=4)
+    cosine = OptimizerConfig(lr=2.0, decay="cosine", lr_end=0.5, decay_steps=4)
     assert cosine.rate(0, 99) == 2
     assert cosine.rate(2, 99) == pytest.approx(1.5)
     assert cosine.rate(50, 99) == pytest.approx(1.0)
 
 
 def test_a_turn_clips_applies_and_forgets_the_gradient():
-    weight, p = player(Moves(lr=0.1, clip=1.0, weight_decay=0))
+    weight, p = player(OptimizerConfig(lr=0.1, clip=1.0, weight_decay=0))
     with p.turn(0):
         (30 * weight.sum()).backward()
     assert p.grad_norm.item() == pytest.approx(30 * 3**0.5)
@@ -329,12 +329,12 @@ def test_a_turn_clips_applies_and_forgets_the_gradient():
 
 
 def test_a_fresh_turn_starts_the_schedule_and_the_optimiser_over():
-    weight, p = player(Moves(lr=1.0, decay="linear", decay_steps=4, weight_decay=0))
+    weight, p = player(OptimizerConfig(lr=1.0, decay="linear", decay_steps=4, weight_decay=0))
     for step in range(3):
         with p.turn(step):
             weight.sum().backward()
     assert p.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
-    with p.turn(3, fresh=True):
+    with p.turn(3, reset=True):
         weight.sum().backward()
     assert p.optimizer.param_groups[0]["lr"] == 1.0
     assert p.optimizer.state[weight]["step"].item() == 1
@@ -344,7 +344,7 @@ class Stages(Objective):
     """Two stages of two steps; the second begins afresh."""
 
     def turns(self, step):
-        yield Turn(("student",), lambda batch: self.loss(batch, step), fresh=step == 2)
+        yield Turn(("student",), lambda batch: self.loss(batch, step), reset=step == 2)
 
     def loss(self, batch, step):
         return Loss(self.student(batch.noise, batch.cond).square().mean())

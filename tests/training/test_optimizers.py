@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from distill.config.optimizer import Moves
+from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe
 from distill.planning import forecast
 from distill.training import build, checkpoint, optimizers
@@ -31,14 +31,14 @@ def weights(seed=0):
 
 
 def player(name, params):
-    moves = Moves(optimizer=name, lr=3e-2, betas=(0.8, 0.99), weight_decay=0.1, warmup=2)
+    moves = OptimizerConfig(optimizer=name, lr=3e-2, betas=(0.8, 0.99), weight_decay=0.1, warmup=2)
     return Player(params, Accelerator(), moves, 20)
 
 
 def play(mover, steps):
     for step in steps:
         torch.manual_seed(step)
-        with mover.turn(step, fresh=step == 4):
+        with mover.turn(step, reset=step == 4):
             loss = sum((p * torch.randn_like(p)).sum() + p.pow(4).sum() for p in mover.params)
             loss.backward()
 

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from distill.config.optimizer import Moves
+from distill.config.optimizer import OptimizerConfig
 from distill.training import player as players
 from distill.training.player import Player, average_gradients
 
@@ -33,7 +33,7 @@ def moved(moves, gradient):
 @pytest.mark.parametrize("clip", [0.5, 1.0, 4.0])
 def test_a_gradient_that_is_too_long_is_shortened_to_the_clip_and_keeps_its_direction(clip):
     gradient = torch.tensor([3.0, -4.0, 12.0])  # of length 13
-    found, mover = moved(Moves(lr=0.5, clip=clip), gradient)
+    found, mover = moved(OptimizerConfig(lr=0.5, clip=clip), gradient)
     torch.testing.assert_close(found, gradient * clip / 13, rtol=1e-4, atol=1e-6)
     assert mover.grad_norm.item() == pytest.approx(13)  # what is logged is before the clip
 
@@ -41,27 +41,29 @@ def test_a_gradient_that_is_too_long_is_shortened_to_the_clip_and_keeps_its_dire
 @pytest.mark.parametrize("clip", [0.0, 20.0])
 def test_a_gradient_within_the_clip_is_left_as_it_is_and_a_clip_of_zero_is_none(clip):
     gradient = torch.tensor([3.0, -4.0, 12.0])
-    found, _ = moved(Moves(lr=0.5, clip=clip), gradient)
+    found, _ = moved(OptimizerConfig(lr=0.5, clip=clip), gradient)
     torch.testing.assert_close(found, gradient)
 
 
 def test_the_clip_is_of_all_weights_together():
-    (a, b), mover = player(Moves(lr=1.0, clip=1.0), (1,), (1,))
+    (a, b), mover = player(OptimizerConfig(lr=1.0, clip=1.0), (1,), (1,))
     with mover.turn(0):
         (3 * a + 4 * b).sum().backward()
     assert (a.item(), b.item()) == (pytest.approx(-0.6, rel=1e-4), pytest.approx(-0.8, rel=1e-4))
 
 
 def test_a_cosine_is_no_line():
-    moves = Moves(lr=2.0, decay="cosine", decay_steps=8)
+    moves = OptimizerConfig(lr=2.0, decay="cosine", decay_steps=8)
     for age, left in ((0, 1), (2, (1 + 0.5**0.5) / 2), (4, 0.5), (6, (1 - 0.5**0.5) / 2), (8, 0)):
         assert moves.rate(age, 99) == pytest.approx(2 * left, abs=1e-12)
-    ends = Moves(lr=2.0, decay="cosine", decay_steps=3, lr_end=0.25)
+    ends = OptimizerConfig(lr=2.0, decay="cosine", decay_steps=3, lr_end=0.25)
     assert ends.rate(1, 99) == pytest.approx(2 * (0.25 + 0.75 * (1 + math.cos(math.pi / 3)) / 2))
 
 
 def test_the_rate_of_a_turn_follows_the_schedule_from_its_start():
-    (weight,), mover = player(Moves(lr=1.0, clip=0, warmup=3, decay="linear", decay_steps=8))
+    (weight,), mover = player(
+        OptimizerConfig(lr=1.0, clip=0, warmup=3, decay="linear", decay_steps=8)
+    )
     seen = []
     for step in range(4):
         before = weight.detach().clone()
@@ -72,7 +74,7 @@ def test_the_rate_of_a_turn_follows_the_schedule_from_its_start():
 
 
 def test_every_key_of_a_players_moves_reaches_its_optimiser():
-    moves = Moves(lr=0.3, betas=(0.7, 0.95), eps=1e-5, weight_decay=0.2)
+    moves = OptimizerConfig(lr=0.3, betas=(0.7, 0.95), eps=1e-5, weight_decay=0.2)
     weight = nn.Parameter(torch.tensor([2.0]))
     mover = Player([weight], Accelerator(cpu=True), moves, 10)
     expected, mean, square = 2.0, 0.0, 0.0
