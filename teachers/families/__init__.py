@@ -1,1 +1,1 @@
-"""Pipelines of diffusers as teachers, a file to a family."""
+"""Diffusers pipelines as teachers: one file for each model family."""

@@ -1,8 +1,8 @@
-"""Stock diffusers pipelines as teachers: one loader and one codec; a family says what differs.
+"""Stock diffusers pipelines as teachers: one loader and one codec; a family states what differs.
 
 A family is a `Pretrained` subclass of a few lines: how its network is called, and how prompts
-become conditions. VAE scale and shift, timestep shift, time units and prediction type are read from
-the checkpoint's configs.
+become conditions. VAE scale and shift, timestep shift, time units and prediction type come from the
+checkpoint's configs.
 """
 
 from __future__ import annotations
@@ -27,100 +27,99 @@ __all__ = ["Pretrained", "Prompted", "check_vocabulary", "images_of", "load", "q
 
 
 class Pretrained(Network):
-    """A network out of a diffusers folder. A family overrides `call`, and what else differs.
+    """The network of a diffusers folder. A family overrides `call` and whatever else differs.
 
-    What its pipeline tells it of a picture's height and width it is told in `call`, from the shape
-    of x_t, and by no condition: batches of several shapes are all told their own.
+    Image height and width, where the network reads them, come from the shape of x_t in `call`, not
+    from the condition: batches of different shapes each get their own.
 
     Args:
-        schedule: How its outputs and times are to be read.
-        per_latent: How many pixels of a side become one of a latent's.
+        schedule: Process, prediction type and time units of the network.
+        per_latent: Pixels per latent cell along one side.
     """
 
     PIPELINES: ClassVar[tuple[str, ...]] = ()  # classes that model_index.json may name
-    PART: ClassVar[str] = "transformer"  # where the pipeline keeps the network
-    # How its pipeline asks for times: of the scheduler's own making, or σ from 1 to 1/n.
+    PART: ClassVar[str] = "transformer"  # the pipeline component that is the network
+    # How the pipeline sets timesteps: by the scheduler's default, or σ from 1 to 1/n.
     GRID: ClassVar[Literal["own", "trailing"]] = "own"
-    SEEDED: ClassVar[bool] = False  # whether it hands its generator on to the scheduler's steps
-    FRAMED: ClassVar[bool] = False  # whether its VAE is one for videos, of which it makes pictures
-    SQUARE: ClassVar[bool] = False  # whether its pipeline draws squares of one size alone
-    SCALED: ClassVar[bool] = False  # whether it knows EDM's schedulers, which scale its input
-    FLOWS: ClassVar[bool] = True  # whether its pipeline runs with schedulers of rectified flow
-    LORA: ClassVar[str] = r".*attn\d?\.(to_q|to_k|to_v|to_out\.0)"  # what adapters adapt: a regex
+    SEEDED: ClassVar[bool] = False  # the pipeline passes its generator to scheduler.step
+    FRAMED: ClassVar[bool] = False  # a video VAE, used for images of one frame
+    SQUARE: ClassVar[bool] = False  # the pipeline samples one square size only
+    SCALED: ClassVar[bool] = False  # works with EDM schedulers, which scale the input
+    FLOWS: ClassVar[bool] = True  # the pipeline works with rectified-flow schedulers
+    LORA: ClassVar[str] = r".*attn\d?\.(to_q|to_k|to_v|to_out\.0)"  # regex of layers that get LoRA
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, per_latent: int = 1) -> None:
         super().__init__(backbone, schedule.process, schedule.predicts)
         self.schedule, self.per_latent = schedule, per_latent
 
     def twin(self, backbone: nn.Module, schedule: Schedule) -> Self:
-        """Another network of this family, whose pictures are as many pixels large."""
+        """Another network of this family with the same pixels per latent cell."""
         twin = type(self)(backbone, schedule)
         twin.per_latent = self.per_latent
         return twin
 
     def seen(self, x_t: Tensor) -> tuple[int, int]:
-        """Height and width in pixels of the pictures that x_t (B, C, ..., H, W) becomes."""
+        """Height and width in pixels of the images that latents x_t (B, C, ..., H, W) decode to."""
         return x_t.shape[-2] * self.per_latent, x_t.shape[-1] * self.per_latent
 
     def adopt(self, schedule: Schedule) -> Self:
-        """Read the network by another schedule from now on."""
+        """Switch to another schedule: process, prediction type and times."""
         self.process, self.schedule = schedule.process, schedule
         self.coefficients = coefficients(schedule.predicts)
         return self
 
     def time(self, t: Tensor) -> Tensor:
-        """The time (B,) that the network reads at t (B,)."""
+        """The network's time input (B,) for process times t (B,)."""
         return self.schedule.time(t)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and so of what the network is fed."""
+        """The dtype of the weights, to which inputs are cast."""
         return next(self.backbone.parameters()).dtype
 
     @staticmethod
     def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
-        """The condition of N prompts, each entry (N, ...) and of a shape that never varies.
+        """The condition of N prompts: entries (N, ...), with the same shapes at every call.
 
         Args:
-            size: Height and width of the pictures, in pixels; a video's frames come before them.
+            size: Height and width in pixels; (frames, height, width) for videos.
         """
         raise NotImplementedError
 
     @classmethod
     def embed_negative(cls, pipe: Any, prompt: Any, size: tuple[int, ...]) -> dict[str, Tensor]:
-        """The condition of what guidance moves away from, each entry (1, ...)."""
+        """The negative prompt's condition: entries (1, ...)."""
         return cls.embed(pipe, [prompt], size)
 
     @staticmethod
     def kept(pipe: Any, limit: int) -> int:
-        """How many of the `limit` tokens that a tokenizer makes at most its pipeline hands on."""
+        """How many of the tokenizer's `limit` tokens the pipeline passes to the text encoder."""
         return limit
 
     @staticmethod
     def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
-        """How the stock pipeline is asked for pictures of the prompts, without guidance."""
+        """Keyword arguments for the stock pipeline to sample these prompts without guidance."""
         height, width = size
         return {"prompt": prompts, "guidance_scale": 1.0, "height": height, "width": width}
 
     @staticmethod
     def classes(pipe: Any) -> int:
-        """How many labels there are, where prompts are labels and the one after is the null label;
-        0 where prompts are text."""
+        """The number of class labels, which is also the null label; 0 for text prompts."""
         return 0
 
     @classmethod
     def factor(cls, pipe: Any) -> int:
-        """How many pixels of a side become one of a latent's."""
+        """Pixels per latent cell along one side."""
         return pipe.vae_scale_factor
 
     @classmethod
     def grain(cls, pipe: Any) -> int:
-        """What the side of a picture must be a multiple of, in pixels."""
+        """The number of pixels that height and width must be a multiple of."""
         return cls.factor(pipe)
 
     @classmethod
     def shape(cls, pipe: Any, size: int | None) -> tuple[int, ...]:
-        """Of one latent, for pictures of `size` pixels (None: what the checkpoint was made for)."""
+        """The shape of one latent for images of `size` pixels; None: the checkpoint's own size."""
         backbone = getattr(pipe, cls.PART)
         side = backbone.config.sample_size
         if size is not None:
@@ -129,32 +128,32 @@ class Pretrained(Network):
 
     @classmethod
     def pixels(cls, pipe: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The size of the pictures that latents of this shape become."""
+        """Height and width in pixels of images decoded from latents of this shape."""
         return (shape[-2] * cls.factor(pipe), shape[-1] * cls.factor(pipe))
 
     @staticmethod
     def tokens(shape: tuple[int, ...]) -> int:
-        """What its pipeline takes for the length of such a latent's sequence: patches of 2×2."""
+        """The sequence length for the scheduler's dynamic shift: number of 2×2 patches."""
         return shape[-1] * shape[-2] // 4
 
     @staticmethod
     def unguided(backbone: Any) -> None:
-        """Make a student's network one that its pipeline never guides, where that can be said.
+        """Configure a student's network so that its pipeline applies no guidance, where it can.
 
-        A student has its teacher's guidance in its weights already.
+        The student's weights already contain the teacher's guidance.
         """
 
     @property
     def middle(self) -> str:
-        """The block whose output a critic reads unless told otherwise."""
+        """The block that a critic reads by default."""
         backbone: Any = self.backbone
-        if getattr(backbone, "mid_block", None) is None:  # some UNets go straight up again
+        if getattr(backbone, "mid_block", None) is None:  # some UNets have no middle block
             return f"backbone.down_blocks.{len(backbone.down_blocks) - 1}"
         return "backbone.mid_block"
 
     @staticmethod
     def pack(x: Tensor) -> Tensor:
-        """x (B, C, H, W) in the layout that the pipeline draws its noise for returns in."""
+        """x (B, C, H, W) in the layout in which the pipeline samples the noise of later steps."""
         return x
 
     @staticmethod
@@ -164,9 +163,9 @@ class Pretrained(Network):
 
 
 def repeated(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same numbers for every sample of `like` (B, ...), as (B, len(values)).
+    """`values` for every sample of `like` (B, ...), as (B, len(values)).
 
-    Filled in on its device: a copy from the host would be made at every call of the network.
+    Filled on the device, because a copy from the host would stall every call of the network.
     """
     columns = [torch.full((len(like),), v, dtype=dtype, device=like.device) for v in values]
     return torch.stack(columns, 1)
@@ -178,9 +177,9 @@ class Prompted:
     Args:
         pipe: The pipeline.
         kind: Its family.
-        size: Height and width of the pictures, in pixels; a video's frames come before them.
-        negative: What guidance moves away from.
-        classes: How many labels there are, where prompts are labels; 0 where they are text.
+        size: Height and width in pixels; (frames, height, width) for videos.
+        negative: The negative prompt, or the null label.
+        classes: The number of class labels; 0 for text prompts.
     """
 
     def __init__(
@@ -195,28 +194,28 @@ class Prompted:
         self.negative, self.classes = negative, classes
         self._null: dict[str, Tensor] | None = None
         self._cuts: Cuts | None = None
-        self.folder: Path | None = None  # that it was read from
+        self.folder: Path | None = None  # the pipeline's folder
 
     @property
     def vae(self) -> nn.Module:
-        """What makes latents of pictures and pictures of latents."""
+        """The autoencoder."""
         return self.pipe.vae
 
     @property
     def grain(self) -> int:
-        """What the side of a picture must be a multiple of, in pixels."""
+        """The number of pixels that height and width must be a multiple of."""
         return self.kind.grain(self.pipe)
 
     @property
     def null(self) -> dict[str, Tensor]:
-        """The negative prompt's condition, each entry (1, ...); encoded once."""
+        """The negative prompt's condition: entries (1, ...). Encoded once."""
         if self._null is None:
             with torch.no_grad(), quiet(), self._watched([str(self.negative)]):
                 self._null = self.kind.embed_negative(self.pipe, self.negative, self.size)
         return self._null
 
     def condition(self, prompts: Sequence[Any]) -> dict[str, Tensor]:
-        """The condition of N prompts, each entry (N, ...).
+        """The condition of N prompts: entries (N, ...).
 
         Raises:
             UserError: a label is not an integer in [0, classes).
@@ -226,13 +225,12 @@ class Prompted:
         return self._embed(labels_of(prompts, self.classes))
 
     def arguments(self, prompts: list[Any]) -> dict[str, Any]:
-        """How the stock pipeline is asked for the pictures that these conditions mean."""
+        """Keyword arguments for the stock pipeline to sample these prompts."""
         return self.kind.arguments(prompts, self.size)
 
     @contextmanager
     def counting(self) -> Iterator[Cuts]:
-        """Within it, what is encoded is counted, and what of it an encoder does not read to its
-        end."""
+        """Count encoded prompts inside this context, and those that a tokenizer truncates."""
         before, self._cuts = self._cuts, Cuts()
         try:
             yield self._cuts
@@ -284,7 +282,7 @@ class Prompted:
         return mean, factor / std
 
     def to(self, device: torch.device) -> Prompted:
-        """Move text encoders and VAE; the network stays where it is."""
+        """Move text encoders and VAE to a device; the network stays where it is."""
         for name, part in self.pipe.components.items():
             if name != self.kind.PART and isinstance(part, nn.Module):
                 part.to(device)
@@ -292,21 +290,21 @@ class Prompted:
 
 
 def images_of(output: Any) -> Tensor:
-    """The images (N, 3, H, W) in [0, 1] of a pipeline that was asked for "pt", or its videos.
+    """Images (N, 3, H, W) in [0, 1] from a pipeline called with output_type="pt"; or videos.
 
-    DiT's pipeline before diffusers 0.41 gives NumPy's (N, H, W, 3), whatever it is asked.
+    Before diffusers 0.41, DiT's pipeline ignores output_type and returns NumPy (N, H, W, 3).
     """
-    made = next(iter(output.values()))
-    return made if isinstance(made, Tensor) else torch.from_numpy(made).movedim(-1, 1)
+    images = next(iter(output.values()))
+    return images if isinstance(images, Tensor) else torch.from_numpy(images).movedim(-1, 1)
 
 
 def mode(encoded: Any) -> Tensor:
-    """The likeliest latent of what an autoencoder's `encode` returns.
+    """The mode of the latents that an autoencoder's `encode` returns.
 
-    Deterministic ones say it outright: DC-AE as `latent`, the tiny ones as `latents`.
+    Deterministic autoencoders return latents directly: DC-AE as `latent`, tiny ones as `latents`.
 
     Raises:
-        UserError: it returns something else.
+        UserError: the output has none of these fields.
     """
     if "latent_dist" in encoded:
         return encoded.latent_dist.mode()
@@ -325,16 +323,16 @@ def load(
     size: int | None = None,
     precision: Precision = "fp32",
 ) -> Teacher:
-    """A pipeline folder as a teacher.
+    """Load a pipeline folder as a teacher.
 
     Args:
-        negative_prompt: What guidance moves away from.
-        size: Of the pictures, in pixels; by default what the checkpoint was made for.
-        precision: Of the network's frozen weights; in fp8 and nf4 they carry adapters only.
+        negative_prompt: The prompt that guidance moves away from.
+        size: Image side in pixels; by default the checkpoint's own.
+        precision: Storage of the network's frozen weights; fp8 and nf4 allow adapters only.
 
     Raises:
-        UserError: a file is missing or damaged, the scheduler is of an unknown kind, or the family
-            has no use for the option.
+        UserError: a file is missing or damaged, the scheduler is not supported, or the family does
+            not take the option.
     """
     who = teacher_at(source)
     if precision not in DTYPES:
@@ -345,7 +343,7 @@ def load(
     if precision in FORMS:
         quantise(backbone, precision)
     if size is not None and (size <= 0 or size % kind.grain(pipe)):
-        raise UserError(f"{who}: size {size} is no multiple of {kind.grain(pipe)} pixels")
+        raise UserError(f"{who}: size {size}: give a multiple of {kind.grain(pipe)} pixels")
     shape = shape_of(kind, pipe, size, who)
     config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     name = type(pipe.scheduler).__name__
@@ -354,50 +352,49 @@ def load(
     network = kind(backbone, schedule, kind.factor(pipe))
     classes = kind.classes(pipe)
     if classes and negative_prompt:
-        raise UserError(f"{who}: it takes labels and not prompts; leave out negative_prompt")
+        raise UserError(f"{who}: negative_prompt: this model takes class labels; remove it")
     codec = Prompted(pipe, kind, kind.pixels(pipe, shape), classes or negative_prompt, classes)
     codec.folder = folder
     return Teacher(network, codec, shape, source)
 
 
 def shape_of(kind: type[Pretrained], pipe: Any, size: int | None, who: str) -> tuple[int, ...]:
-    """Of one latent, without the batch.
+    """The shape of one latent, without the batch.
 
     Raises:
-        UserError: the network's config gives no whole numbers for it.
+        UserError: the network's config does not give positive integers.
     """
     try:
         shape = kind.shape(pipe, size)
-    except TypeError:  # such as of a sample_size that is null
+    except TypeError:  # for example sample_size: null
         shape = ()
-    if not shape or any(type(v) is not int or v < 1 for v in shape):  # a bool is an int as well
+    if not shape or any(type(v) is not int or v < 1 for v in shape):  # bool is a subclass of int
         config = getattr(pipe, kind.PART).config
         raise UserError(
             f"{who}: {kind.PART}/config.json: sample_size is "
             f"{clipped(repr(config.get('sample_size')))} and in_channels "
-            f"{clipped(repr(config.get('in_channels')))}; expected whole numbers from 1"
+            f"{clipped(repr(config.get('in_channels')))}; expected positive integers"
         )
     return shape
 
 
 def check_schedule(kind: type[Pretrained], schedule: Schedule, pipeline: str, who: str) -> None:
-    """Refuse a scheduler that the family's network would be read wrongly under, or its pipeline
-    cannot run with.
+    """Refuse a scheduler that misreads the family's network, or that its pipeline cannot run.
 
     Args:
-        pipeline: The class that the folder names, for messages.
+        pipeline: The pipeline class named in the folder, for messages.
 
     Raises:
-        UserError: naming the scheduler.
+        UserError: the scheduler is not supported for this family.
     """
     if schedule.sigma_data is not None and not kind.SCALED:
         raise UserError(
-            f"{who}: scheduler: {schedule.name} (EDM) under a {pipeline} is not supported: EDM's "
-            "networks can be distilled where they are a UNet2DModel or in EDM's own files"
+            f"{who}: scheduler: {schedule.name} (EDM) under a {pipeline} is not supported; give an "
+            "EDM network as a UNet2DModel or in EDM's own files"
         )
     if schedule.predicts == "flow" and not kind.FLOWS:
         raise UserError(
             f"{who}: scheduler: {schedule.name} (flow matching) under a {pipeline} is not "
-            "supported: that pipeline cannot run the schedulers of its students; give a checkpoint "
-            "of ε or v, whose scheduler has betas"
+            "supported: the pipeline cannot run the students' schedulers; give a checkpoint with "
+            "ε or v prediction, whose scheduler has betas"
         )

@@ -1,4 +1,4 @@
-"""DiT (arXiv:2212.09748): latents of ImageNet's classes."""
+"""DiT (arXiv:2212.09748): class-conditional latents of ImageNet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from teachers.families.base import Pretrained
 
 
 class DiT(Pretrained):
-    """A DiTTransformer2DModel; its null label is the one after the last class."""
+    """A DiTTransformer2DModel; the null label follows the last class."""
 
     PIPELINES = ("DiTPipeline",)
     SQUARE = True
@@ -23,7 +23,7 @@ class DiT(Pretrained):
         assert cond is not None
         labels, x_t = cond["class_labels"], x_t.to(self.dtype)
         out = self.backbone(x_t, self.time(t), labels, return_dict=False)[0]
-        return out[:, : x_t.shape[1]]  # a learned variance, where there is one, comes after
+        return out[:, : x_t.shape[1]]  # drop a learned variance
 
     @staticmethod
     def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
@@ -44,9 +44,9 @@ class DiT(Pretrained):
     @classmethod
     def shape(cls, pipe: Any, size: int | None) -> tuple[int, ...]:
         shape = super().shape(pipe, None)
-        own = shape[-1] * cls.factor(pipe)
-        if size not in (None, own):
-            raise UserError(f"size: {size}: DiTPipeline draws {own} pixels, and no other size")
+        only = shape[-1] * cls.factor(pipe)
+        if size not in (None, only):
+            raise UserError(f"size: {size}: DiTPipeline samples {only} pixels only; remove size")
         return shape
 
     @property

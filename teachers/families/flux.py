@@ -1,4 +1,4 @@
-"""FLUX.1: rectified flow on packed latents; the dev checkpoint was distilled from guidance."""
+"""FLUX.1: rectified flow on packed latents; the dev checkpoint is guidance-distilled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from teachers.teacher import Teacher
 
 
 class Flux(Pretrained):
-    """A FluxTransformer2DModel, which reads patches of 2×2, T5's tokens and CLIP's pooled ones."""
+    """A FluxTransformer2DModel; reads 2×2 patches, T5 tokens and CLIP's pooled embedding."""
 
     PIPELINES = ("FluxPipeline",)
     GRID = "trailing"
@@ -35,7 +35,7 @@ class Flux(Pretrained):
             self.pack(x_t).to(self.dtype),
             text,
             pooled,
-            self.time(t) / 1000,  # the network multiplies by it
+            self.time(t) / 1000,  # the network multiplies by 1000
             grid,
             torch.zeros(text.shape[1], 3, device=x_t.device),
             cond.get("guidance"),
@@ -80,7 +80,7 @@ class Flux(Pretrained):
 
 
 class GuidanceCodec(Prompted):
-    """A codec whose conditions hold the guidance that a guidance-distilled network is told."""
+    """A codec that adds the guidance input of guidance-distilled networks to conditions."""
 
     def __init__(self, codec: Prompted, guidance: float) -> None:
         super().__init__(codec.pipe, codec.kind, codec.size, codec.negative)
@@ -108,15 +108,15 @@ def load(
     precision: Precision = "fp32",
     embedded_guidance: float | None = None,
 ) -> Teacher:
-    """A FLUX.1 folder as a teacher.
+    """Load a FLUX.1 folder as a teacher.
 
     Args:
-        negative_prompt, size, precision: As `teachers.families.base.load` has them.
-        embedded_guidance: What a guidance-distilled network is told; by default 3.5, the stock
-            pipeline's own. It is an input, and no classifier-free guidance.
+        negative_prompt, size, precision: As in `teachers.families.base.load`.
+        embedded_guidance: The guidance input of a guidance-distilled network; by default 3.5, as in
+            the stock pipeline. This is not classifier-free guidance.
 
     Raises:
-        UserError: as `teachers.families.base.load`, or the network takes no such input.
+        UserError: as in `teachers.families.base.load`; or the network has no guidance input.
     """
     teacher = base.load(Flux, folder, source, negative_prompt, size, precision)
     assert isinstance(teacher.codec, Prompted)
@@ -126,6 +126,6 @@ def load(
         )
     elif embedded_guidance is not None:
         raise UserError(
-            f"{teacher_at(source)}: its network takes no guidance; leave out embedded_guidance"
+            f"{teacher_at(source)}: embedded_guidance: the network has no such input; remove it"
         )
     return teacher

@@ -1,4 +1,4 @@
-"""Lumina-Image 2.0 (arXiv:2503.21758): a joint transformer whose time runs from noise to data."""
+"""Lumina-Image 2.0 (arXiv:2503.21758): a joint transformer with time 0 at noise and 1 at data."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from teachers.families.base import Pretrained
 
 
 class Lumina2(Pretrained):
-    """A Lumina2Transformer2DModel, prompted by Gemma behind a system prompt.
+    """A Lumina2Transformer2DModel; Gemma encodes the prompt after a system prompt.
 
-    Its pipeline guides with the norm of the conditional half (`cfg_normalization`); without it,
-    guidance is `Guided`'s.
+    The stock pipeline rescales guided predictions to the conditional norm (`cfg_normalization`);
+    `Guided` does not.
     """
 
     PIPELINES = ("Lumina2Pipeline",)
@@ -34,7 +34,7 @@ class Lumina2(Pretrained):
 
     @classmethod
     def embed_negative(cls, pipe: Any, prompt: Any, size: tuple[int, ...]) -> dict[str, Tensor]:
-        device = pipe.text_encoder.device  # no system prompt stands before this one
+        device = pipe.text_encoder.device  # the negative prompt has no system prompt
         text, mask = pipe._get_gemma_prompt_embeds([prompt], device)
         return {"text": text.float(), "mask": mask}
 
@@ -44,7 +44,7 @@ class Lumina2(Pretrained):
 
     @staticmethod
     def tokens(shape: tuple[int, ...]) -> int:
-        return shape[0]  # its pipeline shifts times by the number of channels, of all lengths
+        return shape[0]  # the pipeline's shift uses the number of channels
 
     @property
     def middle(self) -> str:

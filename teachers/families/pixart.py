@@ -11,14 +11,14 @@ from teachers.families.base import Pretrained, repeated
 
 
 def cleans() -> bool:
-    """Whether its pipeline cleans captions here; asked to where it cannot, it warns of it."""
+    """Whether the pipeline can clean captions: it needs bs4 and ftfy, and warns without them."""
     from diffusers.utils import is_bs4_available, is_ftfy_available
 
     return is_bs4_available() and is_ftfy_available()
 
 
 class PixArtSigma(Pretrained):
-    """A PixArtTransformer2DModel that reads T5's tokens, of which a mask hides the padding."""
+    """A PixArtTransformer2DModel; reads T5 tokens, with a mask over the padding."""
 
     PIPELINES = ("PixArtSigmaPipeline",)
     SEEDED = True
@@ -35,10 +35,10 @@ class PixArtSigma(Pretrained):
             encoder_attention_mask=cond["mask"],
             return_dict=False,
         )[0]
-        return out[:, : x_t.shape[1]]  # a learned variance, where there is one, comes after
+        return out[:, : x_t.shape[1]]  # drop a learned variance
 
     def sizes(self, x_t: Tensor) -> dict[str, Tensor | None]:
-        """What it is told of the pictures' size: nothing."""
+        """The network's size inputs: none."""
         return {"resolution": None, "aspect_ratio": None}
 
     @staticmethod
@@ -49,7 +49,7 @@ class PixArtSigma(Pretrained):
 
     @staticmethod
     def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
-        # binning would draw in the nearest of its training's sizes, and then resize
+        # resolution binning would sample another size and resize the image
         exact = {"use_resolution_binning": False, "clean_caption": cleans()}
         return {**Pretrained.arguments(prompts, size), **exact}
 
@@ -64,14 +64,14 @@ class PixArtSigma(Pretrained):
 
 
 class PixArtAlpha(PixArtSigma):
-    """Its network for 1024 pixels is told of the picture's size and aspect ratio as well."""
+    """PixArt-α; its network for 1024 pixels also reads image size and aspect ratio."""
 
     PIPELINES = ("PixArtAlphaPipeline",)
 
     def sizes(self, x_t: Tensor) -> dict[str, Tensor | None]:
         """Height and width in pixels (B, 2), and their ratio (B, 1)."""
         config: Any = self.backbone.config
-        if config.sample_size != 128:  # how its pipeline tells the two apart
+        if config.sample_size != 128:  # the stock pipeline makes the same test
             return super().sizes(x_t)
         height, width = self.seen(x_t)
         return {

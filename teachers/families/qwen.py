@@ -1,4 +1,4 @@
-"""Qwen-Image (arXiv:2508.02324): two streams, on packed latents of a video autoencoder."""
+"""Qwen-Image (arXiv:2508.02324): two-stream transformer, packed latents of a video autoencoder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.nn.functional import pad
 from teachers.denoiser import Cond
 from teachers.families.base import Pretrained
 
-TOKENS = 512  # the stock pipeline's own limit of a prompt's length
+TOKENS = 512  # prompt length limit of the stock pipeline
 
 
 class QwenImage(Pretrained):
-    """A QwenImageTransformer2DModel, prompted by Qwen2.5-VL.
+    """A QwenImageTransformer2DModel; Qwen2.5-VL encodes the prompt.
 
-    Its pipeline guides with the norm of the conditional half, token by token.
+    The stock pipeline rescales guided predictions to the conditional norm, token by token.
     """
 
     PIPELINES = ("QwenImagePipeline",)
@@ -40,17 +40,19 @@ class QwenImage(Pretrained):
     def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
         device = pipe.text_encoder.device
         text, mask = pipe.encode_prompt(prompts, device, max_sequence_length=TOKENS)
-        mask = text.new_ones(text.shape[:2]).long() if mask is None else mask  # None: all are whole
+        mask = text.new_ones(text.shape[:2]).long() if mask is None else mask  # None: no padding
         left = TOKENS - text.shape[1]
         return {"text": pad(text.float(), (0, 0, 0, left)), "mask": pad(mask, (0, left))}
 
     @staticmethod
     def kept(pipe: Any, limit: int) -> int:
-        return min(limit, TOKENS + pipe.prompt_template_encode_start_idx)  # of a template and these
+        return min(
+            limit, TOKENS + pipe.prompt_template_encode_start_idx
+        )  # template tokens and prompt tokens
 
     @staticmethod
     def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
-        height, width = size  # its guidance_scale is something else: an input of the network
+        height, width = size  # its guidance_scale is an input of the network
         return {"prompt": prompts, "true_cfg_scale": 1.0, "height": height, "width": width}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""SANA (arXiv:2410.10629): linear attention on 32-fold compressed latents, prompted by Gemma."""
+"""SANA (arXiv:2410.10629): linear attention, 32-fold compressed latents, Gemma for prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from teachers.families.base import Pretrained
 
 
 class Sana(Pretrained):
-    """A SanaTransformer2DModel; what is asked of Gemma is the stock pipeline's own instruction."""
+    """A SanaTransformer2DModel; Gemma gets the stock pipeline's instruction with each prompt."""
 
     PIPELINES = ("SanaPipeline",)
     SEEDED = True
@@ -27,7 +27,7 @@ class Sana(Pretrained):
         out = self.backbone(
             x_t, text, time, encoder_attention_mask=cond["mask"], return_dict=False
         )[0]  # fmt: skip
-        return out[:, : x_t.shape[1]]  # without a learned variance
+        return out[:, : x_t.shape[1]]  # drop a learned variance
 
     @staticmethod
     def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
@@ -40,7 +40,7 @@ class Sana(Pretrained):
 
     @staticmethod
     def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
-        exact = {"use_resolution_binning": False}  # else it rounds to sizes of its own
+        exact = {"use_resolution_binning": False}  # resolution binning would sample another size
         return Pretrained.arguments(prompts, size) | exact
 
     @classmethod

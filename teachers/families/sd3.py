@@ -11,7 +11,7 @@ from teachers.families.base import Pretrained
 
 
 class StableDiffusion3(Pretrained):
-    """An SD3Transformer2DModel that reads the tokens of two CLIPs and of T5, which may be null."""
+    """An SD3Transformer2DModel; reads tokens of two CLIPs and of T5, which may be missing."""
 
     PIPELINES = ("StableDiffusion3Pipeline",)
     LORA = (

@@ -12,7 +12,7 @@ from teachers.families.base import Pretrained, repeated
 
 
 class StableDiffusion(Pretrained):
-    """A UNet2DConditionModel that reads CLIP's tokens."""
+    """A UNet2DConditionModel; reads CLIP tokens."""
 
     PIPELINES = ("StableDiffusionPipeline",)
     PART, SEEDED, FLOWS = "unet", True, False
@@ -26,24 +26,24 @@ class StableDiffusion(Pretrained):
         )[0]  # fmt: skip
 
     def scale(self, x_t: Tensor) -> Tensor | None:
-        """What its pipeline tells a network that is told of guidance where there is none: sines and
-        cosines of 0, (B, D)."""
+        """The guidance embedding of a network with such an input, for no guidance: sines and
+        cosines of 0, (B, D); None for other networks."""
         config: Any = self.backbone.config
         if config.time_cond_proj_dim is None:
             return None
         half = config.time_cond_proj_dim // 2
-        told = x_t.new_zeros(len(x_t), config.time_cond_proj_dim)
-        told[:, half : 2 * half] = 1
-        return told
+        embedding = x_t.new_zeros(len(x_t), config.time_cond_proj_dim)
+        embedding[:, half : 2 * half] = 1
+        return embedding
 
     @staticmethod
     def unguided(backbone: Any) -> None:
-        """These pipelines guide no network that is told of the scale: tell it, by weights of 0."""
+        """Add a guidance input with zero weights: these pipelines never guide such a network."""
         if backbone.config.time_cond_proj_dim is None:
             width = backbone.time_embedding.linear_1.in_features
-            told = nn.Linear(256, width, bias=False)  # 256 is the embedding they make of the scale
-            nn.init.zeros_(told.weight)
-            backbone.time_embedding.cond_proj = told.to(backbone.device, backbone.dtype)
+            unused = nn.Linear(256, width, bias=False)  # 256: the pipelines' embedding of the scale
+            nn.init.zeros_(unused.weight)
+            backbone.time_embedding.cond_proj = unused.to(backbone.device, backbone.dtype)
             backbone.register_to_config(time_cond_proj_dim=256)
 
     @staticmethod
@@ -53,9 +53,9 @@ class StableDiffusion(Pretrained):
 
 
 class SDXL(StableDiffusion):
-    """Two text encoders, a pooled embedding, and six numbers of size and crop.
+    """SDXL: two text encoders, a pooled embedding, and six numbers for size and crop.
 
-    The six are those of its pipeline by default: the picture's own size, uncropped.
+    The six have the stock pipeline's defaults: the image's own size, uncropped.
     """
 
     PIPELINES = ("StableDiffusionXLPipeline",)
@@ -81,7 +81,7 @@ class SDXL(StableDiffusion):
         text, _, pooled, _ = pipe.encode_prompt(
             prompts, device=device, do_classifier_free_guidance=False
         )
-        if pipe.config.force_zeros_for_empty_prompt:  # what its unconditional half was trained on
+        if pipe.config.force_zeros_for_empty_prompt:  # as in its unconditional training
             empty = torch.tensor([not p for p in prompts], device=device)
             text = text.masked_fill(empty.view(-1, 1, 1), 0)
             pooled = pooled.masked_fill(empty.view(-1, 1), 0)

@@ -1,4 +1,4 @@
-"""Diffusers' UNet2DModel pipelines of pixels, unconditional or class-conditional, as denoisers."""
+"""UNet2DModel pipelines in pixel space as teachers, unconditional or class-conditional."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from teachers.storage.diffusers_config import read
 from teachers.storage.files import read_json
 from teachers.teacher import Pixels, Teacher
 
-# By the class that config.json names: of a folder, its config and its name in errors, the denoiser
-# and the network.
+# Class name in config.json -> loader (folder, config, name in errors) -> (denoiser class, network).
 Networks = Mapping[str, Callable[[Path, dict[str, Any], str], "tuple[type[UNet], Any]"]]
 
 
@@ -35,22 +34,22 @@ class UNet(Pretrained):
         labels = None if cond is None else cond["class_labels"]
         x_t = x_t.to(self.dtype)
         out = self.backbone(x_t, self.time(t), class_labels=labels, return_dict=False)[0]
-        return out[:, : x_t.shape[1]]  # a learned variance, where there is one, comes after
+        return out[:, : x_t.shape[1]]  # drop a learned variance
 
     @staticmethod
     def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
-        """What ConsistencyModelPipeline calls them, whichever pipeline the teacher came in."""
+        """Arguments of ConsistencyModelPipeline, the pipeline of every UNet2D student."""
         return {"batch_size": len(prompts), "class_labels": prompts}
 
 
 def load(own: Networks, folder: Path, source: str, null_label: int | None = None) -> Teacher:
-    """A UNet2D pipeline folder as a teacher.
+    """Load a UNet2D pipeline folder as a teacher.
 
     Args:
-        own: Networks of other kinds than UNet2DModel that such a folder may hold.
+        own: Loaders of network classes other than UNet2DModel.
 
     Raises:
-        UserError: a file is missing or damaged, or the scheduler is of a kind not in the table.
+        UserError: a file is missing or damaged, or the scheduler is not supported.
     """
     who = teacher_at(source)
     kind, backbone = backbone_of(own, inside(folder, "unet"), who)
@@ -63,26 +62,28 @@ def load(own: Networks, folder: Path, source: str, null_label: int | None = None
     classes = backbone.config["num_class_embeds"] or 0
     if null_label is not None:
         if not 0 <= null_label < classes:
-            raise UserError(f"{who}: null_label {null_label} is outside its {classes} classes")
+            raise UserError(
+                f"{who}: null_label {null_label} is no class; give one of 0 to {classes - 1}"
+            )
         if null_label == classes - 1:
-            classes -= 1  # the null class is not one to ask for
+            classes -= 1  # the null class cannot be sampled
     size = backbone.config["sample_size"]
-    if type(size) is not int or size < 1:  # a bool is an int as well
+    if type(size) is not int or size < 1:  # bool is a subclass of int
         raise UserError(
-            f"{who}: unet/config.json: sample_size is {clipped(repr(size))}; expected a whole "
-            "number of pixels from 1, as stock pipelines sample one square size"
+            f"{who}: unet/config.json: sample_size is {clipped(repr(size))}; expected a "
+            "positive number of pixels: stock pipelines sample one square size"
         )
     shape = (backbone.config["in_channels"], size, size)
     return Teacher(denoiser, Pixels(classes, null_label), shape, source)
 
 
 def inside(folder: Path, part: str) -> Path:
-    """Where a part of a pipeline lies: its own subfolder, or the pipeline's, as in old ones."""
+    """The folder of a pipeline component: its subfolder, or the pipeline's in old layouts."""
     return folder / part if (folder / part).is_dir() else folder
 
 
 def backbone_of(own: Networks, folder: Path, who: str) -> tuple[type[UNet], Any]:
-    """The network in `folder` and how it is read as a denoiser, from safetensors only."""
+    """The denoiser class and the network in `folder`, from safetensors only."""
     from diffusers import UNet2DModel
 
     config = read_json(folder / "config.json", who)

@@ -1,4 +1,4 @@
-"""Wan (arXiv:2503.20314): text to video. Latents are (C, F, H, W), prompts UMT5's tokens."""
+"""Wan (arXiv:2503.20314): text to video. Latents are (C, F, H, W); UMT5 encodes prompts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from teachers.quantised import Precision
 from teachers.storage.files import read_json
 from teachers.teacher import Teacher
 
-TOKENS = 512  # the stock pipeline's own length of a prompt
-FRAMES, HEIGHT, WIDTH = 81, 480, 832  # its videos, unless told otherwise
+TOKENS = 512  # prompt length of the stock pipeline
+FRAMES, HEIGHT, WIDTH = 81, 480, 832  # default size of videos
 
 
 class Wan(Pretrained):
@@ -33,7 +33,7 @@ class Wan(Pretrained):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of most weights: a few, the first among them, are always kept in float32."""
+        """The dtype of most weights: a few, such as the first, always stay in float32."""
         return self.backbone.patch_embedding.weight.dtype  # pyright: ignore
 
     @staticmethod
@@ -86,29 +86,33 @@ def load(
     frames: int | None = None,
     precision: Precision = "fp32",
 ) -> Teacher:
-    """A Wan folder as a teacher.
+    """Load a Wan folder as a teacher.
 
     Args:
-        negative_prompt, size, precision: As `pipeline.load` has them.
-        frames: Of the videos; 81 by default.
+        negative_prompt, size, precision: As in `teachers.families.base.load`.
+        frames: Frames per video; 81 by default.
 
     Raises:
-        UserError: as `pipeline.load`; or it takes turns between two networks, gives each token a
-            time of its own, or the frames do not fill whole latents.
+        UserError: as in `teachers.families.base.load`; or the model uses two networks, reads one
+            time per token, or `frames` is not 1 plus a multiple of the temporal compression.
     """
     who = teacher_at(source)
     index = read_json(folder / "model_index.json", who)
     if index.get("boundary_ratio") is not None or (index.get("transformer_2") or [None])[0]:
-        raise UserError(f"{who}: it denoises with two networks in turn; only one can be distilled")
+        raise UserError(
+            f"{who}: models of two networks (transformer_2) are not supported; give a model of one"
+        )
     if index.get("expand_timesteps"):
-        raise UserError(f"{who}: each of its tokens has its own time (expand_timesteps); not known")
+        raise UserError(
+            f"{who}: expand_timesteps: one time per token is not supported; give another model"
+        )
     teacher = base.load(Wan, folder, source, negative_prompt, size, precision)
     if frames is None:
         return teacher
     codec: Any = teacher.codec
     every = codec.pipe.vae_scale_factor_temporal
     if frames < 1 or (frames - 1) % every:
-        raise UserError(f"{who}: frames {frames} is not 1 more than a multiple of {every}")
+        raise UserError(f"{who}: frames {frames}: give 1 plus a multiple of {every}")
     channels, _, *rest = teacher.shape
     teacher.shape = (channels, 1 + (frames - 1) // every, *rest)
     codec.size = Wan.pixels(codec.pipe, teacher.shape)

@@ -1,4 +1,4 @@
-"""Z-Image (arXiv:2511.22699): one stream of image and prompt tokens, time from noise to data."""
+"""Z-Image (arXiv:2511.22699): single-stream transformer, time 0 at noise and 1 at data."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.nn.functional import pad
 from teachers.denoiser import Cond
 from teachers.families.base import Pretrained
 
-TOKENS = 512  # the stock pipeline's own limit of a prompt's length
-PIXELS = 1024  # the side of its pictures, unless told otherwise
+TOKENS = 512  # prompt length limit of the stock pipeline
+PIXELS = 1024  # default image side
 
 
 class ZImage(Pretrained):
-    """A ZImageTransformer2DModel, prompted by Qwen3's chat template.
+    """A ZImageTransformer2DModel; Qwen3 encodes the prompt in its chat template.
 
-    Where an image's tokens stand depends on the length of its prompt, so a call waits for the
-    lengths to reach the host, once.
+    The positions of image tokens depend on the prompt's length, so each call copies the lengths to
+    the host once.
     """
 
     PIPELINES = ("ZImagePipeline",)
@@ -38,14 +38,18 @@ class ZImage(Pretrained):
     @staticmethod
     def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
         device = pipe.text_encoder.device
-        texts, _ = pipe.encode_prompt([*prompts], device, False)  # a copy: it writes to the list
+        texts, _ = pipe.encode_prompt(
+            [*prompts], device, False
+        )  # a copy: encode_prompt changes the list
         ones = [text.new_ones(len(text)).long() for text in texts]
         text = torch.stack([pad(x.float(), (0, 0, 0, TOKENS - len(x))) for x in texts])
         return {"text": text, "mask": torch.stack([pad(x, (0, TOKENS - len(x))) for x in ones])}
 
     @staticmethod
     def arguments(prompts: list[Any], size: tuple[int, ...]) -> dict[str, Any]:
-        return Pretrained.arguments(prompts, size) | {"guidance_scale": 0.0}  # it counts from 0
+        return Pretrained.arguments(prompts, size) | {
+            "guidance_scale": 0.0
+        }  # 0 is no guidance here
 
     @classmethod
     def grain(cls, pipe: Any) -> int:

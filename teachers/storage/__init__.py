@@ -1,1 +1,1 @@
-"""What lies on disk or on the Hub: weights, configs and tokenizers, read and checked."""
+"""Reading and checking weights, configs and tokenizers, on disk or from the Hub."""

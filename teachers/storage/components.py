@@ -1,7 +1,7 @@
-"""The parts of a diffusers folder, read from safetensors: every weight is there, and none is left.
+"""Load the components of a diffusers folder from safetensors, with exactly the weights they need.
 
-Diffusers and transformers only log which weights a file lacks, and give those random values. Here
-such a file is refused, whichever versions of the two are installed.
+Diffusers and transformers only log missing weights and initialise them at random. Here a file with
+missing or extra weights is refused, under every supported version of both.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from torch import nn
 from teachers.errors import UserError, clipped, note
 from teachers.storage.files import read_json
 
-# A file of weights as diffusers and transformers name them: its shard, and its variant, if any.
+# A weights file as diffusers and transformers name it, with its shard and variant, if any.
 WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?"
     r"(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d{5}-of-\d{5})?\.safetensors"
 )
-LOADED = ("diffusers", "transformers")  # libraries whose classes are loaded here, one by one
-# Parts that pipelines draw without, though their classes name them.
+LOADED = ("diffusers", "transformers")  # libraries whose classes are loaded here
+# Components that pipelines can sample without.
 SPARE = {"safety_checker", "feature_extractor", "image_encoder", "transformer_2"}
-SPARE |= {"text_encoder_3", "tokenizer_3"}  # T5, which Stable Diffusion 3 takes zeros for
-TOKENIZERS = ("Tokenizer", "TokenizerFast")  # how the names of tokenizers' classes end
+SPARE |= {"text_encoder_3", "tokenizer_3"}  # T5: Stable Diffusion 3 uses zeros without it
+TOKENIZERS = ("Tokenizer", "TokenizerFast")  # suffixes of tokenizer class names
 
 
 def variant_of(names: Iterable[str]) -> str | None:
-    """Which variant of a part's weights to read; None for the plain files, or where none are there.
+    """The variant of a component's weights to read; None for plain files, or if there are none.
 
     Args:
-        names: Of the files in its folder.
+        names: File names in the component's folder.
     """
     found = {m["variant"] for name in names if (m := WEIGHTS.fullmatch(name))}
     if not found or None in found:
@@ -50,8 +50,7 @@ def variant_of(names: Iterable[str]) -> str | None:
 
 
 def variants(who: str, folders: dict[str, Path]) -> dict[str, str | None]:
-    """Which variant to read of each part, in its folder; says so where the plain files are not
-    there."""
+    """The variant to read of each component; prints a notice where there are no plain files."""
     found = {part: variant_of(p.name for p in at.iterdir()) for part, at in folders.items()}
     for variant in sorted({v for v in found.values() if v is not None}):
         parts = ", ".join(part for part, v in found.items() if v == variant and part)
@@ -63,16 +62,16 @@ def variants(who: str, folders: dict[str, Path]) -> dict[str, str | None]:
 
 
 def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) -> Any:
-    """A network in `folder`, of a class with diffusers' and transformers' `from_pretrained`.
+    """Load the network in `folder`; `kind` is a diffusers or transformers class.
 
     Args:
         part: Its name in the pipeline, for messages.
-        options: Of `from_pretrained`.
+        options: For `from_pretrained`.
 
     Raises:
-        UserError: the files are not there, cannot be read, or do not hold just its weights.
+        UserError: the files are missing or unreadable, or their weights do not match the network.
     """
-    read_json(folder / "config.json", who)  # libraries would ask the Hub for one that is not there
+    read_json(folder / "config.json", who)  # if missing, from_pretrained would ask the Hub
     check_rope(folder, who)
     if "variant" not in options:
         options["variant"] = variants(who, {part: folder})[part]
@@ -85,20 +84,20 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
                 output_loading_info=True,
                 **options,
             )
-    except Exception as error:  # diffusers and transformers wrap a damaged file in various types
+    except Exception as error:  # damaged files raise many types
         raise UserError(f"{who}: {folder} cannot be read ({reason(error)})") from None
     where = f"{who}: the weights in {folder}"
     dot = f"{part}." if part else ""
-    # networks that diffusers makes without memory say so themselves where they were given none
+    # diffusers leaves missing weights of networks made on the meta device there
     hollow = [k for k, v in made.state_dict().items() if v.is_meta]
     lacking = sorted({*info["missing_keys"], *hollow})
     wrong = [k if isinstance(k, str) else k[0] for k in info["mismatched_keys"]]
     extra = sorted(k for k in info["unexpected_keys"] if not k.endswith("position_ids"))
     if lacking and extra:
         raise UserError(
-            f"{where} are not whole: {dot}{lacking[0]} is missing{more(lacking)}; there is "
-            f"{clipped(extra[0])}{more(extra)} instead, as another version of "
-            f"{kind.__module__.partition('.')[0]} may name them: install that one"
+            f"{where} are not whole: {dot}{lacking[0]} is missing{more(lacking)}, but there is "
+            f"{clipped(extra[0])}{more(extra)}; another version of "
+            f"{kind.__module__.partition('.')[0]} may use these names: install it"
         )
     if lacking:
         raise UserError(f"{where} are not whole: {dot}{lacking[0]} is missing{more(lacking)}")
@@ -106,25 +105,25 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
         raise UserError(f"{where} do not fit its config.json: {dot}{wrong[0]}{more(wrong)}")
     if extra:
         raise UserError(
-            f"{where} hold {dot}{clipped(extra[0])}{more(extra)}, of which the {kind.__name__} "
-            "that config.json describes knows nothing; correct config.json"
+            f"{where} hold {dot}{clipped(extra[0])}{more(extra)}, which the {kind.__name__} of "
+            "config.json does not have; correct config.json"
         )
     check_floating(made, folder, options["variant"], where)
     return made
 
 
 def check_floating(made: nn.Module, folder: Path, variant: str | None, where: str) -> None:
-    """Refuse weights of whole numbers for a network of others: cast, they would lack their scale.
+    """Refuse integer weights for a floating-point network: their quantisation scale is missing.
 
     Raises:
-        UserError: naming the first of them.
+        UserError: a weight is of integers.
     """
     own, wrong = made.state_dict(), []
     for file in sorted(folder.glob("*.safetensors")):
         match = WEIGHTS.fullmatch(file.name)
         if match is None or match["variant"] != variant:
             continue
-        for name in whole_numbers(file):  # of which libraries may add or drop the beginning
+        for name in whole_numbers(file):  # libraries may add or drop a prefix
             mates = [
                 v
                 for k, v in own.items()
@@ -134,28 +133,28 @@ def check_floating(made: nn.Module, folder: Path, variant: str | None, where: st
                 wrong.append(name)
     if wrong:
         raise UserError(
-            f"{where} are quantised: {clipped(wrong[0])}{more(wrong)} holds whole numbers, without "
-            "the scale that they are of; give weights of fp32, bf16 or fp16"
+            f"{where} are quantised: {clipped(wrong[0])}{more(wrong)} holds integers without a scale; "
+            "give fp32, bf16 or fp16 weights"
         )
 
 
 def whole_numbers(file: Path) -> list[str]:
-    """The names of a safetensors file's tensors that are of integers or truth values."""
+    """Names of the integer and boolean tensors in a safetensors file."""
     with safe_open(file, "pt") as tensors:
         types = {k: tensors.get_slice(k).get_dtype() for k in tensors.keys()}  # noqa: SIM118
     return [k for k, v in types.items() if v.startswith(("I", "U", "BOOL"))]
 
 
 def installed() -> str:
-    """The version of transformers."""
+    """The installed version of transformers."""
     return version("transformers")
 
 
 def check_rope(folder: Path, who: str) -> None:
-    """Refuse a language model's config that transformers before version 5 would read wrongly.
+    """Refuse a language model's config that transformers before version 5 would misread.
 
     Raises:
-        UserError: rotary embeddings' settings are there under version 5's name alone.
+        UserError: the rotary embedding settings have only version 5's name.
     """
     file = folder / "config.json"
     if int(installed().partition(".")[0]) >= 5 or not file.exists():
@@ -171,23 +170,23 @@ def check_rope(folder: Path, who: str) -> None:
 
 
 def more(names: list[str]) -> str:
-    """What follows the first of several names."""
+    """and N more", after the first of several names."""
     return f", and {len(names) - 1} more" * (len(names) > 1)
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, or its kind."""
+    """The first line of an error's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
-    """The pipeline in a folder, from safetensors only, without a safety checker.
+    """Load the pipeline in a folder, from safetensors only, without a safety checker.
 
     Args:
-        dtypes: Of the weights of each part, and "default" for all others.
+        dtypes: The dtype of each component's weights; "default" for all others.
 
     Raises:
-        UserError: it cannot be read, or the weights of some part are not just those it needs.
+        UserError: it cannot be read, or a component's weights do not match its network.
     """
     import diffusers
 
@@ -196,7 +195,7 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
     kinds, parts, classes = dict(networks(index)), {}, {}
     chosen = variants(who, {part: folder / part for part in kinds})
     for part, kind in kinds.items():
-        # transformers' name for it; the older spelling is understood by all versions
+        # transformers' older name, which all versions accept
         dtype = dtypes.get(part, dtypes["default"])
         parts[part] = module(
             kind, folder / part, who, part, torch_dtype=dtype, variant=chosen[part]
@@ -205,7 +204,7 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
         if isinstance(entry, list) and entry[0] == "transformers" and entry[1].endswith(TOKENIZERS):
             parts[part] = tokenizer(entry[1], folder / part, who)
             classes[part] = type(parts[part]).__name__
-    # a part that is listed as null must be passed as None where its class does not call it optional
+    # a null component must be passed as None where its class does not call it optional
     absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
     absent += [k for k in index if k == "safety_checker"]
     try:
@@ -229,14 +228,13 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
 
 
 def tokenizer(name: str, folder: Path, who: str) -> Any:
-    """A tokenizer of the named class of transformers, or of that class's fast form.
+    """Load a tokenizer as the named transformers class, or as the fast form of that class.
 
-    Version 5 writes one file, tokenizer.json, and a list of special tokens. Before it, the class of
-    the same name reads other files, but its fast form reads that one, and the list goes by another
-    name.
+    Transformers 5 writes tokenizer.json and a list of special tokens. In version 4 the class of
+    that name reads other files; its fast form reads tokenizer.json, and names the list differently.
 
     Raises:
-        UserError: it can be read as neither.
+        UserError: neither class can read the folder.
     """
     import transformers
 
@@ -252,14 +250,14 @@ def tokenizer(name: str, folder: Path, who: str) -> Any:
             try:
                 with quiet():
                     return kind.from_pretrained(folder, local_files_only=True, **words)
-            except Exception as error:  # of many types: damaged files, sentencepiece is missing, …
+            except Exception as error:  # damaged files, sentencepiece missing, …
                 said = reason(error) if form == name and not words else said
     raise UserError(f"{who}: {folder} cannot be read as a {clipped(name)} ({said})")
 
 
 @contextmanager
 def naming(folder: Path, index: dict[str, Any], classes: dict[str, str]) -> Iterator[Path]:
-    """The folder, or one of links to its parts whose index names other classes of transformers."""
+    """The folder; or a temporary folder of links to it, whose index names other classes."""
     if all(index[part][1] == name for part, name in classes.items()):
         yield folder
         return
@@ -273,7 +271,7 @@ def naming(folder: Path, index: dict[str, Any], classes: dict[str, str]) -> Iter
 
 
 def networks(index: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The parts that a model_index.json names and that are networks, each with its class."""
+    """The networks that a model_index.json names, each with its class."""
     import diffusers
     import transformers
 
@@ -287,16 +285,16 @@ def networks(index: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def check_parts(folder: Path, who: str) -> None:
-    """Refuse a folder whose model_index.json leaves out a part that its pipeline draws with.
+    """Refuse a folder whose model_index.json lacks a component that sampling needs.
 
     Raises:
-        UserError: naming the first such part.
+        UserError: a component is null or not listed.
     """
     import diffusers
 
     index = read_json(folder / "model_index.json", who)
     kind: Any = getattr(diffusers, str(index.get("_class_name")), None)
-    if kind is None:  # of another version of diffusers, which reading it says
+    if kind is None:  # unknown to this diffusers; loading reports it
         return
     known = inspect.signature(kind.__init__).parameters
     must = [k for k, v in known.items() if k != "self" and v.default is inspect.Parameter.empty]
@@ -305,16 +303,16 @@ def check_parts(folder: Path, who: str) -> None:
         entry = index.get(part)
         if part not in SPARE and (not isinstance(entry, list) or entry[:1] in ([], [None])):
             raise UserError(
-                f"{who}: model_index.json: {part} is {clipped(json.dumps(entry))}, and a "
-                f"{kind.__name__} draws with one; give a folder with all its parts"
+                f"{who}: model_index.json: {part} is {clipped(json.dumps(entry))}, but a "
+                f"{kind.__name__} needs it; give a folder with all components"
             )
 
 
 def check_index(folder: Path, index: dict[str, Any], who: str) -> None:
-    """Refuse a folder that lacks what its model_index.json names, or holds it as a pickle.
+    """Refuse a folder that lacks a component of its model_index.json, or holds it as a pickle.
 
     Raises:
-        UserError: naming the first such part.
+        UserError: a component is missing, pickled, or not two names.
     """
     for part, entry in index.items():
         if not isinstance(entry, list) or part == "safety_checker":
@@ -327,7 +325,7 @@ def check_index(folder: Path, index: dict[str, Any], who: str) -> None:
         if entry[0] is None:
             continue
         if not (folder / part).is_dir():
-            raise UserError(f"{who}: {folder / part} is missing, which model_index.json names")
+            raise UserError(f"{who}: {folder / part} is missing; model_index.json lists it")
         if entry[1].endswith(TOKENIZERS):
             check_vocabulary(folder / part, who)
         if entry[1].endswith("Scheduler"):
@@ -335,29 +333,29 @@ def check_index(folder: Path, index: dict[str, Any], who: str) -> None:
         pickled = [*(folder / part).glob("*.bin"), *(folder / part).glob("*.pt")]
         if pickled and not list((folder / part).glob("*.safetensors")):
             raise UserError(
-                f"{who}: {pickled[0]} is pickled, and pickles are never loaded; "
+                f"{who}: {pickled[0]} is a pickle, which is never loaded; "
                 "convert the folder with diffusers' save_pretrained first"
             )
 
 
 def check_vocabulary(folder: Path, who: str) -> None:
-    """Refuse a tokenizer's folder without its vocabulary: transformers would make an empty one.
+    """Refuse a tokenizer folder without a vocabulary: transformers would make an empty one.
 
     Raises:
-        UserError: there is none in any of the forms that tokenizers are saved in.
+        UserError: no vocabulary file of any known format.
     """
     words = {p.name for p in folder.iterdir()}
     whole = {"tokenizer.json"} & words or {"vocab.json", "merges.txt"} <= words
     if not (whole or "vocab.txt" in words or any(w.endswith(".model") for w in words)):
         raise UserError(
-            f"{who}: {folder} lacks its vocabulary: tokenizer.json, vocab.json and merges.txt, "
-            "vocab.txt, or a sentencepiece .model; copy it there"
+            f"{who}: {folder} has no vocabulary; copy one there: tokenizer.json, vocab.json and "
+            "merges.txt, vocab.txt, or a sentencepiece .model"
         )
 
 
 @contextmanager
 def silent(name: str) -> Iterator[None]:
-    """Without a word from one logger, whose errors are raised as well."""
+    """Silence one logger, whose errors are also raised."""
     log = logging.getLogger(name)
     before, log.disabled = log.disabled, True
     try:
@@ -368,7 +366,7 @@ def silent(name: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the bars and notes that diffusers and transformers show for every file they touch."""
+    """Silence the progress bars and notes of diffusers and transformers."""
     from diffusers.utils import logging as ours
     from transformers.utils import logging as theirs
 

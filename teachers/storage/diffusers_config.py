@@ -1,4 +1,4 @@
-"""What a diffusers scheduler's config says of a checkpoint: process, prediction type, time units.
+"""Read a diffusers scheduler config: noise process, prediction type, time units.
 
 | scheduler | process | predicts | time fed to the network |
 |---|---|---|---|
@@ -25,16 +25,16 @@ CM = "CMStochasticIterativeScheduler"
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 PREDICTS = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
 
-Time = Callable[[Tensor], Tensor]  # the process's t (B,) -> the time that the network reads (B,)
+Time = Callable[[Tensor], Tensor]  # process time t (B,) -> the network's time input (B,)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a network is to be read.
+    """How to interpret a network's inputs and outputs.
 
     Args:
-        name, config: The diffusers scheduler class, and its config with all defaults filled in.
-        sigma_data: For EDM networks, whose input is x_t / √(σ² + σ_data²); None feeds x_t as it is.
+        name, config: The diffusers scheduler class, and its config with all defaults.
+        sigma_data: For EDM networks, whose input is x_t / √(σ² + σ_data²); None: the input is x_t.
     """
 
     process: Process
@@ -46,24 +46,24 @@ class Schedule:
 
 
 def log_sigma(process: Karras, scale: float) -> Time:
-    """scale · log σ(t): EDM's time at ¼, a consistency model's at 250."""
+    """scale · log σ(t): scale is ¼ for EDM and 250 for consistency models."""
     return lambda t: scale * process.scales(t.double())[1].log().to(t.dtype)
 
 
 def flow_time(process: Linear, units: int) -> Time:
-    """units · σ(t): what flow-matching networks read."""
+    """units · σ(t), the time input of flow-matching networks."""
     return lambda t: units * process.scales(t.double())[1].to(t.dtype)
 
 
 def read(name: str, config: dict[str, Any], who: str, tokens: int = 0) -> Schedule:
-    """The schedule that a scheduler's config describes.
+    """The schedule of a scheduler config.
 
     Args:
         name: The scheduler's class name.
-        tokens: Of one sample's sequence, for schedulers that shift by resolution.
+        tokens: Sequence length of one sample, for resolution-dependent shift.
 
     Raises:
-        UserError: the scheduler is of no kind in the table above, or its config contradicts itself.
+        UserError: the scheduler is not in the table above, or its config is contradictory.
     """
     import diffusers
 
@@ -75,7 +75,7 @@ def read(name: str, config: dict[str, Any], who: str, tokens: int = 0) -> Schedu
         scheduler = kind.from_config(config)
         full = dict(scheduler.config)
         bar = getattr(scheduler, "alphas_cumprod", None)
-    except Exception as error:  # diffusers checks little, and late
+    except Exception as error:  # diffusers validates little
         raise UserError(
             f"{who}: the scheduler's config cannot be read ({clipped(error, 200)})"
         ) from None
@@ -88,13 +88,14 @@ def read(name: str, config: dict[str, Any], who: str, tokens: int = 0) -> Schedu
     kind = full.get("prediction_type", "epsilon")
     if len(bar) != full["num_train_timesteps"]:
         raise UserError(
-            f"{who}: {len(bar)} betas for {full['num_train_timesteps']} num_train_timesteps"
+            f"{who}: the scheduler has {len(bar)} betas for {full['num_train_timesteps']} "
+            "num_train_timesteps; correct its config"
         )
-    # some schedulers' tables of zero terminal SNR end just above it; those of students, at it
+    # with zero terminal SNR some schedulers end just above 0, those of students at 0
     if kind == "epsilon" and (bar[-1] < 1e-10 or full.get("rescale_betas_zero_snr")):
         raise UserError(
-            f"{who}: its last index is pure noise (rescale_betas_zero_snr), from which ε says "
-            "nothing of x; such networks are of prediction_type v_prediction"
+            f"{who}: the last timestep is pure noise (rescale_betas_zero_snr), where ε does not "
+            "determine x; give a model with prediction_type v_prediction"
         )
     if not isinstance(kind, str) or kind not in PREDICTS:
         raise UserError(f"{who}: prediction_type {clipped(kind)!r}: {nearest(str(kind), PREDICTS)}")
@@ -105,11 +106,15 @@ def read(name: str, config: dict[str, Any], who: str, tokens: int = 0) -> Schedu
 def _karras(name: str, full: dict[str, Any], who: str) -> Schedule:
     low, high = full["sigma_min"], full["sigma_max"]
     if not (isinstance(low, float | int) and isinstance(high, float | int) and 0 < low < high):
-        raise UserError(f"{who}: sigma_min and sigma_max are {low!r}, {high!r}; 0 < min < max")
+        raise UserError(
+            f"{who}: sigma_min and sigma_max are {low!r}, {high!r}; expected 0 < min < max"
+        )
     process = Karras(low, high, full["rho"])
     floor, scale = (full["sigma_min"], 250.0) if name == CM else (0.0, 0.25)
     if full.get("prediction_type", "epsilon") != "epsilon":
-        raise UserError(f"{who}: EDM prediction_type must be 'epsilon', the F of EDM's paper")
+        raise UserError(
+            f"{who}: prediction_type of an EDM scheduler must be 'epsilon' (F in the EDM paper)"
+        )
     predicts = edm(full["sigma_data"], floor)
     return Schedule(process, predicts, log_sigma(process, scale), name, full, full["sigma_data"])
 
@@ -118,10 +123,12 @@ def _flow(name: str, full: dict[str, Any], who: str, tokens: int) -> Schedule:
     kind = full.get("prediction_type", "flow_prediction")
     if kind != "flow_prediction":
         raise UserError(
-            f"{who}: prediction_type {clipped(kind)!r} under flow sigmas; 'flow_prediction' is"
+            f"{who}: prediction_type {clipped(kind)!r}: flow sigmas need 'flow_prediction'"
         )
     if full.get("invert_sigmas"):
-        raise UserError(f"{who}: invert_sigmas: times that run from data to noise are not known")
+        raise UserError(
+            f"{who}: invert_sigmas is not supported; give a scheduler whose σ falls from 1 to 0"
+        )
     shift = full.get("shift", full.get("flow_shift", 1.0))
     if full.get("use_dynamic_shifting"):
         shift = dynamic_shift(full, tokens)
@@ -132,7 +139,7 @@ def _flow(name: str, full: dict[str, Any], who: str, tokens: int) -> Schedule:
 
 
 def dynamic_shift(config: dict[str, Any], tokens: int) -> float:
-    """The factor of `Linear` that resolution-dependent shifting comes to, for so many tokens.
+    """The shift of `Linear` under resolution-dependent shifting, for `tokens` tokens.
 
     μ is linear in the length of the sequence; σ' = e^μ σ / (1 + (e^μ - 1) σ) (arXiv:2403.03206).
     """

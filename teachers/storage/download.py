@@ -1,4 +1,4 @@
-"""Teachers of the Hub: of a repository, only the files that its pipeline is loaded from."""
+"""Download teachers from the Hub: only the files that the pipeline is loaded from."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SINGLE = {".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf"}  # how single
 
 
 def fetch(source: str) -> Path:
-    """The folder of a repository on the Hub, its files downloaded once.
+    """Download a Hub repository to the cache and return its folder.
 
     Raises:
-        UserError: there is none, it is not to be had, or it holds no pipeline in safetensors.
+        UserError: it does not exist, is not accessible, or holds no pipeline in safetensors.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
@@ -33,10 +33,10 @@ def fetch(source: str) -> Path:
         index = read_json(Path(hf_hub_download(source, INDEX)), who) if INDEX in names else None
     except UserError:
         raise
-    except Exception as error:  # the Hub's own and the transport's, which differ by version
+    except Exception as error:  # Hub and network errors differ by version
         try:
             return Path(snapshot_download(source, local_files_only=True))
-        except Exception:  # nothing is kept of it: what the Hub said is what counts
+        except Exception:  # not in the cache: report the Hub's error
             raise UserError(f"{who}: {nowhere(source)}; {refused(source, error)}") from None
     files = wanted(index, names, who)
     try:
@@ -46,18 +46,18 @@ def fetch(source: str) -> Path:
 
 
 def wanted(index: dict[str, Any] | None, names: Iterable[str], who: str) -> list[str]:
-    """Which files of a repository its pipeline is loaded from.
+    """The files of a repository that its pipeline is loaded from.
 
-    Of each part that `index` names these are its settings and its safetensors: the plain ones
-    where there are any, else those of a variant. Pickles, other frameworks' weights, other
-    variants and single files of all weights are left.
+    These are the settings and safetensors of each component in `index`: plain safetensors if there
+    are any, else one variant. Pickles, weights of other frameworks, other variants and single-file
+    checkpoints are skipped.
 
     Args:
-        index: What model_index.json holds; None where there is no such file.
-        names: Of all files, as paths from the top.
+        index: The content of model_index.json; None if there is no such file.
+        names: Paths of all files in the repository.
 
     Raises:
-        UserError: there is no pipeline, or a part of it is there as a pickle alone.
+        UserError: there is no pipeline, or a component exists only as a pickle.
     """
     names = sorted(names)
     top = [n for n in names if "/" not in n]
@@ -65,7 +65,7 @@ def wanted(index: dict[str, Any] | None, names: Iterable[str], who: str) -> list
     if index is None:
         if "config.json" not in top:
             raise UserError(
-                f"{who}: the repository has no {INDEX}, so it is no diffusers pipeline; {single()}"
+                f"{who}: the repository has no {INDEX}, so it is not a diffusers pipeline; {single()}"
             )
         return sorted({*files, *needed(top)})
     for part, entry in index.items():
@@ -78,15 +78,15 @@ def wanted(index: dict[str, Any] | None, names: Iterable[str], who: str) -> list
             pickles = [n for n in inside if n.endswith((".bin", ".pt", ".ckpt"))]
             if pickles:
                 raise UserError(
-                    f"{who}: the repository holds {part} as a pickle alone ({clipped(pickles[0])}),"
-                    " and pickles are never loaded; take one with safetensors"
+                    f"{who}: the repository holds {part} only as a pickle ({clipped(pickles[0])}), "
+                    "which is never loaded; give a repository with safetensors"
                 )
         files += found
     return sorted(set(files))
 
 
 def needed(inside: list[str]) -> list[str]:
-    """Of the files in one folder, the settings and one form of the safetensors."""
+    """The settings files of one folder, and one variant of its safetensors."""
     bare = {PurePosixPath(n).name: n for n in inside}
     variant = variant_of(bare)
     ending = ".safetensors.index.json"
@@ -96,7 +96,7 @@ def needed(inside: list[str]) -> list[str]:
     for name, path in bare.items():
         if match := WEIGHTS.fullmatch(name):
             keep = match["variant"] == variant
-        elif ".index." in name:  # of weights in several files: those that are taken, or others
+        elif ".index." in name:  # the index of sharded weights
             keep = name.endswith(ending)
         else:
             keep = PurePosixPath(name).suffix in SETTINGS
@@ -106,12 +106,12 @@ def needed(inside: list[str]) -> list[str]:
 
 
 def escaped(name: str) -> str:
-    """A name as a pattern that matches nothing else."""
+    """A glob pattern that matches exactly this name."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def nowhere(source: str) -> str:
-    """That there is no such folder here, with the nearest name beside where it was looked for."""
+    """ "no such folder here", with the nearest name in the parent folder."""
     folder = home(source, "teacher")
     line = "no such folder here"
     if not isdir(folder.parent):
@@ -124,24 +124,24 @@ def nowhere(source: str) -> str:
 
 
 def refused(source: str, error: Exception) -> str:
-    """Why a repository is not to be had, and what can be done, in a line's end."""
+    """Why a repository is not accessible, and the remedy; the end of an error line."""
     from huggingface_hub import errors
 
     at = clipped(source)
     if isinstance(error, errors.GatedRepoError):
-        return f"on the Hub it is gated: accept its terms at hf.co/{at}, then `hf auth login`"
+        return f"it is gated on the Hub; accept its terms at hf.co/{at}, then `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return "nor is it on the Hub, or it is private there (`hf auth login`)"
+        return "it is not on the Hub either, or is private there (`hf auth login`)"
     if isinstance(error, errors.HFValidationError):
-        return "nor is it a name that the Hub allows (OWNER/NAME)"
+        return "it is not a valid Hub name either (OWNER/NAME)"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "the Hub is not asked, as HF_HUB_OFFLINE is set, and no copy of it is kept here"
+        return "HF_HUB_OFFLINE is set and the cache has no copy; unset it, or give a folder"
     said = clipped((str(error).strip().splitlines() or [type(error).__name__])[0])
-    return f"and the Hub could not be asked ({said}), and no whole copy of it is kept here"
+    return f"the Hub could not be reached ({said}) and the cache has no whole copy; try again"
 
 
 def single(file: str = "FILE.safetensors") -> str:
-    """How a single file of all weights becomes a folder."""
+    """How to convert a single-file checkpoint to a folder."""
     return (
         "convert a single file once, in Python: StableDiffusionPipeline (or the pipeline of its "
         f"family).from_single_file({clipped(file)!r}).save_pretrained('FOLDER'), and give FOLDER"
@@ -149,12 +149,12 @@ def single(file: str = "FILE.safetensors") -> str:
 
 
 def refuse_file(source: str, who: str) -> None:
-    """Refuse a single file of all weights, which is no folder.
+    """Refuse a single-file checkpoint: a teacher is a folder.
 
     Raises:
-        UserError: the source's name ends as one.
+        UserError: the source has the suffix of a weights file.
     """
     path = home(source, "teacher")
     if path.suffix.lower() in SINGLE and not isdir(path):
-        what = "is a single file" if isfile(path) else "names a single file, which is not there"
-        raise UserError(f"{who}: it {what}; teachers are diffusers folders: {single(source)}")
+        what = "is a single file" if isfile(path) else "is a single file that does not exist"
+        raise UserError(f"{who}: it {what}; give a diffusers folder: {single(source)}")

@@ -1,5 +1,4 @@
-"""Where a user's paths lead, and files of weights, written so that whoever may read a new file of
-the user's may read them."""
+"""User paths, JSON files, and weight files with the permissions of any new file."""
 
 from __future__ import annotations
 
@@ -17,13 +16,13 @@ from teachers.errors import UserError, clipped
 
 
 def home(path: str | Path, who: str = "") -> Path:
-    """A path with `~` and `~name` at its start replaced by the home folder of that user.
+    """Expand `~` and `~name` at the start of a path.
 
     Args:
-        who: Begins the message: the key or option that the path is given by.
+        who: The key or option that the path was given for; starts the message.
 
     Raises:
-        UserError: there is no such user here, or the home folder is not known.
+        UserError: there is no such user, or the home folder is unknown.
     """
     try:
         return Path(path).expanduser()
@@ -31,18 +30,18 @@ def home(path: str | Path, who: str = "") -> Path:
         said = clipped(path)
         user = clipped(Path(path).parts[0])
         raise UserError(
-            f"{f'{who}: ' if who and who != said else ''}{said}: the home folder of {user} is not "
-            f"known; write the folder out, or ./{user} for one of that name"
+            f"{f'{who}: ' if who and who != said else ''}{said}: the home folder of {user} is "
+            f"unknown; write the full path, or ./{user} for a folder of that name"
         ) from None
 
 
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with the permissions that any new file gets here.
+    """Write a safetensors file with the permissions of any new file.
 
     Raises:
-        SafetensorError: it cannot be written.
+        SafetensorError: the file cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -51,9 +50,9 @@ def save_tensors(
 
 
 def open_to_readers(folder: Path) -> None:
-    """Give every file under a folder the permissions of a new one.
+    """Give every file under a folder the permissions of a new file.
 
-    safetensors, and with it `save_pretrained`, leaves files that their owner alone may read.
+    safetensors, and so `save_pretrained`, writes files that only their owner may read.
     """
     mode = new_mode(folder)
     for path in folder.rglob("*"):
@@ -62,9 +61,9 @@ def open_to_readers(folder: Path) -> None:
 
 
 def new_mode(folder: Path) -> int:
-    """The permission bits of a file that is created in a folder: 0o644 under the usual umask.
+    """The permission bits of a new file in a folder: 0o644 under the usual umask.
 
-    One is created to see: the umask cannot be read without changing it for all threads.
+    It creates a file to find out, because reading the umask would change it for all threads.
     """
     probe = folder / f".mode-{os.getpid()}-{threading.get_ident()}"
     descriptor = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666)
@@ -76,12 +75,16 @@ def new_mode(folder: Path) -> int:
 
 
 def read_json(path: Path, who: str) -> dict[str, Any]:
-    """A JSON object from a file that must be there and be one."""
+    """Read a JSON object from a file.
+
+    Raises:
+        UserError: the file is missing, unreadable, or not a JSON object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{who}: {path} is missing; give a diffusers pipeline folder") from None
-    except OSError as error:  # such as a folder of that name
+    except OSError as error:  # for example a folder of that name
         raise UserError(f"{who}: {path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else clipped(error)

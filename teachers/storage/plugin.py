@@ -1,4 +1,4 @@
-"""A user's own module, imported from the path of its file."""
+"""Import a user's module from a file path."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from types import ModuleType
 
 
 def import_file(path: Path) -> ModuleType:
-    """The module in a file, imported once.
+    """Import the module in a file, once.
 
     Raises:
-        FileNotFoundError: there is no such file; else whatever the module raises.
+        FileNotFoundError: there is no such file. Errors of the module itself pass through.
     """
     name = f"fewstep_user_{path.stem}"
     if name in sys.modules and sys.modules[name].__file__ == str(path.resolve()):
@@ -24,6 +24,6 @@ def import_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[name]  # half a module must not be found the next time
+        del sys.modules[name]  # never reuse a half-imported module
         raise
     return module
