@@ -1,1 +1,1 @@
-"""EDM, EDM2 and ADM: their networks, their published files, and stock forms of them."""
+"""EDM, EDM2 and ADM: networks, published files, and their diffusers forms."""

@@ -1,14 +1,14 @@
-"""ADM (arXiv:2105.05233), as EDM trains it, as a UNet2DModel of diffusers: the same function.
+"""EDM's ADM network (arXiv:2105.05233) as an equivalent UNet2DModel of diffusers.
 
 | EDM's ADM | UNet2DModel |
 |---|---|
-| a block that resizes, first of its resolution | the down- or upsampler that ends the one before |
-| a row for no label, of zeros | the last class embedding, where there is a null label |
+| a resizing block, first of its resolution | the down- or upsampler ending the previous one |
+| no label: a row of zeros | the last class embedding, if there is a null label |
 | qkv, interleaved within each head | to_q, to_k, to_v |
 | the time's cosines and sines, at 10⁴^(-2i/C) | flip_sin_to_cos, freq_shift 0 |
 
 UNet2DModel has one number of groups for all its norms, one size for all its heads, and as many
-sinusoids as its first width: `config` says whether an ADM agrees with that.
+sinusoids as its first width; `config` tests whether an ADM meets this.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ GROUPS, HEAD = 32, 64  # of UNet2DModel's norms, and the channels of one attenti
 
 
 def config(arguments: dict[str, Any], null: bool = False) -> dict[str, Any] | None:
-    """UNet2DModel's config for the ADM with these arguments; None where no such model is the same.
+    """The UNet2DModel config equivalent to an ADM with these arguments; None if there is none.
 
-    The published ADM, of ImageNet-64, has one. Networks narrower than 128 channels have not: there
-    the norms' groups shrink with the width.
+    The published ADM of ImageNet-64 has one. Networks narrower than 128 channels do not, because
+    their norms have fewer groups.
 
     Args:
-        null: Whether there is one embedding more, for no label.
+        null: Add an embedding for the null label.
     """
     bound = inspect.signature(DhariwalUNet).bind(**arguments)
     bound.apply_defaults()
@@ -69,9 +69,9 @@ def config(arguments: dict[str, Any], null: bool = False) -> dict[str, Any] | No
 
 
 def stock(adm: DhariwalUNet, config: dict[str, Any]) -> Any:
-    """The UNet2DModel that computes what `adm` does, in its type; `config` is made by `config`.
+    """The UNet2DModel equivalent to `adm`, in its dtype; `config` comes from the function above.
 
-    It reads ¼ log σ as ADM does, and shares those weights that are only renamed.
+    Its time input is ¼ log σ, as in ADM. Weights that are only renamed are shared.
     """
     from diffusers import UNet2DModel
 
@@ -94,7 +94,7 @@ def stock(adm: DhariwalUNet, config: dict[str, Any]) -> Any:
 
 
 def embeddings(adm: DhariwalUNet, classes: int | None) -> Iterator[tuple[str, Tensor]]:
-    """What is at neither side: the time's and the labels' embeddings, the first and last layer."""
+    """Tensors outside the blocks: time and label embeddings, first and last layer."""
     (head,) = adm.heads.values()
     assert isinstance(head, Head)
     yield from named("conv_in", adm.stem).items()
@@ -109,7 +109,7 @@ def embeddings(adm: DhariwalUNet, classes: int | None) -> Iterator[tuple[str, Te
 
 
 def block(to: str, source: Any) -> dict[str, Tensor]:
-    """A Block's tensors, without its attention's, by ResnetBlock2D's names."""
+    """A Block's tensors without attention, under ResnetBlock2D's names."""
     assert isinstance(source, Block)
     found = dict(named(f"{to}.norm1", source.norm_in))
     found |= named(f"{to}.conv1", source.conv_in)
@@ -121,7 +121,7 @@ def block(to: str, source: Any) -> dict[str, Tensor]:
 
 
 def attention(to: str, source: Any) -> dict[str, Tensor]:
-    """A Block's attention's tensors by diffusers' names: 1×1 convolutions become linear layers."""
+    """A Block's attention tensors under diffusers' names; 1×1 convolutions become linear."""
     if (ours := source.attention) is None:
         return {}
     assert isinstance(ours, Attention)
@@ -139,5 +139,5 @@ def attention(to: str, source: Any) -> dict[str, Tensor]:
 
 
 def named(to: str, module: nn.Module) -> dict[str, Tensor]:
-    """A layer's own tensors, renamed; none of an identity."""
+    """A layer's tensors with new names; none for an identity."""
     return {f"{to}.{k}": v for k, v in module.named_parameters()}

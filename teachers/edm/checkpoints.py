@@ -1,4 +1,4 @@
-"""EDM and EDM2 networks on disk: the published pickles, and our own folders made of them.
+"""EDM and EDM2 networks on disk: published pickles, and folders made by `distill convert`.
 
 | in the pickle | in the folder |
 |---|---|
@@ -35,10 +35,9 @@ from teachers.storage.files import home, read_json, save_tensors
 from teachers.teacher import Pixels, Teacher
 
 WEIGHTS = "model.safetensors"
-# The classes as the pickles name them, with the argument that names the network inside.
+# Pickled class names, and the argument that names the inner network.
 PICKLED = {"EDMPrecond": "EDMPrecond", "Precond": "EDM2Precond"}
-# Arguments of the pickles that no network here takes: what they say is said elsewhere, or is only
-# of training, or, as use_fp16, of the machine that it once ran on.
+# Pickled arguments that are not needed here: redundant, for training only, or use_fp16.
 DROPPED = {"augment_dim", "label_dropout", "logvar_channels", "sigma_data", "model_type"}
 DROPPED |= {"sigma_min", "sigma_max", "use_fp16"}
 # EDM2's statistics of its VAE's latents (arXiv:2312.02696, appendix B), for pickles without them.
@@ -46,14 +45,14 @@ MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 
 
 class Files(NamedTuple):
-    """A network as it lies on disk."""
+    """The config and weights of a network on disk."""
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
 
 
 def recognises(path: Path) -> bool:
-    """Whether it is a pickle, or a folder of ours with an EDM network."""
+    """Whether the path is an EDM pickle or a converted folder."""
     if path.suffix == ".pkl":
         return True
     try:
@@ -64,16 +63,16 @@ def recognises(path: Path) -> bool:
 
 
 def load(path: Path, source: str, null_label: int | None = None, vae: str | None = None) -> Teacher:
-    """An EDM or EDM2 network as a teacher, from a pickle or a converted folder.
+    """Load an EDM or EDM2 network as a teacher, from a pickle or a converted folder.
 
     Args:
-        null_label: The label that stands for none, which can only be label_dim, a row of zeros. It
-            is known already for networks that were trained with label dropout.
-        vae: The folder of a diffusers AutoencoderKL, for latent EDM2; without one (and without a
-            `vae` folder beside the weights) the codec takes and gives latents.
+        null_label: The null label: only label_dim, a row of zeros, is possible. Networks trained
+            with label dropout have it by default.
+        vae: Folder of a diffusers AutoencoderKL, for latent EDM2. Without it, and without a `vae`
+            folder beside the weights, the codec takes and returns latents.
 
     Raises:
-        UserError: nothing is there, it is damaged or refused, or the options do not fit it.
+        UserError: the files are missing, damaged or refused, or an option does not fit them.
     """
     who = teacher_at(source)
     files = unpickle(path) if path.suffix == ".pkl" else open_folder(path, who)
@@ -93,7 +92,7 @@ def load(path: Path, source: str, null_label: int | None = None, vae: str | None
         loaded = None if vae is None else autoencoder(home(vae, f"{who}: vae"), channels, who)
         codec = Latents(classes, null, latents["scale"], latents["bias"], loaded)
     elif vae is not None:
-        raise UserError(f"{who}: vae: this network makes pixels; leave it out")
+        raise UserError(f"{who}: vae: this network works on pixels; remove it")
     return Teacher(denoiser, codec, (channels, size, size), source)
 
 
@@ -102,15 +101,15 @@ def no_label(classes: int) -> str:
 
 
 def convert(source: Path, out: Path) -> None:
-    """Writes a published pickle as a folder of safetensors and JSON, executing nothing of it.
+    """Convert a published pickle to a folder of safetensors and JSON, without executing it.
 
     Raises:
-        UserError: the pickle is damaged or refused, or `out` already holds something.
+        UserError: the pickle is damaged or refused, or `out` exists.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists; give a new folder")
     files = unpickle(source)
-    denoiser_of(files, str(source))  # whatever load would refuse is refused before it is written
+    denoiser_of(files, str(source))  # refuse before writing what `load` would refuse
     draft = out.parent / f".{out.name}.draft"
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -130,18 +129,18 @@ def convert(source: Path, out: Path) -> None:
 
 
 def unpickle(path: Path) -> Files:
-    """The network of a published pickle, under our names."""
+    """The network of a published pickle, with tensors under our names."""
     content = pickles.read(path)
     network = content.get("ema") if isinstance(content, dict) else content
     if not isinstance(network, pickles.Record):
-        raise UserError(f"{path}: holds no network by the name 'ema', as EDM's pickles do")
+        raise UserError(f"{path}: holds no network named 'ema'; give an EDM or EDM2 pickle")
     if network.kind not in PICKLED:
         raise UserError(f"{path}: {network.kind[:60]} is not supported; {nearest('', PICKLED)}")
     kind = PICKLED[network.kind]
     state = network.state or {}
     given, unnamed = state.get("_init_kwargs"), state.get("_init_args")
     if type(given) is not dict or unnamed not in ((), []):
-        raise UserError(f"{path}: does not say what its network was made with (init_kwargs)")
+        raise UserError(f"{path}: init_kwargs is missing; give an EDM or EDM2 pickle")
     given = json_of(given, str(path))
     default = "UNet" if kind == "EDM2Precond" else "DhariwalUNet"
     arguments = {k: v for k, v in given.items() if k not in DROPPED}
@@ -163,10 +162,10 @@ def unpickle(path: Path) -> Files:
 
 
 def tensors(module: pickles.Record, where: str) -> dict[str, Tensor]:
-    """The parameters and buffers of a pickled network, by the names that a state dict has.
+    """Parameters and buffers of a pickled network, under state-dict names.
 
     Raises:
-        UserError: it is no network, or its modules are shared or deeper than any network's.
+        UserError: it is not a network, or its modules are shared or nested too deeply.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -194,7 +193,7 @@ def tensors(module: pickles.Record, where: str) -> dict[str, Tensor]:
 
 
 def json_of(value: Any, who: str, depth: int = 0) -> Any:
-    """A value of a pickle as JSON holds it."""
+    """A pickled value as JSON data."""
     if depth < 4 and isinstance(value, dict):
         return {k: json_of(v, who, depth + 1) for k, v in value.items()}
     if depth < 4 and isinstance(value, list | tuple):
@@ -203,11 +202,11 @@ def json_of(value: Any, who: str, depth: int = 0) -> Any:
         return value
     if type(value) is float:
         return value if math.isfinite(value) else str(value)  # sigma_max is infinite by default
-    raise UserError(f"{who}: its network was made with a {type(value).__name__}, not plain data")
+    raise UserError(f"{who}: init_kwargs hold a {type(value).__name__}; expected plain data")
 
 
 def latents_of(content: Any, channels: Any, who: str) -> dict[str, list[float]] | None:
-    """How EDM2 scales its VAE's latents; None for networks of pixels."""
+    """EDM2's scale and bias of VAE latents; None for networks on pixels."""
     encoder = content.get("encoder") if isinstance(content, dict) else None
     if encoder is None and channels != 4:
         return None
@@ -228,10 +227,10 @@ def latents_of(content: Any, channels: Any, who: str) -> dict[str, list[float]] 
 
 
 def round_gains(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """EDM2's gains as its code applies them when they are stored in half precision.
+    """EDM2's gains with the rounding of its code, where they are stored in half precision.
 
-    There g/√n, which scales a weight of n inputs, is rounded once more; ours is worked out in
-    float32, from a g that gives the same.
+    Its code rounds g/√n, the scale of a weight with n inputs, once more. Ours computes it in
+    float32; this returns the g that gives the same scale.
     """
     rounded = dict(found)
     for name, gain in found.items():
@@ -244,14 +243,14 @@ def round_gains(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_folder(folder: Path, who: str) -> Files:
-    """A folder that `convert` wrote."""
+    """Read a folder that `convert` wrote."""
     config = read_json(folder / "config.json", who)
     check(config, who)
     return Files(config, open_weights(folder / WEIGHTS, who, "convert the pickle again"))
 
 
 def open_weights(path: Path, who: str, remedy: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; `remedy` is for when there is none."""
+    """The tensors of a safetensors file; `remedy` ends the message if it is missing."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -264,10 +263,10 @@ def open_weights(path: Path, who: str, remedy: str) -> dict[str, Tensor]:
 
 
 def denoiser_of(files: Files, who: str, null: bool = False) -> UNet:
-    """The network with its weights in float32, under EDM's process and preconditioning.
+    """The network as a denoiser: float32 weights, EDM's process and preconditioning.
 
     Args:
-        null: Whether it will be asked for no label.
+        null: Whether the null label will be used.
     """
     config, name = files.config, files.config["network"]
     karras = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": float(config["sigma_data"])}
@@ -277,7 +276,7 @@ def denoiser_of(files: Files, who: str, null: bool = False) -> UNet:
             network = networks.DhariwalUNet(**config["arguments"])
         fill(network, files.weights, who)
         return UNet(adm.stock(network, stock), schedule)
-    with torch.device("meta"):  # shapes are compared before anything is allocated
+    with torch.device("meta"):  # compare shapes before allocating
         backbone = EDMModel(**model_config(name, config["arguments"]))
     assert isinstance(schedule.process, Karras)
     schedule = replace(schedule, time=log_sigma(schedule.process, 250.0))
@@ -295,7 +294,7 @@ def denoiser_of(files: Files, who: str, null: bool = False) -> UNet:
 
 
 def model_config(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """EDMModel's config for a network."""
+    """The EDMModel config of a network."""
     return {
         "kind": kind,
         "arguments": arguments,
@@ -306,10 +305,10 @@ def model_config(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_of(folder: Path, config: dict[str, Any], who: str) -> EDMModel:
-    """The EDMModel of an exported student, by our own code and not by that beside its weights.
+    """Load an exported student's EDMModel with this package's code, not the folder's.
 
     Raises:
-        UserError: its config or its weights are damaged.
+        UserError: its config or weights are damaged.
     """
     network, arguments = config.get("kind"), config.get("arguments")
     kind = "EDM2Precond" if network == "UNet" else "EDMPrecond"
@@ -324,17 +323,19 @@ def model_of(folder: Path, config: dict[str, Any], who: str) -> EDMModel:
 
 
 def network(folder: Path, config: dict[str, Any], who: str) -> tuple[type[UNet], EDMModel]:
-    """An exported student's network, as `unet.load` takes it."""
+    """An exported student's network, for `unet.load`."""
     return EDM, model_of(folder, config, who)
 
 
 def fill(network: nn.Module, weights: dict[str, Tensor], who: str) -> None:
-    """Gives a network on the meta device its weights, all of them and no others."""
+    """Load weights into a network on the meta device; names and shapes must match."""
     expected = network.state_dict()
     if missing := sorted(expected.keys() - weights.keys()):
-        raise UserError(f"{who}: the weights lack {missing[0]!r}; the arguments do not fit them")
+        raise UserError(f"{who}: the weights lack {missing[0]!r}; correct the config's arguments")
     if extra := sorted(weights.keys() - expected.keys()):
-        raise UserError(f"{who}: the weights hold {extra[0][:80]!r}, which the network has not")
+        raise UserError(
+            f"{who}: the weights hold {extra[0][:80]!r}, which the network does not have"
+        )
     for name, tensor in expected.items():
         if weights[name].shape != tensor.shape:
             raise UserError(
@@ -348,7 +349,7 @@ def fill(network: nn.Module, weights: dict[str, Tensor], who: str) -> None:
 
 
 def autoencoder(folder: Path, channels: int, who: str) -> Any:
-    """A diffusers AutoencoderKL, from safetensors only."""
+    """Load a diffusers AutoencoderKL from safetensors."""
     from diffusers import AutoencoderKL
 
     config = read_json(folder / "config.json", who)

@@ -1,4 +1,4 @@
-"""What an EDM or EDM2 network's config may say; what it may not is refused before one is built."""
+"""Check the config of an EDM or EDM2 network before it is built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NETWORKS: dict[str, dict[str, type[nn.Module]]] = {
 
 
 def check(config: dict[str, Any], who: str) -> None:
-    """Refuses a config from which no network could be built, before one is."""
+    """Refuse a config from which no network can be built."""
     networks = NETWORKS[config["_class_name"]]
     name, arguments = config.get("network"), config.get("arguments")
     if not isinstance(name, str) or name not in networks:
@@ -60,7 +60,7 @@ SHARES = ("dropout", "label_balance", "concat_balance", "res_balance", "attn_bal
 
 
 def fits(key: str, value: Any) -> bool:
-    """Whether an argument has a value that a network could be built with."""
+    """Whether a network can be built with this value of an argument."""
     if key in CHOICES:
         return value in CHOICES[key]
     if key in LISTS:

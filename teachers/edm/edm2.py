@@ -1,9 +1,9 @@
 """EDM2's network (arXiv:2312.02696), which keeps its activations' magnitudes.
 
-Weights are normalised wherever they are used, so only their directions matter. The paper also
-rewrites them at unit length after every training step (eq. 66), which steers the effective learning
-rate and changes no output; a forward pass that moved its weights would break a second one before
-the backward, so that is left out here.
+Weights are normalised at every use, so only their directions matter. The paper also rescales the
+stored weights to unit length at every training step (eq. 66), which sets the effective learning
+rate and changes no output. That is not done here: changing weights in the forward pass would break
+a second forward before the backward.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Uncertainty(nn.Module):
 
 
 def normalize(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """x over its root mean square along `dims`, which a small term keeps from zero; ‖x‖ in float32.
+    """x divided by its root mean square along `dims`, plus a small term; the norm is in float32.
 
-    Its mean square becomes 1, where EDM2's weights and pixels both start from (eq. 47).
+    The result has mean square 1 (eq. 47).
     """
     rms = torch.linalg.vector_norm(x, dim=list(dims), keepdim=True, dtype=torch.float32)
     rms = 1e-4 + rms / math.sqrt(x.numel() / rms.numel())
@@ -45,12 +45,12 @@ def silu(x: Tensor) -> Tensor:
 
 
 def mix(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """The sum of a and b with b's share, at their magnitude (eq. 88)."""
+    """The weighted sum of a and b at constant magnitude; `share` is b's weight (eq. 88)."""
     return ((1 - share) * a + share * b) / math.hypot(1 - share, share)
 
 
 def join(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Channels of a, then of b, that contribute by b's share, at their magnitude (eq. 103)."""
+    """Channels of a, then of b, weighted by b's share at constant magnitude (eq. 103)."""
     total = math.sqrt((a.shape[1] + b.shape[1]) / ((1 - share) ** 2 + share**2))
     left, right = (1 - share) / math.sqrt(a.shape[1]), share / math.sqrt(b.shape[1])
     return torch.cat([total * left * a, total * right * b], dim=1)
@@ -121,7 +121,7 @@ class Block(nn.Module):
     Args:
         cin, cout, width: Channels in and out, and of the embedding.
         heads: Of the attention; 0 for none.
-        encodes: The encoder's blocks change channels and normalise pixels before they branch.
+        encodes: An encoder block: it changes channels and normalises pixels before the branch.
         resize: "up", "down" or none.
         balance, attn_balance: The branch's and the attention's shares of their sums.
         clip: Largest activation that leaves the block; None for no limit.
@@ -165,7 +165,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """EDM2's U-Net (figure 21), called as F(x, c_noise, labels); the arguments are its files'."""
+    """EDM2's U-Net (figure 21), called as F(x, c_noise, labels); arguments as in checkpoints."""
 
     def __init__(
         self,
@@ -249,7 +249,7 @@ class UNet(nn.Module):
         Args:
             x: (B, C, H, W), scaled to unit variance.
             time: c_noise = ¼ log σ, (B,).
-            class_labels: (B,) integers; label_dim, as well as None, stand for no label.
+            class_labels: (B,) integers; label_dim and None mean no label.
         """
         x = x.to(self.stem.weight.dtype)
         emb = self.time(self.noise(time).to(x.dtype))

@@ -1,4 +1,4 @@
-"""The latents that EDM2's networks of ImageNet-512 are of (arXiv:2312.02696)."""
+"""The latents of EDM2's ImageNet-512 networks (arXiv:2312.02696)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from teachers.teacher import Pixels
 class Latents(Pixels):
     """The codec of latent EDM2: a VAE's latents, each channel shifted and scaled to σ_data = ½.
 
-    Without a VAE there are no pixels: data are then the latents themselves, in and out.
+    Without a VAE, data are latents: `encode` and `decode` return their input.
 
     Args:
         scale, bias: Per channel, from the VAE's raw latents to the network's.
-        vae: A diffusers AutoencoderKL; EDM2 shows it pixels in [0, 1], and so does this.
+        vae: A diffusers AutoencoderKL; EDM2 feeds it pixels in [0, 1], as is done here.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class Latents(Pixels):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Latents of images; without a VAE, the latents that were given."""
+        """Latents of images; without a VAE, the input."""
         if self.vae is None:
             return images
         raw = self.vae.to(images.device).encode((images + 1) / 2).latent_dist.sample()
         return raw * shaped(self.scale, raw) + shaped(self.bias, raw)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents; without a VAE, the latents as they are."""
+        """Images of latents; without a VAE, the input."""
         if self.vae is None:
             return latents
         raw = (latents - shaped(self.bias, latents)) / shaped(self.scale, latents)
@@ -50,5 +50,5 @@ class Latents(Pixels):
 
 
 def shaped(values: Tensor, x: Tensor) -> Tensor:
-    """(C,) to broadcast against x, (B, C, H, W)."""
+    """(C,) reshaped to broadcast against x (B, C, H, W)."""
     return values.to(x)[:, None, None]

@@ -1,4 +1,4 @@
-"""EDM's and EDM2's networks in the form that stock pipelines call, and as denoisers."""
+"""EDM and EDM2 networks as diffusers models, and as denoisers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class EDMModel(ModelMixin, ConfigMixin):
     """A network of EDM's or EDM2's, called as pipelines call a UNet2DModel of consistency models.
 
     Args:
-        kind, arguments: Its class, and what that is made with.
-        sample_size, in_channels, num_class_embeds: What pipelines ask of a UNet2DModel's config.
+        kind, arguments: The network class and its arguments.
+        sample_size, in_channels, num_class_embeds: Config keys that pipelines read.
     """
 
     @register_to_config
@@ -51,8 +51,8 @@ class EDMModel(ModelMixin, ConfigMixin):
         """F, shaped like `sample` (B, C, H, W), which is scaled to unit variance.
 
         Args:
-            timestep: 250 log σ, of all or of each (B,); the network reads a thousandth of it.
-            class_labels: (B,) integers; one more than the last, as well as None, is no label.
+            timestep: 250 log σ, a scalar or (B,); the network's input is a thousandth of it.
+            class_labels: (B,) integers; num_classes and None mean no label.
         """
         time = torch.as_tensor(timestep, device=sample.device).expand(len(sample)) / 1000
         out = self.network(sample, time, class_labels)
@@ -60,10 +60,10 @@ class EDMModel(ModelMixin, ConfigMixin):
 
 
 class EDM(UNet):
-    """One of EDM's own networks as a denoiser.
+    """An EDM or EDM2 network as a denoiser.
 
     Args:
-        uncertainty: Of EDM2's networks: how hard each noise level is.
+        uncertainty: EDM2's u(σ): the log of the expected loss at each noise level.
     """
 
     PIPELINES = ()
@@ -73,7 +73,9 @@ class EDM(UNet):
         self, backbone: nn.Module, schedule: Schedule, uncertainty: nn.Module | None = None
     ) -> None:
         super().__init__(backbone, schedule)
-        self._uncertainty = (uncertainty,)  # in a tuple: no loss here trains it
+        self._uncertainty = (
+            uncertainty,
+        )  # in a tuple, so that it is not a submodule: nothing here trains it
 
     @property
     def middle(self) -> str:

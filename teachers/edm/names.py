@@ -1,4 +1,4 @@
-"""The tensors of EDM's and EDM2's pickles, by our networks' own names."""
+"""Rename the tensors of EDM and EDM2 pickles to our networks' names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-# From the pickles' names to ours, in turn; None: not kept, for it follows from the arguments.
+# Pickled names to ours, applied in order; None: dropped, because the arguments determine it.
 EDM_NAMES = [
     (r".*resample_filter$", None),
     (r"^model\.map_augment\.weight$", None),
@@ -60,7 +60,7 @@ EDM2_NAMES = [
 
 
 def renamed(found: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors by our networks' names; one that has none keeps its own, and is refused later."""
+    """The tensors by our networks' names; unknown names are kept, and refused when loaded."""
     rules = EDM_NAMES if config["_class_name"] == "EDMPrecond" else EDM2_NAMES
     size = str(config["arguments"]["img_resolution"])
     ours = {}

@@ -1,8 +1,8 @@
 """EDM's networks (arXiv:2206.00364): DDPM++ and NCSN++ (arXiv:2011.13456), ADM (arXiv:2105.05233).
 
-All are U-Nets of one skeleton, called as F(x, c_noise, labels); they differ in how their blocks are
-told the noise level, in their resampling filters, and in side branches that carry the image. They
-run in the type of their weights, so the published files' use_fp16 has nothing to say here.
+All are U-Nets with one structure, called as F(x, c_noise, labels). They differ in how blocks use
+the noise embedding, in resampling filters, and in side branches that carry the image. They run in
+the dtype of their weights; use_fp16 of the published files is ignored.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block that is told the noise level; it may resample first, and attend last.
+    """A residual block with noise embedding, optional resampling before and attention after it.
 
     Args:
         cin, cout, width: Channels in and out, and of the embedding.
         heads: Of the attention; 0 for none.
-        scaled: Whether the embedding scales and shifts, as in ADM, or only shifts.
-        gain: Of each sum with the input; √½ keeps its variance.
+        scaled: The embedding scales and shifts, as in ADM; else it only shifts.
+        gain: Factor of each residual sum; √½ keeps the variance.
         resize: "up", "down" or none; a `projected` skip has a 1×1 convolution even if cin = cout.
     """
 
@@ -89,7 +89,7 @@ class Block(nn.Module):
 
 
 class SkipSide(nn.Module):
-    """The input image, made smaller and added to the features."""
+    """The input image, downsampled and added to the features."""
 
     def __init__(self, cin: int, cout: int, taps: Sequence[float]) -> None:
         super().__init__()
@@ -101,11 +101,11 @@ class SkipSide(nn.Module):
 
 
 class ResidualSide(nn.Module):
-    """NCSN++'s: features of the input image that are kept beside the others, and mix with them."""
+    """NCSN++'s side branch: features of the input image, mixed with the main features."""
 
     def __init__(self, cin: int, cout: int, taps: Sequence[float]) -> None:
         super().__init__()
-        # the convolution leaves the margin that the filter then needs
+        # the convolution's padding is the filter's margin
         self.conv = nn.Conv2d(cin, cout, 3, padding=1 + (len(taps) - 1) // 2)
         self.resize = Resample(taps, up=False, pad=0)
 
@@ -128,17 +128,17 @@ class Head(nn.Module):
         return self.conv(F.silu(self.norm(x)))
 
 
-# Makes a block of (channels in, channels out); `attends` and `resize` by name.
+# Makes a block from (channels in, channels out), with keywords `attends` and `resize`.
 Maker = Callable[..., Block]
 
 
 class UNet(nn.Module):
-    """The skeleton: an encoder down to the coarsest resolution, and a decoder that looks back.
+    """The common U-Net: an encoder to the coarsest resolution and a decoder with skip connections.
 
     Args:
         stem: Channels of the first convolution.
         widths: Channels at each resolution, the finest first; each resolution is half the last.
-        attend_last: In the decoder, whether only a resolution's last block attends.
+        attend_last: In the decoder, only a resolution's last block has attention.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class UNet(nn.Module):
                 self.heads[str(resolution)] = Head(now, img_channels, eps)
 
     def embedding(self, time: Tensor, labels: Tensor | None) -> Tensor:
-        """What the blocks are told, (B, width)."""
+        """The embedding of time and label for the blocks, (B, width)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -200,7 +200,7 @@ class UNet(nn.Module):
         Args:
             x: (B, C, H, W), scaled to unit variance.
             time: c_noise = ¼ log σ, (B,).
-            class_labels: (B,) integers; label_dim, as well as None, stand for no label.
+            class_labels: (B,) integers; label_dim and None mean no label.
         """
         x = x.to(self.stem.weight.dtype)
         emb = self.embedding(time, class_labels)
@@ -231,10 +231,10 @@ class UNet(nn.Module):
 
 
 class SongUNet(UNet):
-    """DDPM++ and NCSN++ (arXiv:2011.13456), as EDM trains them; the arguments are its files'.
+    """DDPM++ and NCSN++ (arXiv:2011.13456), as EDM trains them; arguments as in its checkpoints.
 
-    An augmentation label is what EDM tells the network of how a training image was distorted; it is
-    zero for undistorted ones, and enters through a layer without bias, so that it is left out.
+    EDM's augmentation label is omitted: it is zero for undistorted images and enters through a
+    layer without bias.
     """
 
     frequencies: Tensor
@@ -308,9 +308,9 @@ class SongUNet(UNet):
 
 
 class DhariwalUNet(UNet):
-    """ADM (arXiv:2105.05233), as EDM trains it; the arguments are its files'.
+    """ADM (arXiv:2105.05233), as EDM trains it; arguments as in its checkpoints.
 
-    Augmentation labels are left out, as in `SongUNet`.
+    Augmentation labels are omitted, as in `SongUNet`.
     """
 
     def __init__(
@@ -357,7 +357,7 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
 
 def decay(channels: int, like: Tensor, ends: bool = False) -> Tensor:
-    """Frequencies (channels / 2,) from 1 down to 1/10000, which is among them if it `ends` so."""
+    """Frequencies (channels / 2,) from 1 down to 1/10000, inclusive if `ends`."""
     half = channels // 2
     steps = torch.arange(half, dtype=torch.float32, device=like.device)
     return 1e-4 ** (steps / (half - 1 if ends else half))

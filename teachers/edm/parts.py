@@ -1,4 +1,4 @@
-"""What EDM's and EDM2's networks (arXiv:2206.00364, arXiv:2312.02696) have in common."""
+"""Modules shared by EDM's and EDM2's networks (arXiv:2206.00364, arXiv:2312.02696)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 
 def one_hot(labels: Tensor | None, classes: int, x: Tensor) -> Tensor:
-    """Rows (B, classes) of x's type; no labels, or the label `classes`, are rows of zeros."""
+    """One-hot rows (B, classes) in x's dtype; None and the label `classes` give rows of zeros."""
     if labels is None:
         return x.new_zeros(len(x), classes)
     return F.one_hot(labels.long(), classes + 1)[:, :classes].to(x.dtype)
 
 
 class Resample(nn.Module):
-    """Twice or half the size by a separable filter, each channel on its own.
+    """Resampling by 2 or ½ with a separable filter, each channel separately.
 
     Args:
-        taps: The filter, an even number of them; [1, 1] averages, or repeats.
-        up: Twice the size, or else half of it.
-        pad: At each side; by default what keeps the picture in its place.
+        taps: The filter, of even length; [1, 1] averages, or repeats.
+        up: Double the size; else halve it.
+        pad: Padding at each side; by default the one that keeps the image in place.
     """
 
     kernel: Tensor
@@ -43,7 +43,7 @@ class Resample(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution, after those that lead to it."""
+    """The blocks of one resolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,5 +53,5 @@ class Stage(nn.Module):
 
 
 def stages(named: nn.ModuleDict) -> dict[str, Stage]:
-    """The stages by their resolutions, in the order that they run."""
+    """The stages by resolution, in running order."""
     return cast("dict[str, Stage]", named)

@@ -1,9 +1,9 @@
-"""Pickles read as plain data: no global is imported, no object is made, nothing is executed.
+"""Read pickles as plain data: nothing is imported, no object is constructed, nothing is executed.
 
 Published EDM and EDM2 networks (arXiv:2206.00364, arXiv:2312.02696) are pickles that carry source
-code to execute. Here the opcodes are interpreted by a machine that knows only containers, strings
-and numbers, and that stands in for the few names of `CALLS` and `CLASSES` with code of its own.
-Any other name, and any opcode that could make something else, is refused.
+code to execute. Here an interpreter of the opcodes makes only containers, strings and
+numbers, and replaces the names in `CALLS` and `CLASSES` by its own functions. Every other name, and
+every opcode that could make something else, is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from teachers.errors import UserError
 
-# torch's storage types, as the blob of a tensor's storage names them.
+# torch's storage classes as a tensor's blob names them.
 STORAGES = {
     "torch.BFloat16Storage": torch.bfloat16,
     "torch.BoolStorage": torch.bool,
@@ -37,7 +37,7 @@ STORAGES = {
     "torch.LongStorage": torch.int64,
     "torch.ShortStorage": torch.int16,
 }
-MAGIC = 0x1950A86A20F9469CFC6C  # begins a blob of torch's own format before zip files
+MAGIC = 0x1950A86A20F9469CFC6C  # start of a blob in torch's format before zip files
 DTYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")  # numpy's
 NUMBERS = tuple(type(np.dtype(name)) for name in DTYPES)  # their classes
 
@@ -59,18 +59,18 @@ MAKES: dict[str, Callable[[], Any]] = {
 
 
 class Damaged(ValueError):
-    """The bytes are no pickle that a pickler writes."""
+    """The bytes are not a valid pickle."""
 
 
 class Name(NamedTuple):
-    """A global that the pickle mentions, never looked up."""
+    """A global named in the pickle; it is never looked up."""
 
     name: str
 
 
 @dataclass(eq=False)
 class Record:
-    """An object that was pickled, as data: its class's bare name ("SongUNet") and its state."""
+    """A pickled object as data: its class's bare name ("SongUNet") and its state."""
 
     kind: str
     state: dict[str, Any] | None = None
@@ -78,13 +78,13 @@ class Record:
 
 @dataclass(eq=False)
 class Array:
-    """A numpy array, whose content comes as its state."""
+    """A numpy array; its content arrives as its state."""
 
     state: np.ndarray | None = None
 
 
 class Blob(NamedTuple):
-    """A storage, as its blob announces it."""
+    """The header of a storage's blob."""
 
     dtype: torch.dtype
     key: str
@@ -95,8 +95,8 @@ def read(path: Path) -> Any:
     """The content of a pickle: containers, strings, numbers, tensors and `Record`s.
 
     Raises:
-        UserError: no such file, a damaged one, or one that asks for anything beyond data; the
-            line names the file and what was refused.
+        UserError: the file is missing, damaged, or contains more than data; the line names the
+            file and what was refused.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -111,10 +111,10 @@ def read(path: Path) -> Any:
 
 
 class Machine:
-    """An interpreter of one pickle stream that makes nothing but data.
+    """An interpreter of one pickle stream that produces only data.
 
     Args:
-        budget: How many bytes of tensors the stream may hold, which is its file's size.
+        budget: Limit of tensor bytes in the stream: the file's size.
     """
 
     def __init__(self, file: IO[bytes] | mmap.mmap, where: str, budget: int) -> None:
@@ -124,7 +124,7 @@ class Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        """The value that the stream comes to; the file is left just behind it."""
+        """The value of the stream; the file position is then just after it."""
         for opcode, argument, _ in pickletools.genops(self.file):  # pyright: ignore
             if opcode.name == "STOP":
                 return self.pop()
@@ -194,11 +194,11 @@ class Machine:
         return self.stack.pop()
 
     def top(self, n: int) -> list[Any]:
-        """The last n values, taken off the stack."""
+        """Pop the last n values."""
         return [self.pop() for _ in range(n)][::-1]
 
     def marked(self) -> list[Any]:
-        """Everything since the last mark, taken off the stack with it."""
+        """Pop everything back to the last mark, and the mark."""
         if not self.marks:
             raise Damaged("it has no mark")
         start = self.marks.pop()
@@ -207,7 +207,7 @@ class Machine:
         return items
 
     def target(self, *kinds: type) -> Any:
-        """The value on top, which an opcode is about to fill, and which must be of such a kind."""
+        """The top value, which an opcode will fill; it must be of one of these kinds."""
         value = self.peek()
         if type(value) not in kinds:
             found = f"a {value.name}" if isinstance(value, Name) else f"a {type(value).__name__}"
@@ -218,7 +218,7 @@ class Machine:
         return value
 
     def named(self, module: Any, name: Any = "") -> Name:
-        """A global, if it is on the list; it stays a name."""
+        """A global as a name, if it is on the list."""
         whole = f"{module}.{name}" if type(module) is str and type(name) is str else "no name"
         if whole not in self.known():
             raise UserError(
@@ -228,11 +228,11 @@ class Machine:
         return Name(whole)
 
     def known(self) -> set[str]:
-        """The globals that may be mentioned here."""
+        """The globals that are allowed."""
         return CALLS.keys() | CLASSES.keys() | {"numpy.ndarray"}
 
     def make(self, op: str, what: Any, arguments: Any) -> Any:
-        """What a call stands for. Only names get here that `named` let pass."""
+        """The result of a call to a name that `named` allowed."""
         if not isinstance(what, Name) or type(arguments) is not tuple:
             raise Damaged(f"{op} of something that is no name")
         makes = (CALLS if op == "REDUCE" else CLASSES).get(what.name)
@@ -248,7 +248,7 @@ class Machine:
         return makes(*bound.args)
 
     def storage(self, blob: Any) -> Tensor:
-        """A one-dimensional tensor, from the bytes that torch writes for a storage."""
+        """A one-dimensional tensor from the bytes of a torch storage."""
         if type(blob) is not bytes:
             raise Damaged("a storage that is not bytes")
         if blob[:2] == b"PK":
@@ -275,7 +275,7 @@ class Machine:
 
 
 class Header(Machine):
-    """The machine for a storage's blob, which may hold one persistent id and no call at all."""
+    """The interpreter of a storage's blob: one persistent id, no calls."""
 
     def step(self, op: str, argument: Any) -> None:
         if op != "BINPERSID":
@@ -293,7 +293,7 @@ class Header(Machine):
 
 
 def fill(into: dict[str, Any], items: list[Any]) -> dict[str, Any]:
-    """Keys and values in turn; keys are strings, whose hash cannot be made slow."""
+    """Add alternating keys and values; keys are strings, so hashing cannot be attacked."""
     if len(items) % 2 or any(type(key) is not str for key in items[::2]):
         raise Damaged("a dict whose keys are not strings")
     into.update(zip(items[::2], items[1::2]))
@@ -307,7 +307,7 @@ def strings(items: Any) -> set[str]:
 
 
 def build(target: Any, state: Any) -> None:
-    """Gives an object the state that was pickled for it, once."""
+    """Set an object's pickled state, once."""
     if isinstance(target, np.dtype):
         if type(state) is not tuple or state[1:2] not in (("<",), ("|",)):
             raise Damaged("a numpy type that is not little-endian")
@@ -322,7 +322,7 @@ def build(target: Any, state: Any) -> None:
 
 
 def array(state: Any) -> np.ndarray:
-    """A numpy array from the state that it is pickled with."""
+    """A numpy array from its pickled state."""
     if type(state) is not tuple or len(state) != 5:
         raise Damaged("an array of an unknown version")
     _, shape, dtype, fortran, raw = state
@@ -339,7 +339,7 @@ def values(dtype: Any, raw: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def whole(shape: Any) -> tuple[int, ...]:
-    """A tuple of at most eight lengths, as sizes and strides are."""
+    """A tuple of at most eight sizes or strides."""
     if type(shape) is not tuple or len(shape) > 8:
         raise Damaged("a shape that is none")
     if any(type(n) is not int or not 0 <= n < 2**48 for n in shape):
@@ -347,11 +347,11 @@ def whole(shape: Any) -> tuple[int, ...]:
     return shape
 
 
-# What the names on the list stand for; the machine comes first, then the pickled arguments.
+# Functions for the allowed names: arguments are the machine, then the pickled arguments.
 
 
 def persistent(machine: Machine, meta: Any) -> Record:
-    """An object pickled with its source code, which is left unread."""
+    """An object pickled with its source code, which is ignored."""
     if type(meta) is not dict or meta.get("type") != "class":
         raise Damaged("a persistent object that is no class")
     name, state = meta.get("class_name"), meta.get("state")
@@ -370,7 +370,7 @@ def rebuild_tensor(
     hooks: Any,
     metadata: Any = None,
 ) -> Tensor:
-    """A view of a storage, every element of which lies inside it."""
+    """A view of a storage; every element must lie inside it."""
     size, stride = whole(size), whole(stride)
     if not isinstance(storage, Tensor) or type(offset) is not int or len(size) != len(stride):
         raise Damaged("a tensor without a storage")
@@ -388,7 +388,7 @@ def rebuild_parameter(machine: Machine, data: Any, requires_grad: Any, hooks: An
 
 
 def dtype(machine: Machine, name: Any, align: Any = False, copy: Any = True) -> np.dtype:
-    """One of numpy's number types; never a structure or a type of objects."""
+    """A numeric numpy dtype; structured and object dtypes are refused."""
     if type(name) is not str or name not in DTYPES:
         raise UserError(
             f"{machine.where}: refused: numpy's type {str(name)[:40]!r} is not a number's; "

@@ -133,7 +133,7 @@ def check_floating(made: nn.Module, folder: Path, variant: str | None, where: st
                 wrong.append(name)
     if wrong:
         raise UserError(
-            f"{where} are quantised: {clipped(wrong[0])}{more(wrong)} holds integers without a scale; "
+            f"{where} are quantised: {clipped(wrong[0])}{more(wrong)} holds integers and no scale; "
             "give fp32, bf16 or fp16 weights"
         )
 

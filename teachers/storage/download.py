@@ -65,7 +65,7 @@ def wanted(index: dict[str, Any] | None, names: Iterable[str], who: str) -> list
     if index is None:
         if "config.json" not in top:
             raise UserError(
-                f"{who}: the repository has no {INDEX}, so it is not a diffusers pipeline; {single()}"
+                f"{who}: no {INDEX} in the repository: not a diffusers pipeline; {single()}"
             )
         return sorted({*files, *needed(top)})
     for part, entry in index.items():
