@@ -76,6 +76,16 @@ def test_design_says_where_things_are():
             assert name in names_in(ROOT / path), f"{where}: {path} has no {name}"
 
 
+def test_the_tests_that_reliability_names_exist():
+    page = (ROOT / "docs/reliability.md").read_text()
+    named = re.findall(r"\b(\w+(?:/\w+)*/test_\w+)(?:::(\w+))?", page)
+    assert len(named) > 60
+    for file, test in named:
+        path = ROOT / f"tests/{file}.py"
+        assert path.is_file(), file
+        assert not test or test in names_in(path), f"{file}::{test}"
+
+
 @pytest.mark.parametrize("page", ["docs/metrics.md", "docs/objectives.md", "docs/teachers.md"])
 def test_imports_in_the_pages_work(page):
     """Those of our own packages, in every block of Python."""
