@@ -50,16 +50,29 @@ class Loss(NamedTuple):
     samples: Tensor | None = None
 
 
-class Turn(NamedTuple):
-    """One update: the players that move, and the loss they descend together.
-
-    fresh: before it, clear their optimiser state, restart their learning-rate schedules, and
-        restart the student's average if the student is one of them.
-    """
-
+class _Turn(NamedTuple):
     players: tuple[str, ...]
     loss: Callable[[Batch], Loss]
     reset: bool = False
+
+
+class Turn(_Turn):
+    """One update: the players that learn, and the loss that they minimise together.
+
+    reset: First clear their optimiser state, restart their learning-rate schedules, and restart the
+        student's average if the student is one of them. `fresh` is the old name of this argument.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        players: tuple[str, ...],
+        loss: Callable[[Batch], Loss],
+        reset: bool = False,
+        fresh: bool = False,
+    ) -> Turn:
+        return super().__new__(cls, players, loss, reset or fresh)
 
 
 @dataclass(kw_only=True)

@@ -58,7 +58,7 @@ class Player:
 
         Args:
             step: The engine's, from which the learning rate follows.
-            fresh: Forget the optimiser's state and start the schedule over.
+            reset: Clear the optimiser state and restart the learning-rate schedule.
         """
         if reset:
             self.optimizer.state.clear()

@@ -39,3 +39,11 @@ def test_python_m_distill_has_every_command():
     out = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     named = {line.split()[0] for line in out.splitlines() if line.startswith("  ") and line.strip()}
     assert set(COMMANDS.split()) <= named
+
+
+def test_a_turn_takes_its_old_argument():
+    from distill.objective import Turn
+
+    loss = print
+    assert Turn(("student",), loss, fresh=True) == Turn(("student",), loss, reset=True)
+    assert Turn(("student",), loss).reset is False and Turn(("student",), loss, True).reset
