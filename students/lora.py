@@ -216,7 +216,8 @@ def unwrap(denoiser: Denoiser) -> Pretrained:
     while isinstance(denoiser, Adapted | Wrapper):
         denoiser = denoiser.denoiser
     if not isinstance(denoiser, Pretrained):
-        raise UserError(f"a {type(denoiser).__name__} has no weights that a pipeline could load")
+        kind = type(denoiser).__name__
+        raise UserError(f"teacher: a {kind} has no weights; give a diffusers pipeline")
     return denoiser
 
 

@@ -72,9 +72,7 @@ def prompts_of(
         raise UserError("--labels: this student is not class-conditional")
     text = not classes and teacher.codec.condition([""]) is not None
     if text and not prompt:
-        raise UserError(
-            '--prompt is missing: this student draws what it is told, as in --prompt "…"'
-        )
+        raise UserError('--prompt: missing; this student draws what it is told, as in --prompt "…"')
     if prompt and not text:
         raise UserError("--prompt: this student does not read text")
     names = prompt or [str(i) for i in range(classes or 1)]

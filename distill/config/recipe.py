@@ -92,7 +92,7 @@ class Recipe(Section):
             raise UserError(f"{where}: {explain(error, cls)}") from None
         keys = dict(recipe.objective)
         if not isinstance(name := keys.pop("name", None), str):
-            raise UserError(f"{where}: objective.name is missing; {nearest('', _registry())}")
+            raise UserError(f"{where}: objective.name: missing; {nearest('', _registry())}")
         kind = objective_class(name, where)
         schema = schema_of(kind)
         try:
@@ -135,7 +135,7 @@ class Recipe(Section):
             remedy = ", or remove the critic section" if not roles.get("critic") else ""
             remedy = remedy if kind.needs_data == "critic" else ""
             raise UserError(
-                f"{where}: data.source is missing: {name} needs real data, which {why}; "
+                f"{where}: data.source: missing; {name} needs real data, which {why}; "
                 f"set data.source to 'digits' or a folder of images{remedy}"
             )
         self.student.agree(kind.learns, where)

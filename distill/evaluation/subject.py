@@ -106,9 +106,7 @@ def usual_protocol(source: str) -> str:
     if not folder.exists() and source.count("/") != 1:
         raise UserError(f"{source}: no such folder, and no embedded teacher; "
                         f"{nearest(source, EMBEDDED)}")  # fmt: skip
-    raise UserError(
-        f"--protocol is missing: {source} has none of its own; {nearest('', PROTOCOLS)}"
-    )
+    raise UserError(f"--protocol: missing; {source} has none of its own; {nearest('', PROTOCOLS)}")
 
 
 def refuse(options: dict[str, Any], why: str) -> None:
@@ -165,9 +163,7 @@ def teacher(
     """
     schedulers = {*get_args(Stock), *get_args(StockEDM)}
     if solver not in SOLVERS and solver not in schedulers:
-        raise UserError(
-            f"--solver {solver!r} is unknown: {nearest(solver, [*SOLVERS, *schedulers])}"
-        )
+        raise UserError(f"--solver {solver!r}: unknown; {nearest(solver, [*SOLVERS, *schedulers])}")
     told = {"source": source, "guidance": guidance, "null_label": null_label}
     told["precision"] = precision
     nothing = {"objective": {"name": "sid"}, "train": {"steps": 1}}  # only the teacher is built

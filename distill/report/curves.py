@@ -111,7 +111,7 @@ def tree_of(run: Path) -> dict[str, Any]:
         raise UserError(f"{run}: no recipe.yaml there; give the folder of a run")
     tree = read_yaml(path)
     if not isinstance(train := tree.get("train"), dict) or "seed" not in train:
-        raise UserError(f"{path}: damaged: it lacks train.seed")
+        raise UserError(f"{path}: damaged; it lacks train.seed")
     return tree
 
 
@@ -208,7 +208,7 @@ def reference_for(run: Path, name: str | None) -> Reference:
         return Reference(str(path), 1, bands)
     if path.is_file():
         return read(path)
-    raise UserError(f"reference {name!r} is unknown: {nearest(name, known)}")
+    raise UserError(f"reference {name!r}: unknown; {nearest(name, known)}")
 
 
 def departures(found: Series, reference: Reference) -> list[Departure]:

@@ -32,11 +32,11 @@ def load(source: str, **options: Any) -> Teacher:
     """
     if source.startswith("analytic:"):
         if options:
-            raise UserError(f"{teacher_at(source)} takes no options; leave out {min(options)}")
+            raise UserError(f"{teacher_at(source)}: it takes no options; leave out {min(options)}")
         return _analytic(source)
     if source.rpartition(":")[0].endswith(".py"):
         if options:
-            raise UserError(f"{teacher_at(source)} takes no options; leave out {min(options)}")
+            raise UserError(f"{teacher_at(source)}: it takes no options; leave out {min(options)}")
         return _own(source)
     if source == "digits":
         options.setdefault("null_label", 10)
@@ -137,7 +137,7 @@ def _analytic(source: str) -> Teacher:
 
     name = source.removeprefix("analytic:")
     if name not in ANALYTIC:
-        raise UserError(f"{teacher_at(source)} is unknown: {nearest(name, ANALYTIC)}")
+        raise UserError(f"{teacher_at(source)}: unknown; {nearest(name, ANALYTIC)}")
     denoiser = ANALYTIC[name]()
     return Teacher(denoiser.eval(), Pixels(), tuple(denoiser.sample(1).shape[1:]), source)
 

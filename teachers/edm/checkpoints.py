@@ -108,7 +108,7 @@ def convert(source: Path, out: Path) -> None:
         UserError: the pickle is damaged or refused, or `out` already holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already exists; give a new folder")
+        raise UserError(f"{out}: it already exists; give a new folder")
     files = unpickle(source)
     denoiser_of(files, str(source))  # whatever load would refuse is refused before it is written
     draft = out.parent / f".{out.name}.draft"
