@@ -46,7 +46,9 @@ def sample(
         with intact(done):
             steps = advised(generator.counts, read_summary(student) if done.is_file() else {})
     if steps not in generator.counts:
-        raise UserError(f"--steps {steps}: this student was trained for {counts(generator)}")
+        raise UserError(
+            f"--steps {steps}: this student was trained for {counts(generator)}; give that"
+        )
     names, text = prompts_of(teacher, labels, prompt, n)
     wanted = [names[i % len(names)] for i in range(n)]
     with counting(teacher) as cuts:

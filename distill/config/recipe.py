@@ -152,7 +152,7 @@ class Recipe(Section):
         if self.train.batch % self.train.accumulate:
             raise UserError(
                 f"{where}: train.batch: {self.train.batch} does not divide into "
-                f"train.accumulate = {self.train.accumulate} equal parts"
+                f"train.accumulate = {self.train.accumulate} equal parts; give a multiple of it"
             )
 
     def _agree_quantised(self, whole: list[str], where: str) -> None:
@@ -264,7 +264,9 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         try:
             node[leaf] = yaml.load(value, _Loader)
         except BAD_YAML:
-            raise UserError(f"override {quoted(text)}: {quoted(value)} is not valid YAML") from None
+            raise UserError(
+                f"override {quoted(text)}: {quoted(value)} is not valid YAML; quote it"
+            ) from None
     return tree
 
 
@@ -289,10 +291,14 @@ def objective_class(name: str, where: str = "recipe") -> type[Objective]:
         )
     except (Exception, SystemExit) as error:  # whatever a user's module raises while imported
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{where}: objective.name: cannot import {place!r} ({reason})") from None
+        raise UserError(
+            f"{where}: objective.name: cannot import {place!r} ({reason}); correct it"
+        ) from None
     kind = getattr(module, attribute, None)
     if not (isinstance(kind, type) and issubclass(kind, Objective)):
-        raise UserError(f"{where}: objective.name: {place} has no Objective named {attribute!r}")
+        raise UserError(
+            f"{where}: objective.name: {place} has no Objective named {attribute!r}; define it"
+        )
     if "__dataclass_fields__" not in vars(kind):
         raise UserError(f"{where}: objective.name: {attribute} must be a @dataclass(kw_only=True)")
     try:

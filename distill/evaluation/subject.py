@@ -75,10 +75,12 @@ class Subject:
             UserError: naming those that it was, or the most that it has.
         """
         if self.most is not None and max(steps) > self.most:
-            raise UserError(f"--steps {max(steps)}: its times are chosen from {self.most}")
+            raise UserError(
+                f"--steps {max(steps)}: its times are chosen from {self.most}; give fewer"
+            )
         if self.counts is not None and (wrong := sorted(set(steps) - set(self.counts))):
             known = ", ".join(map(str, self.counts))
-            raise UserError(f"--steps {wrong[0]}: this student was trained for {known}")
+            raise UserError(f"--steps {wrong[0]}: this student was trained for {known}; give those")
 
 
 def is_student(source: str) -> bool:

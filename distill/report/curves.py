@@ -168,7 +168,7 @@ def read(path: Path) -> Reference:
     except OSError as error:
         raise UserError(f"reference {path}: {error.strerror}") from None
     except NOT_THESE:
-        raise UserError(f"reference {path}: damaged, or not one") from None
+        raise UserError(f"reference {path}: damaged, or not one; give another") from None
 
 
 def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:

@@ -128,7 +128,7 @@ def find(source: str) -> Path:
     if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         if isfile(folder):
             raise UserError(f"{who}: it is a file; give a diffusers pipeline folder")
-        raise UserError(f"{who}: no such folder, and not a Hub id (OWNER/NAME)")
+        raise UserError(f"{who}: no such folder, and not a Hub id; give OWNER/NAME")
     return download.fetch(source)
 
 
@@ -156,7 +156,7 @@ def _own(source: str) -> Teacher:
     except (Exception, SystemExit) as error:  # whatever a user's module raises
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"{teacher_at(source)}: {clipped(place)} raised {clipped(reason, 200)}"
+            f"{teacher_at(source)}: {clipped(place)} raised {clipped(reason, 200)}; correct it"
         ) from None
     if function is None:
         known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]

@@ -82,7 +82,7 @@ def load(path: Path, source: str, null_label: int | None = None, vae: str | None
     null = classes if classes and config.get("label_dropout") else None
     if null_label is not None:
         if not classes or null_label != classes:
-            raise UserError(f"{who}: null_label {null_label}: {no_label(classes)}")
+            raise UserError(f"{who}: null_label {null_label}: {no_label(classes)}; leave it out")
         null = classes
     denoiser = denoiser_of(files, who, null is not None)
     size, channels = arguments["img_resolution"], arguments["img_channels"]
@@ -134,14 +134,19 @@ def unpickle(path: Path) -> Files:
     content = pickles.read(path)
     network = content.get("ema") if isinstance(content, dict) else content
     if not isinstance(network, pickles.Record):
-        raise UserError(f"{path}: holds no network by the name 'ema', as EDM's pickles do")
+        raise UserError(
+            f"{path}: holds no network by the name 'ema', as EDM's pickles do; give one of them"
+        )
     if network.kind not in PICKLED:
         raise UserError(f"{path}: {network.kind[:60]} is not supported; {nearest('', PICKLED)}")
     kind = PICKLED[network.kind]
     state = network.state or {}
     given, unnamed = state.get("_init_kwargs"), state.get("_init_args")
     if type(given) is not dict or unnamed not in ((), []):
-        raise UserError(f"{path}: does not say what its network was made with (init_kwargs)")
+        raise UserError(
+            f"{path}: does not say what its network was made with (init_kwargs); "
+            "give EDM's own file"
+        )
     given = json_of(given, str(path))
     default = "UNet" if kind == "EDM2Precond" else "DhariwalUNet"
     arguments = {k: v for k, v in given.items() if k not in DROPPED}
@@ -174,7 +179,10 @@ def tensors(module: pickles.Record, where: str) -> dict[str, Tensor]:
     while waiting:
         prefix, here, depth = waiting.pop()
         if id(here) in seen or depth > 32:
-            raise UserError(f"{where}: module {prefix[:-1]!r} is shared or nested without end")
+            raise UserError(
+                f"{where}: module {prefix[:-1]!r} is shared or nested without end; "
+                "give EDM's own file"
+            )
         seen.add(id(here))
         state = here.state or {}
         parts: list[Any] = [state.get(k) for k in ("_parameters", "_buffers", "_modules")]
@@ -260,7 +268,7 @@ def open_weights(path: Path, who: str, remedy: str) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{who}: {path} is missing; {remedy}") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{who}: {path} cannot be read ({error})") from None
+        raise UserError(f"{who}: {path} cannot be read ({error}); convert it again") from None
 
 
 def denoiser_of(files: Files, who: str, null: bool = False) -> UNet:
@@ -334,7 +342,10 @@ def fill(network: nn.Module, weights: dict[str, Tensor], who: str) -> None:
     if missing := sorted(expected.keys() - weights.keys()):
         raise UserError(f"{who}: the weights lack {missing[0]!r}; the arguments do not fit them")
     if extra := sorted(weights.keys() - expected.keys()):
-        raise UserError(f"{who}: the weights hold {extra[0][:80]!r}, which the network has not")
+        raise UserError(
+            f"{who}: the weights hold {extra[0][:80]!r}, which the network has not; "
+            "see to config.json"
+        )
     for name, tensor in expected.items():
         if weights[name].shape != tensor.shape:
             raise UserError(

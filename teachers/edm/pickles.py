@@ -105,7 +105,7 @@ def read(path: Path) -> Any:
             return Machine(view, str(path), len(view)).run()
     except (Damaged, ValueError, OverflowError) as error:  # pickletools raises ValueError
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "empty"
-        raise UserError(f"{path}: not a whole pickle ({reason})") from None
+        raise UserError(f"{path}: not a whole pickle ({reason}); get the file again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give an EDM file") from None
 

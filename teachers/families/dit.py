@@ -46,7 +46,9 @@ class DiT(Pretrained):
         shape = super().shape(pipe, None)
         own = shape[-1] * cls.factor(pipe)
         if size not in (None, own):
-            raise UserError(f"size: {size}: DiTPipeline draws {own} pixels, and no other size")
+            raise UserError(
+                f"size: {size}: DiTPipeline draws {own} pixels, and no other size; leave it out"
+            )
         return shape
 
     @property

@@ -108,7 +108,9 @@ def load(
     codec: Any = teacher.codec
     every = codec.pipe.vae_scale_factor_temporal
     if frames < 1 or (frames - 1) % every:
-        raise UserError(f"{who}: frames {frames} is not 1 more than a multiple of {every}")
+        raise UserError(
+            f"{who}: frames {frames} is not 1 more than a multiple of {every}; give one that is"
+        )
     channels, _, *rest = teacher.shape
     teacher.shape = (channels, 1 + (frames - 1) // every, *rest)
     codec.size = Wan.pixels(codec.pipe, teacher.shape)

@@ -86,7 +86,9 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
                 **options,
             )
     except Exception as error:  # diffusers and transformers wrap a damaged file in various types
-        raise UserError(f"{who}: {folder} cannot be read ({reason(error)})") from None
+        raise UserError(
+            f"{who}: {folder} cannot be read ({reason(error)}); copy it again"
+        ) from None
     where = f"{who}: the weights in {folder}"
     dot = f"{part}." if part else ""
     # networks that diffusers makes without memory say so themselves where they were given none
@@ -101,9 +103,12 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
             f"{kind.__module__.partition('.')[0]} may name them: install that one"
         )
     if lacking:
-        raise UserError(f"{where} are not whole: {dot}{lacking[0]} is missing{more(lacking)}")
+        name = f"{dot}{lacking[0]}"
+        raise UserError(f"{where} are not whole: {name} is missing{more(lacking)}; copy it again")
     if wrong:
-        raise UserError(f"{where} do not fit its config.json: {dot}{wrong[0]}{more(wrong)}")
+        raise UserError(
+            f"{where} do not fit its config.json: {dot}{wrong[0]}{more(wrong)}; correct it"
+        )
     if extra:
         raise UserError(
             f"{where} hold {dot}{clipped(extra[0])}{more(extra)}, of which the {kind.__name__} "
@@ -224,7 +229,7 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
             )
     except Exception as error:  # as above
         raise UserError(
-            f"{who}: the pipeline in {folder} cannot be read ({reason(error)})"
+            f"{who}: the pipeline in {folder} cannot be read ({reason(error)}); copy it again"
         ) from None
 
 
@@ -254,7 +259,7 @@ def tokenizer(name: str, folder: Path, who: str) -> Any:
                     return kind.from_pretrained(folder, local_files_only=True, **words)
             except Exception as error:  # of many types: damaged files, sentencepiece is missing, …
                 said = reason(error) if form == name and not words else said
-    raise UserError(f"{who}: {folder} cannot be read as a {clipped(name)} ({said})")
+    raise UserError(f"{who}: {folder} cannot be read as a {clipped(name)} ({said}); copy it again")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from teachers.errors import UserError
+from tests.helpers.refusals import check_message
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -124,3 +125,24 @@ def test_every_message_begins_with_its_place():
 def test_a_message_without_its_place_is_found(code, placed):
     found = messages(ast.parse(f"def f():\n    {code}"))
     assert all(is_placed(text) for _, text in found) == placed
+
+
+@pytest.mark.parametrize(
+    ("message", "key", "fragments"),
+    [
+        ("data.source: no such folder; give another", "data.sources", ()),
+        ("data.source: no such folder", "data.source", ()),
+        ("data.source: no such folder; give another", re.compile("data"), ()),
+        ("--n 3: more than 2; give fewer", "--n", ("4",)),
+        ("data.source: none; give another\nand more", "data.source", ()),
+    ],
+    ids=["place", "remedy", "pattern", "value", "lines"],
+)
+def test_the_tests_own_check_of_messages_fails(message, key, fragments):
+    with pytest.raises(AssertionError):
+        check_message(message, key, *fragments)
+
+
+def test_the_tests_own_check_of_messages_passes():
+    check_message("--n 3: more than 2; give fewer", "--n", 3, "2")
+    check_message("data.source: expected a folder", re.compile(r"data\.\w+"))

@@ -1,0 +1,52 @@
+"""Refusals, as tests expect them: by the place that the message names, and by its values.
+
+The wording of a message is free to improve; a test asserts none of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from teachers.errors import UserError
+
+Key = str | re.Pattern[str]
+# What a user is to do stands behind a semicolon; or the message says what was expected, or which
+# values are known.
+REMEDY = re.compile(r"; \S|\bexpected |\bknown: |\bdid you mean ")
+
+
+def check_message(message: str, key: Key, *fragments: object) -> None:
+    """Assert that a message names this place, a fault and a remedy, and holds each fragment.
+
+    Args:
+        key: The place (`UserError.key`), or a pattern of all of it.
+        fragments: Values that the message repeats: names, numbers, files.
+    """
+    place = UserError(message).key
+    if isinstance(key, str):
+        assert place == key, message
+    else:
+        assert key.fullmatch(place), message
+    assert "\n" not in message
+    fault = message[message.index(place) + len(place) :]
+    assert len(fault) > 10 and REMEDY.search(fault), f"no fault and remedy: {message}"
+    for fragment in fragments:
+        assert str(fragment) in message, f"{fragment} is not in: {message}"
+
+
+@contextmanager
+def refused(key: Key, *fragments: object) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """Expect a UserError of this place, whose message holds each of these values."""
+    with pytest.raises(UserError) as caught:
+        yield caught
+    check_message(str(caught.value), key, *fragments)
+
+
+def refused_line(stderr: str, key: Key, *fragments: object) -> None:
+    """The same of what a command writes to stderr: one line, and nothing else."""
+    assert stderr.startswith("distill: ") and stderr.count("\n") == 1, stderr
+    check_message(stderr.removeprefix("distill: ").rstrip("\n"), key, *fragments)
