@@ -234,7 +234,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"recipe {file}: it cannot be read ({error.strerror})") from None
     except BAD_YAML as error:
-        raise UserError(f"recipe {file}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"recipe {file}: not valid YAML: {' '.join(str(error).split())}; correct it"
+        ) from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {file}: expected a mapping of sections")
     return tree

@@ -252,7 +252,7 @@ def in_one_line(repo: str, token: str) -> Iterator[None]:
             line = f"the Hub cannot be reached ({said}); push again to go on"
         else:
             line = f"{repo}: {said}"
-        raise UserError(f"push: {line}; put that right, and push again") from None
+        raise UserError(f"push: {line}") from None
 
 
 def first_line(error: Exception, token: str) -> str:

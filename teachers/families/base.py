@@ -314,7 +314,7 @@ def mode(encoded: Any) -> Tensor:
         if name in encoded:
             return encoded[name]
     kind = type(encoded).__name__.removesuffix("Output")
-    raise UserError(f"vae: a {kind} gives no latents (latent_dist, latent or latents)")
+    raise UserError(f"vae: a {kind} gives none of latent_dist, latent and latents; give another")
 
 
 def load(
@@ -392,8 +392,8 @@ def check_schedule(kind: type[Pretrained], schedule: Schedule, pipeline: str, wh
     """
     if schedule.sigma_data is not None and not kind.SCALED:
         raise UserError(
-            f"{who}: scheduler: {schedule.name} (EDM) under a {pipeline} is not supported: EDM's "
-            "networks can be distilled where they are a UNet2DModel or in EDM's own files"
+            f"{who}: scheduler: {schedule.name} (EDM) under a {pipeline} is not supported; give "
+            "a network of EDM's as a UNet2DModel or in EDM's own file"
         )
     if schedule.predicts == "flow" and not kind.FLOWS:
         raise UserError(

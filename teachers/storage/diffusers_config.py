@@ -77,7 +77,7 @@ def read(name: str, config: dict[str, Any], who: str, tokens: int = 0) -> Schedu
         bar = getattr(scheduler, "alphas_cumprod", None)
     except Exception as error:  # diffusers checks little, and late
         raise UserError(
-            f"{who}: the scheduler's config cannot be read ({clipped(error, 200)})"
+            f"{who}: the scheduler's config cannot be read ({clipped(error, 200)}); correct it"
         ) from None
     if name == CM or name in EDM:
         return _karras(name, full, who)
@@ -88,7 +88,8 @@ def read(name: str, config: dict[str, Any], who: str, tokens: int = 0) -> Schedu
     kind = full.get("prediction_type", "epsilon")
     if len(bar) != full["num_train_timesteps"]:
         raise UserError(
-            f"{who}: {len(bar)} betas for {full['num_train_timesteps']} num_train_timesteps"
+            f"{who}: {len(bar)} betas for {full['num_train_timesteps']} num_train_timesteps; "
+            "correct them"
         )
     # some schedulers' tables of zero terminal SNR end just above it; those of students, at it
     if kind == "epsilon" and (bar[-1] < 1e-10 or full.get("rescale_betas_zero_snr")):
@@ -121,7 +122,10 @@ def _flow(name: str, full: dict[str, Any], who: str, tokens: int) -> Schedule:
             f"{who}: prediction_type {clipped(kind)!r} under flow sigmas; 'flow_prediction' is"
         )
     if full.get("invert_sigmas"):
-        raise UserError(f"{who}: invert_sigmas: times that run from data to noise are not known")
+        raise UserError(
+            f"{who}: invert_sigmas: times that run from data to noise are not known; set it "
+            "to false"
+        )
     shift = full.get("shift", full.get("flow_shift", 1.0))
     if full.get("use_dynamic_shifting"):
         shift = dynamic_shift(full, tokens)

@@ -23,14 +23,13 @@ def check_message(message: str, key: Key, *fragments: object) -> None:
     """Assert that a message names this place, a fault and a remedy, and holds each fragment.
 
     Args:
-        key: The place (`UserError.key`), or a pattern of all of it.
+        key: The place (`UserError.key`), of which "*" is any part; or a pattern of all of it.
         fragments: Values that the message repeats: names, numbers, files.
     """
     place = UserError(message).key
     if isinstance(key, str):
-        assert place == key, message
-    else:
-        assert key.fullmatch(place), message
+        key = re.compile(".*".join(map(re.escape, key.split("*"))), re.DOTALL)
+    assert key.fullmatch(place), f"the place is {place!r}, not {key.pattern!r}: {message}"
     assert "\n" not in message
     fault = message[message.index(place) + len(place) :]
     assert len(fault) > 10 and REMEDY.search(fault), f"no fault and remedy: {message}"

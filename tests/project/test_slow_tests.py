@@ -11,7 +11,9 @@ ONE = "training/test_run_folder.py::test_a_killed_run_leaves_its_folder_free"
 def test_every_slow_test_has_a_row_and_every_row_a_test():
     page = PAGE.read_text(encoding="utf-8")
     assert list(read(page)) == list(slow_tests.slow_tests())
-    assert written(page, {}) == page, "run pytest -m slow --write-slow, or bring docstrings and rows together"
+    assert written(page, {}) == page, (
+        "run pytest -m slow --write-slow, or bring docstrings and rows together"
+    )
 
 
 def test_every_slow_test_says_what_it_shows():
