@@ -117,7 +117,7 @@ class Recipe(Section):
         adapted = () if self.adapters is None else self.adapters.players or ()
         copies = [k for k in known if k != "critic"]
         if self.adapters is not None and self.adapters.players == ():
-            raise UserError(f"{where}: adapters.players: name one, or remove the section")
+            raise UserError(f"{where}: adapters.players: empty; name one, or remove the section")
         for player in [p for p in adapted if p not in copies]:
             raise UserError(
                 f"{where}: adapters.players: {name} has no such network as {player!r}; "
@@ -260,7 +260,9 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
                 below = {}
             if not isinstance(below, dict):
                 path = ".".join(parents[: depth + 1])
-                raise UserError(f"override {quoted(text)}: {cut(path)} is a value, not a section")
+                raise UserError(
+                    f"override {quoted(text)}: {cut(path)} is a value; expected a section"
+                )
             node[parent] = below
             node = below
         try:

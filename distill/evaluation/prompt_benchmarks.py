@@ -41,10 +41,10 @@ def check_subject(found: Subject, benchmark: str) -> None:
         UserError: it reads no captions, or its pictures have not three channels and two sides.
     """
     if (kind := asked_by(found.teacher)) != "captions":
-        raise UserError(f"{benchmark}: its pictures are asked for by captions, these by {kind}")
+        raise UserError(f"{benchmark}: it asks by captions, this model takes {kind}; give another")
     shape = picture_shape(found.teacher)
     if len(shape) != 3 or shape[0] != 3:
-        raise UserError(f"{benchmark}: it takes pictures in colour, not {shape}")
+        raise UserError(f"{benchmark}: expected pictures in colour, not {shape}")
 
 
 def check_folder(folder: Path, about: dict[str, object]) -> Path:

@@ -251,7 +251,7 @@ def check_against(found: Subject, other: Subject) -> None:
     ours, theirs = picture_shape(found.teacher), picture_shape(other.teacher)
     if ours != theirs:
         a, b = ("×".join(map(str, s)) for s in (ours, theirs))
-        raise UserError(f"--against: its pictures are {b}, not {a}")
+        raise UserError(f"--against: its pictures are {b}, not {a}; give another")
 
 
 def agreement(

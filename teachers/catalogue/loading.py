@@ -165,7 +165,7 @@ def _own(source: str) -> Teacher:
         )
     if not isinstance(teacher, Teacher):
         kind = type(teacher).__name__
-        raise UserError(f"{teacher_at(source)}: {name} must return a Teacher, not {kind}")
+        raise UserError(f"{teacher_at(source)}: {name}: expected a Teacher from it, not {kind}")
     teacher.denoiser.eval().requires_grad_(False)
     teacher.source = teacher.source or source
     return teacher

@@ -211,7 +211,9 @@ def json_of(value: Any, who: str, depth: int = 0) -> Any:
         return value
     if type(value) is float:
         return value if math.isfinite(value) else str(value)  # sigma_max is infinite by default
-    raise UserError(f"{who}: its network was made with a {type(value).__name__}, not plain data")
+    raise UserError(
+        f"{who}: its network was made with a {type(value).__name__}, not plain data; give EDM's own"
+    )
 
 
 def latents_of(content: Any, channels: Any, who: str) -> dict[str, list[float]] | None:

@@ -170,7 +170,7 @@ def check_rope(folder: Path, who: str) -> None:
         if "rope_parameters" in tree and "rope_theta" not in tree:
             raise UserError(
                 f"{who}: {file} holds rope_parameters, which transformers "
-                f"{installed()} does not read: install version 5"
+                f"{installed()} does not read; install version 5"
             )
         todo += [value for value in tree.values() if isinstance(value, dict)]
 

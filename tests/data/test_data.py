@@ -212,7 +212,7 @@ def test_without_the_package_a_dataset_is_refused_in_one_line(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("place", "line"),
+    ("place", "values"),
     [
         ("nowhere.txt", ("'nowhere.txt'", "pack:starter")),
         ("pack:startr", ("'startr'", "'starter'")),

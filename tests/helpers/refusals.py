@@ -19,8 +19,8 @@ Key = str | re.Pattern[str]
 REMEDY = re.compile(r"; \S|\bexpected |\bknown: |\bdid you mean ")
 
 
-def check_message(message: str, key: Key, *fragments: object) -> None:
-    """Assert that a message names this place, a fault and a remedy, and holds each fragment.
+def check_place(message: str, key: Key, *fragments: object) -> None:
+    """Assert that a message is of one line, names this place, and holds each fragment.
 
     Args:
         key: The place (`UserError.key`), of which "*" is any part; or a pattern of all of it.
@@ -31,10 +31,16 @@ def check_message(message: str, key: Key, *fragments: object) -> None:
         key = re.compile(".*".join(map(re.escape, key.split("*"))), re.DOTALL)
     assert key.fullmatch(place), f"the place is {place!r}, not {key.pattern!r}: {message}"
     assert "\n" not in message
-    fault = message[message.index(place) + len(place) :]
-    assert len(fault) > 10 and REMEDY.search(fault), f"no fault and remedy: {message}"
     for fragment in fragments:
         assert str(fragment) in message, f"{fragment} is not in: {message}"
+
+
+def check_message(message: str, key: Key, *fragments: object) -> None:
+    """Assert the same, and that a fault and a remedy follow the place."""
+    check_place(message, key, *fragments)
+    place = UserError(message).key
+    fault = message[message.index(place) + len(place) :]
+    assert len(fault) > 10 and REMEDY.search(fault), f"no fault and remedy: {message}"
 
 
 @contextmanager
@@ -46,6 +52,9 @@ def refused(key: Key, *fragments: object) -> Iterator[pytest.ExceptionInfo[UserE
 
 
 def refused_line(stderr: str, key: Key, *fragments: object) -> None:
-    """The same of what a command writes to stderr: one line, and nothing else."""
+    """Assert that a command wrote one such line to stderr, and nothing else.
+
+    It may be an error of metrics or of the command line itself, which need not say a remedy.
+    """
     assert stderr.startswith("distill: ") and stderr.count("\n") == 1, stderr
-    check_message(stderr.removeprefix("distill: ").rstrip("\n"), key, *fragments)
+    check_place(stderr.removeprefix("distill: ").rstrip("\n"), key, *fragments)

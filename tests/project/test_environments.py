@@ -41,7 +41,7 @@ def test_a_plain_install_runs_to_the_end(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_oldest_versions_run_to_the_end_and_share_students_with_the_newest(folder):
-    """So do the lowest versions of all dependencies; each environment draws both's students."""
+    """So do the lowest versions of all dependencies; each draws the students of both."""
     plain, oldest = folder / "plain", folder / "oldest"
     newest = environments.environment(plain, [])
     programs = environments.environment(oldest, environments.floors())

@@ -354,7 +354,7 @@ SUMMARY, SIDECAR = "summary.json", "student/fewstep.json"
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda run: (run / "summary.json").unlink(), "is not finished"),
+        (lambda run: (run / "summary.json").unlink(), "not finished"),
         (lambda run: (run / "summary.json").write_text("{"), "not valid JSON"),
         (
             lambda run: (run / "student" / "fewstep.json").write_text("{}"),
@@ -364,7 +364,7 @@ SUMMARY, SIDECAR = "summary.json", "student/fewstep.json"
         (changed(SUMMARY, wall_s="x"), "summary.json: damaged"),
         (changed(SUMMARY, metrics={"student": None}), "summary.json: damaged"),
         (changed(SUMMARY, metrics={"student": {}}), "summary.json: damaged"),
-        (changed(SUMMARY, metrics={"teacher": ROW}), "summary.json: damaged: it lacks 'student'"),
+        (changed(SUMMARY, metrics={"teacher": ROW}), "summary.json: damaged; it lacks 'student'"),
         (changed(SUMMARY, metrics={"student": {"1": ROW | {"spread": 3}}}), "summary.json: dam"),
         (changed(SUMMARY, metrics=[1]), "summary.json: damaged"),
         (changed(SIDECAR, steps=[True]), "fewstep.json is damaged"),
