@@ -181,7 +181,7 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if not path.name:
         raise UserError(
-            f"recipe {str(path)!r}: give a file, or one of {', '.join(shipped()[:2])}, …"
+            f"recipe {str(path)!r}: no file; give one, or {', '.join(shipped()[:2])}, …"
         )
     name = Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else path
     for candidate in (path, SHIPPED / name, (SHIPPED / name).with_suffix(".yaml")):
