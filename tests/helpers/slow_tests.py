@@ -53,9 +53,10 @@ def slow_in(source: str) -> Iterator[tuple[str, str]]:
         elif isinstance(node, ast.Assign):
             names = [n for target in node.targets for n in ast.walk(target)]
             defined |= {n.id: node.value for n in names if isinstance(n, ast.Name)}
-    for node in tree.body:
-        is_test = isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-        if is_test and any(uses_slow(mark, defined) for mark in node.decorator_list):
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    for node in functions:
+        slow = any(uses_slow(mark, defined) for mark in node.decorator_list)
+        if slow and node.name.startswith("test_"):
             yield node.name, (ast.get_docstring(node) or "").partition("\n")[0]
 
 
