@@ -116,7 +116,7 @@ def test_the_snippet_is_six_lines_that_run(tmp_path, pipelines):
         tmp_path / "student",
         {"objective": {"name": "sid"}},
     )
-    text = (tmp_path / "student" / "README.md").read_text()
+    text = card.draft(tmp_path / "student")
     code = re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1]
     assert len(code.splitlines()) == 6
     code = code.replace("path/to/this/folder", str(tmp_path / "student"))
