@@ -144,7 +144,7 @@ def apart(a: tuple[Path, Path], b: tuple[Path, Path], student: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("kind", choices=("plain", "oldest"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--on", type=Path, help="another environment's site-packages")

@@ -142,7 +142,8 @@ def _pytest(tree: Path, log: Path, words: list[str]) -> None:
     """In the forked process: pytest in the tree, whose packages come before all others."""
     os.setsid()
     said = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(said, 1), os.dup2(said, 2)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True

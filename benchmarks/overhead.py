@@ -122,7 +122,8 @@ class Bare:
         else:
             if step % 2 == 0:
                 with torch.no_grad():
-                    self.forward(self.teacher), self.forward(self.fake)
+                    self.forward(self.teacher)
+                    self.forward(self.fake)
                     if name == "fdistill":
                         self.forward(self.critic)
 
@@ -151,7 +152,7 @@ def peak(run: Callable[[], Any]) -> int:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
-    events = seen.profiler.kineto_results.events()  # pyright: ignore
+    events: list[Any] = seen.profiler.kineto_results.events()  # pyright: ignore
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = most = 0
     for _, change in changes:
@@ -208,7 +209,7 @@ def measure(name: str, kind: str, rounds: int, steps: int, batch: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--network", choices=("digits", "5m", "both"), default="both")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4)

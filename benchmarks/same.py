@@ -61,7 +61,7 @@ def trained(tree: Path, name: str, steps: int, out: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("before")
     parser.add_argument("after")
     parser.add_argument("--steps", type=int, default=20)

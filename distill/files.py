@@ -38,16 +38,16 @@ def check_writable(path: Path, option: str) -> None:
         UserError: naming the option that it was given by.
     """
     if path.is_dir():
-        raise UserError(f"{option} {path} is a folder; give a file")
+        raise UserError(f"{option} {path}: it is a folder; give a file")
     if not path.parent.is_dir():
-        raise UserError(f"{option} {path}: the folder {path.parent} does not exist")
+        raise UserError(f"{option} {path}: the folder {path.parent} does not exist; make it")
     if path.exists():
         if not os.access(path, os.W_OK):
-            raise UserError(f"{option} {path} cannot be written")
+            raise UserError(f"{option} {path}: it cannot be written; give another file")
         return
     try:  # some file systems, such as /proc, let all write and none create
         new_mode(path.parent)
     except OSError as error:
         raise UserError(
-            f"{option} {path} cannot be written ({error.strerror}); give another folder"
+            f"{option} {path}: it cannot be written ({error.strerror}); give another folder"
         ) from None

@@ -130,10 +130,12 @@ def inject(module: nn.Module, name: str, config: Any) -> None:
     except (ValueError, TypeError, re.error) as error:  # PEFT's ways to say so
         reason = cut(str(error).splitlines()[0], WORD)  # PEFT repeats them
         targets = quoted(config.target_modules)
-        raise UserError(f"adapters.targets: {targets}: {reason}") from None
+        raise UserError(f"adapters.targets: {targets}: {reason}; name other layers") from None
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"adapters.rank: {config.r} cannot be made ({reason})") from None
+        raise UserError(
+            f"adapters.rank: {config.r} cannot be made ({reason}); give another"
+        ) from None
     _LAYERS.clear()
     for key, p in module.named_parameters():
         if name in key.split("."):
@@ -216,7 +218,8 @@ def unwrap(denoiser: Denoiser) -> Pretrained:
     while isinstance(denoiser, Adapted | Wrapper):
         denoiser = denoiser.denoiser
     if not isinstance(denoiser, Pretrained):
-        raise UserError(f"a {type(denoiser).__name__} has no weights that a pipeline could load")
+        kind = type(denoiser).__name__
+        raise UserError(f"teacher: a {kind} has no weights; give a diffusers pipeline")
     return denoiser
 
 

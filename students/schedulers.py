@@ -86,7 +86,7 @@ def form(
         UserError: no stock scheduler samples such a student.
     """
     if not 1 <= steps <= CM_LEVELS:
-        raise UserError(f"student.steps: {steps} is outside 1 to {CM_LEVELS}")
+        raise UserError(f"student.steps: expected 1 to {CM_LEVELS}, not {steps}")
     process = network.process
     if start is not None and not isinstance(process, Karras):
         raise UserError("student.start: only EDM students choose where they start; leave it out")
@@ -144,7 +144,7 @@ def _first(process: Karras, start: float | None) -> float:
     if not process.sigma_min < start <= process.sigma_max:
         raise UserError(
             f"student.start: {start} is outside the teacher's noise levels, "
-            f"{process.sigma_min} to {process.sigma_max}"
+            f"{process.sigma_min} to {process.sigma_max}; give one of those"
         )
     return process.time(torch.tensor(start, dtype=torch.float64)).item()
 
@@ -153,7 +153,8 @@ def _ddpm(schedule: Schedule, process: Tabulated, steps: int, renoise: bool) -> 
     if not renoise:
         if (process.last + 1) % steps:
             raise UserError(
-                f"student.steps: {steps} does not divide the {process.last + 1} indices"
+                f"student.steps: {steps} does not divide the {process.last + 1} indices; "
+                "give a divisor"
             )
         indices = [(round((process.last + 1) * (1 - k / steps)) - 1) for k in range(steps)]
         return SchedulerForm(
@@ -161,7 +162,7 @@ def _ddpm(schedule: Schedule, process: Tabulated, steps: int, renoise: bool) -> 
         )
     n = lcm_levels(process)
     if steps > n:
-        raise UserError(f"student.steps: {steps} is more than the {n} times there are")
+        raise UserError(f"student.steps: {steps} is more than the {n} times there are; give fewer")
     jump = (process.last + 1) // n
     grid = [jump * (i + 1) - 1 for i in reversed(range(n))]
     times = [grid[k * n // steps] / process.last for k in range(steps)]

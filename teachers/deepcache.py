@@ -86,13 +86,19 @@ def deep_part(backbone: nn.Module) -> tuple[dict[nn.Module, Callable[..., Any]],
     from diffusers import UNet2DConditionModel, UNet2DModel
 
     if not isinstance(backbone, UNet2DModel | UNet2DConditionModel):
-        raise UserError(f"a {type(backbone).__name__} is no UNet of diffusers, with levels to keep")
+        raise UserError(
+            f"cache: a {type(backbone).__name__} is no UNet of diffusers; leave cache out"
+        )
     down: list[Any] = list(backbone.down_blocks)
     up: list[Any] = list(backbone.up_blocks)
     if strange := [n for b in (*down, *up) if (n := type(b).__name__) not in BLOCKS]:
-        raise UserError(f"a UNet with a {strange[0]} has no level that can be kept")
+        raise UserError(
+            f"cache: a UNet with a {strange[0]} has no level that can be kept; leave cache out"
+        )
     if len(down) < 2:
-        raise UserError("its UNet has one level, and nothing deeper to keep")
+        raise UserError(
+            "cache: its UNet has one level, and nothing deeper to keep; leave cache out"
+        )
     deep: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(down[0].downsamplers or (), given)
     deep |= {block: skipped(block) for block in down[1:]}
     middle: list[Any] = [] if backbone.mid_block is None else [backbone.mid_block]

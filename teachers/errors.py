@@ -17,6 +17,11 @@ IN_QUOTES = re.compile(
     rf"""(?<!\w)(?:'(?P<one>(?:[^'\\]|\\.){LONG})'|"(?P<two>(?:[^"\\]|\\.){LONG})")(?!\w)"""
 )
 LONG_WORD = re.compile(rf"\S{{{WORD + 1},}}")
+# The parts of a message: a colon with a blank ends one, but not within a quoted value.
+# The first may be a recipe's file or the name of a shipped one, and the second a key in it.
+PART = re.compile(r"""((?>(?<!\w)'[^']*'(?!\w)|(?<!\w)"[^"]*"(?!\w)|.)+?): """, re.DOTALL)
+RECIPE = re.compile(r"recipe\b.*|.*\.ya?ml|[\w-]+(/[\w-]+)+", re.DOTALL)
+RECIPE_KEY = re.compile(r"[a-z]\w*(\.[^\s/]+)*")
 
 
 class UserError(Exception):
@@ -28,6 +33,26 @@ class UserError(Exception):
 
     def __init__(self, message: str = "") -> None:
         super().__init__(shortened(message))
+
+    @property
+    def key(self) -> str:
+        """The place that the message names: its text before the first ": " outside quotes.
+
+        It is a key of the recipe ("data.source"), an option without its value ("--steps" of
+        "--steps 3: …"), a path, or a kind of thing and its name ("teacher 'digits'"). Where a
+        recipe's file comes first and a key in it second, the place is the key. Programs and tests
+        compare this; the rest of the message is for people, and its wording may change.
+        """
+        message = str(self)
+        first = PART.match(message)
+        if first is None:
+            return ""
+        if first[1].startswith("--"):
+            return first[1].partition(" ")[0]
+        second = PART.match(message, first.end())
+        if second and RECIPE.fullmatch(first[1]) and RECIPE_KEY.fullmatch(second[1]):
+            return second[1]
+        return first[1]
 
 
 def cut(text: str, most: int = QUOTED) -> str:
@@ -76,7 +101,7 @@ def intact(path: Path) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise UserError(f"{path}: damaged: it lacks {error}") from None
+        raise UserError(f"{path}: damaged; it lacks {error}") from None
     except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError):
         raise UserError(f"{path}: damaged; it is not as a run leaves it") from None
 

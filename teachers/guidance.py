@@ -147,7 +147,9 @@ class SkipLayerGuided(Guided):
         x = self.denoiser(x_t, t, cond, s)
         if torch.is_grad_enabled() and x_t.requires_grad and checkpointed(self.denoiser):
             # its backward would run the blocks again, when the hooks are gone
-            raise UserError("skip-layer guidance: turn gradient checkpointing off in the teacher")
+            raise UserError(
+                "skip-layer guidance: gradient checkpointing is on in the teacher; turn it off"
+            )
         with ExitStack() as hooks:
             for name in self.blocks:
                 hook = modules[name].register_forward_hook(passed, with_kwargs=True)

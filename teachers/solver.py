@@ -113,7 +113,7 @@ def cfgpp(
         UserError: `strength` is outside [0, 1].
     """
     if not 0 <= strength <= 1:
-        raise UserError(f"CFG++ strength is λ in [0, 1], not {strength}: it is no guidance scale")
+        raise UserError(f"strength: {strength} is outside [0, 1]; give λ, no guidance scale")
     process = guided.process
     for t, s in pairs(times, x_t):
         x, negative = guided.pair(x_t, t, cond)
@@ -146,9 +146,9 @@ def solve(
         UserError: no solver of that name, or steps < 1.
     """
     if method not in SOLVERS:
-        raise UserError(f"solver {method!r} is unknown: {nearest(method, SOLVERS)}")
+        raise UserError(f"solver {method!r}: unknown; {nearest(method, SOLVERS)}")
     if steps < 1:
-        raise UserError(f"solver steps must be at least 1, not {steps}")
+        raise UserError(f"steps: expected at least 1, not {steps}")
     times = denoiser.process.grid(steps).to(z.device)
     start = times[:1].to(z.dtype).expand(len(z))
     return SOLVERS[method](

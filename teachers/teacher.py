@@ -48,7 +48,9 @@ def labels_of(prompts: Sequence[Any], classes: int) -> list[int]:
         text = str(p).strip()
         digits = text.isdecimal() and len(text) <= 18  # Python reads no number of thousands
         if not digits or int(text) >= classes:
-            raise UserError(f"labels: {clipped(p)} is outside 0 to {classes - 1}")
+            raise UserError(
+                f"labels: {clipped(p)} is outside 0 to {classes - 1}; give one of those"
+            )
     return [int(p) for p in prompts]
 
 

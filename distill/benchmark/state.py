@@ -32,7 +32,7 @@ def check_folder(out: Path) -> None:
         raise UserError(f"--out {out}: {error.strerror}; give another folder") from None
     ours = LOCK in names and "recipe.yaml" not in names
     if not ours and any(not name.startswith(".") for name in names):
-        raise UserError(f"--out {out} exists and is not a benchmark; give a new folder")
+        raise UserError(f"--out {out}: it exists and is not a benchmark; give a new folder")
     for name in names.intersection(FOLDERS):
         if not (out / name).is_dir():
             raise UserError(f"--out {out}: {name} should be a folder; move it away")

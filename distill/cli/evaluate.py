@@ -46,7 +46,9 @@ def sample(
         with intact(done):
             steps = advised(generator.counts, read_summary(student) if done.is_file() else {})
     if steps not in generator.counts:
-        raise UserError(f"--steps {steps}: this student was trained for {counts(generator)}")
+        raise UserError(
+            f"--steps {steps}: this student was trained for {counts(generator)}; give that"
+        )
     names, text = prompts_of(teacher, labels, prompt, n)
     wanted = [names[i % len(names)] for i in range(n)]
     with counting(teacher) as cuts:
@@ -72,9 +74,7 @@ def prompts_of(
         raise UserError("--labels: this student is not class-conditional")
     text = not classes and teacher.codec.condition([""]) is not None
     if text and not prompt:
-        raise UserError(
-            '--prompt is missing: this student draws what it is told, as in --prompt "…"'
-        )
+        raise UserError('--prompt: missing; this student draws what it is told, as in --prompt "…"')
     if prompt and not text:
         raise UserError("--prompt: this student does not read text")
     names = prompt or [str(i) for i in range(classes or 1)]

@@ -117,7 +117,7 @@ def listing(
     from teachers.errors import UserError, nearest
 
     if what is not None and what not in kinds:
-        raise UserError(f"list {what!r} is unknown: {nearest(what, kinds)}")
+        raise UserError(f"list {what!r}: unknown; {nearest(what, kinds)}")
     from rich.table import Table
 
     for kind in [what] if what else kinds:

@@ -93,7 +93,7 @@ class Recipe(Section):
             raise UserError(f"{where}: {explain(error, cls)}") from None
         keys = dict(recipe.objective)
         if not isinstance(name := keys.pop("name", None), str):
-            raise UserError(f"{where}: objective.name is missing; {nearest('', _registry())}")
+            raise UserError(f"{where}: objective.name: missing; {nearest('', _registry())}")
         kind = objective_class(name, where)
         schema = schema_of(kind)
         try:
@@ -118,7 +118,7 @@ class Recipe(Section):
         adapted = () if self.adapters is None else self.adapters.players or ()
         copies = [k for k in known if k != "critic"]
         if self.adapters is not None and self.adapters.players == ():
-            raise UserError(f"{where}: adapters.players: name one, or remove the section")
+            raise UserError(f"{where}: adapters.players: empty; name one, or remove the section")
         for player in [p for p in adapted if p not in copies]:
             raise UserError(
                 f"{where}: adapters.players: {name} has no such network as {player!r}; "
@@ -136,7 +136,7 @@ class Recipe(Section):
             remedy = ", or remove the critic section" if not roles.get("critic") else ""
             remedy = remedy if kind.needs_data == "critic" else ""
             raise UserError(
-                f"{where}: data.source is missing: {name} needs real data, which {why}; "
+                f"{where}: data.source: missing; {name} needs real data, which {why}; "
                 f"set data.source to 'digits' or a folder of images{remedy}"
             )
         self.student.agree(kind.learns, where)
@@ -153,7 +153,7 @@ class Recipe(Section):
         if self.train.batch % self.train.accumulate:
             raise UserError(
                 f"{where}: train.batch: {self.train.batch} does not divide into "
-                f"train.accumulate = {self.train.accumulate} equal parts"
+                f"train.accumulate = {self.train.accumulate} equal parts; give a multiple of it"
             )
 
     def _agree_quantised(self, whole: list[str], where: str) -> None:
@@ -182,7 +182,7 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if not path.name:
         raise UserError(
-            f"recipe {str(path)!r}: give a file, or one of {', '.join(shipped()[:2])}, …"
+            f"recipe {str(path)!r}: no file; give one, or {', '.join(shipped()[:2])}, …"
         )
     name = Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else path
     for candidate in (path, SHIPPED / name, (SHIPPED / name).with_suffix(".yaml")):
@@ -235,7 +235,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"recipe {file}: it cannot be read ({error.strerror})") from None
     except BAD_YAML as error:
-        raise UserError(f"recipe {file}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"recipe {file}: not valid YAML: {' '.join(str(error).split())}; correct it"
+        ) from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {file}: expected a mapping of sections")
     return tree
@@ -259,13 +261,17 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
                 below = {}
             if not isinstance(below, dict):
                 path = ".".join(parents[: depth + 1])
-                raise UserError(f"override {quoted(text)}: {cut(path)} is a value, not a section")
+                raise UserError(
+                    f"override {quoted(text)}: {cut(path)} is a value; expected a section"
+                )
             node[parent] = below
             node = below
         try:
             node[leaf] = yaml.load(value, _Loader)
         except BAD_YAML:
-            raise UserError(f"override {quoted(text)}: {quoted(value)} is not valid YAML") from None
+            raise UserError(
+                f"override {quoted(text)}: {quoted(value)} is not valid YAML; quote it"
+            ) from None
     return tree
 
 
@@ -290,10 +296,14 @@ def objective_class(name: str, where: str = "recipe") -> type[Objective]:
         )
     except (Exception, SystemExit) as error:  # whatever a user's module raises while imported
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{where}: objective.name: cannot import {place!r} ({reason})") from None
+        raise UserError(
+            f"{where}: objective.name: cannot import {place!r} ({reason}); correct it"
+        ) from None
     kind = getattr(module, attribute, None)
     if not (isinstance(kind, type) and issubclass(kind, Objective)):
-        raise UserError(f"{where}: objective.name: {place} has no Objective named {attribute!r}")
+        raise UserError(
+            f"{where}: objective.name: {place} has no Objective named {attribute!r}; define it"
+        )
     if "__dataclass_fields__" not in vars(kind):
         raise UserError(f"{where}: objective.name: {attribute} must be a @dataclass(kw_only=True)")
     try:

@@ -51,13 +51,16 @@ class GuidanceSection(Section):
         for key, kind in own.items():
             given = getattr(self, key) not in (None, ())
             if given and kind != self.kind:
-                raise UserError(f"{where}: teacher.guidance.{key}: only kind {kind!r} has it")
+                raise UserError(
+                    f"{where}: teacher.guidance.{key}: only kind {kind!r} has it; remove it"
+                )
             if not given and kind == self.kind and kind != "apg":
-                raise UserError(f"{where}: teacher.guidance.{key}: kind {kind!r} needs it")
+                raise UserError(f"{where}: teacher.guidance.{key}: kind {kind!r} needs it; set it")
         if self.interval is not None and not self.interval[0] < self.interval[1]:
             low, high = self.interval
             raise UserError(
-                f"{where}: teacher.guidance.interval: low, {low:g}, is not below high, {high:g}"
+                f"{where}: teacher.guidance.interval: low, {low:g}, is not below high, {high:g}; "
+                "lower it"
             )
 
 
@@ -129,7 +132,8 @@ class StudentSection(Section):
             )
         if self.steps not in counts or len(set(counts)) < len(counts):
             raise UserError(
-                f"{key}: {list(counts)} should hold student.steps, {self.steps}, and no count twice"
+                f"{key}: expected student.steps, {self.steps}, and no count twice, "
+                f"not {list(counts)}"
             )
         if learns == "one-chain" and counts != (self.steps,):
             raise UserError(f"{key}: {_WHY[learns]}; remove it, or train a student for each count")

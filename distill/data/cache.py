@@ -123,7 +123,7 @@ def check_room(work: Work, root: Path, limit_gb: float) -> None:
         )
     there = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"data.cache: {root}: {there} is not a folder that can be written to")
+        raise UserError(f"data.cache: {root}: {there} is not a folder to write to; name another")
     if (free := shutil.disk_usage(there).free / GB) < gb:
         raise UserError(
             f"data.cache: {root} has {free:.3g} GB left and the cache takes {gb:.3g}; "

@@ -151,11 +151,13 @@ def sizes_for(recipe: Recipe, teacher: Teacher) -> list[tuple[int, int]]:
     if isinstance(codec := teacher.codec, Prompted) and (grain := codec.grain) > factor:
         factor, needs = grain, "network"  # which reads latents in patches
     if height % factor:
-        raise UserError(f"data.size: {height} is no multiple of {factor}, as the {needs} needs")
+        raise UserError(
+            f"data.size: {height} is no multiple of {factor}, as the {needs} needs; give one"
+        )
     if data.buckets and data.buckets.multiple % factor:
         raise UserError(
             f"data.buckets.multiple: {data.buckets.multiple} is no multiple of {factor}, "
-            f"as the {needs} needs"
+            f"as the {needs} needs; give one"
         )
     sizes = sizes_of(data.buckets, height, width)
     if isinstance(codec, Prompted) and codec.kind.SQUARE and any(h != w for h, w in sizes):

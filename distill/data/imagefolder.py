@@ -85,8 +85,8 @@ def rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         text = decoded(file.read_bytes())
     except ValueError as error:
-        raise UserError(f"{file} {error}") from None
+        raise UserError(f"{file}: it {error}; correct it") from None
     try:
         yield from csv_rows(text) if kind_of(file) == ".csv" else json_rows(text)
     except ValueError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}; correct it") from None

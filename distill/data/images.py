@@ -229,7 +229,7 @@ def _kinds(captions: str | None, where: str) -> list[str]:
     if kind == "metadata":
         raise UserError(
             f"data.captions: {captions!r}: {where.removeprefix('data.source: ')} holds no "
-            "metadata.jsonl or metadata.csv"
+            "metadata.jsonl or metadata.csv; add one"
         )
     if kind not in ("", "txt", "json", "folder"):
         raise UserError(
@@ -310,9 +310,9 @@ def _shards(place: str, where: str) -> list[Path] | None:
         elif path.is_file():
             found.append(path)
         else:
-            raise UserError(f"{where}: no such file: {path}")
+            raise UserError(f"{where}: no such file: {path}; add it, or narrow the pattern")
     if not found:
-        raise UserError(f"{where}: no file has such a name")
+        raise UserError(f"{where}: no file has such a name; give another pattern")
     return found
 
 

@@ -109,5 +109,5 @@ def _column(place: Column, needs: Needs) -> Listing:
 
 def _some(listing: Listing) -> Listing:
     if not listing.total:
-        raise UserError(f"{listing.where} holds no prompts")
+        raise UserError(f"{listing.where} holds no prompts; give at least one")
     return listing

@@ -60,7 +60,7 @@ class Rows(Table):
         try:
             self.rows = list(_rows(file))
         except (ValueError, RecursionError, OSError) as error:
-            raise UserError(f"{where}: {file} cannot be read ({error})") from None
+            raise UserError(f"{where}: {file} cannot be read ({error}); correct it") from None
         self.columns = list({k: None for row in self.rows for k in row if isinstance(k, str)})
         self.size = len(self.rows)
 
@@ -95,7 +95,9 @@ class Parquet(Table):
         try:
             self.file = parquet.ParquetFile(file)
         except (ArrowException, OSError) as error:
-            raise UserError(f"{where}: {file} cannot be read ({first_line(error)})") from None
+            raise UserError(
+                f"{where}: {file} cannot be read ({first_line(error)}); correct it"
+            ) from None
         self.columns = self.file.schema_arrow.names
         if (twice := repeated(self.columns)) is not None:
             raise UserError(f"{where}: {file}: two columns are named {twice!r}; rename one")
@@ -202,9 +204,9 @@ def file_of(name: str, where: str) -> Path:
     """
     file = Path(name).expanduser()
     if kind_of(file) in SUFFIXES and not file.is_file():
-        raise UserError(f"{where}: no such file: {name}")
+        raise UserError(f"{where}: no such file: {name}; give one that is there")
     if name.startswith(("/", "~", ".")) and not file.exists():
-        raise UserError(f"{where}: no such folder: {name}")
+        raise UserError(f"{where}: no such folder: {name}; give one that is there")
     return file
 
 

@@ -106,7 +106,7 @@ def check(request: Request) -> Request:
         UserError: an option does not go with the others, or its value is not one.
     """
     if request.against is None and request.against_steps is not None:
-        raise UserError("--against-steps: it is for --against, which names a teacher")
+        raise UserError("--against-steps: it is for --against, which names a teacher; add that")
     if request.against_steps is None:
         request = replace(request, against_steps=AGAINST_STEPS)
     if request.protocol is None and not request.speed:

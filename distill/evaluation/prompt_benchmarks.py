@@ -27,7 +27,7 @@ def prompts_of(benchmark: str, path: Path) -> list[BenchmarkPrompt]:
         MetricError: the file or folder is not the benchmark's.
     """
     if benchmark not in BENCHMARKS:
-        raise UserError(f"benchmark {benchmark!r} is unknown: {nearest(benchmark, BENCHMARKS)}")
+        raise UserError(f"benchmark {benchmark!r}: unknown; {nearest(benchmark, BENCHMARKS)}")
     path.exists()  # raises where the name is too long for a file's, which the reader repeats whole
     if not (found := BENCHMARKS[benchmark].read(path)):
         raise UserError(f"{benchmark}: no prompts in {path}")
@@ -41,10 +41,10 @@ def check_subject(found: Subject, benchmark: str) -> None:
         UserError: it reads no captions, or its pictures have not three channels and two sides.
     """
     if (kind := asked_by(found.teacher)) != "captions":
-        raise UserError(f"{benchmark}: its pictures are asked for by captions, these by {kind}")
+        raise UserError(f"{benchmark}: it asks by captions, this model takes {kind}; give another")
     shape = picture_shape(found.teacher)
     if len(shape) != 3 or shape[0] != 3:
-        raise UserError(f"{benchmark}: it takes pictures in colour, not {shape}")
+        raise UserError(f"{benchmark}: expected pictures in colour, not {shape}")
 
 
 def check_folder(folder: Path, about: dict[str, object]) -> Path:
@@ -58,16 +58,16 @@ def check_folder(folder: Path, about: dict[str, object]) -> Path:
         raise UserError(f"{folder}: it has no name for a .json beside it; give a new folder")
     record = folder.with_name(f"{folder.name}.json")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give a new folder")
+        raise UserError(f"{folder}: it is a file; give a new folder")
     if not folder.parent.is_dir():
         raise UserError(f"{folder}: the folder {folder.parent} does not exist")
     filled = folder.is_dir() and any(folder.iterdir())
     if (filled or record.exists()) and not says(record, about):
         raise UserError(
-            f"{folder} is not empty, and holds no such pictures ({record.name} says what); "
+            f"{folder}: it is not empty, and holds no such pictures ({record.name} says what); "
             "give a new folder"
             if filled
-            else f"{record} is there and is no record of these pictures; give a new folder"
+            else f"{record}: it is no record of these pictures; give a new folder"
         )
     return record
 

@@ -60,7 +60,7 @@ def wanted(name: str, protocol: str | None = None) -> ReferenceRequest:
         theirs = of_files[protocol].name
         raise UserError(f"--protocol {protocol}: it compares with {theirs!r}, not with {name!r}")
     if name not in (known := {v.name for v in of_files.values()}):
-        raise UserError(f"reference {name!r} is no protocol's: {nearest(name, known)}")
+        raise UserError(f"reference {name!r}: no protocol's; {nearest(name, known)}")
     takers = [k for k, v in of_files.items() if v.name == name and protocol in (None, k)]
     needs: dict[object, Need] = {}
     for need in (n for k in takers for n in specs[k].needs(k)):
@@ -148,7 +148,7 @@ def from_moments(
     if features is not None and features not in by_name:
         raise UserError(f"--features {features!r}: {nearest(features, by_name)}")
     if features is None and len(fit) > 1:
-        raise UserError(f"--features is missing: {file} may be of {' or '.join(fit)}; say which")
+        raise UserError(f"--features: missing; {file} may be of {' or '.join(fit)}; say which")
     if features is None and not fit:
         dims = ", ".join(f"{k} of {v.features.dim}" for k, v in by_name.items())
         raise UserError(f"{file}: mu holds {length} numbers; {asked.protocols} takes {dims}")

@@ -75,10 +75,12 @@ class Subject:
             UserError: naming those that it was, or the most that it has.
         """
         if self.most is not None and max(steps) > self.most:
-            raise UserError(f"--steps {max(steps)}: its times are chosen from {self.most}")
+            raise UserError(
+                f"--steps {max(steps)}: its times are chosen from {self.most}; give fewer"
+            )
         if self.counts is not None and (wrong := sorted(set(steps) - set(self.counts))):
             known = ", ".join(map(str, self.counts))
-            raise UserError(f"--steps {wrong[0]}: this student was trained for {known}")
+            raise UserError(f"--steps {wrong[0]}: this student was trained for {known}; give those")
 
 
 def is_student(source: str) -> bool:
@@ -106,9 +108,7 @@ def usual_protocol(source: str) -> str:
     if not folder.exists() and source.count("/") != 1:
         raise UserError(f"{source}: no such folder, and no embedded teacher; "
                         f"{nearest(source, EMBEDDED)}")  # fmt: skip
-    raise UserError(
-        f"--protocol is missing: {source} has none of its own; {nearest('', PROTOCOLS)}"
-    )
+    raise UserError(f"--protocol: missing; {source} has none of its own; {nearest('', PROTOCOLS)}")
 
 
 def refuse(options: dict[str, Any], why: str) -> None:
@@ -165,9 +165,7 @@ def teacher(
     """
     schedulers = {*get_args(Stock), *get_args(StockEDM)}
     if solver not in SOLVERS and solver not in schedulers:
-        raise UserError(
-            f"--solver {solver!r} is unknown: {nearest(solver, [*SOLVERS, *schedulers])}"
-        )
+        raise UserError(f"--solver {solver!r}: unknown; {nearest(solver, [*SOLVERS, *schedulers])}")
     told = {"source": source, "guidance": guidance, "null_label": null_label}
     told["precision"] = precision
     nothing = {"objective": {"name": "sid"}, "train": {"steps": 1}}  # only the teacher is built
@@ -253,7 +251,7 @@ def check_against(found: Subject, other: Subject) -> None:
     ours, theirs = picture_shape(found.teacher), picture_shape(other.teacher)
     if ours != theirs:
         a, b = ("×".join(map(str, s)) for s in (ours, theirs))
-        raise UserError(f"--against: its pictures are {b}, not {a}")
+        raise UserError(f"--against: its pictures are {b}, not {a}; give another")
 
 
 def agreement(

@@ -69,7 +69,7 @@ class Uniform:
 
     def __post_init__(self) -> None:
         if self.low > self.high:
-            raise ValueError(f"low, {self.low}, is above high, {self.high}")
+            raise ValueError(f"low, {self.low}, is above high, {self.high}; lower it")
 
     def sample(self, like: Tensor, process: Process) -> Tensor:
         """One time for each item of `like` (B, ...), shaped (B,)."""

@@ -110,7 +110,7 @@ def files_in(path: Path) -> list[Path]:
         return [path]
     files = [p for p in every_file(path) if is_image(p)][:MOST]
     if not files:
-        raise UserError(f"--image {path} holds no images, such as .png, .jpg or .webp")
+        raise UserError(f"--image {path}: it holds no images; give .png, .jpg or .webp")
     return files
 
 
@@ -142,7 +142,7 @@ def picture(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
         with opened(path) as file:
             image = shown(file).convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's range over many types for a bad file
-        raise UserError(f"--image {path} is not a readable image ({error})") from None
+        raise UserError(f"--image {path}: it is not a readable image ({error})") from None
     scale = max(size[0] / image.height, size[1] / image.width)
     covering = [round(image.height * scale), round(image.width * scale)]
     image = tf.center_crop(tf.resize(image, covering, antialias=True), list(size))  # pyright: ignore

@@ -363,7 +363,7 @@ def part(kind: Any, config: dict[str, Any], section: str, where: str) -> Any:
     try:
         return kind(**config)
     except Exception as error:  # of whatever kind a wrong size comes to
-        raise UserError(f"{where}: {section}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: {section}: {' '.join(str(error).split())}; correct it") from None
 
 
 def save(pipe: Any, folder: Path) -> None:

@@ -110,7 +110,7 @@ def require_finished(run: Path) -> None:
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"run {str(run)!r}: no run is there; give a folder that `distill run` made")
     if not (run / "summary.json").is_file() or not (run / "student").is_dir():
-        raise UserError(f"run {str(run)!r} is not finished; go on with `distill run … --resume`")
+        raise UserError(f"run {str(run)!r}: not finished; go on with `distill run … --resume`")
     summary = read_json(run / "summary.json", f"run {str(run)!r}")
     if lacking := sorted({"steps", "wall_s", "metrics"} - summary.keys()):
         raise UserError(f"run {str(run)!r}: summary.json is damaged: it lacks {', '.join(lacking)}")

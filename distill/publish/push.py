@@ -146,7 +146,7 @@ def check_name(repo: str, revision: str) -> None:
             "(at most 96, no '--' or '..')"
         )
     if not revision or any(c.isspace() or c in "~^:?*[\\" for c in revision) or ".." in revision:
-        raise UserError(f"--revision {revision!r} is not a branch name")
+        raise UserError(f"--revision {revision!r}: not a branch name; give one such as main")
 
 
 # ---- what is sent

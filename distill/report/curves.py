@@ -112,7 +112,7 @@ def tree_of(run: Path) -> dict[str, Any]:
         raise UserError(f"{run}: no recipe.yaml there; give the folder of a run")
     tree = current_names(read_yaml(path), quiet=True)
     if not isinstance(train := tree.get("train"), dict) or "seed" not in train:
-        raise UserError(f"{path}: damaged: it lacks train.seed")
+        raise UserError(f"{path}: damaged; it lacks train.seed")
     return tree
 
 
@@ -169,7 +169,7 @@ def read(path: Path) -> Reference:
     except OSError as error:
         raise UserError(f"reference {path}: {error.strerror}") from None
     except NOT_THESE:
-        raise UserError(f"reference {path}: damaged, or not one") from None
+        raise UserError(f"reference {path}: damaged, or not one; give another") from None
 
 
 def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
@@ -209,7 +209,7 @@ def reference_for(run: Path, name: str | None) -> Reference:
         return Reference(str(path), 1, bands)
     if path.is_file():
         return read(path)
-    raise UserError(f"reference {name!r} is unknown: {nearest(name, known)}")
+    raise UserError(f"reference {name!r}: unknown; {nearest(name, known)}")
 
 
 def deviations(found: Series, reference: Reference) -> list[Deviation]:

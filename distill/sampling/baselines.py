@@ -90,9 +90,11 @@ class Baseline(Section):
                 )
             unwrap(teacher.denoiser)
             if how.kind != "cfg" or how.interval is not None or how.rescale:
-                raise UserError(f"{where}: stock pipelines guide by kind cfg alone")
+                raise UserError(f"{where}: stock pipelines guide by kind cfg alone; set it")
             if how.scale != 1 and not isinstance(teacher.codec, Prompted):
-                raise UserError(f"{where}: the stock pipeline of labels has no guidance")
+                raise UserError(
+                    f"{where}: the stock pipeline of labels has no guidance; set it to 1"
+                )
         if self.schedule == "ays" and family(teacher) not in AYS:
             raise UserError(
                 f"{where}: its authors publish none for {teacher.source!r}; use schedule: gits"
@@ -100,15 +102,15 @@ class Baseline(Section):
         if self.schedule in FOUND:
             enough(max(self.steps), FINE, where)
         if self.guidance == "adaptive" and how.scale == 1:
-            raise UserError(f"{where}: guidance is 1, and there is nothing to stop")
+            raise UserError(f"{where}: guidance is 1, and there is nothing to stop; raise it")
         changing = self.guidance == "adaptive" or self.cache > 1
         if changing and (how.kind not in ("cfg", "apg") or how.interval is not None):
-            raise UserError(f"{where}: guidance must be of kind cfg or apg, without an interval")
+            raise UserError(f"{where}: expected guidance of kind cfg or apg, without interval")
         if self.cache > 1:
             try:
                 deep_part(unwrap(teacher.denoiser).backbone)
             except UserError as error:
-                raise UserError(f"{where}: {teacher.source!r}: {error}; leave cache out") from None
+                raise UserError(f"{where}: {teacher.source!r}: {error}") from None
 
     def measure(
         self, recipe: Recipe, teacher: Teacher, measure: Protocol, steps: int, seeds: int

@@ -197,7 +197,9 @@ def enough(steps: int, fine: int, where: str = "baselines") -> None:
         UserError: there are more.
     """
     if steps > fine:
-        raise UserError(f"{where}: {steps} steps are more than the {fine} times to choose from")
+        raise UserError(
+            f"{where}: {steps} steps are more than the {fine} times to choose from; give fewer"
+        )
 
 
 def moved(cond: Cond, device: torch.device) -> Cond:

@@ -79,7 +79,7 @@ def check_exact(recipe: Recipe, teacher: Teacher) -> None:
         if given is not None:
             raise UserError(f"{where}: {section}: its students are linear; remove the section")
     if recipe.student.steps != 1:
-        raise UserError(f"{where}: student.steps: its students are linear and take 1")
+        raise UserError(f"{where}: student.steps: its students are linear and take 1; set it to 1")
     if recipe.train.sample_every:
         raise UserError(f"{where}: train.sample_every: it has no pictures to show; set it to 0")
 

@@ -40,9 +40,8 @@ def rehearse_end(recipe: Recipe, student: Generator, teacher: Teacher) -> None:
     try:
         write_pages(recipe, student, teacher)
     except ImportError as error:
-        raise UserError(
-            f"{error}: a run's pages need it; pip install {error.name or 'what is missing'}"
-        ) from None
+        package = error.name or "a package"
+        raise UserError(f"{package}: missing, and a run's pages need it; pip install it") from None
     except Exception as error:  # a page costs no run
         notice(f"the run's card or report will fail: {line_of(error)}")
 

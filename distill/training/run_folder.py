@@ -136,10 +136,10 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
         if resume and not out.exists():
             raise UserError(f"--resume: there is no run in {out}")
         if out.exists() and any(p for p in out.iterdir() if not p.name.startswith(".")):
-            raise UserError(f"--out {out} exists and is not a run; give a new folder")
+            raise UserError(f"--out {out}: it exists and is not a run; give a new folder")
         return
     if not resume:
-        raise UserError(f"--out {out} already holds a run; add --resume, or give another folder")
+        raise UserError(f"--out {out}: it holds a run; add --resume, or give another folder")
     before = current_names(read_yaml(written), quiet=True)
     if changed := differences(before, recipe.tree()):
         key, old, new = changed[0]

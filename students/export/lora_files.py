@@ -147,10 +147,14 @@ def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
             with quiet():
                 found = kind.lora_state_dict(dict(state), **unet)
         except Exception as error:  # whatever diffusers' converters come to
-            raise UserError(f"lora/{name}: diffusers cannot read it ({line(error)})") from None
+            raise UserError(
+                f"lora/{name}: diffusers cannot read it ({line(error)}); use student/"
+            ) from None
         read = found[0] if isinstance(found, tuple) else found
         if odd := {newer(key) for key in read} ^ states[DIFFUSERS].keys():
-            raise UserError(f"lora/{name}: diffusers reads other layers of it, as {min(odd)}")
+            raise UserError(
+                f"lora/{name}: diffusers reads other layers of it, as {min(odd)}; use student/"
+            )
     return without
 
 

@@ -32,11 +32,11 @@ def load(source: str, **options: Any) -> Teacher:
     """
     if source.startswith("analytic:"):
         if options:
-            raise UserError(f"{teacher_at(source)} takes no options; leave out {min(options)}")
+            raise UserError(f"{teacher_at(source)}: it takes no options; leave out {min(options)}")
         return _analytic(source)
     if source.rpartition(":")[0].endswith(".py"):
         if options:
-            raise UserError(f"{teacher_at(source)} takes no options; leave out {min(options)}")
+            raise UserError(f"{teacher_at(source)}: it takes no options; leave out {min(options)}")
         return _own(source)
     if source == "digits":
         options.setdefault("null_label", 10)
@@ -128,7 +128,7 @@ def find(source: str) -> Path:
     if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         if isfile(folder):
             raise UserError(f"{who}: it is a file; give a diffusers pipeline folder")
-        raise UserError(f"{who}: no such folder, and not a Hub id (OWNER/NAME)")
+        raise UserError(f"{who}: no such folder, and not a Hub id; give OWNER/NAME")
     return download.fetch(source)
 
 
@@ -137,7 +137,7 @@ def _analytic(source: str) -> Teacher:
 
     name = source.removeprefix("analytic:")
     if name not in ANALYTIC:
-        raise UserError(f"{teacher_at(source)} is unknown: {nearest(name, ANALYTIC)}")
+        raise UserError(f"{teacher_at(source)}: unknown; {nearest(name, ANALYTIC)}")
     denoiser = ANALYTIC[name]()
     return Teacher(denoiser.eval(), Pixels(), tuple(denoiser.sample(1).shape[1:]), source)
 
@@ -156,7 +156,7 @@ def _own(source: str) -> Teacher:
     except (Exception, SystemExit) as error:  # whatever a user's module raises
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"{teacher_at(source)}: {clipped(place)} raised {clipped(reason, 200)}"
+            f"{teacher_at(source)}: {clipped(place)} raised {clipped(reason, 200)}; correct it"
         ) from None
     if function is None:
         known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
@@ -165,7 +165,7 @@ def _own(source: str) -> Teacher:
         )
     if not isinstance(teacher, Teacher):
         kind = type(teacher).__name__
-        raise UserError(f"{teacher_at(source)}: {name} must return a Teacher, not {kind}")
+        raise UserError(f"{teacher_at(source)}: {name}: expected a Teacher from it, not {kind}")
     teacher.denoiser.eval().requires_grad_(False)
     teacher.source = teacher.source or source
     return teacher

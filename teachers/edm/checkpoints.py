@@ -81,7 +81,7 @@ def load(path: Path, source: str, null_label: int | None = None, vae: str | None
     null = classes if classes and config.get("label_dropout") else None
     if null_label is not None:
         if not classes or null_label != classes:
-            raise UserError(f"{who}: null_label {null_label}: {no_label(classes)}")
+            raise UserError(f"{who}: null_label {null_label}: {no_label(classes)}; leave it out")
         null = classes
     denoiser = denoiser_of(files, who, null is not None)
     size, channels = arguments["img_resolution"], arguments["img_channels"]
@@ -107,7 +107,7 @@ def convert(source: Path, out: Path) -> None:
         UserError: the pickle is damaged or refused, or `out` exists.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already exists; give a new folder")
+        raise UserError(f"{out}: it already exists; give a new folder")
     files = unpickle(source)
     denoiser_of(files, str(source))  # refuse before writing what `load` would refuse
     draft = out.parent / f".{out.name}.draft"
@@ -173,7 +173,10 @@ def tensors(module: pickles.Record, where: str) -> dict[str, Tensor]:
     while waiting:
         prefix, here, depth = waiting.pop()
         if id(here) in seen or depth > 32:
-            raise UserError(f"{where}: module {prefix[:-1]!r} is shared or nested without end")
+            raise UserError(
+                f"{where}: module {prefix[:-1]!r} is shared or nested without end; "
+                "give EDM's own file"
+            )
         seen.add(id(here))
         state = here.state or {}
         parts: list[Any] = [state.get(k) for k in ("_parameters", "_buffers", "_modules")]
@@ -259,7 +262,7 @@ def open_weights(path: Path, who: str, remedy: str) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{who}: {path} is missing; {remedy}") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{who}: {path} cannot be read ({error})") from None
+        raise UserError(f"{who}: {path} cannot be read ({error}); convert it again") from None
 
 
 def denoiser_of(files: Files, who: str, null: bool = False) -> UNet:
@@ -334,7 +337,8 @@ def fill(network: nn.Module, weights: dict[str, Tensor], who: str) -> None:
         raise UserError(f"{who}: the weights lack {missing[0]!r}; correct the config's arguments")
     if extra := sorted(weights.keys() - expected.keys()):
         raise UserError(
-            f"{who}: the weights hold {extra[0][:80]!r}, which the network does not have"
+            f"{who}: the weights hold {extra[0][:80]!r}, which the network does not have; "
+            "correct config.json"
         )
     for name, tensor in expected.items():
         if weights[name].shape != tensor.shape:

@@ -312,7 +312,7 @@ def mode(encoded: Any) -> Tensor:
         if name in encoded:
             return encoded[name]
     kind = type(encoded).__name__.removesuffix("Output")
-    raise UserError(f"vae: a {kind} gives no latents (latent_dist, latent or latents)")
+    raise UserError(f"vae: a {kind} gives none of latent_dist, latent and latents; give another")
 
 
 def load(

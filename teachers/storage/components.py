@@ -85,7 +85,9 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
                 **options,
             )
     except Exception as error:  # damaged files raise many types
-        raise UserError(f"{who}: {folder} cannot be read ({reason(error)})") from None
+        raise UserError(
+            f"{who}: {folder} cannot be read ({reason(error)}); copy it again"
+        ) from None
     where = f"{who}: the weights in {folder}"
     dot = f"{part}." if part else ""
     # diffusers leaves missing weights of networks made on the meta device there
@@ -100,9 +102,12 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
             f"{kind.__module__.partition('.')[0]} may use these names: install it"
         )
     if lacking:
-        raise UserError(f"{where} are not whole: {dot}{lacking[0]} is missing{more(lacking)}")
+        name = f"{dot}{lacking[0]}"
+        raise UserError(f"{where} are not whole: {name} is missing{more(lacking)}; copy it again")
     if wrong:
-        raise UserError(f"{where} do not fit its config.json: {dot}{wrong[0]}{more(wrong)}")
+        raise UserError(
+            f"{where} do not fit its config.json: {dot}{wrong[0]}{more(wrong)}; correct it"
+        )
     if extra:
         raise UserError(
             f"{where} hold {dot}{clipped(extra[0])}{more(extra)}, which the {kind.__name__} of "
@@ -164,7 +169,7 @@ def check_rope(folder: Path, who: str) -> None:
         if "rope_parameters" in tree and "rope_theta" not in tree:
             raise UserError(
                 f"{who}: {file} holds rope_parameters, which transformers "
-                f"{installed()} does not read: install version 5"
+                f"{installed()} does not read; install version 5"
             )
         todo += [value for value in tree.values() if isinstance(value, dict)]
 
@@ -223,7 +228,7 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
             )
     except Exception as error:  # as above
         raise UserError(
-            f"{who}: the pipeline in {folder} cannot be read ({reason(error)})"
+            f"{who}: the pipeline in {folder} cannot be read ({reason(error)}); copy it again"
         ) from None
 
 
@@ -252,7 +257,7 @@ def tokenizer(name: str, folder: Path, who: str) -> Any:
                     return kind.from_pretrained(folder, local_files_only=True, **words)
             except Exception as error:  # damaged files, sentencepiece missing, …
                 said = reason(error) if form == name and not words else said
-    raise UserError(f"{who}: {folder} cannot be read as a {clipped(name)} ({said})")
+    raise UserError(f"{who}: {folder} cannot be read as a {clipped(name)} ({said}); copy it again")
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from distill.config.recipe import Recipe, shipped
 from distill.sampling.guided_teacher import load_teacher
 from distill.training.engine import Engine
 from eval.protocols.measure import protocol
-from teachers import UserError
 from tests.helpers.benches import BUDGET, TREE, figures
 from tests.helpers.command_line import ENV, called
+from tests.helpers.refusals import refused
 
 
 def test_a_benchmark_ends_in_means_and_spreads_over_its_seeds(file, tmp_path, played, capsys):
@@ -138,7 +138,7 @@ def test_a_row_that_can_never_run_is_refused_before_any_work(
 
 def test_a_folder_takes_one_benchmark_at_a_time(file, tmp_path):
     first = BenchmarkRunner(Bench.load(str(file)), tmp_path / "out")
-    with pytest.raises(UserError, match="is at work there; wait for it to end"):
+    with refused("--out", "work"):
         BenchmarkRunner(Bench.load(str(file)), tmp_path / "out")
     first.close()
     BenchmarkRunner(Bench.load(str(file)), tmp_path / "out").close()
@@ -350,6 +350,7 @@ def start(file, out):
 def test_killing_the_command_and_calling_it_again_gives_the_same_leaderboard(
     file, tmp_path, number
 ):
+    """Killed by two kinds of signal and called again, it ends with the same leaderboard."""
     tree = {**TREE, "seeds": [0], "budget": {"network_evaluations": 60_000}}
     file.write_text(yaml.safe_dump(tree))
     whole = start(file, tmp_path / "whole")

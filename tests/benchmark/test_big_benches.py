@@ -132,6 +132,7 @@ def test_baselines_draw_finite_pictures(like):
 
 @pytest.mark.parametrize(("name", "row"), SOME)
 def test_a_rows_own_settings_train_a_small_network_of_its_family(name, row, tmp_path):
+    """Two steps or more of every row of the big benchmarks, by its settings, on a small network."""
     bench = likeness(name, tmp_path)
     recipe = bench.recipe(next(r for r in bench.rows if r.name == row), 0, 8)
     engine = build.build(recipe, tmp_path / "run").engine

@@ -78,11 +78,13 @@ PAIRS = [(n, objective) for n in NAMES for objective in ("dmd2", "consistency") 
 @SLOW  # each starts other processes
 @pytest.mark.parametrize(("name", "objective"), PAIRS)
 def test_five_steps_leave_a_student_that_draws(folder, name, objective, pictures, tmp_path, capsys):
+    """The command on each family: five steps, an export, figures and pictures."""
     runs_and_draws(name, folder(name), objective, pictures, tmp_path, capsys)
 
 
 @SLOW
 def test_five_steps_on_prompts_leave_a_student_of_videos(folder, pictures, tmp_path, capsys):
+    """The same of Wan, whose students draw videos."""
     drawn = runs_and_draws("wan", folder("wan"), "dmd2", pictures, tmp_path, capsys)
     assert drawn.shape == (2, 3, 5, 32, 32)
 
@@ -92,6 +94,7 @@ def test_five_steps_on_prompts_leave_a_student_of_videos(folder, pictures, tmp_p
 def test_adapters_on_rounded_weights_leave_files_that_fit_the_exact_ones(
     folder, precision, pictures, tmp_path, capsys
 ):
+    """Adapters on bf16, fp8 and nf4 weights: their files fit the exact weights."""
     made = tree("sd", folder("sd"), "dmd2", pictures)
     made["teacher"]["precision"] = precision
     code, _, err = called(

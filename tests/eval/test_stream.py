@@ -254,6 +254,7 @@ def test_features_that_are_not_numbers_are_refused():
 
 @pytest.mark.slow
 def test_three_processes_give_the_bits_of_one(tmp_path):
+    """Every figure of three processes is one process's, to the bit."""
     found = []
     for count in (1, 3):
         out = tmp_path / f"{count}.json"

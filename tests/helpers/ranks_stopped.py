@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -23,7 +24,7 @@ def main(teacher: str, folder: Path) -> None:
         AcceleratorState._reset_state()
         GradientState._reset_state()
         tree = recipe_tree("consistency", teacher, steps=STEPS, log_every=STEPS, save_every=STEPS)
-        engine = build.build(Recipe.check(tree), folder / str(when)).engine
+        engine: Any = build.build(Recipe.check(tree), folder / str(when)).engine
         play, rank = engine.play, engine.accelerator.process_index
 
         def signalled(*args, engine=engine, play=play, rank=rank, when=when):

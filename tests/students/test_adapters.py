@@ -8,7 +8,6 @@ import torch
 
 from distill.config.recipe import Recipe
 from distill.evaluation.finish import finish
-from distill.objectives import OBJECTIVES
 from distill.planning.plan import count_samples
 from distill.training import build
 from students import schedulers
@@ -26,8 +25,9 @@ from students.lora import (
     using,
     weight_with,
 )
-from teachers import UserError, load
-from tests.helpers.engines import assert_same, stream
+from teachers import load
+from tests.helpers.engines import stream
+from tests.helpers.refusals import refused
 from tests.helpers.toys import FIVE, recipe_tree
 
 pytestmark = pytest.mark.device
@@ -89,16 +89,19 @@ def test_an_adapter_begins_as_no_change_and_the_base_is_still_there(teacher, kin
 @pytest.mark.parametrize(
     ("adapter", "line"),
     [
-        ({"targets": "(unclosed"}, r"adapters\.targets.*unterminated"),
-        ({"targets": ""}, r"adapters\.targets"),
-        ({"targets": ".*norm.*", "kind": "loha"}, r"adapters\.targets.*not supported"),
-        ({"players": []}, r"adapters\.players: name one"),
-        ({"players": ["fake"]}, r"adapters\.players: consistency has no such network as 'fake'"),
+        ({"targets": "(unclosed"}, ("adapters.targets", "(unclosed", "0")),
+        ({"targets": ""}, ("adapters.targets",)),
+        (
+            {"targets": ".*norm.*", "kind": "loha"},
+            ("adapters.targets", ".*norm.*", "torch.nn.modules.normalization.GroupNorm"),
+        ),
+        ({"players": []}, ("adapters.players", "name")),
+        ({"players": ["fake"]}, ("adapters.players", "fake")),
     ],
 )
 def test_adapters_that_cannot_be_are_one_line(pipelines, tmp_path, adapter, line):
     tree = recipe_tree("consistency", pipelines["edm"])
-    with pytest.raises(UserError, match=line):
+    with refused(*line):
         build.build(Recipe.check({**tree, "adapters": adapter}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -263,18 +266,6 @@ def test_every_objective_learns_in_every_way_and_the_base_never_changes(
     assert digest(unwrap(run.teacher.denoiser).backbone) == before
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_resumed_adapter_run_is_the_run(name, pipelines, tmp_path):
-    whole = made(name, pipelines, tmp_path / "a", steps=5)
-    whole.engine.train()
-    half = made(name, pipelines, tmp_path / "b", steps=5)
-    half.engine.cfg = half.engine.cfg.model_copy(update={"steps": 3})
-    half.engine.train()
-    rest = made(name, pipelines, tmp_path / "b", resume=True, steps=5)
-    rest.engine.train()
-    assert_same(whole.engine, rest.engine)
-
-
 def test_an_adapter_run_is_exported_merged(pipelines, tmp_path):
     run = made("sid", pipelines, tmp_path / "run", steps=2)
     run.engine.train()
@@ -298,14 +289,14 @@ def test_only_the_adapters_are_averaged_and_saved(pipelines, tmp_path):
 def test_targets_that_match_nothing_are_named(pipelines, tmp_path):
     tree = recipe_tree("sid", pipelines["edm"])
     tree["adapters"] = {"rank": 4, "targets": "no_such_layer"}
-    with pytest.raises(UserError, match=r"adapters\.targets.*no_such_layer"):
+    with refused("adapters.targets", "no_such_layer"):
         build.build(Recipe.check(tree), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_adapter_for_a_player_that_is_not_there_is_refused(pipelines):
     tree = recipe_tree("sid", pipelines["edm"])
-    with pytest.raises(UserError, match=r"adapters\.players: sid has no such network as 'fakes'"):
+    with refused("adapters.players", "fakes"):
         Recipe.check({**tree, "adapters": {"players": ["fakes"]}})
 
 

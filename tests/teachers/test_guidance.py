@@ -9,7 +9,7 @@ from torch import nn
 
 from distill.config.recipe import Recipe
 from distill.sampling import guided_teacher
-from teachers import UserError, load
+from teachers import load
 from teachers.analytic import Gaussian
 from teachers.denoiser import Denoiser, Guided, Network, Reparametrised, linear
 from teachers.guidance import (
@@ -24,6 +24,7 @@ from teachers.guidance import (
 from teachers.process import Karras, Linear
 from teachers.solver import cfgpp, ddim, solve
 from tests.helpers import families
+from tests.helpers.refusals import refused
 
 D = 6
 
@@ -212,11 +213,9 @@ def test_a_skipped_block_returns_its_input_and_is_itself_again_afterwards():
 
 def test_a_block_that_is_not_there_or_cannot_be_skipped_is_named():
     denoiser = Network(Blocks(), Linear(), "x")
-    with pytest.raises(
-        UserError, match=r"no block 'backbone.frist'; did you mean 'backbone.first'"
-    ):
+    with refused("teacher.guidance.blocks", "backbone.frist", "backbone.first"):
         SkipLayerGuided(denoiser, 2.0, ["backbone.frist"])
-    with pytest.raises(UserError, match="a Linear does not return what it was given"):
+    with refused("teacher.guidance.blocks", "Linear"):
         SkipLayerGuided(denoiser, 2.0, ["backbone.wide"])(torch.randn(2, D), torch.rand(2))
 
 
@@ -225,7 +224,7 @@ def test_skipping_refuses_to_be_recomputed_without_its_hooks():
     denoiser.backbone.gradient_checkpointing = True
     skipping, x_t = SkipLayerGuided(denoiser, 2.0, ["backbone.first"]), torch.randn(2, D)
     skipping(x_t, torch.rand(2))
-    with pytest.raises(UserError, match="turn gradient checkpointing off"):
+    with refused("skip-layer guidance", "checkpointing"):
         skipping(x_t.requires_grad_(), torch.rand(2))
 
 
@@ -251,7 +250,7 @@ def test_a_step_of_cfgpp_noises_the_guided_x_with_the_unconditional_noise(teache
     last, end = (teacher(x_s, s, c) for c in (cond, {"class_labels": torch.full((5,), 3)}))
     found = cfgpp(Guided(teacher, 7.0, NULL), x_t, times, cond, 0.4)
     torch.testing.assert_close(found, end + 0.4 * (last - end))
-    with pytest.raises(UserError, match=r"λ in \[0, 1\], not 7"):
+    with refused("strength", "0", "1", "7"):
         cfgpp(Guided(teacher, 7.0, NULL), x_t, times, cond, 7.0)
 
 
@@ -301,28 +300,26 @@ def written(folder, guidance):
 @pytest.mark.parametrize(
     ("guidance", "line"),
     [
-        ("{scal: 2}", "teacher.guidance.scal: unknown key; did you mean 'scale'?"),
-        ("{kind: cfg}", "teacher.guidance.scale: missing"),
-        ("{scale: -1}", "teacher.guidance.scale: expected greater than or equal to 0, not -1"),
-        ("strong", "teacher.guidance: expected a valid number"),
-        ("{scale: 2, kind: cgf}", "teacher.guidance.kind: expected 'cfg', 'apg', 'skip' or 'auto'"),
-        ("{scale: 2, interval: [5, 1]}", "guidance.interval: low, 5, is not below high, 1"),
-        ("{scale: 2, eta: 0.5}", "teacher.guidance.eta: only kind 'apg' has it"),
-        ("{scale: 2, kind: skip}", "teacher.guidance.blocks: kind 'skip' needs it"),
-        ("{scale: 2, kind: auto}", "teacher.guidance.weaker: kind 'auto' needs it"),
-        ("{scale: 2, rescale: 2}", "teacher.guidance.rescale: expected less than or equal to 1"),
+        ("{scal: 2}", ("teacher.guidance.scal", "scale")),
+        ("{kind: cfg}", ("teacher.guidance.scale",)),
+        ("{scale: -1}", ("teacher.guidance.scale", "0", "1")),
+        ("strong", ("teacher.guidance", "strong")),
+        ("{scale: 2, kind: cgf}", ("teacher.guidance.kind", "'cfg'", "'apg'", "skip", "auto")),
+        ("{scale: 2, interval: [5, 1]}", ("teacher.guidance.interval", "5", "1")),
+        ("{scale: 2, eta: 0.5}", ("teacher.guidance.eta", "'apg'")),
+        ("{scale: 2, kind: skip}", ("teacher.guidance.blocks", "skip")),
+        ("{scale: 2, kind: auto}", ("teacher.guidance.weaker", "auto")),
+        ("{scale: 2, rescale: 2}", ("teacher.guidance.rescale", "1")),
     ],
 )
 def test_a_mistaken_guidance_is_one_line(tmp_path, guidance, line):
-    with pytest.raises(UserError) as error:
+    with refused(*line):
         written(tmp_path, guidance)
-    assert line in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_a_weaker_teacher_of_another_shape_is_refused(tmp_path):
     recipe = written(tmp_path, "{scale: 2, kind: auto, weaker: 'analytic:ring'}")
-    with pytest.raises(UserError, match=r"weaker: 'analytic:ring' is 2; the teacher is 1×8×8"):
+    with refused("teacher.guidance.weaker", "analytic:ring", "2", "1", "8"):
         guided_teacher.guided(recipe, guided_teacher.load_teacher(recipe))
 
 
@@ -334,15 +331,13 @@ def test_a_weaker_teacher_of_other_labels_is_refused(pipelines, tmp_path, kind, 
     recipe = written(tmp_path, f"{{scale: 2, kind: auto, weaker: '{pipelines[kind]}'}}")
     section = recipe.teacher.model_copy(update={"null_label": null})
     recipe = recipe.model_copy(update={"teacher": section})
-    line = f"weaker: .* reads {reads}; the teacher is given labels of 10 classes: name a smaller"
-    with pytest.raises(UserError, match=line):
+    with refused("teacher.guidance.weaker", reads, "labels of 10 classes"):
         guided_teacher.guided(recipe, load("digits"))
 
 
 def test_a_weaker_text_teacher_of_another_family_is_refused(tmp_path):
     sd, sdxl = (load(str(families.build(k, tmp_path / k))) for k in ("sd", "sdxl"))
-    line = "'sdxl' reads text of 40×64, pooled of 32.*; the teacher is given text of 40×32: name"
-    with pytest.raises(UserError, match=line):
+    with refused("teacher.guidance.weaker", "sdxl", "40×64", "pooled of 32", "40×32"):
         guided_teacher.check_reads("sdxl", sdxl, sd)
     guided_teacher.check_reads("sd", sd, sd)
 

@@ -10,6 +10,7 @@ from distill import __main__ as cli
 from distill.config.recipe import Recipe
 from distill.training import build
 from tests.helpers.command_line import called
+from tests.helpers.refusals import refused_line
 from tests.helpers.toys import recipe_tree
 
 MINE = '''
@@ -81,35 +82,60 @@ MEAN = GIVES[5:-1]
 @pytest.mark.parametrize(
     ("name", "turns", "loss", "line"),
     [
-        ("Silent", "pass", GIVES, "Silent: it has no loss; define loss(self"),
-        ("Lossless", "pass", GIVES, "Lossless: it has no loss; define loss(self"),
-        ("Plays", 'yield Turn(("studnet",), self.loss)', GIVES, "did you mean 'student'"),
-        ("Plays", 'yield Turn(("teacher",), self.loss)', GIVES, "known: student"),
-        ("Plays", "yield Turn((), self.loss)", GIVES, "of players (); give a tuple"),
-        ("Plays", 'yield Turn("student", self.loss)', GIVES, "('student',)"),
-        ("Plays", 'yield Turn(("student",), 3)', GIVES, "whose loss is a int"),
-        ("Plays", 'yield "student"', GIVES, "turns yields a str; yield Turn("),
-        ("Plays", 'return Turn(("student",), self.loss)', GIVES, "gives a Turn; write"),
-        ("Plays", "return", GIVES, "gives None; write"),
-        ("Plays", "yield from ()", GIVES, "yields nothing; yield a Turn"),
-        ("Plays", 'yield Turn(("student",), self.loss)', GIVES, "is called as loss(batch) and"),
-        ("Plays", YIELDS.replace("step", "at"), GIVES, "is called as loss(batch, at=…) and"),
-        ("Plays", YIELDS, MEAN, "its loss returns a Tensor; return Loss(value)"),
-        ("Plays", YIELDS, "Loss(batch.noise.new_ones(4))", "its loss is of shape (4,); its value"),
-        ("Plays", YIELDS, f"Loss({MEAN}.item())", "its loss is a float; its value is a scalar"),
-        ("Plays", YIELDS, f"Loss({MEAN}.detach())", "its loss depends on no weight of its turn"),
-        ("Plays", YIELDS, f"Loss({MEAN}.long())", "its loss is of torch.int64; its value is of"),
-        ("Plays", YIELDS, f"Loss({MEAN} * 1j)", "its loss is of torch.complex64; its value is of"),
-        ("Plays", YIELDS, f"Loss({MEAN}, None)", "comes with logs that are None; give a dict"),
+        ("Silent", "pass", GIVES, ("Silent",)),
+        ("Lossless", "pass", GIVES, ("Lossless",)),
+        (
+            "Plays",
+            'yield Turn(("studnet",), self.loss)',
+            GIVES,
+            ("'studnet'", "'student'"),
+        ),
+        (
+            "Plays",
+            'yield Turn(("teacher",), self.loss)',
+            GIVES,
+            ("'teacher'", "student"),
+        ),
+        ("Plays", "yield Turn((), self.loss)", GIVES, (" ()",)),
+        (
+            "Plays",
+            'yield Turn("student", self.loss)',
+            GIVES,
+            ("players 'student'", "('student',)"),
+        ),
+        ("Plays", 'yield Turn(("student",), 3)', GIVES, (" int",)),
+        ("Plays", 'yield "student"', GIVES, (" str",)),
+        (
+            "Plays",
+            'return Turn(("student",), self.loss)',
+            GIVES,
+            ("turns(0)", "a Turn"),
+        ),
+        ("Plays", "return", GIVES, ("turns(0)", "None")),
+        ("Plays", "yield from ()", GIVES, ("turns(0)", "nothing")),
+        ("Plays", 'yield Turn(("student",), self.loss)', GIVES, ("loss(batch)",)),
+        ("Plays", YIELDS.replace("step", "at"), GIVES, ("loss(batch, at=…)",)),
+        ("Plays", YIELDS, MEAN, (" Tensor", "Loss(value)")),
+        ("Plays", YIELDS, "Loss(batch.noise.new_ones(4))", ("(4,)",)),
+        ("Plays", YIELDS, f"Loss({MEAN}.item())", (" float", "scalar")),
+        ("Plays", YIELDS, f"Loss({MEAN}.detach())", ("no weight",)),
+        ("Plays", YIELDS, f"Loss({MEAN}.long())", ("torch.int64",)),
+        ("Plays", YIELDS, f"Loss({MEAN} * 1j)", ("torch.complex64",)),
+        ("Plays", YIELDS, f"Loss({MEAN}, None)", ("logs", "None", "dict")),
         (
             "Plays",
             YIELDS,
             f"Loss({MEAN}, {{'a': batch.noise[:3, 0, 0, 0]}})",
-            "its loss logs 'a', which is of shape (3,); log real scalar tensors",
+            ("logs 'a'", "(3,)"),
         ),
-        ("Plays", YIELDS, f"Loss({MEAN}, {{'a': 1.0}})", "its loss logs 'a', which is a float;"),
-        ("Plays", YIELDS, f"Loss({MEAN}, {{'a': None}})", "its loss logs 'a', which is None;"),
-        ("Plays", YIELDS, f"Loss({MEAN}, {{'a': {MEAN} * 1j}})", "logs 'a', which is complex;"),
+        ("Plays", YIELDS, f"Loss({MEAN}, {{'a': 1.0}})", ("logs 'a'", " float")),
+        ("Plays", YIELDS, f"Loss({MEAN}, {{'a': None}})", ("logs 'a'", "None")),
+        (
+            "Plays",
+            YIELDS,
+            f"Loss({MEAN}, {{'a': {MEAN} * 1j}})",
+            ("logs 'a'", "complex"),
+        ),
     ],
 )
 def test_an_objective_that_cannot_be_played_is_one_line_naming_its_class(
@@ -117,9 +143,9 @@ def test_an_objective_that_cannot_be_played_is_one_line_naming_its_class(
 ):
     recipe = playing(tmp_path, pipelines, turns, loss, name)
     code, _, err = called(capsys, "run", recipe, "--out", tmp_path / "run")
-    assert (code, err.count("\n")) == (2, 1), err
+    assert code == 2, err
+    refused_line(err, "objective.name", *line)
     assert err.startswith(f"distill: objective.name: {name}: ")
-    assert line in err
     assert not (tmp_path / "run").exists()
 
 
