@@ -173,7 +173,7 @@ def test_single_files_are_told_how_to_become_folders(tmp_path, monkeypatch, name
     if there:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    says = "is a single file" if there else "which is not there"
+    says = "is a single file" if there else "does not exist"
     with refused(
         re.compile(
             r"teacher 'model\.safetensors'|teacher 'v1-5\.ckpt'|teacher 'sub/model\.safetensors'"
