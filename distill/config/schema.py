@@ -45,21 +45,6 @@ class GuidanceSection(Section):
     blocks: tuple[str, ...] = ()  # skip: the blocks left out
     weaker: Name | None = None  # auto: a teacher's source
 
-    def agree(self, where: str) -> None:
-        """Refuse keys of another kind of guidance, and the lack of those of this one."""
-        own = {"eta": "apg", "threshold": "apg", "blocks": "skip", "weaker": "auto"}
-        for key, kind in own.items():
-            given = getattr(self, key) not in (None, ())
-            if given and kind != self.kind:
-                raise UserError(f"{where}: teacher.guidance.{key}: only kind {kind!r} has it")
-            if not given and kind == self.kind and kind != "apg":
-                raise UserError(f"{where}: teacher.guidance.{key}: kind {kind!r} needs it")
-        if self.interval is not None and not self.interval[0] < self.interval[1]:
-            low, high = self.interval
-            raise UserError(
-                f"{where}: teacher.guidance.interval: low, {low:g}, is not below high, {high:g}"
-            )
-
 
 # A number is a scale. The tags' brackets mark them as no part of a key's path, for `explain`.
 Guidance = Annotated[
@@ -101,39 +86,6 @@ class StudentSection(Section):
     start: Positive | None = None  # σ/α it starts from; the teacher's highest
     renoise: bool = True  # return to the next time with fresh noise, or along the ODE
 
-    def agree(self, learns: Learns, where: str) -> None:
-        """Refuse counts that this student cannot be run at, or that its objective does not train.
-
-        Args:
-            learns: The objective's `learns`.
-
-        Raises:
-            UserError: naming the key.
-        """
-        key, counts = f"{where}: student.counts", self.counts
-        if self.weights is not None:
-            weights = f"{where}: student.weights"
-            if learns != "chains" or counts is None:
-                raise UserError(f"{weights}: nothing to weigh, as {_WHY[learns]}; remove it")
-            if len(self.weights) != len(counts):
-                raise UserError(
-                    f"{weights}: {len(self.weights)} weights for {len(counts)} counts; "
-                    "give one for each of student.counts"
-                )
-        if counts is None:
-            return
-        if odd := [k for k in counts if self.steps % k]:
-            raise UserError(
-                f"{key}: {odd[0]} does not divide student.steps, which is {self.steps}; "
-                "a shorter chain takes every second, third, … of its times"
-            )
-        if self.steps not in counts or len(set(counts)) < len(counts):
-            raise UserError(
-                f"{key}: {list(counts)} should hold student.steps, {self.steps}, and no count twice"
-            )
-        if learns == "one-chain" and counts != (self.steps,):
-            raise UserError(f"{key}: {_WHY[learns]}; remove it, or train a student for each count")
-
     def trained(self, learns: Learns, possible: Sequence[int]) -> dict[int, float]:
         """How often each count is trained, relative to the others.
 
@@ -152,13 +104,6 @@ class StudentSection(Section):
                 f"{self.steps} steps; remove it, or train a student of {lacks[0]} steps"
             )
         return dict(sorted(zip(self.counts, self.weights or map(float, self.counts), strict=True)))
-
-
-_WHY = {
-    "chains": "student.counts is missing and the student has one count",
-    "all-times": "this objective trains every time alike",
-    "one-chain": "this objective's last stage trains one count",
-}
 
 
 class AdaptersSection(Section):

@@ -271,7 +271,7 @@ def test_a_data_size_that_is_not_the_teachers_is_refused(tmp_path):
         ({"prompts": 5}, "data.prompts: expected a valid string, not 5"),
         ({"prompts": {"hf": "a", "colum": "b"}}, "data.prompts.colum: unknown key; did you mean"),
         ({"prompts": {"hf": "a"}}, "data.prompts.column: missing"),
-        ({"source": "x", "prompts": "y"}, "data.prompts: the images of data.source have captions"),
+        ({"source": "x", "prompts": "y"}, "data.prompts: the images of data.source have"),
         ({"buckets": {}}, "data.buckets: there are no images to sort"),
         ({"source": "x", "buckets": {"ratio": 0.5}}, "data.buckets.ratio: expected greater than"),
         ({"source": "x", "buckets": {"ratio": 1e300}}, "data.buckets.ratio: expected less than or"),
