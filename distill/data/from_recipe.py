@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distill.config.recipe import Recipe
 from distill.data import cache
-from distill.data.encode import COND, Work, check_finite, picture_shape
+from distill.data.encode import COND, EncodingJob, check_finite, picture_shape
 from distill.data.images import list_images, place_of_images
 from distill.data.listing import Listing
 from distill.data.pictures import into_buckets, sizes_of
@@ -29,8 +29,8 @@ def source_of(recipe: Recipe, teacher: Teacher) -> Source:
     seed, codec = recipe.train.seed, teacher.codec
     if recipe.data.source in EMBEDDED:
         return embedded_source(recipe, teacher)
-    if (work := work_of(recipe, teacher)) is not None:
-        return cache.source(work, recipe.data, seed)
+    if (job := encoding_job(recipe, teacher)) is not None:
+        return cache.source(job, recipe.data, seed)
     labels = list(range(_classes(teacher))) or [0]
     cond = codec.condition(labels)
     tensors = {f"{COND}{k}": v for k, v in (cond or {}).items()}
@@ -139,7 +139,7 @@ def check_places(recipe: Recipe, teacher: Teacher) -> None:
         place_of_prompts(data.prompts)
 
 
-def work_of(recipe: Recipe, teacher: Teacher) -> Work | None:
+def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
     """The items to encode; None for embedded data, and where the labels alone are the data."""
     refuse_videos(recipe, teacher)
     data = recipe.data
@@ -149,11 +149,11 @@ def work_of(recipe: Recipe, teacher: Teacher) -> Work | None:
     if classes := _classes(teacher):
         listing.read_labels(classes)
     if data.source is None or not recipe.needs_data:
-        return Work(teacher, listing, [(0, 0)], False)
+        return EncodingJob(teacher, listing, [(0, 0)], False)
     sizes = sizes_for(recipe, teacher)
     into_buckets(listing, sizes)
     listing.check(listing.bad, listing.total, data.skip_share)
-    return Work(teacher, listing, sizes, True)
+    return EncodingJob(teacher, listing, sizes, True)
 
 
 def _listing(recipe: Recipe, teacher: Teacher) -> Listing | None:
