@@ -1,4 +1,4 @@
-"""Recipes: a run, written down. YAML in, checked objects out; a typo is an error, not a default."""
+"""Recipes: descriptions of runs in YAML, read into checked objects. A typo is an error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHIPPED = Path(__file__).parent.parent.parent / "recipes"
 
 
 class Recipe(Section):
-    """A run: `objective` is kept as its checked keys, to be built once the networks exist."""
+    """A run. `objective` holds checked keys; the object is built when the networks exist."""
 
     teacher: TeacherSection
     student: StudentSection = StudentSection()
@@ -68,23 +68,23 @@ class Recipe(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """Read a recipe and check all of it; nothing is built.
+        """Read a recipe and check it completely; no network is built.
 
         Args:
             path: A YAML file, or the name of a shipped recipe such as "digits/dmd2".
-            overrides: Dotted, as in "train.steps=100"; values are YAML.
+            overrides: Keys and YAML values, as in "train.steps=100".
 
         Raises:
-            UserError: one line with the key path, what was expected, and the nearest valid name.
+            UserError: names the key path, what was expected, and the nearest valid name.
         """
         tree = override(current_names(read_yaml(find(path))), overrides)
         if "rows" in tree and "objective" not in tree:
-            raise UserError(f"{path}: it is a benchmark; distill bench runs it")
+            raise UserError(f"{path}: it is a benchmark; run it with distill bench")
         return cls.check(tree, str(path))
 
     @classmethod
     def check(cls, tree: dict[str, Any], where: str = "recipe") -> Recipe:
-        """A recipe from a plain tree, every key and value of it checked."""
+        """A recipe from plain data, with every key and value checked."""
         try:
             recipe = cls.model_validate(tree)
         except ValidationError as error:
@@ -104,16 +104,17 @@ class Recipe(Section):
         return recipe
 
     def tree(self) -> dict[str, Any]:
-        """Plain data that `check` reads back as this recipe, all defaults spelled out."""
+        """Plain data that `check` reads as this recipe, with all defaults written out."""
         return self.model_dump(mode="json")
 
 
 def find(path: str | Path) -> Path:
-    """A recipe's file: the path itself, or else that of the shipped recipe of that name."""
+    """A recipe's file: the path, or else the file of the shipped recipe with that name."""
     path = Path(path)
     if not path.name:
         raise UserError(
-            f"recipe {str(path)!r}: give a file, or one of {', '.join(shipped()[:2])}, …"
+            f"recipe {str(path)!r}: it names no file; give one, or a shipped recipe: "
+            f"{', '.join(shipped()[:2])}, …"
         )
     name = Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else path
     for candidate in (path, SHIPPED / name, (SHIPPED / name).with_suffix(".yaml")):
@@ -129,15 +130,15 @@ def shipped() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are those of YAML 1.2: 1e-4 is one; 010 and 1:30, octal and minutes, not.
+    """YAML with the numbers of YAML 1.2: 1e-4 is a number; 010 (octal) and 1:30 (minutes) are not.
 
-    A key that comes twice is an error: one of the two would be lost.
+    A key that comes twice is an error, because one of its values would be lost.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := sorted(k for k in set(keys) if k != "<<" and keys.count(k) > 1):
-            raise yaml.YAMLError(f"key {twice[0]!r} comes twice{node.start_mark}")
+        if repeated := sorted(k for k in set(keys) if k != "<<" and keys.count(k) > 1):
+            raise yaml.YAMLError(f"key {repeated[0]!r} comes twice{node.start_mark}")
         return super().construct_mapping(node, deep)
 
 
@@ -154,7 +155,7 @@ for _tag, _pattern in NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list("-+.0123456789"))
 
 
-# What the loader raises for text that is no YAML, or whose scalars are no values of their type.
+# What the loader raises for text that is not YAML, or a scalar that does not fit its type.
 BAD_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
 
 
@@ -164,7 +165,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         tree = yaml.load(text, _Loader)  # a SafeLoader: plain data only
     except OSError as error:
-        raise UserError(f"recipe {file}: it cannot be read ({error.strerror})") from None
+        raise UserError(f"recipe {file}: it cannot be read ({error.strerror}); check it") from None
     except BAD_YAML as error:
         raise UserError(f"recipe {file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -173,7 +174,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """The tree with each "a.b=value" set in it."""
+    """The tree, changed in place, with each "a.b=value" set."""
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip(".") or key.startswith("-"):
@@ -190,11 +191,16 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
                 below = {}
             if not isinstance(below, dict):
                 path = ".".join(parents[: depth + 1])
-                raise UserError(f"override {quoted(text)}: {cut(path)} is a value, not a section")
+                raise UserError(
+                    f"override {quoted(text)}: {cut(path)} is a value, not a section; "
+                    "set it as a whole"
+                )
             node[parent] = below
             node = below
         try:
             node[leaf] = yaml.load(value, _Loader)
         except BAD_YAML:
-            raise UserError(f"override {quoted(text)}: {quoted(value)} is not valid YAML") from None
+            raise UserError(
+                f"override {quoted(text)}: {quoted(value)} is not valid YAML; quote it"
+            ) from None
     return tree
