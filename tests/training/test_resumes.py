@@ -88,7 +88,7 @@ def test_numbers_are_those_that_people_write(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "."])
 def test_a_recipe_without_a_name_is_refused(name):
-    with pytest.raises(UserError, match="^recipe '[^']*': "):
+    with pytest.raises(UserError, match=r"^recipe '[^']*': "):
         Recipe.load(name)
 
 
