@@ -169,7 +169,7 @@ def _caption_in_row(row: dict[str, Any], column: str, table: str) -> Any:
     """The caption in a row of a table.
 
     Args:
-        column: The column's name; "" for the first of KEYS that there is.
+        column: The column's name; "" for the first of KEYS in the row.
         table: Begins the message.
 
     Raises:

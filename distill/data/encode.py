@@ -221,7 +221,7 @@ def _cause(call: str, parts: list[nn.Module], kind: str, teacher: Teacher) -> st
             )
     if any(p.dtype == torch.float16 for m in parts for p in m.parameters()):
         return f"{fault}: float16 overflows in it; load it in float32 or bfloat16"
-    return f"{fault}; load it in float32, or leave this item out"
+    return f"{fault}; load it in float32, or remove this item"
 
 
 def broken_weight(module: nn.Module) -> str | None:

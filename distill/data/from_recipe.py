@@ -1,4 +1,4 @@
-"""A recipe's data and conditions as a Source: embedded data sets, or files that the user has."""
+"""A recipe's data and conditions as a Source: embedded data sets, or files of the user."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def examples(name: str) -> tuple[Tensor, list[Any]]:
     return shapes.draw(captions, seed=0).float() / 127.5 - 1, captions
 
 
-# ---- data of the user's
+# ---- data from files
 
 
 def refuse_videos(recipe: Recipe, teacher: Teacher) -> None:
@@ -121,7 +121,7 @@ def refuse_videos(recipe: Recipe, teacher: Teacher) -> None:
         remedy = "remove the critic section" if critic else "take another objective, such as dmd2"
         raise UserError(
             f"data.source: {name} learns from real data, but the teacher {teacher.source!r} makes "
-            f"videos and only images can be read; {remedy}, and set data.prompts alone"
+            f"videos and only images can be read; {remedy}, and set only data.prompts"
         )
 
 
@@ -140,7 +140,7 @@ def check_places(recipe: Recipe, teacher: Teacher) -> None:
 
 
 def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
-    """The items to encode; None for embedded data, and where the labels alone are the data."""
+    """The items to encode; None for embedded data, or if labels are the only data."""
     refuse_videos(recipe, teacher)
     data = recipe.data
     if data.source in EMBEDDED or (listing := _listing(recipe, teacher)) is None:
@@ -157,7 +157,7 @@ def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
 
 
 def _listing(recipe: Recipe, teacher: Teacher) -> Listing | None:
-    """The images or prompts that a recipe names; None where the labels alone are the data."""
+    """The images or prompts of a recipe; None if labels are the only data."""
     data, classes = recipe.data, _classes(teacher)
     reads_text = not classes and teacher.codec.condition([""]) is not None
     if data.source is not None:
