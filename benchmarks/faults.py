@@ -401,7 +401,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "rows of bad items left empty",
         "distill/data/encode.py",
         "                rows += n\n",
-        "                rows += len(some)\n",
+        "                rows += len(group)\n",
         "data/test_data.py::test_what_is_bad_is_counted_named_and_skipped",
     ),
     fault(

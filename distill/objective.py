@@ -13,7 +13,7 @@ from distill.field_types import (
 from distill.objectives.base import Batch, Learns, Loss, Objective, Turn
 from distill.objectives.validate import check_first, check_loss, check_turn
 
-Count, Share, Whole = PositiveInt, Fraction, NonNegativeInt  # the names they had before
+Count, Share, Whole = PositiveInt, Fraction, NonNegativeInt  # their former names
 
 __all__ = [
     "Batch",

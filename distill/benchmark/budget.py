@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from distill.config.recipe import Recipe
-from distill.data.from_recipe import needs_data
 from distill.data.stream import Stream
 from distill.objectives.base import Batch
 from distill.planning.plan import count_samples
@@ -73,7 +72,7 @@ def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:
     seed, shard = recipe.train.seed, recipe.train.batch // recipe.train.accumulate
     size = shard if shard % recipe.student.steps else recipe.student.steps
     x, cond = torch.zeros(size, *teacher.shape), teacher.codec.condition([0] * size)
-    batch = Batch(x if needs_data(recipe) else None, x.clone(), cond)
+    batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
     step = 0
     while True:
         with hollow():

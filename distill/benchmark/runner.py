@@ -20,7 +20,7 @@ from distill.benchmark.spec import Bench, BenchmarkRun, BenchmarkRunner, digest,
 from distill.benchmark.state import check_folder, measured, table
 from distill.config.recipe import Recipe
 from distill.console import follow, say, time_left
-from distill.data.encode import device, moved
+from distill.data.encode import device, on_device
 from distill.data.from_recipe import check_places
 from distill.files import write
 from distill.sampling.guided_teacher import load_teacher
@@ -60,7 +60,7 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lea
     check_rows(made, teacher, path)
     race = BenchmarkRunner(made, out)
     try:
-        with moved([teacher.denoiser], device()):
+        with on_device([teacher.denoiser], device()):
             taught = [] if measure is None else teacher_lines(race, recipe, teacher, measure)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # runs are processes of their own

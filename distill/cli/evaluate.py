@@ -29,7 +29,7 @@ def sample(
 ):
     """Draw pictures from a student: those that the stock pipeline draws for the same seed."""
     from distill.console import waiting
-    from distill.data.encode import counting, tell
+    from distill.data.encode import counting, print_cuts
     from distill.publish.results_table import advised
     from distill.report.page import intact, read_summary
     from students.export.folder import draw, load_student
@@ -53,7 +53,7 @@ def sample(
     wanted = [names[i % len(names)] for i in range(n)]
     with counting(teacher) as cuts:
         teacher.codec.condition(list(dict.fromkeys(wanted)))
-    tell(cuts, "--prompt")
+    print_cuts(cuts, "--prompt")
     with waiting(f"drawing {n} pictures in {steps} step{'s' * (steps != 1)}"):
         images = teacher.codec.decode(draw(generator.at(steps), teacher, wanted, seed))
     save_pictures(images, out, wanted if text else [int(p) for p in wanted], len(names))

@@ -13,7 +13,6 @@ from torch import nn
 
 from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe
-from distill.data.from_recipe import needs_data
 from distill.objectives.base import Batch
 from distill.planning.plan import Plan, play
 from distill.profiling import unique
@@ -49,7 +48,7 @@ def plan(recipe: Recipe) -> Plan:
         x = torch.zeros(n, *teacher.shape)
         cond = teacher.codec.condition([0] * n)
         cond = conditions.each(cond, torch.clone)
-        batch = Batch(x if needs_data(recipe) else None, x.clone(), cond)
+        batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
         steps = getattr(objective, "student_every", 1)
         random.seed(0)
         most, gradients, flops, evaluations = play(

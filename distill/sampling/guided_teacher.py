@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from distill.config.recipe import Recipe
 from distill.config.schema import GuidanceSection
-from distill.data.encode import counting, tell
+from distill.data.encode import counting, print_cuts
 from teachers.catalogue.loading import load
 from teachers.denoiser import Denoiser, Guided, Mix, Reparametrised, linear
 from teachers.errors import UserError
@@ -21,7 +21,7 @@ def load_teacher(recipe: Recipe) -> Teacher:
     if recipe.teacher.negative_prompt:
         with counting(teacher) as cuts:
             _ = teacher.codec.null  # encoded at its first use, which is this
-        tell(cuts, "teacher.negative_prompt")
+        print_cuts(cuts, "teacher.negative_prompt")
     if how.kind in ("cfg", "apg") and how.scale != 1 and teacher.codec.null is None:
         raise UserError(
             f"teacher.guidance: {how.scale} needs a null class, and "

@@ -17,7 +17,7 @@ from distill.config.recipe import Recipe
 from distill.config.schema import TrainSection
 from distill.data import cache
 from distill.data.encode import device
-from distill.data.from_recipe import source_of, work_of
+from distill.data.from_recipe import encoding_job, source_of
 from distill.data.listing import check_labels, write_report
 from distill.data.prompts import list_prompts
 from distill.data.stream import Source
@@ -248,8 +248,8 @@ def make_cache(recipe: Recipe) -> dict[str, Any]:
     Raises:
         UserError: there is nothing to encode, or too much of it is bad or large.
     """
-    work = work_of(recipe, load_teacher(recipe))
-    if work is None:
+    job = encoding_job(recipe, load_teacher(recipe))
+    if job is None:
         raise UserError("cache: the recipe's data are embedded or labels, which need no cache")
-    made = cache.fill(work, recipe.data)
+    made = cache.fill(job, recipe.data)
     return made.open(recipe.train.seed, recipe.data.skip_share).report or {}

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.config.recipe import Recipe, networks_of
+from distill.config.objective_schema import networks_of
+from distill.config.recipe import Recipe
 from distill.objectives.base import Objective
 from distill.sampling.guided_teacher import guided
 from students import gaussian, schedulers

@@ -28,7 +28,7 @@ from tests.helpers.toys import recipe_tree
 
 
 def work(teacher=None, **data):
-    made = from_recipe.work_of(recipe(**data), teacher or toy())
+    made = from_recipe.encoding_job(recipe(**data), teacher or toy())
     assert made is not None
     return made
 
@@ -59,7 +59,7 @@ def test_a_cache_of_prompts_is_the_same_bits_and_holds_the_null_prompt(tmp_path,
     teacher = toy("blurry")
     held = from_recipe.source_of(recipe("sid", **data), teacher)
     same(from_recipe.source_of(recipe("sid", **data, in_memory_gb=0), teacher), held)
-    made = from_recipe.work_of(recipe("sid", **data), teacher)
+    made = from_recipe.encoding_job(recipe("sid", **data), teacher)
     null = Cache(made, tmp_path / "c").null()
     want = teacher.codec.condition(["blurry"])
     assert null.keys() == want.keys()
@@ -70,7 +70,7 @@ def test_a_ready_cache_is_read_without_the_encoders(tmp_path, monkeypatch):
     folder_of(tmp_path / "a", 40)
     data = {"source": str(tmp_path / "a"), "cache": str(tmp_path / "c"), "in_memory_gb": 0}
     first = from_recipe.source_of(recipe(**data), toy())
-    monkeypatch.setattr(encode.Work, "encode", lambda *_: pytest.fail("it encoded again"))
+    monkeypatch.setattr(encode.EncodingJob, "encode", lambda *_: pytest.fail("it encoded again"))
     same(from_recipe.source_of(recipe(**data), toy()), first)
 
 
@@ -82,13 +82,13 @@ def forked(folder, root, rank=0, world=1, pause=0.0):
     try:
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-        at_once, cache.SHARD_ITEMS = encode.Work.encode, encode.TOGETHER
+        at_once, cache.SHARD_ITEMS = encode.EncodingJob.encode, encode.TOGETHER
 
         def later(self, items):
             time.sleep(pause)
             return at_once(self, items)
 
-        encode.Work.encode = later
+        encode.EncodingJob.encode = later
         data = {"source": str(folder), "cache": str(root), "in_memory_gb": 0, "skip_share": 0.1}
         from_recipe.source_of(recipe(**data), toy())
         code = 0
@@ -377,7 +377,7 @@ def test_the_command_says_the_size_builds_once_and_names_what_it_skipped(
     assert lines[1].startswith(f"encoding into {tmp_path / 'c'}")
     assert lines[-1].startswith("119 items cached; 1 skipped (1 corrupt image)")
     code, out, _ = called(capsys, "cache", path)
-    assert code == 0 and "cached already in" in out
+    assert code == 0 and "already cached in" in out
     code, _, err = called(capsys, "cache", path, "data.skip_share=0")
     assert code == 2
     assert "corrupt image" in err and "3/007.png" in err and err.count("\n") == 1

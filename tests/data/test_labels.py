@@ -29,7 +29,7 @@ def items(*prompts):
 def folders(root, *names):
     for name in names:
         folder_of(root / name, 1, captioned=False)
-    return from_recipe.work_of(recipe(source=str(root)), pixels(10)).listing
+    return from_recipe.encoding_job(recipe(source=str(root)), pixels(10)).listing
 
 
 def test_folders_of_numbers_in_range_are_the_labels(tmp_path, capsys):
@@ -92,13 +92,15 @@ def test_images_beside_class_folders_are_named(tmp_path, capsys):
 def test_labels_of_shards_and_columns_follow_the_same_rule(tmp_path):
     members = [("0.png", png(0)), ("0.cls", b"cat\n"), ("1.png", png(1)), ("1.cls", b"ant")]
     tar_of(tmp_path / "s.tar", members)
-    found = from_recipe.work_of(recipe(source=str(tmp_path / "s.tar")), pixels(10)).listing
+    found = from_recipe.encoding_job(recipe(source=str(tmp_path / "s.tar")), pixels(10)).listing
     assert [i.prompt for i in found.items] == [1, 0]
     assert found.labels == {"ant": 0, "cat": 1}
     rows = [{"image": f"{i}.png", "kind": kind} for i, kind in enumerate([7, 3, 7])]
     (tmp_path / "t.json").write_text(json.dumps(rows))
     place = f"{tmp_path / 't.json'}:image"
-    found = from_recipe.work_of(recipe("sid", source=place, captions="kind"), pixels(10)).listing
+    found = from_recipe.encoding_job(
+        recipe("sid", source=place, captions="kind"), pixels(10)
+    ).listing
     assert [i.prompt for i in found.items] == [7, 3, 7]
     (tmp_path / "p.txt").write_text("9\n0\n")
     assert labels_of(list_prompts(str(tmp_path / "p.txt"), "label"), 10) == [9, 0]
@@ -162,7 +164,7 @@ def test_labels_by_class_names_of_a_dataset_are_its_numbers(tmp_path):
     rows = {"image": [str(tmp_path / f"{i}.png") for i in range(2)], "label": [1, 0]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
     place = f"{tmp_path / 'saved'}:image"
-    found = from_recipe.work_of(recipe(source=place, captions="label"), pixels(10)).listing
+    found = from_recipe.encoding_job(recipe(source=place, captions="label"), pixels(10)).listing
     assert [i.prompt for i in found.items] == [1, 0]
     assert found.labels == {"zebra": 0, "ant": 1}
 

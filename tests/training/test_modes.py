@@ -52,7 +52,7 @@ def test_checkpoints_caches_and_references_are_open(tmp_path, umask):
     out = tmp_path / "out"
     out.mkdir()
     checkpoint.save({"x": torch.zeros(2)}, out / "checkpoint", {"step": 1})
-    notes = cache.Notes([], [], Cuts())
+    notes = cache.ShardNotes([], [], Cuts())
     cache._write(out / "shard.safetensors", {"x": torch.zeros(2)}, notes)
     moments = Moments(torch.zeros(2).double(), torch.eye(2).double(), 3)
     Reference("name", "rule", "content", moments, torch.zeros(3, 2)).save(out / "r.safetensors")
