@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from distill.config.recipe import Recipe, shipped
-from distill.report.curves import REFERENCES, changes, record, tree_of
+from distill.report.curves import REFERENCES, changes, recipe_tree, record
 from teachers.errors import UserError, nearest
 
 
@@ -19,7 +19,7 @@ def main(name: str, *runs: str) -> None:
         raise SystemExit(f"recipe {name!r} is unknown: {nearest(name, shipped())}")
     try:
         made = record([Path(run) for run in runs], name)
-        if key := next(changes(Recipe.load(name).tree(), tree_of(Path(runs[0]))), None):
+        if key := next(changes(Recipe.load(name).tree(), recipe_tree(Path(runs[0]))), None):
             raise UserError(f"{runs[0]}: {key} is not as {name} has it")
     except UserError as error:
         raise SystemExit(str(error)) from None

@@ -77,13 +77,15 @@ def fill(work: Work, data: DataSection) -> Cache:
     """
     root = home(data.cache, "data.cache")
     count = len(work.listing.items)
-    console.say(f"{count:,} items, {work.bytes / GB:.3g} GB once encoded")
+    console.print_line(f"{count:,} items, {work.bytes / GB:.3g} GB once encoded")
     check_room(work, root, data.cache_limit_gb)
     cache = Cache(work, root)
     if cache.ready:
-        console.say(f"cached already in {cache.folder}")
+        console.print_line(f"cached already in {cache.folder}")
     else:
-        console.follow(cache.build(data.skip_share), count, f"encoding into {cache.folder}")
+        console.consume_with_bar(
+            cache.build(data.skip_share), count, f"encoding into {cache.folder}"
+        )
     return cache
 
 

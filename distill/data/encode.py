@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distill.console import notice
+from distill.console import print_notice
 from distill.data.fingerprint import networks
 from distill.data.listing import Bad, Item, Listing
 from distill.data.pictures import READERS, Picture, picture, signed
@@ -154,7 +154,7 @@ class Work:
         """Say how many images had further frames, and how many prompts were cut by which encoder,
         if any; once of all processes."""
         if firsts and os.environ.get("RANK", "0") == "0":
-            notice(
+            print_notice(
                 f"{self.listing.where}: {len(firsts):,} images have several frames or pages, such "
                 f"as {firsts[0]}; the first of each is read"
             )
@@ -237,7 +237,7 @@ def tell(cuts: Cuts, where: str) -> None:
     """Say how many prompts were cut and by which encoder, if any; once of all processes."""
     if os.environ.get("RANK", "0") == "0":
         for line in cuts.lines(where):
-            notice(line)
+            print_notice(line)
 
 
 def split(found: Encoded) -> tuple[Tensor | None, Cond]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.config.schema import Column
-from distill.console import notice
+from distill.console import print_notice
 from distill.data import imagefolder
 from distill.data.listing import Bad, Item, Listing, Needs
 from distill.data.tables import SUFFIXES as TABLES
@@ -125,7 +125,7 @@ def _folder(folder: Path, where: str, captions: str | None, needs: Needs) -> Lis
     """Without captions of its own, a class-conditional teacher's labels are the subfolders."""
     inner = sorted(p for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
     if inner and not needs:
-        notice(f"{where}: the teacher has no classes, so subfolders are not read as labels")
+        print_notice(f"{where}: the teacher has no classes, so subfolders are not read as labels")
     labelled = needs == "label" and captions is None
     listing = Listing(where)
     if labelled:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from distill.console import notice
+from distill.console import print_notice
 from teachers.errors import UserError
 
 REPORT = "data-report.json"
@@ -117,7 +117,7 @@ class Listing:
         else:
             self.labels = {name: label for label, name in enumerate(names)}
             said = _listed([f"{label} is {name!r}" for name, label in self.labels.items()])
-            notice(f"{self.where}: labels are its names in sorted order: {said}")
+            print_notice(f"{self.where}: labels are its names in sorted order: {said}")
         read = [i._replace(prompt=self.labels[str(i.prompt).strip()]) for i in self.items]
         self.items = read
         self._tell_classes({item.prompt for item in read}, classes)
@@ -158,7 +158,7 @@ class Listing:
     def _tell_classes(self, present: set[int], classes: int) -> None:
         """Say which classes there are data of, where it is not all."""
         if 0 < len(present) < classes:
-            notice(
+            print_notice(
                 f"{self.where}: of the teacher's {classes} classes, {len(present)} have data: "
                 f"{_listed([str(label) for label in sorted(present)])}"
             )
@@ -171,7 +171,7 @@ class Listing:
         for kind, files in kinds.items():
             count, name = len(files), files[0].name
             which = f"{count} files are left out ({kind}), such as" if count > 1 else f"{kind}:"
-            notice(f"{self.where}: {which} {name}: {files[0].reason}")
+            print_notice(f"{self.where}: {which} {name}: {files[0].reason}")
 
     def check(self, bad: Sequence[Bad], total: int, share: float) -> None:
         """Stop once more than `share` of `total` items are bad.

@@ -101,7 +101,7 @@ def series(run: Path) -> Series:
     return found
 
 
-def tree_of(run: Path) -> dict[str, Any]:
+def recipe_tree(run: Path) -> dict[str, Any]:
     """The resolved recipe of a run.
 
     Raises:
@@ -122,7 +122,7 @@ def record(runs: Sequence[Path], name: str) -> dict[str, Any]:
     Raises:
         UserError: they are of different recipes, or share no logged step.
     """
-    trees = [tree_of(run) for run in runs]
+    trees = [recipe_tree(run) for run in runs]
     for run, tree in zip(runs, trees, strict=True):
         if key := next(changes(trees[0], tree), None):
             raise UserError(f"{run}: {key} differs from {runs[0]}; a reference is of one recipe")
@@ -194,7 +194,7 @@ def reference_for(run: Path, name: str | None) -> Reference:
         UserError: there is none.
     """
     if name is None:
-        if (found := match(tree_of(run))) is None:
+        if (found := match(recipe_tree(run))) is None:
             raise UserError(
                 f"{run}: no reference is of its recipe (there are {', '.join(references())}); "
                 "name a good run's folder to compare it with"
@@ -229,7 +229,7 @@ def deviations(found: Series, reference: Reference) -> list[Deviation]:
     return sorted(left, key=lambda d: d.first)
 
 
-def compared(found: Series, reference: Reference) -> int:
+def shared_steps(found: Series, reference: Reference) -> int:
     """How many steps of the run the reference speaks of."""
     steps = {s for name, b in reference.bands.items() for s in b.steps if s in found.get(name, {})}
     return len(steps)

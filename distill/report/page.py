@@ -18,9 +18,9 @@ from distill.publish.card import (
     cost,
     facts_of,
     limitations,
-    named,
     require_finished,
     snippet,
+    teacher_name,
 )
 from distill.publish.results_table import FIGURES, SPREAD, Row, best, many, rows_of, steps_of
 from distill.report import curves
@@ -57,7 +57,7 @@ def render(run: Path) -> str:
 
     summary = read_summary(run)
     facts = facts_of(run / "student", summary, str(run / "student"))
-    recipe = curves.tree_of(run)
+    recipe = curves.recipe_tree(run)
     with intact(run / "recipe.yaml"):
         learnt, batch = what_learnt(recipe), recipe["train"]["batch"]
     with intact(run / "summary.json"):
@@ -72,7 +72,7 @@ def render(run: Path) -> str:
     page = files("distill.report").joinpath("report.html").read_text("utf-8")
     template = environment.from_string(page)
     return template.render(
-        title=f"{named(facts)} in {steps_of(facts.counts)}",
+        title=f"{teacher_name(facts)} in {steps_of(facts.counts)}",
         verdict=said,
         facts=head,
         teacher=[p for p in pictures(run) if p.name.startswith("teacher")],
@@ -85,7 +85,7 @@ def render(run: Path) -> str:
         more={k: v for k, v in drawn.items() if k not in first},
         reference=reference,
         deviations=curves.deviations(found, reference) if reference else [],
-        compared=curves.compared(found, reference) if reference else 0,
+        compared=curves.shared_steps(found, reference) if reference else 0,
         snippet=snippet(facts),
         limitations=[li[2:] for li in limitations(facts).splitlines() if li.startswith("- ")],
         recipe=yaml.safe_dump(recipe, sort_keys=False),
@@ -148,7 +148,7 @@ def what_learnt(recipe: Mapping[str, Any]) -> str:
 def headline(facts: Facts, summary: Mapping[str, Any], learnt: str, batch: int) -> dict[str, str]:
     """What was distilled, and how."""
     return {
-        "Teacher": f"{named(facts)}, {summary.get('guidance', 'unguided')}",
+        "Teacher": f"{teacher_name(facts)}, {summary.get('guidance', 'unguided')}",
         "Objective": facts.objective,
         "What learnt": learnt,
         "Training": f"{summary['steps']:,} steps of {batch}, seed {summary.get('seed', 0)}",
@@ -216,7 +216,7 @@ def table(summary: Mapping[str, Any]) -> dict[str, Any]:
     heads = ["evaluations", *(FIGURES[k] for k in keys), "images/s"]
     return {
         "heads": heads + ["speed-up"] * (full is not None),
-        "rows": [(row.name, row.ours, cells(row)) for row in rows_of(metrics)],
+        "rows": [(row.name, row.is_student, cells(row)) for row in rows_of(metrics)],
     }
 
 

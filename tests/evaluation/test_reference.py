@@ -100,7 +100,7 @@ def test_one_call_makes_every_kind_of_features_that_a_protocol_reads(world, fold
     code, out, err = called(capsys, "reference", "toys", folder, "--protocol", "both")
     assert code == 0, err
     assert files(world) == ["toy", "wide"]
-    assert "toys: 40 pictures, 2 kinds of features" in out
+    assert "toys: 40 images, 2 kinds of features" in out
     whole = {k: pictures().flatten(1)[:, :n].float() for k, n in (("toy", 12), ("wide", 16))}
     for name, x in whole.items():
         found = reference.find("toys", spec.EXTRACTORS[name], 40)
@@ -149,7 +149,7 @@ def test_published_moments_serve_distances_and_leave_the_rest_to_pictures(
 ):
     code, out, err = called(capsys, "reference", "toys", moments, "--protocol", "both")
     assert code == 0, err
-    assert "is your word" in out and "still to be made, of the pictures: wide" in out
+    assert "unchecked" in out and "still missing: wide" in out
     found = reference.find("toys", spec.EXTRACTORS["toy"], 40)
     assert found.moments.n == 40 and not len(found.features)
     x = pictures().flatten(1)[:, :12].double()
@@ -193,9 +193,9 @@ def test_moments_alone_where_features_are_needed_name_the_command_too(world, mom
         (["digits", "{f}", "--protocol", "digital"], "digital: its reference comes with it"),
         (["toys", "{f}", "--protocol", "free"], "free: its reference comes with it"),
         (["toyz", "{f}", "--protocol", "both"], "it compares with 'toys', not with 'toyz'"),
-        (["toys", "{w}/nowhere"], "expected a folder of pictures, or an .npz"),
+        (["toys", "{w}/nowhere"], "give a folder of images, or an .npz"),
         (["toys", "{w}/protocols"], "no pictures in"),
-        (["toys", "{f}", "--features", "toy"], "--features: for an .npz alone"),
+        (["toys", "{f}", "--features", "toy"], "--features: only for an .npz file"),
         (["toys", "{w}/few"], "39 pictures in "),
         (["toys", "{w}/few"], "takes 40"),
         (["toys", "{w}/large"], "000.png is 5×5 pixels; the protocol takes 4×4"),

@@ -110,7 +110,7 @@ def test_compare_says_which_curve_left_and_when(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "student/loss: 40× the reference at step 30" in out
     cli.app(["compare", str(run), str(run)], standalone_mode=False)
-    assert "every curve keeps to its band (3 logged steps" in capsys.readouterr().out
+    assert "every curve stays in its band (3 logged steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_curves_without_a_step_in_common_are_not_compared(run, tmp_path, values)
     (other / "metrics.jsonl").write_text(text.replace('0, "sec', '1, "sec'))
     logged(run, values)
     for reference in (str(other), "digits/sid"):
-        with pytest.raises(UserError, match=r"metrics\.jsonl: no logged step is one of .*'s; log"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl: .* have no logged step in common; use"):
             cli.app(["compare", str(run), reference], standalone_mode=False)
 
 
@@ -351,7 +351,7 @@ def test_a_run_of_a_shipped_recipe_finds_its_reference(tmp_path):
     for words, known in (["train.seed=7"], True), (["train.batch=32"], False):
         tree = Recipe.load("digits/sid", words).tree()
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
-        found = curves.match(curves.tree_of(tmp_path))
+        found = curves.match(curves.recipe_tree(tmp_path))
         assert (found is not None and found.recipe == "digits/sid") == known
 
 
