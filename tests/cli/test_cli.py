@@ -145,6 +145,8 @@ SONG = ["objective={name: consistency}", "critic=null"]
         (["sample", "nowhere", "--out", "x.png"], "no such folder"),
         (["sample", "nowhere", "--out", "x.jpg"], "ends in .png or .npz"),
         (["eval", "nowhere"], "no such folder"),
+        (["eval", "digits", "--seeds", "1001"], "for '--seeds'"),
+        (["eval", "digits", "--seeds", str(10**30)], "1000"),
         (["eval", "nowhere", "--protocol", "digit"], "'digit' is unknown"),
         (["list", "objectivs"], "did you mean 'objectives'"),
     ],

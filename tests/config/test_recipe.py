@@ -66,6 +66,7 @@ def test_overrides_reach_any_depth(tmp_path):
         (["train.batch=10", "train.accumulate=3"], "train.batch: 10 does not divide into"),
         (["critic={}"], "critic: sid has no critic; remove the section"),
         (["steps"], "override 'steps': expected key.path=value"),
+        (["data.prompts="], "override 'data.prompts=': no value; write null"),
         (["teacher.source.deep=1"], "override 'teacher.source.deep=1': teacher.source is a value"),
         (["train.steps=[1"], "is not valid YAML"),
         (["objective.name=dmd2", "critic={}"], "dmd2 needs real data, which its critic compares"),
