@@ -163,11 +163,7 @@ def facts_of(
     """
     who = f"student {str(folder)!r}"
     sidecar = read_json(folder / "fewstep.json", who)
-    steps, recipe = sidecar.get("steps"), sidecar.get("recipe")
-    valid = isinstance(steps, list) and steps and all(type(k) is int and k > 0 for k in steps)
-    valid = valid and isinstance(recipe, dict)
-    valid = valid and all(isinstance(section, dict | None) for section in recipe.values())
-    if not valid or not isinstance(sidecar.get("teacher"), str):
+    if not is_valid(sidecar):
         raise UserError(f"{who}: fewstep.json is damaged; export the run again")
     config = folder / "unet" / "config.json"
     classes = config.is_file() and bool(read_json(config, who).get("num_class_embeds"))
@@ -175,6 +171,16 @@ def facts_of(
     index = read_json(folder / "model_index.json", who)
     has_code = any(folder.glob("*/*.py"))
     return Facts(index, sidecar, summary, where, revision, classes, lora, has_code=has_code)
+
+
+def is_valid(sidecar: dict[str, Any]) -> bool:
+    """Whether a fewstep.json holds step counts, a recipe of sections, and the teacher's name."""
+    steps, recipe = sidecar.get("steps"), sidecar.get("recipe")
+    if not isinstance(steps, list) or not isinstance(recipe, dict):
+        return False
+    counts = bool(steps) and all(type(k) is int and k > 0 for k in steps)
+    sections = all(isinstance(section, dict | None) for section in recipe.values())
+    return counts and sections and isinstance(sidecar.get("teacher"), str)
 
 
 def newest_grid(run: Path, counts: Sequence[int]) -> Path | None:

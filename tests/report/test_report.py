@@ -178,6 +178,24 @@ def test_a_chart_of_decades_is_logarithmic():
     assert steps == pytest.approx([steps[0]] * 3, abs=0.11)
 
 
+@pytest.mark.parametrize(
+    ("series", "labels"),
+    [
+        ({0: 0.1, 10: 0.9}, ["0.2", "0.4", "0.6", "0.8"]),
+        ({0: 1.0, 10: 1000.0}, ["1", "10", "100", "1,000"]),
+        ({0: 0.02, 10: 0.5}, ["0.03", "0.1", "0.3"]),
+    ],
+)
+def test_a_charts_grid_lines_are_at_round_values(series, labels):
+    found = re.findall(r'text-anchor="end">([^<]+)<', chart("loss", series))
+    assert found[:-1] == labels and found[-1] == "step 10"
+
+
+def test_a_single_point_is_a_dot_in_the_middle():
+    svg = chart("loss", {40: 0.3})
+    assert 'class="dot" cx="179.0"' in svg and svg.count("step 40") == 1
+
+
 def test_what_left_its_band_is_marked():
     band = Band((0, 10), (1.0, 1.0), (2.0, 2.0))
     assert chart("loss", {0: 1.5, 10: 1.2}, band).count("<circle") == 0
