@@ -1,4 +1,4 @@
-"""The faults that `mutants.py` plants, by the folder of the code, and the tests to catch each."""
+"""The faults that `mutants.py` plants, by folder, with the tests that catch them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import NamedTuple
 class Mutant(NamedTuple):
     """A fault.
 
-    name: what is wrong, in a few words.
-    file: where, from the root.
-    old, new: the text that is replaced, which occurs once in the file, and what stands there then.
-    tests: pytest's node ids or files, of which one should fail.
+    Attributes:
+        name: The fault in a few words.
+        file: The file to change, relative to the root.
+        old, new: The text to replace, which occurs once in the file, and its replacement.
+        tests: Node ids or files of pytest; at least one test should fail.
     """
 
     name: str
@@ -22,7 +23,7 @@ class Mutant(NamedTuple):
 
 
 def fault(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
-    """An entry of the list, whose tests are named from tests/ on."""
+    """An entry of the list; `tests` are relative to tests/."""
     return Mutant(name, file, old, new, tuple(f"tests/{t}" for t in tests))
 
 

@@ -19,7 +19,7 @@ from distill.benchmark.plots import plot
 from distill.benchmark.spec import Bench, BenchmarkRun, BenchmarkRunner, digest, teacher_files
 from distill.benchmark.state import check_folder, measured, table
 from distill.config.recipe import Recipe
-from distill.console import follow, say, time_left
+from distill.console import consume_with_bar, print_line, time_left
 from distill.data.encode import device, on_device
 from distill.data.from_recipe import check_places
 from distill.files import write
@@ -67,9 +67,9 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lea
         runs = len(race.entries)
         done = [e for e in race.entries if race.done(e)]
         if done:
-            say(f"{len(done)} of {runs} runs were done before")
+            print_line(f"{len(done)} of {runs} runs were done before")
         with closing(ended(race, jobs, len(done))) as counts:
-            follow(counts, runs, f"{runs - len(done)} runs, each for {made.budget}")
+            consume_with_bar(counts, runs, f"{runs - len(done)} runs, each for {made.budget}")
         lines = [*taught, *leaderboard.student_lines(race)]
         leaderboard.save(race, lines)
     finally:
@@ -125,7 +125,7 @@ def ended(race: BenchmarkRunner, jobs: int, before: int) -> Generator[int]:
     for count, entry in enumerate(race.run(jobs), before + 1):
         left = (time.monotonic() - began) / (count - before) * (runs - count)
         rest = f"; {time_left(left)}" if count < runs else ""
-        say(f"{count}/{runs}  {said(race, entry)}{rest}")
+        print_line(f"{count}/{runs}  {said(race, entry)}{rest}")
         yield count
 
 
@@ -164,7 +164,9 @@ def teacher_lines(
         return measure(SolverSampler(recipe, teacher, solver, "own", full, measure.prompts), count)
 
     more = len(race.bench.baselines)
-    say(f"measuring the teacher: {full} steps of {solver}, and {more} other{'s' * (more != 1)}")
+    print_line(
+        f"measuring the teacher: {full} steps of {solver}, and {more} other{'s' * (more != 1)}"
+    )
     metrics = once([solver, full], whole)
     lines.append(LeaderboardRow(f"teacher, {solver}", "teacher", None, full, seeds, metrics))
     for b in race.bench.baselines:

@@ -183,6 +183,9 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
             raise UserError(
                 f"override {quoted(text)}: expected key.path=value, as in train.steps=100"
             )
+        if not value.strip():  # YAML reads an empty text as null
+            remedy = "write null after the =, or \"''\" for empty text"
+            raise UserError(f"override {quoted(text)}: no value; {remedy}")
         node: dict[str, Any] = tree
         *parents, leaf = current_key(key, tree).split(".")
         for depth, parent in enumerate(parents):

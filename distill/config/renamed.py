@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill.console import notice
+from distill.console import print_notice
 from teachers.errors import UserError
 
 DMD2 = {
@@ -89,4 +89,4 @@ def _section_renamed(
 def _warn(section: str, old: str, new: str) -> None:
     if (key := f"{section}.{old}") not in _warned:
         _warned.add(key)
-        notice(f"{key} is now {section}.{new}; the old name will go with the next release")
+        print_notice(f"{key} is now {section}.{new}; the old name will go with the next release")

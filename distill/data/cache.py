@@ -79,13 +79,15 @@ def fill(job: EncodingJob, data: DataSection) -> Cache:
     """
     root = home(data.cache, "data.cache")
     count = len(job.listing.items)
-    console.say(f"{count:,} items, {job.bytes / GB:.3g} GB once encoded")
+    console.print_line(f"{count:,} items, {job.bytes / GB:.3g} GB once encoded")
     check_room(job, root, data.cache_limit_gb)
     cache = Cache(job, root)
     if cache.ready:
-        console.say(f"already cached in {cache.folder}")
+        console.print_line(f"already cached in {cache.folder}")
     else:
-        console.follow(cache.build(data.skip_share), count, f"encoding into {cache.folder}")
+        console.consume_with_bar(
+            cache.build(data.skip_share), count, f"encoding into {cache.folder}"
+        )
     return cache
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distill.console import notice
+from distill.console import print_notice
 from distill.data.fingerprint import networks
 from distill.data.listing import BadItem, Item, Listing
 from distill.data.pictures import READERS, Picture, picture, signed
@@ -162,7 +162,7 @@ class EncodingJob:
         Of several processes, only the first prints.
         """
         if first_frames and os.environ.get("RANK", "0") == "0":
-            notice(
+            print_notice(
                 f"{self.listing.where}: {len(first_frames):,} images have several frames or pages, "
                 f"such as {first_frames[0]}; the first of each is read"
             )
@@ -246,7 +246,7 @@ def print_cuts(cuts: Cuts, where: str) -> None:
     """Print how many prompts each text encoder cut, if any; only in the first process."""
     if os.environ.get("RANK", "0") == "0":
         for line in cuts.lines(where):
-            notice(line)
+            print_notice(line)
 
 
 def split(tensors: Encoded) -> tuple[Tensor | None, Cond]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config.schema import Column
-from distill.console import notice
+from distill.console import print_notice
 from distill.data.captions import (
     caption_beside,
     captions_in_tables,
@@ -127,7 +127,7 @@ def _folder(folder: Path, where: str, captions: str | None, needs: Needs) -> Lis
     if needs == "label" and captions is None:
         return _labelled_folder(folder, subfolders, where)
     if subfolders and not needs:
-        notice(f"{where}: the teacher has no classes, so subfolders are not read as labels")
+        print_notice(f"{where}: the teacher has no classes, so subfolders are not read as labels")
     return _captioned_folder(folder, where, captions, needs)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from distill.console import notice
+from distill.console import print_notice
 from eval.images import is_unread
 from teachers.errors import UserError
 
@@ -128,7 +128,7 @@ class Listing:
         else:
             self.labels = {name: label for label, name in enumerate(names)}
             order = _short_list([f"{label} is {name!r}" for name, label in self.labels.items()])
-            notice(f"{self.where}: labels are its names in sorted order: {order}")
+            print_notice(f"{self.where}: labels are its names in sorted order: {order}")
         self.items = [i._replace(prompt=self.labels[str(i.prompt).strip()]) for i in self.items]
         self._tell_classes({item.prompt for item in self.items}, classes)
         if self.numbered:
@@ -164,7 +164,7 @@ class Listing:
     def _tell_classes(self, present: set[int], classes: int) -> None:
         """Print which classes have data, if some have none."""
         if 0 < len(present) < classes:
-            notice(
+            print_notice(
                 f"{self.where}: of the teacher's {classes} classes, {len(present)} have data: "
                 f"{_short_list([str(label) for label in sorted(present)])}"
             )
@@ -177,7 +177,7 @@ class Listing:
         for kind, files in by_kind.items():
             count, name = len(files), files[0].name
             what = f"{count} files are left out ({kind}), such as" if count > 1 else f"{kind}:"
-            notice(f"{self.where}: {what} {name}: {files[0].reason}")
+            print_notice(f"{self.where}: {what} {name}: {files[0].reason}")
 
     def check(self, bad: Sequence[BadItem], total: int, share: float) -> None:
         """Refuse more than `share` of `total` items to be bad; the message names the first."""

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 
 from distill.console import out as console
-from distill.console import results, timings
+from distill.console import results_table, speed_table
 from distill.data.encode import device as device_of
 from distill.evaluation import subject
 from distill.evaluation.results_file import PARTS, Figures
@@ -196,15 +196,15 @@ def quality(
     if not processes.rank:
         over = f"{seeds} seeds; ± over seeds" if seeds > 1 else "one seed"
         title = f"{name}: {len(measure.prompts):,} samples, {over}"
-        console.print(results(title, shown, base=base))
+        console.print(results_table(title, shown, base=base))
     return tree
 
 
 def speeds(subjects: Subjects, device: Any) -> dict[str, Any]:
     """The speed of the subject at every count, and of the teacher beside it; tables are shown."""
     tree = {subjects.found.who: subject.speeds(subjects.found, subjects.counts, device)}
-    console.print(timings(subjects.found.who, tree[subjects.found.who]))
+    console.print(speed_table(subjects.found.who, tree[subjects.found.who]))
     if subjects.beside is not None:
         tree["against"] = subject.speeds(subjects.beside, [subjects.beside_steps], device)
-        console.print(timings(subjects.beside_name, tree["against"]))
+        console.print(speed_table(subjects.beside_name, tree["against"]))
     return tree

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distill import __version__
-from distill.attempts import FIGURES, LOG, line_of, log
+from distill.attempts import FIGURES, LOG, append_traceback, one_line
 from distill.files import write
 from distill.grids import COLUMNS, save_grid
 from distill.profiling import device_name, peak_memory
@@ -87,9 +87,9 @@ def leave_student(run: Run) -> Generator:
         student = unquantised(run.student, run.teacher)
         export(student, run.teacher, run.out / "student", run.recipe.tree())
     except Exception as error:
-        log(run.out, "student", error)
+        append_traceback(run.out, "student", error)
         raise ExportError(
-            f"student: {line_of(error)}; nothing is lost: `distill run … --resume` tries again "
+            f"student: {one_line(error)}; nothing is lost: `distill run … --resume` tries again "
             f"from the last checkpoint ({run.out / LOG} has the traceback)"
         ) from error
     return student
@@ -109,7 +109,7 @@ def leave_extras(run: Run, student: Generator) -> None:
                 run.teacher,
                 folder,
                 run.out / "lora",
-                failed=lambda name, error: extras.note(f"lora/{name}", error),
+                failed=lambda name, error: extras.record(f"lora/{name}", error),
             )
 
 

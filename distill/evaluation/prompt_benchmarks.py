@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from distill.console import passing
+from distill.console import with_bar
 from distill.data.encode import picture_shape
 from distill.evaluation.subject import Subject
 from distill.files import write
@@ -97,7 +97,7 @@ def draw(
         for number, v in enumerate(asked)
         if number % processes.count == processes.rank and not layout.place(v, folder).exists()
     ]
-    for number, v in passing(mine, len(mine), f"{EACH} pictures of each of {len(mine)} prompts"):
+    for number, v in with_bar(mine, len(mine), f"{EACH} pictures of each of {len(mine)} prompts"):
         samples = some([v.prompt] * EACH, seed * len(asked) + number)
         layout.write(v, samples.images, folder)
 

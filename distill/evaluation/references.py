@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.console import passing, say
+from distill.console import print_line, with_bar
 from eval.errors import MetricError, unknown
 from eval.images import files_in, is_unread
 from eval.protocols import reference, spec
@@ -88,18 +88,18 @@ def from_pictures(asked: ReferenceRequest, folder: Path) -> list[Path]:
             f"{asked.protocols} takes {asked.count:,}" + f" (and {beside})" * bool(unread)
         )
     if unread:
-        say(f"left out: {beside}")
-    looked = passing(reference.hashes(name, paths, asked.side), len(paths), "reading the folder")
+        print_line(f"left out: {beside}")
+    looked = with_bar(reference.hashes(name, paths, asked.side), len(paths), "reading the folder")
     content = reference.digest(folder, paths, looked)
     found = {need.features: there(asked, need, content) for need in asked.needs}
     lacking = [features for features, path in found.items() if path is None]
     for path in filter(None, found.values()):
-        say(f"{path} is there already")
+        print_line(f"{path} is there already")
     for features in lacking:  # weights that are not to be had are said before the long work
         features(next(reference.chunks(name, paths[:1])))
     for features in lacking:
         chunks = reference.chunks(name, paths)
-        watched = passing(chunks, len(paths), f"features by {features.rule}", len)
+        watched = with_bar(chunks, len(paths), f"features by {features.rule}", len)
         path = reference.place(name, features, None, content)
         reference.measure(name, watched, features, content).save(path)
         found[features] = path

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from distill.config.errors import explain
 from distill.config.recipe import Recipe
-from distill.console import drawing, waiting
+from distill.console import sampling_bar, spinner
 from distill.data.encode import encoders_on, picture_shape
 from distill.files import stamps, write
 from distill.publish.results_table import steps_of
@@ -224,7 +224,7 @@ def evaluate(
             if (place := f"{k}/{seed}") in known:
                 continue
             task = f"{found.who} in {k}: seed {seed}, {len(measure.prompts):,} pictures"
-            with drawing(task, len(measure.prompts) / processes.count) as told:
+            with sampling_bar(task, len(measure.prompts) / processes.count) as told:
                 draw = found.draw(measure.prompts, k, None)
                 known[place] = measure.once(draw, seed, processes, record, [about, k], told)
             if record is not None and processes.rank == 0:
@@ -285,7 +285,7 @@ def speeds(found: Subject, steps: Sequence[int], device: torch.device) -> dict[s
     try:
         with encoders_on(found.teacher, device):
             for k in steps:
-                with waiting(f"{found.who} in {k}: speed"):
+                with spinner(f"{found.who} in {k}: speed"):
                     draw = found.draw(asked, k, speed.CAP)
                     rows[str(k)] = speed.measured(
                         lambda n, draw=draw: draw(asked[:n], 0), counted, gauge, speed.CAP

@@ -132,7 +132,7 @@ class Engine:
             UserError: a loss is no longer a finite number.
         """
         if self.accelerator.is_main_process:
-            self.extras.forget()
+            self.extras.clear()
         per = self.shards // self.accelerator.num_processes
         first = self.accelerator.process_index * per
         stream = Stream(
@@ -157,7 +157,7 @@ class Engine:
                     if every and (last or self.step % every == 0):
                         self.sample()
                     if self.evaluate_every and self.step % self.evaluate_every == 0:
-                        progress.note(self._evaluate())
+                        progress.print_above(self._evaluate())
                     stop = self._should_stop()
                     if stop or self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps:
                         self._check(self.latest)  # or the last good checkpoints would be pruned

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from distill.attempts import line_of
+from distill.attempts import one_line
 from distill.config.recipe import Recipe
-from distill.console import notice
+from distill.console import print_notice
 from distill.publish.card import draft
 from students.export import lora_files
 from students.export.folder import SIDECAR, sidecar
@@ -36,14 +36,14 @@ def rehearse_end(recipe: Recipe, student: Generator, teacher: Teacher) -> None:
     """
     if lora_files.possible(student, teacher):
         for name, why in lora_files.rehearse(student, teacher).items():
-            notice(f"lora/{name} will not be written ({why}); the others will")
+            print_notice(f"lora/{name} will not be written ({why}); the others will")
     try:
         write_pages(recipe, student, teacher)
     except ImportError as error:
         package = error.name or "a package"
         raise UserError(f"{package}: missing, and a run's pages need it; pip install it") from None
     except Exception as error:  # a page costs no run
-        notice(f"the run's card or report will fail: {line_of(error)}")
+        print_notice(f"the run's card or report will fail: {one_line(error)}")
 
 
 def write_pages(recipe: Recipe, student: Generator, teacher: Teacher) -> None:

@@ -17,7 +17,7 @@ import yaml
 from distill.config.compare import differences
 from distill.config.recipe import Recipe, read_yaml
 from distill.config.renamed import current_names
-from distill.console import notice
+from distill.console import print_notice
 from distill.files import write
 from distill.training import checkpoint, custom_objective
 from teachers.errors import UserError
@@ -39,7 +39,7 @@ def take(out: Path) -> None:
     try:
         lock(file, fcntl.LOCK_EX, out)
     except OSError as error:  # a file system without locks
-        notice(f"{out} cannot be locked ({error.strerror}); start no second run in it")
+        print_notice(f"{out} cannot be locked ({error.strerror}); start no second run in it")
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()

@@ -335,7 +335,7 @@ def test_a_run_says_at_once_that_it_prepares_and_only_on_a_terminal(tmp_path):
 def test_a_plan_says_that_it_is_at_work_and_only_on_a_terminal():
     words = ("plan", "digits/sid", "teacher.source=analytic:ring")
     seen = on_a_terminal(*words)
-    assert seen.index("preparing") < seen.index("playing a step") < seen.index("no weights")
+    assert seen.index("preparing") < seen.index("simulating a step") < seen.index("no weights")
     assert command(*words).stderr.count("\n") == 1
 
 
@@ -346,7 +346,7 @@ def test_a_signal_stops_in_good_order(recipe, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip().splitlines()[-1].endswith("go on with --resume")
+    assert err.strip().splitlines()[-1].endswith("; add --resume to continue")
 
 
 @pytest.mark.parametrize(
@@ -371,11 +371,11 @@ def test_a_run_without_a_student_yet_is_named_with_the_command_that_goes_on(tmp_
 @pytest.mark.parametrize(
     ("words", "advice"),
     [
-        (["run", "x"], "; go on with --resume"),
-        (["bench", "x"], "; the same command goes on"),
+        (["run", "x"], "; add --resume to continue"),
+        (["bench", "x"], "; run the same command again to continue"),
         (["list"], ""),
     ],
 )
 def test_a_stopped_command_says_how_it_goes_on(monkeypatch, words, advice):
     monkeypatch.setattr("sys.argv", ["distill", *words])
-    assert cli.afterwards() == advice
+    assert cli.resume_hint() == advice

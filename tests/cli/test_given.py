@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill.cli.options import at_home, writable
+from distill.cli.options import expand_home
 from distill.data import images, prompts
 from distill.data.cache import fill
 from distill.evaluation import subject
@@ -62,7 +62,7 @@ def changed(path, **keys):
         images.place_of_images,
         lambda v: images.place_of_images(f"{v}.tar"),
         lambda v: fill(None, SimpleNamespace(cache=v)),
-        lambda v: at_home(Path(v)),
+        lambda v: expand_home(Path(v)),
     ],
 )
 def test_the_home_of_nobody_is_refused(opened):
@@ -72,9 +72,9 @@ def test_the_home_of_nobody_is_refused(opened):
 
 def test_a_path_at_home_is_expanded_and_others_are_left(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
-    assert home("~/x") == at_home(Path("~/x")) == Path("/somewhere/x")
-    assert home("a/~b") == at_home(Path("a/~b")) == Path("a/~b")
-    assert at_home(None) is None
+    assert home("~/x") == expand_home(Path("~/x")) == Path("/somewhere/x")
+    assert home("a/~b") == expand_home(Path("a/~b")) == Path("a/~b")
+    assert expand_home(None) is None
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,11 @@ def test_commands_write_into_no_folder_that_is_called_as_a_users_home(
 
 
 def test_a_file_that_only_seems_to_be_writable_is_refused(tmp_path):
+    from distill.files import check_writable
+
     with refused("--out", "proc/x.png"):
-        writable(Path("/proc/x.png"), "--out")
-    writable(tmp_path / "x.png", "--out")
+        check_writable(Path("/proc/x.png"), "--out")
+    check_writable(tmp_path / "x.png", "--out")
     assert not list(tmp_path.iterdir())
 
 
@@ -134,11 +136,11 @@ def test_no_text_is_read_or_written_in_the_machines_own_encoding():
 
 def test_a_readme_of_odd_front_matter_still_states_its_licence():
     def read(front):
-        return licence.licence_in(f"---\n{front}\n---\n", {}, None, None)
+        return licence.parse_licence(f"---\n{front}\n---\n", {}, None, None)
 
     assert read("license: cc-by-nd-4.0\ndate: 2024-02-30").id == "cc-by-nd-4.0"
     assert read(f"x: {5000 * '['}\nlicense: 'cc-by-nd-4.0'  # all of it").forbids
-    assert read("license: other\nlicense_name: no-derivatives\ny: [").called == "no-derivatives"
+    assert read("license: other\nlicense_name: no-derivatives\ny: [").label == "no-derivatives"
     assert read("license: null").id is None and read(5000 * "[").id is None
 
 

@@ -94,7 +94,7 @@ def test_a_teacher_draws_them_by_the_command_and_other_pictures_are_never_mixed_
     words = ("draw", "geneval", "shapes", metadata, tmp_path / "out", "--steps", 1)
     code, out, err = called(capsys, *words, "--solver", "ddim")
     assert code == 0, err
-    assert "pictures of 3 prompts" in out
+    assert "images of 3 prompts" in out
     about = json.loads((tmp_path / "out.json").read_text())
     assert (about["steps"], about["seed"], about["source"]) == (1, 0, "shapes")
     cpu = torch.device("cpu")

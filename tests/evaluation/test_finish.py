@@ -81,7 +81,7 @@ def test_a_run_whose_measuring_failed_keeps_all_else_and_ends_in_one(
         patch.setattr(finish, "measure_all", failing)
         code, said, err = called(capsys, "run", recipe, "--out", out)
     assert code == 1 and "distill: figures: failed: ZeroDivisionError" in err
-    assert "not measured: the measuring failed" in said
+    assert "not measured: the measurement failed" in said
     assert not finish.finished(out)  # a benchmark does not count it
     assert all((out / name).exists() for name in EXTRAS)
     assert summary_of(out)["steps"] == 2

@@ -101,7 +101,7 @@ def test_one_call_makes_every_kind_of_features_that_a_protocol_reads(world, fold
     code, out, err = called(capsys, "reference", "toys", folder, "--protocol", "both")
     assert code == 0, err
     assert files(world) == ["toy", "wide"]
-    assert "toys: 40 pictures, 2 kinds of features" in out
+    assert "toys: 40 images, 2 kinds of features" in out
     whole = {k: pictures().flatten(1)[:, :n].float() for k, n in (("toy", 12), ("wide", 16))}
     for name, x in whole.items():
         found = reference.find("toys", spec.EXTRACTORS[name], 40)
@@ -150,7 +150,7 @@ def test_published_moments_serve_distances_and_leave_the_rest_to_pictures(
 ):
     code, out, err = called(capsys, "reference", "toys", moments, "--protocol", "both")
     assert code == 0, err
-    assert "is your word" in out and "still to be made, of the pictures: wide" in out
+    assert "unchecked" in out and "still missing: wide" in out
     found = reference.find("toys", spec.EXTRACTORS["toy"], 40)
     assert found.moments.n == 40 and not len(found.features)
     x = pictures().flatten(1)[:, :12].double()

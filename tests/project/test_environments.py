@@ -50,7 +50,7 @@ def test_the_oldest_versions_run_to_the_end_and_share_students_with_the_newest(f
         *environments.run_all(plain, newest).values(),
     ]
     for run in students:
-        gap = environments.apart((plain, newest), (oldest, programs), run / "student")
+        gap = environments.largest_gap((plain, newest), (oldest, programs), run / "student")
         assert gap < 1e-3, run
 
 

@@ -45,7 +45,7 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.config", "distill.data", "students", "students.export", "teachers",
         "teachers.families", "teachers.catalogue", "eval", "eval.protocols",
     },
-    "distill.publish": {"students.export", "teachers", "teachers.storage"},
+    "distill.publish": {"distill", "students.export", "teachers", "teachers.storage"},
     "distill.report": {"distill", "distill.config", "distill.publish", "teachers"},
     "distill.training": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",

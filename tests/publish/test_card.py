@@ -90,10 +90,10 @@ def test_figures_come_with_protocol_seeds_and_spread(run):
 def test_cost_guidance_data_and_method_are_said(run):
     text = card.card(run).text
     assert "2 CPU-hours on cpu" in text
-    assert "guided at g = 2 (g = 1 + w; 1 is unguided)" in text
+    assert "guidance scale g = 2 (g = 1 + w; 1 is unguided)" in text
     assert "**Data**: `digits`" in text
     assert "4 steps of 8 samples, seed 0" in text
-    assert "It is sampled in 1 or 2 steps" in text
+    assert "It is trained for 1 or 2 steps" in text
     assert "arxiv.org/abs/2405.14867" in text and "eprint = {2405.14867}" in text
 
 
@@ -162,7 +162,7 @@ def test_every_objective_has_its_paper(name):
 def test_a_hub_teacher_is_named_as_the_base_model(tmp_path, monkeypatch):
     readme = "license: other\nlicense_name: their-terms\nlicense_link: LICENSE.md"
     there = teacher_folder(tmp_path / "t", readme)
-    monkeypatch.setattr(licence, "fetched", lambda source: Path(there))
+    monkeypatch.setattr(licence, "download_terms", lambda source: Path(there))
     text, data = of_teacher(tmp_path, "owner/model")
     assert (data["base_model"], data["base_model_relation"]) == ("owner/model", "finetune")
     assert (data["license"], data["license_name"]) == ("other", "their-terms")
@@ -172,7 +172,7 @@ def test_a_hub_teacher_is_named_as_the_base_model(tmp_path, monkeypatch):
 
 def test_a_lora_is_an_adapter_of_its_base(tmp_path, monkeypatch):
     there = teacher_folder(tmp_path / "t", "license: mit")
-    monkeypatch.setattr(licence, "fetched", lambda source: Path(there))
+    monkeypatch.setattr(licence, "download_terms", lambda source: Path(there))
     run = make_run(tmp_path / "run", teacher="owner/model")
     (run / "lora").mkdir()
     (run / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
@@ -201,7 +201,7 @@ def test_a_licence_is_read_from_readme_then_file(tmp_path, readme, file, expecte
 def test_an_unstated_licence_is_said_to_be_unstated(tmp_path):
     text, data = of_teacher(tmp_path, teacher_folder(tmp_path / "t"))
     assert "license" not in data
-    assert "states none; ask its owner" in text
+    assert "states no licence; ask its owner" in text
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_the_licence_of_the_weaker_teacher_that_guided_stops_the_card_as_well(tm
     with refused("teacher '*/t'", "cc-by-nd-4.0", weaker):
         card.card(run)
     text = card.card(run, licence_override="permission of 3 May").text
-    said = "what guided the teacher (cc-by-nd-4.0) forbids derivatives; this one is shared because:"
+    said = "that guided it (cc-by-nd-4.0) forbids derivatives; the student is shared because:"
     assert f"{said} permission of 3 May." in text
 
 
@@ -360,7 +360,7 @@ SUMMARY, SIDECAR = "summary.json", "student/fewstep.json"
             lambda run: (run / "student" / "fewstep.json").write_text("{}"),
             "fewstep.json is damaged",
         ),
-        (lambda run: (run / "recipe.yaml").unlink(), "no run is there"),
+        (lambda run: (run / "recipe.yaml").unlink(), "no recipe.yaml there"),
         (changed(SUMMARY, wall_s="x"), "summary.json: damaged"),
         (changed(SUMMARY, metrics={"student": None}), "summary.json: damaged"),
         (changed(SUMMARY, metrics={"student": {}}), "summary.json: damaged"),

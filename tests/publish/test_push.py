@@ -104,7 +104,8 @@ def test_a_branch_is_made_and_main_is_left_alone(hub, run):
 def test_a_second_push_sends_nothing_and_commits_nothing(hub, run):
     first = push(run, REPO)
     second = push(run, REPO)
-    assert (second.sent, second.present, second.commit) == (0, first.sent, first.commit)
+    assert (second.uploaded, second.unchanged) == (0, first.uploaded)
+    assert second.commit == first.commit
     assert len(hub.repos[REPO].branches["main"]) == 2
     assert hub.count("PUT /lfs/") == 2  # the weights and the grid, once each
 
@@ -115,7 +116,7 @@ def test_a_changed_file_alone_is_sent_again_and_one_that_is_gone_is_deleted(hub,
     (run / "student" / "old.bin").unlink()
     (run / "student" / WEIGHTS).write_bytes(b"new weights")
     done = push(run, REPO)
-    assert (done.sent, done.deleted) == (1, 1)
+    assert (done.uploaded, done.deleted) == (1, 1)
     assert hub.repos[REPO].files()[WEIGHTS] == b"new weights"
     assert "old.bin" not in hub.repos[REPO].files()
 
@@ -160,7 +161,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, run):
     done = push(run, REPO)
     assert len(hub.repos[REPO].branches["main"]) == 2
     assert done.commit == hub.repos[REPO].branches["main"][-1]
-    assert push(run, REPO).sent == 0
+    assert push(run, REPO).uploaded == 0
 
 
 # ---- what is refused
@@ -168,7 +169,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, run):
 
 def test_another_models_repository_is_not_written_over(hub, run, capsys):
     hub.create(REPO, **{"model.bin": b"theirs"})
-    assert "this run did not put there" in refusal(capsys, run, REPO)
+    assert "this run did not upload" in refusal(capsys, run, REPO)
     assert hub.repos[REPO].files()["model.bin"] == b"theirs"
     assert len(hub.repos[REPO].branches["main"]) == 1
     assert push(run, REPO, overwrite=True).deleted == 1
@@ -187,7 +188,7 @@ def test_a_run_is_known_by_its_mark_when_its_record_of_commits_is_lost(hub, run)
     record = json.loads((run / "hub.json").read_text())
     (run / "hub.json").write_text(json.dumps({**record, "commits": {}}))
     (run / "student" / WEIGHTS).write_bytes(b"new weights")
-    assert push(run, REPO).sent == 1
+    assert push(run, REPO).uploaded == 1
 
 
 def test_an_edit_on_the_hub_is_not_lost(hub, run, capsys):
@@ -201,7 +202,7 @@ def test_an_edit_on_the_hub_is_not_lost(hub, run, capsys):
 def test_a_commit_that_overtakes_the_push_stops_it(hub, run, capsys):
     repo = hub.create(REPO)
     hub.before_commit = lambda: repo.add("main", {**repo.files(), "x": b"theirs"}, "theirs")
-    assert "changed by somebody else meanwhile" in refusal(capsys, run, REPO)
+    assert "changed by somebody else during the push" in refusal(capsys, run, REPO)
     assert set(repo.files()) == {".gitattributes", "x"}
 
 
@@ -221,7 +222,7 @@ def test_a_name_the_hub_would_not_take_is_refused_before_anything_is_sent(hub, r
 @pytest.mark.parametrize("gone", ["summary.json", "recipe.yaml"])
 def test_an_unfinished_run_is_refused(hub, run, capsys, gone):
     (run / gone).unlink()
-    assert "not finished" in (line := refusal(capsys, run, REPO)) or "no run is there" in line
+    assert "not finished" in (line := refusal(capsys, run, REPO)) or "no recipe.yaml" in line
     assert hub.seen == []
 
 

@@ -110,7 +110,7 @@ def test_compare_says_which_curve_left_and_when(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "student/loss: 40× the reference at step 30" in out
     cli.app(["compare", str(run), str(run)], standalone_mode=False)
-    assert "every curve keeps to its band (3 logged steps" in capsys.readouterr().out
+    assert "every curve stays in its band (3 logged steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_curves_without_a_step_in_common_are_not_compared(run, tmp_path, values)
 
 def test_a_report_does_not_praise_curves_that_it_could_not_compare(run):
     (run / "recipe.yaml").write_text(yaml.safe_dump(Recipe.load("digits/sid").tree()))
-    assert "No logged step of this run is one of theirs." in report(run).read_text()
+    assert "have no logged step in common" in report(run).read_text()
 
 
 def test_an_unknown_reference_is_answered_with_what_there_is(run):
@@ -196,6 +196,24 @@ def test_a_chart_of_decades_is_logarithmic():
     assert steps == pytest.approx([steps[0]] * 3, abs=0.11)
 
 
+@pytest.mark.parametrize(
+    ("series", "labels"),
+    [
+        ({0: 0.1, 10: 0.9}, ["0.2", "0.4", "0.6", "0.8"]),
+        ({0: 1.0, 10: 1000.0}, ["1", "10", "100", "1,000"]),
+        ({0: 0.02, 10: 0.5}, ["0.03", "0.1", "0.3"]),
+    ],
+)
+def test_a_charts_grid_lines_are_at_round_values(series, labels):
+    found = re.findall(r'text-anchor="end">([^<]+)<', chart("loss", series))
+    assert found[:-1] == labels and found[-1] == "step 10"
+
+
+def test_a_single_point_is_a_dot_in_the_middle():
+    svg = chart("loss", {40: 0.3})
+    assert 'class="dot" cx="179.0"' in svg and svg.count("step 40") == 1
+
+
 def test_what_left_its_band_is_marked():
     band = Band((0, 10), (1.0, 1.0), (2.0, 2.0))
     assert chart("loss", {0: 1.5, 10: 1.2}, band).count("<circle") == 0
@@ -217,14 +235,14 @@ def test_the_verdict_is_of_the_best_step_count(run):
     summary = json.loads((run / "summary.json").read_text())
     summary["metrics"]["student"]["2"] = {**ROW, "fd": 0.2, "images_per_s": 800.0}
     assert verdict(summary) == (
-        "In 2 steps the student's Fréchet distance is 0.200 ± 0.020, 1.45× that of the teacher's "
-        "18 (0.138), at 10.0× its speed."
+        "In 2 steps the student's Fréchet distance is 0.200 ± 0.020: 1.45× the teacher's "
+        "in 18 steps (0.138), at 10.0× its speed."
     )
     assert verdict({"metrics": {}}).startswith("Not measured")
     del summary["metrics"]["teacher"], summary["metrics"]["teacher_few"]
     (run / "summary.json").write_text(json.dumps(summary))
     assert "0.200 ± 0.020; the teacher was not measured." in verdict(summary)
-    assert "speed-up" not in report(run).read_text()
+    assert "<th>speed</th>" not in report(run).read_text()
 
 
 def test_a_report_needs_nothing_but_itself(run):
@@ -378,7 +396,7 @@ def test_a_run_of_a_shipped_recipe_finds_its_reference(tmp_path):
     for words, known in (["train.seed=7"], True), (["train.batch=32"], False):
         tree = Recipe.load("digits/sid", words).tree()
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
-        found = curves.match(curves.tree_of(tmp_path))
+        found = curves.match(curves.recipe_tree(tmp_path))
         assert (found is not None and found.recipe == "digits/sid") == known
 
 

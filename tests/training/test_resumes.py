@@ -49,7 +49,7 @@ class Gone(io.StringIO):
 @pytest.mark.parametrize("stream", [Full, Gone])
 def test_output_that_nobody_takes_does_not_stop_a_run(monkeypatch, stream):
     monkeypatch.setattr("sys.stdout", stream())
-    out = console.Unbreakable(markup=False)
+    out = console.PipeSafeConsole(markup=False)
     out.print("x")
     out.print("y")
     assert out.quiet
