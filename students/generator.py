@@ -65,7 +65,8 @@ class Generator(nn.Module):
         with torch.no_grad():
             for k in range(last):
                 x_t = self.step(x_t, k, cond, fresh[k] if fresh else None)
-        return self.denoiser(x_t, z.new_full((len(z),), self.times[last]), cond)
+        t = z.new_full((len(z),), self.times[last])
+        return self.denoiser(x_t, t, cond, torch.zeros_like(t))  # what is returned lands at 0
 
     def scale(self, z: Tensor) -> Tensor | float:
         """The standard deviation of the noise that the chain starts from."""
@@ -74,9 +75,13 @@ class Generator(nn.Module):
         return self.denoiser.process.at(z.new_full((len(z),), self.times[0]), z)[1]
 
     def step(self, x_t: Tensor, k: int, cond: Cond = None, noise: Tensor | None = None) -> Tensor:
-        """x_t (B, ...) at the k-th time, brought to the next: x̂, with noise of that level again."""
+        """x_t (B, ...) at the k-th time, brought to the next: x̂, with noise of that level again.
+
+        A network of two times is told where its x̂ serves to land: at the next time of the ODE, or
+        at 0, where noise is added afresh.
+        """
         t, s = (x_t.new_full((len(x_t),), v) for v in self.times[k : k + 2])
-        x = self.denoiser(x_t, t, cond)
+        x = self.denoiser(x_t, t, cond, torch.zeros_like(s) if self.renoise else s)
         if not self.renoise:
             return self.denoiser.process.step(x_t, x, t, s)
         noise = torch.randn_like(x) if noise is None else noise
@@ -141,7 +146,8 @@ class Generator(nn.Module):
             x_t = torch.cat([moved, x_t[more:]])
         share = [a - b for a, b in zip([size, *later], later)]  # samples that end at each place
         ends = [x_t.new_full((m,), t) for m, t in zip(share, self.times)]
-        return self.denoiser(x_t, torch.cat(ends[::-1]), cond)
+        t = torch.cat(ends[::-1])
+        return self.denoiser(x_t, t, cond, torch.zeros_like(t))
 
     @torch.no_grad()
     def samples(self, z: Tensor, cond: Cond, sees: Sees, first: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from teachers.denoiser import Cond, Denoiser, Wrapper
 from teachers.errors import WORD, UserError, cut, quoted
@@ -188,25 +187,6 @@ def used(module: nn.Module) -> str | None:
     return None if not found or found[0]._disable_adapters else found[0]._active_adapter[0]
 
 
-def checkpointing(backbone: Any) -> None:
-    """Keep no activations inside the backbone's blocks; recompute them, under the same adapter.
-
-    Raises:
-        UserError: the backbone's class cannot.
-    """
-
-    def again(block: Any, *args: Any) -> Any:
-        name = used(backbone)
-        call = block.__call__ if isinstance(block, nn.Module) else block
-        context = lambda: (nullcontext(), using(backbone, name))  # noqa: E731
-        return checkpoint(call, *args, use_reentrant=False, context_fn=context)
-
-    try:
-        backbone.enable_gradient_checkpointing(again)
-    except ValueError as error:
-        raise UserError(f"train.checkpointing: {str(error).splitlines()[0]}") from None
-
-
 def unwrap(denoiser: Denoiser) -> Pretrained:
     """The pretrained network at the heart of a teacher, a student or a fake score.
 
@@ -255,6 +235,20 @@ def merged(denoiser: Denoiser) -> nn.Module:
     twin.to(device=weight.device)
     twin.load_state_dict(plain, assign=True)  # some are of a precision of their own
     return twin.eval()
+
+
+def base_layer(layer: nn.Module) -> nn.Module:
+    """The layer that an adapted one changes; any other is its own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def adapter_of(denoiser: Denoiser) -> Adapted | None:
+    """The adapter that a student is, whatever is wrapped around it; None of a full copy."""
+    while isinstance(denoiser, Wrapper):
+        denoiser = denoiser.denoiser
+    return denoiser if isinstance(denoiser, Adapted) else None
 
 
 def weight_with(layer: Any, name: str) -> Tensor:

@@ -12,9 +12,10 @@ from distill.config.recipe import Recipe, networks_of
 from distill.objectives.base import Objective
 from distill.sampling.guided_teacher import guided
 from students import gaussian, schedulers
+from students.checkpointing import checkpointing
 from students.critic import Critic
 from students.generator import Generator
-from students.lora import Adapted, adapted, checkpointing, to_float32, unwrap
+from students.lora import Adapted, adapted, to_float32, unwrap
 from teachers.denoiser import Network
 from teachers.errors import UserError
 from teachers.teacher import Teacher

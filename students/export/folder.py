@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from torch import Tensor
 from students import schedulers
 from students.export.portable import make_portable
 from students.generator import Generator
-from students.lora import Adapted, merged, unwrap, using
+from students.lora import adapter_of, unwrap
+from students.two_time import check_landing, in_place, stock_backbone
 from teachers import conditions
 from teachers.catalogue.loading import load
 from teachers.denoiser import Cond, Denoiser
@@ -142,7 +143,7 @@ def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
             the student only while its adapter is used.
 
     Raises:
-        UserError: the student has no stock form.
+        UserError: the student has no stock form, or reads where its steps land and not all do at 0.
     """
     import diffusers
 
@@ -150,10 +151,11 @@ def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
         network = unwrap(generator.denoiser)
     except UserError as error:
         raise UserError(f"export: {error}") from None
-    backbone = merged(generator.denoiser) if merge else network.backbone
+    check_landing(generator)
+    backbone = stock_backbone(generator.denoiser) if merge else network.backbone
     scheduler = schedulers.scheduler(generator)
     if isinstance(network, UNet):
-        if isinstance(generator.denoiser, Adapted):
+        if adapter_of(generator.denoiser) is not None:
             schedulers.trim(backbone, teacher)
         return diffusers.ConsistencyModelPipeline(unet=backbone, scheduler=scheduler)  # pyright: ignore
     before = teacher.codec.pipe  # pyright: ignore[reportAttributeAccessIssue]
@@ -261,7 +263,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
                 if not network.SEEDED:  # on a GPU, the global generator draws other numbers
                     pipe.scheduler.step = partial(step, generator=torch.Generator().manual_seed(1))
                 _, arguments = request(generator, teacher)  # afresh: some write to their lists
-                with torch.random.fork_rng(), adapter_of(generator.denoiser):
+                with torch.random.fork_rng(), in_place(generator.denoiser):
                     torch.manual_seed(1)
                     out = pipe(
                         num_inference_steps=steps, generator=rng, output_type="pt", **arguments
@@ -273,13 +275,6 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
         raise
     except Exception as error:  # whatever an odd configuration breaks in diffusers
         raise UserError(f"{who} ({type(error).__name__}: {error})") from None
-
-
-def adapter_of(denoiser: Denoiser) -> AbstractContextManager[None]:
-    """In which the shared network, called by anyone, runs under this student's adapter."""
-    if isinstance(denoiser, Adapted):
-        return using(denoiser.denoiser, denoiser.name)
-    return nullcontext()
 
 
 @contextmanager

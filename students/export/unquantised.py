@@ -6,14 +6,15 @@ exported, and no rounding of theirs is frozen into the student.
 
 from __future__ import annotations
 
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 
 from students.generator import Generator
-from students.lora import Adapted, adapters, layers, under, unwrap
+from students.lora import adapter_of, adapters, layers, under, unwrap
+from students.two_time import TwoTime
 from teachers.catalogue.loading import find
 from teachers.errors import UserError
 from teachers.families.base import Pretrained
@@ -42,14 +43,17 @@ def reread(generator: Generator, teacher: Teacher, dtype: torch.dtype) -> Genera
     Raises:
         UserError: the teacher's files are no longer there.
     """
-    network, adapter = unwrap(generator.denoiser), generator.denoiser
-    assert isinstance(adapter, Adapted) and adapter.name is not None
+    network, adapter = unwrap(generator.denoiser), adapter_of(generator.denoiser)
+    assert adapter is not None and adapter.name is not None
     backbone = original(network, teacher, dtype)
     merge(network.backbone, adapter.name, backbone)
     view = under(network, network.schedule)
     view.backbone = backbone.requires_grad_(False).eval()
     twin = copy(generator)
     twin._modules = {"denoiser": view}
+    if isinstance(student := generator.denoiser, TwoTime):
+        twin._modules["denoiser"] = around = copy(student)
+        around._modules = {"denoiser": view, "embedding": deepcopy(student.embedding).cpu()}
     return twin
 
 

@@ -46,6 +46,9 @@ class Pretrained(Network):
     SQUARE: ClassVar[bool] = False  # whether its pipeline draws squares of one size alone
     SCALED: ClassVar[bool] = False  # whether it knows EDM's schedulers, which scale its input
     FLOWS: ClassVar[bool] = True  # whether its pipeline runs with schedulers of rectified flow
+    # The layers whose outputs embed the time: a regex of module names in the backbone. A landing
+    # time is added there (students/two_time.py).
+    TIME: ClassVar[str] = ""
     LORA: ClassVar[str] = r".*attn\d?\.(to_q|to_k|to_v|to_out\.0)"  # what adapters adapt: a regex
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, per_latent: int = 1) -> None:

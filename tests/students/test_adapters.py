@@ -12,12 +12,12 @@ from distill.objectives import OBJECTIVES
 from distill.planning.plan import count_samples
 from distill.training import build
 from students import schedulers
+from students.checkpointing import checkpointing
 from students.export.folder import load_student
 from students.lora import (
     Adapted,
     Adapter,
     adapted,
-    checkpointing,
     inject,
     merged,
     under,
