@@ -11,6 +11,7 @@ from distill.config.recipe import Recipe
 from distill.evaluation.finish import finish, finished
 from distill.training.build import build
 from students import gaussian
+from students.export.forms import form_of
 from teachers import UserError, load
 from teachers.analytic import Gaussian
 from teachers.process import Karras, Linear, Trig
@@ -37,7 +38,7 @@ def test_a_score_is_the_exact_denoiser_of_its_mean_and_covariance(process):
 
 
 def test_one_step_of_a_linear_student_is_m_plus_r_z():
-    student = gaussian.student(load("analytic:gaussian"))
+    student = form_of(load("analytic:gaussian")).student(1, None, True, None)
     with torch.no_grad():
         student.denoiser.root.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     z = torch.randn(8, 2)
@@ -70,7 +71,7 @@ def test_a_student_of_a_gaussian_comes_near_its_law_and_its_distance_is_exact(tm
             {"objective": {"name": "dmd2"}, "critic": {}, "data": {"source": "digits"}},
             "critic: its",
         ),
-        ({"student": {"steps": 2}}, "student.steps: its students are linear and take 1"),
+        ({"student": {"steps": 2}}, "student.steps: its students take 1 step"),
         ({"train": {"steps": 1}}, "train.sample_every: it has no pictures to show; set it to 0"),
     ],
 )
