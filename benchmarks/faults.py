@@ -518,6 +518,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "students/test_two_time.py::test_checkpointed_blocks_are_recomputed_under_their_own_landing",
     ),
     fault(
+        "an objective of two times given a student of one",
+        "distill/training/networks.py",
+        "two_time(student) if recipe.kind.two_times else student",
+        "student",
+        "training/test_custom_objective.py::test_a_learned_weighting_is_a_player_and_a_resumed_run_is_the_run",
+    ),
+    fault(
         "landing times all 0 along the ODE",
         "students/generator.py",
         "torch.zeros_like(s) if self.renoise else s",

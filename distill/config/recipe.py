@@ -28,7 +28,7 @@ from distill.config.schema import (
     TeacherSection,
     TrainSection,
 )
-from distill.objectives.base import Objective
+from distill.objectives.base import Auxiliary, Objective
 from students.critic import Critic
 from students.generator import Generator
 from teachers.denoiser import Denoiser
@@ -37,7 +37,7 @@ from teachers.quantised import FORMS
 from teachers.storage.plugin import import_file
 
 SHIPPED = Path(__file__).parent.parent.parent / "recipes"
-NETWORKS = (Denoiser, Generator, Critic)
+NETWORKS = (Denoiser, Generator, Critic, Auxiliary)  # the types of an objective's networks
 
 
 class Recipe(Section):
@@ -116,7 +116,7 @@ class Recipe(Section):
                     f"{nearest(player, known)}"
                 )
         adapted = () if self.adapters is None else self.adapters.players or ()
-        copies = [k for k in known if k != "critic"]
+        copies = ["student", *(k for k in network_types(kind, Denoiser) if k != "teacher")]
         if self.adapters is not None and self.adapters.players == ():
             raise UserError(f"{where}: adapters.players: name one, or remove the section")
         for player in [p for p in adapted if p not in copies]:
@@ -308,12 +308,28 @@ def objective_class(name: str, where: str = "recipe") -> type[Objective]:
 
 def networks_of(kind: type[Objective]) -> dict[str, bool]:
     """The fields of an objective that are networks, and whether it cannot do without them."""
-    found: dict[str, bool] = {}
-    for name, hint in get_type_hints(kind).items():
-        options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        if any(isinstance(o, type) and issubclass(o, NETWORKS) for o in options):
-            found[name] = type(None) not in options
-    return found
+    hints = get_type_hints(kind)
+    return {name: type(None) not in _options(hints[name]) for name in network_types(kind)}
+
+
+def network_types(
+    kind: type[Objective], base: type | tuple[type, ...] = NETWORKS
+) -> dict[str, type]:
+    """The fields of an objective that are networks, and the type of each.
+
+    Args:
+        base: Only those of this type.
+    """
+    found = {
+        name: next((o for o in _options(hint) if isinstance(o, type) and issubclass(o, base)), None)
+        for name, hint in get_type_hints(kind).items()
+    }
+    return {name: network for name, network in found.items() if network is not None}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types that a field may have."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def schema_of(kind: type[Objective]) -> type[BaseModel]:

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.config.recipe import Recipe, networks_of
+from distill.config.recipe import Recipe, network_types, networks_of
 from distill.config.schema import CriticSection
-from distill.objectives.base import Objective
+from distill.objectives.base import Auxiliary, Objective
 from distill.sampling.guided_teacher import guided
 from students.checkpointing import checkpointing
 from students.critic import Critic
 from students.export.forms import form_of
 from students.form import StudentForm, StudentRequest
 from students.lora import Adapted, adapted, unwrap
-from teachers.denoiser import Network
+from students.two_time import two_time
+from teachers.denoiser import Denoiser, Network
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
@@ -29,7 +30,7 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
     """
     form = form_of(teacher, recipe.kind.few_step)
     check_form(recipe, form)
-    names = [n for n in networks_of(recipe.kind) if n not in ("teacher", "student", "critic")]
+    names = [n for n in network_types(recipe.kind, Denoiser) if n != "teacher"]
     adapters = recipe.adapters if form.adapts else None
     shared: tuple[str, ...] = ()
     if adapters is not None:
@@ -40,13 +41,17 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
     adapter = adapters.adapter if adapters and "student" in shared else None
     student = form.student(s.steps, s.start, s.renoise, adapter)
     trained = s.trained(recipe.kind.learns, student.counts)
-    networks["student"] = student.keep(*trained, weights=list(trained.values()))
+    student = student.keep(*trained, weights=list(trained.values()))
+    networks["student"] = two_time(student) if recipe.kind.two_times else student
     for name in [n for n in names if n in shared]:
         assert adapters is not None
         networks[name] = adapted(teacher, adapters.adapter, name)
     networks["teacher"] = guided(recipe, teacher)
     if recipe.critic is not None:
         networks["critic"] = critic_of(recipe.critic, networks["fake"], teacher)
+    auxiliaries: dict[str, type[Any]] = network_types(recipe.kind, Auxiliary)
+    for name, auxiliary in auxiliaries.items():
+        networks[name] = auxiliary.for_objective(teacher).requires_grad_(True)
     if recipe.train.checkpointing:
         for backbone in backbones(networks):
             checkpointing(backbone)
