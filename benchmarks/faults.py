@@ -604,8 +604,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "pictures' noise begins anew in every batch",
         "students/export/folder.py",
-        "z, *fresh = [x[i : i + batch].to(device) for x in noise]",
-        "z, *fresh = [x[: min(batch, n - i)].to(device) for x in noise]",
+        "z, *noises = [x[i : i + batch].to(device) for x in noise]",
+        "z, *noises = [x[: min(batch, n - i)].to(device) for x in noise]",
         "students/test_students.py::test_pictures_do_not_depend_on_the_batch_size",
     ),
     fault(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from students.lora import used, using
+from students.lora import active_adapter, using
 from students.two_time import Shifts, current_shifts, shifted
 from teachers.errors import UserError
 
@@ -25,7 +25,7 @@ def checkpointing(backbone: Any) -> None:
     """
 
     def run_block(block: Any, *args: Any) -> Any:
-        name, shifts = used(backbone), current_shifts(backbone)
+        name, shifts = active_adapter(backbone), current_shifts(backbone)
         call = block.__call__ if isinstance(block, nn.Module) else block
         contexts = lambda: (nullcontext(), replayed(backbone, name, shifts))  # noqa: E731
         return checkpoint(call, *args, use_reentrant=False, context_fn=contexts)

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from students.generator import Generator, thinned
-from students.lora import Adapted, Adapter, to_float32, under, unwrap
+from students.generator import Generator, divisor_grids
+from students.lora import AdaptedDenoiser, Adapter, to_float32, unwrap, with_schedule
 from teachers.denoiser import Prediction, coefficients, edm
 from teachers.edm.latents import Latents
 from teachers.errors import UserError
@@ -104,16 +104,16 @@ def form(
 def _consistency(
     schedule: Schedule, process: Karras, steps: int, start: float | None
 ) -> SchedulerForm:
-    first = _first(process, start)
+    first = _start_time(process, start)
     assert schedule.sigma_data is not None
-    n = levels(steps)
+    n = cm_levels(steps)
     times = [first * (1 - k * (n // steps) / (n - 1)) for k in range(steps)]
     schedule = replace(
         schedule,
         predicts=edm(schedule.sigma_data, process.sigma_min),
         time=log_sigma(process, 250.0),
     )
-    return SchedulerForm(schedule, thinned(times), True, floor=process.sigma_min)
+    return SchedulerForm(schedule, divisor_grids(times), True, floor=process.sigma_min)
 
 
 def _euler(
@@ -124,12 +124,12 @@ def _euler(
     The scheduler spaces any number of times from its σ_max to its σ_min, so the student's σ_min is
     its last time, and it runs at that one count. `exported` ones have it in their schedule.
     """
-    if not _stock(network) or network.schedule.name == CM:
+    if not _is_unet2d(network) or network.schedule.name == CM:
         raise UserError(
             "student.renoise: stock pipelines walk the ODE of EDM's networks only where they are a "
             "UNet2DModel under EDM's own scheduler; leave it true"
         )
-    first = _first(process, start)
+    first = _start_time(process, start)
     times = [first * (1 - k / (steps - exported)) for k in range(steps)]
     sigma = process.scales(torch.tensor(first, dtype=torch.float64))[1].item()
     return SchedulerForm(
@@ -137,7 +137,7 @@ def _euler(
     )
 
 
-def _first(process: Karras, start: float | None) -> float:
+def _start_time(process: Karras, start: float | None) -> float:
     """The time at which an EDM student starts."""
     if start is None:
         return 1.0
@@ -157,7 +157,7 @@ def _ddpm(schedule: Schedule, process: Tabulated, steps: int, renoise: bool) -> 
             )
         indices = [(round((process.last + 1) * (1 - k / steps)) - 1) for k in range(steps)]
         return SchedulerForm(
-            schedule, thinned([i / process.last for i in indices]), False, start=1.0
+            schedule, divisor_grids([i / process.last for i in indices]), False, start=1.0
         )
     n = lcm_levels(process)
     if steps > n:
@@ -166,7 +166,7 @@ def _ddpm(schedule: Schedule, process: Tabulated, steps: int, renoise: bool) -> 
     grid = [jump * (i + 1) - 1 for i in reversed(range(n))]
     times = [grid[k * n // steps] / process.last for k in range(steps)]
     schedule = replace(schedule, predicts=partial(_lcm, process=process, own=schedule.predicts))
-    return SchedulerForm(schedule, thinned(times), True, start=1.0)
+    return SchedulerForm(schedule, divisor_grids(times), True, start=1.0)
 
 
 def _lcm(alpha: Tensor, sigma: Tensor, process: Tabulated, own: str | Prediction):
@@ -243,35 +243,35 @@ def student(
     if is_quantised(source.backbone) and (adapter is None or adapter.kind == "dora"):
         raise UserError("student: on quantised weights there must be an adapter, and none of DoRA")
     if adapter is not None:
-        share_time(source, made.schedule)
-        view = under(source, made.schedule)
-        return made.generator(Adapted(view, "student", adapter.config(source.LORA)))
+        match_time(source, made.schedule)
+        view = with_schedule(source, made.schedule)
+        return made.generator(AdaptedDenoiser(view, "student", adapter.config(source.LORA)))
     # what learns is kept in full precision, whatever the teacher's is
     backbone: Any = to_float32(deepcopy(source.backbone)).requires_grad_(True)
     trim(backbone, teacher)
-    if rescaled(source, made.schedule):
+    if changes_time_units(source, made.schedule):
         retime(backbone, source.time, made.schedule.time)
     return made.generator(source.twin(backbone, made.schedule))
 
 
-def rescaled(network: Pretrained, schedule: Schedule) -> bool:
+def changes_time_units(network: Pretrained, schedule: Schedule) -> bool:
     """Whether a UNet2DModel of EDM's reads its time in other units than its student's scheduler
     feeds."""
     own = network.schedule
     karras = isinstance(own.process, Karras)
-    return karras and _stock(network) and own.name != CM and schedule is not own
+    return karras and _is_unet2d(network) and own.name != CM and schedule is not own
 
 
-def _stock(network: Pretrained) -> bool:
+def _is_unet2d(network: Pretrained) -> bool:
     """Whether the network is one of diffusers', and not one of EDM's with its own source."""
     from diffusers import UNet2DModel
 
     return isinstance(network.backbone, UNet2DModel)
 
 
-def share_time(source: Pretrained, schedule: Schedule) -> None:
+def match_time(source: Pretrained, schedule: Schedule) -> None:
     """Have an EDM teacher read its time as its student will, since they share the layer for it."""
-    if rescaled(source, schedule):
+    if changes_time_units(source, schedule):
         retime(source.backbone, source.time, schedule.time)
         source.adopt(replace(source.schedule, time=schedule.time, name=CM))
 
@@ -285,7 +285,7 @@ def trim(backbone: Any, teacher: Teacher) -> None:
         drop_variance(backbone)
 
 
-def levels(steps: int) -> int:
+def cm_levels(steps: int) -> int:
     """The CM scheduler's grid size for a student of `steps`: a multiple, so that every count that
     divides them picks a subset of the same times."""
     return steps * -(-CM_LEVELS // steps)
@@ -360,7 +360,7 @@ def scheduler(generator: Generator) -> Any:
                 rho=process.rho,
             )
         return diffusers.CMStochasticIterativeScheduler(
-            num_train_timesteps=levels(steps),
+            num_train_timesteps=cm_levels(steps),
             sigma_min=process.sigma_min,
             sigma_max=sigma_max,
             sigma_data=schedule.sigma_data,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from students.generator import Generator
-from students.lora import adapter_of, base_layer, merged, unwrap, using
+from students.lora import adapter_of, base_layer, merged_backbone, unwrap, using
 from teachers.denoiser import Cond, Denoiser, Wrapper
 from teachers.errors import UserError
 from teachers.families.base import Pretrained
@@ -200,7 +200,7 @@ def stock_backbone(denoiser: Denoiser) -> nn.Module:
     Raises:
         UserError: a time layer has no bias.
     """
-    backbone = merged(denoiser.denoiser if isinstance(denoiser, TwoTime) else denoiser)
+    backbone = merged_backbone(denoiser.denoiser if isinstance(denoiser, TwoTime) else denoiser)
     if not isinstance(denoiser, TwoTime):
         return backbone
     backbone = deepcopy(backbone, {id(p): p for p in backbone.parameters()})

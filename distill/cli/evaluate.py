@@ -32,7 +32,7 @@ def sample(
     from distill.data.encode import counting, tell
     from distill.publish.results_table import advised
     from distill.report.page import intact, read_summary
-    from students.export.folder import draw, load_student
+    from students.export.folder import load_student, sample_student
     from teachers.errors import UserError, cut
 
     if out.suffix not in (".png", ".npz"):
@@ -53,7 +53,7 @@ def sample(
         teacher.codec.condition(list(dict.fromkeys(wanted)))
     tell(cuts, "--prompt")
     with waiting(f"drawing {n} pictures in {steps} step{'s' * (steps != 1)}"):
-        images = teacher.codec.decode(draw(generator.at(steps), teacher, wanted, seed))
+        images = teacher.codec.decode(sample_student(generator.at(steps), teacher, wanted, seed))
     save_pictures(images, out, wanted if text else [int(p) for p in wanted], len(names))
 
 

@@ -31,7 +31,7 @@ from distill.objectives.losses import (
     surrogate,
 )
 from students.critic import Critic
-from students.generator import Generator, Sees
+from students.generator import ChainSamples, Generator
 from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
@@ -49,7 +49,7 @@ class DMD2(Objective):
     # Which of a chain's x̂ the fake and the critic learn from: its last, which is what users see,
     # or those of every place, as the authors'. One place's faults then teach the others to err the
     # other way: a place that draws too little variety makes the others draw too much.
-    fake_sees: Sees = "last"
+    fake_sees: ChainSamples = "last"
     share_samples: bool = False  # fake and critic learn from the samples of the student's turn
     times: Times = Uniform(0.02, 0.98)  # where teacher and fake are compared
     fake_times: Times = Uniform(0.0, 1.0)  # where the fake learns
@@ -65,7 +65,7 @@ class DMD2(Objective):
             )
 
     def turns(self, step: int) -> Iterator[Turn]:
-        student, first = self.student.draw()
+        student, first = self.student.sample_chain()
         shared: list[Samples] | None = [] if self.share_samples else None  # one for each shard
         if step % self.student_every == 0:
             judged = partial(self.student_loss, student=student, first=first, shared=shared)

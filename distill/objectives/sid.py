@@ -20,7 +20,7 @@ from torch import Tensor
 from distill.field_types import NonNegative, Positive
 from distill.objectives.base import Batch, Loss, Objective, Turn
 from distill.objectives.losses import LogNormal, Times, Uniform, mean_abs
-from students.generator import Generator, Sees
+from students.generator import ChainSamples, Generator
 from teachers.denoiser import Denoiser
 
 
@@ -28,7 +28,9 @@ from teachers.denoiser import Denoiser
 class SiD(Objective):
     fake: Denoiser  # denoises the student's samples
     alpha: NonNegative = 1.2
-    fake_sees: Sees = "places"  # which of a chain's x̂ the fake learns from (arXiv:2509.25127)
+    fake_sees: ChainSamples = (
+        "places"  # which of a chain's x̂ the fake learns from (arXiv:2509.25127)
+    )
     scale: Positive = 100.0  # of the student's loss, which is summed over dimensions
     times: Times = Uniform(0.0, 0.8)  # where they are compared: EDM's σ from 0.002 to 24.4
     fake_times: Times = LogNormal(-1.2, 1.2)  # where the fake learns
@@ -36,7 +38,7 @@ class SiD(Objective):
     needs_data: ClassVar[Literal["always", "never", "critic"]] = "never"
 
     def turns(self, step: int) -> Iterator[Turn]:
-        student, first = self.student.draw()
+        student, first = self.student.sample_chain()
         yield Turn(("fake",), partial(self.fake_loss, student=student, first=first))
         yield Turn(("student",), partial(self.student_loss, student=student, first=first))
 

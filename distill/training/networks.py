@@ -15,7 +15,7 @@ from students.checkpointing import checkpointing
 from students.critic import Critic
 from students.export.forms import form_of
 from students.form import StudentForm, StudentRequest
-from students.lora import Adapted, adapted, unwrap
+from students.lora import AdaptedDenoiser, adapt, unwrap
 from students.two_time import two_time
 from teachers.denoiser import Denoiser, Network
 from teachers.errors import UserError
@@ -45,7 +45,7 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
     networks["student"] = two_time(student) if recipe.kind.two_times else student
     for name in [n for n in names if n in shared]:
         assert adapters is not None
-        networks[name] = adapted(teacher, adapters.adapter, name)
+        networks[name] = adapt(teacher, adapters.adapter, name)
     networks["teacher"] = guided(recipe, teacher)
     if recipe.critic is not None:
         networks["critic"] = critic_of(recipe.critic, networks["fake"], teacher)
@@ -102,7 +102,7 @@ def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
     found = []
     for network in networks.values():
         for module in network.modules():
-            if isinstance(module, Adapted | Network):
+            if isinstance(module, AdaptedDenoiser | Network):
                 found.append(unwrap(module).backbone)
     return list(dict.fromkeys(found))
 

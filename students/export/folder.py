@@ -180,7 +180,7 @@ def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str
     return prompts, arguments
 
 
-def absent(teacher: Teacher) -> list[str]:
+def absent_parts(teacher: Teacher) -> list[str]:
     """Parts that its pipeline insists on being given, if only as None: SD3's T5, left out."""
     if not isinstance(teacher.codec, Prompted):
         return []
@@ -192,7 +192,7 @@ def absent(teacher: Teacher) -> list[str]:
 def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
     """Compare the folder's pictures, made by stock diffusers in another process, with our own."""
     prompts, arguments = request(generator, teacher)
-    lacks = absent(teacher)
+    lacks = absent_parts(teacher)
     device = next(generator.parameters()).device.type
     network = unwrap(generator.denoiser)
     about = {"device": device, "own": brings_source(network), "seeded": network.SEEDED}
@@ -236,7 +236,7 @@ def pixel_difference(ours: Tensor, theirs: Tensor, generator: Generator) -> str:
 
 def pictures(generator: Generator, teacher: Teacher, steps: int, prompts: list[Any]) -> Tensor:
     """The student's pictures for seed 0, as a stock pipeline's "pt" output: in [0, 1]."""
-    x = draw(generator.at(steps), teacher, prompts, seed=0)
+    x = sample_student(generator.at(steps), teacher, prompts, seed=0)
     images = (teacher.codec.decode(x) / 2 + 0.5).clamp(0, 1).cpu()
     return images.movedim(1, 2) if images.ndim == 5 else images  # videos come frame by frame
 
@@ -254,7 +254,10 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
     device = next(generator.parameters()).device
     half = network.dtype != torch.float32
     try:
-        with placed(teacher, device), torch.autocast(device.type, network.dtype, enabled=half):
+        with (
+            codec_on_device(teacher, device),
+            torch.autocast(device.type, network.dtype, enabled=half),
+        ):
             pipe = pipeline(generator, teacher, merge=isinstance(network, UNet))
             pipe.set_progress_bar_config(disable=True)
             step = pipe.scheduler.step
@@ -278,7 +281,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
 
 
 @contextmanager
-def placed(teacher: Teacher, device: torch.device) -> Iterator[None]:
+def codec_on_device(teacher: Teacher, device: torch.device) -> Iterator[None]:
     """With the codec's text encoders and VAE on the device; afterwards they leave it again."""
     if not isinstance(teacher.codec, Prompted):
         yield
@@ -297,7 +300,7 @@ def child_environment() -> dict[str, str]:
 
 
 @torch.no_grad()
-def draw(
+def sample_student(
     generator: Generator,
     teacher: Teacher,
     labels: Sequence[Any],
@@ -327,9 +330,9 @@ def draw(
     device = next(generator.parameters()).device
     parts = []
     for i in range(0, n, batch):
-        z, *fresh = [x[i : i + batch].to(device) for x in noise]
+        z, *noises = [x[i : i + batch].to(device) for x in noise]
         part = conditions.moved(conditions.rows(cond, slice(i, i + batch)), device)
-        parts.append(generator(z, part, fresh=fresh))
+        parts.append(generator(z, part, noises=noises))
     return torch.cat(parts)
 
 

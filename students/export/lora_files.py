@@ -13,9 +13,9 @@ import torch
 
 from students.export.folder import pipeline, request
 from students.export.formats import File, State, diffusers_lora, ldm_names, to_kohya, write
-from students.export.unquantised import reread
+from students.export.unquantised import with_file_weights
 from students.generator import Generator
-from students.lora import Adapted, unwrap
+from students.lora import AdaptedDenoiser, unwrap
 from teachers.catalogue.loading import find
 from teachers.errors import UserError
 from teachers.families.base import Prompted, quiet
@@ -30,7 +30,7 @@ KOHYA = "comfyui_lora.safetensors"
 def possible(generator: Generator, teacher: Teacher) -> bool:
     """Whether there is a file form: of plain LoRA, for a pipeline that loads LoRA (not all do)."""
     student, codec = generator.denoiser, teacher.codec
-    if not isinstance(student, Adapted) or not isinstance(codec, Prompted):
+    if not isinstance(student, AdaptedDenoiser) or not isinstance(codec, Prompted):
         return False
     from diffusers.loaders.lora_base import LoraBaseMixin
 
@@ -75,7 +75,7 @@ def export_lora(
         exact = generator
         if next(network.backbone.parameters()).dtype != torch.float32 or is_quantised(network):
             # stock diffusers adds the file to the weights as they are on the disk, in float32
-            exact = reread(generator, teacher, torch.float32)
+            exact = with_file_weights(generator, teacher, torch.float32)
         # a copy of the network, beside encoders that left the device long ago
         pipe = pipeline(exact, teacher).to("cpu")
 
@@ -112,7 +112,7 @@ def forms(generator: Generator, teacher: Teacher) -> tuple[dict[str, State], dic
         UserError: it is no plain LoRA, and has no file at all.
     """
     adapter = generator.denoiser
-    assert isinstance(adapter, Adapted)
+    assert isinstance(adapter, AdaptedDenoiser)
     network = unwrap(adapter)
     scale = adapter.config.lora_alpha / adapter.config.r
     state = {k.removeprefix("backbone."): v.detach().cpu() for k, v in adapter.trainable().items()}

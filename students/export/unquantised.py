@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from students.generator import Generator
-from students.lora import adapter_of, adapters, layers, under, unwrap
+from students.lora import adapter_layers, adapter_names, adapter_of, unwrap, with_schedule
 from students.two_time import TwoTime
 from teachers.catalogue.loading import find
 from teachers.errors import UserError
@@ -33,10 +33,10 @@ def unquantised(generator: Generator, teacher: Teacher) -> Generator:
     """
     if not is_quantised(unwrap(generator.denoiser)):
         return generator
-    return reread(generator, teacher, torch.bfloat16)
+    return with_file_weights(generator, teacher, torch.bfloat16)
 
 
-def reread(generator: Generator, teacher: Teacher, dtype: torch.dtype) -> Generator:
+def with_file_weights(generator: Generator, teacher: Teacher, dtype: torch.dtype) -> Generator:
     """An adapter's student as a network of its own: the weights in its teacher's files, as `dtype`
     and in host memory, with the adapter merged.
 
@@ -45,9 +45,9 @@ def reread(generator: Generator, teacher: Teacher, dtype: torch.dtype) -> Genera
     """
     network, adapter = unwrap(generator.denoiser), adapter_of(generator.denoiser)
     assert adapter is not None and adapter.name is not None
-    backbone = original(network, teacher, dtype)
+    backbone = read_backbone(network, teacher, dtype)
     merge(network.backbone, adapter.name, backbone)
-    view = under(network, network.schedule)
+    view = with_schedule(network, network.schedule)
     view.backbone = backbone.requires_grad_(False).eval()
     twin = copy(generator)
     twin._modules = {"denoiser": view}
@@ -57,7 +57,7 @@ def reread(generator: Generator, teacher: Teacher, dtype: torch.dtype) -> Genera
     return twin
 
 
-def original(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> nn.Module:
+def read_backbone(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> nn.Module:
     """The teacher's network, read once more from its files."""
     folder = EMBEDDED.get(teacher.source) or find(teacher.source)
     kind: Any = type(network.backbone)
@@ -74,9 +74,9 @@ def original(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> nn.Mo
 @torch.no_grad()
 def merge(quantised: nn.Module, name: str, backbone: nn.Module) -> None:
     """Add an adapter's change to the same layers of another network, worked out in float32."""
-    adapted = set(layers(quantised))
+    adapted = set(adapter_layers(quantised))
     for path, layer in quantised.named_modules():
-        if layer in adapted and name in adapters(layer):
+        if layer in adapted and name in adapter_names(layer):
             change: Any = layer
             weight = backbone.get_submodule(path).weight
             assert isinstance(weight, nn.Parameter)

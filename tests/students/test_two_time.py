@@ -7,7 +7,7 @@ import torch
 
 from students import Generator, schedulers
 from students.checkpointing import checkpointing
-from students.export.folder import draw, export, load_student, pipeline, rehearse
+from students.export.folder import export, load_student, pipeline, rehearse, sample_student
 from students.lora import Adapter, unwrap
 from students.two_time import TwoTime, stock_backbone, two_time
 from teachers import UserError, load
@@ -168,8 +168,10 @@ def test_a_student_that_lands_at_0_is_exported_as_a_stock_folder(tmp_path, name,
     export(student, teacher, tmp_path / "student", {"objective": {"name": "none"}})  # again
     again, itself = load_student(tmp_path / "student")
     prompts = [1, 2] if name == "digits" else ["a red circle", "a blue square"]
-    found = draw(again, itself, prompts, 7)
-    torch.testing.assert_close(found, draw(student, teacher, prompts, 7), atol=2e-4, rtol=1e-3)
+    found = sample_student(again, itself, prompts, 7)
+    torch.testing.assert_close(
+        found, sample_student(student, teacher, prompts, 7), atol=2e-4, rtol=1e-3
+    )
 
 
 def test_a_student_that_lands_elsewhere_than_0_is_refused_before_it_trains():
