@@ -159,8 +159,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "memory of f-distill's ratio swapped",
         "distill/objectives/fdistill.py",
-        "torch.lerp(found, self.means, self.ratio_ema)",
-        "torch.lerp(self.means, found, self.ratio_ema)",
+        "torch.lerp(means, self.means, self.ratio_ema)",
+        "torch.lerp(self.means, means, self.ratio_ema)",
         "objectives/test_turns.py::test_a_bins_mean_keeps_its_memory_and_takes_the_rest_from_the_turn",
     ),
     fault(
@@ -880,8 +880,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "a difference runs backwards",
         "distill/objectives/tangent.py",
-        "return value, (then - value) / step",
-        "return value, (value - then) / step",
+        "return value, (other - value) / step",
+        "return value, (value - other) / step",
         "objectives/test_tangent.py::test_the_derivative_of_a_product_is_by_hand",
     ),
     fault(

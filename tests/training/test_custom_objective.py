@@ -93,18 +93,18 @@ MEAN = GIVES[5:-1]
         ("Plays", 'yield Turn("student", self.loss)', GIVES, "('student',)"),
         ("Plays", 'yield Turn(("student",), 3)', GIVES, "whose loss is a int"),
         ("Plays", 'yield "student"', GIVES, "turns yields a str; yield Turn("),
-        ("Plays", 'return Turn(("student",), self.loss)', GIVES, "gives a Turn; write"),
-        ("Plays", "return", GIVES, "gives None; write"),
+        ("Plays", 'return Turn(("student",), self.loss)', GIVES, "returns a Turn; write"),
+        ("Plays", "return", GIVES, "returns None; write"),
         ("Plays", "yield from ()", GIVES, "yields nothing; yield a Turn"),
-        ("Plays", 'yield Turn(("student",), self.loss)', GIVES, "is called as loss(batch) and"),
-        ("Plays", YIELDS.replace("step", "at"), GIVES, "is called as loss(batch, at=…) and"),
+        ("Plays", 'yield Turn(("student",), self.loss)', GIVES, "is called as loss(batch), which"),
+        ("Plays", YIELDS.replace("step", "at"), GIVES, "is called as loss(batch, at=…), which"),
         ("Plays", YIELDS, MEAN, "its loss returns a Tensor; return Loss(value)"),
-        ("Plays", YIELDS, "Loss(batch.noise.new_ones(4))", "its loss is of shape (4,); its value"),
-        ("Plays", YIELDS, f"Loss({MEAN}.item())", "its loss is a float; its value is a scalar"),
+        ("Plays", YIELDS, "Loss(batch.noise.new_ones(4))", "its loss is of shape (4,); return"),
+        ("Plays", YIELDS, f"Loss({MEAN}.item())", "its loss is a float; return a scalar"),
         ("Plays", YIELDS, f"Loss({MEAN}.detach())", "its loss depends on no weight of its turn"),
-        ("Plays", YIELDS, f"Loss({MEAN}.long())", "its loss is of torch.int64; its value is of"),
-        ("Plays", YIELDS, f"Loss({MEAN} * 1j)", "its loss is of torch.complex64; its value is of"),
-        ("Plays", YIELDS, f"Loss({MEAN}, None)", "comes with logs that are None; give a dict"),
+        ("Plays", YIELDS, f"Loss({MEAN}.long())", "its loss has dtype torch.int64; return"),
+        ("Plays", YIELDS, f"Loss({MEAN} * 1j)", "its loss has dtype torch.complex64; return"),
+        ("Plays", YIELDS, f"Loss({MEAN}, None)", "has logs that are None; give a dict"),
         (
             "Plays",
             YIELDS,
@@ -139,7 +139,7 @@ def playing(tmp_path, pipelines, turns, loss, name="Plays"):
 @pytest.mark.parametrize("wrong", ["second turn", "second loss"])
 def test_a_later_turn_that_cannot_be_played_is_one_line_too(pipelines, tmp_path, capsys, wrong):
     second = {
-        "second turn": ('Turn(("fake",), None)', "names the player 'fake', and it has no such"),
+        "second turn": ('Turn(("fake",), None)', "names the player 'fake', which does not exist"),
         "second loss": ('Turn(("student",), lambda batch: 3)', "its loss returns a int; return"),
     }
     turn, line = second[wrong]
