@@ -1,7 +1,7 @@
-"""Students trained on quantised weights, given back the weights as the teacher's files have them.
+"""Students trained on quantised weights, moved to the weights in their teacher's files.
 
-An adapter learns on codes, but is merged into what they stand for: quantised weights are never
-exported, and no rounding of theirs is frozen into the student.
+An adapter trains on quantised weights but is merged into the original ones. So quantised weights
+are never exported, and their rounding is no part of the student.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from teachers.teacher import EMBEDDED, Teacher
 
 
 def unquantised(generator: Generator, teacher: Teacher) -> Generator:
-    """The student as a network of its own, in its teacher's bf16 weights and in host memory.
+    """The student merged into its teacher's weights in bfloat16, in host memory.
 
-    A student whose teacher was never quantised is returned as it is.
+    A student without quantised weights is returned unchanged.
 
     Raises:
         UserError: the teacher's files are no longer there.
@@ -37,8 +37,7 @@ def unquantised(generator: Generator, teacher: Teacher) -> Generator:
 
 
 def with_file_weights(generator: Generator, teacher: Teacher, dtype: torch.dtype) -> Generator:
-    """An adapter's student as a network of its own: the weights in its teacher's files, as `dtype`
-    and in host memory, with the adapter merged.
+    """An adapter merged into the weights in its teacher's files, as `dtype` and in host memory.
 
     Raises:
         UserError: the teacher's files are no longer there.
@@ -58,7 +57,11 @@ def with_file_weights(generator: Generator, teacher: Teacher, dtype: torch.dtype
 
 
 def read_backbone(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> nn.Module:
-    """The teacher's network, read once more from its files."""
+    """The teacher's backbone, read again from its files.
+
+    Raises:
+        UserError: they cannot be read.
+    """
     folder = EMBEDDED.get(teacher.source) or find(teacher.source)
     kind: Any = type(network.backbone)
     try:
@@ -66,14 +69,14 @@ def read_backbone(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> 
     except (OSError, UserError) as error:
         reason = str(error).removeprefix("export: ").strip().splitlines()[0]
         raise UserError(
-            f"export: the adapter belongs on the weights of {teacher.source!r}, which cannot be "
-            f"read again ({reason}); put them back and resume the run"
+            f"export: the adapter is merged into the weights of {teacher.source!r}, which cannot "
+            f"be read ({reason}); restore them and resume the run"
         ) from None
 
 
 @torch.no_grad()
 def merge(quantised: nn.Module, name: str, backbone: nn.Module) -> None:
-    """Add an adapter's change to the same layers of another network, worked out in float32."""
+    """Add an adapter's change to the same layers of another backbone, in place, in float32."""
     adapted = set(adapter_layers(quantised))
     for path, layer in quantised.named_modules():
         if layer in adapted and name in adapter_names(layer):

@@ -137,7 +137,7 @@ SONG = ["objective={name: consistency}", "critic=null"]
         (["run", "{r}", f"train.batch={10**12}"], "train.batch: expected less than or equal to"),
         (["run", "{r}", f"train.batch={10**9}", "critic=null"], "GiB for their noise alone"),
         (["run", "{r}", *SONG, f"objective.levels={10**30}"], "levels: expected less than or"),
-        (["run", "{r}", "student.start=900"], "outside the teacher's noise levels"),
+        (["run", "{r}", "student.start=900"], "student.start: 900.0 is out of range"),
         (["run", "{r}", "--resume"], "there is no run in"),
         (["run", "{r}", "--outt", "x"], "No such option"),
         (["run"], "Missing argument"),
