@@ -160,8 +160,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "memory of f-distill's ratio swapped",
         "distill/objectives/fdistill.py",
-        "torch.lerp(found, self.means, self.ratio_ema)",
-        "torch.lerp(self.means, found, self.ratio_ema)",
+        "torch.lerp(means, self.means, self.ratio_ema)",
+        "torch.lerp(self.means, means, self.ratio_ema)",
         "objectives/test_turns.py::test_a_bins_mean_keeps_its_memory_and_takes_the_rest_from_the_turn",
     ),
     fault(
@@ -506,10 +506,38 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     fault(
         "adapters recomputed under no adapter",
-        "students/lora.py",
-        "(nullcontext(), using(backbone, name))",
-        "(nullcontext(), nullcontext())",
+        "students/checkpointing.py",
+        "replayed(backbone, name, shifts)",
+        "replayed(backbone, None, shifts)",
         "students/test_adapters.py::test_shared_gradients_are_those_of_separate_merged_copies",
+    ),
+    fault(
+        "landing times forgotten when blocks are recomputed",
+        "students/checkpointing.py",
+        "replayed(backbone, name, shifts)",
+        "replayed(backbone, name, None)",
+        "students/test_two_time.py::test_checkpointed_blocks_are_recomputed_under_their_own_landing",
+    ),
+    fault(
+        "an objective of two times given a student of one",
+        "distill/training/networks.py",
+        "two_time(student) if recipe.kind.two_times else student",
+        "student",
+        "training/test_custom_objective.py::test_a_learned_weighting_is_a_player_and_a_resumed_run_is_the_run",
+    ),
+    fault(
+        "landing times all 0 along the ODE",
+        "students/generator.py",
+        "torch.zeros_like(s) if self.renoise else s",
+        "torch.zeros_like(s)",
+        "students/test_two_time.py::test_a_generator_hands_each_step_the_time_it_lands_on",
+    ),
+    fault(
+        "the landing at 0 left out of an export",
+        "students/two_time.py",
+        "total = layer.bias + value[0]",
+        "total = layer.bias + 0 * value[0]",
+        "students/test_two_time.py::test_folding_adds_the_embedding_of_0_to_the_bias",
     ),
     fault(
         "use of an adapter not undone",
@@ -577,8 +605,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "pictures' noise begins anew in every batch",
         "students/export/folder.py",
-        "z, *fresh = [x[i : i + batch].to(device) for x in noise]",
-        "z, *fresh = [x[: min(batch, n - i)].to(device) for x in noise]",
+        "z, *noises = [x[i : i + batch].to(device) for x in noise]",
+        "z, *noises = [x[: min(batch, n - i)].to(device) for x in noise]",
         "students/test_students.py::test_pictures_do_not_depend_on_the_batch_size",
     ),
     fault(
@@ -853,8 +881,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "a difference runs backwards",
         "distill/objectives/tangent.py",
-        "return value, (then - value) / step",
-        "return value, (value - then) / step",
+        "return value, (other - value) / step",
+        "return value, (value - other) / step",
         "objectives/test_tangent.py::test_the_derivative_of_a_product_is_by_hand",
     ),
     fault(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from students.lora import Adapted
+from students.lora import AdaptedDenoiser
 from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
 
@@ -92,7 +92,7 @@ class Critic(nn.Module):
 
 def network_of(denoiser: Denoiser) -> Denoiser:
     """The denoiser, or the shared network that it adapts."""
-    return denoiser.denoiser if isinstance(denoiser, Adapted) else denoiser
+    return denoiser.denoiser if isinstance(denoiser, AdaptedDenoiser) else denoiser
 
 
 class Head(nn.Sequential):

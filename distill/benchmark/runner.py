@@ -26,9 +26,9 @@ from distill.files import write
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import check_protocol
 from distill.sampling.teacher_sampler import SolverSampler
-from distill.training.networks import check_exact
+from distill.training.networks import check_form
 from eval.protocols.measure import Protocol, protocol
-from students import gaussian
+from students.export.forms import form_of
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
@@ -49,7 +49,7 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lea
     teacher = load_teacher(recipe)
     if measure is not None:
         check_protocol(measure, teacher)
-    elif not gaussian.exact(teacher):
+    elif form_of(teacher).leaves_pipeline:
         raise UserError(
             f"{path}: common.eval.protocol: expected one, as students are measured by it"
         )
@@ -90,8 +90,7 @@ def check_rows(made: Bench, teacher: Teacher, path: str) -> None:
     for row in made.rows:
         recipe = made.recipe(row, made.seeds[0])
         try:
-            if gaussian.exact(teacher):
-                check_exact(recipe, teacher)
+            check_form(recipe, form_of(teacher))
             check_places(recipe, teacher)
             made.budget.check(recipe)
         except UserError as error:

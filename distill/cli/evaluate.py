@@ -50,7 +50,7 @@ def sample(
     from distill.data.encode import counting, print_cuts
     from distill.publish.results_table import advised
     from distill.report.page import intact, read_summary
-    from students.export.folder import draw, load_student
+    from students.export.folder import load_student, sample_student
     from teachers.errors import UserError, cut
 
     if out.suffix not in (".png", ".npz"):
@@ -71,7 +71,7 @@ def sample(
         teacher.codec.condition(list(dict.fromkeys(prompts)))
     print_cuts(cuts, "--prompt")
     with spinner(f"generating {n} images in {steps} step{'s' * (steps != 1)}"):
-        images = teacher.codec.decode(draw(generator.at(steps), teacher, prompts, seed))
+        images = teacher.codec.decode(sample_student(generator.at(steps), teacher, prompts, seed))
     save_images(images, out, prompts if is_text else [int(p) for p in prompts], len(distinct))
 
 

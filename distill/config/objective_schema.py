@@ -10,14 +10,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from distill.objectives.base import Objective
+from distill.objectives.base import Auxiliary, Objective
 from students.critic import Critic
 from students.generator import Generator
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, nearest, quoted
 from teachers.storage.plugin import import_file
 
-NETWORKS = (Denoiser, Generator, Critic)
+NETWORKS = (Denoiser, Generator, Critic, Auxiliary)  # the types of an objective's networks
 
 
 def registry() -> dict[str, type[Objective]]:
@@ -78,12 +78,28 @@ def _imported(module_name: str, where: str) -> Any:
 
 def networks_of(kind: type[Objective]) -> dict[str, bool]:
     """The fields of an objective that are networks, and whether each is required."""
-    required: dict[str, bool] = {}
-    for name, hint in get_type_hints(kind).items():
-        options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        if any(isinstance(o, type) and issubclass(o, NETWORKS) for o in options):
-            required[name] = type(None) not in options
-    return required
+    hints = get_type_hints(kind)
+    return {name: type(None) not in _options(hints[name]) for name in network_types(kind)}
+
+
+def network_types(
+    kind: type[Objective], base: type | tuple[type, ...] = NETWORKS
+) -> dict[str, type]:
+    """The fields of an objective that are networks, and the type of each.
+
+    Args:
+        base: Only fields of this type.
+    """
+    types_of = {
+        name: next((o for o in _options(hint) if isinstance(o, type) and issubclass(o, base)), None)
+        for name, hint in get_type_hints(kind).items()
+    }
+    return {name: network for name, network in types_of.items() if network is not None}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types that a field may have."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def schema_of(kind: type[Objective]) -> type[BaseModel]:

@@ -77,7 +77,7 @@ class Recipe(Section):
         Raises:
             UserError: names the key path, what was expected, and the nearest valid name.
         """
-        tree = override(current_names(read_yaml(find(path))), overrides)
+        tree = current_names(override(current_names(read_yaml(find(path))), overrides))
         if "rows" in tree and "objective" not in tree:
             raise UserError(f"{path}: it is a benchmark; run it with distill bench")
         return cls.check(tree, str(path))

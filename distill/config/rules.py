@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from distill.config.objective_schema import networks_of
+from distill.config.objective_schema import network_types, networks_of
 from distill.config.schema import GuidanceSection
+from teachers.denoiser import Denoiser
 from teachers.errors import cut, nearest
 from teachers.quantised import FORMS
 
@@ -275,7 +276,8 @@ def _players(recipe: Recipe) -> list[str]:
 
 def _copies(recipe: Recipe) -> list[str]:
     """The players that have the teacher's architecture, and so can be adapters on its weights."""
-    return [name for name in _players(recipe) if name != "critic"]
+    denoisers = network_types(recipe.kind, Denoiser)
+    return ["student", *(name for name in denoisers if name != "teacher")]
 
 
 def _adapted_players(recipe: Recipe) -> tuple[str, ...]:

@@ -27,10 +27,9 @@ from distill.training.build import Run
 from distill.training.run_folder import release
 from eval.metrics.fid import Moments, frechet
 from eval.samples import Samples
-from students import gaussian
 from students.export import lora_files
-from students.export.folder import ExportError, export
-from students.export.unquantised import unquantised
+from students.export.folder import ExportError
+from students.form import Normal
 from students.generator import Generator
 from teachers.guidance import describe
 
@@ -52,13 +51,13 @@ def finish(run: Run) -> dict[str, Any]:
     if engine.accelerator.is_main_process:
         with engine.ema.swapped():
             student = leave_student(run)
-            if not gaussian.exact(run.teacher):
+            if run.form.leaves_pipeline:
                 leave_extras(run, student)
             metrics: dict[str, Any] = {}
             with engine.extras.attempt(FIGURES):
                 metrics = measure_all(run, student)
         summary = summarise(run, metrics)
-        if not gaussian.exact(run.teacher):
+        if run.form.leaves_pipeline:
             with engine.extras.attempt("report.html"):
                 save_summary(run, summary)  # which the page reads
                 report(run.out)
@@ -79,20 +78,19 @@ def save_summary(run: Run, summary: dict[str, Any]) -> None:
 
 
 def leave_student(run: Run) -> Generator:
-    """Export the student; it, as it is measured."""
-    if gaussian.exact(run.teacher):
-        gaussian.save(run.student, run.out / "student")
-        return run.student
+    """Export the student; the student as it is measured.
+
+    Raises:
+        ExportError: it could not be exported.
+    """
     try:
-        student = unquantised(run.student, run.teacher)
-        export(student, run.teacher, run.out / "student", run.recipe.tree())
+        return run.form.export(run.student, run.out / "student", run.recipe.tree())
     except Exception as error:
         append_traceback(run.out, "student", error)
         raise ExportError(
             f"student: {one_line(error)}; nothing is lost: `distill run … --resume` tries again "
             f"from the last checkpoint ({run.out / LOG} has the traceback)"
         ) from error
-    return student
 
 
 def leave_extras(run: Run, student: Generator) -> None:
@@ -132,8 +130,8 @@ def save_pictures(run: Run, student: Generator) -> None:
 
 def measure_all(run: Run, student: Generator) -> dict[str, Any]:
     """The exported student at every count, teacher at its full and few steps; empty unmeasured."""
-    if gaussian.exact(run.teacher):
-        return {"student": {"1": exact_distance(run)}}
+    if (distributions := run.form.distributions(student)) is not None:
+        return {"student": {"1": closed_form_distance(*distributions)}}
     if (measure := run.protocol) is None:
         return {}
     cfg = run.recipe.eval
@@ -168,15 +166,10 @@ def failed(summary: dict[str, Any]) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-@torch.no_grad()
-def exact_distance(run: Run) -> dict[str, Any]:
-    """The Fréchet distance of a linear student's law to the teacher's: no sample is drawn."""
-    teacher: Any = run.teacher.denoiser
-    made: Any = run.student.denoiser
-    cov = teacher.vectors * teacher.values @ teacher.vectors.T
-    wanted = Moments(teacher.mean.double().cpu(), cov.double().cpu(), 0)
-    found = Moments(made.mean.double().cpu(), made.cov.double().cpu(), 0)
-    return {"fd": frechet(found, wanted), "protocol": "closed form", "n": 0, "seeds": 1}
+def closed_form_distance(student: Normal, teacher: Normal) -> dict[str, Any]:
+    """The Fréchet distance between two normal distributions: no sample is drawn."""
+    moments = [Moments(n.mean.double().cpu(), n.cov.double().cpu(), 0) for n in (student, teacher)]
+    return {"fd": frechet(*moments), "protocol": "closed form", "n": 0, "seeds": 1}
 
 
 def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:

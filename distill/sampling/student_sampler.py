@@ -13,7 +13,7 @@ from torch import Tensor
 from distill.data.encode import decoder_on, picture_shape
 from eval.protocols.measure import Protocol, images_to_samples
 from eval.samples import Samples
-from students.export.folder import draw
+from students.export.folder import sample_student
 from students.generator import Generator
 from teachers.errors import UserError
 from teachers.teacher import Teacher
@@ -80,7 +80,7 @@ def student_samples(
         batch: How many go through the networks at once; by default what their size allows.
     """
     device, batch = next(student.parameters()).device, batch or at_once(teacher)
-    x, seconds = timed(lambda: draw(student, teacher, prompts, seed, batch), device)
+    x, seconds = timed(lambda: sample_student(student, teacher, prompts, seed, batch), device)
     return images_to_samples(decoded(teacher, x, batch), list(prompts), seconds)
 
 

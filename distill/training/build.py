@@ -29,7 +29,7 @@ from distill.sampling.student_sampler import check_protocol, evaluate_student
 from distill.seeds import seed_all
 from distill.training import custom_objective, optimizers
 from distill.training.engine import Engine, check_memory, shards_of
-from distill.training.networks import check_exact, objective_of, player_networks
+from distill.training.networks import check_form, objective_of, player_networks
 from distill.training.player import Player
 from distill.training.preflight import rehearse_end
 from distill.training.rehearsal import check_finite
@@ -37,8 +37,8 @@ from distill.training.run_folder import check_checkpoints, check_folder, hold, w
 from distill.training.trackers import trackers
 from eval import shapes
 from eval.protocols.measure import Protocol, headline, protocol
-from students import gaussian
-from students.export.folder import rehearse
+from students.export.forms import form_of
+from students.form import StudentForm
 from students.generator import Generator
 from teachers import conditions
 from teachers.errors import UserError
@@ -58,6 +58,10 @@ class Run:
     @property
     def student(self) -> Generator:
         return self.engine.objective.student
+
+    @property
+    def form(self) -> StudentForm:
+        return form_of(self.teacher, self.recipe.kind.few_step)
 
 
 @dataclass
@@ -115,12 +119,11 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     """
     measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
     teacher = load_teacher(recipe)
-    linear = recipe.kind.few_step and gaussian.exact(teacher)
+    form = form_of(teacher, recipe.kind.few_step)
     if measure is not None:
         check_protocol(measure, teacher)
         measure.check()
-    if linear:
-        check_exact(recipe, teacher)
+    check_form(recipe, form)
     source = source_of(recipe, teacher)
     if resume and source.report is not None:
         check_labels(out, source.report)
@@ -132,8 +135,8 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     if guidance_of(recipe).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)
     check_finite(objective.teacher, teacher, source, recipe.train, accelerator)
-    if recipe.kind.few_step and not linear:  # linear students have no pipeline
-        rehearse(objective.student, teacher)
+    form.rehearse(objective.student)
+    if form.leaves_pipeline:
         rehearse_end(recipe, objective.student, teacher)
     players = players_of(objective, recipe.players, recipe.train.steps, accelerator)
     if custom_objective.file_of(recipe) is not None:

@@ -31,7 +31,7 @@ from distill.seeds import seed_all
 from distill.training import checkpoint
 from distill.training.ema import EMA
 from distill.training.player import Player
-from students.export.folder import draw
+from students.export.folder import sample_student
 from teachers.denoiser import Cond, computes
 from teachers.errors import UserError
 from teachers.teacher import Teacher
@@ -229,7 +229,7 @@ class Engine:
         size = self.cfg.batch // self.shards  # what the device has held in training
         with self.ema.swapped(), decoder_on(self.teacher, self.accelerator.device):
             found = [
-                draw(student.at(k), self.teacher, self.shown, 0, size, self._shown)
+                sample_student(student.at(k), self.teacher, self.shown, 0, size, self._shown)
                 for k in student.counts
             ]
             images = [torch.cat([codec.decode(one) for one in x.split(1)]) for x in found]

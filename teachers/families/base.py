@@ -46,6 +46,9 @@ class Pretrained(Network):
     SQUARE: ClassVar[bool] = False  # the pipeline samples one square size only
     SCALED: ClassVar[bool] = False  # works with EDM schedulers, which scale the input
     FLOWS: ClassVar[bool] = True  # the pipeline works with rectified-flow schedulers
+    # Regex of the layers whose output embeds the time; a landing time is added there
+    # (students/two_time.py).
+    TIME: ClassVar[str] = ""
     LORA: ClassVar[str] = r".*attn\d?\.(to_q|to_k|to_v|to_out\.0)"  # regex of layers that get LoRA
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, per_latent: int = 1) -> None:

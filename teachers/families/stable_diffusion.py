@@ -16,6 +16,7 @@ class StableDiffusion(Pretrained):
 
     PIPELINES = ("StableDiffusionPipeline",)
     PART, SEEDED, FLOWS = "unet", True, False
+    TIME = r"time_embedding\.linear_2"
     LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|proj_in|proj_out)"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ class Wan(Pretrained):
     """A WanTransformer3DModel."""
 
     PIPELINES = ("WanPipeline",)
+    TIME = r"condition_embedder\.time_embedder\.linear_2"
     LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

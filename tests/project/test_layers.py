@@ -70,8 +70,8 @@ MAY: dict[str, set[str]] = {
     },
     "distill.benchmark": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
-        "distill.training", "distill.planning", "distill.evaluation", "students", "teachers",
-        "eval.protocols",
+        "distill.training", "distill.planning", "distill.evaluation", "students",
+        "students.export", "teachers", "eval.protocols",
     },
     "distill.cli": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",

@@ -11,19 +11,19 @@ from distill.evaluation.finish import finish
 from distill.planning.plan import count_samples
 from distill.training import build
 from students import schedulers
+from students.checkpointing import checkpointing
 from students.export.folder import load_student
 from students.lora import (
-    Adapted,
+    AdaptedDenoiser,
     Adapter,
-    adapted,
-    checkpointing,
+    active_adapter,
+    adapt,
     inject,
-    merged,
-    under,
+    merged_backbone,
+    merged_weight,
     unwrap,
-    used,
     using,
-    weight_with,
+    with_schedule,
 )
 from teachers import load
 from tests.helpers.engines import stream
@@ -78,12 +78,12 @@ def inputs(teacher, n=3):
 def test_an_adapter_begins_as_no_change_and_the_base_is_still_there(teacher, kind):
     x, t, cond = inputs(teacher)
     before = teacher.denoiser(x, t, cond)
-    fake = adapted(teacher, Adapter(kind, rank=2), "fake")
+    fake = adapt(teacher, Adapter(kind, rank=2), "fake")
     torch.testing.assert_close(fake(x, t, cond), before, atol=1e-6, rtol=1e-6)
     stirred(fake)
     assert (fake(x, t, cond) - before).abs().max() > 1e-3
     assert torch.equal(teacher.denoiser(x, t, cond), before)
-    assert torch.equal(Adapted(fake.denoiser, None)(x, t, cond), before)
+    assert torch.equal(AdaptedDenoiser(fake.denoiser, None)(x, t, cond), before)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_full_copies_of_a_half_precision_teacher_learn_in_full_precision(tmp_pat
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
 def test_a_merged_adapter_is_an_ordinary_network(teacher, kind):
     x, t, cond = inputs(teacher)
-    fake = stirred(adapted(teacher, Adapter(kind, rank=2), "fake"))
-    plain = under(unwrap(fake), unwrap(fake).schedule)
-    plain.backbone = merged(fake)
+    fake = stirred(adapt(teacher, Adapter(kind, rank=2), "fake"))
+    plain = with_schedule(unwrap(fake), unwrap(fake).schedule)
+    plain.backbone = merged_backbone(fake)
     torch.testing.assert_close(plain(x, t, cond), fake(x, t, cond), atol=1e-5, rtol=1e-5)
     assert not any("lora" in k or "base_layer" in k for k in plain.state_dict())
 
@@ -130,11 +130,11 @@ def test_a_merged_adapter_is_an_ordinary_network(teacher, kind):
 def test_shared_gradients_are_those_of_separate_merged_copies(teacher, recompute):
     """G, the gradient at a merged weight, gives B's as s G Aᵀ and A's as s Bᵀ G."""
     student = schedulers.student(teacher, 1, None, True, Adapter(rank=3, alpha=6.0)).denoiser
-    fake = adapted(teacher, Adapter(rank=3, alpha=6.0), "fake")
+    fake = adapt(teacher, Adapter(rank=3, alpha=6.0), "fake")
     stirred(student), stirred(fake)
-    copies = [under(unwrap(n), unwrap(n).schedule) for n in (student, fake)]
+    copies = [with_schedule(unwrap(n), unwrap(n).schedule) for n in (student, fake)]
     for twin, network in zip(copies, (student, fake)):
-        twin.backbone = merged(network).requires_grad_(True)
+        twin.backbone = merged_backbone(network).requires_grad_(True)
     base = load(teacher.source).denoiser
     if recompute:
         checkpointing(unwrap(student).backbone)
@@ -175,7 +175,7 @@ def test_shared_gradients_are_those_of_separate_merged_copies(teacher, recompute
 
 def test_a_forward_pass_may_be_followed_by_another_adapters_before_its_backward(teacher):
     x, t, cond = inputs(teacher)
-    student, fake = (stirred(adapted(teacher, Adapter(rank=2), n)) for n in ("student", "fake"))
+    student, fake = (stirred(adapt(teacher, Adapter(rank=2), n)) for n in ("student", "fake"))
     student.requires_grad_(True)
 
     def gradient(between):
@@ -190,8 +190,8 @@ def test_a_forward_pass_may_be_followed_by_another_adapters_before_its_backward(
 
 
 def test_using_never_touches_requires_grad(teacher):
-    student = adapted(teacher, Adapter(rank=2), "student")
-    adapted(teacher, Adapter(rank=2), "fake")
+    student = adapt(teacher, Adapter(rank=2), "student")
+    adapt(teacher, Adapter(rank=2), "fake")
     student.requires_grad_(True)
     flags = [p.requires_grad for p in teacher.denoiser.parameters()]
     with using(teacher.denoiser, "fake"):
@@ -201,19 +201,19 @@ def test_using_never_touches_requires_grad(teacher):
 
 def test_an_adapter_used_within_anothers_use_gives_it_back(teacher):
     x, t, cond = inputs(teacher)
-    student, fake = (stirred(adapted(teacher, Adapter(rank=2), n)) for n in ("student", "fake"))
+    student, fake = (stirred(adapt(teacher, Adapter(rank=2), n)) for n in ("student", "fake"))
     shared = student.denoiser
-    assert used(shared) is None
+    assert active_adapter(shared) is None
     with using(shared, "student"):
         before = shared(x, t, cond)
         with pytest.raises(KeyError), using(shared, "fake"):
-            assert used(shared) == "fake"
+            assert active_adapter(shared) == "fake"
             raise KeyError
         with using(shared, None):
-            assert used(shared) is None
-        assert used(shared) == "student"
+            assert active_adapter(shared) is None
+        assert active_adapter(shared) == "student"
         assert torch.equal(shared(x, t, cond), before)
-    assert used(shared) is None
+    assert active_adapter(shared) is None
     assert torch.equal(student(x, t, cond), before) and not torch.equal(fake(x, t, cond), before)
 
 
@@ -229,14 +229,14 @@ def test_an_adapter_is_added_to_half_precision_weights_in_float32():
     with torch.no_grad():
         b.normal_()
     expected = (weight.float() + 2 * b @ a).to(torch.bfloat16)
-    found = weight_with(layer, "mine")
+    found = merged_weight(layer, "mine")
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
     assert torch.equal(layer.base_layer.weight, weight)
 
 
 def test_a_deep_copy_is_another_adapter_on_the_same_weights(teacher):
     x, t, cond = inputs(teacher)
-    one = stirred(adapted(teacher, Adapter(rank=2), "student"))
+    one = stirred(adapt(teacher, Adapter(rank=2), "student"))
     two = copy.deepcopy(one)
     assert unwrap(two).backbone is unwrap(one).backbone
     assert torch.equal(one(x, t, cond), two(x, t, cond))

@@ -11,6 +11,7 @@ from distill.config.recipe import Recipe
 from distill.evaluation.finish import finish, finished
 from distill.training.build import build
 from students import gaussian
+from students.export.forms import form_of
 from teachers import load
 from teachers.analytic import Gaussian
 from teachers.process import Karras, Linear, Trig
@@ -38,7 +39,7 @@ def test_a_score_is_the_exact_denoiser_of_its_mean_and_covariance(process):
 
 
 def test_one_step_of_a_linear_student_is_m_plus_r_z():
-    student = gaussian.student(load("analytic:gaussian"))
+    student = form_of(load("analytic:gaussian")).student(1, None, True, None)
     with torch.no_grad():
         student.denoiser.root.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     z = torch.randn(8, 2)

@@ -6,7 +6,14 @@ import torch
 from torch import nn
 
 from students import Critic, Generator, schedulers
-from students.export.folder import ExportError, draw, export, load_student, pixel_difference, verify
+from students.export.folder import (
+    ExportError,
+    export,
+    load_student,
+    pixel_difference,
+    sample_student,
+    verify,
+)
 from teachers import Karras, load
 from teachers.analytic import Gaussian
 from teachers.process import Tabulated
@@ -52,8 +59,8 @@ def test_renoising_tops_up_what_the_floor_left():
             return torch.zeros_like(x_t)
 
     network = Spy(torch.zeros(2), torch.eye(2), process)
-    fresh = [torch.ones(4, 2)]
-    Generator(network, (1.0, 0.5), floor=0.5)(torch.randn(4, 2), fresh=fresh)
+    noises = [torch.ones(4, 2)]
+    Generator(network, (1.0, 0.5), floor=0.5)(torch.randn(4, 2), noises=noises)
     sigma = process.scales(torch.tensor(0.5, dtype=torch.double))[1].item()
     torch.testing.assert_close(seen[1], torch.full((4, 2), (sigma**2 - 0.25) ** 0.5))
 
@@ -116,7 +123,7 @@ def test_counts_are_drawn_by_their_weights_and_places_alike():
     random.seed(0)
 
     def shares(n=8000):
-        drawn = [(len(g.times), first) for g, first in (student.draw() for _ in range(n))]
+        drawn = [(len(g.times), first) for g, first in (student.sample_chain() for _ in range(n))]
         return {k: drawn.count(k) / n for k in set(drawn)}
 
     found = shares()  # every place of the three chains alike: one of seven
@@ -131,7 +138,7 @@ def test_counts_are_drawn_by_their_weights_and_places_alike():
 
 
 def test_times_must_fall():
-    with pytest.raises(ValueError, match="must fall"):
+    with pytest.raises(ValueError, match="must decrease"):
         Generator(affine(), (0.5, 1.0))
 
 
@@ -280,7 +287,10 @@ def test_stock_diffusers_in_another_process_draws_the_students_pictures(
     assert again.counts == student.counts
     labels = [1, 2, 3]
     torch.testing.assert_close(
-        draw(again, itself, labels, 7), draw(student, teacher, labels, 7), atol=1e-5, rtol=1e-4
+        sample_student(again, itself, labels, 7),
+        sample_student(student, teacher, labels, 7),
+        atol=1e-5,
+        rtol=1e-4,
     )
 
 
@@ -309,8 +319,8 @@ def test_one_pixel_that_differs_fails_an_export(pipelines):
 def test_pictures_do_not_depend_on_the_batch_size(pipelines):
     teacher = load(str(pipelines["edm"]), null_label=10)
     student = schedulers.student(teacher, 2)
-    whole = draw(student, teacher, list(range(10)), 0)
-    torch.testing.assert_close(draw(student, teacher, list(range(10)), 0, batch=3), whole)
+    whole = sample_student(student, teacher, list(range(10)), 0)
+    torch.testing.assert_close(sample_student(student, teacher, list(range(10)), 0, batch=3), whole)
 
 
 # ---- critic

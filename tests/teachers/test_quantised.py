@@ -9,9 +9,10 @@ from torch import nn
 from distill.config.recipe import Recipe
 from distill.training import build
 from students import schedulers
+from students.checkpointing import checkpointing
 from students.export.folder import export, load_student, rehearse
 from students.export.unquantised import unquantised
-from students.lora import Adapter, adapted, checkpointing, unwrap
+from students.lora import Adapter, adapt, unwrap
 from teachers import load
 from teachers.quantised import BLOCK, FORMS, NF4, Quantised, decode, encode, parameters, quantise
 from tests.helpers import families
@@ -115,7 +116,7 @@ def test_a_quantised_teacher_says_nearly_what_the_whole_one_says(folder, form, g
 def test_adapters_on_quantised_weights_have_the_gradients_of_those_on_the_decoded(folder, form):
     def gradients(teacher, recompute):
         torch.manual_seed(2)
-        student = adapted(teacher, Adapter(rank=2), "student")
+        student = adapt(teacher, Adapter(rank=2), "student")
         with torch.no_grad():
             for p in student.parameters():
                 p.copy_(0.1 * torch.randn_like(p))

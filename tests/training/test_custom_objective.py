@@ -4,12 +4,16 @@ import json
 import sys
 
 import pytest
+import torch
 import yaml
 
 from distill import __main__ as cli
-from distill.config.recipe import Recipe
+from distill.config.recipe import Recipe, network_types, objective_class
 from distill.training import build
+from students.two_time import TwoTime
+from teachers import UserError, load
 from tests.helpers.command_line import called
+from tests.helpers.engines import assert_same
 from tests.helpers.refusals import refused_line
 from tests.helpers.toys import recipe_tree
 
@@ -161,7 +165,7 @@ def playing(tmp_path, pipelines, turns, loss, name="Plays"):
 @pytest.mark.parametrize("wrong", ["second turn", "second loss"])
 def test_a_later_turn_that_cannot_be_played_is_one_line_too(pipelines, tmp_path, capsys, wrong):
     second = {
-        "second turn": ('Turn(("fake",), None)', "names the player 'fake', and it has no such"),
+        "second turn": ('Turn(("fake",), None)', "names the player 'fake', which does not exist"),
         "second loss": ('Turn(("student",), lambda batch: 3)', "its loss returns a int; return"),
     }
     turn, line = second[wrong]
@@ -240,3 +244,100 @@ def test_looking_at_an_objectives_first_turn_leaves_no_trace_in_it(pipelines, tm
     engine.train()
     assert engine.objective.asked == engine.objective.played == [0, 1]
     assert engine.objective.computed == [0, 1, 2, 3]  # of two shards at each step
+
+
+WEIGHTING = """
+import torch
+from dataclasses import dataclass
+from distill.objective import Auxiliary, Loss, Objective, Turn
+from functools import partial
+
+class Uncertainty(Auxiliary):
+    '''u(t) of Karras et al. 2024 (arXiv:2312.02696), linear in 1, t and t².'''
+
+    def __init__(self, start):
+        super().__init__()
+        self.powers = torch.nn.Parameter(torch.tensor([start, 0.0, 0.0]))
+
+    @classmethod
+    def for_objective(cls, teacher):
+        return cls(float(teacher.shape[-1]))
+
+    def forward(self, t):
+        return torch.stack([t**0, t, t**2], 1) @ self.powers
+
+@dataclass(kw_only=True)
+class Weighted(Objective):
+    weighting: Uncertainty
+
+    two_times = True
+
+    def turns(self, step):
+        yield Turn(("student", "weighting"), partial(self.loss, step=step))
+
+    def loss(self, batch, step):
+        t = 0.1 + 0.8 * torch.rand(len(batch.noise), device=batch.noise.device)
+        s = t * torch.rand_like(t)
+        x_t = self.teacher.process.noise(batch.data, t, batch.noise)
+        x = self.student.denoiser(x_t, t, batch.cond, s)
+        error = (x - batch.data).square().flatten(1).mean(1)
+        u = self.weighting(t)
+        return Loss((error / u.exp() + u).mean(), {"u": u.detach().mean()})
+"""
+
+
+def weighted(pipelines, folder, out, steps, resume=False):
+    (folder / "weighted.py").write_text(WEIGHTING)
+    tree = recipe_tree("ect", pipelines["edm"], steps=steps)
+    tree["objective"] = {"name": f"{folder / 'weighted.py'}:Weighted"}
+    tree["players"] = {"weighting": {"lr": 0.1}}
+    return build.build(Recipe.check(tree), out, resume)
+
+
+def test_a_learned_weighting_is_a_player_and_a_resumed_run_is_the_run(pipelines, tmp_path):
+    whole = weighted(pipelines, tmp_path, tmp_path / "a", 5)
+    objective = whole.engine.objective
+    assert objective.weighting.powers.tolist() == [8.0, 0.0, 0.0]  # of 8 pixels a side
+    assert isinstance(objective.student.denoiser, TwoTime)
+    assert set(whole.engine.players) == {"student", "weighting"}
+    whole.engine.train()
+    assert all(p != q for p, q in zip(objective.weighting.powers.tolist(), (8.0, 0.0, 0.0)))
+    assert objective.student.denoiser.embedding.out.weight.any()  # it reads its landing times
+    assert whole.engine.evaluations["weighting"] == 0  # no denoiser is evaluated in it
+    half = weighted(pipelines, tmp_path, tmp_path / "b", 5)
+    half.engine.cfg = half.engine.cfg.model_copy(update={"steps": 3})
+    half.engine.train()
+    rest = weighted(pipelines, tmp_path, tmp_path / "b", 5, resume=True)
+    rest.engine.train()
+    assert_same(whole.engine, rest.engine)
+    found = rest.engine.objective.weighting.powers
+    assert torch.equal(found, objective.weighting.powers)
+
+
+def test_a_weighting_is_no_network_that_adapters_could_be(pipelines, tmp_path):
+    (tmp_path / "weighted.py").write_text(WEIGHTING)
+    tree = recipe_tree("ect", pipelines["edm"])
+    tree["objective"] = {"name": f"{tmp_path / 'weighted.py'}:Weighted"}
+    tree["adapters"] = {"players": ["weighting"]}
+    with pytest.raises(UserError, match=r"adapters\.players: .*weighting"):
+        Recipe.check(tree)
+
+
+def test_a_learned_weighting_learns_the_log_of_the_error(tmp_path):
+    """Its minimum is u = log |x̂ - x|², here of a network that is fixed."""
+    (tmp_path / "weighted.py").write_text(WEIGHTING)
+    kind = objective_class(f"{tmp_path / 'weighted.py'}:Weighted")
+    teacher = load("analytic:gaussian")
+    weighting = network_types(kind)["weighting"].for_objective(teacher)
+    t, error = torch.linspace(0, 1, 50), torch.linspace(0, 1, 50).mul(2).exp()
+    optimizer = torch.optim.LBFGS(weighting.parameters(), max_iter=200)
+
+    def closure():
+        optimizer.zero_grad()
+        u = weighting(t)
+        value = (error / u.exp() + u).mean()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    torch.testing.assert_close(weighting(t), error.log(), atol=1e-2, rtol=0)

@@ -11,9 +11,10 @@ from distill.data import cache
 from distill.training import checkpoint
 from eval.protocols.collect import Gathering
 from eval.protocols.reference import Moments, Reference
-from students import gaussian, schedulers
+from students import schedulers
 from students.export import folder as exporting
 from students.export import formats, lora_files
+from students.export.forms import form_of
 from students.lora import Adapter
 from teachers import load
 from teachers.edm import checkpoints
@@ -57,7 +58,8 @@ def test_checkpoints_caches_and_references_are_open(tmp_path, umask):
     moments = Moments(torch.zeros(2).double(), torch.eye(2).double(), 3)
     Reference("name", "rule", "content", moments, torch.zeros(3, 2)).save(out / "r.safetensors")
     Gathering(()).save(out / "g.safetensors", "about")
-    gaussian.save(gaussian.student(load("analytic:gaussian")), out / "linear")
+    form = form_of(load("analytic:gaussian"))
+    form.export(form.student(1, None, True, None), out / "linear", {})
     assert_open(out, umask)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from students import schedulers
-from students.export.folder import draw, pictures, pipeline, request
-from students.lora import Adapter, merged, unwrap
+from students.export.folder import pictures, pipeline, request, sample_student
+from students.lora import Adapter, merged_backbone, unwrap
 from teachers import load
 from teachers.denoiser import Denoiser, Guided
 from teachers.families.qwen import QwenImage
@@ -106,7 +106,7 @@ def test_guidance_is_what_its_pipeline_means_by_it(folders, name):
     _, arguments = request(plain, teacher)
     arguments |= {"output_type": "latent", **GUIDED[name]}
     theirs = walk(pipeline(plain, teacher), **arguments)
-    ours, unguided = (network.pack(draw(g, teacher, PROMPTS, 0)) for g in (guided, plain))
+    ours, unguided = (network.pack(sample_student(g, teacher, PROMPTS, 0)) for g in (guided, plain))
     assert (theirs - unguided).abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -155,7 +155,7 @@ def test_merging_an_adapter_keeps_every_weight_in_its_own_precision(folders):
     before = {k: p.dtype for k, p in unwrap(teacher.denoiser).backbone.named_parameters()}
     assert set(before.values()) == {torch.bfloat16, torch.float32}
     student = schedulers.student(teacher, 2, None, True, Adapter(rank=2))
-    assert {k: p.dtype for k, p in merged(student.denoiser).named_parameters()} == before
+    assert {k: p.dtype for k, p in merged_backbone(student.denoiser).named_parameters()} == before
 
 
 @pytest.mark.parametrize("name", families_b.FAMILIES)
