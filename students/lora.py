@@ -88,6 +88,10 @@ class Adapted(Denoiser):
         return self._denoiser[0]
 
     @property
+    def inner(self) -> Denoiser:
+        return self.denoiser
+
+    @property
     def process(self) -> Any:
         return self.denoiser.process
 

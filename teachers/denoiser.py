@@ -63,6 +63,11 @@ class Denoiser(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def inner(self) -> Denoiser | None:
+        """The denoiser that this one wraps or adapts; None where it wraps none."""
+        return None
+
     def weight(self, t: Tensor) -> Tensor:
         """The loss weight (B,) that makes the squared error of x̂ the network's own loss."""
         raise NotImplementedError
@@ -105,6 +110,10 @@ class Wrapper(Denoiser):
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.denoiser, self.process = denoiser, denoiser.process
+
+    @property
+    def inner(self) -> Denoiser:
+        return self.denoiser
 
     def weight(self, t: Tensor) -> Tensor:
         return self.denoiser.weight(t)

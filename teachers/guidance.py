@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +29,11 @@ from torch import Tensor, nn
 
 from teachers import conditions
 from teachers.denoiser import Cond, Denoiser, Guided, Mix, Wrapper, linear
-from teachers.errors import UserError, nearest
+from teachers.errors import UserError
+from teachers.features import blocks_of, changed
 from teachers.process import expand
+
+KEY = "teacher.guidance.blocks"  # the recipe key of skipped blocks, which begins error messages
 
 
 @dataclass(frozen=True)
@@ -128,14 +130,10 @@ class SkipLayerGuided(Guided):
         self, denoiser: Denoiser, scale: float, blocks: Sequence[str], mix: Mix = linear
     ) -> None:
         super().__init__(denoiser, scale, None, mix)
-        self.blocks, modules = tuple(blocks), dict(denoiser.named_modules())
-        if not self.blocks:
-            raise UserError("teacher.guidance.blocks: name at least one block to skip")
-        if missing := [b for b in self.blocks if not b or b not in modules]:
-            raise UserError(
-                f"teacher.guidance.blocks: the network has no block {missing[0]!r}; "
-                f"{nearest(missing[0], shown(denoiser))}"
-            )
+        if not blocks:
+            raise UserError(f"{KEY}: it is empty; name at least one block to skip")
+        blocks_of(denoiser, blocks, KEY)
+        self.blocks = tuple(blocks)
 
     def guides(self, cond: Cond) -> bool:
         return True
@@ -143,21 +141,13 @@ class SkipLayerGuided(Guided):
     def pair(
         self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        modules = dict(self.denoiser.named_modules())
         x = self.denoiser(x_t, t, cond, s)
         if torch.is_grad_enabled() and x_t.requires_grad and checkpointed(self.denoiser):
             # its backward would run the blocks again, when the hooks are gone
             raise UserError("skip-layer guidance: turn gradient checkpointing off in the teacher")
-        with ExitStack() as hooks:
-            for name in self.blocks:
-                hook = modules[name].register_forward_hook(passed, with_kwargs=True)
-                hooks.callback(hook.remove)
-            return x, self.denoiser(x_t, t, cond, s)
-
-
-def shown(denoiser: Denoiser) -> list[str]:
-    """Names of modules that are worth naming: those three levels down at most."""
-    return [n for n, _ in denoiser.named_modules() if n and n.count(".") <= 2]
+        with changed(self.denoiser, self.blocks, passed, KEY):
+            worse = self.denoiser(x_t, t, cond, s)
+        return x, worse
 
 
 def checkpointed(denoiser: Denoiser) -> bool:

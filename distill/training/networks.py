@@ -51,12 +51,9 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
     if recipe.critic is not None:
         fake: Any = networks["fake"]
         cond = teacher.codec.condition([0])
-        try:
-            named = recipe.critic.blocks
-            blocks = (unwrap(fake).middle,) if named is None else named
-            networks["critic"] = Critic(fake, teacher.shape, cond, blocks)
-        except ValueError as error:
-            raise UserError(f"critic.blocks: {error}") from None
+        named = recipe.critic.blocks
+        blocks = (unwrap(fake).middle,) if named is None else named
+        networks["critic"] = Critic(fake, teacher.shape, cond, blocks)
     if recipe.train.checkpointing:
         for backbone in backbones(networks):
             checkpointing(backbone)

@@ -255,7 +255,7 @@ def test_records_nested_without_end_are_damaged(file, read, tmp_path):
 
 def test_a_block_without_a_name_is_refused(pipelines):
     teacher = load(str(pipelines["eps"]))
-    with pytest.raises(ValueError, match="no block ''"):
+    with pytest.raises(UserError, match="no block ''"):
         Critic(teacher.denoiser, teacher.shape, None, [""])
     with pytest.raises(UserError, match="no block ''"):
         SkipLayerGuided(teacher.denoiser, 2.0, [""])

@@ -352,7 +352,7 @@ def test_critic_gradients_reach_its_input_and_the_features_it_reads(pipelines):
 
 
 def test_a_block_that_does_not_exist_is_named(pipelines):
-    with pytest.raises(ValueError, match=r"no block 'backbone\.middle'"):
+    with pytest.raises(UserError, match=r"no block 'backbone\.middle'"):
         critic(pipelines, ("backbone.middle",))
 
 
