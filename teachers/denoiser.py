@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teachers.process import Process
+from teachers import conditions
+from teachers.conditions import GUIDANCE_SCALE, Cond
+from teachers.process import Process, expand
 
-Cond = dict[str, Any] | None
-Mix = Callable[[Tensor, Tensor, float], Tensor]  # x̂, the negative x̂, g -> the guided x̂
+Scale = float | Tensor  # of guidance: one g, or each sample's own (B,)
+Mix = Callable[[Tensor, Tensor, Scale], Tensor]  # x̂, the negative x̂, g -> the guided x̂
 Prediction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # α, σ -> c_skip, c_out
 
 
@@ -151,9 +152,14 @@ class Reparametrised(Wrapper):
         return self.denoiser.weight(self.own(t))
 
 
-def linear(x: Tensor, negative: Tensor, scale: float) -> Tensor:
+def broadcast(scale: Scale, x: Tensor) -> Scale:
+    """A scale to multiply x (B, ...) with: a float as it is, (B,) as (B, 1, ..., 1) in x's type."""
+    return expand(scale.to(x), x) if isinstance(scale, Tensor) else scale
+
+
+def linear(x: Tensor, negative: Tensor, scale: Scale) -> Tensor:
     """The guided x̂ of classifier-free guidance, on the line from the negative through x̂."""
-    return negative + scale * (x - negative)
+    return negative + broadcast(scale, x) * (x - negative)
 
 
 class Guided(Wrapper):
@@ -162,9 +168,14 @@ class Guided(Wrapper):
     `scale` is g: 1 is unguided and costs one evaluation; the papers' w is g - 1. Both halves run
     as one batch of 2B. Other guidances are in `teachers/guidance.py`.
 
+    A condition with the entry `guidance_scale` (B,) gives each sample its own g in place of
+    `scale`. The wrapped denoiser does not see the entry, as its x̂ is what is mixed. Every batch
+    then costs two evaluations; samples whose g is 1 get the unguided x̂.
+
     Args:
+        scale: g of the samples whose condition has no `guidance_scale`.
         null: What is moved away from, each entry (1, ...): no condition, or a negative prompt's.
-        mix: From x̂, the negative x̂ and g to the guided x̂.
+        mix: From x̂, the negative x̂ and g, a float or (B,), to the guided x̂.
     """
 
     def __init__(
@@ -192,7 +203,11 @@ class Guided(Wrapper):
     def pair(
         self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x̂, and the negative x̂ that guidance moves away from; needs `guides(cond)`."""
+        """x̂, and the negative x̂ that guidance moves away from.
+
+        Args:
+            cond: One that this guidance guides (see `guides`), without a `guidance_scale`.
+        """
         assert cond is not None
         both = {k: torch.cat([v, self.negative(k, v).expand_as(v)]) for k, v in cond.items()}
         twice = s if s is None else torch.cat([s, s])
@@ -200,6 +215,14 @@ class Guided(Wrapper):
         return x, x_null
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
-        if self.scale == 1 or not self.guides(cond):
+        own, cond = conditions.without(cond, GUIDANCE_SCALE)
+        if not self.guides(cond) or (own is None and self.scale == 1):
             return self.denoiser(x_t, t, cond, s)
-        return self.mix(*self.pair(x_t, t, cond, s), self.scale)
+        x, negative = self.pair(x_t, t, cond, s)
+        return self.mixed(x, negative, own)
+
+    def mixed(self, x: Tensor, negative: Tensor, own: Tensor | None) -> Tensor:
+        """The guided x̂, by each sample's own scale (B,) or else by this guidance's one scale."""
+        if own is None:
+            return self.mix(x, negative, self.scale)
+        return torch.where(expand(own == 1, x), x, self.mix(x, negative, own))

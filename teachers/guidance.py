@@ -2,7 +2,8 @@
 
 What the worse answer is, is a class: no condition or a negative prompt (`Guided`), the same network
 without some blocks (`SkipLayerGuided`), a weaker network (`AutoGuided`). How far to move from it is
-a `mix`: `linear`, `Projected` or `Rescaled`. Where to, is `Interval`. All of them combine. CFG++
+a `mix`: `linear`, `Projected` or `Rescaled`. Where to, is `Interval`. All of them combine, and all
+read each sample's own scale from the condition's `guidance_scale` where there is one. CFG++
 changes the sampler and not x̂, so it is a solver: `teachers.solver.cfgpp`. `Adaptive` is stateful:
 create one for each sampling run; it cannot be the teacher in training.
 
@@ -28,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from teachers import conditions
-from teachers.denoiser import Cond, Denoiser, Guided, Mix, Wrapper, linear
+from teachers.conditions import GUIDANCE_SCALE
+from teachers.denoiser import Cond, Denoiser, Guided, Mix, Scale, Wrapper, broadcast, linear
 from teachers.errors import UserError
 from teachers.features import blocks_of, changed
 from teachers.process import expand
@@ -52,14 +54,14 @@ class Projected:
     eta: float = 0.0
     threshold: float | None = None
 
-    def __call__(self, x: Tensor, negative: Tensor, scale: float) -> Tensor:
+    def __call__(self, x: Tensor, negative: Tensor, scale: Scale) -> Tensor:
         gap = x - negative
         if self.threshold is not None:
             norm = expand(gap.flatten(1).norm(dim=1), gap)
             gap = gap * (self.threshold / norm.clamp(min=self.threshold))
         along = nn.functional.normalize(x.flatten(1), dim=1).view_as(x)
         parallel = expand((gap * along).flatten(1).sum(1), gap) * along
-        return x + (scale - 1) * (gap - (1 - self.eta) * parallel)
+        return x + (broadcast(scale, x) - 1) * (gap - (1 - self.eta) * parallel)
 
     def __str__(self) -> str:
         limit = "" if self.threshold is None else f" and threshold {self.threshold:g}"
@@ -80,7 +82,7 @@ class Rescaled:
     factor: float
     mix: Mix = linear
 
-    def __call__(self, x: Tensor, negative: Tensor, scale: float) -> Tensor:
+    def __call__(self, x: Tensor, negative: Tensor, scale: Scale) -> Tensor:
         guided = self.mix(x, negative, scale)
         if self.factor == 0:
             return guided
@@ -204,13 +206,13 @@ class Interval(Wrapper):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
         inside = self.inside(t)
         count = int(inside.sum())
+        _, plain = conditions.without(cond, GUIDANCE_SCALE)  # which an unguided x̂ does not need
         if count in (0, len(t)):
-            denoiser = self.guided if count else self.denoiser
-            return denoiser(x_t, t, cond, s)
+            return self.guided(x_t, t, cond, s) if count else self.denoiser(x_t, t, plain, s)
         parts = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
         found = []
-        for denoiser, i in zip((self.guided, self.denoiser), parts):
-            some = conditions.rows(cond, i)
+        for denoiser, i, entries in zip((self.guided, self.denoiser), parts, (cond, plain)):
+            some = conditions.rows(entries, i)
             found.append(denoiser(x_t[i], t[i], some, s if s is None else s[i]))
         return torch.cat(found)[torch.cat(parts).argsort()]
 
@@ -239,6 +241,7 @@ class Adaptive(Wrapper):
         self.left: Tensor | None = None  # (B,), whether each is still guided
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        own, cond = conditions.without(cond, GUIDANCE_SCALE)
         assert cond is not None and self.guided.null is not None
         if self.left is None:
             self.left = torch.ones(len(x_t), dtype=torch.bool, device=x_t.device)
@@ -249,7 +252,8 @@ class Adaptive(Wrapper):
         ends = s if s is None else torch.cat([s, s[i]])
         found = self.denoiser(torch.cat([x_t, x_t[i]]), times, both, ends)
         x, negative = found[: len(x_t)], found[len(x_t) :]
-        mixed = x.index_copy(0, i, self.guided.mix(x[i], negative, self.guided.scale))
+        guided = self.guided.mixed(x[i], negative, own if own is None else own[i])
+        mixed = x.index_copy(0, i, guided)
         agree = nn.functional.cosine_similarity(x[i].flatten(1), negative.flatten(1))
         self.left = self.left.index_fill(0, i[agree >= self.threshold], False)
         return mixed

@@ -11,7 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from teachers.denoiser import Cond, Denoiser, Guided
+from teachers import conditions
+from teachers.conditions import GUIDANCE_SCALE, Cond
+from teachers.denoiser import Denoiser, Guided
 from teachers.errors import UserError, nearest
 from teachers.process import expand
 
@@ -106,8 +108,9 @@ def cfgpp(
 ) -> Tensor:
     """CFG++ (arXiv:2406.08070): DDIM to the guided x̂ by the unconditional noise. n × 2 evaluations.
 
-    It is no guidance scale g: x̂ is mixed with λ = `strength` in [0, 1] and noised again with the
-    negative's ε, so that λ = 0 is unconditional DDIM. Of `guided` only its pair of x̂ is used.
+    λ = `strength` in [0, 1] is no guidance scale g: x̂ is mixed with λ and noised again with the
+    negative's ε, so that λ = 0 is unconditional DDIM. Of `guided` only its pair of x̂ is used; its
+    scale and the condition's `guidance_scale` are not.
 
     Raises:
         UserError: `strength` is outside [0, 1].
@@ -115,6 +118,7 @@ def cfgpp(
     if not 0 <= strength <= 1:
         raise UserError(f"CFG++ strength is λ in [0, 1], not {strength}: it is no guidance scale")
     process = guided.process
+    _, cond = conditions.without(cond, GUIDANCE_SCALE)
     for t, s in pairs(times, x_t):
         x, negative = guided.pair(x_t, t, cond)
         mixed = negative + strength * (x - negative)
