@@ -88,7 +88,7 @@ class Adapted(Denoiser):
         return self._denoiser[0]
 
     @property
-    def inner(self) -> Denoiser:
+    def inner_denoiser(self) -> Denoiser:
         return self.denoiser
 
     @property

@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     @property
-    def inner(self) -> Denoiser | None:
+    def inner_denoiser(self) -> Denoiser | None:
         """The denoiser that this one wraps or adapts; None where it wraps none."""
         return None
 
@@ -113,7 +113,7 @@ class Wrapper(Denoiser):
         self.denoiser, self.process = denoiser, denoiser.process
 
     @property
-    def inner(self) -> Denoiser:
+    def inner_denoiser(self) -> Denoiser:
         return self.denoiser
 
     def weight(self, t: Tensor) -> Tensor:

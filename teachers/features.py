@@ -216,4 +216,4 @@ def _below(module: nn.Module) -> nn.Module | None:
     """What a wrapper, an adapter or `torch.compile` wraps; None where it is the network itself."""
     if (wrapped := module._modules.get("_orig_mod")) is not None:
         return wrapped
-    return module.inner if isinstance(module, Denoiser) else None
+    return module.inner_denoiser if isinstance(module, Denoiser) else None

@@ -67,7 +67,7 @@ def prompts_of(
     """
     from teachers.errors import UserError
 
-    classes = getattr(teacher.codec, "classes", 0)
+    classes = teacher.codec.classes
     if labels is not None and not classes:
         raise UserError("--labels: this student is not class-conditional")
     text = not classes and teacher.codec.condition([""]) is not None

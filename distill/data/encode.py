@@ -191,7 +191,7 @@ def check_finite(found: Encoded, names: list[str], teacher: Teacher, where: str)
         rows = (~torch.isfinite(value)).reshape(len(value), -1).any(1)
         row = int(rows.nonzero()[0])
         kind = "NaN" if torch.isnan(value[row]).any() else "infinity"
-        vae = getattr(teacher.codec, "vae", None)
+        vae = teacher.codec.vae
         if key == "x":
             call, parts = "codec.encode", [] if vae is None else [vae]
         else:
@@ -335,7 +335,7 @@ def encoders_on(teacher: Teacher, device: torch.device) -> Iterator[None]:
 def decoder_on(teacher: Teacher, device: torch.device) -> Iterator[None]:
     """Within it, the network that makes pictures of latents is on a device, where there is one;
     after it, back where it was. Text encoders, which are larger, stay."""
-    vae = getattr(teacher.codec, "vae", None)
+    vae = teacher.codec.vae
     with moved([] if vae is None else [vae], device):
         yield
 

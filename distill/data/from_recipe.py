@@ -30,7 +30,7 @@ def source_of(recipe: Recipe, teacher: Teacher) -> Source:
         return embedded_source(recipe, teacher)
     if (work := work_of(recipe, teacher)) is not None:
         return cache.source(work, recipe.data, seed)
-    labels = list(range(getattr(codec, "classes", 0))) or [0]
+    labels = list(range(codec.classes)) or [0]
     cond = codec.condition(labels)
     named = {f"{COND}{k}": v for k, v in (cond or {}).items()}
     check_finite(named, [f"label {k}" for k in labels], teacher, "data")
@@ -41,7 +41,7 @@ def embedded_source(recipe: Recipe, teacher: Teacher) -> Source:
     """The digits, or drawings of the shapes, as many as the caption protocol compares with."""
     refuse_videos(recipe, teacher)
     name, codec = str(recipe.data.source), teacher.codec
-    classes = getattr(codec, "classes", 0)
+    classes = codec.classes
     needed = needs_data(recipe)
     if name == "digits":
         images, numbers = digits.data()
@@ -120,7 +120,7 @@ def work_of(recipe: Recipe, teacher: Teacher) -> Work | None:
     data, codec = recipe.data, teacher.codec
     if data.source in EMBEDDED:
         return None
-    classes = getattr(codec, "classes", 0)
+    classes = codec.classes
     reads_text = not classes and codec.condition([""]) is not None
     with_data, sizes = False, [(0, 0)]
     if data.source is not None:

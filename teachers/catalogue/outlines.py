@@ -22,7 +22,7 @@ from teachers.families.flux import Flux
 from teachers.families.unet import UNet
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.storage.diffusers_config import CM, read
-from teachers.teacher import Teacher
+from teachers.teacher import Codec, Teacher
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -150,10 +150,8 @@ OUTLINES = {
 }
 
 
-class OutlineCodec:
+class OutlineCodec(Codec):
     """A codec that knows shapes alone."""
-
-    null_label = None
 
     def __init__(self, outline: Outline, size: tuple[int, int]) -> None:
         self.outline, self.size, self.classes = outline, size, outline.classes

@@ -322,7 +322,7 @@ def conditions(subject: Subject) -> Iterator[Check]:
     null = {k: v.to(device).expand(n, *v.shape[1:]) for k, v in codec.null.items()}
     cond = subject.cond
     if not subject.told:
-        classes = getattr(codec, "classes", 0)
+        classes = codec.classes
         cond = codec.condition([0] * n if classes else ["a photograph of a red house"] * n)
         cond = moved(cond, device)
     negative, positive = subject.denoiser(x_t, t, null), subject.denoiser(x_t, t, cond)
