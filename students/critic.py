@@ -50,9 +50,8 @@ class Critic(nn.Module):
         blocks_of(denoiser, blocks, KEY)
         self.blocks = tuple(blocks)
         self._denoiser = (denoiser,)  # in a tuple: not a submodule
-        x = torch.zeros(
-            1, *shape, device=next((denoiser.inner_denoiser or denoiser).parameters()).device
-        )
+        shared = denoiser.inner_denoiser or denoiser  # an adapter may have no weights of its own
+        x = torch.zeros(1, *shape, device=next(shared.parameters()).device)
         with torch.no_grad():
             outputs = self._outputs(x, x.new_ones(1), conditions.moved(cond, x.device))
         self.heads = nn.ModuleList(head_for(name, f) for name, f in outputs.items()).to(x.device)
