@@ -39,11 +39,11 @@ class DeepCache(AbstractContextManager["DeepCache"]):
         self._deep = [(deep[name], forward) for name, forward in stand_ins.items()]
         self.last = deep[last]
         self.whole, self.shallow = 0, 0  # samples
-        self._calls, self._kept = 0, None
+        self._calls, self._deep_output = 0, None
         self._hooks, self._replaced = ExitStack(), ExitStack()
 
     def __enter__(self) -> DeepCache:
-        self._calls, self._kept = 0, None
+        self._calls, self._deep_output = 0, None
         self._hooks.enter_context(hooked(self.backbone, self._end, self._begin, always=True))
         self._hooks.enter_context(hooked(self.last, self._keep))
         return self
@@ -51,7 +51,7 @@ class DeepCache(AbstractContextManager["DeepCache"]):
     def __exit__(self, *why: object) -> None:
         self._replaced.close()
         self._hooks.close()
-        self._kept = None
+        self._deep_output = None
 
     def _begin(self, backbone: nn.Module, args: tuple[Any, ...]) -> None:
         whole = self._calls % self.interval == 0
@@ -62,13 +62,13 @@ class DeepCache(AbstractContextManager["DeepCache"]):
         self.shallow += len(args[0])
         for block, stand_in in self._deep:
             self._replaced.enter_context(replaced(block, stand_in))
-        self._replaced.enter_context(replaced(self.last, lambda *_, **__: self._kept))
+        self._replaced.enter_context(replaced(self.last, lambda *_, **__: self._deep_output))
 
     def _end(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         self._replaced.close()
 
     def _keep(self, block: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
-        self._kept = output
+        self._deep_output = output
 
 
 # Blocks with one call signature, which return one skip connection for each resnet and downsampler.

@@ -23,8 +23,8 @@ Prediction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # α, σ -> c_sk
 def edm(sigma_data: float = 0.5, sigma_min: float = 0.0) -> Prediction:
     """EDM's preconditioning (arXiv:2206.00364); a σ_min > 0 makes it a consistency model's.
 
-    Then x̂(x, σ_min) = x exactly (arXiv:2303.01469, appendix C): σ - σ_min stands for σ in c_skip
-    and in the numerator of c_out. The network's input is x_t / √(σ² + σ_data²).
+    Then x̂(x, σ_min) = x exactly (arXiv:2303.01469, appendix C): σ - σ_min replaces σ in c_skip and
+    in the numerator of c_out. The network's input is x_t / √(σ² + σ_data²).
     """
     return partial(_edm, sigma_data=sigma_data, sigma_min=sigma_min)
 
@@ -60,7 +60,7 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
         """The denoised x̂, shaped like x_t.
 
-        A flow map is told the time s that the next step will land on; denoisers proper ignore it.
+        s is the time (B,) that the next step will land on. Flow maps read it; denoisers ignore it.
         """
         raise NotImplementedError
 
@@ -93,7 +93,7 @@ class Network(Denoiser):
         self.coefficients = coefficients(predicts)
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
-        """The raw backbone; an adapter overrides this to match its signature and time units."""
+        """The backbone's raw output; subclasses match its signature and its time units."""
         return self.backbone(x_t, t)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
@@ -121,7 +121,7 @@ class Wrapper(Denoiser):
 
 
 def computes(module: nn.Module) -> bool:
-    """Whether a call of this module is an evaluation, and not only hands one on to another's."""
+    """Whether a call of this module is a network evaluation; wrappers only pass one on."""
     return isinstance(module, Denoiser) and not isinstance(module, Wrapper)
 
 
@@ -133,9 +133,9 @@ class Reparametrised(Wrapper):
         self.process = process
 
     def own(self, t: Tensor) -> Tensor:
-        """The wrapped denoiser's time with the same σ/α, matched in float64 (ends lose digits).
+        """The wrapped denoiser's time with the same σ/α, computed in float64 for the ends' sake.
 
-        Held within [0, 1]: noise beyond what it was trained on is read as the most that it knows.
+        It is clamped to [0, 1]: noise beyond the training range is read as the most noise in it.
         """
         alpha, sigma = self.process.scales(t.double())
         tiny = torch.finfo(torch.float32).tiny  # where α = 0 the ratio must stay finite
@@ -174,7 +174,8 @@ class Guided(Wrapper):
 
     Args:
         scale: g of the samples whose condition has no `guidance_scale`.
-        null: What is moved away from, each entry (1, ...): no condition, or a negative prompt's.
+        null: The condition of the negative x̂, each entry (1, ...): that of no condition, or of a
+            negative prompt.
         mix: From x̂, the negative x̂ and g, a float or (B,), to the guided x̂.
     """
 
@@ -188,7 +189,7 @@ class Guided(Wrapper):
     def negative(self, key: str, like: Tensor) -> Tensor:
         """The null's entry (1, ...) on `like`'s device and in its type, moved there once.
 
-        Moved at each call, it would make the host wait for the device every time.
+        Moving it at each call would make the host wait for the device every time.
         """
         assert self.null is not None
         place = (key, like.device, like.dtype)

@@ -1,4 +1,4 @@
-"""Solvers: walk a denoiser from noise to data in n network-lengths.
+"""Solvers: integrate a denoiser's ODE or SDE from noise to data in n steps.
 
 All take `times` (n,) from noisy to clean, end with the last x̂, and see only α, σ and x̂. Orders and
 formulas: DDIM (arXiv:2010.02502), Heun (arXiv:2206.00364), DPM-Solver++(2M) (arXiv:2211.01095).
@@ -88,7 +88,7 @@ def dpmpp_2m(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) 
 
 
 def ancestral(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
-    """DDPM's own sampler: fresh noise at each step, as the posterior has it (DDIM, η = 1)."""
+    """DDPM's own sampler: new noise at each step, from the posterior (DDIM with η = 1)."""
     process = denoiser.process
     for t, s in pairs(times, x_t):
         x = denoiser(x_t, t, cond)
@@ -129,7 +129,7 @@ def cfgpp(
 
 
 def renoise(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
-    """Consistency sampling: x̂, then all the noise of the next time anew. n evaluations."""
+    """Consistency sampling: x̂, then new noise of the next time's level. n evaluations."""
     for t, s in pairs(times, x_t):
         x = denoiser(x_t, t, cond)
         x_t = x if s is None else denoiser.process.noise(x, s, torch.randn_like(x))

@@ -122,7 +122,7 @@ def encoders(teacher: Teacher) -> int:
     """Bytes of text encoders and VAE, in float32 as they are read."""
     codec: Any = teacher.codec
     if isinstance(codec, OutlineCodec):
-        return 4 * codec.outline.beside
+        return 4 * codec.outline.encoder_parameters
     if (pipe := codec.pipe) is None:
         return 0
     part = unwrap(teacher.denoiser).PART

@@ -252,7 +252,11 @@ class Prompted(Codec):
             self._cuts = before
 
     def _watched(self, prompts: list[str]) -> AbstractContextManager[None]:
-        return nullcontext() if self._cuts is None else self._cuts.of(self.pipe, self.kind, prompts)
+        return (
+            nullcontext()
+            if self._cuts is None
+            else self._cuts.counting(self.pipe, self.kind, prompts)
+        )
 
     @torch.no_grad()
     def _embed(self, prompts: list[Any]) -> dict[str, Tensor]:
