@@ -493,8 +493,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "critic reads the text's stream",
         "students/critic.py",
-        "for o in reversed(out)",
-        "for o in out",
+        "for o in reversed(output)",
+        "for o in output",
         "students/test_critic.py::test_of_two_streams_the_pictures_is_read",
     ),
     fault(
@@ -620,8 +620,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "guidance counted from the conditional",
         "teachers/denoiser.py",
-        "negative + scale * (x - negative)",
-        "x + scale * (x - negative)",
+        "negative + broadcast(scale, x) * (x - negative)",
+        "x + broadcast(scale, x) * (x - negative)",
         "teachers/test_guidance.py::test_a_negative_prompt_is_another_null",
     ),
     fault(
@@ -641,8 +641,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "projected guidance by g and not by g - 1",
         "teachers/guidance.py",
-        "x + (scale - 1) * (gap",
-        "x + scale * (gap",
+        "x + (broadcast(scale, x) - 1) * (gap",
+        "x + broadcast(scale, x) * (gap",
         "teachers/test_guidance.py::test_projection_with_eta_one_and_no_threshold_is_classifier_free",
     ),
     fault(

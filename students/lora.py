@@ -87,6 +87,10 @@ class AdaptedDenoiser(Denoiser):
         return self._denoiser[0]
 
     @property
+    def inner_denoiser(self) -> Denoiser:
+        return self.denoiser
+
+    @property
     def process(self) -> Any:
         return self.denoiser.process
 

@@ -85,7 +85,7 @@ def distinct_prompts(
     """
     from teachers.errors import UserError
 
-    classes = getattr(teacher.codec, "classes", 0)
+    classes = teacher.codec.classes
     is_text = not classes and teacher.codec.condition([""]) is not None
     check_conditions(labels, prompts, bool(classes), is_text)
     if labels is not None:

@@ -199,7 +199,7 @@ def check_finite(tensors: Encoded, names: list[str], teacher: Teacher, where: st
         rows = (~torch.isfinite(value)).reshape(len(value), -1).any(1)
         row = int(rows.nonzero()[0])
         kind = "NaN" if torch.isnan(value[row]).any() else "infinity"
-        vae = getattr(teacher.codec, "vae", None)
+        vae = teacher.codec.vae
         if key == "x":
             call, parts = "codec.encode", [] if vae is None else [vae]
         else:
@@ -345,7 +345,7 @@ def decoder_on(teacher: Teacher, device: torch.device) -> Iterator[None]:
 
     Text encoders, which are larger, stay where they are.
     """
-    vae = getattr(teacher.codec, "vae", None)
+    vae = teacher.codec.vae
     with on_device([] if vae is None else [vae], device):
         yield
 

@@ -31,7 +31,7 @@ def source_of(recipe: Recipe, teacher: Teacher) -> Source:
         return embedded_source(recipe, teacher)
     if (job := encoding_job(recipe, teacher)) is not None:
         return cache.source(job, recipe.data, seed)
-    labels = list(range(_classes(teacher))) or [0]
+    labels = list(range(teacher.codec.classes)) or [0]
     cond = codec.condition(labels)
     tensors = {f"{COND}{k}": v for k, v in (cond or {}).items()}
     check_finite(tensors, [f"label {k}" for k in labels], teacher, "data")
@@ -69,7 +69,7 @@ def embedded_source(recipe: Recipe, teacher: Teacher) -> Source:
 def _digits(teacher: Teacher) -> tuple[Tensor, list[Any]]:
     """All digits, in [-1, 1], and their labels."""
     images, labels = digits.data()
-    most, classes = int(labels.max()), _classes(teacher)
+    most, classes = int(labels.max()), teacher.codec.classes
     if classes and most >= classes:
         raise UserError(
             f"data.source: 'digits' has label {most}; the teacher knows {classes} classes; "
@@ -83,7 +83,7 @@ def _shapes(recipe: Recipe, teacher: Teacher) -> tuple[Tensor, list[Any]]:
 
     Ten is also how many the evaluation protocol compares with.
     """
-    if _classes(teacher) or teacher.codec.condition(["a"]) is None:
+    if teacher.codec.classes or teacher.codec.condition(["a"]) is None:
         raise UserError(
             "data.source: 'shapes' has captions, which this teacher does not read; name images "
             "with labels"
@@ -146,7 +146,7 @@ def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
     if data.source in EMBEDDED or (listing := _listing(recipe, teacher)) is None:
         return None
     listing.check(listing.bad, listing.total, data.skip_share)
-    if classes := _classes(teacher):
+    if classes := teacher.codec.classes:
         listing.read_labels(classes)
     if data.source is None or not recipe.needs_data:
         return EncodingJob(teacher, listing, [(0, 0)], False)
@@ -158,7 +158,7 @@ def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
 
 def _listing(recipe: Recipe, teacher: Teacher) -> Listing | None:
     """The images or prompts of a recipe; None if labels are the only data."""
-    data, classes = recipe.data, _classes(teacher)
+    data, classes = recipe.data, teacher.codec.classes
     reads_text = not classes and teacher.codec.condition([""]) is not None
     if data.source is not None:
         return list_images(data.source, data.captions, classes, reads_text)
@@ -167,11 +167,6 @@ def _listing(recipe: Recipe, teacher: Teacher) -> Listing | None:
     if data.prompts is not None or reads_text:
         return list_prompts(data.prompts or "pack:starter", "label" if classes else "caption")
     return None
-
-
-def _classes(teacher: Teacher) -> int:
-    """How many labels a class-conditional teacher knows; 0 for any other."""
-    return getattr(teacher.codec, "classes", 0)
 
 
 def sizes_for(recipe: Recipe, teacher: Teacher) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from students.generator import Generator
 from teachers import conditions
 from teachers.analytic import Finite, Gaussian, Mixture
 from teachers.diagnosis.checks import Check, Subject, check, relative
-from teachers.diagnosis.structure import examine, leaves, subject_of, tried
+from teachers.diagnosis.structure import checks_of, dead_leaves, examine, subject_of
 from teachers.errors import UserError
 from teachers.families.base import Prompted
 from teachers.teacher import Teacher
@@ -44,7 +44,7 @@ def diagnose(
     def students() -> Iterator[Check]:
         yield trained_as_sampled(subject_of(teacher, images, prompts, None))
 
-    return [*found, *tried("students", students)]
+    return [*found, *checks_of("students", students)]
 
 
 def trained_as_sampled(subject: Subject) -> Check:
@@ -95,7 +95,7 @@ def pictures_for(teacher: Teacher, path: Path | None) -> Tensor:
     channels, *frames, height, width = picture_shape(teacher)
     few = VIDEOS if frames else PICTURES
     if path is None:
-        read = leaves(few, channels, (height, width))
+        read = dead_leaves(few, channels, (height, width))
     else:
         read = torch.stack([picture(p, channels, (height, width)) for p in files_in(path)])
         read = read if len(read) >= few else read.repeat(few, 1, 1, 1)

@@ -97,14 +97,14 @@ def shape_of(recipe: Recipe, without: Any) -> Teacher:
     return Teacher(twin, FakeCodec(teacher.codec), teacher.shape, teacher.source)
 
 
-class FakeCodec:
+class FakeCodec(Codec):
     """A codec whose every condition is that of one prompt, made before any tensor is fake."""
 
     def __init__(self, codec: Codec) -> None:
-        self.classes = getattr(codec, "classes", 0)
-        self.null_label = getattr(codec, "null_label", None)
+        self.classes = codec.classes
+        self.null_label = codec.null_label
         self.null, self.one = codec.null, codec.condition([0])
-        self.pipe = getattr(codec, "pipe", None)
+        self.pipe = codec.pipe
 
     def condition(self, prompts: Sequence[Any]) -> Any:
         n = len(prompts)
@@ -121,8 +121,8 @@ def encoders(teacher: Teacher) -> int:
     """Bytes of text encoders and VAE, in float32 as they are read."""
     codec: Any = teacher.codec
     if isinstance(codec, OutlineCodec):
-        return 4 * codec.outline.beside
-    if (pipe := getattr(codec, "pipe", None)) is None:
+        return 4 * codec.outline.encoder_parameters
+    if (pipe := codec.pipe) is None:
         return 0
     part = unwrap(teacher.denoiser).PART
     modules = [v for k, v in pipe.components.items() if k != part and isinstance(v, nn.Module)]

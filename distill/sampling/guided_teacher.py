@@ -74,7 +74,7 @@ def check_reads(source: str, other: Teacher, teacher: Teacher) -> None:
     """Refuse a weaker teacher that could not read the conditions that the teacher is given."""
     given, read = ({k: tuple(v.shape[1:]) for k, v in (t.codec.condition([0]) or {}).items()}
                    for t in (teacher, other))  # fmt: skip
-    classes = [getattr(t.codec, "classes", 0) for t in (teacher, other)]
+    classes = [t.codec.classes for t in (teacher, other)]
     if given == read and classes[0] == classes[1]:
         return
     want, got = (shown(c, n) for c, n in zip((given, read), classes, strict=True))

@@ -152,7 +152,7 @@ def evaluated(denoiser: Denoiser) -> nn.Module:
 
 def prompts(teacher: Teacher, n: int) -> list[str]:
     """What n pictures are asked for: classes in turn, or shipped prompts."""
-    classes = getattr(teacher.codec, "classes", 0)
+    classes = teacher.codec.classes
     if classes:
         return [str(i % classes) for i in range(n)]
     if teacher.codec.condition([""]) is None:

@@ -42,7 +42,7 @@ def check_protocol(measure: Protocol, teacher: Teacher) -> None:
 
 def asked_by(teacher: Teacher) -> str:
     """What says which pictures it draws: "captions", "labels of 10 classes", or "nothing"."""
-    if classes := getattr(teacher.codec, "classes", 0):
+    if classes := teacher.codec.classes:
         return f"labels of {classes} classes"
     return "nothing" if teacher.codec.condition([""]) is None else "captions"
 

@@ -251,7 +251,7 @@ def arguments(teacher: Teacher, prompts: list[str], scale: float) -> dict[str, A
     """How the pipeline is asked for these prompts, under classifier-free guidance, or labels."""
     if isinstance(teacher.codec, Prompted):
         return {**teacher.codec.arguments([*prompts]), "guidance_scale": scale}
-    labels = [int(p) for p in prompts] if getattr(teacher.codec, "classes", 0) else None
+    labels = [int(p) for p in prompts] if teacher.codec.classes else None
     return {"batch_size": len(prompts), "class_labels": labels}
 
 
@@ -275,7 +275,7 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
 @torch.no_grad()
 def shallow_part(teacher: Teacher) -> float:
     """The FLOPs of a shallow call of the teacher's UNet over those of a whole one."""
-    cond = teacher.codec.condition([0] if getattr(teacher.codec, "classes", 0) else [""])
+    cond = teacher.codec.condition([0] if teacher.codec.classes else [""])
     device = device_of(teacher)
     cond = conditions.moved(cond, device)
     x, t, flops = torch.zeros(1, *teacher.shape, device=device), torch.ones(1, device=device), []

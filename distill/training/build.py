@@ -236,7 +236,7 @@ def rehearse_skipping(guided: nn.Module, teacher: Teacher, device: torch.device)
 
 def shown(recipe: Recipe, teacher: Teacher) -> list[Any]:
     """What the sample grids show: every class in turn, or prompts of the recipe's own kind."""
-    if classes := getattr(teacher.codec, "classes", 0):
+    if classes := teacher.codec.classes:
         return [i % classes for i in range(80)]
     if teacher.codec.condition([""]) is None:
         return [0] * 80

@@ -19,7 +19,6 @@ from students.form import StudentForm, StudentRequest
 from students.lora import AdaptedDenoiser, adapt, unwrap
 from students.two_time import two_time
 from teachers.denoiser import Denoiser, Network
-from teachers.errors import UserError
 from teachers.teacher import Teacher
 
 
@@ -66,10 +65,7 @@ def critic_of(section: CriticSection, fake: Any, teacher: Teacher) -> Critic:
         UserError: the fake score has no such blocks.
     """
     blocks = (unwrap(fake).middle,) if section.blocks is None else section.blocks
-    try:
-        return Critic(fake, teacher.shape, teacher.codec.condition([0]), blocks)
-    except ValueError as error:
-        raise UserError(f"critic.blocks: {error}") from None
+    return Critic(fake, teacher.shape, teacher.codec.condition([0]), blocks)
 
 
 def check_form(recipe: Recipe, form: StudentForm) -> None:

@@ -50,7 +50,7 @@ def write_pages(recipe: Recipe, student: Generator, teacher: Teacher) -> None:
     """The card and the report of a run that took no step, in a folder that does not stay."""
     from distill.report.page import render
 
-    pipe: Any = getattr(teacher.codec, "pipe", None)
+    pipe: Any = teacher.codec.pipe
     index = {} if pipe is None else {"_class_name": type(pipe).__name__, **dict(pipe.config)}
     with TemporaryDirectory() as scratch:
         run = Path(scratch)

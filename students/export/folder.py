@@ -101,7 +101,7 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
     try:
         with quiet():
             pipe.save_pretrained(draft)
-        make_portable(draft, getattr(teacher.codec, "folder", None))
+        make_portable(draft, teacher.codec.folder)
         open_to_readers(draft)
         if brings_source(network):
             from students.export import edm_source
@@ -168,7 +168,7 @@ def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
 def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str, Any]]:
     """What checks of a student sample: prompts, and the stock pipeline's arguments for them."""
     kind = type(unwrap(generator.denoiser))
-    if classes := getattr(teacher.codec, "classes", 0):
+    if classes := teacher.codec.classes:
         prompts: list[Any] = [i % classes for i in range(4)]
     else:
         prompts = ["a red circle", "two boats on a lake"]

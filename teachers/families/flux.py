@@ -94,6 +94,9 @@ class GuidanceCodec(Prompted):
     def condition(self, prompts: Any) -> dict[str, Tensor]:
         return self._tell(super().condition(prompts))
 
+    def parts(self) -> dict[str, Any]:
+        return {**super().parts(), "guidance": self.guidance}
+
     def arguments(self, prompts: list[Any]) -> dict[str, Any]:
         return {**super().arguments(prompts), "guidance_scale": self.guidance}
 

@@ -32,7 +32,7 @@ class UNet(Pretrained):
         if (sigma_data := self.schedule.sigma_data) is not None:
             _, sigma = self.process.at(t, x_t)
             x_t = x_t / (sigma**2 + sigma_data**2).sqrt()
-        labels = None if cond is None else cond["class_labels"]
+        labels = None if cond is None else cond.get("class_labels")
         x_t = x_t.to(self.dtype)
         out = self.backbone(x_t, self.time(t), class_labels=labels, return_dict=False)[0]
         return out[:, : x_t.shape[1]]  # drop a learned variance

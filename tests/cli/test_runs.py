@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torchvision.utils import save_image
 
 from teachers import load
-from teachers.diagnosis.structure import leaves
+from teachers.diagnosis.structure import dead_leaves
 from teachers.families.base import Prompted
 from tests.helpers import families, toys
 from tests.helpers.command_line import called
@@ -32,7 +32,7 @@ SUMMARY = {
 def pictures(tmp_path_factory):
     """Eight pictures: with captions beside them, and again in a folder for each of two classes."""
     root = tmp_path_factory.mktemp("pictures")
-    for i, image in enumerate(leaves(8, 3, (40, 48))):
+    for i, image in enumerate(dead_leaves(8, 3, (40, 48))):
         for folder in (root / "captioned", root / "classes" / str(i % 2)):
             folder.mkdir(parents=True, exist_ok=True)
             save_image(image / 2 + 0.5, folder / f"{i}.png")

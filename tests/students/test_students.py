@@ -364,7 +364,7 @@ def test_critic_gradients_reach_its_input_and_the_features_it_reads(pipelines):
 
 
 def test_a_block_that_does_not_exist_is_named(pipelines):
-    with pytest.raises(ValueError, match=r"no block 'backbone\.middle'"):
+    with refused("critic.blocks", "backbone.middle"):
         critic(pipelines, ("backbone.middle",))
 
 

@@ -398,3 +398,107 @@ def test_adaptive_guidance_that_stops_at_once_guides_one_call(teacher, point, mi
     teacher.samples = 0
     torch.testing.assert_close(adaptive(x_t, t, cond), teacher(x_t, t, cond))
     assert teacher.samples == 10  # five of them the line above
+
+
+# ---- each sample's own scale
+
+
+OWN = torch.tensor([1.0, 2.5, 0.0, 4.0, 7.5], dtype=torch.double)
+IDS = ["linear" if m is linear else str(m) for m in MIXES]
+
+
+def with_scales(cond, scales):
+    return {**cond, "guidance_scale": scales}
+
+
+def row(value, i):
+    """One sample of a tensor or a condition."""
+    if isinstance(value, dict):
+        return {k: v[i : i + 1] for k, v in value.items()}
+    return value[i : i + 1]
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=IDS)
+def test_samples_of_their_own_scales_are_as_many_calls_of_one_scale(teacher, point, mix):
+    for i, guided in enumerate(kinds(teacher, 3.0, mix)):
+        together = guided(*point[:2], with_scales(point[2], OWN))
+        for j, scale in enumerate(OWN.tolist()):
+            alone = kinds(teacher, scale, mix)[i](*(row(v, j) for v in point))
+            torch.testing.assert_close(together[j : j + 1], alone)
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=IDS)
+def test_equal_scales_are_the_one_scale_and_ones_are_unguided(teacher, point, mix):
+    for guided in kinds(teacher, 3.0, mix):
+        for dtype in (torch.float32, torch.float64):
+            same = with_scales(point[2], torch.full((5,), 3.0, dtype=dtype))
+            torch.testing.assert_close(guided(*point[:2], same), guided(*point), rtol=0, atol=1e-12)
+        ones = with_scales(point[2], torch.ones(5))
+        assert torch.equal(guided(*point[:2], ones), teacher(*point))
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=IDS)
+def test_in_single_precision_equal_scales_are_the_one_scale_bit_for_bit(mix):
+    x, negative = torch.randn(2, 64, 3, 8, 8)
+    found = mix(x, negative, torch.full((64,), 2.7))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, mix(x, negative, 2.7))
+
+
+def test_the_conditions_scale_stands_in_for_the_guidances_own(teacher, point):
+    """Also for one of 1, which then guides."""
+    x_t, t, cond = point
+    found = Guided(teacher, 1.0, NULL)(x_t, t, with_scales(cond, torch.full((5,), 3.0)))
+    torch.testing.assert_close(found, Guided(teacher, 3.0, NULL)(*point))
+
+
+def test_outside_an_interval_scales_do_nothing(teacher, point):
+    x_t, t, cond = point
+    limited = Interval(Guided(teacher, 3.0, NULL), 1e6, 1e7)
+    assert torch.equal(limited(x_t, t, with_scales(cond, OWN)), teacher(*point))
+
+
+def test_adaptive_guidance_and_solvers_follow_each_samples_scale(teacher, point):
+    x_t, _, cond = point
+    times, own = teacher.process.grid(7), with_scales(cond, OWN)
+    together = ddim(Adaptive(Guided(teacher, 3.0, NULL), 0.8), x_t, times, own)
+    for i, scale in enumerate(OWN.tolist()):
+        alone = Adaptive(Guided(teacher, scale, NULL), 0.8)
+        torch.testing.assert_close(row(together, i), ddim(alone, row(x_t, i), times, row(cond, i)))
+    guided = Guided(teacher, 3.0, NULL)
+    torch.testing.assert_close(cfgpp(guided, x_t, times, own), cfgpp(guided, x_t, times, cond))
+
+
+def test_gradients_reach_the_scales(teacher, point):
+    x_t, t, cond = point
+    scales = OWN[1:].clone().requires_grad_()
+    labels = {"class_labels": cond["class_labels"][1:]}
+    x = Guided(teacher, 3.0, NULL)(x_t[1:], t[1:], with_scales(labels, scales))
+    x.square().sum().backward()
+    assert scales.grad is not None and scales.grad.abs().min() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mix", MIXES, ids=IDS)
+def test_a_networks_skipped_layers_guide_each_sample_by_its_own_scale(mix):
+    teacher = load("digits")
+    x_t, t = torch.randn(4, *teacher.shape), torch.tensor([0.2, 0.4, 0.6, 0.8])
+    cond, scales = teacher.codec.condition([1, 2, 3, 4]), [1.0, 2.0, 3.5, 0.5]
+    block = ["backbone.mid_block.resnets.0"]
+    guided = SkipLayerGuided(teacher.denoiser, 2.0, block, mix)
+    together = guided(x_t, t, with_scales(cond, torch.tensor(scales)))
+    for i, scale in enumerate(scales):
+        alone = SkipLayerGuided(teacher.denoiser, scale, block, mix)
+        torch.testing.assert_close(
+            row(together, i), alone(row(x_t, i), row(t, i), row(cond, i)), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_a_network_without_labels_is_autoguided_by_each_samples_scale():
+    """Its condition holds the scale alone, and the two networks get none."""
+    strong = Gaussian(torch.ones(D).double(), torch.full((D,), 1.0).double())
+    weak = Gaussian(torch.zeros(D).double(), torch.full((D,), 2.0).double())
+    x_t, t = torch.randn(5, D, dtype=torch.double), torch.rand(5, dtype=torch.double)
+    found = AutoGuided(strong, 2.0, weak)(x_t, t, {"guidance_scale": OWN})
+    expected = weak(x_t, t) + OWN[:, None] * (strong(x_t, t) - weak(x_t, t))
+    torch.testing.assert_close(found, expected)
