@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distill.benchmark import leaderboard
 from distill.benchmark.leaderboard import LeaderboardRow, figure
+from eval import catalogue
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 Cell = Callable[[LeaderboardRow], str]
@@ -37,7 +38,7 @@ def students(name: str, cell: Cell = distance) -> str:
         return "Not measured."
     counts = sorted({v.steps for v in found if v.steps})
     varied = any("coverage" in v.metrics for v in found)
-    heads = ["objective", *map(steps, counts), *(["coverage"] if varied else [])]
+    heads = ["objective", *map(steps, counts), *([catalogue.short("coverage")] if varied else [])]
     rows = [[*heads, "trained steps", "seconds", "GB"]]
     for row in grouped(found):
         first = row[0]

@@ -18,7 +18,10 @@ from typing import Any
 
 from boards import right, students, untrained
 
+from eval import catalogue
+
 ROOT = Path(__file__).parent.parent
+SHARES = ("precision", "recall", "coverage")  # beside the distance, in the quickstart's table
 # The method, its paper, file, recipe and data, and its row in the benchmark of the digits.
 DMD2, CM = "Yin et al. 2024, arXiv:2405.14867", "consistency.py"
 METHODS = {
@@ -51,7 +54,7 @@ def summary(name: str) -> dict[str, Any] | None:
 def row(name: str, found: dict[str, Any], base: float | None) -> str:
     """A row; without a base, which must come from the same run, there is no speed to state."""
     spread = f" ± {found['spread']['fd']:.3f}" if found["seeds"] > 1 else ""
-    shares = " | ".join(f"{found[k]:.3f}" for k in ("precision", "recall", "coverage"))
+    shares = " | ".join(catalogue.written(k, found[k]) for k in SHARES)
     speed = found["images_per_s"]
     timing = f"{speed:,.0f} | {speed / base:.0f}×" if base else " | "
     return f"| {name} | {found['fd']:.3f}{spread} | {shares} | {timing} |"
@@ -65,7 +68,7 @@ def readme() -> str:
     teacher = metrics["teacher"]
     base = teacher["images_per_s"]
     lines = [
-        "| | Fréchet distance | precision | recall | coverage | images/s | speed-up |",
+        f"| | {' | '.join(map(catalogue.label, ('fd', *SHARES, 'images_per_s')))} | speed-up |",
         "|---|---|---|---|---|---|---|",
         row(f"teacher, {teacher['steps']}-step Heun", teacher, base),
         row("teacher, 1 step", metrics["teacher_few"]["1"], base),
@@ -167,7 +170,7 @@ def shapes() -> str:
 def text() -> str:
     """Teacher and students of text to image: evaluations a picture, captions right, distance."""
     lines = [
-        "| | evaluations a picture | whole captions right | Fréchet distance |",
+        f"| | evaluations a picture | whole captions right | {catalogue.label('fd')} |",
         "|---|---|---|---|",
     ]
     found = {name: summary(f"shapes-{name}") for name in ("dmd2-lora", "dmd2-lora-1step")}
@@ -209,6 +212,17 @@ def again() -> str:
     return "\n".join(lines)
 
 
+def figures() -> str:
+    """A row for each figure of the catalogue."""
+    lines = ["| key | label | better | unit | what | paper |", "|---|---|---|---|---|---|"]
+    for key, info in catalogue.CATALOGUE.items():
+        name = "" if info.role == "detail" else f"**{info.label}**"
+        paper = f"arXiv:{info.paper}" if info.paper else ""
+        cells = (f"`{key}`", name, info.better, info.unit, info.summary, paper)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def filled(text: str, name: str, table: str) -> str:
     """The text with the table between the markers of that name."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
@@ -218,6 +232,7 @@ def filled(text: str, name: str, table: str) -> str:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {  # the tables of each file, by their markers
     "README.md": {"results": readme, "text": text},
+    "docs/figures.md": {"figures": figures},
     "docs/methods.md": {"results": methods, "chains": chains, "shapes": shapes, "seeds": again},
     "docs/benchmark.md": {
         "gaussians": partial(students, "gaussians"),

@@ -14,6 +14,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from eval import catalogue
+
 T = TypeVar("T")
 
 
@@ -161,41 +163,59 @@ class Progress:
             self.bar.console.print(line, soft_wrap=True)
 
 
-# The figures that a table shows of those there are, in this order.
-HEADS = {
-    "fd": "FD", "fid": "FID", "fd_dinov2": "FD-DINOv2", "cmmd": "CMMD", "inception_score": "IS",
-    "precision": "prec.", "recall": "recall", "coverage": "cover.", "accuracy": "accuracy",
-    "teacher_psnr": "PSNR",
-}  # fmt: skip
+NAME = 14  # the least width of the names of rows; longer names are wrapped
 
 
-def results(title: str, rows: dict[str, dict[str, Any]], base: str | None = None) -> Table:
-    """A table of metrics: a row for each sampler, and its speed over that of the row `base`."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    costs = [f"{row['evaluations']:.4g}" if "evaluations" in row else "" for row in rows.values()]
-    if any(costs):
-        table.add_column("evals", justify="right", no_wrap=True)
-    named = {k: head for k, head in HEADS.items() if all(k in row for row in rows.values())}
-    captions = any("shape_accuracy" in row for row in rows.values())  # are then what can be wrong
-    for k in ("precision", "recall") if captions else ("accuracy",):  # there is room for so many
-        named.pop(k, None)
-    timed = all("images_per_s" in row for row in rows.values())
-    for name in (*named.values(), *["img/s"] * timed, *["speed"] * (base is not None)):
-        table.add_column(name, justify="right", no_wrap=True)
-    first = next(iter(named), None)
-    for (name, row), cost in zip(rows.items(), costs, strict=True):
-        cells = [f"{row[k]:.3f}" for k in named]
-        if first is not None and row.get("seeds", 1) > 1:
-            cells[0] += f" ±{row['spread'][first]:.3f}"
-        if any(costs):
-            cells.insert(0, cost)
-        if timed:
-            cells.append(f"{row['images_per_s']:,.0f}")
-        if base is not None:
-            cells.append(f"{row['images_per_s'] / rows[base]['images_per_s']:.1f}×")
-        table.add_row(name, *cells)
-    return table
+def results(title: str, rows: dict[str, dict[str, Any]], base: str | None = None) -> Group:
+    """Every main figure of the rows, and the speed of each over that of the row `base`.
+
+    Columns that do not fit beside one another on the terminal are in a further table below.
+    """
+    columns = columns_of(rows, base)
+    room = out.width - min(NAME, max(map(len, rows)))
+    tables, left = list[list[str]](), 0
+    for head, cells in columns.items():
+        width = 2 + max(map(len, (head, *cells)))
+        if not tables or width > left:
+            tables.append([])
+            left = room
+        tables[-1].append(head)
+        left -= width
+    found = []
+    for heads in tables or [[]]:
+        table = Table(
+            title=None if found else title,
+            title_justify="left", box=None, pad_edge=False, header_style="bold",
+        )  # fmt: skip
+        table.add_column("")
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True)
+        for i, name in enumerate(rows):
+            table.add_row(name, *(columns[head][i] for head in heads))
+        found.append(table)
+    return Group(*found)
+
+
+def columns_of(rows: dict[str, dict[str, Any]], base: str | None) -> dict[str, list[str]]:
+    """The cells of the columns by their heads: costs, figures, speed."""
+
+    def cells(key: str, spread: bool = False) -> list[str]:
+        found = [catalogue.written(key, row[key]) if key in row else "" for row in rows.values()]
+        if spread:
+            for i, row in enumerate(rows.values()):
+                if row.get("seeds", 1) > 1:
+                    found[i] += f" ±{catalogue.written(key, row['spread'][key])}"
+        return found
+
+    first, *others = rows.values()
+    figures = [k for k in catalogue.columns(first) if all(k in row for row in others)]
+    keys = ["evaluations"] if any("evaluations" in row for row in rows.values()) else []
+    keys += [*figures, *["images_per_s"] * all("images_per_s" in row for row in rows.values())]
+    found = {catalogue.narrow(k): cells(k, k == next(iter(figures), None)) for k in keys}
+    if base is not None:
+        speed = [row["images_per_s"] / rows[base]["images_per_s"] for row in rows.values()]
+        found["speed"] = [f"{v:.1f}×" for v in speed]
+    return found
 
 
 def planned(tree: dict[str, Any], memory: float, reserve: float) -> Table:

@@ -5,18 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-# Metrics by the heads that tables give them; the first that a protocol has orders rows.
-FIGURES = {
-    "fd": "Fréchet distance",
-    "fid": "FID",
-    "precision": "precision",
-    "recall": "recall",
-    "coverage": "coverage",
-    "accuracy": "label accuracy",
-    "caption_accuracy": "caption accuracy",
-    "clip_score": "CLIP score",
-}
-LOWER = {"fd", "fid"}  # those of which less is better
+from eval import catalogue
+
 SPREAD = "± is the standard deviation over seeds"
 
 
@@ -68,7 +58,9 @@ def many(n: int, noun: str) -> str:
 def best(metrics: Mapping[str, Any] | None) -> str | None:
     """The student's step count with the best of the first figure; None where none was measured."""
     found = (metrics or {}).get("student", {})
-    key = next((k for k in FIGURES if all(k in row for row in found.values())), None)
-    if not found or key is None:
+    measured = [k for row in found.values() for k in catalogue.columns(row)]
+    key = next((k for k in measured if all(k in row for row in found.values())), None)
+    if key is None:
         return None
-    return min(found, key=lambda k: found[k][key] if key in LOWER else -found[k][key])
+    sign = 1 if catalogue.lower_is_better(key) else -1
+    return min(found, key=lambda k: sign * found[k][key])

@@ -22,9 +22,10 @@ from distill.publish.card import (
     require_finished,
     snippet,
 )
-from distill.publish.results_table import FIGURES, SPREAD, Row, best, many, rows_of, steps_of
+from distill.publish.results_table import SPREAD, Row, best, many, rows_of, steps_of
 from distill.report import curves
 from distill.report.charts import chart
+from eval import catalogue
 from teachers.errors import UserError, intact
 
 PICTURES = "final"  # under samples/: teacher and student on the same noise, written as a run ends
@@ -109,9 +110,9 @@ def verdict(summary: Mapping[str, Any]) -> str:
     any_row = first_row(metrics)
     if (steps := best(metrics)) is None:
         return f"Measured by protocol {any_row['protocol']}."
-    key, found = next(k for k in FIGURES if k in any_row), metrics["student"][steps]
+    key, found = catalogue.columns(any_row)[0], metrics["student"][steps]
     said = " ± ".join(filter(None, figure(found, key)))
-    begins = f"In {steps_of([int(steps)])} the student's {FIGURES[key]} is {said}"
+    begins = f"In {steps_of([int(steps)])} the student's {catalogue.label(key)} is {said}"
     if (full := metrics.get("teacher")) is None:
         return f"{begins}; the teacher was not measured."
     ratio = found[key] / full[key]
@@ -134,8 +135,10 @@ def first_row(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def figure(row: Mapping[str, Any], key: str) -> tuple[str, str]:
     """A figure, and its spread over seeds where there was more than one."""
-    spread = row.get("spread", {}).get(key, 0.0) if row.get("seeds", 1) > 1 else None
-    return f"{row[key]:.3f}", "" if spread is None else f"{spread:.3f}"
+    value = catalogue.written(key, row[key])
+    if row.get("seeds", 1) <= 1:
+        return value, ""
+    return value, catalogue.written(key, row.get("spread", {}).get(key, 0.0))
 
 
 def what_learnt(recipe: Mapping[str, Any]) -> str:
@@ -205,7 +208,7 @@ def table(summary: Mapping[str, Any]) -> dict[str, Any]:
     if not metrics:
         return {}
     full = metrics.get("teacher")
-    keys = [k for k in FIGURES if k in first_row(metrics)]
+    keys = catalogue.columns(first_row(metrics))
 
     def cells(row: Row) -> list[tuple[str, str]]:
         speed = row.figures["images_per_s"]
@@ -213,7 +216,7 @@ def table(summary: Mapping[str, Any]) -> dict[str, Any]:
         found = [(f"{row.evaluations:.4g}", ""), *(figure(row.figures, k) for k in keys)]
         return [*found, (f"{speed:,.0f}", ""), *over]
 
-    heads = ["evaluations", *(FIGURES[k] for k in keys), "images/s"]
+    heads = ["evaluations", *map(catalogue.label, keys), catalogue.label("images_per_s")]
     return {
         "heads": heads + ["speed-up"] * (full is not None),
         "rows": [(row.name, row.ours, cells(row)) for row in rows_of(metrics)],

@@ -7,7 +7,7 @@ its sample count and its seeds, and its results repeat them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, pstdev
@@ -172,11 +172,6 @@ def read(path: Path) -> Protocol:
     )
 
 
-def headline(figures: Mapping[str, Any]) -> str | None:
-    """The name of the figure that says most of these, the less the better; None if none does."""
-    return next((k for k in LESS_IS_BETTER if k in figures), None)
-
-
 def _known(name: str) -> Callable[[], Protocol]:
     path = spec.FOLDER / f"{name}.yaml"
 
@@ -188,43 +183,6 @@ def _known(name: str) -> Callable[[], Protocol]:
 
 
 PROTOCOLS: dict[str, Callable[[], Protocol]] = {name: _known(name) for name in spec.names()}
-LESS_IS_BETTER = ("fd", "fid", "fd_dinov2", "cmmd", "kid")
-METRICS = {
-    "accuracy": "share of samples that read as what was asked for: a label, a whole caption",
-    "clip_score": "cosine of picture and prompt, by the model and prefix named (arXiv:2104.08718)",
-    "cmmd": "Gaussian MMD of CLIP embeddings, times 1000 (arXiv:2401.09603)",
-    "cmmd_unbiased": "the same without its bias of c / N",
-    "colour_accuracy": "share of scenes in which exact code reads the colour asked for",
-    "count_accuracy": "share of scenes in which exact code reads the number asked for",
-    "coverage": "share of real samples with a fake in their k-neighbour ball (arXiv:2002.09797)",
-    "density": "how many real balls hold each fake, over k (arXiv:2002.09797)",
-    "fd": "Fréchet distance of features to the reference's (arXiv:1706.08500)",
-    "fd_bias": "the fd expected of as many independent samples of the reference's own law",
-    "fd_dinov2": "Fréchet distance of DINOv2 features (arXiv:2306.04675)",
-    "fd_dinov2_bias": "the fd_dinov2 expected of as many samples of the reference's own law",
-    "fid": "Fréchet distance of Inception features, by the protocol's resize (arXiv:1706.08500)",
-    "fid_bias": "the fid expected of as many samples of the reference's own law",
-    "fid_infinity": "fid extrapolated to infinitely many samples (arXiv:1911.07023)",
-    "hps_v2.1": "human preference score of picture and prompt, times 100 (arXiv:2306.09341)",
-    "image_reward": "learned preference for picture and prompt (arXiv:2304.05977)",
-    "images_per_s": "samples per second of generation",
-    "inception_score": "classes sure and many, 1 to 1008; no reference (arXiv:1606.03498)",
-    "inception_score_infinity": "it, extrapolated to infinitely many samples (arXiv:1911.07023)",
-    "inception_score_std": "standard deviation of it over its splits",
-    "kid": "unbiased cubic MMD of Inception features, not times 1000 (arXiv:1801.01401)",
-    "kid_std": "standard deviation of it over its subsets",
-    "lpips_diversity": "LPIPS over the pairs of a prompt's samples (arXiv:1801.03924)",
-    "patch_fid": "fid of central 299×299 patches that are not resized (arXiv:2402.13929)",
-    "patch_fid_bias": "the patch_fid expected of as many samples of the reference's own law",
-    "pick_score": "learned preference for picture and prompt, near 20 (arXiv:2305.01569)",
-    "position_accuracy": "share of scenes in which exact code reads the place asked for",
-    "precision": "share of fakes inside some real ball (arXiv:1904.06991)",
-    "recall": "share of real samples inside some fake ball (arXiv:1904.06991)",
-    "shape_accuracy": "share of scenes in which exact code reads the shape asked for",
-    "teacher_lpips": "LPIPS to the teacher's picture of the same noise (arXiv:1801.03924)",
-    "teacher_psnr": "signal-to-noise ratio to the teacher's picture of the same noise, in dB",
-    "vendi": "effective number of different samples (arXiv:2210.02410)",
-}
 
 
 def protocol(name: str) -> Protocol:

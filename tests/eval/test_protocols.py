@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from eval import fetch
+from eval.catalogue import CATALOGUE
 from eval.errors import MetricError
 from eval.metrics.features import Embedded, Prepared
 from eval.metrics.fid import FID, Moments
 from eval.prompt_benchmarks import dpg, geneval
 from eval.protocols import reference, spec
-from eval.protocols.measure import METRICS, PROTOCOLS, protocol, read
+from eval.protocols.measure import PROTOCOLS, protocol, read
 from eval.protocols.reference import Reference, find, of_folder
 from eval.resize import centre_lanczos
 from eval.samples import Samples
@@ -132,7 +133,7 @@ def test_every_protocol_is_written_as_it_should_be_and_its_figures_are_described
         assert PROTOCOLS[name].__doc__ == written.summary and len(written.summary) < 110
         assert written.count % written.chunk == 0
         for key in set(written.metrics) - {"prdc"}:
-            assert key in METRICS, f"{name}: {key}"
+            assert key in CATALOGUE, f"{name}: {key}"
     assert set(PROTOCOLS) == {
         "cifar10-50k", "coco2014-30k", "coco2017-5k", "digits", "imagenet64-50k", "mjhq-30k",
         "sdxl-10k", "shapes",

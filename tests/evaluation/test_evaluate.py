@@ -13,7 +13,8 @@ from distill.evaluation import subject
 from distill.evaluation.results_file import Figures
 from distill.evaluation.subject import Subject, agreement, evaluate
 from distill.sampling.student_sampler import check_protocol
-from eval.protocols.measure import headline, protocol
+from eval.catalogue import headline
+from eval.protocols.measure import protocol
 from eval.samples import Samples
 from teachers.catalogue.loading import load
 from teachers.errors import UserError
