@@ -174,11 +174,15 @@ def evaluate(
 
     if json_file is not None:
         writable(json_file, "--json")
-    how = {"solver": solver, "guidance": guidance, "null_label": null_label}
-    few = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
+    sampler = {"solver": solver, "guidance": guidance, "null_label": null_label}
+    few_step = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
     beside = {"against": against, "against_steps": against_steps}
     weights = {"precision": precision, "speed": speed, "json_file": json_file}
-    measure(Request(source, protocol, steps, seeds, how=how, few=few, **beside, **weights))
+    measure(
+        Request(
+            source, protocol, steps, seeds, sampler=sampler, few_step=few_step, **beside, **weights
+        )
+    )
 
 
 def draw(
@@ -213,28 +217,34 @@ def draw(
     from distill.evaluation import subject
     from eval.stream import Processes
 
-    asked = benchmarks.prompts_of(benchmark, prompts)
+    items = benchmarks.prompts_of(benchmark, prompts)
     device = device_of()
     state = PartialState(
         cpu=device.type == "cpu"
     )  # or processes on CPUs do not know of one another
     if subject.is_student(source):
-        found = subject.student(source, device)
+        loaded = subject.student(source, device)
     else:
-        found = subject.teacher(source, device, solver, guidance)
-    k = steps or max(found.counts or (18,))
-    found.check([k])
-    benchmarks.check_subject(found, benchmark)
-    lines = [v._asdict() for v in asked]
-    about = {"benchmark": benchmark, "steps": k, "seed": seed, **found.about, "prompts": lines}
-    record = benchmarks.check_folder(folder, about)
+        loaded = subject.teacher(source, device, solver, guidance)
+    k = steps or max(loaded.counts or (18,))
+    loaded.check([k])
+    benchmarks.check_subject(loaded, benchmark)
+    lines = [v._asdict() for v in items]
+    contents = {
+        "benchmark": benchmark,
+        "steps": k,
+        "seed": seed,
+        **loaded.identity,
+        "prompts": lines,
+    }
+    record = benchmarks.check_folder(folder, contents)
     writable(record, "draw")
     state.wait_for_everyone()  # all have looked before anything is there
     if state.is_main_process:
-        benchmarks.begin(record, about)
+        benchmarks.write_record(record, contents)
     processes = Processes(state.process_index, state.num_processes)
-    benchmarks.draw(found, benchmark, asked, folder, k, seed, processes)
-    say(f"pictures of {len(asked):,} prompts in {folder}")
+    benchmarks.sample_prompts(loaded, benchmark, items, folder, k, seed, processes)
+    say(f"pictures of {len(items):,} prompts in {folder}")
 
 
 def reference(
@@ -257,17 +267,19 @@ def reference(
     from distill.evaluation import references
     from teachers.errors import UserError
 
-    asked = references.wanted(name, protocol)
+    request = references.request_for(name, protocol)
     if source.is_dir():
         if features is not None:
             raise UserError("--features: for an .npz alone; of pictures all are made")
-        made = references.from_pictures(asked, source)
-        say(f"{name}: {asked.count:,} pictures, {len(made)} kinds of features in {made[0].parent}")
+        made = references.from_images(request, source)
+        say(
+            f"{name}: {request.count:,} pictures, {len(made)} kinds of features in {made[0].parent}"
+        )
         return
     if source.suffix != ".npz" or not source.is_file():
         raise UserError(f"{source}: expected a folder of pictures, or an .npz of mu and sigma")
-    path, rest = references.from_moments(asked, source, features)
-    say(f"{name}: moments in {path}; that they are of {asked.count:,} pictures is your word")
+    path, rest = references.from_moments(request, source, features)
+    say(f"{name}: moments in {path}; that they are of {request.count:,} pictures is your word")
     if rest:
         names = ", ".join(need.features.name for need in rest)
         say(f"still to be made, of the pictures: {names}")

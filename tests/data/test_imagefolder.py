@@ -63,7 +63,7 @@ def test_images_without_a_row_and_rows_without_an_image_are_bad(tmp_path):
         ('{"file_name": "000.png", "text": "a"}', "metadata:title", "no column 'title'"),
         ('{"text": "a"}', None, "a row without file_name"),
         ('{"file_name": ', None, "line 1 is not valid JSON"),
-        ("[1]", None, "line 1 is no JSON object"),
+        ("[1]", None, "line 1 is not a JSON object"),
     ],
 )  # fmt: skip
 def test_tables_that_cannot_be_followed_are_refused(tmp_path, text, named, says):

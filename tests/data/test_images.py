@@ -38,7 +38,7 @@ def read(content, channels=3, side=8):
 
 
 def values(content):
-    return np.asarray(images.shown(images.opened(io.BytesIO(content)))).astype(int)
+    return np.asarray(images.to_srgb(images.open_image(io.BytesIO(content)))).astype(int)
 
 
 def flat(mode, value, side=8):
@@ -213,7 +213,7 @@ def test_every_orientation_is_upright_and_so_is_its_size(kind):
         exif = Image.Exif()
         exif[0x0112] = number
         content = saved(upright.transpose(Image.Transpose[turn]), kind, exif=exif)
-        assert images.size_of(images.opened(io.BytesIO(content))) == (64, 32), number
+        assert images.size_of(images.open_image(io.BytesIO(content))) == (64, 32), number
         assert np.abs(values(content) - corners).mean() < 4, number
 
 

@@ -71,10 +71,10 @@ def test_quoted_commas_quotes_and_line_ends_are_read_to_the_letter(tmp_path):
         ("p.csv", "text,id,text\na,1,b\n", "two columns are named 'text'"),
         ("p.tsv", "text\ttext\na\tb\n", "two columns are named 'text'"),
         ("p.jsonl", '{"text": "a"}\n\n{"text": "b", "text": "c"}\n',
-         "line 3: the key 'text' is there twice"),
-        ("p.json", '[{"text": "b", "text": "c"}]', "the key 'text' is there twice"),
+         "line 3: the key 'text' is repeated"),
+        ("p.json", '[{"text": "b", "text": "c"}]', "the key 'text' is repeated"),
         ("p.jsonl", '{"text": "a"}\n{"text": ', "line 2 is not valid JSON"),
-        ("p.jsonl", '{"text": "a"}\n[1]', "line 2 is no JSON object"),
+        ("p.jsonl", '{"text": "a"}\n[1]', "line 2 is not a JSON object"),
     ],
 )  # fmt: skip
 def test_columns_and_keys_that_are_there_twice_are_refused(tmp_path, file, content, says):
@@ -128,7 +128,7 @@ def test_two_captions_of_one_image_are_a_bad_item(tmp_path):
     assert [i.prompt for i in listing.items] == ["word 2"]
     assert [(b.kind, b.reason) for b in listing.bad] == [
         ("unreadable caption", "both 000.TXT and 000.txt lie beside it; keep one"),
-        ("unreadable caption", "001.json: the key 'caption' is there twice; keep one"),
+        ("unreadable caption", "001.json: the key 'caption' is repeated; keep one"),
     ]
 
 

@@ -65,7 +65,7 @@ def given(stubs):
     scenes = Samples(shapes.draw(captions, 0), captions)
     digits = Samples(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), ["0", "1"])
     clip = kinds["clip_score"]("m", "r")
-    clip.pair = stubs
+    clip.encoders = stubs
     made = {
         "caption_accuracy": [(kinds["caption_accuracy"](), scenes)],
         "clip_score": [(clip, samples)],
@@ -93,7 +93,7 @@ def given(stubs):
 
 def test_the_catalogue_has_the_figures_of_all_metrics_and_samplers_and_no_others(stubs):
     found = {key for keys in given(stubs).values() for key in keys}
-    cached = SimpleNamespace(kept=object(), part=0.5, searching=3)
+    cached = SimpleNamespace(deep_cache=object(), shallow_share=0.5, search_evaluations=3)
     found |= Sampler.costs(cached, 10, 4, 2).keys()  # pyright: ignore[reportArgumentType]
     found |= spec_row().keys() & {"images_per_s"}
     assert {catalogue.name_of(k) for k in found} == CATALOGUE.keys()
@@ -102,7 +102,7 @@ def test_the_catalogue_has_the_figures_of_all_metrics_and_samplers_and_no_others
 def spec_row():
     from eval.protocols.measure import protocol
 
-    return protocol("digits").over([{"fd": 1.0, "images_per_s": 2.0}])
+    return protocol("digits").average([{"fd": 1.0, "images_per_s": 2.0}])
 
 
 def test_names_are_different_and_papers_are_arxivs():

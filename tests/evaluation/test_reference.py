@@ -104,9 +104,11 @@ def test_one_call_makes_every_kind_of_features_that_a_protocol_reads(world, fold
     whole = {k: pictures().flatten(1)[:, :n].float() for k, n in (("toy", 12), ("wide", 16))}
     for name, x in whole.items():
         found = reference.find("toys", spec.EXTRACTORS[name], 40)
-        torch.testing.assert_close(found.moments.cov, Moments.of(x).cov)
+        torch.testing.assert_close(found.moments.cov, Moments.from_features(x).cov)
         assert torch.equal(found.features, x)
-    figures = read(spec.FOLDER / "both.yaml").once(lambda p, _: Samples(pictures(len(p)), p), 0)
+    figures = read(spec.FOLDER / "both.yaml").measure_seed(
+        lambda p, _: Samples(pictures(len(p)), p), 0
+    )
     assert figures["wide"] >= 0 and figures["recall"] > 0
 
 
@@ -178,7 +180,7 @@ def test_moments_alone_where_features_are_needed_name_the_command_too(world, mom
     wide = torch.cov(torch.randn(16, 99)).double().numpy()
     np.savez(world / "w.npz", mu=np.zeros(16), sigma=wide)
     made = reference.published("toys", world / "w.npz", spec.EXTRACTORS["wide"], 40)
-    made.save(reference.place("toys", spec.EXTRACTORS["wide"], None, made.content))
+    made.save(reference.path_of("toys", spec.EXTRACTORS["wide"], None, made.content))
     called(capsys, "reference", "toys", moments, "--protocol", "plain")
     code, _, err = called(capsys, "eval", "digits", "--protocol", "both")
     assert code == 2 and "prdc: the reference toys holds moments alone" in err
@@ -188,15 +190,15 @@ def test_moments_alone_where_features_are_needed_name_the_command_too(world, mom
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["toyz", "{f}"], "'toyz' is no protocol's: did you mean 'toys'?"),
+        (["toyz", "{f}"], "reference 'toyz': no protocol has it; did you mean 'toys'?"),
         (["toys", "{f}", "--protocol", "plane"], "protocol 'plane' is unknown; did you mean 'plai"),
-        (["digits", "{f}", "--protocol", "digital"], "digital: its reference comes with it"),
-        (["toys", "{f}", "--protocol", "free"], "free: its reference comes with it"),
+        (["digits", "{f}", "--protocol", "digital"], "digital: it needs no statistics"),
+        (["toys", "{f}", "--protocol", "free"], "free: it needs no statistics"),
         (["toyz", "{f}", "--protocol", "both"], "it compares with 'toys', not with 'toyz'"),
         (["toys", "{w}/nowhere"], "expected a folder of pictures, or an .npz"),
-        (["toys", "{w}/protocols"], "no pictures in"),
+        (["toys", "{w}/protocols"], "no images in"),
         (["toys", "{f}", "--features", "toy"], "--features: for an .npz alone"),
-        (["toys", "{w}/few"], "39 pictures in "),
+        (["toys", "{w}/few"], "39 images in "),
         (["toys", "{w}/few"], "takes 40"),
         (["toys", "{w}/large"], "000.png is 5×5 pixels; the protocol takes 4×4"),
         (["toys", "{w}/broken"], "007.png cannot be read (cannot identify"),
@@ -342,12 +344,12 @@ def test_weights_that_are_not_to_be_had_are_said_before_the_long_work(
 
 def test_the_shipped_protocols_ask_for_what_their_metrics_read(monkeypatch):
     monkeypatch.undo()
-    asked = references.wanted("cifar10-train")
+    asked = references.request_for("cifar10-train")
     assert asked.count == 50_000 and asked.side == 32 and asked.protocols == "cifar10-50k"
     assert {n.features.name: n.vectors for n in asked.needs} == {
         "inception-edm": True, "dinov2-vitl14": False
     }  # fmt: skip
-    asked = references.wanted("coco2014-10k", "sdxl-10k")
+    asked = references.request_for("coco2014-10k", "sdxl-10k")
     assert {n.features.name: n.vectors for n in asked.needs} == {
         "inception-clean-centre_lanczos-512": False,
         "inception-clean-centre_patch-299": False,

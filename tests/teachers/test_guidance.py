@@ -322,7 +322,7 @@ def test_a_mistaken_guidance_is_one_line(tmp_path, guidance, line):
 
 def test_a_weaker_teacher_of_another_shape_is_refused(tmp_path):
     recipe = written(tmp_path, "{scale: 2, kind: auto, weaker: 'analytic:ring'}")
-    with pytest.raises(UserError, match=r"weaker: 'analytic:ring' is 2; the teacher is 1×8×8"):
+    with pytest.raises(UserError, match=r"weaker: 'analytic:ring' is 2; give one of 1×8×8"):
         guided_teacher.guided(recipe, guided_teacher.load_teacher(recipe))
 
 
@@ -334,17 +334,17 @@ def test_a_weaker_teacher_of_other_labels_is_refused(pipelines, tmp_path, kind, 
     recipe = written(tmp_path, f"{{scale: 2, kind: auto, weaker: '{pipelines[kind]}'}}")
     section = recipe.teacher.model_copy(update={"null_label": null})
     recipe = recipe.model_copy(update={"teacher": section})
-    line = f"weaker: .* reads {reads}; the teacher is given labels of 10 classes: name a smaller"
+    line = f"weaker: .* reads {reads}; the teacher reads labels of 10 classes; name a smaller"
     with pytest.raises(UserError, match=line):
         guided_teacher.guided(recipe, load("digits"))
 
 
 def test_a_weaker_text_teacher_of_another_family_is_refused(tmp_path):
     sd, sdxl = (load(str(families.build(k, tmp_path / k))) for k in ("sd", "sdxl"))
-    line = "'sdxl' reads text of 40×64, pooled of 32.*; the teacher is given text of 40×32: name"
+    line = "'sdxl' reads text of 40×64, pooled of 32.*; the teacher reads text of 40×32; name"
     with pytest.raises(UserError, match=line):
-        guided_teacher.check_reads("sdxl", sdxl, sd)
-    guided_teacher.check_reads("sd", sd, sd)
+        guided_teacher.check_conditions("sdxl", sdxl, sd)
+    guided_teacher.check_conditions("sd", sd, sd)
 
 
 def cosine(teacher, x_t, t, cond):
