@@ -127,7 +127,7 @@ def test_what_is_there_is_not_made_again(world, folder, capsys):
     CALLS.clear()
     code, out, _ = called(capsys, "reference", "toys", folder, "--protocol", "both")
     assert (code, set(CALLS)) == (0, {"wide"})
-    assert out.count("is there already") == 1
+    assert out.count("exists already") == 1
     CALLS.clear()
     assert called(capsys, "reference", "toys", folder, "--protocol", "both")[0] == 0
     assert CALLS == []
@@ -165,7 +165,7 @@ def test_published_moments_serve_distances_and_leave_the_rest_to_pictures(
 def test_moments_that_may_be_of_several_features_must_be_named(world, moments, capsys):
     words = ("reference", "toys", moments, "--protocol", "small")
     code, _, err = called(capsys, *words)
-    assert code == 2 and "may be of toy-centre_lanczos-2 or same; say which" in err
+    assert code == 2 and "may be of toy-centre_lanczos-2 or same; name one" in err
     assert called(capsys, *words, "--features", "same")[0] == 0
     assert files(world) == ["same"]
 
@@ -204,14 +204,14 @@ def test_moments_alone_where_features_are_needed_name_the_command_too(world, mom
         (["toys", "{w}/broken"], "007.png cannot be read (cannot identify"),
         (["toys", "{w}/cut"], "000.png cannot be read ("),
         (["toys", "{w}/m.npz", "--protocol", "small", "--features", "sane"], "did you mean 'same'"),
-        (["toys", "{w}/w.npz", "--protocol", "both"], "prdc of both needs the features of pict"),
+        (["toys", "{w}/w.npz", "--protocol", "both"], "prdc of both needs the features of the"),
         (
             ["toys", "{w}/w.npz", "--protocol", "plain"],
-            "mu holds 16 numbers; plain takes toy of 12",
+            "mu holds 16 numbers; give moments that plain takes: toy of 12",
         ),
         (
             ["toys", "{w}/w.npz", "--protocol", "plain", "--features", "toy"],
-            "mu holds 16 numbers; toy gives 12",
+            "mu holds 16 numbers; give moments of toy, which has 12",
         ),
         (["toys", "{w}/odd.npz"], "not an .npz of mu and sigma"),
         (["toys", "{w}/text.npz"], "not an .npz of mu and sigma"),
@@ -319,14 +319,14 @@ def test_statistics_of_other_pictures_are_never_joined_by_a_second_set(world, fo
     other = saved(world / "other", pictures(seed=1))
     CALLS.clear()
     code, _, err = called(capsys, "reference", "toys", other, "--protocol", "both")
-    assert code == 2 and "is not of these pictures; delete it first" in err
+    assert code == 2 and "is of other images; delete it first" in err
     assert CALLS == [] and files(world) == ["toy"]
 
 
 def test_moments_never_join_statistics_of_pictures(world, folder, moments, capsys):
     called(capsys, "reference", "toys", folder, "--protocol", "plain")
     code, _, err = called(capsys, "reference", "toys", moments, "--protocol", "plain")
-    assert code == 2 and "is there already; delete it first" in err
+    assert code == 2 and "exists already; delete it first" in err
     assert files(world) == ["toy"]
 
 
@@ -346,11 +346,11 @@ def test_the_shipped_protocols_ask_for_what_their_metrics_read(monkeypatch):
     monkeypatch.undo()
     asked = references.request_for("cifar10-train")
     assert asked.count == 50_000 and asked.side == 32 and asked.protocols == "cifar10-50k"
-    assert {n.features.name: n.vectors for n in asked.needs} == {
+    assert {n.features.name: n.vectors for n in asked.features} == {
         "inception-edm": True, "dinov2-vitl14": False
     }  # fmt: skip
     asked = references.request_for("coco2014-10k", "sdxl-10k")
-    assert {n.features.name: n.vectors for n in asked.needs} == {
+    assert {n.features.name: n.vectors for n in asked.features} == {
         "inception-clean-centre_lanczos-512": False,
         "inception-clean-centre_patch-299": False,
     }
