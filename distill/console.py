@@ -181,10 +181,10 @@ def results(title: str, rows: dict[str, dict[str, Any]], base: str | None = None
             left = room
         tables[-1].append(head)
         left -= width
-    found = []
+    parts = []
     for heads in tables or [[]]:
         table = Table(
-            title=None if found else title,
+            title=None if parts else title,
             title_justify="left", box=None, pad_edge=False, header_style="bold",
         )  # fmt: skip
         table.add_column("")
@@ -192,30 +192,34 @@ def results(title: str, rows: dict[str, dict[str, Any]], base: str | None = None
             table.add_column(head, justify="right", no_wrap=True)
         for i, name in enumerate(rows):
             table.add_row(name, *(columns[head][i] for head in heads))
-        found.append(table)
-    return Group(*found)
+        parts.append(table)
+    return Group(*parts)
 
 
 def columns_of(rows: dict[str, dict[str, Any]], base: str | None) -> dict[str, list[str]]:
     """The cells of the columns by their heads: costs, figures, speed."""
 
     def cells(key: str, spread: bool = False) -> list[str]:
-        found = [catalogue.written(key, row[key]) if key in row else "" for row in rows.values()]
+        texts = [catalogue.written(key, row[key]) if key in row else "" for row in rows.values()]
         if spread:
             for i, row in enumerate(rows.values()):
                 if row.get("seeds", 1) > 1:
-                    found[i] += f" ±{catalogue.written(key, row['spread'][key])}"
-        return found
+                    texts[i] += f" ±{catalogue.written(key, row['spread'][key])}"
+        return texts
 
     first, *others = rows.values()
     figures = [k for k in catalogue.columns(first) if all(k in row for row in others)]
     keys = ["evaluations"] if any("evaluations" in row for row in rows.values()) else []
     keys += [*figures, *["images_per_s"] * all("images_per_s" in row for row in rows.values())]
-    found = {catalogue.narrow(k): cells(k, k == next(iter(figures), None)) for k in keys}
+    columns: dict[str, list[str]] = {}
+    for key in keys:
+        head = catalogue.narrow(key)  # which figures of one name but other settings share
+        head = catalogue.label(key) if head in columns else head
+        columns[head] = cells(key, key == next(iter(figures), None))
     if base is not None:
         speed = [row["images_per_s"] / rows[base]["images_per_s"] for row in rows.values()]
-        found["speed"] = [f"{v:.1f}×" for v in speed]
-    return found
+        columns["speed"] = [f"{v:.1f}×" for v in speed]
+    return columns
 
 
 def planned(tree: dict[str, Any], memory: float, reserve: float) -> Table:

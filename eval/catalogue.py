@@ -43,7 +43,7 @@ def _frechet(label: str, summary: str, short: str = "", paper: str = "1706.08500
 
 
 def _bias(key: str) -> MetricInfo:
-    summary = f"the {key} expected of as many independent samples of the reference's own law"
+    summary = f"the {key} expected of as many independent samples of the reference"
     return MetricInfo(f"{key}, bias", summary, "neither", role="detail")
 
 

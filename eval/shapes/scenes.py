@@ -129,15 +129,15 @@ def draw(captions: Sequence[str], seed: int) -> Tensor:
     along, across = rng.uniform(-1, 1, (2, n)) * np.stack([room, np.full(n, 2.0)])
     middle = ANCHORS[place] + np.where(upright[:, None], np.stack([across, along], 1),
                                        np.stack([along, across], 1))  # fmt: skip
-    pictures = np.broadcast_to(BACKGROUND[:, None, None], (n, 3, SIZE, SIZE)).copy()
+    images = np.broadcast_to(BACKGROUND[:, None, None], (n, 3, SIZE, SIZE)).copy()
     for k in range(max(COUNTS)):
         offset = (k - (count - 1) / 2) * spacing
         wobble = rng.uniform(-1, 1, (2, n)) * np.where(count == 1, 0.0, 0.3)
         x = middle[:, 0] + np.where(upright, 0, offset) + wobble[0]
         y = middle[:, 1] + np.where(upright, offset, 0) + wobble[1]
         cover = coverage(shape, x, y, extent) * (k < count)[:, None, None]
-        pictures += cover[:, None] * (colour - BACKGROUND)[:, :, None, None]
-    return torch.from_numpy(pictures.round().clip(0, 255).astype(np.uint8))
+        images += cover[:, None] * (colour - BACKGROUND)[:, :, None, None]
+    return torch.from_numpy(images.round().clip(0, 255).astype(np.uint8))
 
 
 def coverage(shape: np.ndarray, x: np.ndarray, y: np.ndarray, extent: np.ndarray) -> np.ndarray:
