@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distill.benchmark import leaderboard
 from distill.benchmark.leaderboard import LeaderboardRow, figure
+from eval import catalogue
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 Cell = Callable[[LeaderboardRow], str]
@@ -37,7 +38,11 @@ def students(name: str, cell: Cell = distance) -> str:
         return "Not measured."
     counts = sorted({v.steps for v in results if v.steps})
     has_coverage = any("coverage" in v.metrics for v in results)
-    heads = ["objective", *map(steps, counts), *(["coverage"] if has_coverage else [])]
+    heads = [
+        "objective",
+        *map(steps, counts),
+        *([catalogue.short("coverage")] if has_coverage else []),
+    ]
     rows = [[*heads, "trained steps", "seconds", "GB"]]
     for row in grouped(results):
         first = row[0]

@@ -436,9 +436,9 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "GITS sums costs of the wrong nodes",
         "distill/sampling/timesteps.py",
-        "int(came[k, nodes[-1]])",
-        "int(came[k - 1, nodes[-1]])",
-        "sampling/test_timesteps.py::test_the_cheapest_walk_is_the_one_that_trying_all_finds",
+        "int(previous[k, nodes[-1]])",
+        "int(previous[k - 1, nodes[-1]])",
+        "sampling/test_timesteps.py::test_the_cheapest_path_is_the_one_that_trying_all_finds",
     ),
     fault(
         "a budget buys one step less",
@@ -726,8 +726,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "covariance over N",
         "eval/metrics/fid.py",
-        "tally.squares / (tally.n - 1)",
-        "tally.squares / tally.n",
+        "sums.squares / (sums.n - 1)",
+        "sums.squares / sums.n",
         "eval/test_stream.py::test_moments_in_one_go_are_torchs_to_the_bit",
     ),
     fault(
@@ -789,8 +789,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "inception score of unshuffled splits",
         "eval/metrics/inception_score.py",
-        "subset(seen.kept, n, seed=0).tensor_split",
-        "seen.kept.tensor_split",
+        "subset(collected.features, n, seed=0).tensor_split",
+        "collected.features.tensor_split",
         "eval/test_metrics.py::test_splits_are_of_shuffled_samples_and_their_spread_is_the_populations",
     ),
     fault(
@@ -852,8 +852,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "averages of chunks not by their sizes",
         "eval/protocols/collect.py",
-        "weigh(row, len(samples.images))",
-        "weigh(row, 1)",
+        "add_mean(row, len(samples.images))",
+        "add_mean(row, 1)",
         "eval/test_stream.py::test_averages_over_chunks_are_by_their_sizes",
     ),
     fault(

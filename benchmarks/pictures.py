@@ -19,7 +19,7 @@ from torch import Tensor
 from distill.config.recipe import Recipe
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import student_samples
-from distill.sampling.teacher_sampler import own
+from distill.sampling.teacher_sampler import recipe_sampler
 from eval import shapes
 from students.export.folder import load_student
 
@@ -33,14 +33,14 @@ def rows(runs: Sequence[tuple[Path, int]], captions: list[str]) -> dict[str, Ten
     """uint8 images (N, 3, H, W) by the row's name; the teacher's are first and last."""
     recipe = Recipe.load(runs[0][0] / "recipe.yaml")
     teacher, steps = load_teacher(recipe), recipe.eval.teacher_steps
-    images = {f"teacher, {steps} steps": own(recipe, teacher, steps)(captions, SEED).images}
+    made = {
+        f"teacher, {steps} steps": recipe_sampler(recipe, teacher, steps)(captions, SEED).images
+    }
     for folder, k in runs:
         student, codec = load_student(folder)
-        images[f"student, {count(k)}"] = student_samples(
-            student.at(k), codec, captions, SEED
-        ).images
-    images["teacher, 1 step"] = own(recipe, teacher, 1)(captions, SEED).images
-    return images
+        made[f"student, {count(k)}"] = student_samples(student.at(k), codec, captions, SEED).images
+    made["teacher, 1 step"] = recipe_sampler(recipe, teacher, 1)(captions, SEED).images
+    return made
 
 
 def count(steps: int) -> str:

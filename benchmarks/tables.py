@@ -18,8 +18,11 @@ from typing import Any
 
 from boards import caption_accuracy, students, untrained
 
+from eval import catalogue
+
 ROOT = Path(__file__).parent.parent
-# By row of the digits benchmark: the method, its paper, file, recipe and data.
+SHARES = ("precision", "recall", "coverage")  # beside the distance, in the quickstart's table
+# The method, its paper, file, recipe and data, and its row in the benchmark of the digits.
 DMD2, CM = "Yin et al. 2024, arXiv:2405.14867", "consistency.py"
 METHODS = {
     "DMD2": ("DMD2", DMD2, "dmd2.py", "dmd2", "critic only"),
@@ -55,7 +58,7 @@ def row(name: str, metrics: dict[str, Any], base: float | None) -> str:
         base: Images per second of the teacher in the same run; None leaves the speed empty.
     """
     spread = f" ± {metrics['spread']['fd']:.3f}" if metrics["seeds"] > 1 else ""
-    shares = " | ".join(f"{metrics[k]:.3f}" for k in ("precision", "recall", "coverage"))
+    shares = " | ".join(catalogue.written(k, metrics[k]) for k in SHARES)
     speed = metrics["images_per_s"]
     timing = f"{speed:,.0f} | {speed / base:.0f}×" if base else " | "
     return f"| {name} | {metrics['fd']:.3f}{spread} | {shares} | {timing} |"
@@ -69,7 +72,7 @@ def readme() -> str:
     teacher = metrics["teacher"]
     base = teacher["images_per_s"]
     lines = [
-        "| | Fréchet distance | precision | recall | coverage | images/s | speed-up |",
+        f"| | {' | '.join(map(catalogue.label, ('fd', *SHARES, 'images_per_s')))} | speed-up |",
         "|---|---|---|---|---|---|---|",
         row(f"teacher, {teacher['steps']}-step Heun", teacher, base),
         row("teacher, 1 step", metrics["teacher_few"]["1"], base),
@@ -171,7 +174,7 @@ def shapes() -> str:
 def text() -> str:
     """Text-to-image teacher and students: evaluations per image, captions right, distance."""
     lines = [
-        "| | evaluations a picture | whole captions right | Fréchet distance |",
+        f"| | evaluations a picture | whole captions right | {catalogue.label('fd')} |",
         "|---|---|---|---|",
     ]
     runs = {name: summary(f"shapes-{name}") for name in ("dmd2-lora", "dmd2-lora-1step")}
@@ -211,8 +214,19 @@ def seeds() -> str:
     return "\n".join(lines)
 
 
+def figures() -> str:
+    """A row for each figure of the catalogue."""
+    lines = ["| key | label | better | unit | what | paper |", "|---|---|---|---|---|---|"]
+    for key, info in catalogue.CATALOGUE.items():
+        name = "" if info.role == "detail" else f"**{info.label}**"
+        paper = f"arXiv:{info.paper}" if info.paper else ""
+        cells = (f"`{key}`", name, info.better, info.unit, info.summary, paper)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def insert(text: str, name: str, table: str) -> str:
-    """The text with its part between the markers of that name replaced by the table."""
+    """The text with the table between the markers of that name."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
     assert pattern.search(text), name
     return pattern.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text)
@@ -220,6 +234,7 @@ def insert(text: str, name: str, table: str) -> str:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {  # by file and marker, the function of a table
     "README.md": {"results": readme, "text": text},
+    "docs/figures.md": {"figures": figures},
     "docs/methods.md": {"results": methods, "chains": chains, "shapes": shapes, "seeds": seeds},
     "docs/benchmark.md": {
         "gaussians": partial(students, "gaussians"),

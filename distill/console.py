@@ -15,6 +15,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from eval import catalogue
+
 T = TypeVar("T")
 
 
@@ -166,45 +168,63 @@ class Progress:
             self.bar.console.print(line, soft_wrap=True)
 
 
-# Column heads by metric key, in the order of the columns.
-HEADS = {
-    "fd": "FD", "fid": "FID", "fd_dinov2": "FD-DINOv2", "cmmd": "CMMD", "inception_score": "IS",
-    "precision": "prec.", "recall": "recall", "coverage": "cover.", "accuracy": "accuracy",
-    "teacher_psnr": "PSNR",
-}  # fmt: skip
+NAME = 14  # the least width of the names of rows; longer names are wrapped
 
 
-def results_table(title: str, rows: dict[str, dict[str, Any]], base: str | None = None) -> Table:
-    """A table of metrics with a row for each sampler.
+def results_table(title: str, rows: dict[str, dict[str, Any]], base: str | None = None) -> Group:
+    """Every main figure of the rows, and the speed of each over that of the row `base`.
 
-    Args:
-        base: The row that the others' speed is divided by; None for no such column.
+    Columns that do not fit beside one another on the terminal are in a further table below.
     """
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    table.add_column("sampler")
-    costs = [f"{row['evaluations']:.4g}" if "evaluations" in row else "" for row in rows.values()]
-    if any(costs):
-        table.add_column("evals", justify="right", no_wrap=True)
-    heads = {k: head for k, head in HEADS.items() if all(k in row for row in rows.values())}
-    captioned = any("shape_accuracy" in row for row in rows.values())
-    for k in ("precision", "recall") if captioned else ("accuracy",):  # 80 columns hold no more
-        heads.pop(k, None)
-    timed = all("images_per_s" in row for row in rows.values())
-    for name in (*heads.values(), *["img/s"] * timed, *["speed"] * (base is not None)):
-        table.add_column(name, justify="right", no_wrap=True)
-    first = next(iter(heads), None)
-    for (name, row), cost in zip(rows.items(), costs, strict=True):
-        cells = [f"{row[k]:.3f}" for k in heads]
-        if first is not None and row.get("seeds", 1) > 1:
-            cells[0] += f" ±{row['spread'][first]:.3f}"
-        if any(costs):
-            cells.insert(0, cost)
-        if timed:
-            cells.append(f"{row['images_per_s']:,.0f}")
-        if base is not None:
-            cells.append(f"{row['images_per_s'] / rows[base]['images_per_s']:.1f}×")
-        table.add_row(name, *cells)
-    return table
+    columns = columns_of(rows, base)
+    room = out.width - min(NAME, max(map(len, rows)))
+    tables, left = list[list[str]](), 0
+    for head, cells in columns.items():
+        width = 2 + max(map(len, (head, *cells)))
+        if not tables or width > left:
+            tables.append([])
+            left = room
+        tables[-1].append(head)
+        left -= width
+    parts = []
+    for heads in tables or [[]]:
+        table = Table(
+            title=None if parts else title,
+            title_justify="left", box=None, pad_edge=False, header_style="bold",
+        )  # fmt: skip
+        table.add_column("")
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True)
+        for i, name in enumerate(rows):
+            table.add_row(name, *(columns[head][i] for head in heads))
+        parts.append(table)
+    return Group(*parts)
+
+
+def columns_of(rows: dict[str, dict[str, Any]], base: str | None) -> dict[str, list[str]]:
+    """The cells of the columns by their heads: costs, figures, speed."""
+
+    def cells(key: str, spread: bool = False) -> list[str]:
+        texts = [catalogue.written(key, row[key]) if key in row else "" for row in rows.values()]
+        if spread:
+            for i, row in enumerate(rows.values()):
+                if row.get("seeds", 1) > 1:
+                    texts[i] += f" ±{catalogue.written(key, row['spread'][key])}"
+        return texts
+
+    first, *others = rows.values()
+    figures = [k for k in catalogue.columns(first) if all(k in row for row in others)]
+    keys = ["evaluations"] if any("evaluations" in row for row in rows.values()) else []
+    keys += [*figures, *["images_per_s"] * all("images_per_s" in row for row in rows.values())]
+    columns: dict[str, list[str]] = {}
+    for key in keys:
+        head = catalogue.narrow(key)  # which figures of one name but other settings share
+        head = catalogue.label(key) if head in columns else head
+        columns[head] = cells(key, key == next(iter(figures), None))
+    if base is not None:
+        speed = [row["images_per_s"] / rows[base]["images_per_s"] for row in rows.values()]
+        columns["speed"] = [f"{v:.1f}×" for v in speed]
+    return columns
 
 
 def plan_table(tree: dict[str, Any], memory: float, reserve: float) -> Table:

@@ -12,13 +12,8 @@ from statistics import mean, pstdev
 from typing import Any, Literal
 
 from distill.benchmark.spec import BenchmarkRun, BenchmarkRunner, Row
-from distill.benchmark.state import DISTANCES
 from distill.files import write
-
-# Figures that tables show, and their heads.
-SHOWN = {"fd": "FD", "fid": "FID", "patch_fid": "patch FID", "fd_dinov2": "FD-DINOv2",
-         "cmmd": "CMMD", "inception_score": "IS", "precision": "precision", "recall": "recall",
-         "coverage": "coverage", "accuracy": "accuracy"}  # fmt: skip
+from eval import catalogue
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,9 @@ class LeaderboardRow:
 
 def distance_of(figures: Mapping[str, Any]) -> str:
     """The name of the distance among a protocol's figures."""
-    return next(k for k in DISTANCES if k in figures)
+    key = catalogue.headline(figures)
+    assert key is not None, "every protocol has a distance"
+    return key
 
 
 def student_lines(race: BenchmarkRunner) -> list[LeaderboardRow]:
@@ -178,7 +175,7 @@ def table(lines: Sequence[LeaderboardRow]) -> str:
     """Lines as a Markdown table, of the columns that any of them has."""
     if not lines:
         return ""
-    keys = [k for k in SHOWN if any(k in v.metrics for v in lines)]
+    keys = catalogue.columns(dict.fromkeys(k for v in lines for k in v.metrics))
     timed = any("images_per_s" in v.metrics for v in lines)
     trained = any(v.wall_s is not None for v in lines)
     asked = any("evaluations" in v.metrics for v in lines)  # network evaluations of a picture
@@ -186,8 +183,8 @@ def table(lines: Sequence[LeaderboardRow]) -> str:
         "",
         "steps",
         *(["evaluations"] if asked else []),
-        *(SHOWN[k] for k in keys),
-        *(["images/s"] if timed else []),
+        *map(catalogue.short, keys),
+        *([catalogue.short("images_per_s")] if timed else []),
     ]
     heads += ["trained steps", "evaluations", "wall s", "memory GB"] if trained else []
     rows = [heads, ["---"] * len(heads)]

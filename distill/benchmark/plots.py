@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.benchmark.leaderboard import LeaderboardRow, distance_of
+from eval import catalogue
 
 # Okabe and Ito's palette (Color Universal Design, 2008), without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -97,7 +98,7 @@ def quality_by_steps(lines: Sequence[LeaderboardRow], out: Path) -> Path:
     steps = sorted({v.steps for v in few if v.steps})
     ax.set_xticks(steps, [str(k) for k in steps])
     ax.set_xlabel("sampling steps")
-    scale_of_distance(ax, "Distance by sampling steps")
+    scale_of_distance(ax, "Distance by sampling steps", distance_of(few[0].metrics))
     points += reference(ax, lines, None)
     in_margin(ax, points)
     return saved(fig, out / "quality-steps.png")
@@ -120,7 +121,8 @@ def quality_by_cost(
         points.append(Point(x, y, at(line), colour))
     ax.set_xlabel("training, seconds" if timed else "training, network evaluations")
     ax.set_xlim(0, 1.08 * max(p.x for p in points))
-    scale_of_distance(ax, "Distance by the cost of training (bars: spread of seeds)")
+    title = "Distance by the cost of training (bars: spread of seeds)"
+    scale_of_distance(ax, title, distance_of(first[0].metrics))
     points += reference(ax, lines, min(v.steps or 0 for v in first))
     in_margin(ax, points)
     return saved(fig, out / "quality-cost.png")
@@ -136,8 +138,10 @@ def diversity(lines: Sequence[LeaderboardRow], first: Sequence[LeaderboardRow], 
             ax.plot(line.value(key), line.distance, mark, color=colour, ms=5.5)
             if key == "coverage":
                 points.append(Point(line.value(key), line.distance, at(line), colour))
-        scale_of_distance(ax, f"{key}: to the right is more diverse", key == "recall")
-        ax.set_xlabel(key)
+        name = catalogue.short(key)
+        labelled = distance_of(first[0].metrics) if key == "recall" else ""
+        scale_of_distance(ax, f"{name}: to the right is more diverse", labelled)
+        ax.set_xlabel(name)
         found = reference(ax, lines, min(v.steps or 0 for v in first), key)
         points += found if key == "coverage" else []
     in_margin(axes[1], points)
@@ -172,8 +176,8 @@ def at(line: LeaderboardRow) -> str:
     return line.name if steps in line.name else f"{line.name} ({steps})"
 
 
-def scale_of_distance(ax: Any, title: str, named: bool = True) -> None:
-    """A logarithmic axis of distance, in plain numbers."""
+def scale_of_distance(ax: Any, title: str, key: str = "") -> None:
+    """A logarithmic axis of distance, in plain numbers; `key` names the figure, if it is given."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     ax.set_yscale("log")
@@ -182,8 +186,8 @@ def scale_of_distance(ax: Any, title: str, named: bool = True) -> None:
     ax.yaxis.set_minor_locator(LogLocator(subs=()))
     ax.grid(axis="y", lw=0.6)
     ax.set_title(title)
-    if named:
-        ax.set_ylabel("Fréchet distance, lower is better")
+    if key:
+        ax.set_ylabel(f"{catalogue.label(key)}, lower is better")
 
 
 def reference(

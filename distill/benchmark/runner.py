@@ -27,6 +27,7 @@ from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import check_protocol
 from distill.sampling.teacher_sampler import SolverSampler
 from distill.training.networks import check_form
+from eval import catalogue
 from eval.protocols.measure import Protocol, protocol
 from students.export.forms import form_of
 from teachers.errors import UserError
@@ -102,7 +103,7 @@ def standings(lines: list[LeaderboardRow]) -> Table:
     counts = sorted({v.steps for v in lines if v.steps and v.kind != "teacher"})
     table = Table(box=None, pad_edge=False, header_style="bold")
     key = next((distance_of(v.metrics) for v in lines if v.metrics), "fd")
-    table.add_column(f"{leaderboard.SHOWN[key]} at steps")
+    table.add_column(f"{catalogue.short(key)} at steps")
     for k in counts:
         table.add_column(str(k), justify="right")
     rows: dict[str, dict[int, str]] = {}
@@ -137,7 +138,9 @@ def said(race: BenchmarkRunner, entry: BenchmarkRun) -> str:
     assert summary is not None
     found = summary["metrics"].get("student", {})
     keys = {k: distance_of(v) for k, v in found.items()}
-    figures = "  ".join(f"{keys[k]} {v[keys[k]]:.3f} at {k}" for k, v in found.items())
+    figures = "  ".join(
+        f"{key} {catalogue.written(key, found[k][key])} at {k}" for k, key in keys.items()
+    )
     return f"{who}: {figures}; {summary['steps']} steps in {summary['wall_s']:.0f} s"
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from eval import catalogue
 from teachers.errors import UserError
 
 STATE = "state.json"
@@ -14,7 +15,6 @@ LOCK = ".lock"  # of a run's folder as well, but that has a recipe.yaml
 FOLDERS = ("recipes", "runs", "logs")
 FILES = ("leaderboard.json", "leaderboard.md", "quality-steps.png", "quality-cost.png",
          "diversity.png", "cost.png")  # fmt: skip
-DISTANCES = ("fd", "fid")  # every protocol has one of them, and it orders students
 COSTS = ("steps", "network_evaluations", "wall_s", "peak_memory_gb")
 
 
@@ -79,7 +79,7 @@ def measured(figures: Any) -> bool:
     """Whether a protocol's figures have a distance, and it and its spread are numbers."""
     if not isinstance(figures, dict):
         return False
-    found = {k: figures[k] for k in DISTANCES if k in figures}
+    found = {k: figures[k] for k in catalogue.columns(figures) if catalogue.lower_is_better(k)}
     spread = figures.get("spread", {})  # what was computed in closed form has none
     if not found or not isinstance(spread, dict):
         return False

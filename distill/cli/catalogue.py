@@ -66,9 +66,9 @@ def teachers() -> dict[str, str]:
 
 
 def metrics() -> dict[str, str]:
-    from eval.protocols.measure import METRICS
+    from eval.catalogue import described
 
-    return METRICS
+    return described()
 
 
 def protocols() -> dict[str, str]:

@@ -239,11 +239,15 @@ def evaluate(
 
     if json_file is not None:
         check_writable(json_file, "--json")
-    how = {"solver": solver, "guidance": guidance, "null_label": null_label}
-    few = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
+    sampler = {"solver": solver, "guidance": guidance, "null_label": null_label}
+    few_step = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
     beside = {"against": against, "against_steps": against_steps}
     weights = {"precision": precision, "speed": speed, "json_file": json_file}
-    measure(Request(source, protocol, steps, seeds, how=how, few=few, **beside, **weights))
+    measure(
+        Request(
+            source, protocol, steps, seeds, sampler=sampler, few_step=few_step, **beside, **weights
+        )
+    )
 
 
 Prompts = Annotated[
@@ -298,21 +302,22 @@ def draw(
     # without `cpu`, processes on CPUs do not find each other
     state = PartialState(cpu=device.type == "cpu")
     if subject.is_student(source):
-        sampler = subject.student(source, device)
+        loaded = subject.student(source, device)
     else:
-        sampler = subject.teacher(source, device, solver, guidance)
-    k = steps or max(sampler.counts or (18,))
-    sampler.check([k])
-    benchmarks.check_subject(sampler, benchmark)
+        loaded = subject.teacher(source, device, solver, guidance)
+    k = steps or max(loaded.counts or (18,))
+    loaded.check([k])
+    benchmarks.check_subject(loaded, benchmark)
     lines = [v._asdict() for v in entries]
-    about = {"benchmark": benchmark, "steps": k, "seed": seed, **sampler.about, "prompts": lines}
-    record = benchmarks.check_folder(folder, about)
+    contents = {"benchmark": benchmark, "steps": k, "seed": seed}
+    contents |= {**loaded.identity, "prompts": lines}
+    record = benchmarks.check_folder(folder, contents)
     check_writable(record, "draw")
     state.wait_for_everyone()  # every process checks the folder before one writes to it
     if state.is_main_process:
-        benchmarks.begin(record, about)
+        benchmarks.write_record(record, contents)
     processes = Processes(state.process_index, state.num_processes)
-    benchmarks.draw(sampler, benchmark, entries, folder, k, seed, processes)
+    benchmarks.sample_prompts(loaded, benchmark, entries, folder, k, seed, processes)
     print_line(f"images of {len(entries):,} prompts in {folder}")
 
 
@@ -344,13 +349,13 @@ def reference(
     from distill.evaluation import references
     from teachers.errors import UserError
 
-    request = references.wanted(name, protocol)
+    request = references.request_for(name, protocol)
     if source.is_dir():
         if features is not None:
             raise UserError(
                 "--features: only for an .npz file; a folder of images gives all features"
             )
-        files = references.from_pictures(request, source)
+        files = references.from_images(request, source)
         where = files[0].parent
         print_line(f"{name}: {request.count:,} images, {len(files)} kinds of features in {where}")
         return

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.config.schema import Bucketing
 from distill.data.listing import BadItem, Item, Listing
-from eval.images import is_first_of_many, opened, shown, size_of
+from eval.images import is_first_of_many, open_image, size_of, to_srgb
 from teachers.errors import UserError
 
 MOST_SIDES = 10_000  # different sides of buckets
@@ -75,7 +75,7 @@ def into_buckets(listing: Listing, sizes: list[tuple[int, int]]) -> None:
 def aspect_of(item: Item) -> float | BadItem:
     """An image's height divided by its width, from its header."""
     try:
-        width, height = size_of(opened(_stream(item)))
+        width, height = size_of(open_image(_stream(item)))
         return height / width
     except Exception as error:  # Pillow raises many types for bad files
         return _corrupt(item.name, error)
@@ -97,8 +97,8 @@ def picture(item: Item, channels: int, height: int, width: int) -> Picture | Bad
     from torchvision.transforms import functional as tf
 
     try:
-        file = opened(_stream(item))
-        image, first = shown(file), is_first_of_many(file)
+        file = open_image(_stream(item))
+        image, first = to_srgb(file), is_first_of_many(file)
     except Exception as error:  # as above
         return _corrupt(item.name, error)
     if channels == 1:

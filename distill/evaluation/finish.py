@@ -1,4 +1,4 @@
-"""The end of a run: the averaged student exported, measured beside its teacher, and summed up."""
+"""The end of a run: exports and measures the averaged student, and writes the summary."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distill.publish.results_table import many
 from distill.report.page import PICTURES, report
 from distill.sampling.guided_teacher import guided
 from distill.sampling.student_sampler import evaluate_student, student_samples
-from distill.sampling.teacher_sampler import evaluate_teacher, own
+from distill.sampling.teacher_sampler import evaluate_teacher, recipe_sampler
 from distill.training.build import Run
 from distill.training.run_folder import release
 from eval.metrics.fid import Moments, frechet
@@ -33,33 +33,32 @@ from students.form import Normal
 from students.generator import Generator
 from teachers.guidance import describe
 
-TEACHER_FEW = (1, 2, 4)  # the teacher's own few-step samples, shown beside the student's
+TEACHER_FEW = (1, 2, 4)  # step counts of the teacher that are measured beside the student
 
 
 def finish(run: Run) -> dict[str, Any]:
     """Export the averaged student, measure it and its teacher, and write summary.json.
 
-    What else a run leaves is tried part by part: `failed` in the summary has a line for each that
-    could not be made, and the others are there.
+    A failure of any other part does not stop the rest: `failed` in the summary has a line for each.
 
     Raises:
-        ExportError: the student itself could not be exported; its checkpoints are kept.
+        ExportError: the student itself cannot be exported; its checkpoints stay.
     """
     engine = run.engine
     engine.total_evaluations()
     summary: dict[str, Any] = {}
     if engine.accelerator.is_main_process:
         with engine.ema.swapped():
-            student = leave_student(run)
+            student = export_student(run)
             if run.form.leaves_pipeline:
-                leave_extras(run, student)
+                write_extras(run, student)
             metrics: dict[str, Any] = {}
             with engine.extras.attempt(FIGURES):
                 metrics = measure_all(run, student)
         summary = summarise(run, metrics)
         if run.form.leaves_pipeline:
             with engine.extras.attempt("report.html"):
-                save_summary(run, summary)  # which the page reads
+                save_summary(run, summary)  # the report reads it
                 report(run.out)
         save_summary(run, summary)
     engine.accelerator.wait_for_everyone()
@@ -72,12 +71,12 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def save_summary(run: Run, summary: dict[str, Any]) -> None:
-    """Write summary.json, with what has failed so far."""
+    """Write summary.json, with the failures so far."""
     summary["failed"] = {**run.engine.extras.failed}
     write(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def leave_student(run: Run) -> Generator:
+def export_student(run: Run) -> Generator:
     """Export the student; the student as it is measured.
 
     Raises:
@@ -93,8 +92,8 @@ def leave_student(run: Run) -> Generator:
         ) from error
 
 
-def leave_extras(run: Run, student: Generator) -> None:
-    """The card, the grids of pictures and the LoRA files."""
+def write_extras(run: Run, student: Generator) -> None:
+    """Write the card, the grids of images and the LoRA files."""
     extras, folder = run.engine.extras, run.out / "student"
     with extras.attempt("student/README.md"):
         write(folder / "README.md", draft(folder))
@@ -112,18 +111,22 @@ def leave_extras(run: Run, student: Generator) -> None:
 
 
 def save_pictures(run: Run, student: Generator) -> None:
-    """Grids of the teacher's and the student's pictures, all from the same noise; each is tried."""
+    """Write grids of the teacher's and the student's images, all from the same noise."""
     folder, shown = run.out / "samples" / PICTURES, run.engine.shown
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.json").write_text(json.dumps(shown), encoding="utf-8")
 
-    def save(who: str, steps: int, draw: Callable[[], Samples]) -> None:
-        name = f"{who}-{steps}.png"
+    def save(kind: str, steps: int, sample: Callable[[], Samples]) -> None:
+        name = f"{kind}-{steps}.png"
         with run.engine.extras.attempt(f"samples/{PICTURES}/{name}"):
-            save_grid(draw().images / 127.5 - 1, folder / name, COLUMNS)
+            save_grid(sample().images / 127.5 - 1, folder / name, COLUMNS)
 
     for steps in (run.recipe.eval.teacher_steps, 1):
-        save("teacher", steps, partial(own(run.recipe, run.teacher, steps), list(shown), 0))
+        save(
+            "teacher",
+            steps,
+            partial(recipe_sampler(run.recipe, run.teacher, steps), list(shown), 0),
+        )
     for k in student.counts:
         save("student", k, partial(student_samples, student.at(k), run.teacher, shown, 0))
 
@@ -136,13 +139,13 @@ def measure_all(run: Run, student: Generator) -> dict[str, Any]:
         return {}
     cfg = run.recipe.eval
 
-    def taught(steps: int) -> dict[str, Any]:
+    def teacher_figures(steps: int) -> dict[str, Any]:
         return evaluate_teacher(run.recipe, run.teacher, measure, steps, cfg.teacher_seeds)
 
     teachers = {}
     if cfg.teacher_seeds:
-        few = {str(k): taught(k) for k in TEACHER_FEW}
-        teachers = {"teacher": taught(cfg.teacher_steps), "teacher_few": few}
+        few = {str(k): teacher_figures(k) for k in TEACHER_FEW}
+        teachers = {"teacher": teacher_figures(cfg.teacher_steps), "teacher_few": few}
     students = {
         str(k): evaluate_student(student.at(k), run.teacher, measure, cfg.seeds)
         for k in student.counts
@@ -151,19 +154,19 @@ def measure_all(run: Run, student: Generator) -> dict[str, Any]:
 
 
 def finished(out: Path) -> bool:
-    """Whether the run in `out` came to its end: its student is there, and was measured."""
+    """Whether the run in `out` has ended: its student exists and was measured."""
     try:
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    whole = isinstance(summary, dict) and {"steps", "wall_s", "metrics"} <= summary.keys()
-    return whole and FIGURES not in failed(summary) and (out / "student").is_dir()
+    complete = isinstance(summary, dict) and {"steps", "wall_s", "metrics"} <= summary.keys()
+    return complete and FIGURES not in failed(summary) and (out / "student").is_dir()
 
 
 def failed(summary: dict[str, Any]) -> dict[str, str]:
-    """What of a run could not be made, by its summary; earlier versions noted nothing."""
-    found = summary.get("failed")
-    return found if isinstance(found, dict) else {}
+    """The parts of a run that failed, from its summary; earlier versions recorded none."""
+    parts = summary.get("failed")
+    return parts if isinstance(parts, dict) else {}
 
 
 def closed_form_distance(student: Normal, teacher: Normal) -> dict[str, Any]:
@@ -173,12 +176,12 @@ def closed_form_distance(student: Normal, teacher: Normal) -> dict[str, Any]:
 
 
 def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What the run was, what it cost, and what came of it."""
+    """The content of summary.json: the run's settings, cost and figures."""
     engine = run.engine
     device = engine.accelerator.device
     threads = torch.get_num_threads()
     versions = {p: version(p) for p in ("torch", "accelerate", "diffusers")}
-    versions["fewstep"] = __version__  # the running code's, which need not be installed
+    versions["fewstep"] = __version__  # of the running code, which may not be installed
     return {
         "objective": run.recipe.objective["name"],
         "steps": engine.step,

@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from eval.images import files_in as every_file
-from eval.images import is_image, opened, shown
+from eval.images import is_image, open_image, to_srgb
 from students.generator import Generator
 from teachers import conditions
 from teachers.analytic import Finite, Gaussian, Mixture
@@ -139,8 +139,8 @@ def picture(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
     from torchvision.transforms import functional as tf
 
     try:
-        with opened(path) as file:
-            image = shown(file).convert("L" if channels == 1 else "RGB")
+        with open_image(path) as file:
+            image = to_srgb(file).convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's range over many types for a bad file
         raise UserError(f"--image {path}: it is not a readable image ({error})") from None
     scale = max(size[0] / image.height, size[1] / image.width)

@@ -32,7 +32,7 @@ from distill.sampling.teacher_sampler import evaluate_teacher
 from distill.seeds import seed_all
 from distill.training import build, run_folder
 from distill.training.run_folder import release
-from eval import shapes
+from eval import catalogue, shapes
 from eval.protocols.measure import floor, images_to_samples, protocol
 from eval.samples import Samples
 from teachers.catalogue.loading import load
@@ -162,23 +162,19 @@ def measure(run: build.Run) -> dict[str, Any]:
 def card(summary: dict[str, Any], recipe: Recipe) -> str:
     """The README of a trained teacher: data, cost, quality."""
     metrics = summary["metrics"]
-    rows = ""
+    rows, keys = "", ("fd", "precision", "recall", "coverage", "accuracy")
     if metrics:
         table = {**metrics["teacher_few"], f"{metrics['teacher']['steps']}": metrics["teacher"]}
         for steps, row in sorted(table.items(), key=lambda item: int(item[0])):
-            rows += (
-                f"| {steps} | {row['evaluations']:.4g} | "
-                f"{row['fd']:.3f} ± {row['spread']['fd']:.3f} | "
-                f"{row['precision']:.3f} | {row['recall']:.3f} | {row['coverage']:.3f} | "
-                f"{row['accuracy']:.3f} |\n"
-            )
+            cells = [catalogue.written(k, row[k]) for k in ("evaluations", *keys)]
+            cells[1] += f" ± {catalogue.written('fd', row['spread']['fd'])}"
+            rows += f"| {steps} | " + " | ".join(cells) + " |\n"
         f = metrics["floor"]
         rows = (
             f"\nQuality by the `{recipe.eval.protocol}` protocol "
             f"({metrics['teacher']['n']} samples, {metrics['teacher']['seeds']} seeds, "
             f"{recipe.eval.teacher_solver} solver):\n\n"
-            "| steps | evaluations | Fréchet distance | precision | recall | coverage "
-            "| label accuracy |\n"
+            f"| steps | evaluations | {' | '.join(map(catalogue.label, keys))} |\n"
             "|---|---|---|---|---|---|---|\n" + rows + f"\nFloor, real data half against half "
             f"(twice the sampling error, being half the samples): distance {f['fd']:.3f}, "
             f"precision {f['precision']:.3f}, recall {f['recall']:.3f}, "
@@ -316,11 +312,8 @@ therefore unconditional. Of the pictures that the autoencoder was not trained on
 {pictures_tables(summary["metrics"], recipe)}"""
 
 
-COLUMNS = {
-    "fd": "Fréchet distance", "accuracy": "caption", "shape_accuracy": "shape",
-    "colour_accuracy": "colour", "count_accuracy": "count", "position_accuracy": "position",
-    "precision": "precision", "recall": "recall", "coverage": "coverage",
-}  # fmt: skip
+COLUMNS = ("fd", "accuracy", "shape_accuracy", "colour_accuracy", "count_accuracy",
+           "position_accuracy", "precision", "recall", "coverage")  # fmt: skip
 
 
 def pictures_tables(metrics: dict[str, Any], recipe: TextRecipe) -> str:
@@ -331,7 +324,7 @@ def pictures_tables(metrics: dict[str, Any], recipe: TextRecipe) -> str:
     def line(name: str, row: dict[str, Any]) -> str:
         return f"| {name} | " + " | ".join(f"{row[k]:.3f}" for k in COLUMNS) + " |\n"
 
-    head = " | ".join(COLUMNS.values()) + " |\n|---" + "|---" * len(COLUMNS) + "|\n"
+    head = " | ".join(map(catalogue.label, COLUMNS)) + " |\n|---" + "|---" * len(COLUMNS) + "|\n"
     best = metrics["teacher"]
     by_guidance = "".join(line(g, row) for g, row in metrics["guidance"].items())
     few = {**metrics["teacher_few"], str(best["steps"]): best}

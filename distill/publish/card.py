@@ -14,7 +14,8 @@ from typing import Any
 
 from distill.publish.licence import Licence, check_licence, folder_of, hub_id, licence_of
 from distill.publish.papers import PAPERS
-from distill.publish.results_table import FIGURES, SPREAD, advised, many, rows_of, steps_of
+from distill.publish.results_table import SPREAD, advised, many, rows_of, steps_of
+from eval import catalogue
 from teachers.errors import UserError, intact
 from teachers.storage.files import read_json
 
@@ -228,11 +229,10 @@ def metadata(facts: Facts, licence: Licence) -> str:
                 dataset_type=row["protocol"],
                 dataset_name=f"{row['protocol']} ({row['n']} samples, {row['seeds']} seeds)",
                 metric_type=key,
-                metric_name=f"{name}, {steps_of([steps])}",
+                metric_name=f"{catalogue.label(key)}, {steps_of([steps])}",
                 metric_value=round(row[key], 6),
             )
-            for key, name in FIGURES.items()
-            if key in row
+            for key in catalogue.columns(row)
         ]
     parameters: dict[str, Any] = {"num_inference_steps": advised(facts.counts, facts.summary)}
     data = ModelCardData(
@@ -335,8 +335,8 @@ def quality(facts: Facts) -> str:
     seeds = f"{many(student['seeds'], 'seed')} for the student"
     if full := metrics.get("teacher"):
         seeds += f" and {full['seeds']} for the teacher"
-    keys = [k for k in FIGURES if k in student]
-    heads = ["", "evaluations", *(FIGURES[k] for k in keys)]
+    keys = catalogue.columns(student)
+    heads = ["", "evaluations", *map(catalogue.label, keys)]
     table = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row.name, f"{row.evaluations:.4g}", *(figure(row.figures, k) for k in keys)]
@@ -352,7 +352,8 @@ def figure(row: Mapping[str, Any], key: str) -> str:
     spread = row.get("spread", {}).get(key)
     if key not in row:
         return ""
-    return f"{row[key]:.3f}" + (f" ± {spread:.3f}" if spread and row.get("seeds", 1) > 1 else "")
+    shown = f" ± {catalogue.written(key, spread)}" if spread and row.get("seeds", 1) > 1 else ""
+    return catalogue.written(key, row[key]) + shown
 
 
 def limitations(facts: Facts) -> str:

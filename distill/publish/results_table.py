@@ -5,18 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-# Column heads by metric key. The first metric that a protocol has ranks the step counts.
-FIGURES = {
-    "fd": "Fréchet distance",
-    "fid": "FID",
-    "precision": "precision",
-    "recall": "recall",
-    "coverage": "coverage",
-    "accuracy": "label accuracy",
-    "caption_accuracy": "caption accuracy",
-    "clip_score": "CLIP score",
-}
-LOWER = {"fd", "fid"}  # metrics for which less is better
+from eval import catalogue
+
 SPREAD = "± is the standard deviation over seeds"
 
 
@@ -67,9 +57,11 @@ def many(n: int, noun: str) -> str:
 
 
 def best(metrics: Mapping[str, Any] | None) -> str | None:
-    """The student's step count with the best first metric; None if nothing is measured."""
-    rows = (metrics or {}).get("student", {})
-    key = next((k for k in FIGURES if all(k in row for row in rows.values())), None)
-    if not rows or key is None:
+    """The student's step count with the best of the first figure; None where none was measured."""
+    found = (metrics or {}).get("student", {})
+    measured = [k for row in found.values() for k in catalogue.columns(row)]
+    key = next((k for k in measured if all(k in row for row in found.values())), None)
+    if key is None:
         return None
-    return min(rows, key=lambda k: rows[k][key] if key in LOWER else -rows[k][key])
+    sign = 1 if catalogue.lower_is_better(key) else -1
+    return min(found, key=lambda k: sign * found[k][key])

@@ -22,9 +22,10 @@ from distill.publish.card import (
     snippet,
     teacher_name,
 )
-from distill.publish.results_table import FIGURES, SPREAD, Row, best, many, rows_of, steps_of
+from distill.publish.results_table import SPREAD, Row, best, many, rows_of, steps_of
 from distill.report import curves
 from distill.report.charts import chart
+from eval import catalogue
 from teachers.errors import UserError, intact
 
 PICTURES = "final"  # the folder in samples/ with the last grids of teacher and student
@@ -117,9 +118,9 @@ def verdict(summary: Mapping[str, Any]) -> str:
     row = first_row(metrics)
     if (steps := best(metrics)) is None:
         return f"Measured by protocol {row['protocol']}."
-    key, student = next(k for k in FIGURES if k in row), metrics["student"][steps]
+    key, student = catalogue.columns(row)[0], metrics["student"][steps]
     value = " ± ".join(filter(None, figure(student, key)))
-    start = f"In {steps_of([int(steps)])} the student's {FIGURES[key]} is {value}"
+    start = f"In {steps_of([int(steps)])} the student's {catalogue.label(key)} is {value}"
     if (teacher := metrics.get("teacher")) is None:
         return f"{start}; the teacher was not measured."
     ratio = student[key] / teacher[key]
@@ -130,26 +131,6 @@ def verdict(summary: Mapping[str, Any]) -> str:
         f"{start}: {ratio:.2f}× the teacher's in {steps_of([teacher['steps']])} "
         f"({teacher[key]:.3g}), at {speed:.1f}× its speed.{end}"
     )
-
-
-def first_row(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The student's metrics at one of its step counts; all rows have the same protocol."""
-    for row in metrics["student"].values():
-        return row
-    raise KeyError("student")
-
-
-def figure(row: Mapping[str, Any], key: str) -> tuple[str, str]:
-    """A metric and its spread over seeds; no spread if there is one seed."""
-    spread = row.get("spread", {}).get(key, 0.0) if row.get("seeds", 1) > 1 else None
-    return f"{row[key]:.3f}", "" if spread is None else f"{spread:.3f}"
-
-
-def trained_weights(recipe: Mapping[str, Any]) -> str:
-    """Which weights of the student were trained."""
-    if adapters := recipe.get("adapters"):
-        return f"{adapters['kind']} adapters of rank {adapters['rank']}"
-    return "all weights"
 
 
 def headline(facts: Facts, summary: Mapping[str, Any], weights: str, batch: int) -> dict[str, str]:
@@ -212,7 +193,7 @@ def table(summary: Mapping[str, Any]) -> dict[str, Any]:
     if not metrics:
         return {}
     full = metrics.get("teacher")
-    keys = [k for k in FIGURES if k in first_row(metrics)]
+    keys = catalogue.columns(first_row(metrics))
 
     def cells(row: Row) -> list[tuple[str, str]]:
         speed = row.figures["images_per_s"]
@@ -220,7 +201,7 @@ def table(summary: Mapping[str, Any]) -> dict[str, Any]:
         values = [(f"{row.evaluations:.4g}", ""), *(figure(row.figures, k) for k in keys)]
         return [*values, (f"{speed:,.0f}", ""), *speed_up]
 
-    heads = ["evaluations", *(FIGURES[k] for k in keys), "images/s"]
+    heads = ["evaluations", *map(catalogue.label, keys), catalogue.label("images_per_s")]
     return {
         "heads": heads + ["speed"] * (full is not None),
         "rows": [(row.name, row.is_student, cells(row)) for row in rows_of(metrics)],

@@ -36,7 +36,8 @@ from distill.training.rehearsal import check_finite
 from distill.training.run_folder import check_checkpoints, check_folder, hold, write_recipe
 from distill.training.trackers import trackers
 from eval import shapes
-from eval.protocols.measure import Protocol, headline, protocol
+from eval.catalogue import headline
+from eval.protocols.measure import Protocol, protocol
 from students.export.forms import form_of
 from students.form import StudentForm
 from students.generator import Generator

@@ -126,7 +126,7 @@ def test_baselines_draw_finite_pictures(like):
     prompts = ["1", "0"] if getattr(teacher.codec, "classes", 0) else ["a boat", "a red circle"]
     for baseline in bench.baselines:
         baseline.check(recipe, teacher)
-        samples = baseline.draw(recipe, teacher, prompts, baseline.steps[0])(prompts, 0)
+        samples = baseline.sampler(recipe, teacher, prompts, baseline.steps[0])(prompts, 0)
         assert samples.images.float().std() > 1, baseline.name  # bytes; nan would be one colour
 
 

@@ -122,7 +122,7 @@ def test_two_captions_of_one_image_are_a_bad_item(tmp_path):
     assert [i.prompt for i in listing.items] == ["word 2"]
     assert [(b.kind, b.reason) for b in listing.bad] == [
         ("unreadable caption", "both 000.TXT and 000.txt lie beside it; keep one"),
-        ("unreadable caption", "001.json: the key 'caption' is there twice; keep one"),
+        ("unreadable caption", "001.json: the key 'caption' is repeated; keep one"),
     ]
 
 

@@ -56,7 +56,7 @@ def painter(asked, drawn):
 
 def test_genevals_folders_hold_four_pictures_of_each_line_and_go_on(metadata, tmp_path):
     asked, drawn, out = geneval_prompts(metadata), [], tmp_path / "out"
-    benchmarks.draw(painter(asked, drawn), "geneval", asked, out, 2, seed=5)
+    benchmarks.sample_prompts(painter(asked, drawn), "geneval", asked, out, 2, seed=5)
     assert drawn == [([p] * 4, 15 + i) for i, p in enumerate(PROMPTS)]
     for i in range(3):
         line = json.loads((out / f"0000{i}" / "metadata.jsonl").read_text())
@@ -67,17 +67,17 @@ def test_genevals_folders_hold_four_pictures_of_each_line_and_go_on(metadata, tm
             assert f.getpixel((0, 0)) == (15 + i, 3, 2)
     (out / "00001" / "metadata.jsonl").unlink()  # cut off in its pictures
     drawn.clear()
-    benchmarks.draw(painter(asked, drawn), "geneval", asked, out, 2, seed=5)
+    benchmarks.sample_prompts(painter(asked, drawn), "geneval", asked, out, 2, seed=5)
     assert drawn == [([PROMPTS[1]] * 4, 16)]
 
 
 def test_dpgs_grids_are_shared_by_processes_and_are_those_of_one(texts, tmp_path):
     asked, one = dpg_prompts(texts), tmp_path / "one"
-    benchmarks.draw(painter(asked, []), "dpg", asked, one, 1)
+    benchmarks.sample_prompts(painter(asked, []), "dpg", asked, one, 1)
     for rank in (0, 1):
         drawn = []
         share = painter(asked, drawn)
-        benchmarks.draw(share, "dpg", asked, tmp_path / "two", 1, 0, Processes(rank, 2))
+        benchmarks.sample_prompts(share, "dpg", asked, tmp_path / "two", 1, 0, Processes(rank, 2))
         assert len(drawn) == 2 - rank
     for i in range(3):
         assert (one / f"p{i}.png").read_bytes() == (tmp_path / "two" / f"p{i}.png").read_bytes()
@@ -98,7 +98,7 @@ def test_a_teacher_draws_them_by_the_command_and_other_pictures_are_never_mixed_
     about = json.loads((tmp_path / "out.json").read_text())
     assert (about["steps"], about["seed"], about["source"]) == (1, 0, "shapes")
     cpu = torch.device("cpu")
-    found = subject.teacher("shapes", cpu, "ddim").draw(PROMPTS, 1, None)([PROMPTS[1]] * 4, 1)
+    found = subject.teacher("shapes", cpu, "ddim").sampler(PROMPTS, 1, None)([PROMPTS[1]] * 4, 1)
     with Image.open(tmp_path / "out" / "00001" / "samples" / "00002.png") as f:
         assert f.size == (32, 32)
         assert f.getpixel((7, 9)) == tuple(found.images[2, :, 9, 7].tolist())
@@ -157,7 +157,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 def test_a_call_that_was_cut_off_before_its_first_picture_goes_on(tmp_path):
     about = {"benchmark": "dpg", "seed": 0}
     record = benchmarks.check_folder(tmp_path / "out", about)
-    benchmarks.begin(record, about)
+    benchmarks.write_record(record, about)
     assert benchmarks.check_folder(tmp_path / "out", about) == record == tmp_path / "out.json"
     with refused("*/out.json", "pictures"):
         benchmarks.check_folder(tmp_path / "out", {**about, "seed": 1})

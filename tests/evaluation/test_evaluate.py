@@ -10,10 +10,11 @@ import torch
 
 from distill import __main__ as cli
 from distill.evaluation import subject
-from distill.evaluation.results_file import Figures
+from distill.evaluation.results_file import ResultsFile
 from distill.evaluation.subject import Subject, agreement, evaluate
 from distill.sampling.student_sampler import check_protocol
-from eval.protocols.measure import headline, protocol
+from eval.catalogue import headline
+from eval.protocols.measure import protocol
 from eval.samples import Samples
 from teachers.catalogue.loading import load
 from teachers.teacher import EMBEDDED
@@ -56,7 +57,7 @@ def test_a_call_that_was_cut_off_goes_on_at_the_seed_that_was_not_done(digits, t
 def test_a_file_of_figures_keeps_what_it_holds(digits, tmp_path):
     measure, path, drawn = protocol("digits"), tmp_path / "f.json", []
     for steps, seeds in (([1], 1), ([2], 1), ([1, 2], 2)):
-        file = Figures(path, {"source": "grey"})
+        file = ResultsFile(path, {"source": "grey"})
         file.open()
         found = grey(digits, drawn=drawn)
         rows = evaluate(found, measure, steps, seeds, record=file.record("seeds"))
@@ -65,7 +66,7 @@ def test_a_file_of_figures_keeps_what_it_holds(digits, tmp_path):
     tree = json.loads(path.read_text())
     assert {k: v["seeds"] for k, v in tree["student"].items()} == {"1": 2, "2": 2}
     assert list(tmp_path.iterdir()) == [path]
-    file = Figures(path, {"source": "grey"})
+    file = ResultsFile(path, {"source": "grey"})
     file.open()
     rows = evaluate(grey(digits, 101, drawn=drawn), measure, [1], 1, record=file.record("seeds"))
     file.close({"protocol": "digits", "student": rows})  # of other weights: nothing is kept
@@ -82,7 +83,7 @@ def test_a_file_of_anything_else_is_left_alone(tmp_path, holds, line):
     path = tmp_path / "f.json"
     path.write_text(holds)
     with refused(*line):
-        Figures(path, {"source": "grey"})
+        ResultsFile(path, {"source": "grey"})
     assert path.read_text() == holds
 
 
@@ -114,8 +115,8 @@ def test_what_was_kept_of_something_else_does_not_count(digits, tmp_path, spoil)
 
 def test_means_and_spreads_are_over_the_seeds(digits):
     measure = protocol("digits")
-    runs = [measure.once(grey(digits).draw([], 1, None), seed) for seed in (0, 1)]
-    row = measure.over(runs)
+    runs = [measure.measure_seed(grey(digits).sampler([], 1, None), seed) for seed in (0, 1)]
+    row = measure.average(runs)
     assert row["fd"] == pytest.approx((runs[0]["fd"] + runs[1]["fd"]) / 2)
     assert row["spread"]["fd"] == pytest.approx(abs(runs[0]["fd"] - runs[1]["fd"]) / 2)
 
@@ -145,7 +146,7 @@ def test_figures_of_a_teacher_say_what_its_pictures_cost():
     assert row["search_evaluations"] == 32 * 64  # it is found once, and told with each seed
     assert row["spread"]["evaluations"] == 0
     assert 2 < row["evaluations"] < 3
-    names = subject.shown(found, {"3": row, "1": {}})
+    names = subject.table_rows(found, {"3": row, "1": {}})
     assert list(names) == [
         f"teacher, {k} of ddim, GITS, DeepCache 2" for k in ("3 steps", "1 step")
     ]

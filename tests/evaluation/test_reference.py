@@ -105,9 +105,11 @@ def test_one_call_makes_every_kind_of_features_that_a_protocol_reads(world, fold
     whole = {k: pictures().flatten(1)[:, :n].float() for k, n in (("toy", 12), ("wide", 16))}
     for name, x in whole.items():
         found = reference.find("toys", spec.EXTRACTORS[name], 40)
-        torch.testing.assert_close(found.moments.cov, Moments.of(x).cov)
+        torch.testing.assert_close(found.moments.cov, Moments.from_features(x).cov)
         assert torch.equal(found.features, x)
-    figures = read(spec.FOLDER / "both.yaml").once(lambda p, _: Samples(pictures(len(p)), p), 0)
+    figures = read(spec.FOLDER / "both.yaml").measure_seed(
+        lambda p, _: Samples(pictures(len(p)), p), 0
+    )
     assert figures["wide"] >= 0 and figures["recall"] > 0
 
 
@@ -126,7 +128,7 @@ def test_what_is_there_is_not_made_again(world, folder, capsys):
     CALLS.clear()
     code, out, _ = called(capsys, "reference", "toys", folder, "--protocol", "both")
     assert (code, set(CALLS)) == (0, {"wide"})
-    assert out.count("is there already") == 1
+    assert out.count("exists already") == 1
     CALLS.clear()
     assert called(capsys, "reference", "toys", folder, "--protocol", "both")[0] == 0
     assert CALLS == []
@@ -164,7 +166,7 @@ def test_published_moments_serve_distances_and_leave_the_rest_to_pictures(
 def test_moments_that_may_be_of_several_features_must_be_named(world, moments, capsys):
     words = ("reference", "toys", moments, "--protocol", "small")
     code, _, err = called(capsys, *words)
-    assert code == 2 and "may be of toy-centre_lanczos-2 or same; say which" in err
+    assert code == 2 and "may be of toy-centre_lanczos-2 or same; name one" in err
     assert called(capsys, *words, "--features", "same")[0] == 0
     assert files(world) == ["same"]
 
@@ -179,7 +181,7 @@ def test_moments_alone_where_features_are_needed_name_the_command_too(world, mom
     wide = torch.cov(torch.randn(16, 99)).double().numpy()
     np.savez(world / "w.npz", mu=np.zeros(16), sigma=wide)
     made = reference.published("toys", world / "w.npz", spec.EXTRACTORS["wide"], 40)
-    made.save(reference.place("toys", spec.EXTRACTORS["wide"], None, made.content))
+    made.save(reference.path_of("toys", spec.EXTRACTORS["wide"], None, made.content))
     called(capsys, "reference", "toys", moments, "--protocol", "plain")
     code, _, err = called(capsys, "eval", "digits", "--protocol", "both")
     assert code == 2 and "prdc: the reference toys holds moments alone" in err
@@ -321,14 +323,14 @@ def test_statistics_of_other_pictures_are_never_joined_by_a_second_set(world, fo
     other = saved(world / "other", pictures(seed=1))
     CALLS.clear()
     code, _, err = called(capsys, "reference", "toys", other, "--protocol", "both")
-    assert code == 2 and "is not of these pictures; delete it first" in err
+    assert code == 2 and "is of other images; delete it first" in err
     assert CALLS == [] and files(world) == ["toy"]
 
 
 def test_moments_never_join_statistics_of_pictures(world, folder, moments, capsys):
     called(capsys, "reference", "toys", folder, "--protocol", "plain")
     code, _, err = called(capsys, "reference", "toys", moments, "--protocol", "plain")
-    assert code == 2 and "is there already; delete it first" in err
+    assert code == 2 and "exists already; delete it first" in err
     assert files(world) == ["toy"]
 
 
@@ -346,13 +348,13 @@ def test_weights_that_are_not_to_be_had_are_said_before_the_long_work(
 
 def test_the_shipped_protocols_ask_for_what_their_metrics_read(monkeypatch):
     monkeypatch.undo()
-    asked = references.wanted("cifar10-train")
+    asked = references.request_for("cifar10-train")
     assert asked.count == 50_000 and asked.side == 32 and asked.protocols == "cifar10-50k"
-    assert {n.features.name: n.vectors for n in asked.needs} == {
+    assert {n.features.name: n.vectors for n in asked.features} == {
         "inception-edm": True, "dinov2-vitl14": False
     }  # fmt: skip
-    asked = references.wanted("coco2014-10k", "sdxl-10k")
-    assert {n.features.name: n.vectors for n in asked.needs} == {
+    asked = references.request_for("coco2014-10k", "sdxl-10k")
+    assert {n.features.name: n.vectors for n in asked.features} == {
         "inception-clean-centre_lanczos-512": False,
         "inception-clean-centre_patch-299": False,
     }

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from students.checkpointing import checkpointing
 from students.critic import Critic, image_stream
-from students.lora import Adapter, adapted, checkpointing, using
+from students.lora import Adapter, adapt, using
 from teachers import UserError, load
 from teachers.deepcache import DeepCache
 from teachers.denoiser import Guided, Network, Reparametrised
@@ -149,7 +150,7 @@ def test_gradients_through_a_tap_do_not_depend_on_checkpointing(opened, name):
 def test_a_tap_follows_the_adapter_in_use_also_when_blocks_run_again(opened, name):
     teacher = opened(name)
     blocks, point = blocks_of(name, teacher), inputs(teacher)
-    network: Any = adapted(teacher, Adapter(rank=2), "fake")
+    network: Any = adapt(teacher, Adapter(rank=2), "fake")
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.1 * torch.randn_like(p))

@@ -51,7 +51,9 @@ def test_the_grammar_has_every_combination_once_and_reads_its_own_sentences():
 
 
 def test_a_caption_outside_the_grammar_is_named_with_the_nearest_inside_it():
-    with pytest.raises(MetricError, match=r"'two red circle on the left' is no caption.*circles"):
+    with pytest.raises(
+        MetricError, match=r"'two red circle on the left' is not a caption.*circles"
+    ):
         shapes.draw(["two red circle on the left"], 0)
 
 

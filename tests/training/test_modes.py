@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 from distill.data import cache
 from distill.training import checkpoint
-from eval.protocols.collect import Gathering
 from eval.protocols.reference import Moments, Reference
 from students import schedulers
 from students.export import folder as exporting
@@ -57,7 +56,7 @@ def test_checkpoints_caches_and_references_are_open(tmp_path, umask):
     cache._write(out / "shard.safetensors", {"x": torch.zeros(2)}, notes)
     moments = Moments(torch.zeros(2).double(), torch.eye(2).double(), 3)
     Reference("name", "rule", "content", moments, torch.zeros(3, 2)).save(out / "r.safetensors")
-    Gathering(()).save(out / "g.safetensors", "about")
+    Measurement(()).save(out / "g.safetensors", "about")
     form = form_of(load("analytic:gaussian"))
     form.export(form.student(1, None, True, None), out / "linear", {})
     assert_open(out, umask)
