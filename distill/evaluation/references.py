@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill.console import print_line, with_bar
 from eval.errors import MetricError, unknown
 from eval.images import files_in, is_unread
 from eval.metrics.features import NamedFeatures

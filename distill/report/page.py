@@ -133,6 +133,28 @@ def verdict(summary: Mapping[str, Any]) -> str:
     )
 
 
+def first_row(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The student's metrics at one of its step counts; all rows have the same protocol."""
+    for row in metrics["student"].values():
+        return row
+    raise KeyError("student")
+
+
+def figure(row: Mapping[str, Any], key: str) -> tuple[str, str]:
+    """A metric and its spread over seeds; no spread if there is one seed."""
+    value = catalogue.written(key, row[key])
+    if row.get("seeds", 1) <= 1:
+        return value, ""
+    return value, catalogue.written(key, row.get("spread", {}).get(key, 0.0))
+
+
+def trained_weights(recipe: Mapping[str, Any]) -> str:
+    """Which weights of the student were trained."""
+    if adapters := recipe.get("adapters"):
+        return f"{adapters['kind']} adapters of rank {adapters['rank']}"
+    return "all weights"
+
+
 def headline(facts: Facts, summary: Mapping[str, Any], weights: str, batch: int) -> dict[str, str]:
     """The facts at the top of the page, by name."""
     return {

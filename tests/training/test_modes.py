@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from distill.data import cache
 from distill.training import checkpoint
+from eval.protocols.collect import Measurement
 from eval.protocols.reference import Moments, Reference
 from students import schedulers
 from students.export import folder as exporting
