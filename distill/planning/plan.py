@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from distill.config.recipe import Recipe
 from distill.objectives.base import Batch, Objective, Turn
-from distill.profiling import Meter, fused, unique
-from teachers.denoiser import computes
+from distill.profiling import FusedAttention, Meter, denoisers_in, evaluations_of, unique
 
 GB = 1e9
 BUSY = 0.4  # of a GPU's peak that training reaches: what is assumed of time, not measured
@@ -139,16 +138,14 @@ def play(
     tensors += [*(batch.cond or {}).values(), batch.noise]
     kinds: dict[tuple[str, ...], Cost] = {}
     plays: list[tuple[str, ...]] = []
-    counts = dict.fromkeys(networks, 0)
-    hooks = count_samples(networks, counts)
-    for step in range(steps):
-        for turn in objective.turns(step):
-            plays.append(turn.players)
-            if turn.players not in kinds:
-                moving = [p for name in turn.players for p in players[name]]
-                kinds[turn.players] = _cost(turn, batch, parts, moving, tensors, precision, counts)
-    for hook in hooks:
-        hook.remove()
+    with evaluations_of(denoisers_in(networks)) as counts:
+        for step in range(steps):
+            for turn in objective.turns(step):
+                plays.append(turn.players)
+                if turn.players not in kinds:
+                    moving = [p for name in turn.players for p in players[name]]
+                    cost = _cost(turn, batch, parts, moving, tensors, precision, counts)
+                    kinds[turn.players] = cost
     scale = parts / steps
     return (
         max(c.activations for c in kinds.values()),
@@ -182,7 +179,7 @@ def _cost(
         p.requires_grad_(True)
     before = dict(counts)
     known = {t.untyped_storage()._cdata for t in tensors}
-    with Meter(known) as meter, fused(meter):
+    with Meter(known) as meter, FusedAttention(meter):
         if parts > 1:  # the gradients of the parts before are there from the beginning
             for p in moving:
                 p.grad = torch.zeros_like(p)
@@ -203,21 +200,6 @@ def _cost(
         float(meter.flops),
         {k: v - before[k] for k, v in counts.items()},
     )
-
-
-def count_samples(networks: dict[str, nn.Module], counts: dict[str, int]) -> list[Any]:
-    """Hooks that add the samples through each network to `counts`; one of two names counts once."""
-    hooks, seen = [], set()
-    for name, network in networks.items():
-
-        def count(module: nn.Module, args: Any, name: str = name) -> None:
-            counts[name] += len(args[0])
-
-        for module in network.modules():
-            if computes(module) and module not in seen:
-                seen.add(module)
-                hooks.append(module.register_forward_pre_hook(count))
-    return hooks
 
 
 def advice(recipe: Recipe, plan: Plan, gpu: Gpu) -> list[str]:

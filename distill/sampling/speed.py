@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from distill.data.prompts import list_prompts
-from distill.profiling import device_name, peak_memory
-from distill.sampling.teacher_sampler import counted as calls_counted
+from distill.profiling import device_name, evaluations_of, peak_memory
 from teachers.denoiser import Denoiser, Network, computes
 from teachers.teacher import Teacher
 
@@ -132,12 +131,12 @@ def measured(make: Make, counted: nn.Module, gauge: Timer, cap: int) -> dict[str
     Args:
         counted: What one evaluation calls once.
     """
-    with calls_counted([counted]) as counts:
+    with evaluations_of({"network": [counted]}) as counts:
         make(1)
     one = timing(make, 1, gauge)
     many, why = saturated(make, one, gauge, cap)
     return {
-        "evaluations": sum(counts),
+        "evaluations": counts["network"],
         "single": asdict(one),
         "saturated": asdict(many),
         "stopped": why,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill.config.recipe import Recipe
 from distill.data.encode import encoders_on
-from distill.profiling import Meter
+from distill.profiling import Meter, evaluations_of
 from distill.sampling.guided_teacher import guidance_of, guided
 from distill.sampling.student_sampler import at_once, decoded, timed
 from distill.sampling.timesteps import PATHS, SAMPLES, align_your_steps, begun, gits, searched
@@ -55,10 +55,10 @@ class Sampler(ABC):
     @torch.no_grad()
     def __call__(self, prompts: list[Any], seed: int) -> Samples:
         before = 0 if self.kept is None else self.kept.shallow
-        with counted(self.networks) as samples:
+        with evaluations_of({"teacher": self.networks}) as samples:
             images, seconds = self.make(prompts, seed)
         shallow = 0 if self.kept is None else self.kept.shallow - before
-        costs = self.costs(sum(samples), shallow, len(prompts))
+        costs = self.costs(samples["teacher"], shallow, len(prompts))
         return images_to_samples(images, prompts, seconds)._replace(costs=costs)
 
     def walk(self) -> AbstractContextManager[Any]:
@@ -106,9 +106,9 @@ class SolverSampler(Sampler):
         self.denoiser = guided(recipe, teacher)
         super().__init__(teacher, self.denoiser, cache, batch)
         self.solver, self.threshold = SOLVERS[solver], threshold
-        with counted(self.networks) as samples:
+        with evaluations_of({"teacher": self.networks}) as samples:
             self.times = self.found(schedule, steps, prompts)
-        self.searching = sum(samples)
+        self.searching = samples["teacher"]
 
     def found(self, schedule: str, steps: int, prompts: Sequence[Any]) -> Tensor:
         """When the network is called, from noise to data: (steps,) float64."""
@@ -253,23 +253,6 @@ def arguments(teacher: Teacher, prompts: list[str], scale: float) -> dict[str, A
         return {**teacher.codec.arguments([*prompts]), "guidance_scale": scale}
     labels = [int(p) for p in prompts] if getattr(teacher.codec, "classes", 0) else None
     return {"batch_size": len(prompts), "class_labels": labels}
-
-
-@contextmanager
-def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
-    """The sizes of the batches that these networks are called with, as they come."""
-    sizes: list[int] = []
-
-    def count(module: nn.Module, args: tuple[Any, ...], words: dict[str, Any]) -> None:
-        given = [v for v in (*args, *words.values()) if isinstance(v, Tensor | list)]
-        sizes.append(len(given[0]))
-
-    hooks = [m.register_forward_pre_hook(count, with_kwargs=True) for m in networks]
-    try:
-        yield sizes
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

@@ -27,12 +27,13 @@ from distill.data.stream import AHEAD, Source, Stream
 from distill.grids import COLUMNS, save_grid
 from distill.objectives.base import Objective, Turn
 from distill.objectives.validate import check_loss, check_turn
+from distill.profiling import EvaluationCounter, denoisers_in
 from distill.seeds import seed_all
 from distill.training import checkpoint
 from distill.training.ema import EMA
 from distill.training.player import Player
 from students.export.folder import draw
-from teachers.denoiser import Cond, computes
+from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
@@ -106,14 +107,14 @@ class Engine:
         self.step = self.draws = 0
         self.seconds, self.best = 0.0, math.inf
         self.latest: dict[str, Tensor] = {}  # of each turn: the student's may not be this step's
-        self.evaluations = {k: 0 for k, v in vars(objective).items() if isinstance(v, nn.Module)}
+        networks = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}
+        self.counter = EvaluationCounter(denoisers_in(networks))
         self.shards = shards_of(train, accelerator.num_processes)
         self._first: dict[str, Tensor] = {}  # the loss of the first turn that is played here
-        self._stop, self._counting = 0, False
+        self._stop = 0
         self._asked: StopVote | None = None
         # Its own group, for gloo keeps to the hosts: on the devices' an answer would be a sync.
         self._hosts = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        self._count_evaluations()
         for player in players.values():  # ranks that began apart would never meet again
             if accelerator.num_processes > 1:
                 with torch.no_grad():
@@ -123,6 +124,11 @@ class Engine:
     @property
     def root(self) -> Path:
         return self.out / "checkpoints"
+
+    @property
+    def evaluations(self) -> dict[str, int]:
+        """The samples that went through each network while training."""
+        return self.counter.counts
 
     def train(self) -> None:
         """Play every step that is left.
@@ -172,12 +178,12 @@ class Engine:
     def advance(self, stream: Stream) -> dict[str, Tensor]:
         """One step: every turn that the objective names, then the average. Scalars to log."""
         seed, logs = self.cfg.seed, {}
-        self._counting = True
-        seed_all(seed, "turns", self.step, 0)
-        for i, turn in enumerate(self.objective.turns(self.step)):
-            logs |= self.play(turn, i, stream)
-            seed_all(seed, "turns", self.step, i + 1)  # what follows a yield is alike on all ranks
-        self._counting = False
+        with self.counter:
+            seed_all(seed, "turns", self.step, 0)
+            for i, turn in enumerate(self.objective.turns(self.step)):
+                logs |= self.play(turn, i, stream)
+                # the code after a yield draws the same numbers on all ranks
+                seed_all(seed, "turns", self.step, i + 1)
         self.ema.update()
         self.step += 1
         return logs
@@ -377,22 +383,6 @@ class Engine:
         if self._asked and self.step == self.cfg.steps:  # there is no next
             stop, self._asked = self._asked.answer(), None
         return stop
-
-    def _count_evaluations(self) -> None:
-        """Count samples through each network while it trains; host-side integers."""
-        seen: set[nn.Module] = set()
-        for name in self.evaluations:
-            for module in getattr(self.objective, name).modules():
-                if computes(module) and module not in seen:
-                    seen.add(module)  # the same network may have two names
-                    module.register_forward_pre_hook(self._counter(name))
-
-    def _counter(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def count(module: nn.Module, args: Any) -> None:
-            if self._counting:
-                self.evaluations[name] += len(args[0])
-
-        return count
 
 
 def _players(key: str) -> list[str]:
