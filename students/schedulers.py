@@ -230,6 +230,15 @@ def student(
     Raises:
         UserError: no stock scheduler samples such a student.
     """
+    return student_in(form(source_of(teacher), steps, start, renoise, exported), teacher, adapter)
+
+
+def source_of(teacher: Teacher) -> Pretrained:
+    """The network that a student is a copy of.
+
+    Raises:
+        UserError: no stock pipeline could load or decode such a student.
+    """
     try:
         source = unwrap(teacher.denoiser)
     except UserError as error:
@@ -239,7 +248,12 @@ def student(
             "student: no stock pipeline decodes EDM2's latents; EDM2's networks of pixels "
             "(ImageNet-64) can be distilled"
         )
-    made = form(source, steps, start, renoise, exported)
+    return source
+
+
+def student_in(made: SchedulerForm, teacher: Teacher, adapter: Adapter | None = None) -> Generator:
+    """A trainable student in this form; as `student`."""
+    source = source_of(teacher)
     if is_quantised(source.backbone) and (adapter is None or adapter.kind == "dora"):
         raise UserError("student: on quantised weights there must be an adapter, and none of DoRA")
     if adapter is not None:

@@ -17,9 +17,8 @@ from distill.data.from_recipe import needs_data
 from distill.objectives.base import Batch
 from distill.planning.plan import Plan, play
 from distill.profiling import unique
-from distill.training.networks import objective_of, player_networks
+from distill.training.networks import assembled, build_networks, player_networks, student_form
 from distill.training.optimizers import held
-from students import schedulers
 from students.lora import unwrap
 from teachers import conditions
 from teachers.catalogue.loading import load
@@ -43,8 +42,12 @@ def plan(recipe: Recipe) -> Plan:
     train, parts = recipe.train, recipe.train.accumulate
     n = train.batch // parts
     base = parameters(unwrap(teacher.denoiser).backbone)  # before there are adapters on it
-    with fake, shaped():
-        objective = objective_of(recipe, teacher, torch.device("cpu"))
+    # values, which fake tensors lack, decide the student's times
+    form = student_form(recipe.student, teacher) if recipe.kind.few_step else None
+    with fake, no_moves():
+        networks = build_networks(recipe, teacher, form)
+        objective = assembled(recipe, networks, torch.device("cpu"))
+    with fake:
         movers = {k: list(v.parameters()) for k, v in player_networks(objective).items()}
         x = torch.zeros(n, *teacher.shape)
         cond = teacher.codec.condition([0] * n)
@@ -131,19 +134,14 @@ def encoders(teacher: Teacher) -> int:
 
 
 @contextmanager
-def shaped() -> Iterator[None]:
-    """Work out students' times on real numbers, where all else is shapes; move no module."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
+def no_moves() -> Iterator[None]:
+    """Inside it, `nn.Module.to` returns the module as it is: torch cannot move fake weights.
 
-    before, to = schedulers.form, nn.Module.to
-
-    def form(*args: Any, **kwargs: Any) -> Any:
-        with unset_fake_temporarily():
-            return before(*args, **kwargs)
-
-    schedulers.form = form
-    nn.Module.to = lambda self, *args, **kwargs: self  # fake weights cannot be moved, nor need be
+    PEFT calls it on every adapter that it makes (docs/decisions/0007).
+    """
+    to = nn.Module.to
+    nn.Module.to = lambda self, *args, **kwargs: self
     try:
         yield
     finally:
-        schedulers.form, nn.Module.to = before, to
+        nn.Module.to = to

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -9,58 +10,120 @@ import torch
 from torch import nn
 
 from distill.config.recipe import Recipe, networks_of
+from distill.config.schema import CriticSection, StudentSection
 from distill.objectives.base import Objective
 from distill.sampling.guided_teacher import guided
 from students import gaussian, schedulers
 from students.critic import Critic
 from students.generator import Generator
-from students.lora import Adapted, adapted, checkpointing, to_float32, unwrap
+from students.lora import (
+    Adapted,
+    Adapter,
+    adapted,
+    checkpointing,
+    to_float32,
+    unwrap,
+)
+from students.schedulers import SchedulerForm
 from teachers.denoiser import Network
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
 
 def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
-    """The objective with its networks: a student, and what else its fields name."""
-    kind = recipe.kind
-    adapters = recipe.adapters
-    if kind.few_step and gaussian.exact(teacher):
-        return exact_objective(recipe, teacher, device)
-    names = [n for n in networks_of(kind) if n not in ("teacher", "student", "critic")]
-    shared: tuple[str, ...] = ()
-    if adapters and kind.few_step:
-        shared = ("student", *names) if adapters.players is None else adapters.players
-    # copies first: once there are adapters on the teacher's weights, a copy would hold them as well
+    """The recipe's objective with its networks on the device, in eval mode."""
+    return assembled(recipe, build_networks(recipe, teacher), device)
+
+
+def assembled(recipe: Recipe, networks: dict[str, nn.Module], device: torch.device) -> Objective:
+    """The recipe's objective with these networks, all moved to the device and in eval mode."""
+    for network in networks.values():
+        network.to(device).eval()  # dropout would differ between teacher, fake and student
+    keys = {k: v for k, v in recipe.objective.items() if k != "name"}
+    schema = recipe.keys_schema().model_validate(keys)
+    return recipe.kind(**networks, **{k: getattr(schema, k) for k in keys})  # pyright: ignore
+
+
+def build_networks(
+    recipe: Recipe, teacher: Teacher, form: SchedulerForm | None = None
+) -> dict[str, nn.Module]:
+    """The networks that the objective's fields name, by field.
+
+    Args:
+        form: The student's, where it must be made before: it takes values, not only shapes.
+
+    Raises:
+        UserError: the teacher, the student, the adapters or the critic do not go together.
+    """
+    names = [n for n in networks_of(recipe.kind) if n not in ("teacher", "student", "critic")]
+    if linear_student(recipe, teacher):
+        scores: dict[str, nn.Module] = {n: gaussian.score(teacher) for n in names}
+        return scores | {"student": gaussian.student(teacher), "teacher": guided(recipe, teacher)}
+    adapters = shared_weights(recipe, names)
+    # copies first: a copy that is made after the adapters would contain them
     networks: dict[str, nn.Module] = {
         n: to_float32(deepcopy(teacher.denoiser)).requires_grad_(True)
         for n in names
-        if n not in shared
+        if n not in adapters
     }
-    if kind.few_step:
-        s = recipe.student
-        adapter = adapters.adapter if adapters and "student" in shared else None
-        student = schedulers.student(teacher, s.steps, s.start, s.renoise, adapter)
-        trained = s.trained(kind.learns, student.counts)
-        networks["student"] = student.keep(*trained, weights=list(trained.values()))
+    if recipe.kind.few_step:
+        form = form or student_form(recipe.student, teacher)
+        student = schedulers.student_in(form, teacher, adapters.get("student"))
+        counts = recipe.student.trained(recipe.kind.learns, student.counts)
+        networks["student"] = student.keep(*counts, weights=list(counts.values()))
     else:
         networks["student"] = Generator(deepcopy(teacher.denoiser).requires_grad_(True))
-    for name in [n for n in names if n in shared]:
-        assert adapters is not None
-        networks[name] = adapted(teacher, adapters.adapter, name)
+    for name in [n for n in names if n in adapters]:
+        networks[name] = adapted(teacher, adapters[name], name)
     networks["teacher"] = guided(recipe, teacher)
     if recipe.critic is not None:
-        fake: Any = networks["fake"]
-        cond = teacher.codec.condition([0])
-        try:
-            named = recipe.critic.blocks
-            blocks = (unwrap(fake).middle,) if named is None else named
-            networks["critic"] = Critic(fake, teacher.shape, cond, blocks)
-        except ValueError as error:
-            raise UserError(f"critic.blocks: {error}") from None
+        networks["critic"] = critic_of(recipe.critic, networks["fake"], teacher)
     if recipe.train.checkpointing:
         for backbone in backbones(networks):
             checkpointing(backbone)
-    return assembled(recipe, networks, device)
+    return networks
+
+
+def linear_student(recipe: Recipe, teacher: Teacher) -> bool:
+    """Whether the student is the linear one of a closed-form Gaussian teacher."""
+    return recipe.kind.few_step and gaussian.exact(teacher)
+
+
+def student_form(student: StudentSection, teacher: Teacher) -> SchedulerForm:
+    """The stock form of a few-step student.
+
+    Raises:
+        UserError: no stock scheduler samples such a student.
+    """
+    source = schedulers.source_of(teacher)
+    return schedulers.form(source, student.steps, student.start, student.renoise)
+
+
+def shared_weights(recipe: Recipe, names: Sequence[str]) -> dict[str, Adapter]:
+    """The adapter of each network that is one on the teacher's weights, and not a copy of them.
+
+    Args:
+        names: The objective's networks beside teacher, student and critic.
+    """
+    section = recipe.adapters
+    if section is None or not recipe.kind.few_step:
+        return {}
+    shared = ("student", *names) if section.players is None else section.players
+    return dict.fromkeys(shared, section.adapter)
+
+
+def critic_of(section: CriticSection, fake: Any, teacher: Teacher) -> Critic:
+    """A critic on the fake score's features.
+
+    Raises:
+        UserError: a block is not there, or has no features that a critic reads.
+    """
+    cond = teacher.codec.condition([0])
+    try:
+        blocks = (unwrap(fake).middle,) if section.blocks is None else section.blocks
+        return Critic(fake, teacher.shape, cond, blocks)
+    except ValueError as error:
+        raise UserError(f"critic.blocks: {error}") from None
 
 
 def check_exact(recipe: Recipe, teacher: Teacher) -> None:
@@ -82,25 +145,6 @@ def check_exact(recipe: Recipe, teacher: Teacher) -> None:
         raise UserError(f"{where}: student.steps: its students are linear and take 1")
     if recipe.train.sample_every:
         raise UserError(f"{where}: train.sample_every: it has no pictures to show; set it to 0")
-
-
-def exact_objective(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
-    """The objective of a closed-form Gaussian teacher: a linear student, fake scores as exact."""
-    names = networks_of(recipe.kind)
-    networks: dict[str, nn.Module] = {
-        n: gaussian.score(teacher) for n in names if n not in ("teacher", "student", "critic")
-    }
-    networks |= {"student": gaussian.student(teacher), "teacher": guided(recipe, teacher)}
-    return assembled(recipe, networks, device)
-
-
-def assembled(recipe: Recipe, networks: dict[str, nn.Module], device: torch.device) -> Objective:
-    """The recipe's objective with its networks, all on the device and in eval mode."""
-    for network in networks.values():
-        network.to(device).eval()  # dropout would differ between teacher, fake and student
-    keys = {k: v for k, v in recipe.objective.items() if k != "name"}
-    schema = recipe.keys_schema().model_validate(keys)
-    return recipe.kind(**networks, **{k: getattr(schema, k) for k in keys})  # pyright: ignore
 
 
 def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
