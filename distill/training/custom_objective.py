@@ -16,7 +16,7 @@ from distill.data.stream import Source, Stream
 from distill.objectives.base import Objective
 from distill.objectives.validate import check_loss
 from distill.seeds import seed_all
-from distill.training.engine import shards_of
+from distill.training.engine import shards_here, shards_of
 from distill.training.player import Player
 from teachers.errors import UserError
 
@@ -62,7 +62,7 @@ def rehearse(
         UserError: it is none that can be descended. What the user's own code raises is passed on.
     """
     shards = shards_of(train, accelerator.num_processes)
-    first = shards // accelerator.num_processes * accelerator.process_index
+    first = shards_here(shards, accelerator)[0]
     size, device = train.batch // shards, accelerator.device
     stream = Stream(source, device, 0, range(first, first + 1), shards, size, ahead=0)
     before = deepcopy(objective.state_dict())  # a loss may change it in place

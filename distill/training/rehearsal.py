@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distill.config.schema import TrainSection
 from distill.data.encode import broken_weight
 from distill.data.stream import Source
-from distill.training.engine import shards_of
+from distill.training.engine import shards_here, shards_of
 from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
@@ -37,8 +37,7 @@ def check_finite(
             infinity; the first of these is named.
     """
     shards = shards_of(train, accelerator.num_processes)
-    first = shards // accelerator.num_processes * accelerator.process_index
-    batch = source.batch(0, first, shards, train.batch // shards)
+    batch = source.batch(0, shards_here(shards, accelerator)[0], shards, train.batch // shards)
     for name, value in {"data": batch.x, **(batch.cond or {})}.items():
         if value is not None and _lost(value):
             which = "data" if name == "data" else f"condition {name!r}"

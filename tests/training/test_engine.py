@@ -172,7 +172,7 @@ def spoilt_after_a_step(engine):
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_remedy(pipelines, tmp_path):
     engine = spoilt_after_a_step(made("consistency", pipelines, tmp_path / "run").engine)
-    said = r"student/loss is nan; lower players\.student\.lr.* \(no checkpoint had been saved\)"
+    said = r"student/loss is nan; lower players\.student\.lr.* \(no checkpoint was saved\)"
     with pytest.raises(UserError, match=said):
         engine.train()
 
@@ -196,7 +196,7 @@ def test_for_a_loss_that_never_was_a_number_no_learning_rate_is_blamed(name, pip
     with pytest.raises(UserError) as error:
         engine.train()
     line = str(error.value)
-    assert "/loss was so at the first turn, before any update" in line
+    assert "/loss was not finite at the first turn, before any update" in line
     assert "train.precision" in line and "distill doctor" in line
     assert ".lr" not in line and "warmup" not in line
 
@@ -243,7 +243,7 @@ def test_a_checkpoint_is_never_saved_over_good_ones_once_the_loss_is_lost(pipeli
         return advance(data)
 
     engine.advance = poisoned
-    with pytest.raises(UserError, match=r"step 4: student/loss is nan.*step-000003, is of"):
+    with pytest.raises(UserError, match=r"step 4: student/loss is nan.*step-000003, are finite"):
         engine.train()
     assert checkpoint.steps(engine.root)[-1].name == "step-000003"
 

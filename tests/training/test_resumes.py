@@ -97,8 +97,8 @@ def test_a_recipe_without_a_name_is_refused(name):
     [
         ("recipe.yaml/", "recipe.yaml in it is a folder"),
         (".lock/", r"\.lock in it is a folder"),
-        ("student", "student in it is no folder"),
-        ("checkpoints", "checkpoints in it is no folder"),
+        ("student", "student in it is a file"),
+        ("checkpoints", "checkpoints in it is a file"),
     ],
 )
 def test_what_is_in_the_way_of_a_runs_files_is_named(tmp_path, place, message):
@@ -112,10 +112,10 @@ def test_what_is_in_the_way_of_a_runs_files_is_named(tmp_path, place, message):
 
 def test_a_link_to_nothing_is_no_place_for_a_run(tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="a link to nothing"):
+    with pytest.raises(UserError, match="a link to a path that does not exist"):
         run_folder.check_places(tmp_path / "run")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(UserError, match="a link to nothing"):
+    with pytest.raises(UserError, match="a link to a path that does not exist"):
         run_folder.check_places(tmp_path / "loop")
 
 
