@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distill.benchmark import leaderboard
 from distill.benchmark.leaderboard import LeaderboardRow, figure
+from teachers.text import plural
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 Cell = Callable[[LeaderboardRow], str]
@@ -84,7 +85,7 @@ def by_count(row: Sequence[LeaderboardRow], counts: Sequence[int], cell: Cell) -
 
 
 def steps(count: int) -> str:
-    return f"{count} step{'s' * (count != 1)}"
+    return f"{count} {plural(count, 'step')}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -22,6 +22,7 @@ from distill.sampling.student_sampler import student_samples
 from distill.sampling.teacher_sampler import own
 from eval import shapes
 from students.export.folder import load_student
+from teachers.text import plural
 
 COLUMNS, CELL, GAP = 8, 96, 6  # pictures in a row; pixels of a side, and between two
 MARGIN, LINE, LETTERS = 150, 17, 14  # pixels for the rows' names, of a line; letters in one
@@ -31,7 +32,7 @@ SEED = 1
 def rows(runs: Sequence[tuple[Path, int]], captions: list[str]) -> dict[str, Tensor]:
     """Names of rows -> uint8 pictures (N, 3, H, W), the teacher's first and last."""
     recipe = Recipe.load(runs[0][0] / "recipe.yaml")
-    teacher, steps = load_teacher(recipe), recipe.eval.teacher_steps
+    teacher, steps = load_teacher(recipe.teacher), recipe.eval.teacher_steps
     made = {f"teacher, {steps} steps": own(recipe, teacher, steps)(captions, SEED).images}
     for folder, k in runs:
         student, codec = load_student(folder)
@@ -41,7 +42,7 @@ def rows(runs: Sequence[tuple[Path, int]], captions: list[str]) -> dict[str, Ten
 
 
 def count(steps: int) -> str:
-    return f"{steps} step{'s' * (steps > 1)}"
+    return f"{steps} {plural(steps, 'step')}"
 
 
 def picture(made: dict[str, Tensor], captions: list[str]) -> Image.Image:

@@ -18,6 +18,8 @@ from typing import Any
 
 from boards import right, students, untrained
 
+from teachers.text import plural
+
 ROOT = Path(__file__).parent.parent
 # The method, its paper, file, recipe and data, and its row in the benchmark of the digits.
 DMD2, CM = "Yin et al. 2024, arXiv:2405.14867", "consistency.py"
@@ -71,7 +73,7 @@ def readme() -> str:
         row("teacher, 1 step", metrics["teacher_few"]["1"], base),
     ]
     for steps, found in metrics["student"].items():
-        lines.append(row(f"student, {steps} step{'s' * (steps != '1')}", found, base))
+        lines.append(row(f"student, {steps} {plural(int(steps), 'step')}", found, base))
     lines += [searched()]
     seeds = metrics["student"]["1"]["seeds"]
     lines.append("")
@@ -205,7 +207,7 @@ def again() -> str:
                      if k in f["metrics"]["student"]]  # fmt: skip
             if len(right) > 1:
                 values = ", ".join(f"{100 * a:.1f}" for a in right)
-                lines.append(f"- `shapes/{name}` at {k} step{'s' * (k != '1')}: {values} %.")
+                lines.append(f"- `shapes/{name}` at {k} {plural(int(k), 'step')}: {values} %.")
     return "\n".join(lines)
 
 

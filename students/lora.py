@@ -25,6 +25,7 @@ from teachers.errors import WORD, UserError, cut, quoted
 from teachers.families.base import Pretrained
 from teachers.storage.diffusers_config import Schedule
 from teachers.teacher import Teacher
+from teachers.text import first_line
 
 Module = TypeVar("Module", bound=nn.Module)
 _LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # adapted ones, by module
@@ -128,12 +129,11 @@ def inject(module: nn.Module, name: str, config: Any) -> None:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             inject_adapter_in_model(config, module, adapter_name=name)
     except (ValueError, TypeError, re.error) as error:  # PEFT's ways to say so
-        reason = cut(str(error).splitlines()[0], WORD)  # PEFT repeats them
+        reason = cut(first_line(error), WORD)  # PEFT repeats them
         targets = quoted(config.target_modules)
         raise UserError(f"adapters.targets: {targets}: {reason}") from None
     except (RuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"adapters.rank: {config.r} cannot be made ({reason})") from None
+        raise UserError(f"adapters.rank: {config.r} cannot be made ({first_line(error)})") from None
     _LAYERS.clear()
     for key, p in module.named_parameters():
         if name in key.split("."):
@@ -204,7 +204,7 @@ def checkpointing(backbone: Any) -> None:
     try:
         backbone.enable_gradient_checkpointing(again)
     except ValueError as error:
-        raise UserError(f"train.checkpointing: {str(error).splitlines()[0]}") from None
+        raise UserError(f"train.checkpointing: {first_line(error)}") from None
 
 
 def unwrap(denoiser: Denoiser) -> Pretrained:

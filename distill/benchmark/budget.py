@@ -65,7 +65,7 @@ def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:
     A few samples stand for a shard: as many as the student has steps, where a shard is a multiple
     of that, so that each place of its chain has its share.
     """
-    teacher = load_teacher(recipe)
+    teacher = load_teacher(recipe.teacher)
     networks = echo_networks(build_networks(recipe, teacher))
     objective = assembled(recipe, networks, torch.device("cpu"))
     fields = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.benchmark.leaderboard import LeaderboardRow, distance_of
+from teachers.text import plural
 
 # Okabe and Ito's palette (Color Universal Design, 2008), without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -168,7 +169,7 @@ def cost(first: Sequence[LeaderboardRow], out: Path) -> Path:
 
 def at(line: LeaderboardRow) -> str:
     """A row's name, with the steps that its point is of, unless it says them itself."""
-    steps = f"{line.steps} step{'s' * (line.steps != 1)}"
+    steps = f"{line.steps} {plural(line.steps or 0, 'step')}"
     return line.name if steps in line.name else f"{line.name} ({steps})"
 
 

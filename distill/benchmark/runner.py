@@ -31,6 +31,7 @@ from eval.protocols.measure import Protocol, protocol
 from students import gaussian
 from teachers.errors import UserError
 from teachers.teacher import Teacher
+from teachers.text import plural
 
 TEACHER = "teacher.json"  # its figures, by what they were measured of
 
@@ -46,7 +47,7 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lea
     check_folder(out)
     recipe = made.reference()
     measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
-    teacher = load_teacher(recipe)
+    teacher = load_teacher(recipe.teacher)
     if measure is not None:
         check_protocol(measure, teacher)
     elif not gaussian.exact(teacher):
@@ -150,7 +151,7 @@ def teacher_lines(
     known = table(file) if file.exists() else {}
     tree, count = recipe.tree(), len(race.bench.seeds)
     solver, full = recipe.eval.teacher_solver, recipe.eval.teacher_steps
-    seeds, files = list(range(count)), teacher_files(recipe)
+    seeds, files = list(range(count)), teacher_files(recipe.teacher)
     lines = []
 
     def once(of: Any, make: Any) -> Any:
@@ -164,7 +165,7 @@ def teacher_lines(
         return measure(SolverSampler(recipe, teacher, solver, "own", full, measure.prompts), count)
 
     more = len(race.bench.baselines)
-    say(f"measuring the teacher: {full} steps of {solver}, and {more} other{'s' * (more != 1)}")
+    say(f"measuring the teacher: {full} steps of {solver}, and {more} {plural(more, 'other')}")
     metrics = once([solver, full], whole)
     lines.append(LeaderboardRow(f"teacher, {solver}", "teacher", None, full, seeds, metrics))
     for b in race.bench.baselines:

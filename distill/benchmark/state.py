@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from distill.training.run_folder import LOCK
 from teachers.errors import UserError
 
 STATE = "state.json"
-LOCK = ".lock"  # of a run's folder as well, but that has a recipe.yaml
 FOLDERS = ("recipes", "runs", "logs")
 FILES = ("leaderboard.json", "leaderboard.md", "quality-steps.png", "quality-cost.png",
          "diversity.png", "cost.png")  # fmt: skip

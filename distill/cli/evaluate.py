@@ -34,6 +34,7 @@ def sample(
     from distill.report.page import intact, read_summary
     from students.export.folder import draw, load_student
     from teachers.errors import UserError, cut
+    from teachers.text import plural
 
     if out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {cut(str(out))}: expected a name that ends in .png or .npz")
@@ -52,7 +53,7 @@ def sample(
     with counting(teacher) as cuts:
         teacher.codec.condition(list(dict.fromkeys(wanted)))
     tell(cuts, "--prompt")
-    with waiting(f"drawing {n} pictures in {steps} step{'s' * (steps != 1)}"):
+    with waiting(f"drawing {n} pictures in {steps} {plural(steps, 'step')}"):
         images = teacher.codec.decode(draw(generator.at(steps), teacher, wanted, seed))
     save_pictures(images, out, wanted if text else [int(p) for p in wanted], len(names))
 

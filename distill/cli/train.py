@@ -72,7 +72,7 @@ def introduce(made: Any) -> None:
     from teachers.guidance import describe
 
     recipe = made.recipe
-    guidance = describe(guided(recipe, made.teacher))
+    guidance = describe(guided(recipe.teacher, made.teacher))
     console.print(
         f"{recipe.objective['name']}: from teacher {recipe.teacher.source} ({guidance}) "
         f"to a student of {counts(made.student)}, in {made.out}",

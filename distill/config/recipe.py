@@ -35,6 +35,7 @@ from teachers.denoiser import Denoiser
 from teachers.errors import UserError, cut, nearest, quoted
 from teachers.quantised import FORMS
 from teachers.storage.plugin import import_file
+from teachers.text import first_line
 
 SHIPPED = Path(__file__).parent.parent.parent / "recipes"
 NETWORKS = (Denoiser, Generator, Critic)
@@ -299,8 +300,9 @@ def objective_class(name: str, where: str = "recipe") -> type[Objective]:
     try:
         schema_of(kind)
     except Exception as error:  # a hint that is no name, or a type that no YAML value has
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{where}: objective.name: a field of {attribute}: {reason}") from None
+        raise UserError(
+            f"{where}: objective.name: a field of {attribute}: {first_line(error)}"
+        ) from None
     if "critic" in networks_of(kind) and "fake" not in networks_of(kind):
         raise UserError(f"{where}: objective.name: {attribute} has a critic but no field fake")
     return kind

@@ -42,6 +42,7 @@ from distill.data.encode import (
 from distill.data.fingerprint import fingerprint
 from distill.data.listing import Bad, Item, write_report
 from distill.data.stream import Items, Source
+from distill.files import write
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.prompt_limits import Cuts
@@ -207,9 +208,7 @@ class Cache:
         write_report(self.folder, listing.report(listing.total, notes.bad, notes.firsts))
         for left in self.folder.glob(".shard-*"):  # drafts of builds that were killed
             left.unlink(missing_ok=True)
-        draft = self.folder / f".{INDEX}.{os.getpid()}"
-        draft.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
-        draft.replace(self.folder / INDEX)
+        write(self.folder / INDEX, json.dumps(self.about, indent=2) + "\n")
 
     def _encode(self, shard: Shard) -> None:
         found: list[dict[str, Tensor]] = []
@@ -331,9 +330,7 @@ class _Digests:
 
     def save(self) -> None:
         if self.new:
-            draft = self.file.with_name(f".{DIGESTS}.{os.getpid()}")
-            draft.write_text(json.dumps(self.known), encoding="utf-8")
-            draft.replace(self.file)
+            write(self.file, json.dumps(self.known))
 
 
 def _is_digest(entry: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from distill.config.recipe import Recipe
+from distill.config.schema import DataSection
 from distill.data import cache
 from distill.data.encode import COND, Work, check_finite, picture_shape
 from distill.data.images import list_images, place_of_images
@@ -136,15 +137,14 @@ def work_of(recipe: Recipe, teacher: Teacher) -> Work | None:
     if classes:
         listing.read_labels(classes)
     if data.source is not None and (with_data := needs_data(recipe)):
-        sizes = sizes_for(recipe, teacher)
+        sizes = sizes_for(data, teacher)
         into_buckets(listing, sizes)
         listing.check(listing.bad, listing.total, data.skip_share)
     return Work(teacher, listing, sizes, with_data)
 
 
-def sizes_for(recipe: Recipe, teacher: Teacher) -> list[tuple[int, int]]:
+def sizes_for(data: DataSection, teacher: Teacher) -> list[tuple[int, int]]:
     """Heights and widths that images are cut to."""
-    data = recipe.data
     _, *sides = picture_shape(teacher)
     height, width = (data.size, data.size) if data.size else sides
     factor, needs = sides[0] // teacher.shape[-2], "codec"

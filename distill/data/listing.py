@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from distill.console import notice
+from distill.files import write
 from teachers.errors import UserError
 
 REPORT = "data-report.json"
@@ -243,10 +243,8 @@ def write_report(folder: Path, content: dict[str, Any]) -> None:
 
     A file's name may hold bytes of no encoding; they are written as JSON's own escapes.
     """
-    draft = folder / f".{REPORT}.{os.getpid()}"
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    draft.write_bytes(text.encode("utf-8", "backslashreplace"))
-    draft.replace(folder / REPORT)
+    write(folder / REPORT, text.encode("utf-8", "backslashreplace").decode())
 
 
 def check_labels(folder: Path, content: dict[str, Any]) -> None:

@@ -172,7 +172,7 @@ def teacher(
     told["precision"] = precision
     nothing = {"objective": {"name": "sid"}, "train": {"steps": 1}}  # only the teacher is built
     recipe = Recipe.check({"teacher": told, **nothing}, "eval")
-    found = load_teacher(recipe)
+    found = load_teacher(recipe.teacher)
     found.denoiser.to(device)
     kind = "solver" if solver in SOLVERS else "scheduler"
     tree: dict[str, Any] = {kind: solver, "schedule": schedule, "cache": cache}

@@ -21,6 +21,7 @@ from teachers.diagnosis.structure import examine, leaves, subject_of, tried
 from teachers.errors import UserError
 from teachers.families.base import Prompted
 from teachers.teacher import Teacher
+from teachers.text import first_line
 
 PICTURES = 4  # how many are drawn, or noised, where there are not more
 VIDEOS = 2  # and of videos
@@ -125,10 +126,9 @@ def picture_shape(teacher: Teacher) -> tuple[int, ...]:
         with torch.no_grad():
             data = teacher.codec.encode(torch.zeros(1, channels, 64, 64))
     except Exception as error:  # whatever a user's codec raises
-        first = (str(error).strip().splitlines() or ["no message"])[0]
         raise UserError(
             f"codec.encode: it raised {type(error).__name__} for a picture "
-            f"(1, {channels}, 64, 64): {first}"
+            f"(1, {channels}, 64, 64): {first_line(error)}"
         ) from None
     factor = max(64 // data.shape[-1], 1)
     return channels, shape[-2] * factor, shape[-1] * factor

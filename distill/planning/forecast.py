@@ -1,4 +1,4 @@
-"""A recipe's networks as shapes alone, and the plan that playing them gives."""
+"""The plan of a recipe: its networks are made of fake tensors, and its turns are played."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe
+from distill.config.schema import TeacherSection
 from distill.data.from_recipe import needs_data
 from distill.objectives.base import Batch
 from distill.planning.plan import Plan, play
@@ -30,18 +31,18 @@ from teachers.teacher import Codec, Teacher
 
 
 def plan(recipe: Recipe) -> Plan:
-    """What a run of this recipe would take, on one device. Nothing of its size is allocated.
+    """What a run of this recipe takes on one device, without allocating its memory.
 
     Raises:
-        UserError: the teacher is neither here nor known by its outline.
+        UserError: the teacher has no files here, and its outline is not known.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    teacher = shape_of(recipe, fake)
+    teacher = shape_of(recipe.teacher, fake)
     train, parts = recipe.train, recipe.train.accumulate
     n = train.batch // parts
-    base = parameters(unwrap(teacher.denoiser).backbone)  # before there are adapters on it
+    base = parameters(unwrap(teacher.denoiser).backbone)  # before adapters are on it
     # values, which fake tensors lack, decide the student's times
     form = student_form(recipe.student, teacher) if recipe.kind.few_step else None
     with fake, no_moves():
@@ -82,27 +83,33 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
-def shape_of(recipe: Recipe, without: Any) -> Teacher:
-    """The recipe's teacher with a network of shapes alone: from its files, or from its outline."""
-    t = recipe.teacher
-    options = t.options()
-    if t.source in OUTLINES and not home(t.source, "teacher.source").exists():
-        return outline(t.source, without, t.size, t.precision or "fp32")
-    teacher = load(t.source, **options)
+def shape_of(section: TeacherSection, fake: Any) -> Teacher:
+    """The teacher with a network of fake tensors: from its files, or from its outline.
+
+    Args:
+        fake: The FakeTensorMode that the weights are made in.
+
+    Raises:
+        UserError: it can be loaded from neither.
+    """
+    source, precision = section.source, section.precision
+    if source in OUTLINES and not home(source, "teacher.source").exists():
+        return outline(source, fake, section.size, precision or "fp32")
+    teacher = load(source, **section.options())
     network = unwrap(teacher.denoiser)
     before: Any = network.backbone
-    with without, dtype_of_new(next(before.parameters()).dtype):
+    with fake, dtype_of_new(next(before.parameters()).dtype):
         backbone = type(before).from_config(before.config)
-        if t.precision in FORMS:
-            quantise(backbone, t.precision)
-    # an EDM student's time is refitted, which takes values; here there are none
+        if precision in FORMS:
+            quantise(backbone, precision)
+    # refitting an EDM student's time takes values, and fake weights have none
     named = replace(network.schedule, name=CM if network.schedule.sigma_data else "")
     twin = network.twin(backbone.requires_grad_(False).eval(), named)
     return Teacher(twin, FakeCodec(teacher.codec), teacher.shape, teacher.source)
 
 
 class FakeCodec:
-    """A codec whose every condition is that of one prompt, made before any tensor is fake."""
+    """A codec that gives every prompt the same condition, encoded before tensors are fake."""
 
     def __init__(self, codec: Codec) -> None:
         self.classes = getattr(codec, "classes", 0)

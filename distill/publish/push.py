@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from distill.files import write
 from distill.publish.card import GRID, card, require_finished
 from distill.publish.hub import (
     MARK,
@@ -224,9 +225,5 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        draft = self.path.with_name(f".{self.path.name}")
-        draft.write_text(
-            json.dumps({"run": self.run, "commits": self.commits}, indent=2) + "\n",
-            encoding="utf-8",
-        )
-        draft.replace(self.path)
+        tree = {"run": self.run, "commits": self.commits}
+        write(self.path, json.dumps(tree, indent=2) + "\n")

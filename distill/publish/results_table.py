@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from teachers.text import plural
+
 # Metrics by the heads that tables give them; the first that a protocol has orders rows.
 FIGURES = {
     "fd": "Fréchet distance",
@@ -43,7 +45,7 @@ def rows_of(metrics: Mapping[str, Any]) -> list[Row]:
     taught += metrics.get("teacher_few", {}).values()
     for v in taught:
         k = v["steps"]
-        name = f"teacher, {k} {v['solver']} step{'s' * (k != 1)}"
+        name = f"teacher, {k} {v['solver']} {plural(k, 'step')}"
         rows.append(Row(name, False, v, v.get("evaluations", v["steps"])))
     return rows
 
@@ -51,7 +53,7 @@ def rows_of(metrics: Mapping[str, Any]) -> list[Row]:
 def steps_of(counts: Iterable[Any]) -> str:
     """1 step; 1, 2 or 4 steps."""
     *most, last = map(str, sorted(map(int, counts)))
-    return f"{', '.join(most)} or {last} steps" if most else f"{last} step{'s' * (last != '1')}"
+    return f"{', '.join(most)} or {last} steps" if most else f"{last} {plural(int(last), 'step')}"
 
 
 def advised(counts: Iterable[int], summary: Mapping[str, Any]) -> int:
@@ -62,7 +64,7 @@ def advised(counts: Iterable[int], summary: Mapping[str, Any]) -> int:
 
 def many(n: int, noun: str) -> str:
     """1 seed; 3 seeds."""
-    return f"{n:,} {noun}{'s' * (n != 1)}"
+    return f"{n:,} {plural(n, noun)}"
 
 
 def best(metrics: Mapping[str, Any] | None) -> str | None:

@@ -80,7 +80,7 @@ class Baseline(Section):
             UserError: the scheduler is of another process, there is no such schedule for it, it is
                 not guided in a way that can stop, or its network has no deep part to keep.
         """
-        where, how = where or f"baselines: {self.name}", guidance_of(recipe)
+        where, how = where or f"baselines: {self.name}", guidance_of(recipe.teacher)
         if self.scheduler is not None:
             karras = isinstance(teacher.denoiser.process, Karras)
             known = get_args(StockEDM if karras else Stock)

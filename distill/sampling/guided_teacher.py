@@ -1,11 +1,10 @@
-"""The teacher that a recipe asks for: loaded, and guided."""
+"""The teacher of a recipe's `teacher` section: loaded, and guided."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-from distill.config.recipe import Recipe
-from distill.config.schema import GuidanceSection
+from distill.config.schema import GuidanceSection, TeacherSection
 from distill.data.encode import counting, tell
 from teachers.catalogue.loading import load
 from teachers.denoiser import Denoiser, Guided, Mix, Reparametrised, linear
@@ -14,35 +13,39 @@ from teachers.guidance import AutoGuided, Interval, Projected, Rescaled, SkipLay
 from teachers.teacher import Teacher
 
 
-def load_teacher(recipe: Recipe) -> Teacher:
-    """The recipe's teacher, unguided."""
-    teacher = load(recipe.teacher.source, **recipe.teacher.options())
-    how = guidance_of(recipe)
-    if recipe.teacher.negative_prompt:
+def load_teacher(section: TeacherSection) -> Teacher:
+    """The teacher, unguided.
+
+    Raises:
+        UserError: it cannot be loaded, or guidance needs a null class that it does not have.
+    """
+    teacher = load(section.source, **section.options())
+    how = guidance_of(section)
+    if section.negative_prompt:
         with counting(teacher) as cuts:
             _ = teacher.codec.null  # encoded at its first use, which is this
         tell(cuts, "teacher.negative_prompt")
     if how.kind in ("cfg", "apg") and how.scale != 1 and teacher.codec.null is None:
         raise UserError(
             f"teacher.guidance: {how.scale} needs a null class, and "
-            f"{recipe.teacher.source!r} names none; set teacher.null_label, or guidance to 1"
+            f"{section.source!r} names none; set teacher.null_label, or guidance to 1"
         )
     return teacher
 
 
-def guidance_of(recipe: Recipe) -> GuidanceSection:
-    """The recipe's guidance, all of it spelled out: a number alone is classifier-free."""
-    how = recipe.teacher.guidance
+def guidance_of(section: TeacherSection) -> GuidanceSection:
+    """The teacher's guidance with all its keys: a number alone is classifier-free guidance."""
+    how = section.guidance
     return how if isinstance(how, GuidanceSection) else GuidanceSection(scale=how)
 
 
-def guided(recipe: Recipe, teacher: Teacher) -> Denoiser:
+def guided(section: TeacherSection, teacher: Teacher) -> Denoiser:
     """What the objective sees as its teacher; scale 1 passes straight through.
 
     Raises:
         UserError: a block that is to be skipped is not there, or the weaker teacher does not fit.
     """
-    how, denoiser = guidance_of(recipe), teacher.denoiser
+    how, denoiser = guidance_of(section), teacher.denoiser
     mix: Mix = linear
     if how.kind == "apg":
         mix = Projected(how.eta or 0.0, how.threshold)
@@ -51,15 +54,17 @@ def guided(recipe: Recipe, teacher: Teacher) -> Denoiser:
     if how.kind == "skip":
         found: Guided = SkipLayerGuided(denoiser, how.scale, how.blocks, mix)
     elif how.weaker is not None:
-        found = AutoGuided(denoiser, how.scale, weaker(how.weaker, recipe, teacher), mix)
+        found = AutoGuided(
+            denoiser, how.scale, weaker(how.weaker, section.null_label, teacher), mix
+        )
     else:
         found = Guided(denoiser, how.scale, teacher.codec.null, mix)
     return found if how.interval is None else Interval(found, *how.interval)
 
 
-def weaker(source: str, recipe: Recipe, teacher: Teacher) -> Denoiser:
+def weaker(source: str, null_label: int | None, teacher: Teacher) -> Denoiser:
     """Autoguidance's weaker network, under the teacher's process and on its device."""
-    other = read_once(source, recipe.teacher.null_label)
+    other = read_once(source, null_label)
     if other.shape != teacher.shape:
         want, got = ("×".join(map(str, s)) for s in (teacher.shape, other.shape))
         raise UserError(f"teacher.guidance.weaker: {source!r} is {got}; the teacher is {want}")

@@ -103,7 +103,7 @@ class SolverSampler(Sampler):
         cache: int = 1,
         batch: int | None = None,
     ) -> None:
-        self.denoiser = guided(recipe, teacher)
+        self.denoiser = guided(recipe.teacher, teacher)
         super().__init__(teacher, self.denoiser, cache, batch)
         self.solver, self.threshold = SOLVERS[solver], threshold
         with evaluations_of({"teacher": self.networks}) as samples:
@@ -178,7 +178,7 @@ class PipelineSampler(Sampler):
     ) -> None:
         super().__init__(teacher, teacher.denoiser, cache, batch)
         self.networks = [unwrap(teacher.denoiser).backbone]  # which pipelines call themselves
-        self.scale, self.steps = guidance_of(recipe).scale, steps
+        self.scale, self.steps = guidance_of(recipe.teacher).scale, steps
         self.pipe = pipeline(teacher, scheduler)
 
     def make(self, prompts: list[Any], seed: int) -> tuple[Tensor, float]:

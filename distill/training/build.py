@@ -29,7 +29,7 @@ from distill.sampling.student_sampler import check_protocol, evaluate_student
 from distill.seeds import seed_all
 from distill.training import custom_objective, optimizers
 from distill.training.engine import Engine, check_memory, shards_of
-from distill.training.networks import check_exact, objective_of, player_networks
+from distill.training.networks import check_exact, linear_student, objective_of, player_networks
 from distill.training.player import Player
 from distill.training.preflight import rehearse_end
 from distill.training.rehearsal import check_finite
@@ -37,7 +37,6 @@ from distill.training.run_folder import check_checkpoints, check_folder, hold, w
 from distill.training.trackers import trackers
 from eval import shapes
 from eval.protocols.measure import Protocol, headline, protocol
-from students import gaussian
 from students.export.folder import rehearse
 from students.generator import Generator
 from teachers import conditions
@@ -96,7 +95,7 @@ def check(recipe: Recipe, out: Path, resume: bool) -> None:
     check_folder(recipe, out, resume)
     if resume:
         check_checkpoints(out)
-    for origin in filter(None, (recipe.teacher.source, guidance_of(recipe).weaker)):
+    for origin in filter(None, (recipe.teacher.source, guidance_of(recipe.teacher).weaker)):
         check_licence(origin, recipe.export.licence_override)
     if recipe.train.precision == "fp16" and device().type == "cpu":
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32")
@@ -114,8 +113,8 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         UserError: a part does not go with the others, or what a run leaves could not be made.
     """
     measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
-    teacher = load_teacher(recipe)
-    linear = recipe.kind.few_step and gaussian.exact(teacher)
+    teacher = load_teacher(recipe.teacher)
+    linear = linear_student(recipe, teacher)
     if measure is not None:
         check_protocol(measure, teacher)
         measure.check()
@@ -129,7 +128,7 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
     objective = objective_of(recipe, teacher, accelerator.device)
-    if guidance_of(recipe).kind == "skip":
+    if guidance_of(recipe.teacher).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)
     check_finite(objective.teacher, teacher, source, recipe.train, accelerator)
     if recipe.kind.few_step and not linear:  # linear students have no pipeline
@@ -248,7 +247,7 @@ def make_cache(recipe: Recipe) -> dict[str, Any]:
     Raises:
         UserError: there is nothing to encode, or too much of it is bad or large.
     """
-    work = work_of(recipe, load_teacher(recipe))
+    work = work_of(recipe, load_teacher(recipe.teacher))
     if work is None:
         raise UserError("cache: the recipe's data are embedded or labels, which need no cache")
     made = cache.fill(work, recipe.data)

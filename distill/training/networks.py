@@ -58,7 +58,10 @@ def build_networks(
     names = [n for n in networks_of(recipe.kind) if n not in ("teacher", "student", "critic")]
     if linear_student(recipe, teacher):
         scores: dict[str, nn.Module] = {n: gaussian.score(teacher) for n in names}
-        return scores | {"student": gaussian.student(teacher), "teacher": guided(recipe, teacher)}
+        return scores | {
+            "student": gaussian.student(teacher),
+            "teacher": guided(recipe.teacher, teacher),
+        }
     adapters = shared_weights(recipe, names)
     # copies first: a copy that is made after the adapters would contain them
     networks: dict[str, nn.Module] = {
@@ -75,7 +78,7 @@ def build_networks(
         networks["student"] = Generator(deepcopy(teacher.denoiser).requires_grad_(True))
     for name in [n for n in names if n in adapters]:
         networks[name] = adapted(teacher, adapters[name], name)
-    networks["teacher"] = guided(recipe, teacher)
+    networks["teacher"] = guided(recipe.teacher, teacher)
     if recipe.critic is not None:
         networks["critic"] = critic_of(recipe.critic, networks["fake"], teacher)
     if recipe.train.checkpointing:

@@ -36,17 +36,8 @@ def take(out: Path) -> None:
     Raises:
         UserError: another process holds it.
     """
-    if holds(out):
-        return
-    file = (out / LOCK).open("a+", encoding="utf-8")
-    try:
-        lock(file, fcntl.LOCK_EX, out)
-    except OSError as error:  # a file system without locks
-        notice(f"{out} cannot be locked ({error.strerror}); start no second run in it")
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    _locks[out.resolve()] = file
+    if not holds(out):
+        _locks[out.resolve()] = locked(out)
 
 
 def release(out: Path) -> None:
@@ -68,8 +59,32 @@ def refuse_live(out: Path) -> None:
         lock(file, fcntl.LOCK_SH, out)
 
 
-def lock(file: TextIO, kind: int, out: Path) -> None:
+def locked(out: Path, heirs: str = "") -> TextIO:
+    """A folder's lock file, locked until it is closed, here and in processes that inherited it.
+
+    Args:
+        heirs: Named in the message beside the holder: who else may hold what it locked.
+
+    Raises:
+        UserError: another process holds the folder.
+    """
+    file = (out / LOCK).open("a+", encoding="utf-8")
+    try:
+        lock(file, fcntl.LOCK_EX, out, heirs)
+    except OSError as error:  # a file system without locks
+        notice(f"{out} cannot be locked ({error.strerror}); start no second process in it")
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def lock(file: TextIO, kind: int, out: Path, heirs: str = "") -> None:
     """Lock the file without waiting; closing it unlocks.
+
+    Args:
+        kind: fcntl.LOCK_EX or LOCK_SH.
+        heirs: As for `locked`.
 
     Raises:
         UserError: another process holds it.
@@ -82,7 +97,8 @@ def lock(file: TextIO, kind: int, out: Path) -> None:
         holder = file.read().strip() or "another"
         file.close()
         raise UserError(
-            f"--out {out}: process {holder} is at work in it; wait for it, or give another folder"
+            f"--out {out}: process {holder}{heirs} is at work in it; wait for it, or give another "
+            "folder"
         ) from None
 
 

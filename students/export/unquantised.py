@@ -20,6 +20,7 @@ from teachers.families.base import Pretrained
 from teachers.quantised import is_quantised
 from teachers.storage.components import module
 from teachers.teacher import EMBEDDED, Teacher
+from teachers.text import first_line
 
 
 def unquantised(generator: Generator, teacher: Teacher) -> Generator:
@@ -60,7 +61,7 @@ def original(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> nn.Mo
     try:
         return module(kind, folder / network.PART, "export", network.PART, torch_dtype=dtype)
     except (OSError, UserError) as error:
-        reason = str(error).removeprefix("export: ").strip().splitlines()[0]
+        reason = first_line(error).removeprefix("export: ")
         raise UserError(
             f"export: the adapter belongs on the weights of {teacher.source!r}, which cannot be "
             f"read again ({reason}); put them back and resume the run"

@@ -26,6 +26,7 @@ from teachers.diagnosis.evidence import denoising, description
 from teachers.errors import UserError
 from teachers.process import Process
 from teachers.teacher import Pixels, Teacher
+from teachers.text import first_line
 
 
 def examine(
@@ -78,8 +79,7 @@ def tried(name: str, part: Callable[[], Iterator[Check]]) -> Iterator[Check]:
     except UserError:  # not the adapter's mistake, but of what it was asked
         raise
     except Exception as error:  # whatever a user's adapter raises
-        first = (str(error).strip().splitlines() or ["no message"])[0]
-        reason = f"{name}: the adapter raised {type(error).__name__}: {first}"
+        reason = f"{name}: the adapter raised {type(error).__name__}: {first_line(error)}"
         yield Check(name, None, "runs", "broken", reason)
 
 

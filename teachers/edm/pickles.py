@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from teachers.errors import UserError
+from teachers.text import first_line
 
 # torch's storage types, as the blob of a tensor's storage names them.
 STORAGES = {
@@ -104,8 +105,7 @@ def read(path: Path) -> Any:
                 raise UserError(f"{path}: a zip file, not a pickle of an EDM network")
             return Machine(view, str(path), len(view)).run()
     except (Damaged, ValueError, OverflowError) as error:  # pickletools raises ValueError
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "empty"
-        raise UserError(f"{path}: not a whole pickle ({reason})") from None
+        raise UserError(f"{path}: not a whole pickle ({first_line(error)[:120]})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give an EDM file") from None
 

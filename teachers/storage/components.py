@@ -24,6 +24,7 @@ from torch import nn
 
 from teachers.errors import UserError, clipped, note
 from teachers.storage.files import read_json
+from teachers.text import first_line
 
 # A file of weights as diffusers and transformers name them: its shard, and its variant, if any.
 WEIGHTS = re.compile(
@@ -86,7 +87,7 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
                 **options,
             )
     except Exception as error:  # diffusers and transformers wrap a damaged file in various types
-        raise UserError(f"{who}: {folder} cannot be read ({reason(error)})") from None
+        raise UserError(f"{who}: {folder} cannot be read ({first_line(error)})") from None
     where = f"{who}: the weights in {folder}"
     dot = f"{part}." if part else ""
     # networks that diffusers makes without memory say so themselves where they were given none
@@ -175,11 +176,6 @@ def more(names: list[str]) -> str:
     return f", and {len(names) - 1} more" * (len(names) > 1)
 
 
-def reason(error: Exception) -> str:
-    """The first line of an error, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
     """The pipeline in a folder, from safetensors only, without a safety checker.
 
@@ -224,7 +220,7 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
             )
     except Exception as error:  # as above
         raise UserError(
-            f"{who}: the pipeline in {folder} cannot be read ({reason(error)})"
+            f"{who}: the pipeline in {folder} cannot be read ({first_line(error)})"
         ) from None
 
 
@@ -253,7 +249,7 @@ def tokenizer(name: str, folder: Path, who: str) -> Any:
                 with quiet():
                     return kind.from_pretrained(folder, local_files_only=True, **words)
             except Exception as error:  # of many types: damaged files, sentencepiece is missing, …
-                said = reason(error) if form == name and not words else said
+                said = first_line(error) if form == name and not words else said
     raise UserError(f"{who}: {folder} cannot be read as a {clipped(name)} ({said})")
 
 

@@ -12,6 +12,7 @@ from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.storage.components import LOADED, WEIGHTS, variant_of
 from teachers.storage.files import home, read_json
 from teachers.teacher import TERMS
+from teachers.text import first_line
 
 INDEX = "model_index.json"
 ROOT = (INDEX, "fewstep.json", *TERMS)  # at the top of a repository
@@ -136,7 +137,7 @@ def refused(source: str, error: Exception) -> str:
         return "nor is it a name that the Hub allows (OWNER/NAME)"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "the Hub is not asked, as HF_HUB_OFFLINE is set, and no copy of it is kept here"
-    said = clipped((str(error).strip().splitlines() or [type(error).__name__])[0])
+    said = clipped(first_line(error))
     return f"and the Hub could not be asked ({said}), and no whole copy of it is kept here"
 
 

@@ -219,7 +219,7 @@ def test_a_run_whose_figures_are_no_numbers_has_failed(small, tmp_path, monkeypa
 
     monkeypatch.setattr(BenchmarkRunner, "play", play)
     (line,) = runner.bench(str(small), [], tmp_path / "out")
-    assert line.failed == {"0": "its summary.json has no distance, or one that is no number"}
+    assert line.failed == {"0": "summary.json has no distance, or it is not a finite number"}
     assert (line.steps, line.metrics) == (None, {})
 
 

@@ -45,7 +45,7 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.config", "distill.data", "students", "students.export", "teachers",
         "teachers.families", "teachers.catalogue", "eval", "eval.protocols",
     },
-    "distill.publish": {"students.export", "teachers", "teachers.storage"},
+    "distill.publish": {"distill", "students.export", "teachers", "teachers.storage"},
     "distill.report": {"distill", "distill.config", "distill.publish", "teachers"},
     "distill.training": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
@@ -70,7 +70,7 @@ MAY: dict[str, set[str]] = {
     },
     "distill.benchmark": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
-        "distill.training", "distill.planning", "distill.evaluation", "students", "teachers",
+        "distill.training", "distill.evaluation", "students", "teachers",
         "eval.protocols",
     },
     "distill.cli": {

@@ -280,8 +280,8 @@ def test_a_guided_walk_ends_nearer_to_its_class_than_an_unguided_one(teacher):
 def test_a_recipe_makes_what_it_says(tmp_path, guidance, line):
     recipe = written(tmp_path, guidance)
     assert Recipe.check(recipe.tree()) == recipe
-    teacher = guided_teacher.load_teacher(recipe)
-    guided = guided_teacher.guided(recipe, teacher)
+    teacher = guided_teacher.load_teacher(recipe.teacher)
+    guided = guided_teacher.guided(recipe.teacher, teacher)
     assert describe(guided) == line
     cond = teacher.codec.condition([1, 2])
     x = guided(torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.6]), cond)
@@ -323,7 +323,7 @@ def test_a_mistaken_guidance_is_one_line(tmp_path, guidance, line):
 def test_a_weaker_teacher_of_another_shape_is_refused(tmp_path):
     recipe = written(tmp_path, "{scale: 2, kind: auto, weaker: 'analytic:ring'}")
     with pytest.raises(UserError, match=r"weaker: 'analytic:ring' is 2; the teacher is 1×8×8"):
-        guided_teacher.guided(recipe, guided_teacher.load_teacher(recipe))
+        guided_teacher.guided(recipe.teacher, guided_teacher.load_teacher(recipe.teacher))
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_a_weaker_teacher_of_other_labels_is_refused(pipelines, tmp_path, kind, 
     recipe = recipe.model_copy(update={"teacher": section})
     line = f"weaker: .* reads {reads}; the teacher is given labels of 10 classes: name a smaller"
     with pytest.raises(UserError, match=line):
-        guided_teacher.guided(recipe, load("digits"))
+        guided_teacher.guided(recipe.teacher, load("digits"))
 
 
 def test_a_weaker_text_teacher_of_another_family_is_refused(tmp_path):
