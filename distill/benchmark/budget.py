@@ -1,8 +1,8 @@
-"""How many steps a budget buys: of network evaluations, counted beforehand, or of seconds.
+"""How many training steps a budget of network evaluations, or of seconds, allows.
 
-A run's evaluations follow from its recipe and its seed, so they can be counted without computing
-one: the objective's own turns are played under the engine's own seeds on networks that return
-their input. A budget in seconds is timed on the real thing.
+A run's evaluations depend on its recipe and seed alone. So they are counted before the run: the
+objective's turns are played with the engine's seeds on networks that return their input. For a
+budget in seconds, some steps of the real run are timed.
 """
 
 from __future__ import annotations
@@ -31,23 +31,25 @@ from teachers.denoiser import Cond, Denoiser, computes
 from teachers.errors import UserError
 from teachers.process import Process
 
-WARM = 4  # steps that are not timed: the first allocate
-TIMED = 12  # steps that are: enough for an objective whose student moves at every fifth
+WARM = 4  # steps that are not timed: the first ones allocate memory
+TIMED = 12  # steps that are timed: enough for an objective whose student learns every fifth step
 
 
 def steps_for_evaluations(recipe: Recipe, budget: float, most: int | None = None) -> int:
     """The most training steps whose samples through all networks do not exceed the budget.
 
     Args:
-        most: How many to count, where it need not be known how many more there are.
+        most: Where counting may stop.
 
     Raises:
-        UserError: it does not buy one step, or a step evaluates no network.
+        UserError: the budget is below one step, or a step evaluates no network.
     """
     steps, spent, total = 0, 0, 0
     for total in islice(evaluations_after_steps(recipe), most):
         if total == spent:
-            raise UserError(f"budget: step {steps + 1} evaluates no network, so it never ends")
+            raise UserError(
+                f"budget: step {steps + 1} evaluates no network, so steps are free; use seconds"
+            )
         if total > budget:
             break
         steps, spent = steps + 1, total
@@ -60,10 +62,10 @@ def steps_for_evaluations(recipe: Recipe, budget: float, most: int | None = None
 
 
 def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:
-    """The samples through all networks after step 1, 2, …: those that the engine will count.
+    """The samples through all networks after step 1, 2, …, as the engine will count them.
 
-    A few samples stand for a shard: as many as the student has steps, where a shard is a multiple
-    of that, so that each place of its chain has its share.
+    A few samples stand for a shard: as many as the student has steps, if that divides the shard, so
+    that every place of its chain has the same number.
     """
     teacher = load_teacher(recipe.teacher)
     networks = echo_networks(build_networks(recipe, teacher))
@@ -139,10 +141,10 @@ def echo_networks(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def steps_for_seconds(recipe: Recipe, budget: float) -> int:
-    """The training steps that fit in `budget` seconds here, from the time that a few take.
+    """The training steps that fit in `budget` seconds on this machine; some are timed.
 
     Raises:
-        UserError: not one does, or the recipe cannot be built.
+        UserError: one step takes longer, or the recipe cannot be built.
     """
     with tempfile.TemporaryDirectory() as scratch:
         engine = build(recipe, Path(scratch) / "run").engine

@@ -19,7 +19,7 @@ from distill.objectives.base import Batch
 from distill.planning.plan import Plan, play
 from distill.profiling import unique
 from distill.training.networks import assembled, build_networks, player_networks, student_form
-from distill.training.optimizers import held
+from distill.training.optimizers import optimizer_bytes
 from students.lora import unwrap
 from teachers import conditions
 from teachers.catalogue.loading import load
@@ -62,7 +62,7 @@ def plan(recipe: Recipe) -> Plan:
     networks = [v for v in vars(objective).values() if isinstance(v, nn.Module)]
     tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
     moments = [
-        held(recipe.players.get(name, OptimizerConfig()).optimizer, moving)
+        optimizer_bytes(recipe.players.get(name, OptimizerConfig()).optimizer, moving)
         for name, moving in movers.items()
     ]
     return Plan(

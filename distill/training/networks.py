@@ -1,4 +1,4 @@
-"""The networks of an objective: the student, and what else its fields name."""
+"""The networks of an objective: teacher, student, critic, and the others that its fields name."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def critic_of(section: CriticSection, fake: Any, teacher: Teacher) -> Critic:
 
 
 def check_exact(recipe: Recipe, teacher: Teacher) -> None:
-    """Refuse what the linear student of a closed-form Gaussian has not.
+    """Refuse what the linear student of a closed-form Gaussian teacher does not have.
 
     Raises:
         UserError: naming the section.
@@ -139,19 +139,20 @@ def check_exact(recipe: Recipe, teacher: Teacher) -> None:
     if "fake" not in names:
         raise UserError(
             f"{where}: objective.name: {recipe.objective['name']} trains at many times, and its "
-            "students are linear and of one; use one with a fake score, such as dmd2 or sid"
+            "students are linear and have one; use an objective with a fake score, such as dmd2 "
+            "or sid"
         )
     for section, given in (("adapters", recipe.adapters), ("critic", recipe.critic)):
         if given is not None:
             raise UserError(f"{where}: {section}: its students are linear; remove the section")
     if recipe.student.steps != 1:
-        raise UserError(f"{where}: student.steps: its students are linear and take 1")
+        raise UserError(f"{where}: student.steps: its students are linear; set it to 1")
     if recipe.train.sample_every:
         raise UserError(f"{where}: train.sample_every: it has no pictures to show; set it to 0")
 
 
 def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
-    """The distinct backbones under a set of networks: adapters share one."""
+    """The distinct backbones in a set of networks: adapters share one."""
     found = []
     for network in networks.values():
         for module in network.modules():
@@ -161,6 +162,6 @@ def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
 
 
 def player_networks(objective: Objective) -> dict[str, nn.Module]:
-    """The networks that move: all of an objective's, but for the teacher and absent ones."""
+    """The networks that learn, by field: all but the teacher and those that are None."""
     names = [n for n in networks_of(type(objective)) if n != "teacher"]
     return {n: v for n in names if (v := getattr(objective, n)) is not None}

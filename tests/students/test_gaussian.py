@@ -70,7 +70,7 @@ def test_a_student_of_a_gaussian_comes_near_its_law_and_its_distance_is_exact(tm
             {"objective": {"name": "dmd2"}, "critic": {}, "data": {"source": "digits"}},
             "critic: its",
         ),
-        ({"student": {"steps": 2}}, "student.steps: its students are linear and take 1"),
+        ({"student": {"steps": 2}}, "student.steps: its students are linear; set it to 1"),
         ({"train": {"steps": 1}}, "train.sample_every: it has no pictures to show; set it to 0"),
     ],
 )
