@@ -246,7 +246,7 @@ def test_students_are_ordered_by_their_distance_in_the_fewest_steps():
         ("baselines=[{solver: heun, cache: 0}]", "baselines.0.cache: expected"),
         ("baselines=[{solver: heun, cache: 2, guidance: adaptive}]", "expected cache: 1, as"),
         ("baselines=[{scheduler: DDIMScheduler, guidance: adaptive}]", "pipelines guide all steps"),
-        ("baselines=[{solver: heun}]", "they are measured by a protocol; set eval.protocol"),
+        ("baselines=[{solver: heun}]", "baselines: a protocol measures them; set eval.protocol"),
         ("rows=[{name: a, overrides: {objective: {name: sid}, teacher: nowhere}}]", "no such"),
     ],
 )

@@ -149,7 +149,7 @@ def test_a_damaged_table_of_runs_is_one_line(file, tmp_path, played, capsys, kno
     code, _, err = called(capsys, "bench", file, "--out", out)
     assert code == 2 and not played
     assert err == (
-        f"distill: {out / 'state.json'}: damaged; delete it, and what it kept is found out again\n"
+        f"distill: {out / 'state.json'}: damaged; delete it, and run again\n"
     )
 
 
