@@ -148,9 +148,7 @@ def test_a_damaged_table_of_runs_is_one_line(file, tmp_path, played, capsys, kno
     (out / "state.json").write_text(json.dumps({"dmd2-seed0": known}))
     code, _, err = called(capsys, "bench", file, "--out", out)
     assert code == 2 and not played
-    assert err == (
-        f"distill: {out / 'state.json'}: damaged; delete it, and run again\n"
-    )
+    assert err == (f"distill: {out / 'state.json'}: damaged; delete it, and run again\n")
 
 
 @pytest.mark.parametrize("found", [
