@@ -8,6 +8,7 @@ from pathlib import Path
 from distill.benchmark import leaderboard
 from distill.benchmark.leaderboard import LeaderboardRow, figure
 from eval import catalogue
+from teachers.errors import plural
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 Cell = Callable[[LeaderboardRow], str]
@@ -89,7 +90,7 @@ def by_count(row: Sequence[LeaderboardRow], counts: Sequence[int], cell: Cell) -
 
 
 def steps(count: int) -> str:
-    return f"{count} step{'s' * (count != 1)}"
+    return f"{count} {plural(count, 'step')}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

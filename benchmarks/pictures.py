@@ -22,6 +22,7 @@ from distill.sampling.student_sampler import student_samples
 from distill.sampling.teacher_sampler import recipe_sampler
 from eval import shapes
 from students.export.folder import load_student
+from teachers.errors import plural
 
 COLUMNS, CELL, GAP = 8, 96, 6  # images in a row; an image's side and the gap between two, in pixels
 MARGIN, LINE = 150, 17  # pixels: the width of row names, the height of a line of text
@@ -32,7 +33,7 @@ SEED = 1
 def rows(runs: Sequence[tuple[Path, int]], captions: list[str]) -> dict[str, Tensor]:
     """uint8 images (N, 3, H, W) by the row's name; the teacher's are first and last."""
     recipe = Recipe.load(runs[0][0] / "recipe.yaml")
-    teacher, steps = load_teacher(recipe), recipe.eval.teacher_steps
+    teacher, steps = load_teacher(recipe.teacher), recipe.eval.teacher_steps
     made = {
         f"teacher, {steps} steps": recipe_sampler(recipe, teacher, steps)(captions, SEED).images
     }
@@ -44,7 +45,7 @@ def rows(runs: Sequence[tuple[Path, int]], captions: list[str]) -> dict[str, Ten
 
 
 def count(steps: int) -> str:
-    return f"{steps} step{'s' * (steps > 1)}"
+    return f"{steps} {plural(steps, 'step')}"
 
 
 def draw(images: dict[str, Tensor], captions: list[str]) -> Image.Image:

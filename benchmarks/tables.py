@@ -19,6 +19,7 @@ from typing import Any
 from boards import caption_accuracy, students, untrained
 
 from eval import catalogue
+from teachers.errors import plural
 
 ROOT = Path(__file__).parent.parent
 SHARES = ("precision", "recall", "coverage")  # beside the distance, in the quickstart's table
@@ -210,7 +211,7 @@ def seeds() -> str:
                      if k in f["metrics"]["student"]]  # fmt: skip
             if len(right) > 1:
                 values = ", ".join(f"{100 * a:.1f}" for a in right)
-                lines.append(f"- `shapes/{name}` at {k} step{'s' * (k != '1')}: {values} %.")
+                lines.append(f"- `shapes/{name}` at {k} {plural(int(k), 'step')}: {values} %.")
     return "\n".join(lines)
 
 

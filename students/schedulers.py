@@ -234,6 +234,15 @@ def student(
     Raises:
         UserError: no stock scheduler samples such a student.
     """
+    return student_in(form(source_of(teacher), steps, start, renoise, exported), teacher, adapter)
+
+
+def source_of(teacher: Teacher) -> Pretrained:
+    """The network that a student is a copy of.
+
+    Raises:
+        UserError: no stock pipeline could load or decode such a student.
+    """
     try:
         source = unwrap(teacher.denoiser)
     except UserError as error:
@@ -243,22 +252,30 @@ def student(
             "student: no stock pipeline decodes EDM2's latents; take one of EDM2's networks of "
             "pixels (ImageNet-64)"
         )
-    scheduler_form = form(source, steps, start, renoise, exported)
+    return source
+
+
+def student_in(made: SchedulerForm, teacher: Teacher, adapter: Adapter | None = None) -> Generator:
+    """A trainable student in this scheduler form; as `student`.
+
+    Raises:
+        UserError: the teacher's weights are quantised, and there is no adapter that suits them.
+    """
+    source = source_of(teacher)
     if is_quantised(source.backbone) and (adapter is None or adapter.kind == "dora"):
         raise UserError(
             "student: quantised weights need an adapter that is not DoRA; set adapters.kind to lora"
         )
     if adapter is not None:
-        match_time(source, scheduler_form.schedule)
-        view = with_schedule(source, scheduler_form.schedule)
-        return scheduler_form.generator(
-            AdaptedDenoiser(view, "student", adapter.config(source.LORA))
-        )
+        match_time(source, made.schedule)
+        view = with_schedule(source, made.schedule)
+        return made.generator(AdaptedDenoiser(view, "student", adapter.config(source.LORA)))
+    # trained weights are kept in float32, whatever the teacher's precision is
     backbone: Any = to_float32(deepcopy(source.backbone)).requires_grad_(True)
     trim(backbone, teacher)
-    if changes_time_units(source, scheduler_form.schedule):
-        retime(backbone, source.time, scheduler_form.schedule.time)
-    return scheduler_form.generator(source.twin(backbone, scheduler_form.schedule))
+    if changes_time_units(source, made.schedule):
+        retime(backbone, source.time, made.schedule.time)
+    return made.generator(source.twin(backbone, made.schedule))
 
 
 def changes_time_units(network: Pretrained, schedule: Schedule) -> bool:

@@ -114,3 +114,14 @@ def teacher_at(source: str) -> str:
 def note(line: str) -> None:
     """One line on stderr that a user should know but need not act on."""
     sys.stderr.write(f"distill: {line}\n")
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error's message, or the error's class where it has no message."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+def plural(count: int, noun: str) -> str:
+    """The noun for this count: step for 1, steps for 0, 2 and more."""
+    return noun if count == 1 else f"{noun}s"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from teachers.errors import clipped
+from teachers.errors import clipped, plural
 
 # Of a tokenizer's arguments, those that shape its output and do not change its tokens.
 SHAPING = {"padding", "truncation", "max_length", "return_tensors", "return_length",
@@ -77,7 +77,7 @@ class Cuts:
         """
         several = sum(cut.limit > 0 for cut in self.encoders.values()) > 1
         return [
-            f"{where}: {cut.prompts:,} of {self.read:,} {one}{'s' * (self.read != 1)} "
+            f"{where}: {cut.prompts:,} of {self.read:,} {plural(self.read, one)} "
             f"{'is' if cut.prompts == 1 else 'are'} longer than "
             f"{name if several else 'the encoder'}'s {cut.limit} tokens and "
             f"{'was' if cut.prompts == 1 else 'were'} cut{' there' * several} "

@@ -1,4 +1,4 @@
-"""The whole of a benchmark: the teacher measured once, every run, the leaderboard and its plots."""
+"""Runs a benchmark: measures the teacher once, runs every row, writes leaderboard and plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill.benchmark import leaderboard
-from distill.benchmark.leaderboard import LeaderboardRow, distance_of, sampled
+from distill.benchmark.leaderboard import LeaderboardRow, distance_of, with_spread
 from distill.benchmark.plots import plot
 from distill.benchmark.spec import Bench, BenchmarkRun, BenchmarkRunner, digest, teacher_files
 from distill.benchmark.state import check_folder, measured, table
@@ -33,29 +33,29 @@ from students.export.forms import form_of
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
-TEACHER = "teacher.json"  # its figures, by what they were measured of
+TEACHER = "teacher.json"  # the teacher's metrics, by the hash of what they depend on
 
 
 def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[LeaderboardRow]:
-    """Run a benchmark in `out`, or what is left of it, and leave its leaderboard there.
+    """Run what is left of a benchmark in `out`, and write its leaderboard there.
 
     Raises:
-        UserError: the benchmark is not one that can be run, or the folder is in use.
-        KeyboardInterrupt: it was stopped; called again, it goes on where it was.
+        UserError: the benchmark cannot be run, or another process holds the folder.
+        KeyboardInterrupt: it was stopped; the same call resumes it.
     """
     made = Bench.load(path, overrides)
     check_folder(out)
     recipe = made.reference()
     measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
-    teacher = load_teacher(recipe)
+    teacher = load_teacher(recipe.teacher)
     if measure is not None:
         check_protocol(measure, teacher)
     elif form_of(teacher).leaves_pipeline:
         raise UserError(
-            f"{path}: common.eval.protocol: expected one, as students are measured by it"
+            f"{path}: common.eval.protocol: missing; name the protocol that measures students"
         )
     elif made.baselines:
-        raise UserError(f"{path}: baselines: they are measured by a protocol; set eval.protocol")
+        raise UserError(f"{path}: baselines: a protocol measures them; set eval.protocol")
     for baseline in made.baselines:
         baseline.check(recipe, teacher)
     check_rows(made, teacher, path)
@@ -64,7 +64,7 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lea
         with on_device([teacher.denoiser], device()):
             taught = [] if measure is None else teacher_lines(race, recipe, teacher, measure)
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # runs are processes of their own
+            torch.cuda.empty_cache()  # the runs are other processes
         runs = len(race.entries)
         done = [e for e in race.entries if race.done(e)]
         if done:
@@ -81,9 +81,8 @@ def bench(path: str, overrides: list[str], out: Path, jobs: int = 1) -> list[Lea
 
 
 def check_rows(made: Bench, teacher: Teacher, path: str) -> None:
-    """Refuse, before any work, a row that can never run.
-
-    It cannot be built, its data are not there, or its first step costs more than the budget.
+    """Refuse, before any work, a row that cannot be built, whose data are missing, or whose first
+    step costs more than the budget.
 
     Raises:
         UserError: naming the row.
@@ -99,7 +98,7 @@ def check_rows(made: Bench, teacher: Teacher, path: str) -> None:
 
 
 def standings(lines: list[LeaderboardRow]) -> Table:
-    """The students and their teacher on the terminal: distances by step count, best first."""
+    """A table for the terminal: distances of students and teacher by step count, best first."""
     counts = sorted({v.steps for v in lines if v.steps and v.kind != "teacher"})
     table = Table(box=None, pad_edge=False, header_style="bold")
     key = next((distance_of(v.metrics) for v in lines if v.metrics), "fd")
@@ -120,17 +119,17 @@ def standings(lines: list[LeaderboardRow]) -> Table:
 
 
 def ended(race: BenchmarkRunner, jobs: int, before: int) -> Generator[int]:
-    """The count of runs that have ended, each said as it does, with the time that is left."""
+    """Run all, print a line for each run that ends, and yield the count of those that have."""
     began, runs = time.monotonic(), len(race.entries)
     for count, entry in enumerate(race.run(jobs), before + 1):
         left = (time.monotonic() - began) / (count - before) * (runs - count)
         rest = f"; {time_left(left)}" if count < runs else ""
-        print_line(f"{count}/{runs}  {said(race, entry)}{rest}")
+        print_line(f"{count}/{runs}  {outcome(race, entry)}{rest}")
         yield count
 
 
-def said(race: BenchmarkRunner, entry: BenchmarkRun) -> str:
-    """One line of how a run ended."""
+def outcome(race: BenchmarkRunner, entry: BenchmarkRun) -> str:
+    """One line: how a run ended."""
     who = f"{entry.row.name}, seed {entry.seed}"
     if (why := race.failure(entry)) is not None:
         return f"{who}: failed: {why}"
@@ -147,20 +146,20 @@ def said(race: BenchmarkRunner, entry: BenchmarkRun) -> str:
 def teacher_lines(
     race: BenchmarkRunner, recipe: Recipe, teacher: Teacher, measure: Protocol
 ) -> list[LeaderboardRow]:
-    """The teacher at its full steps and by every baseline, each measured once for the folder."""
+    """The teacher at its full steps and with every baseline; each is measured once, and saved."""
     file = race.out / TEACHER
-    known = table(file) if file.exists() else {}
+    saved = table(file) if file.exists() else {}
     tree, count = recipe.tree(), len(race.bench.seeds)
     solver, full = recipe.eval.teacher_solver, recipe.eval.teacher_steps
-    seeds, files = list(range(count)), teacher_files(recipe)
+    seeds, files = list(range(count)), teacher_files(recipe.teacher)
     lines = []
 
-    def once(of: Any, make: Any) -> Any:
-        key = digest([of, tree["teacher"], files, measure.name, count])
-        if not (measured(known.get(key)) and "spread" in known[key]):  # none yet, or damaged
-            known[key] = make()
-            write(file, json.dumps(known, indent=2) + "\n")
-        return sampled(known[key])
+    def once(sampler: Any, compute: Any) -> Any:
+        key = digest([sampler, tree["teacher"], files, measure.name, count])
+        if not (measured(saved.get(key)) and "spread" in saved[key]):  # none yet, or damaged
+            saved[key] = compute()
+            write(file, json.dumps(saved, indent=2) + "\n")
+        return with_spread(saved[key])
 
     def whole() -> dict[str, Any]:
         return measure(SolverSampler(recipe, teacher, solver, "own", full, measure.prompts), count)

@@ -9,7 +9,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from teachers.errors import cut, nearest, quoted
+from teachers.errors import cut, nearest, plural, quoted
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
@@ -54,7 +54,7 @@ def _expected(problem: ErrorDetails) -> str:
     context = problem.get("ctx", {})
     if problem["type"] == "too_short":
         least = context["min_length"]
-        return f"expected at least {least} item{'s' * (least != 1)}"
+        return f"expected at least {least} {plural(least, 'item')}"
     if problem["type"] == "string_too_short":
         return "empty; give it a value, or remove the key"
     if problem["type"] == "tuple_type":

@@ -43,6 +43,7 @@ from distill.data.encode import (
 from distill.data.fingerprint import fingerprint
 from distill.data.listing import BadItem, Item, write_report
 from distill.data.stream import Items, Source
+from distill.files import write
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.prompt_limits import Cuts
@@ -339,9 +340,7 @@ class _Digests:
 
     def save(self) -> None:
         if self.new:
-            draft = self.file.with_name(f".{DIGESTS}.{os.getpid()}")
-            draft.write_text(json.dumps(self.known), encoding="utf-8")
-            draft.replace(self.file)
+            write(self.file, json.dumps(self.known))
 
 
 def _is_digest(entry: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from distill.console import print_notice
+from distill.files import write
 from eval.images import is_unread
 from teachers.errors import UserError
 
@@ -247,10 +247,8 @@ def write_report(folder: Path, content: dict[str, Any]) -> None:
 
     Bytes of a file's name that are not UTF-8 are written as JSON escapes.
     """
-    draft = folder / f".{REPORT}.{os.getpid()}"
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    draft.write_bytes(text.encode("utf-8", "backslashreplace"))
-    draft.replace(folder / REPORT)
+    write(folder / REPORT, text.encode("utf-8", "backslashreplace").decode())
 
 
 def check_labels(folder: Path, content: dict[str, Any]) -> None:

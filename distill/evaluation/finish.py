@@ -186,7 +186,7 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         "objective": run.recipe.objective["name"],
         "steps": engine.step,
         "seed": run.recipe.train.seed,
-        "guidance": describe(guided(run.recipe, run.teacher)),
+        "guidance": describe(guided(run.recipe.teacher, run.teacher)),
         "wall_s": engine.seconds,
         "network_evaluations": sum(engine.evaluations.values()),
         "network_evaluations_by_network": engine.evaluations,

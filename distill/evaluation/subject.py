@@ -171,7 +171,7 @@ def teacher(
     section["precision"] = precision
     unused = {"objective": {"name": "sid"}, "train": {"steps": 1}}  # only the teacher is built
     recipe = Recipe.check({"teacher": section, **unused}, "eval")
-    loaded = load_teacher(recipe)
+    loaded = load_teacher(recipe.teacher)
     loaded.denoiser.to(device)
     key = "solver" if solver in SOLVERS else "scheduler"
     tree: dict[str, Any] = {key: solver, "schedule": schedule, "cache": cache}

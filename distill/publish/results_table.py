@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from eval import catalogue
+from teachers.errors import plural
 
 SPREAD = "± is the standard deviation over seeds"
 
@@ -34,7 +35,7 @@ def rows_of(metrics: Mapping[str, Any]) -> list[Row]:
     teacher_rows += metrics.get("teacher_few", {}).values()
     for v in teacher_rows:
         k = v["steps"]
-        name = f"teacher, {k} {v['solver']} step{'s' * (k != 1)}"
+        name = f"teacher, {k} {v['solver']} {plural(k, 'step')}"
         rows.append(Row(name, False, v, v.get("evaluations", v["steps"])))
     return rows
 

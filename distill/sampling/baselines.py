@@ -93,7 +93,7 @@ class Baseline(Section):
                 teacher, its guidance cannot stop, or its network has no deep part to reuse.
         """
         where = where or f"baselines: {self.name}"
-        guidance = guidance_of(recipe)
+        guidance = guidance_of(recipe.teacher)
         if self.scheduler is not None:
             self._check_pipeline(teacher, guidance, where)
         self._check_schedule(teacher, where)

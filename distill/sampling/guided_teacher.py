@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from distill.config.recipe import Recipe
-from distill.config.schema import GuidanceSection
+from distill.config.schema import GuidanceSection, TeacherSection
 from distill.data.encode import counting, print_cuts
 from teachers.catalogue.loading import load
 from teachers.denoiser import Denoiser, Guided, Mix, Reparametrised, linear
@@ -14,35 +13,35 @@ from teachers.guidance import AutoGuided, Interval, Projected, Rescaled, SkipLay
 from teachers.teacher import Teacher
 
 
-def load_teacher(recipe: Recipe) -> Teacher:
-    """The recipe's teacher, unguided."""
-    teacher = load(recipe.teacher.source, **recipe.teacher.options())
-    guidance = guidance_of(recipe)
-    if recipe.teacher.negative_prompt:
+def load_teacher(section: TeacherSection) -> Teacher:
+    """The teacher of a recipe, unguided."""
+    teacher = load(section.source, **section.options())
+    guidance = guidance_of(section)
+    if section.negative_prompt:
         with counting(teacher) as cuts:
             _ = teacher.codec.null  # the codec encodes it at its first use, which is here
         print_cuts(cuts, "teacher.negative_prompt")
     if guidance.kind in ("cfg", "apg") and guidance.scale != 1 and teacher.codec.null is None:
         raise UserError(
             f"teacher.guidance: {guidance.scale} needs a null class, and "
-            f"{recipe.teacher.source!r} has none; set teacher.null_label, or guidance to 1"
+            f"{section.source!r} has none; set teacher.null_label, or guidance to 1"
         )
     return teacher
 
 
-def guidance_of(recipe: Recipe) -> GuidanceSection:
-    """The recipe's guidance as a section; a plain number is classifier-free guidance."""
-    guidance = recipe.teacher.guidance
+def guidance_of(section: TeacherSection) -> GuidanceSection:
+    """The guidance as a section; a plain number is classifier-free guidance."""
+    guidance = section.guidance
     return guidance if isinstance(guidance, GuidanceSection) else GuidanceSection(scale=guidance)
 
 
-def guided(recipe: Recipe, teacher: Teacher) -> Denoiser:
+def guided(section: TeacherSection, teacher: Teacher) -> Denoiser:
     """The guided denoiser that the objective takes as its teacher; scale 1 changes nothing.
 
     Raises:
         UserError: a block to skip does not exist, or the weaker teacher does not fit.
     """
-    guidance, denoiser = guidance_of(recipe), teacher.denoiser
+    guidance, denoiser = guidance_of(section), teacher.denoiser
     scale = guidance.scale
     mix: Mix = linear
     if guidance.kind == "apg":
@@ -52,15 +51,17 @@ def guided(recipe: Recipe, teacher: Teacher) -> Denoiser:
     if guidance.kind == "skip":
         result: Guided = SkipLayerGuided(denoiser, scale, guidance.blocks, mix)
     elif guidance.weaker is not None:
-        result = AutoGuided(denoiser, scale, weaker_denoiser(guidance.weaker, recipe, teacher), mix)
+        result = AutoGuided(
+            denoiser, scale, weaker_denoiser(guidance.weaker, section.null_label, teacher), mix
+        )
     else:
         result = Guided(denoiser, scale, teacher.codec.null, mix)
     return result if guidance.interval is None else Interval(result, *guidance.interval)
 
 
-def weaker_denoiser(source: str, recipe: Recipe, teacher: Teacher) -> Denoiser:
+def weaker_denoiser(source: str, null_label: int | None, teacher: Teacher) -> Denoiser:
     """The weaker network of autoguidance, under the teacher's process and on its device."""
-    other = load_cached(source, recipe.teacher.null_label)
+    other = load_cached(source, null_label)
     if other.shape != teacher.shape:
         want, got = ("×".join(map(str, s)) for s in (teacher.shape, other.shape))
         raise UserError(f"teacher.guidance.weaker: {source!r} is {got}; give one of {want}")

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from distill.data.prompts import list_prompts
-from distill.profiling import device_name, peak_memory
-from distill.sampling.teacher_sampler import counted as calls_counted
+from distill.profiling import device_name, evaluations_of, peak_memory
 from teachers.denoiser import Denoiser, Network, computes
 from teachers.teacher import Teacher
 
@@ -140,12 +139,12 @@ def measure(sample: Sample, counter: nn.Module, timer: Timer, max_batch: int) ->
     Args:
         counter: The module that one evaluation calls once.
     """
-    with calls_counted([counter]) as sizes:
+    with evaluations_of({"network": [counter]}) as counts:
         sample(1)
     single = timing(sample, 1, timer)
     saturated, reason = saturate(sample, single, timer, max_batch)
     return {
-        "evaluations": sum(sizes),
+        "evaluations": counts["network"],
         "single": asdict(single),
         "saturated": asdict(saturated),
         "stopped": reason,

@@ -112,7 +112,7 @@ class SolverSampler(Sampler):
         cache: int = 1,
         batch: int | None = None,
     ) -> None:
-        self.denoiser = guided(recipe, teacher)
+        self.denoiser = guided(recipe.teacher, teacher)
         super().__init__(teacher, self.denoiser, cache, batch)
         self.solver, self.threshold = SOLVERS[solver], threshold
         with counted(self.networks) as sizes:
@@ -187,7 +187,7 @@ class PipelineSampler(Sampler):
     ) -> None:
         super().__init__(teacher, teacher.denoiser, cache, batch)
         self.networks = [unwrap(teacher.denoiser).backbone]  # pipelines call the backbone directly
-        self.scale, self.steps = guidance_of(recipe).scale, steps
+        self.scale, self.steps = guidance_of(recipe.teacher).scale, steps
         self.pipe = pipeline(teacher, scheduler)
 
     def sample(self, prompts: list[Any], seed: int) -> tuple[Tensor, float]:

@@ -1,7 +1,8 @@
-"""The networks of an objective: the student, and what else its fields name."""
+"""The networks of an objective: teacher, student, critic, and the others that its fields name."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,44 +10,53 @@ from torch import nn
 
 from distill.config.objective_schema import network_types, networks_of
 from distill.config.recipe import Recipe
-from distill.config.schema import CriticSection
+from distill.config.schema import AdaptersSection, CriticSection
 from distill.objectives.base import Auxiliary, Objective
 from distill.sampling.guided_teacher import guided
 from students.checkpointing import checkpointing
 from students.critic import Critic
 from students.export.forms import form_of
 from students.form import StudentForm, StudentRequest
-from students.lora import AdaptedDenoiser, adapt, unwrap
+from students.lora import AdaptedDenoiser, Adapter, adapt, unwrap
 from students.two_time import two_time
 from teachers.denoiser import Denoiser, Network
 from teachers.teacher import Teacher
 
 
 def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
-    """The objective with its networks: a student, and what else its fields name.
+    """The recipe's objective with its networks on the device, in eval mode.
 
     Raises:
         UserError: the recipe asks for networks that there cannot be.
     """
-    form = form_of(teacher, recipe.kind.few_step)
-    check_form(recipe, form)
+    check_form(recipe, form_of(teacher, recipe.kind.few_step))
+    return assembled(recipe, build_networks(recipe, teacher), device)
+
+
+def build_networks(
+    recipe: Recipe, teacher: Teacher, form: StudentForm | None = None
+) -> dict[str, nn.Module]:
+    """The networks that the objective's fields name, by field.
+
+    Args:
+        form: The form of the teacher's students; by default the one that it has.
+
+    Raises:
+        UserError: the teacher, the student, the adapters or the critic do not go together.
+    """
+    form = form or form_of(teacher, recipe.kind.few_step)
     names = [n for n in network_types(recipe.kind, Denoiser) if n != "teacher"]
-    adapters = recipe.adapters if form.adapts else None
-    shared: tuple[str, ...] = ()
-    if adapters is not None:
-        shared = ("student", *names) if adapters.players is None else adapters.players
-    # copies first: once there are adapters on the teacher's weights, a copy would hold them as well
-    networks: dict[str, nn.Module] = {n: form.network() for n in names if n not in shared}
+    adapters = shared_weights(recipe.adapters, names) if form.adapts else {}
+    # copies first: a copy that is made after the adapters would contain them
+    networks: dict[str, nn.Module] = {n: form.network() for n in names if n not in adapters}
     s = recipe.student
-    adapter = adapters.adapter if adapters and "student" in shared else None
-    student = form.student(s.steps, s.start, s.renoise, adapter)
-    trained = s.trained(recipe.kind.learns, student.counts)
-    student = student.keep(*trained, weights=list(trained.values()))
+    student = form.student(s.steps, s.start, s.renoise, adapters.get("student"))
+    counts = s.trained(recipe.kind.learns, student.counts)
+    student = student.keep(*counts, weights=list(counts.values()))
     networks["student"] = two_time(student) if recipe.kind.two_times else student
-    for name in [n for n in names if n in shared]:
-        assert adapters is not None
-        networks[name] = adapt(teacher, adapters.adapter, name)
-    networks["teacher"] = guided(recipe, teacher)
+    for name in [n for n in names if n in adapters]:
+        networks[name] = adapt(teacher, adapters[name], name)
+    networks["teacher"] = guided(recipe.teacher, teacher)
     if recipe.critic is not None:
         networks["critic"] = critic_of(recipe.critic, networks["fake"], teacher)
     auxiliaries: dict[str, type[Any]] = network_types(recipe.kind, Auxiliary)
@@ -55,7 +65,19 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
     if recipe.train.checkpointing:
         for backbone in backbones(networks):
             checkpointing(backbone)
-    return assembled(recipe, networks, device)
+    return networks
+
+
+def shared_weights(section: AdaptersSection | None, names: Sequence[str]) -> dict[str, Adapter]:
+    """The adapter of each network that is one on the teacher's weights, and not a copy of them.
+
+    Args:
+        names: The objective's denoisers beside teacher and student.
+    """
+    if section is None:
+        return {}
+    shared = ("student", *names) if section.players is None else section.players
+    return dict.fromkeys(shared, section.adapter)
 
 
 def critic_of(section: CriticSection, fake: Any, teacher: Teacher) -> Critic:
@@ -95,7 +117,7 @@ def assembled(recipe: Recipe, networks: dict[str, nn.Module], device: torch.devi
 
 
 def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
-    """The distinct backbones under a set of networks: adapters share one."""
+    """The distinct backbones in a set of networks: adapters share one."""
     found = []
     for network in networks.values():
         for module in network.modules():
@@ -105,6 +127,6 @@ def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
 
 
 def player_networks(objective: Objective) -> dict[str, nn.Module]:
-    """The networks that move: all of an objective's, but for the teacher and absent ones."""
+    """The networks that learn, by field: all but the teacher and those that are None."""
     names = [n for n in networks_of(type(objective)) if n != "teacher"]
     return {n: v for n in names if (v := getattr(objective, n)) is not None}

@@ -1,7 +1,7 @@
-"""Before training: the files of a run's end are made once, of a student that has learnt nothing.
+"""Before training: the files of a run's end are written once, for the untrained student.
 
-What they would fail on after hours of training is said now. `students.export.rehearse` does so for
-the student itself.
+So they fail now and not after hours of training. `students.export.rehearse` does the same for the
+student's folder.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from students.generator import Generator
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
-# Of summary.json, what the pages read of a run that is not measured.
+# What the pages read from the summary.json of a run that is not measured.
 UNMEASURED = {"steps": 1, "wall_s": 1.0, "network_evaluations": 1, "metrics": {}}
 LOGGED = {"step": 1, "student/loss": 1.0}
 
 
 def rehearse_end(recipe: Recipe, student: Generator, teacher: Teacher) -> None:
-    """Make the LoRA files' keys, the card and the report, and throw them away.
+    """Make the LoRA files' keys, the card and the report, and discard them.
 
     Raises:
         UserError: no LoRA file could be written, or a package is missing.
@@ -47,7 +47,7 @@ def rehearse_end(recipe: Recipe, student: Generator, teacher: Teacher) -> None:
 
 
 def write_pages(recipe: Recipe, student: Generator, teacher: Teacher) -> None:
-    """The card and the report of a run that took no step, in a folder that does not stay."""
+    """The card and the report of a run without steps, in a temporary folder."""
     from distill.report.page import render
 
     pipe: Any = teacher.codec.pipe

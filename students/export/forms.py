@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,29 @@ from teachers.errors import UserError
 from teachers.teacher import Teacher
 
 
+@dataclass(frozen=True)
 class StockForm(StudentForm):
-    """Few-step students that stock diffusers pipelines sample (`students/schedulers.py`)."""
+    """Few-step students that stock diffusers pipelines sample (`students/schedulers.py`).
+
+    scheduler: The scheduler form of all its students; None computes it for each.
+    """
+
+    scheduler: schedulers.SchedulerForm | None = None
 
     leaves_pipeline = True
     adapts = True
 
+    def fixed(self, steps: int, start: float | None, renoise: bool) -> StockForm:
+        """This form with the scheduler computed now: it takes values, which fake tensors lack."""
+        source = schedulers.source_of(self.teacher)
+        return replace(self, scheduler=schedulers.form(source, steps, start, renoise))
+
     def student(
         self, steps: int, start: float | None, renoise: bool, adapter: Adapter | None
     ) -> Generator:
-        return schedulers.student(self.teacher, steps, start, renoise, adapter)
+        form = self.scheduler or self.fixed(steps, start, renoise).scheduler
+        assert form is not None
+        return schedulers.student_in(form, self.teacher, adapter)
 
     def network(self) -> Denoiser:
         return copied(self.teacher)

@@ -16,7 +16,7 @@ from students.generator import Generator
 from students.lora import adapter_layers, adapter_names, adapter_of, unwrap, with_schedule
 from students.two_time import TwoTime
 from teachers.catalogue.loading import find
-from teachers.errors import UserError
+from teachers.errors import UserError, first_line
 from teachers.families.base import Pretrained
 from teachers.quantised import is_quantised
 from teachers.storage.components import module
@@ -67,7 +67,7 @@ def read_backbone(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> 
     try:
         return module(kind, folder / network.PART, "export", network.PART, torch_dtype=dtype)
     except (OSError, UserError) as error:
-        reason = str(error).removeprefix("export: ").strip().splitlines()[0]
+        reason = first_line(error).removeprefix("export: ")
         raise UserError(
             f"export: the adapter is merged into the weights of {teacher.source!r}, which cannot "
             f"be read ({reason}); restore them and resume the run"

@@ -147,9 +147,7 @@ def test_a_damaged_table_of_runs_is_one_line(file, tmp_path, played, capsys, kno
     (out / "state.json").write_text(json.dumps({"dmd2-seed0": known}))
     code, _, err = called(capsys, "bench", file, "--out", out)
     assert code == 2 and not played
-    assert err == (
-        f"distill: {out / 'state.json'}: damaged; delete it, and what it kept is found out again\n"
-    )
+    assert err == (f"distill: {out / 'state.json'}: damaged; delete it, and run again\n")
 
 
 @pytest.mark.parametrize("found", [
@@ -218,7 +216,7 @@ def test_a_run_whose_figures_are_no_numbers_has_failed(small, tmp_path, monkeypa
 
     monkeypatch.setattr(BenchmarkRunner, "play", play)
     (line,) = runner.bench(str(small), [], tmp_path / "out")
-    assert line.failed == {"0": "its summary.json has no distance, or one that is no number"}
+    assert line.failed == {"0": "summary.json has no distance, or it is not a finite number"}
     assert (line.steps, line.metrics) == (None, {})
 
 

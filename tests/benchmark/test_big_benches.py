@@ -122,7 +122,7 @@ def test_every_rows_objective_is_built_and_its_steps_are_counted(like):
 def test_baselines_draw_finite_pictures(like):
     _, bench = like
     recipe = bench.reference()
-    teacher = load_teacher(recipe)
+    teacher = load_teacher(recipe.teacher)
     prompts = ["1", "0"] if getattr(teacher.codec, "classes", 0) else ["a boat", "a red circle"]
     for baseline in bench.baselines:
         baseline.check(recipe, teacher)

@@ -255,10 +255,10 @@ def test_a_run_is_refused_before_anything_is_built_unless_a_reason_is_given(
     class Built(Exception):
         pass
 
-    def load(recipe):
+    def networks(recipe, out, resume):
         raise Built(recipe.export.licence_override)
 
-    monkeypatch.setattr(build, "load_teacher", load)
+    monkeypatch.setattr(build, "networks", networks)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(sys, "argv", ["distill", "run", str(recipe), "--out", str(tmp_path / "o")])
         cli.main()

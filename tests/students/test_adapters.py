@@ -8,7 +8,7 @@ import torch
 
 from distill.config.recipe import Recipe
 from distill.evaluation.finish import finish
-from distill.planning.plan import count_samples
+from distill.profiling import denoisers_in, evaluations_of
 from distill.training import build
 from students import schedulers
 from students.checkpointing import checkpointing
@@ -305,9 +305,7 @@ def test_a_copy_of_an_adapter_is_counted_as_its_original_is():
 
     teacher = load("shapes")
     student = schedulers.student(teacher, 1, adapter=Adapter(rank=2)).denoiser
-    counts = {"student": 0}
-    count_samples({"student": student}, counts)
     x, t = torch.randn(3, *teacher.shape), torch.ones(3)
-    with torch.no_grad():
+    with evaluations_of(denoisers_in({"student": student})) as counts, torch.no_grad():
         deepcopy(student)(x, t, teacher.codec.condition(["a red circle"] * 3))
     assert counts == {"student": 3}

@@ -279,8 +279,8 @@ def test_a_guided_walk_ends_nearer_to_its_class_than_an_unguided_one(teacher):
 def test_a_recipe_makes_what_it_says(tmp_path, guidance, line):
     recipe = written(tmp_path, guidance)
     assert Recipe.check(recipe.tree()) == recipe
-    teacher = guided_teacher.load_teacher(recipe)
-    guided = guided_teacher.guided(recipe, teacher)
+    teacher = guided_teacher.load_teacher(recipe.teacher)
+    guided = guided_teacher.guided(recipe.teacher, teacher)
     assert describe(guided) == line
     cond = teacher.codec.condition([1, 2])
     x = guided(torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.6]), cond)

@@ -74,7 +74,7 @@ def test_negative_prompts_are_counted_when_they_are_encoded(folders, capfd):
         "objective": {"name": "dmd2"},
         "train": {"steps": 2, "batch": 2},
     }
-    guided_teacher.load_teacher(Recipe.check(tree))
+    guided_teacher.load_teacher(Recipe.check(tree).teacher)
     err = capfd.readouterr().err
     assert err == (
         "distill: teacher.negative_prompt: 1 of 1 prompt is longer than the encoder's 40 tokens "

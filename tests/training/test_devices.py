@@ -96,16 +96,16 @@ def test_guidance_follows_the_device_and_does_not_wait(kind, pipelines, gpu):
     source = "digits" if kind == "auto" else str(pipelines["edm"])
     told = {"source": source, "guidance": GUIDANCE[kind], "null_label": 10}
     recipe = Recipe.check({"teacher": told, "objective": {"name": "sid"}, "train": {"steps": 1}})
-    teacher = load_teacher(recipe)
+    teacher = load_teacher(recipe.teacher)
     z, t, cond = (
         torch.randn(3, 1, 8, 8),
         torch.tensor([0.2, 0.5, 0.9]),
         teacher.codec.condition([1, 2, 3]),
     )
     with torch.no_grad():
-        here = guided(recipe, teacher)(z, t, cond)
+        here = guided(recipe.teacher, teacher)(z, t, cond)
         teacher.denoiser.to(gpu)
-        denoiser = guided(recipe, teacher)
+        denoiser = guided(recipe.teacher, teacher)
         inputs = z.to(gpu), t.to(gpu), {k: v.to(gpu) for k, v in cond.items()}
         there = denoiser(*inputs)
         torch.testing.assert_close(there.cpu(), here, atol=1e-4, rtol=1e-4)

@@ -95,7 +95,7 @@ def test_the_bytes_that_are_planned_are_those_of_the_state(name):
     play(mover, range(1))
     state = list(mover.optimizer.state.values())
     kept = [v for s in state for k, v in s.items() if k != "step" and not k.startswith("qmap")]
-    device, host = optimizers.held(name, mover.params)
+    device, host = optimizers.optimizer_bytes(name, mover.params)
     assert sum(v.nbytes for v in kept) == (host or device)
     if host:
         assert device == 8 * 96 * 64  # the largest weight's, which visit
