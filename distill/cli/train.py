@@ -80,7 +80,7 @@ def print_header(new_run: Any) -> None:
     from teachers.guidance import describe
 
     recipe = new_run.recipe
-    guidance = describe(guided(recipe, new_run.teacher))
+    guidance = describe(guided(recipe.teacher, new_run.teacher))
     console.print(
         f"{recipe.objective['name']}: from teacher {recipe.teacher.source} ({guidance}) "
         f"to a student of {step_counts(new_run.student)}, in {new_run.out}",

@@ -320,7 +320,7 @@ def test_a_mistaken_guidance_is_one_line(tmp_path, guidance, line):
 def test_a_weaker_teacher_of_another_shape_is_refused(tmp_path):
     recipe = written(tmp_path, "{scale: 2, kind: auto, weaker: 'analytic:ring'}")
     with refused("teacher.guidance.weaker", "analytic:ring", "2", "1", "8"):
-        guided_teacher.guided(recipe, guided_teacher.load_teacher(recipe))
+        guided_teacher.guided(recipe.teacher, guided_teacher.load_teacher(recipe.teacher))
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_a_weaker_teacher_of_other_labels_is_refused(pipelines, tmp_path, kind, 
     section = recipe.teacher.model_copy(update={"null_label": null})
     recipe = recipe.model_copy(update={"teacher": section})
     with refused("teacher.guidance.weaker", reads, "labels of 10 classes"):
-        guided_teacher.guided(recipe, load("digits"))
+        guided_teacher.guided(recipe.teacher, load("digits"))
 
 
 def test_a_weaker_text_teacher_of_another_family_is_refused(tmp_path):
