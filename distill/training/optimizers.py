@@ -105,7 +105,7 @@ def check(name: Name, player: str) -> None:
     """
     if name == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise UserError(
-            f"players.{player}.optimizer: {name} is bitsandbytes', which is not installed: "
+            f"players.{player}.optimizer: {name} is bitsandbytes', which is not installed; "
             "pip install 'fewstep[memory]'"
         )
 
