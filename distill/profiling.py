@@ -174,11 +174,11 @@ def evaluations_of(modules: Mapping[str, Iterable[nn.Module]]) -> Iterator[dict[
 def denoisers_in(networks: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
     """The denoisers in networks that compute, by network: each under the first of its names."""
     seen: set[nn.Module] = set()
-    found: dict[str, list[nn.Module]] = {}
+    denoisers: dict[str, list[nn.Module]] = {}
     for name, network in networks.items():
-        found[name] = [m for m in network.modules() if computes(m) and m not in seen]
-        seen.update(found[name])
-    return found
+        denoisers[name] = [m for m in network.modules() if computes(m) and m not in seen]
+        seen.update(denoisers[name])
+    return denoisers
 
 
 def unique(tensors: Iterable[Tensor]) -> int:

@@ -145,8 +145,8 @@ def diversity(lines: Sequence[LeaderboardRow], first: Sequence[LeaderboardRow], 
         labelled = distance_of(first[0].metrics) if key == "recall" else ""
         scale_of_distance(ax, f"{name}: to the right is more diverse", labelled)
         ax.set_xlabel(name)
-        found = reference(ax, lines, min(v.steps or 0 for v in first), key)
-        points += found if key == "coverage" else []
+        references = reference(ax, lines, min(v.steps or 0 for v in first), key)
+        points += references if key == "coverage" else []
     in_margin(axes[1], points)
     return saved(fig, out / "diversity.png")
 

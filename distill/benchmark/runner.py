@@ -135,10 +135,10 @@ def outcome(race: BenchmarkRunner, entry: BenchmarkRun) -> str:
         return f"{who}: failed: {why}"
     summary = entry.summary()
     assert summary is not None
-    found = summary["metrics"].get("student", {})
-    keys = {k: distance_of(v) for k, v in found.items()}
+    student = summary["metrics"].get("student", {})
+    keys = {k: distance_of(v) for k, v in student.items()}
     figures = "  ".join(
-        f"{key} {catalogue.written(key, found[k][key])} at {k}" for k, key in keys.items()
+        f"{key} {catalogue.written(key, student[k][key])} at {k}" for k, key in keys.items()
     )
     return f"{who}: {figures}; {summary['steps']} steps in {summary['wall_s']:.0f} s"
 

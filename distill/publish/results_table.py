@@ -59,10 +59,10 @@ def many(n: int, noun: str) -> str:
 
 def best(metrics: Mapping[str, Any] | None) -> str | None:
     """The student's step count with the best of the first figure; None where none was measured."""
-    found = (metrics or {}).get("student", {})
-    measured = [k for row in found.values() for k in catalogue.columns(row)]
-    key = next((k for k in measured if all(k in row for row in found.values())), None)
+    rows = (metrics or {}).get("student", {})
+    measured = [k for row in rows.values() for k in catalogue.columns(row)]
+    key = next((k for k in measured if all(k in row for row in rows.values())), None)
     if key is None:
         return None
     sign = 1 if catalogue.lower_is_better(key) else -1
-    return min(found, key=lambda k: sign * found[k][key])
+    return min(rows, key=lambda k: sign * rows[k][key])

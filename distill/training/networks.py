@@ -118,12 +118,12 @@ def assembled(recipe: Recipe, networks: dict[str, nn.Module], device: torch.devi
 
 def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
     """The distinct backbones in a set of networks: adapters share one."""
-    found = []
+    shared = []
     for network in networks.values():
         for module in network.modules():
             if isinstance(module, AdaptedDenoiser | Network):
-                found.append(unwrap(module).backbone)
-    return list(dict.fromkeys(found))
+                shared.append(unwrap(module).backbone)
+    return list(dict.fromkeys(shared))
 
 
 def player_networks(objective: Objective) -> dict[str, nn.Module]:

@@ -155,10 +155,10 @@ def unpickle(path: Path) -> Files:
         config["logvar_channels"] = given.get("logvar_channels", 128)
         config["latents"] = latents_of(content, arguments.get("img_channels"), str(path))
     check(config, str(path))
-    found = tensors(network, str(path))
+    weights = tensors(network, str(path))
     if kind == "EDM2Precond":
-        found = round_gains(found)
-    return Files(config, renamed(found, config))
+        weights = round_gains(weights)
+    return Files(config, renamed(weights, config))
 
 
 def tensors(module: pickles.Record, where: str) -> dict[str, Tensor]:
@@ -167,7 +167,7 @@ def tensors(module: pickles.Record, where: str) -> dict[str, Tensor]:
     Raises:
         UserError: it is not a network, or its modules are shared or nested too deeply.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     seen: set[int] = set()
     waiting = [("", module, 0)]
     while waiting:
@@ -184,7 +184,7 @@ def tensors(module: pickles.Record, where: str) -> dict[str, Tensor]:
             raise UserError(f"{where}: {prefix[:-1] or 'what it holds'!r} is no network's module")
         for name, value in (parts[0] | parts[1]).items():
             if isinstance(value, Tensor):
-                found[prefix + name] = value
+                weights[prefix + name] = value
             elif value is not None:
                 raise UserError(f"{where}: {prefix + name!r} is not a tensor")
         for name, child in parts[2].items():
@@ -192,7 +192,7 @@ def tensors(module: pickles.Record, where: str) -> dict[str, Tensor]:
                 waiting.append((f"{prefix}{name}.", child, depth + 1))
             elif child is not None:
                 raise UserError(f"{where}: {prefix + name!r} is not a module")
-    return found
+    return weights
 
 
 def json_of(value: Any, who: str, depth: int = 0) -> Any:
@@ -229,17 +229,17 @@ def latents_of(content: Any, channels: Any, who: str) -> dict[str, list[float]] 
     return {k: v.state.tolist() for k, v in arrays.items()}  # pyright: ignore
 
 
-def round_gains(found: dict[str, Tensor]) -> dict[str, Tensor]:
+def round_gains(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """EDM2's gains with the rounding of its code, where they are stored in half precision.
 
     Its code rounds g/√n, the scale of a weight with n inputs, once more. Ours computes it in
     float32; this returns the g that gives the same scale.
     """
-    rounded = dict(found)
-    for name, gain in found.items():
+    rounded = dict(weights)
+    for name, gain in weights.items():
         if gain.dtype == torch.float16 and name.endswith(("emb_gain", "out_gain")):
             user = name.replace("emb_gain", "emb_linear").replace("out_gain", "out_conv")
-            if (weight := found.get(f"{user}.weight")) is not None and weight.numel():
+            if (weight := weights.get(f"{user}.weight")) is not None and weight.numel():
                 root = math.sqrt(weight[0].numel())
                 rounded[name] = (gain / root).float() * root
     return rounded

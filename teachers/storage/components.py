@@ -43,22 +43,23 @@ def variant_of(names: Iterable[str]) -> str | None:
     Args:
         names: File names in the component's folder.
     """
-    found = {m["variant"] for name in names if (m := WEIGHTS.fullmatch(name))}
-    if not found or None in found:
+    choices = {m["variant"] for name in names if (m := WEIGHTS.fullmatch(name))}
+    if not choices or None in choices:
         return None
-    return min(found, key=lambda v: (("fp16", "bf16").index(v) if v in ("fp16", "bf16") else 9, v))
+    usual = ("fp16", "bf16")
+    return min(choices, key=lambda v: (usual.index(v) if v in usual else 9, v))
 
 
 def variants(who: str, folders: dict[str, Path]) -> dict[str, str | None]:
     """The variant to read of each component; prints a notice where there are no plain files."""
-    found = {part: variant_of(p.name for p in at.iterdir()) for part, at in folders.items()}
-    for variant in sorted({v for v in found.values() if v is not None}):
-        parts = ", ".join(part for part, v in found.items() if v == variant and part)
+    choices = {part: variant_of(p.name for p in at.iterdir()) for part, at in folders.items()}
+    for variant in sorted({v for v in choices.values() if v is not None}):
+        parts = ", ".join(part for part, v in choices.items() if v == variant and part)
         note(
             f"{who}: there are no weights{f' of {parts}' * bool(parts)} but *.{variant}.safetensors"
             ", and those are read"
         )
-    return found
+    return choices
 
 
 def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) -> Any:
@@ -243,7 +244,7 @@ def tokenizer(name: str, folder: Path, who: str) -> Any:
     """
     import transformers
 
-    said = f"there is no {name} in transformers {installed()}"
+    fault = f"there is no {name} in transformers {installed()}"
     config = folder / "tokenizer_config.json"
     special = read_json(config, who).get("extra_special_tokens") if config.exists() else None
     older = {"extra_special_tokens": {}, "additional_special_tokens": special}
@@ -256,8 +257,8 @@ def tokenizer(name: str, folder: Path, who: str) -> Any:
                 with quiet():
                     return kind.from_pretrained(folder, local_files_only=True, **words)
             except Exception as error:  # damaged files, sentencepiece missing, …
-                said = reason(error) if form == name and not words else said
-    raise UserError(f"{who}: {folder} cannot be read as a {clipped(name)} ({said}); copy it again")
+                fault = reason(error) if form == name and not words else fault
+    raise UserError(f"{who}: {folder} cannot be read as a {clipped(name)} ({fault}); copy it again")
 
 
 @contextmanager

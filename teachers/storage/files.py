@@ -27,10 +27,10 @@ def home(path: str | Path, who: str = "") -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        said = clipped(path)
+        shown = clipped(path)
         user = clipped(Path(path).parts[0])
         raise UserError(
-            f"{f'{who}: ' if who and who != said else ''}{said}: the home folder of {user} is "
+            f"{f'{who}: ' if who and who != shown else ''}{shown}: the home folder of {user} is "
             f"unknown; write the full path, or ./{user} for a folder of that name"
         ) from None
 
