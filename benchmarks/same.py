@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PROGRESSIVE = "objective={name: progressive, initial_steps: 8, stage_steps: %d}"
+# The old name of initial_steps, which revisions on both sides of the renaming read.
+PROGRESSIVE = "objective={name: progressive, first: 8, stage_steps: %d}"
 # Each name's recipe, and what is set in it beside the number of steps.
 RUNS: dict[str, tuple[str, ...]] = {
     "digits, dmd2": ("digits/dmd2",),
