@@ -192,7 +192,7 @@ def results_table(title: str, rows: dict[str, dict[str, Any]], base: str | None 
             title=None if parts else title,
             title_justify="left", box=None, pad_edge=False, header_style="bold",
         )  # fmt: skip
-        table.add_column("")
+        table.add_column("sampler")
         for head in heads:
             table.add_column(head, justify="right", no_wrap=True)
         for i, name in enumerate(rows):

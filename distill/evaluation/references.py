@@ -197,7 +197,7 @@ def request_of_moments(
     names = [k for k, v in by_name.items() if v.features.dim == length]
     if len(names) > 1:
         raise UserError(
-            f"--features is missing: {file} may be of {' or '.join(names)}; name one of them"
+            f"--features: missing; {file} may be of {' or '.join(names)}; name one of them"
         )
     if not names:
         dims = ", ".join(f"{k} of {v.features.dim}" for k, v in by_name.items())

@@ -76,7 +76,8 @@ class Subject:
         """
         if self.max_steps is not None and max(steps) > self.max_steps:
             raise UserError(
-                f"--steps {max(steps)}: computed schedules support at most {self.max_steps} steps"
+                f"--steps {max(steps)}: computed schedules support at most {self.max_steps} steps; "
+                "give fewer"
             )
         if self.counts is not None and (wrong := sorted(set(steps) - set(self.counts))):
             known = ", ".join(map(str, self.counts))

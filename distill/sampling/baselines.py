@@ -140,7 +140,7 @@ class Baseline(Section):
             )
         plain = guidance.kind in ("cfg", "apg") and guidance.interval is None
         if (adaptive or self.cache > 1) and not plain:
-            raise UserError(f"{where}: use guidance of kind cfg or apg, without an interval")
+            raise UserError(f"{where}: expected guidance of kind cfg or apg, without an interval")
 
     def measure(
         self, recipe: Recipe, teacher: Teacher, measure: Protocol, steps: int, seeds: int

@@ -210,7 +210,8 @@ def check_steps(steps: int, fine_steps: int, where: str = "baselines") -> None:
     """
     if steps > fine_steps:
         raise UserError(
-            f"{where}: {steps} steps; computed schedules support at most {fine_steps} steps"
+            f"{where}: {steps} steps; computed schedules support at most {fine_steps} steps; "
+            "give fewer"
         )
 
 

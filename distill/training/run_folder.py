@@ -157,7 +157,7 @@ def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
     elif resume:
         check_same_run(recipe, out)
     else:
-        raise UserError(f"--out {out} already holds a run; add --resume, or give another folder")
+        raise UserError(f"--out {out}: it holds a run; add --resume, or give another folder")
 
 
 def check_can_write(out: Path) -> None:
@@ -182,7 +182,7 @@ def check_new(out: Path, resume: bool) -> None:
     if resume and not out.exists():
         raise UserError(f"--resume: there is no run in {out}; remove --resume to start one")
     if out.exists() and any(p for p in out.iterdir() if not p.name.startswith(".")):
-        raise UserError(f"--out {out} exists and is not a run; give a new folder")
+        raise UserError(f"--out {out}: it exists and is not a run; give a new folder")
 
 
 def check_same_run(recipe: Recipe, out: Path) -> None:

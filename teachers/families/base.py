@@ -362,7 +362,9 @@ def load(
     if precision in FORMS:
         quantise(backbone, precision)
     if size is not None and (size <= 0 or size % kind.grain(pipe)):
-        raise UserError(f"{who}: size {size}: give a multiple of {kind.grain(pipe)} pixels")
+        raise UserError(
+            f"{who}: size {size} does not fit; give a multiple of {kind.grain(pipe)} pixels"
+        )
     shape = shape_of(kind, pipe, size, who)
     config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     name = type(pipe.scheduler).__name__

@@ -113,7 +113,7 @@ def load(
     codec: Any = teacher.codec
     every = codec.pipe.vae_scale_factor_temporal
     if frames < 1 or (frames - 1) % every:
-        raise UserError(f"{who}: frames {frames}: give 1 plus a multiple of {every}")
+        raise UserError(f"{who}: frames {frames} does not fit; give 1 plus a multiple of {every}")
     channels, _, *rest = teacher.shape
     teacher.shape = (channels, 1 + (frames - 1) // every, *rest)
     codec.size = Wan.pixels(codec.pipe, teacher.shape)

@@ -244,7 +244,7 @@ def test_students_are_ordered_by_their_distance_in_the_fewest_steps():
         ("baselines=[{solver: heun, schedule: search}]", "expected 'own', 'ays', 'gits' or 'searc"),
         ("baselines=[{solver: heun, threshold: 1.5}]", "baselines.0.threshold: expected"),
         ("baselines=[{solver: heun, cache: 0}]", "baselines.0.cache: expected"),
-        ("baselines=[{solver: heun, cache: 2, guidance: adaptive}]", "expected cache: 1, as"),
+        ("baselines=[{solver: heun, cache: 2, guidance: adaptive}]", "expected cache: 1, because"),
         ("baselines=[{scheduler: DDIMScheduler, guidance: adaptive}]", "pipelines guide all steps"),
         ("baselines=[{solver: heun}]", "baselines: a protocol measures them; set eval.protocol"),
         ("rows=[{name: a, overrides: {objective: {name: sid}, teacher: nowhere}}]", "no such"),

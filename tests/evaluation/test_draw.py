@@ -121,7 +121,7 @@ def test_a_teacher_draws_them_by_the_command_and_other_pictures_are_never_mixed_
         (["dpg", "shapes", "{m}", "{o}"], ("dpg", "no prompts")),
         (["dpg", "shapes", "{w}/empty", "{o}"], ("dpg", "a.txt")),
         (["dpg", "nowhere", "{t}", "{o}"], ("teacher 'nowhere'",)),
-        (["dpg", "digits", "{t}", "{o}"], ("dpg", "captions", "labels of 10 classes")),
+        (["dpg", "digits", "{t}", "{o}"], ("dpg", "labels of 10 classes")),
         (["dpg", "shapes", "{t}", "{o}", "--solver", "heunn"], ("--solver", "heun")),
         (["dpg", "shapes", "{t}", "{m}"], ("*/evaluation_metadata.jsonl",)),
         (["dpg", "shapes", "{t}", "{t}"], ("*/prompts", "prompts.json")),
@@ -159,7 +159,7 @@ def test_a_call_that_was_cut_off_before_its_first_picture_goes_on(tmp_path):
     record = benchmarks.check_folder(tmp_path / "out", about)
     benchmarks.write_record(record, about)
     assert benchmarks.check_folder(tmp_path / "out", about) == record == tmp_path / "out.json"
-    with refused("*/out.json", "pictures"):
+    with refused("*/out.json", "images"):
         benchmarks.check_folder(tmp_path / "out", {**about, "seed": 1})
 
 

@@ -203,9 +203,11 @@ def test_mistakes_are_said_before_anything_is_drawn(words, said):
 
 
 def test_a_students_measurement_has_no_teachers_options():
-    subject.refuse({"schedule": "own", "adaptive": None, "cache": 1}, "no such choice")
+    subject.refuse_options({"schedule": "own", "adaptive": None, "cache": 1}, "no such choice")
     with refused("--null-label", "students"):
-        subject.refuse({"solver": "heun", "null_label": 3}, "students have none; leave it out")
+        subject.refuse_options(
+            {"solver": "heun", "null_label": 3}, "students have none; leave it out"
+        )
 
 
 def test_what_was_kept_of_a_local_teacher_counts_while_its_files_are_the_same(tmp_path):

@@ -197,7 +197,7 @@ def test_moments_alone_where_features_are_needed_name_the_command_too(world, mom
         (["toys", "{f}", "--protocol", "free"], ("--protocol", "--protocol free: ")),
         (["toyz", "{f}", "--protocol", "both"], ("--protocol", "toys", "toyz")),
         (["toys", "{w}/nowhere"], ("*/nowhere", ".npz")),
-        (["toys", "{w}/protocols"], ("reference toys", "no pictures", "protocols")),
+        (["toys", "{w}/protocols"], ("reference toys", "no images", "protocols")),
         (["toys", "{f}", "--features", "toy"], ("--features", ".npz")),
         (["toys", "{w}/few"], ("reference toys", "39 ", "few")),
         (["toys", "{w}/few"], ("reference toys", "few", " 40")),

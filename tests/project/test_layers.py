@@ -54,8 +54,8 @@ MAY: dict[str, set[str]] = {
     },
     "distill.planning": {
         "distill", "distill.objectives", "distill.config", "distill.training", "students",
-        "teachers", "teachers.storage", "teachers.families", "teachers.catalogue",
-        "teachers.diagnosis", "eval",
+        "students.export", "teachers", "teachers.storage", "teachers.families",
+        "teachers.catalogue", "teachers.diagnosis", "eval",
     },
     "distill.evaluation": {
         "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",
@@ -70,8 +70,8 @@ MAY: dict[str, set[str]] = {
     },
     "distill.benchmark": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
-        "distill.training", "distill.planning", "distill.evaluation", "students",
-        "students.export", "teachers", "eval", "eval.protocols",
+        "distill.training", "distill.evaluation", "students", "students.export", "teachers",
+        "eval", "eval.protocols",
     },
     "distill.cli": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",

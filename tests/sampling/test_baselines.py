@@ -100,7 +100,7 @@ def test_guidance_that_no_stock_pipeline_has_is_refused(digits, shapes):
     with refused("baselines", "guidance"):
         Baseline(scheduler="EDMEulerScheduler").check(recipe("digits", 2.0), digits)
     apg = recipe("shapes", {"scale": 3, "kind": "apg"})
-    with refused("baselines", "guide"):
+    with refused("baselines", "guidance"):
         Baseline(scheduler="DDIMScheduler").check(apg, shapes)
 
 

@@ -185,7 +185,7 @@ def test_speed_beside_a_protocol_and_a_teacher(quick, tmp_path, capsys):
     words = ("digits", "--speed", "--protocol", "digits", "--steps", "1", "--seeds", "1",
              "--solver", "ddim", "--against", "digits", "--against-steps", "2")  # fmt: skip
     out = evaluate(capsys, *words, "--json", tmp_path / "f.json")
-    assert "FD" in out and out.count("from prompts to pictures") == 2
+    assert "FD" in out and out.count("from prompts to images") == 2
     tree = json.loads((tmp_path / "f.json").read_text())
     assert tree["protocol"] == "digits" and "fd" in tree["teacher"]["1"]
     assert tree["speed"]["against"]["steps"]["2"]["evaluations"] == 2
@@ -206,8 +206,8 @@ def test_a_device_without_room_for_one_picture_is_said_in_one_line(monkeypatch):
     def full(*_):
         raise torch.cuda.OutOfMemoryError
 
-    monkeypatch.setattr(speed, "measured", full)
-    with refused("--speed", "picture"):
+    monkeypatch.setattr(speed, "measure", full)
+    with refused("--speed", "image"):
         subject.speeds(found, [1], torch.device("cpu"))
 
 
@@ -220,7 +220,7 @@ def test_a_device_without_room_for_one_picture_is_said_in_one_line(monkeypatch):
     ],
 )
 def test_mistakes_are_said_before_anything_is_timed(words, said, monkeypatch):
-    monkeypatch.setattr(speed, "measured", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(speed, "measure", lambda *_: pytest.fail("it was timed"))
     with refused(*said):
         cli.app(["eval", "digits", "--speed", *words], standalone_mode=False)
 

@@ -224,7 +224,7 @@ def test_skipping_refuses_to_be_recomputed_without_its_hooks():
     denoiser.backbone.gradient_checkpointing = True
     skipping, x_t = SkipLayerGuided(denoiser, 2.0, ["backbone.first"]), torch.randn(2, D)
     skipping(x_t, torch.rand(2))
-    with refused("skip-layer guidance", "checkpointing"):
+    with refused("teacher.guidance.blocks", "checkpointing"):
         skipping(x_t.requires_grad_(), torch.rand(2))
 
 
@@ -338,8 +338,8 @@ def test_a_weaker_teacher_of_other_labels_is_refused(pipelines, tmp_path, kind, 
 def test_a_weaker_text_teacher_of_another_family_is_refused(tmp_path):
     sd, sdxl = (load(str(families.build(k, tmp_path / k))) for k in ("sd", "sdxl"))
     with refused("teacher.guidance.weaker", "sdxl", "40×64", "pooled of 32", "40×32"):
-        guided_teacher.check_reads("sdxl", sdxl, sd)
-    guided_teacher.check_reads("sd", sd, sd)
+        guided_teacher.check_conditions("sdxl", sdxl, sd)
+    guided_teacher.check_conditions("sd", sd, sd)
 
 
 def cosine(teacher, x_t, t, cond):

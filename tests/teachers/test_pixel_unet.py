@@ -133,7 +133,10 @@ def test_a_flat_folder_loads_as_diffusers_loads_it(pipelines, tmp_path):
             {"trained_betas": [0.1, 0.2]},
             ("teacher '*/odd'", "2", "1000", "num_train_timesteps"),
         ),
-        ({"rescale_betas_zero_snr": True}, ("teacher '*/odd'", "index")),
+        (
+            {"rescale_betas_zero_snr": True},
+            ("teacher '*/odd'", "rescale_betas_zero_snr", "v_prediction"),
+        ),
         ({"beta_schedule": "zzz"}, ("teacher '*/odd'", "read")),
         ({"prediction_type": "v_predictoin"}, ("teacher '*/odd'", "v_prediction")),
     ],

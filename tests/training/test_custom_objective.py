@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from distill import __main__ as cli
-from distill.config.recipe import Recipe, network_types, objective_class
+from distill.config.objective_schema import network_types, objective_class
+from distill.config.recipe import Recipe
 from distill.training import build
 from students.two_time import TwoTime
 from teachers import UserError, load

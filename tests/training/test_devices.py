@@ -143,7 +143,7 @@ def test_a_teachers_pictures_are_the_hosts(how, gpu):
     pairs = []
     for device in (torch.device("cpu"), gpu):
         found = subject.teacher("digits", device, **DRAWN[how])
-        pairs.append(found.draw([3, 7], 3, None)([3, 7], 0).images)
+        pairs.append(found.sampler([3, 7], 3, None)([3, 7], 0).images)
     assert pairs[0].device == pairs[1].device == torch.device("cpu")
     chosen = how in ("adaptive guidance", "GITS")  # by comparisons that rounding may turn
     if not (chosen and gpu.type == "cuda"):
