@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -94,7 +95,9 @@ def main() -> None:
         if code is None:
             raise
     finally:
-        destroy_process_group()
+        grouped = destroy_process_group()
+    if grouped:
+        exit_now(code)
     sys.exit(code)
 
 
@@ -129,12 +132,26 @@ def exit_code(error: Exception) -> int | None:
     return code
 
 
-def destroy_process_group() -> None:
-    """Close torch's process group: a group left open sometimes aborts a rank at exit."""
+def destroy_process_group() -> bool:
+    """Close torch's process group, and return whether there was one."""
     if (torch := sys.modules.get("torch")) is not None:
         dist = torch.distributed
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+            return True
+    return False
+
+
+def exit_now(code: int) -> None:
+    """End a process of a group with its exit code, after exit functions and flushed output.
+
+    A usual exit destroys static objects while threads of the group may still run, which now and
+    then aborts a rank that has done all its work.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

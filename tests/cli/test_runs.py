@@ -1,6 +1,8 @@
 """The real command on every family: five steps, exported, summed up, and sampled from."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -169,3 +171,16 @@ def runs_and_draws(name, teacher, objective, pictures, tmp_path, capsys):
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
+
+
+def test_a_process_of_a_group_ends_with_its_code_and_its_output():
+    """Exit functions run and output is flushed, although the interpreter is not torn down."""
+    program = (
+        "import atexit, sys\n"
+        "from distill.__main__ import exit_now\n"
+        "atexit.register(lambda: print('exit function'))\n"
+        "print('output', end=' ')\n"
+        "exit_now(3)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (3, "output exit function\n")
