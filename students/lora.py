@@ -2,7 +2,8 @@
 
 Adapters are *used*, never *set*: PEFT's `set_adapter` also flips requires_grad, and autograd then
 silently drops the gradients of a graph that was already built. Here which adapter is used follows
-the forward pass, and which one learns is its player's business.
+the forward pass, and which one learns is its player's business. All adapted layers of a network
+read the choice from one shared cell, so that choosing costs the same for 5 layers and for 5,000.
 """
 
 from __future__ import annotations
@@ -28,6 +29,43 @@ from teachers.teacher import Teacher
 
 Module = TypeVar("Module", bound=nn.Module)
 _LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # adapted ones, by module
+_CLASSES: dict[type, type] = {}  # of PEFT's layers, their forms that read the shared cell
+
+
+class Choice:
+    """Which adapter the layers of a network run under; one object for all of them.
+
+    name: The adapter's; None is the base weights.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+class _Chosen:
+    """Mixed into a PEFT layer's class: its adapter is that of a shared `Choice`.
+
+    PEFT writes the two attributes when adapters are made or merged; what it writes then is of no
+    account, as every call is made under `using`.
+    """
+
+    _choice: Choice
+
+    @property
+    def _active_adapter(self) -> list[str]:
+        return [] if self._choice.name is None else [self._choice.name]
+
+    @_active_adapter.setter
+    def _active_adapter(self, value: Any) -> None:
+        pass
+
+    @property
+    def _disable_adapters(self) -> bool:
+        return self._choice.name is None
+
+    @_disable_adapters.setter
+    def _disable_adapters(self, value: bool) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -141,8 +179,21 @@ def inject(module: nn.Module, name: str, config: Any) -> None:
             p.requires_grad_(False)
         else:
             p.requires_grad_(frozen.get(p, False))  # PEFT touches those as well
-    for layer in layers(module):
-        layer._active_adapter, layer._disable_adapters = [], True
+    share_choice(layers(module))
+
+
+def share_choice(found: list[Any]) -> None:
+    """Make all these layers read one `Choice`, that of those among them that have one."""
+    choice = next((m._choice for m in found if isinstance(m, _Chosen)), None) or Choice()
+    for layer in found:
+        if isinstance(layer, _Chosen):
+            continue
+        kind = type(layer)
+        if kind not in _CLASSES:
+            _CLASSES[kind] = type(kind.__name__, (_Chosen, kind), {"__module__": kind.__module__})
+        vars(layer).pop("_active_adapter", None)
+        vars(layer).pop("_disable_adapters", None)
+        layer._choice, layer.__class__ = choice, _CLASSES[kind]
 
 
 def to_float32(module: Module) -> Module:
@@ -171,21 +222,23 @@ def adapters(layer: Any) -> set[str]:
 @contextmanager
 def using(module: nn.Module, name: str | None) -> Iterator[None]:
     """Run `module` under one adapter (None: the base weights); requires_grad is never touched."""
-    found = layers(module)
-    before = [(m._active_adapter, m._disable_adapters) for m in found]
-    for m in found:
-        m._active_adapter, m._disable_adapters = [name], name is None
+    choice = choice_of(module)
+    before, choice.name = choice.name, name
     try:
         yield
     finally:
-        for m, (active, disabled) in zip(found, before, strict=True):
-            m._active_adapter, m._disable_adapters = active, disabled
+        choice.name = before
+
+
+def choice_of(module: nn.Module) -> Choice:
+    """The cell that the adapted layers of `module` read; one that nobody reads where none are."""
+    found = layers(module)
+    return found[0]._choice if found else Choice()
 
 
 def used(module: nn.Module) -> str | None:
     """The adapter that `module` is now run under."""
-    found = layers(module)
-    return None if not found or found[0]._disable_adapters else found[0]._active_adapter[0]
+    return choice_of(module).name
 
 
 def checkpointing(backbone: Any) -> None:

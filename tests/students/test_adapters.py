@@ -2,9 +2,11 @@
 
 import copy
 import hashlib
+import sys
 
 import pytest
 import torch
+from torch import nn
 
 from distill.config.recipe import Recipe
 from distill.evaluation.finish import finish
@@ -19,6 +21,7 @@ from students.lora import (
     adapted,
     checkpointing,
     inject,
+    layers,
     merged,
     under,
     unwrap,
@@ -26,7 +29,7 @@ from students.lora import (
     using,
     weight_with,
 )
-from teachers import UserError, load
+from teachers import Denoiser, UserError, load
 from tests.helpers.engines import assert_same, stream
 from tests.helpers.toys import FIVE, recipe_tree
 
@@ -320,3 +323,39 @@ def test_a_copy_of_an_adapter_is_counted_as_its_original_is():
     with torch.no_grad():
         deepcopy(student)(x, t, teacher.codec.condition(["a red circle"] * 3))
     assert counts == {"student": 3}
+
+
+class Stack(Denoiser):
+    """A denoiser of `depth` linear layers."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.backbone = nn.Sequential(*(nn.Linear(2, 2) for _ in range(depth)))
+
+
+def calls_to_choose(depth):
+    """Python calls that `using` an adapter and leaving it takes, once layers are known."""
+    network = Stack(depth)
+    config = Adapter(rank=1, targets=r".*backbone\.\d+").config("")
+    for name in ("student", "fake"):
+        inject(network, name, config)
+    assert len(layers(network)) == depth
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    with using(network, "fake"):
+        pass
+    sys.setprofile(count)
+    try:
+        with using(network, "student"):
+            assert used(network) == "student"
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_choosing_an_adapter_costs_the_same_for_any_number_of_layers():
+    assert calls_to_choose(200) == calls_to_choose(2) < 40
