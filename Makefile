@@ -21,8 +21,9 @@ test: $(STAMP)
 test-gpu: $(STAMP)
 	FEWSTEP_TEST_DEVICE=cuda $(BIN)/python -m pytest
 
+# Writes each test's result and minutes to docs/slow-tests.md.
 slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --write-slow
 
 # Plant faults one at a time, and write down which the tests catch: minutes on one core.
 mutants: $(STAMP)

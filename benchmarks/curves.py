@@ -1,4 +1,4 @@
-"""Write a recipe's reference curves from a few good runs of it with different seeds.
+"""Write a recipe's reference curves from a few good runs with different seeds.
 
 python benchmarks/curves.py digits/dmd2 runs/a runs/b runs/c
 """
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from distill.config.recipe import Recipe, shipped
-from distill.report.curves import REFERENCES, changes, record, tree_of
+from distill.report.curves import REFERENCES, changes, recipe_tree, record
 from teachers.errors import UserError, nearest
 
 
@@ -18,14 +18,14 @@ def main(name: str, *runs: str) -> None:
     if name not in shipped():
         raise SystemExit(f"recipe {name!r} is unknown: {nearest(name, shipped())}")
     try:
-        made = record([Path(run) for run in runs], name)
-        if key := next(changes(Recipe.load(name).tree(), tree_of(Path(runs[0]))), None):
-            raise UserError(f"{runs[0]}: {key} is not as {name} has it")
+        tree = record([Path(run) for run in runs], name)
+        if key := next(changes(Recipe.load(name).tree(), recipe_tree(Path(runs[0]))), None):
+            raise UserError(f"{runs[0]}: {key} differs from {name}; give runs of {name}")
     except UserError as error:
         raise SystemExit(str(error)) from None
     path = REFERENCES / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(made, separators=(",", ":")) + "\n")
+    path.write_text(json.dumps(tree, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The faults that `mutants.py` plants, by the folder of the code, and the tests to catch each."""
+"""The faults that `mutants.py` plants, by folder, with the tests that catch them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import NamedTuple
 class Mutant(NamedTuple):
     """A fault.
 
-    name: what is wrong, in a few words.
-    file: where, from the root.
-    old, new: the text that is replaced, which occurs once in the file, and what stands there then.
-    tests: pytest's node ids or files, of which one should fail.
+    Attributes:
+        name: The fault in a few words.
+        file: The file to change, relative to the root.
+        old, new: The text to replace, which occurs once in the file, and its replacement.
+        tests: Node ids or files of pytest; at least one test should fail.
     """
 
     name: str
@@ -22,7 +23,7 @@ class Mutant(NamedTuple):
 
 
 def fault(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
-    """An entry of the list, whose tests are named from tests/ on."""
+    """An entry of the list; `tests` are relative to tests/."""
     return Mutant(name, file, old, new, tuple(f"tests/{t}" for t in tests))
 
 
@@ -159,8 +160,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "memory of f-distill's ratio swapped",
         "distill/objectives/fdistill.py",
-        "torch.lerp(found, self.means, self.ratio_ema)",
-        "torch.lerp(self.means, found, self.ratio_ema)",
+        "torch.lerp(means, self.means, self.ratio_ema)",
+        "torch.lerp(self.means, means, self.ratio_ema)",
         "objectives/test_turns.py::test_a_bins_mean_keeps_its_memory_and_takes_the_rest_from_the_turn",
     ),
     fault(
@@ -401,7 +402,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "rows of bad items left empty",
         "distill/data/encode.py",
         "                rows += n\n",
-        "                rows += len(some)\n",
+        "                rows += len(group)\n",
         "data/test_data.py::test_what_is_bad_is_counted_named_and_skipped",
     ),
     fault(
@@ -435,9 +436,9 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "GITS sums costs of the wrong nodes",
         "distill/sampling/timesteps.py",
-        "int(came[k, nodes[-1]])",
-        "int(came[k - 1, nodes[-1]])",
-        "sampling/test_timesteps.py::test_the_cheapest_walk_is_the_one_that_trying_all_finds",
+        "int(previous[k, nodes[-1]])",
+        "int(previous[k - 1, nodes[-1]])",
+        "sampling/test_timesteps.py::test_the_cheapest_path_is_the_one_that_trying_all_finds",
     ),
     fault(
         "a budget buys one step less",
@@ -492,8 +493,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "critic reads the text's stream",
         "students/critic.py",
-        "for o in reversed(out)",
-        "for o in out",
+        "for o in reversed(output)",
+        "for o in output",
         "students/test_critic.py::test_of_two_streams_the_pictures_is_read",
     ),
     fault(
@@ -505,16 +506,44 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     fault(
         "adapters recomputed under no adapter",
-        "students/lora.py",
-        "(nullcontext(), using(backbone, name))",
-        "(nullcontext(), nullcontext())",
+        "students/checkpointing.py",
+        "replayed(backbone, name, shifts)",
+        "replayed(backbone, None, shifts)",
         "students/test_adapters.py::test_shared_gradients_are_those_of_separate_merged_copies",
+    ),
+    fault(
+        "landing times forgotten when blocks are recomputed",
+        "students/checkpointing.py",
+        "replayed(backbone, name, shifts)",
+        "replayed(backbone, name, None)",
+        "students/test_two_time.py::test_checkpointed_blocks_are_recomputed_under_their_own_landing",
+    ),
+    fault(
+        "an objective of two times given a student of one",
+        "distill/training/networks.py",
+        "two_time(student) if recipe.kind.two_times else student",
+        "student",
+        "training/test_custom_objective.py::test_a_learned_weighting_is_a_player_and_a_resumed_run_is_the_run",
+    ),
+    fault(
+        "landing times all 0 along the ODE",
+        "students/generator.py",
+        "torch.zeros_like(s) if self.renoise else s",
+        "torch.zeros_like(s)",
+        "students/test_two_time.py::test_a_generator_hands_each_step_the_time_it_lands_on",
+    ),
+    fault(
+        "the landing at 0 left out of an export",
+        "students/two_time.py",
+        "total = layer.bias + value[0]",
+        "total = layer.bias + 0 * value[0]",
+        "students/test_two_time.py::test_folding_adds_the_embedding_of_0_to_the_bias",
     ),
     fault(
         "use of an adapter not undone",
         "students/lora.py",
-        "        choice.name = before",
-        "        choice.name = None",
+        "        selection.name = before",
+        "        selection.name = None",
         "students/test_adapters.py::test_an_adapter_used_within_anothers_use_gives_it_back",
     ),
     fault(
@@ -576,8 +605,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "pictures' noise begins anew in every batch",
         "students/export/folder.py",
-        "z, *fresh = [x[i : i + batch].to(device) for x in noise]",
-        "z, *fresh = [x[: min(batch, n - i)].to(device) for x in noise]",
+        "z, *noises = [x[i : i + batch].to(device) for x in noise]",
+        "z, *noises = [x[: min(batch, n - i)].to(device) for x in noise]",
         "students/test_students.py::test_pictures_do_not_depend_on_the_batch_size",
     ),
     fault(
@@ -591,8 +620,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "guidance counted from the conditional",
         "teachers/denoiser.py",
-        "negative + scale * (x - negative)",
-        "x + scale * (x - negative)",
+        "negative + broadcast(scale, x) * (x - negative)",
+        "x + broadcast(scale, x) * (x - negative)",
         "teachers/test_guidance.py::test_a_negative_prompt_is_another_null",
     ),
     fault(
@@ -612,8 +641,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "projected guidance by g and not by g - 1",
         "teachers/guidance.py",
-        "x + (scale - 1) * (gap",
-        "x + scale * (gap",
+        "x + (broadcast(scale, x) - 1) * (gap",
+        "x + broadcast(scale, x) * (gap",
         "teachers/test_guidance.py::test_projection_with_eta_one_and_no_threshold_is_classifier_free",
     ),
     fault(
@@ -697,8 +726,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "covariance over N",
         "eval/metrics/fid.py",
-        "tally.squares / (tally.n - 1)",
-        "tally.squares / tally.n",
+        "sums.squares / (sums.n - 1)",
+        "sums.squares / sums.n",
         "eval/test_stream.py::test_moments_in_one_go_are_torchs_to_the_bit",
     ),
     fault(
@@ -760,8 +789,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "inception score of unshuffled splits",
         "eval/metrics/inception_score.py",
-        "subset(seen.kept, n, seed=0).tensor_split",
-        "seen.kept.tensor_split",
+        "subset(collected.features, n, seed=0).tensor_split",
+        "collected.features.tensor_split",
         "eval/test_metrics.py::test_splits_are_of_shuffled_samples_and_their_spread_is_the_populations",
     ),
     fault(
@@ -823,8 +852,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "averages of chunks not by their sizes",
         "eval/protocols/collect.py",
-        "weigh(row, len(samples.images))",
-        "weigh(row, 1)",
+        "add_mean(row, len(samples.images))",
+        "add_mean(row, 1)",
         "eval/test_stream.py::test_averages_over_chunks_are_by_their_sizes",
     ),
     fault(
@@ -852,8 +881,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "a difference runs backwards",
         "distill/objectives/tangent.py",
-        "return value, (then - value) / step",
-        "return value, (value - then) / step",
+        "return value, (other - value) / step",
+        "return value, (value - other) / step",
         "objectives/test_tangent.py::test_the_derivative_of_a_product_is_by_hand",
     ),
     fault(

@@ -1,13 +1,13 @@
-"""Plant faults in the code, one at a time, and see whether the tests named beside them fail.
+"""Plant faults in the code, one at a time, and check that their tests fail.
 
     python benchmarks/mutants.py [--only NAME] [--jobs N] [--json FILE] [--markdown FILE]
     python benchmarks/mutants.py --json docs/results/mutants.json --markdown docs/mutants.md
 
-Each fault is one that a person could make: a sign, a swap, a forgotten detach, an ignored key. For
-each, the tree is copied to a temporary folder, the text is replaced, and the named tests run there.
-Before that, every old text must occur exactly once in its file, and all named tests must pass on
-an unchanged copy. It exits with 1 where fewer than 95 % of the faults are caught, and with 2 where
-nothing could be said: a stale entry, tests that fail without a fault, a fault that is no Python.
+The faults are ones that a person could make: a sign, a swap, a forgotten detach, an ignored key.
+For each fault, the tree is copied to a temporary folder, the text is replaced, and its tests run
+there. First, every old text must occur exactly once in its file, and all tests must pass on an
+unchanged copy. Exit code 1 if fewer than 95 % of the faults are caught; 2 if an entry is out of
+date, tests fail without a fault, or a fault is not valid Python.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from typing import NamedTuple
 from faults import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
-LEAST = 0.95  # of all faults that must be caught
-TIMEOUT = 240  # seconds for the tests of one fault; a fault that hangs them is caught
+LEAST = 0.95  # the share of faults that must be caught
+TIMEOUT = 240  # seconds for the tests of one fault; a fault that makes them hang counts as caught
 BASELINE = 1200  # seconds for all named tests on the unchanged tree
-PRELOAD = [  # what tests spend their first seconds on; one that is not here is left out
+PRELOAD = [  # modules that tests import for seconds; missing ones are skipped
     "pytest",
     "torch._dynamo",
     "torchvision",
@@ -47,14 +47,15 @@ PRELOAD = [  # what tests spend their first seconds on; one that is not here is 
     "peft",
     "scipy.linalg",
 ]
-LARGE = 2**17  # bytes; larger files are hard links and not copies
+LARGE = 2**17  # bytes; larger files are linked, not copied
 
 
 class Result(NamedTuple):
-    """What became of a fault.
+    """The outcome of a fault.
 
-    status: "caught", "survived", or "broken" where no test could run.
-    by: the first test that failed, or what went wrong.
+    Attributes:
+        status: "caught", "survived", or "broken" if no test could run.
+        by: The first test that failed, or why no test could run.
     """
 
     name: str
@@ -65,14 +66,14 @@ class Result(NamedTuple):
 
 
 class Stopped(Exception):
-    """Nothing can be said of the tests; the message says why."""
+    """The faults cannot be tried; the message says why."""
 
 
-def mutated(mutant: Mutant, root: Path) -> str:
+def plant(mutant: Mutant, root: Path) -> str:
     """The file's text with the fault in it.
 
     Raises:
-        Stopped: the old text does not occur exactly once, or what comes out is no Python.
+        Stopped: the old text does not occur exactly once, or the result is not valid Python.
     """
     path = root / mutant.file
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -91,22 +92,22 @@ def mutated(mutant: Mutant, root: Path) -> str:
 
 def stale(mutants: Iterable[Mutant], root: Path = ROOT) -> list[str]:
     """A line for each fault that can no longer be planted."""
-    found = []
+    lines = []
     for mutant in mutants:
         try:
-            mutated(mutant, root)
+            plant(mutant, root)
         except Stopped as error:
-            found.append(str(error))
-    return found
+            lines.append(str(error))
+    return lines
 
 
 def copy(root: Path, into: Path) -> None:
-    """The tree as git sees it, uncommitted changes included; large files are linked."""
+    """Copy the files that git does not ignore; link large ones."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=root, check=True, capture_output=True, text=True).stdout
     for name in filter(None, names.split("\0")):
         source, target = root / name, into / name
-        if not source.is_file():  # deleted, and not committed
+        if not source.is_file():  # deleted without a commit
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.stat().st_size > LARGE:
@@ -116,12 +117,12 @@ def copy(root: Path, into: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def tested(tree: Path, tests: Sequence[str], timeout: float, *options: str) -> tuple[int, str]:
-    """Run tests in a tree, in a process of their own: pytest's exit status, and what it said.
+def run_tests(tree: Path, tests: Sequence[str], timeout: float, *options: str) -> tuple[int, str]:
+    """Run tests of a tree in a new process; return pytest's exit status and output.
 
-    The status is -1 where the time ran out; all processes that the tests started are then ended.
-    The process is forked from one that has read the packages of others, which saves most of the
-    time that a few tests take; nothing of this project is read before the fork.
+    After the timeout the status is -1, and all processes that the tests started are killed. The
+    process is forked from one that has imported the packages in PRELOAD, which saves most of the
+    time; this project's modules are imported after the fork.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -139,57 +140,59 @@ def tested(tree: Path, tests: Sequence[str], timeout: float, *options: str) -> t
 
 
 def _pytest(tree: Path, log: Path, words: list[str]) -> None:
-    """In the forked process: pytest in the tree, whose packages come before all others."""
+    """Run pytest in the forked process, with the tree's packages before all others."""
     os.setsid()
-    said = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(said, 1), os.dup2(said, 2)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1), os.dup2(output, 2)
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tree), before]))
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tree), inherited]))
     os.environ["OMP_NUM_THREADS"] = "1"
     import pytest
 
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *words]))
 
 
-def failed(said: str) -> str:
-    """The first test that failed, by its node id; nothing where none did."""
-    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.MULTILINE)
-    return found[1] if found else ""
+def first_failure(output: str) -> str:
+    """The node id of the first test that failed; empty if none did."""
+    match = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+    return match[1] if match else ""
 
 
-def last(said: str) -> str:
-    """The last line of what a program said."""
-    return (said.strip().splitlines() or ["it said nothing"])[-1]
+def last_line(output: str) -> str:
+    """The last line of a program's output."""
+    return (output.strip().splitlines() or ["no output"])[-1]
 
 
 def check_unchanged(mutants: Sequence[Mutant], root: Path) -> None:
     """Refuse tests that fail without a fault.
 
     Raises:
-        Stopped: one does, or is not there.
+        Stopped: a test fails or does not exist.
     """
     tests = sorted({t for m in mutants for t in m.tests})
     with tempfile.TemporaryDirectory() as scratch:
         copy(root, Path(scratch))
-        status, said = tested(Path(scratch), tests, BASELINE)
+        status, output = run_tests(Path(scratch), tests, BASELINE)
     if status:
-        raise Stopped(f"without a fault, the tests fail: {failed(said) or last(said)}")
+        raise Stopped(
+            f"without a fault, the tests fail: {first_failure(output) or last_line(output)}"
+        )
 
 
-def tried(mutant: Mutant, root: Path) -> Result:
+def try_fault(mutant: Mutant, root: Path) -> Result:
     """Plant a fault in a copy of the tree, and run its tests there."""
-    began = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch)
         copy(root, tree)
-        target, text = tree / mutant.file, mutated(mutant, root)
-        target.unlink()  # it may be a link
+        target, text = tree / mutant.file, plant(mutant, root)
+        target.unlink()  # it may be a hard link to the original
         target.write_text(text, encoding="utf-8")
-        status, said = tested(tree, mutant.tests, TIMEOUT, "-x")
-    by = failed(said)
+        status, output = run_tests(tree, mutant.tests, TIMEOUT, "-x")
+    by = first_failure(output)
     if status == 0:
         kind = "survived"
     elif status == 1 and by:
@@ -197,12 +200,12 @@ def tried(mutant: Mutant, root: Path) -> Result:
     elif status == -1:
         kind, by = "caught", "a timeout"
     else:
-        kind, by = "broken", by or last(said)
-    return Result(mutant.name, mutant.file, kind, by, round(time.monotonic() - began, 1))
+        kind, by = "broken", by or last_line(output)
+    return Result(mutant.name, mutant.file, kind, by, round(time.monotonic() - start, 1))
 
 
 def table(results: Sequence[Result]) -> str:
-    """The page of docs that says what was caught, and by which test."""
+    """docs/mutants.md: the outcome of every fault, and the test that caught it."""
     caught = sum(r.status == "caught" for r in results)
     lines = [
         "# Planted faults",
@@ -230,74 +233,93 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def written(results: Sequence[Result]) -> str:
-    """The results as JSON, without what differs from machine to machine."""
+def to_json(results: Sequence[Result]) -> str:
+    """The results as JSON, without the times, which differ from machine to machine."""
     rows = [{k: v for k, v in r._asdict().items() if k != "seconds"} for r in results]
     caught = sum(r.status == "caught" for r in results)
     return json.dumps({"caught": caught, "of": len(rows), "mutants": rows}, indent=1) + "\n"
 
 
-def with_kept(results: Sequence[Result], mutants: Sequence[Mutant], file: Path) -> list[Result]:
-    """The results of all faults: these, and for the others those that a file of results holds.
+def merge_results(results: Sequence[Result], mutants: Sequence[Mutant], file: Path) -> list[Result]:
+    """The results of all faults: the new ones, and those of the other faults from a file.
 
     Raises:
-        Stopped: it does not hold them all.
+        Stopped: the file lacks a result.
     """
-    found = {r.name: r for r in results}
+    new = {r.name: r for r in results}
     rows = json.loads(file.read_text(encoding="utf-8"))["mutants"] if file.is_file() else []
-    kept = {r["name"]: Result(**r, seconds=0.0) for r in rows}
-    if lost := [m.name for m in mutants if m.name not in found and m.name not in kept]:
-        raise Stopped(f"--only: {file} holds no result of {lost[0]!r}; leave out --only once")
-    return [found.get(m.name) or kept[m.name] for m in mutants]
+    old = {r["name"]: Result(**r, seconds=0.0) for r in rows}
+    if missing := [m.name for m in mutants if m.name not in new and m.name not in old]:
+        raise Stopped(f"--only: {file} holds no result of {missing[0]!r}; leave out --only once")
+    return [new.get(m.name) or old[m.name] for m in mutants]
 
 
 def run(mutants: Sequence[Mutant], root: Path, jobs: int) -> list[Result]:
-    """Try all faults, telling of each as it is done; the results are in the list's order."""
-    say = sys.stdout.write
+    """Try all faults and print each result as it comes; the results keep the list's order."""
     with ThreadPoolExecutor(jobs) as pool:
         results = []
-        for result in pool.map(lambda m: tried(m, root), mutants):
-            say(f"{result.status:9}{result.seconds:6.1f} s  {result.name}  {result.by}\n")
+        for result in pool.map(lambda m: try_fault(m, root), mutants):
+            sys.stdout.write(
+                f"{result.status:9}{result.seconds:6.1f} s  {result.name}  {result.by}\n"
+            )
             sys.stdout.flush()
             results.append(result)
     return results
 
 
-def main(
-    words: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUTANTS, root: Path = ROOT
-) -> int:
-    """The command; its exit status is 0 where enough faults were caught."""
+def arguments(words: Sequence[str] | None, mutants: Sequence[Mutant]) -> argparse.Namespace:
+    """The parsed command line; a mistake in it exits with 2."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="NAME", action="append", help="this fault; repeatable")
-    parser.add_argument("--jobs", type=int, default=1, help="faults tried at a time")
+    parser.add_argument("--only", metavar="NAME", action="append", help="one fault; repeatable")
+    parser.add_argument("--jobs", type=int, default=1, help="how many faults to try at a time")
     parser.add_argument(
-        "--json", type=Path, help="where results go as JSON; with --only, the others' stay in it"
+        "--json", type=Path, help="write results here; with --only, the others' stay in the file"
     )
-    parser.add_argument("--markdown", type=Path, help="where results go as a page")
+    parser.add_argument("--markdown", type=Path, help="write the page of docs here")
     args = parser.parse_args(words)
     if args.jobs < 1:
         parser.error(f"--jobs: {args.jobs}; give 1 or more")
     if args.only and args.markdown and not args.json:
         parser.error("--only: a page is of all faults; name the others' results by --json")
     if unknown := set(args.only or ()) - {m.name for m in mutants}:
-        parser.error(f"--only: no fault is named {min(unknown)!r}; see the list in this file")
+        parser.error(f"--only: no fault is named {min(unknown)!r}; see the list in faults.py")
+    return args
+
+
+def check(
+    args: argparse.Namespace, chosen: Sequence[Mutant], mutants: Sequence[Mutant], root: Path
+) -> None:
+    """Refuse faults that cannot be planted, and a file that lacks the results of other faults.
+
+    Raises:
+        Stopped: naming them.
+    """
+    if lines := stale(mutants, root):
+        raise Stopped("\n".join(lines))
+    if args.only and args.json:
+        placeholders = [Result(m.name, m.file, "", "", 0.0) for m in chosen]
+        merge_results(placeholders, mutants, args.json)
+
+
+def main(
+    words: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUTANTS, root: Path = ROOT
+) -> int:
+    """The command; returns the exit code."""
+    args = arguments(words, mutants)
     chosen = [m for m in mutants if not args.only or m.name in args.only]
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        if lines := stale(mutants, root):
-            raise Stopped("\n".join(lines))
-        if args.only and args.json:  # are the others' there?
-            with_kept([Result(m.name, m.file, "", "", 0.0) for m in chosen], mutants, args.json)
+        check(args, chosen, mutants, root)
         check_unchanged(chosen, root)
     except Stopped as error:
         sys.stderr.write(f"{error}\n")
         return 2
     results = run(chosen, root, args.jobs)
     if args.only and args.json:
-        results = with_kept(results, mutants, args.json)
+        results = merge_results(results, mutants, args.json)
     if args.json:
-        args.json.write_text(written(results), encoding="utf-8")
+        args.json.write_text(to_json(results), encoding="utf-8")
     if args.markdown:
         args.markdown.write_text(table(results), encoding="utf-8")
     caught = sum(r.status == "caught" for r in results)

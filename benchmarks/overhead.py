@@ -1,12 +1,12 @@
-"""The engine's step over the bare cost of the networks it needs, for each family.
+"""Measure the engine's step against the bare cost of its networks, for each objective.
 
     python benchmarks/overhead.py [--network digits|5m|both] [--json FILE]
 
-"Bare" is the sum, measured in the same process between the same steps, of exactly the forwards and
-backwards that the objective asks for: nothing is noised, compared, averaged, clipped or logged.
-Ratios are medians over interleaved rounds, since a shared machine's speed drifts. "Memory" is what
-the engine holds and the peak of what a step allocates, over what must be held (weights, their
-average, optimiser state) and the peak of the bare step (gradients and activations).
+A bare step runs exactly the forward and backward passes of the objective, in the same process: it
+adds no noise, computes no loss, averages and clips nothing, logs nothing. The ratio is the median
+over rounds that alternate both, since a shared machine's speed drifts. The memory ratio is
+(state + peak of an engine step) / (state + peak of a bare step), where the state is weights, their
+average and optimizer moments, and a peak is what the step allocates on top.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LARGE = {
 
 
 def teacher(kind: str, root: Path) -> str:
-    """The embedded teacher, or a random one of five million parameters in the same format."""
+    """The shipped digits teacher, or a random one with five million parameters."""
     if kind == "digits":
         return "digits"
     import diffusers
@@ -50,7 +50,7 @@ def teacher(kind: str, root: Path) -> str:
 
 
 def images(root: Path) -> str:
-    """Sixty-four random pictures in ten class folders, for the network that is not of digits."""
+    """A folder of 64 random images in ten class folders, for the random teacher."""
     from torchvision.utils import save_image
 
     for i in range(64):
@@ -61,6 +61,7 @@ def images(root: Path) -> str:
 
 
 def engine_of(name: str, kind: str, root: Path, batch: int) -> Engine:
+    """The engine of a run of this objective on this teacher."""
     tree: dict[str, Any] = {
         "teacher": {"source": teacher(kind, root), "null_label": 10},
         "objective": {"name": name},
@@ -77,7 +78,7 @@ def engine_of(name: str, kind: str, root: Path, batch: int) -> Engine:
 
 
 class Bare:
-    """The networks' own work in one step, and nothing else."""
+    """The forward and backward passes of one step, and nothing else."""
 
     def __init__(self, engine: Engine, batch: int) -> None:
         o = engine.objective
@@ -91,7 +92,7 @@ class Bare:
     def forward(self, network: Any, x: torch.Tensor | None = None) -> torch.Tensor:
         return network(self.x if x is None else x, self.t, self.cond)
 
-    def learn(self, loss: Callable[[], torch.Tensor], *names: str) -> None:
+    def train(self, loss: Callable[[], torch.Tensor], *names: str) -> None:
         for name in names:
             self.players[name].requires_grad_(True)
         loss().backward()
@@ -102,46 +103,47 @@ class Bare:
 
     def step(self, name: str, step: int) -> None:
         with torch.no_grad():
-            quiet = {
+            networks = {
                 "consistency": (self.teacher, self.teacher, self.student),
                 "progressive": (self.teacher, self.teacher),
                 "sid": (self.student,),
             }.get(name, (self.student,))
-            for network in quiet:
+            for network in networks:
                 self.forward(network)
         if name in ("consistency", "progressive"):
-            self.learn(lambda: self.forward(self.student).sum(), "student")
+            self.train(lambda: self.forward(self.student).sum(), "student")
         elif name == "sid":
-            self.learn(lambda: self.forward(self.fake).sum(), "fake")
+            self.train(lambda: self.forward(self.fake).sum(), "fake")
 
-            def through() -> torch.Tensor:
+            def student_loss() -> torch.Tensor:
                 x = self.forward(self.student)
                 return self.forward(self.teacher, x).sum() + self.forward(self.fake, x).sum()
 
-            self.learn(through, "student")
+            self.train(student_loss, "student")
         else:
             if step % 2 == 0:
                 with torch.no_grad():
-                    self.forward(self.teacher), self.forward(self.fake)
+                    self.forward(self.teacher)
+                    self.forward(self.fake)
                     if name == "fdistill":
                         self.forward(self.critic)
 
-                def judged() -> torch.Tensor:
+                def gan_loss() -> torch.Tensor:
                     x = self.forward(self.student)
                     return x.sum() + self.forward(self.critic, x).sum()
 
-                self.learn(judged, "student")
+                self.train(gan_loss, "student")
 
-            def rivals() -> torch.Tensor:
+            def fake_and_critic_loss() -> torch.Tensor:
                 both = {k: torch.cat([v, v]) for k, v in self.cond.items()}
                 x, t = torch.cat([self.x, self.x]), torch.cat([self.t, self.t])
                 return self.forward(self.fake).sum() + self.critic(x, t, both).sum()  # pyright: ignore
 
-            self.learn(rivals, "fake", "critic")
+            self.train(fake_and_critic_loss, "fake", "critic")
 
 
 def peak(run: Callable[[], Any]) -> int:
-    """The most bytes that `run` holds at once beyond what was held before, as the allocator saw."""
+    """The peak of the bytes that `run` allocates on top of those allocated before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -149,19 +151,19 @@ def peak(run: Callable[[], Any]) -> int:
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    events = seen.profiler.kineto_results.events()  # pyright: ignore
+    events: list[Any] = profiler.profiler.kineto_results.events()  # pyright: ignore
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = most = 0
+    total = highest = 0
     for _, change in changes:
-        held += change
-        most = max(most, held)
-    return most
+        total += change
+        highest = max(highest, total)
+    return highest
 
 
-def held(engine: Engine) -> int:
-    """Bytes of every weight, average and optimiser moment of the run."""
+def state_bytes(engine: Engine) -> int:
+    """Bytes of all weights, their average and all optimizer moments."""
     networks = [v for v in vars(engine.objective).values() if isinstance(v, torch.nn.Module)]
     weights = {id(p): p for n in networks for p in n.parameters()}
     moments = [
@@ -171,7 +173,7 @@ def held(engine: Engine) -> int:
 
 
 def measure(name: str, kind: str, rounds: int, steps: int, batch: int) -> dict[str, Any]:
-    """Medians over rounds, each of which times `steps` engine steps and `steps` bare ones."""
+    """Medians over rounds; each times `steps` engine steps, then `steps` bare ones."""
     with tempfile.TemporaryDirectory() as folder:
         engine = engine_of(name, kind, Path(folder), batch)
         stream = Stream(engine.source, engine.accelerator.device, 0, range(1), 1, batch)
@@ -181,16 +183,16 @@ def measure(name: str, kind: str, rounds: int, steps: int, batch: int) -> dict[s
             times = []
             for run in (lambda i: engine.advance(stream), lambda i: bare.step(name, i)):
                 sync()
-                began = time.perf_counter()
+                start = time.perf_counter()
                 for i in range(steps):
                     run(i)
                 sync()
-                times.append(time.perf_counter() - began)
-            if round_:  # the first warms up
+                times.append(time.perf_counter() - start)
+            if round_:  # round 0 warms up
                 ratios.append(times[0] / times[1])
                 cost.append(times[0] / steps)
         memory = [peak(lambda: engine.advance(stream)), peak(lambda: bare.step(name, 0))]
-        must = held(engine)
+        state = state_bytes(engine)
         stream.close()
         parameters = sum(p.numel() for p in engine.players["student"].params)
     return {
@@ -201,20 +203,20 @@ def measure(name: str, kind: str, rounds: int, steps: int, batch: int) -> dict[s
         "ratio": statistics.median(ratios),
         "ratio_low": min(ratios),
         "ratio_high": max(ratios),
-        "memory": (must + memory[0]) / (must + memory[1]),
-        "memory_bytes": [must, *memory],
+        "memory": (state + memory[0]) / (state + memory[1]),
+        "memory_bytes": [state, *memory],
         "step_s": statistics.median(cost),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--network", choices=("digits", "5m", "both"), default="both")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    options.steps += options.steps % 2  # a student's turn comes every second step
+    options.steps += options.steps % 2  # the student has its turn at every second step
     kinds = ("digits", "5m") if options.network == "both" else (options.network,)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     sys.stdout.write(f"{device}, {torch.get_num_threads()} threads\n")

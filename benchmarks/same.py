@@ -1,10 +1,10 @@
-"""Are students the same, bit for bit, before and after a change that should alter none?
+"""Check that two revisions train students that are equal bit for bit.
 
     python benchmarks/same.py BEFORE AFTER [--steps 20]
 
-BEFORE and AFTER are revisions of git. Each is checked out in a temporary folder and trains a few
-steps of every objective's digits recipe and of an adapter recipe of the shapes, on one CPU thread.
-Weights are compared by their SHA-256. Exit code 1 if any differ.
+BEFORE and AFTER are git revisions. Each is checked out in a temporary folder and trains a few steps
+of each objective: a digits recipe, and a shapes recipe with adapters, on one CPU thread. The
+students' weights are compared by SHA-256. Exit code 1 if any differ.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# The old name of initial_steps, which revisions on both sides of the renaming read.
 PROGRESSIVE = "objective={name: progressive, first: 8, stage_steps: %d}"
 # Each name's recipe, and what is set in it beside the number of steps.
 RUNS: dict[str, tuple[str, ...]] = {
@@ -35,22 +36,22 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 
 def digest(student: Path) -> str:
-    """The SHA-256 of all weights in an exported student, by the files' names in order."""
-    found = hashlib.sha256()
+    """The SHA-256 of all weight files of an exported student, in the order of their names."""
+    sha = hashlib.sha256()
     for path in sorted(student.rglob("*.safetensors")):
-        found.update(str(path.relative_to(student)).encode() + path.read_bytes())
-    return found.hexdigest()
+        sha.update(str(path.relative_to(student)).encode() + path.read_bytes())
+    return sha.hexdigest()
 
 
-def trained(tree: Path, name: str, steps: int, out: Path) -> str:
-    """The digest of a student that the checkout in `tree` trains.
+def train(tree: Path, name: str, steps: int, out: Path) -> str:
+    """Train a student with the checkout in `tree` and return its digest.
 
     Raises:
-        CalledProcessError: the run failed; what it said is on stderr.
+        CalledProcessError: the run failed; its message is on stderr.
     """
-    recipe, *more = RUNS[name]
+    recipe, *overrides = RUNS[name]
     stage = max(1, steps // 3)
-    words = [word % stage if word == PROGRESSIVE else word for word in more]
+    words = [word % stage if word == PROGRESSIVE else word for word in overrides]
     words += [f"train.steps={steps}", "train.sample_every=0", f"train.save_every={steps}"]
     words += ["eval.protocol=null", "--out", str(out)]
     env = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
@@ -61,7 +62,7 @@ def trained(tree: Path, name: str, steps: int, out: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("before")
     parser.add_argument("after")
     parser.add_argument("--steps", type=int, default=20)
@@ -77,7 +78,7 @@ def main() -> None:
             for name in RUNS:
                 out = Path(place) / "runs" / name.replace(", ", "-")
                 hashes = [
-                    trained(tree, name, options.steps, out.with_name(f"{out.name}-{side}"))
+                    train(tree, name, options.steps, out.with_name(f"{out.name}-{side}"))
                     for side, tree in trees.items()
                 ]
                 verdict = "same" if hashes[0] == hashes[1] else "DIFFERS"

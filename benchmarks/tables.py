@@ -1,9 +1,9 @@
-"""Write the measured tables of README and docs from the run summaries in docs/results.
+"""Write the tables of measurements in README and docs from the results in docs/results.
 
     python benchmarks/tables.py [--check]
 
-A figure in those tables is one that a run left in its summary.json; `--check` only says whether the
-files are up to date, which a test asks.
+All numbers in the tables come from summary.json of a run or from a leaderboard. `--check` writes
+nothing: its exit code is the number of files that are out of date.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from boards import right, students, untrained
+from boards import caption_accuracy, students, untrained
+
+from eval import catalogue
+from teachers.errors import plural
 
 ROOT = Path(__file__).parent.parent
+SHARES = ("precision", "recall", "coverage")  # beside the distance, in the quickstart's table
 # The method, its paper, file, recipe and data, and its row in the benchmark of the digits.
 DMD2, CM = "Yin et al. 2024, arXiv:2405.14867", "consistency.py"
 METHODS = {
@@ -32,7 +36,7 @@ METHODS = {
     "progressive, 1 step": ("Progressive", "Salimans & Ho 2022, arXiv:2202.00512",
                             "progressive.py", "progressive", "yes"),
 }  # fmt: skip
-# The recipes of the shapes: the method, and what its adapters learn from beside the teacher.
+# By shapes recipe: the method, and the data that its adapters learn from beside the teacher.
 SHAPES = {
     "dmd2-lora": ("DMD2", "captions"),
     "dmd2-lora-1step": ("DMD2, one step only", "captions"),
@@ -43,35 +47,39 @@ SHAPES = {
 
 
 def summary(name: str) -> dict[str, Any] | None:
-    """A run's summary, if it has been measured."""
+    """A run's summary; None if there is none."""
     path = ROOT / "docs" / "results" / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def row(name: str, found: dict[str, Any], base: float | None) -> str:
-    """A row; without a base, which must come from the same run, there is no speed to state."""
-    spread = f" ± {found['spread']['fd']:.3f}" if found["seeds"] > 1 else ""
-    shares = " | ".join(f"{found[k]:.3f}" for k in ("precision", "recall", "coverage"))
-    speed = found["images_per_s"]
+def row(name: str, metrics: dict[str, Any], base: float | None) -> str:
+    """A row of the quickstart's table.
+
+    Args:
+        base: Images per second of the teacher in the same run; None leaves the speed empty.
+    """
+    spread = f" ± {metrics['spread']['fd']:.3f}" if metrics["seeds"] > 1 else ""
+    shares = " | ".join(catalogue.written(k, metrics[k]) for k in SHARES)
+    speed = metrics["images_per_s"]
     timing = f"{speed:,.0f} | {speed / base:.0f}×" if base else " | "
-    return f"| {name} | {found['fd']:.3f}{spread} | {shares} | {timing} |"
+    return f"| {name} | {metrics['fd']:.3f}{spread} | {shares} | {timing} |"
 
 
 def readme() -> str:
-    """The quickstart's table, and what four untrained steps come to under it."""
+    """The quickstart's table, with the teacher's four searched steps as its last row."""
     quick = summary("dmd2")
     assert quick is not None
     metrics = quick["metrics"]
     teacher = metrics["teacher"]
     base = teacher["images_per_s"]
     lines = [
-        "| | Fréchet distance | precision | recall | coverage | images/s | speed-up |",
+        f"| | {' | '.join(map(catalogue.label, ('fd', *SHARES, 'images_per_s')))} | speed-up |",
         "|---|---|---|---|---|---|---|",
         row(f"teacher, {teacher['steps']}-step Heun", teacher, base),
         row("teacher, 1 step", metrics["teacher_few"]["1"], base),
     ]
-    for steps, found in metrics["student"].items():
-        lines.append(row(f"student, {steps} step{'s' * (steps != '1')}", found, base))
+    for steps, student in metrics["student"].items():
+        lines.append(row(f"student, {steps} step{'s' * (steps != '1')}", student, base))
     lines += [searched()]
     seeds = metrics["student"]["1"]["seeds"]
     lines.append("")
@@ -85,16 +93,16 @@ def readme() -> str:
 
 
 def searched() -> str:
-    """What four steps of the teacher come to without training, at times that were searched."""
+    """The row of the teacher in four steps at searched timesteps, without training."""
     board = json.loads((ROOT / "docs/results/bench-digits/leaderboard.json").read_text())
     line = next(v for v in board if v["name"] == "dpmpp_2m, searched" and v["steps"] == 4)
-    found = {k: v["mean"] for k, v in line["metrics"].items()}
-    found |= {"spread": {"fd": line["metrics"]["fd"]["spread"]}, "seeds": len(line["seeds"])}
-    return row("untrained: teacher, 4 steps of DPM-Solver++ at searched times", found, None)
+    metrics = {k: v["mean"] for k, v in line["metrics"].items()}
+    metrics |= {"spread": {"fd": line["metrics"]["fd"]["spread"]}, "seeds": len(line["seeds"])}
+    return row("untrained: teacher, 4 steps of DPM-Solver++ at searched times", metrics, None)
 
 
 def methods() -> str:
-    """A row for each method: paper, file, recipe, data, distances by steps over training seeds."""
+    """A row for each method: paper, file, recipe, data, and distances by step count."""
     board = json.loads((ROOT / "docs/results/bench-digits/leaderboard.json").read_text())
     lines = [
         "| method | paper | file | recipe | data | 1 step | 2 steps | 4 steps |",
@@ -106,7 +114,7 @@ def methods() -> str:
     return "\n".join(lines)
 
 
-CHAINS = {  # rows of the digits' benchmark: what the student is trained for
+CHAINS = {  # by row of the digits benchmark: the step counts that the student is trained for
     "DMD2": "its one step",
     "DMD2, 4 steps": "its four steps",
     "DMD2, 1, 2 and 4 steps": "chains of one, two and four steps",
@@ -115,7 +123,7 @@ CHAINS = {  # rows of the digits' benchmark: what the student is trained for
 
 
 def chains() -> str:
-    """A row for each way to train DMD2's student of several steps: distances by sampling steps."""
+    """A row for each way to train DMD2's student of several steps: distances by step count."""
     board = json.loads((ROOT / "docs/results/bench-digits/leaderboard.json").read_text())
     lines = ["| trained for | 1 step | 2 steps | 4 steps |", "|---|---|---|---|"]
     for name, title in CHAINS.items():
@@ -124,54 +132,54 @@ def chains() -> str:
 
 
 def distances(board: list[dict[str, Any]], name: str) -> str:
-    """Cells of a row's distances in 1, 2 and 4 steps, with their spread over training seeds."""
+    """A row's distances in 1, 2 and 4 steps, with their spread over training seeds, as cells."""
     at = {line["steps"]: line["metrics"]["fd"] for line in board if line["name"] == name}
     cells = [f"{v['mean']:.3f} ± {v['spread']:.3f}" if (v := at.get(k)) else "" for k in (1, 2, 4)]
     return " | ".join(cells)
 
 
-def shown(found: dict[str, Any] | None) -> str:
-    """Whole captions right, then the distance, of a student or a teacher in so many steps."""
-    if found is None:
+def cell(metrics: dict[str, Any] | None) -> str:
+    """The share of captions wholly right, and the distance; empty for None."""
+    if metrics is None:
         return ""
-    spread = f" ± {100 * found['spread']['accuracy']:.1f}" if found["seeds"] > 1 else ""
-    return f"{100 * found['accuracy']:.1f} %{spread}, {found['fd']:.1f}"
+    spread = f" ± {100 * metrics['spread']['accuracy']:.1f}" if metrics["seeds"] > 1 else ""
+    return f"{100 * metrics['accuracy']:.1f} %{spread}, {metrics['fd']:.1f}"
 
 
 def shapes() -> str:
-    """A row for each shapes recipe, and one for the teacher: captions right and distance."""
+    """A row for each shapes recipe, then one for the teacher: captions right and distance."""
     lines = [
         "| method | recipe | learns from | 1 step | 2 steps | 4 steps | training | evaluations |",
         "|---|---|---|---|---|---|---|---|",
     ]
     teachers: dict[str, str] = {}
     for name, (title, data) in SHAPES.items():
-        if (found := summary(f"shapes-{name}")) is None:
+        if (run := summary(f"shapes-{name}")) is None:
             continue
-        student, metrics = found["metrics"]["student"], found["metrics"]
-        steps = " | ".join(shown(student.get(k)) for k in ("1", "2", "4"))
+        student, metrics = run["metrics"]["student"], run["metrics"]
+        steps = " | ".join(cell(student.get(k)) for k in ("1", "2", "4"))
         lines.append(
-            f"| {title} | `shapes/{name}` | {data} | {steps} | {found['steps']} steps, "
-            f"{found['wall_s']:.0f} s | {found['network_evaluations'] / 1e3:.0f} k |"
+            f"| {title} | `shapes/{name}` | {data} | {steps} | {run['steps']} steps, "
+            f"{run['wall_s']:.0f} s | {run['network_evaluations'] / 1e3:.0f} k |"
         )
-        few = " | ".join(shown(metrics["teacher_few"][k]) for k in ("1", "2", "4"))
-        whole = metrics["teacher"]
+        few = " | ".join(cell(metrics["teacher_few"][k]) for k in ("1", "2", "4"))
+        full = metrics["teacher"]
         row = (
-            f"| teacher, {found['guidance'].split(':')[0]}; in {whole['steps']} steps "
-            f"{shown(whole)} | | | {few} | | |"
+            f"| teacher, {run['guidance'].split(':')[0]}; in {full['steps']} steps "
+            f"{cell(full)} | | | {few} | | |"
         )
-        teachers.setdefault(found["guidance"], row)  # the first was measured in full
+        teachers.setdefault(run["guidance"], row)  # the first has all metrics
     return "\n".join([*lines, *teachers.values()])
 
 
 def text() -> str:
-    """Teacher and students of text to image: evaluations a picture, captions right, distance."""
+    """Text-to-image teacher and students: evaluations per image, captions right, distance."""
     lines = [
-        "| | evaluations a picture | whole captions right | Fréchet distance |",
+        f"| | evaluations a picture | whole captions right | {catalogue.label('fd')} |",
         "|---|---|---|---|",
     ]
-    found = {name: summary(f"shapes-{name}") for name in ("dmd2-lora", "dmd2-lora-1step")}
-    four, one = (f["metrics"] for f in found.values() if f)
+    runs = {name: summary(f"shapes-{name}") for name in ("dmd2-lora", "dmd2-lora-1step")}
+    four, one = (f["metrics"] for f in runs.values() if f)
     teacher = four["teacher"]
     rows = {
         f"guided teacher, {teacher['steps']} steps": (2 * teacher["steps"], teacher),
@@ -188,15 +196,13 @@ def text() -> str:
             distance += f" ± {spread['fd']:.1f}"
         lines.append(f"| {name} | {evaluations} | {right} | {distance} |")
     cost = ", ".join(
-        f"{f['steps']} updates in {f['wall_s']:.0f} s for `{name}`"
-        for name, f in found.items()
-        if f
+        f"{f['steps']} updates in {f['wall_s']:.0f} s for `{name}`" for name, f in runs.items() if f
     )
     return "\n".join([*lines, "", f"Training: {cost}, each on one thread of a busy CPU."])
 
 
-def again() -> str:
-    """A line for each shapes recipe that was trained from several seeds: what each came to."""
+def seeds() -> str:
+    """A line for each shapes recipe trained with several seeds: the accuracy of each."""
     lines: list[str] = []
     for name in SHAPES:
         runs = [f for i in ("", "-seed1", "-seed2") if (f := summary(f"shapes-{name}{i}"))]
@@ -205,26 +211,38 @@ def again() -> str:
                      if k in f["metrics"]["student"]]  # fmt: skip
             if len(right) > 1:
                 values = ", ".join(f"{100 * a:.1f}" for a in right)
-                lines.append(f"- `shapes/{name}` at {k} step{'s' * (k != '1')}: {values} %.")
+                lines.append(f"- `shapes/{name}` at {k} {plural(int(k), 'step')}: {values} %.")
     return "\n".join(lines)
 
 
-def filled(text: str, name: str, table: str) -> str:
+def figures() -> str:
+    """A row for each figure of the catalogue."""
+    lines = ["| key | label | better | unit | what | paper |", "|---|---|---|---|---|---|"]
+    for key, info in catalogue.CATALOGUE.items():
+        name = "" if info.role == "detail" else f"**{info.label}**"
+        paper = f"arXiv:{info.paper}" if info.paper else ""
+        cells = (f"`{key}`", name, info.better, info.unit, info.summary, paper)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def insert(text: str, name: str, table: str) -> str:
     """The text with the table between the markers of that name."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
     assert pattern.search(text), name
     return pattern.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text)
 
 
-PAGES: dict[str, dict[str, Callable[[], str]]] = {  # the tables of each file, by their markers
+PAGES: dict[str, dict[str, Callable[[], str]]] = {  # by file and marker, the function of a table
     "README.md": {"results": readme, "text": text},
-    "docs/methods.md": {"results": methods, "chains": chains, "shapes": shapes, "seeds": again},
+    "docs/figures.md": {"figures": figures},
+    "docs/methods.md": {"results": methods, "chains": chains, "shapes": shapes, "seeds": seeds},
     "docs/benchmark.md": {
         "gaussians": partial(students, "gaussians"),
         "digits": partial(students, "digits"),
         "digits-untrained": partial(untrained, "digits"),
-        "shapes": partial(students, "shapes", right),
-        "shapes-untrained": partial(untrained, "shapes", right),
+        "shapes": partial(students, "shapes", caption_accuracy),
+        "shapes-untrained": partial(untrained, "shapes", caption_accuracy),
     },
 }
 
@@ -235,7 +253,7 @@ def main() -> int:
         path = ROOT / name
         text = path.read_text()
         for marker, table in tables.items():
-            text = filled(text, marker, table())
+            text = insert(text, marker, table())
         if text != path.read_text():
             stale += 1
             if "--check" not in sys.argv:

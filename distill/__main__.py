@@ -21,8 +21,8 @@ app = typer.Typer(
 )
 
 
-def show_version(asked: bool) -> None:
-    if asked:
+def show_version(requested: bool) -> None:
+    if requested:
         sys.stdout.write(f"fewstep {__version__}\n")
         raise typer.Exit
 
@@ -31,7 +31,10 @@ def show_version(asked: bool) -> None:
 def options(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Distil a pretrained diffusion or flow model into a one- to four-step generator."""
@@ -39,78 +42,86 @@ def options(
         sys.stdout.write(context.get_help() + "\n")
 
 
-# In the order of --help: a run and what it draws, figures, sharing, and what comes before a run.
-# Each with what fits into its line there.
+# In the order of --help: training and sampling, measuring, publishing, and what comes before a run.
+# Each with a summary short enough for one line of 80 columns.
 COMMANDS = {
-    "run": (train.run, "Distil a student, export it and measure it."),
-    "sample": (evaluate.sample, "Draw pictures from a student."),
-    "eval": (evaluate.evaluate, "Measure a student or a teacher, or its speed."),
-    "draw": (evaluate.draw, "Draw GenEval's or DPG-Bench's prompts."),
-    "reference": (evaluate.reference, "Make what protocols compare with."),
-    "report": (publish.report, "Write the page of a finished run."),
-    "compare": (publish.compare, "Compare a run's curves with known-good ones."),
+    "run": (train.run, "Train a few-step student, export it and measure it."),
+    "sample": (evaluate.sample, "Generate images with a student."),
+    "eval": (evaluate.evaluate, "Measure or time a student or a teacher."),
+    "draw": (evaluate.draw, "Generate images for GenEval or DPG-Bench."),
+    "reference": (evaluate.reference, "Compute the reference statistics of protocols."),
+    "report": (publish.report, "Write the HTML report of a finished run."),
+    "compare": (publish.compare, "Compare training curves with known-good runs."),
     "card": (publish.card, "Write the model card of a finished run."),
     "push": (publish.push, "Upload a finished run's student to the Hub."),
-    "convert": (publish.convert, "Turn a network or a student into other files."),
-    "doctor": (inspect.doctor, "Examine a teacher before money is spent on it."),
-    "plan": (inspect.plan, "Say what a run would take: memory and time."),
-    "cache": (train.cache, "Encode prompts and images once, beforehand."),
-    "teach": (train.teach, "Train a small teacher from nothing."),
-    "bench": (train.bench, "Race objectives at one budget."),
-    "list": (inspect.listing, "Name what there is: objectives, recipes, …"),
+    "convert": (publish.convert, "Convert an EDM network or a student."),
+    "doctor": (inspect.doctor, "Check a teacher before training from it."),
+    "plan": (inspect.plan, "Estimate a run's memory, time and cost."),
+    "cache": (train.cache, "Encode prompts and images before training."),
+    "teach": (train.teach, "Train a small teacher from scratch."),
+    "bench": (train.bench, "Compare objectives at one training budget."),
+    "list": (inspect.listing, "List objectives, recipes, teachers and metrics."),
 }
-for name, (command, line) in COMMANDS.items():
-    app.command(name, short_help=line)(command)
+for name, (command, summary) in COMMANDS.items():
+    app.command(name, short_help=summary)(command)
 
 
 class Terminated(BaseException):
-    """SIGTERM came outside of training, where there is no step to finish."""
+    """SIGTERM arrived outside training, where there is no step to finish."""
 
 
-def interrupt(number: int, frame: Any) -> None:
+def raise_terminated(number: int, frame: Any) -> None:
     raise Terminated
 
 
 def main() -> None:
-    """Exit codes: 0 done; 2 the user's mistake, in one line; 130/143 stopped; 1 anything else."""
+    """Exit codes: 0 success; 2 an error the user can correct, as one line; 130 or 143 stopped by a
+    signal; 1 anything else."""
     code = 1
-    signal.signal(signal.SIGTERM, interrupt)
-    if not sys.warnoptions:  # what our dependencies will change is no user's concern
+    signal.signal(signal.SIGTERM, raise_terminated)
+    if not sys.warnoptions:  # users can do nothing about our dependencies' future changes
         warnings.simplefilter("ignore", FutureWarning)
     try:
         code = app(standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write(f"distill: SIGINT: stopped{afterwards()}\n")
+        sys.stderr.write(f"distill: SIGINT: stopped{resume_hint()}\n")
         code = 128 + signal.SIGINT
     except Terminated:
-        sys.stderr.write(f"distill: SIGTERM: stopped{afterwards()}\n")
+        sys.stderr.write(f"distill: SIGTERM: stopped{resume_hint()}\n")
         code = 128 + signal.SIGTERM
     except Exception as error:
-        code = code_of(error)
+        code = exit_code(error)
         if code is None:
             raise
     finally:
-        leave_group()
+        destroy_process_group()
     sys.exit(code)
 
 
-def afterwards() -> str:
-    """How the command that was stopped goes on."""
+def resume_hint() -> str:
+    """How to continue the command that was stopped; empty where nothing is kept."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if command in ("run", "teach"):
-        return "; go on with --resume"
-    return "; the same command goes on" if command in ("bench", "cache") else ""
+        return "; add --resume to continue"
+    if command in ("bench", "cache"):
+        return "; run the same command again to continue"
+    return ""
 
 
-def code_of(error: Exception) -> int | None:
-    """The exit code of an error that is not our own fault, having said it in one line."""
-    from distill.cli.errors import broken, is_usage, said, stop_code
+def exit_code(error: Exception) -> int | None:
+    """Print an expected error as one line and return its exit code; None for a bug of ours."""
+    from distill.cli.errors import (
+        export_error_line,
+        signal_exit_code,
+        usage_line,
+        user_error_line,
+    )
 
-    if (stopped := stop_code(error)) is not None:
+    if (stopped := signal_exit_code(error)) is not None:
         return stopped
-    line, code = is_usage(error) or said(error), 2
+    line, code = usage_line(error) or user_error_line(error), 2
     if line is None:
-        line, code = broken(error), 1
+        line, code = export_error_line(error), 1
     if line is None:
         return None
     if os.environ.get("RANK", "0") == "0":
@@ -118,8 +129,8 @@ def code_of(error: Exception) -> int | None:
     return code
 
 
-def leave_group() -> None:
-    """An open process group at exit now and then aborts a rank."""
+def destroy_process_group() -> None:
+    """Close torch's process group: a group left open sometimes aborts a rank at exit."""
     if (torch := sys.modules.get("torch")) is not None:
         dist = torch.distributed
         if dist.is_available() and dist.is_initialized():

@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar on a terminal, plain lines elsewhere, tables of results."""
+"""The terminal: lines, progress bars and tables of results."""
 
 from __future__ import annotations
 
@@ -9,85 +9,92 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
+from rich import box
 from rich import progress as bars
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from eval import catalogue
+
 T = TypeVar("T")
 
 
-class Unbreakable(Console):
-    """Prints text as it is; falls silent where nobody reads it any more, so that a run goes on."""
+class PipeSafeConsole(Console):
+    """Becomes silent when its stream is closed or full, so that a run goes on without it."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         try:
             super().print(*objects, **options)
-        except (OSError, ValueError):  # a full disk, or a file that was closed
+        except (OSError, ValueError):  # a full disk, or a closed file
             self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
         if self.stderr:
-            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open until exit
         else:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-out = Unbreakable(highlight=False, markup=False)
-err = Unbreakable(
+out = PipeSafeConsole(highlight=False, markup=False)
+err = PipeSafeConsole(
     highlight=False, markup=False, stderr=True, quiet=os.environ.get("RANK", "0") != "0"
 )
 
 
-def waiting(line: str) -> AbstractContextManager[Any]:
-    """A line on the terminal until the block ends; nothing where stderr is no terminal."""
-    return err.status(line)
-
-
-@contextmanager
-def drawing(task: str, total: float) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal until the block ends, which is told how many were drawn so far."""
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TimeRemainingColumn())
-    with bars.Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
-        shown = bar.add_task(task, total=total)
-        yield lambda n: bar.update(shown, completed=n)
-
-
-def notice(line: str) -> None:
-    """What a user should know but need not act on: one line on stderr."""
+def print_notice(line: str) -> None:
+    """Print what a user should know but need not act on: one line on stderr."""
     err.print(f"distill: {line}", soft_wrap=True, markup=False)
 
 
-def say(line: str) -> None:
-    """A line, from the first of all processes."""
+def print_line(line: str) -> None:
+    """Print a line on stdout, from rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         out.print(line, soft_wrap=True, markup=False)
 
 
-def follow(counts: Iterable[int], total: int, task: str) -> None:
-    """Run through `counts`, the items done so far of `total`, with a bar on a terminal."""
-    say(task)
-    with counting() as bar:
-        shown = bar.add_task("", total=total)
-        for done in counts:
-            bar.update(shown, completed=done)
+def spinner(line: str) -> AbstractContextManager[Any]:
+    """Show a line with a spinner on stderr until the block ends, on a terminal only."""
+    return err.status(line)
 
 
-def passing(
-    items: Iterable[T], total: int, task: str, each: Callable[[T], int] = lambda _: 1
+@contextmanager
+def sampling_bar(task: str, total: float) -> Iterator[Callable[[int], None]]:
+    """Show a bar on stderr until the block ends, on a terminal only.
+
+    Yields:
+        A function that takes the number of samples drawn so far.
+    """
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TimeRemainingColumn())
+    with bars.Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+        row = bar.add_task(task, total=total)
+        yield lambda n: bar.update(row, completed=n)
+
+
+def consume_with_bar(counts: Iterable[int], total: int, task: str) -> None:
+    """Run through `counts`, how many of `total` items are done so far, with a bar on a terminal."""
+    print_line(task)
+    with count_bar() as bar:
+        row = bar.add_task("", total=total)
+        for count in counts:
+            bar.update(row, completed=count)
+
+
+def with_bar(
+    items: Iterable[T], total: int, task: str, weight: Callable[[T], int] = lambda _: 1
 ) -> Iterator[T]:
-    """The items as they come, with a bar on a terminal; each may count for several of `total`."""
-    say(task)
-    with counting() as bar:
-        shown = bar.add_task("", total=total)
+    """Iterate over the items with a bar on a terminal; `weight` is an item's share of `total`."""
+    print_line(task)
+    with count_bar() as bar:
+        row = bar.add_task("", total=total)
         for item in items:
             yield item
-            bar.advance(shown, each(item))
+            bar.advance(row, weight(item))
 
 
-def counting() -> bars.Progress:
-    """A bar with what is done of all, and the time left; none where there is no terminal."""
+def count_bar() -> bars.Progress:
+    """A bar with the count, the total and the time left; invisible unless stdout is a terminal."""
     columns = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeRemainingColumn())
     live = out.is_terminal and os.environ.get("RANK", "0") == "0"
     return bars.Progress(*columns, console=out, disable=not live)
@@ -101,17 +108,17 @@ def time_left(seconds: float) -> str:
 
 
 class Progress:
-    """A bar with the time left, and the latest losses beside it.
+    """The progress of training: a bar on a terminal, else a line at each logged step.
 
     Args:
         steps: Of the whole run.
-        done: Of them, when it begins.
-        shown: False on all processes but the main one.
+        done: Steps finished before this process started.
+        shown: False on all ranks but 0.
     """
 
     def __init__(self, steps: int, done: int, shown: bool) -> None:
         self.steps, self.shown, self.live = steps, shown, shown and out.is_terminal
-        self.begun, self.start = done, time.monotonic()
+        self.first, self.start = done, time.monotonic()
         self.bar = bars.Progress(
             bars.TextColumn("{task.description}"),
             bars.BarColumn(),
@@ -124,7 +131,7 @@ class Progress:
             disable=not self.live,
             refresh_per_second=4,
         )
-        self.task = self.bar.add_task("distilling", total=steps, completed=done, losses="")
+        self.task = self.bar.add_task("training", total=steps, completed=done, losses="")
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -138,7 +145,7 @@ class Progress:
             self.bar.update(self.task, completed=step)
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        """The losses of this step."""
+        """Show the losses of this step."""
         losses = "  ".join(
             f"{k.split('/')[0]} {v:.4g}" for k, v in values.items() if k.endswith("/loss")
         )
@@ -149,94 +156,123 @@ class Progress:
             out.print(line, soft_wrap=True)
 
     def left(self, step: int) -> str:
-        """The time that the steps after this one take at the rate so far."""
-        if not self.begun < step < self.steps:
+        """How long the remaining steps take at the average rate so far; empty if unknown."""
+        if not self.first < step < self.steps:
             return ""
-        rate = (time.monotonic() - self.start) / (step - self.begun)
-        return f"  {time_left(rate * (self.steps - step))}"
+        seconds_per_step = (time.monotonic() - self.start) / (step - self.first)
+        return f"  {time_left(seconds_per_step * (self.steps - step))}"
 
-    def note(self, line: str) -> None:
-        """A line above the bar."""
+    def print_above(self, line: str) -> None:
+        """Print a line above the bar."""
         if self.shown and line:
             self.bar.console.print(line, soft_wrap=True)
 
 
-# The figures that a table shows of those there are, in this order.
-HEADS = {
-    "fd": "FD", "fid": "FID", "fd_dinov2": "FD-DINOv2", "cmmd": "CMMD", "inception_score": "IS",
-    "precision": "prec.", "recall": "recall", "coverage": "cover.", "accuracy": "accuracy",
-    "teacher_psnr": "PSNR",
-}  # fmt: skip
+NAME = 14  # the least width of the names of rows; longer names are wrapped
 
 
-def results(title: str, rows: dict[str, dict[str, Any]], base: str | None = None) -> Table:
-    """A table of metrics: a row for each sampler, and its speed over that of the row `base`."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    costs = [f"{row['evaluations']:.4g}" if "evaluations" in row else "" for row in rows.values()]
-    if any(costs):
-        table.add_column("evals", justify="right", no_wrap=True)
-    named = {k: head for k, head in HEADS.items() if all(k in row for row in rows.values())}
-    captions = any("shape_accuracy" in row for row in rows.values())  # are then what can be wrong
-    for k in ("precision", "recall") if captions else ("accuracy",):  # there is room for so many
-        named.pop(k, None)
-    timed = all("images_per_s" in row for row in rows.values())
-    for name in (*named.values(), *["img/s"] * timed, *["speed"] * (base is not None)):
-        table.add_column(name, justify="right", no_wrap=True)
-    first = next(iter(named), None)
-    for (name, row), cost in zip(rows.items(), costs, strict=True):
-        cells = [f"{row[k]:.3f}" for k in named]
-        if first is not None and row.get("seeds", 1) > 1:
-            cells[0] += f" ±{row['spread'][first]:.3f}"
-        if any(costs):
-            cells.insert(0, cost)
-        if timed:
-            cells.append(f"{row['images_per_s']:,.0f}")
-        if base is not None:
-            cells.append(f"{row['images_per_s'] / rows[base]['images_per_s']:.1f}×")
-        table.add_row(name, *cells)
-    return table
+def results_table(title: str, rows: dict[str, dict[str, Any]], base: str | None = None) -> Group:
+    """Every main figure of the rows, and the speed of each over that of the row `base`.
+
+    Columns that do not fit beside one another on the terminal are in a further table below.
+    """
+    columns = columns_of(rows, base)
+    room = out.width - min(NAME, max(map(len, rows)))
+    tables, left = list[list[str]](), 0
+    for head, cells in columns.items():
+        width = 2 + max(map(len, (head, *cells)))
+        if not tables or width > left:
+            tables.append([])
+            left = room
+        tables[-1].append(head)
+        left -= width
+    parts = []
+    for heads in tables or [[]]:
+        table = Table(
+            title=None if parts else title,
+            title_justify="left", box=None, pad_edge=False, header_style="bold",
+        )  # fmt: skip
+        table.add_column("sampler")
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True)
+        for i, name in enumerate(rows):
+            table.add_row(name, *(columns[head][i] for head in heads))
+        parts.append(table)
+    return Group(*parts)
 
 
-def planned(tree: dict[str, Any], memory: float, reserve: float) -> Table:
-    """A plan as a table: memory by part, then work, time and cost."""
-    table = Table(title=f"on {tree['gpu']}, batch {tree['batch']}", title_justify="left")
-    table.add_column("part")
-    table.add_column("", justify="right")
+def columns_of(rows: dict[str, dict[str, Any]], base: str | None) -> dict[str, list[str]]:
+    """The cells of the columns by their heads: costs, figures, speed."""
+
+    def cells(key: str, spread: bool = False) -> list[str]:
+        texts = [catalogue.written(key, row[key]) if key in row else "" for row in rows.values()]
+        if spread:
+            for i, row in enumerate(rows.values()):
+                if row.get("seeds", 1) > 1:
+                    texts[i] += f" ±{catalogue.written(key, row['spread'][key])}"
+        return texts
+
+    first, *others = rows.values()
+    figures = [k for k in catalogue.columns(first) if all(k in row for row in others)]
+    keys = ["evaluations"] if any("evaluations" in row for row in rows.values()) else []
+    keys += [*figures, *["images_per_s"] * all("images_per_s" in row for row in rows.values())]
+    columns: dict[str, list[str]] = {}
+    for key in keys:
+        head = catalogue.narrow(key)  # which figures of one name but other settings share
+        head = catalogue.label(key) if head in columns else head
+        columns[head] = cells(key, key == next(iter(figures), None))
+    if base is not None:
+        speed = [row["images_per_s"] / rows[base]["images_per_s"] for row in rows.values()]
+        columns["speed"] = [f"{v:.1f}×" for v in speed]
+    return columns
+
+
+def plan_table(tree: dict[str, Any], memory: float, reserve: float) -> Table:
+    """A plan as a table: memory by part, then compute, time and cost.
+
+    Args:
+        memory: Of the GPU, in GB.
+        reserve: Of that, what CUDA itself takes, in GB.
+    """
+    title = f"estimate for {tree['gpu']}, batch {tree['batch']}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.add_column("memory, time and cost")
+    table.add_column("estimate", justify="right")
     for name, size in tree["parts_gb"].items():
         table.add_row(name, f"{size:.2f} GB")
     table.add_section()
-    verdict = "fits" if tree["fits"] else "does not fit"
-    peak = tree["peak_gb"]
+    peak, verdict = tree["peak_gb"], "fits" if tree["fits"] else "does not fit"
     table.add_row("peak", f"{peak:.2f} GB")
     table.add_row(
-        f"with CUDA's own {reserve:g} GB", f"{peak + reserve:.2f} of {memory:g}: {verdict}"
+        f"peak, and {reserve:g} GB for CUDA itself",
+        f"{peak + reserve:.2f} of {memory:g} GB: {verdict}",
     )
     table.add_row(
-        "weights and optimiser state", f"{tree['bytes_per_base_param']:.2f} bytes a base parameter"
+        "weights and optimizer state",
+        f"{tree['bytes_per_base_param']:.2f} bytes per teacher parameter",
     )
     if tree["encoders_gb"]:
-        table.add_row("encoders, before training only", f"{tree['encoders_gb']:.2f} GB")
+        table.add_row("encoders, only before training", f"{tree['encoders_gb']:.2f} GB")
     if tree["host_gb"]:
-        table.add_row("in host memory: moments", f"{tree['host_gb']:.2f} GB")
+        table.add_row("optimizer state in host memory", f"{tree['host_gb']:.2f} GB")
     table.add_section()
     samples = ", ".join(f"{k} {v:g}" for k, v in tree["evaluations_per_step"].items() if v)
-    table.add_row("samples through each network a step", samples)
-    table.add_row("work a step", f"{tree['tflop_per_step']:.3g} TFLOP")
-    share = f"at {tree['assumed_share_of_peak']:.0%} of the card's peak, assumed"
-    table.add_row(f"1,000 steps, {share}", f"{tree['hours_per_1k_steps']:.2g} h")
-    table.add_row("and at its usual rent", f"${tree['dollars_per_1k_steps']:.2f}")
+    table.add_row("evaluations per step", samples)
+    table.add_row("compute per step", f"{tree['tflop_per_step']:.3g} TFLOP")
+    usage = f"if they reach {tree['assumed_share_of_peak']:.0%} of peak FLOP/s"
+    table.add_row(f"1,000 steps, {usage}", f"{tree['hours_per_1k_steps']:.2g} h")
+    table.add_row("rent of 1,000 steps", f"${tree['dollars_per_1k_steps']:.2f}")
     return table
 
 
-def timings(who: str, found: dict[str, Any]) -> Group:
-    """A line and a table of speed: at each step count one picture at a time, and as many as pay."""
-    threads = f", {found['threads']} threads" if found["memory"].startswith("of") else ""
-    line = f"{who}, from prompts to pictures: {found['device']}, {found['dtype']}{threads}"
+def speed_table(who: str, speed: dict[str, Any]) -> Group:
+    """The speed of a sampler at each step count, one image at a time and in large batches."""
+    threads = f", {speed['threads']} threads" if speed["memory"].startswith("of") else ""
+    line = f"{who}, from prompts to images: {speed['device']}, {speed['dtype']}{threads}"
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("steps", "evaluations", "batch", "ms", "p90 ms", "img/s", "GB"):
         table.add_column(name, justify="right", no_wrap=True)
-    for steps, row in found["steps"].items():
+    for steps, row in speed["steps"].items():
         for kind in ("single", "saturated"):
             timing = row[kind]
             rate = timing["images_per_s"]

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Interval
 from pydantic import AllowInfNan, BeforeValidator, Strict
 
-# Types for hyper-parameter fields; the recipe checks them before anything is built.
 PositiveInt = Annotated[int, Strict(), Interval(ge=1, le=10**9)]
 
 

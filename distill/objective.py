@@ -10,12 +10,13 @@ from distill.field_types import (
     Real,
     Seed,
 )
-from distill.objectives.base import Batch, Learns, Loss, Objective, Turn
+from distill.objectives.base import Auxiliary, Batch, Learns, Loss, Objective, Turn
 from distill.objectives.validate import check_first, check_loss, check_turn
 
-Count, Share, Whole = PositiveInt, Fraction, NonNegativeInt  # the names they had before
+Count, Share, Whole = PositiveInt, Fraction, NonNegativeInt  # their former names
 
 __all__ = [
+    "Auxiliary",
     "Batch",
     "Count",
     "Finite",

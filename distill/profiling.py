@@ -1,7 +1,4 @@
-"""What is held and done among tensors made in a context: bytes and FLOPs, of fake tensors too.
-
-And what a process holds on its device, and what that device is called.
-"""
+"""Counters of work and memory: FLOPs, bytes of tensors, network evaluations, peak memory."""
 
 from __future__ import annotations
 
@@ -9,22 +6,26 @@ import platform
 import resource
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from teachers.denoiser import computes
+
 
 class Meter(TorchDispatchMode):
-    """Follows the bytes that are alive among tensors made inside it, and adds up FLOPs.
+    """Tracks the bytes of live tensors that were made inside it, and adds up FLOPs.
 
-    FLOPs are torch's own formulas', as FlopCounterMode has them; not by that mode itself, whose
-    hooks on modules keep all that gradient checkpointing recomputes alive until it ends.
+    FLOPs come from torch's own formulas, those of FlopCounterMode. That mode itself does not serve:
+    its hooks on modules keep what gradient checkpointing recomputes alive until the mode ends.
 
     Args:
         known: Keys of the storages that do not count.
@@ -60,14 +61,15 @@ class Meter(TorchDispatchMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Attention as fused kernels hold it: queries, keys, values, output; never the N × M matrix.
+    """Attention with the memory of fused kernels: queries, keys, values and output are kept.
 
-    Its FLOPs go to `meter`: 4 N M d forward and, where matrix and products are redone, 10 backward.
+    It adds FLOPs to `meter`: 4 N M d forward, and 10 N M d backward, where kernels compute the
+    matrix once more.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, meter: Meter) -> Tensor:  # pyright: ignore
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])  # fake, like all that is played
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])  # shapes alone matter
         ctx.save_for_backward(q, k, v, out)
         ctx.meter = meter
         meter.flops += 4 * pairs(q, k)
@@ -81,23 +83,102 @@ class _Attention(torch.autograd.Function):
 
 
 def pairs(q: Tensor, k: Tensor) -> int:
-    """Products of a query's and a key's entries: heads × N × M × d, over the batch."""
+    """Multiplications of queries with keys: batch × heads × N × M × d."""
     return q.numel() * k.shape[-2]
 
 
+class FusedAttention(TorchFunctionMode):
+    """Inside it, attention never makes its N × M matrix, and its FLOPs are added to `meter`.
+
+    It is a mode of functions, since torch decomposes attention before a mode of dispatch sees it.
+    Outputs have shapes and no values: for fake tensors. `loss.backward()` keeps the mode for what
+    gradient checkpointing recomputes; `torch.autograd.grad` does not.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter = meter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _Attention.apply(*_inputs(*args, **kwargs), self.meter)
+        if func is Tensor.backward:
+            with self:  # torch leaves the mode to call this handler
+                return _backward(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Attention's queries, keys and values, given by position or by name."""
+    return query, key, value
+
+
+def _backward(loss: Tensor, gradient: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+    """`loss.backward`, in which torch looks for no mode: newer versions look at tensors only."""
+    root: Any = get_gradient_edge(loss) if torch.__version__ >= "2.8" else loss
+    torch.autograd.backward(root, gradient, *args, **kwargs)
+
+
+class EvaluationCounter:
+    """Counts the samples that pass through networks, under each name, while it is entered.
+
+    Its hooks stay until `remove`: a deep copy of a network then counts as its original does,
+    whenever it was made.
+
+    Args:
+        modules: By name, the modules of which each call is an evaluation.
+    """
+
+    def __init__(self, modules: Mapping[str, Iterable[nn.Module]]) -> None:
+        self.counts = dict.fromkeys(modules, 0)
+        self.active = False
+        self._hooks = [
+            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            for name, group in modules.items()
+            for module in group
+        ]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.active:
+                inputs = (*args, *kwargs.values())
+                self.counts[name] += len(next(v for v in inputs if isinstance(v, Tensor | list)))
+
+        return count
+
+    def __enter__(self) -> dict[str, int]:
+        self.active = True
+        return self.counts
+
+    def __exit__(self, *error: object) -> None:
+        self.active = False
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+
 @contextmanager
-def fused(meter: Meter) -> Iterator[None]:
-    """Attention without its matrix, its FLOPs added to `meter`."""
-    before = F.scaled_dot_product_attention
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Tensor:
-        return _Attention.apply(query, key, value, meter)  # pyright: ignore[reportReturnType]
-
-    F.scaled_dot_product_attention = attention
+def evaluations_of(modules: Mapping[str, Iterable[nn.Module]]) -> Iterator[dict[str, int]]:
+    """Inside it, count the samples that pass through modules, as `EvaluationCounter` does."""
+    counter = EvaluationCounter(modules)
     try:
-        yield
+        with counter as counts:
+            yield counts
     finally:
-        F.scaled_dot_product_attention = before
+        counter.remove()
+
+
+def denoisers_in(networks: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
+    """The denoisers in networks that compute, by network: each under the first of its names."""
+    seen: set[nn.Module] = set()
+    denoisers: dict[str, list[nn.Module]] = {}
+    for name, network in networks.items():
+        denoisers[name] = [m for m in network.modules() if computes(m) and m not in seen]
+        seen.update(denoisers[name])
+    return denoisers
 
 
 def unique(tensors: Iterable[Tensor]) -> int:
@@ -106,15 +187,15 @@ def unique(tensors: Iterable[Tensor]) -> int:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has held, in GB: the device's, or its own on the CPU."""
+    """The process's peak memory in GB: on the GPU, or the host's where the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts in bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts in bytes
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's, or what machines like it are called."""
+    """The GPU's name, or the processor's, or the machine's type where it has none."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Seeds: every random draw follows from (seed, step, shard), never from what was drawn before."""
+"""Seeds: every random draw depends on (seed, step, shard), and not on earlier draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed that depends on all parts and on nothing else, the same on every machine."""
+    """A 63-bit seed from the parts alone, the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

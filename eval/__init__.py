@@ -1,1 +1,1 @@
-"""Samples in, numbers out. Stands alone: nothing here imports the rest of the project."""
+"""Metrics and protocols, from samples to numbers. It imports nothing else of this project."""

@@ -1,4 +1,4 @@
-"""What a metric says when it is asked for a number that it cannot give."""
+"""The error of metrics and protocols."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from difflib import get_close_matches
 
 
 class MetricError(ValueError):
-    """Bad input to a metric or protocol; the message is one line that names the remedy."""
+    """Invalid input to a metric or protocol; the message is one line that names the remedy."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> MetricError:
-    """The error for a name that is not there: it ends in the nearest that is, or in all of them."""
+    """The error for an unknown name; it suggests the nearest known name, or lists all."""
     known = sorted(known)
     close = get_close_matches(name, known, 1, 0.6)
     remedy = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

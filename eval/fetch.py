@@ -1,6 +1,6 @@
-"""What a metric needs from elsewhere: weights, never unpickled, and packages.
+"""Weights, which are never unpickled, and packages that metrics need.
 
-Whatever is not to be had ends in one line that says where to put it.
+The error for a missing file is one line that says where to put it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from eval.errors import MetricError
 
 
 def cache() -> Path:
-    """Where weights and reference statistics are kept: $FEWSTEP_CACHE, or ~/.cache/fewstep."""
+    """The folder of weights and reference statistics: $FEWSTEP_CACHE, or ~/.cache/fewstep."""
     return Path(os.environ.get("FEWSTEP_CACHE", Path.home() / ".cache" / "fewstep"))
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def download(url: str, digest: str) -> Path:
-    """The file at `url`, from the cache where it is there.
+    """The file at `url`, from the cache if it is there.
 
     Raises:
-        MetricError: it cannot be had, or its SHA-256 is not `digest`.
+        MetricError: it cannot be downloaded, or its SHA-256 is not `digest`.
     """
     path = cache() / "weights" / url.rpartition("/")[2]
     if not path.exists():
@@ -43,19 +44,19 @@ def download(url: str, digest: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), digest, progress=False)
         except (URLError, OSError, RuntimeError) as error:  # RuntimeError: another hash
             raise MetricError(
-                f"weights {path.name}: not to be had from {url} ({_line(error)}); "
+                f"weights {path.name}: cannot be downloaded from {url} ({_line(error)}); "
                 f"put the file at {path}"
             ) from error
     if sha256(path) != digest:
-        raise MetricError(f"weights {path}: not the published file (SHA-256); delete it")
+        raise MetricError(f"weights {path}: its SHA-256 is not the published file's; delete it")
     return path
 
 
-def state(url: str) -> dict[str, Tensor]:
+def state_dict(url: str) -> dict[str, Tensor]:
     """The state dict at `url`, whose file name ends in eight digits of its SHA-256.
 
     Raises:
-        MetricError: it cannot be had, or is another file.
+        MetricError: it cannot be downloaded, or is another file.
     """
     folder = cache() / "weights"
     try:
@@ -65,19 +66,19 @@ def state(url: str) -> dict[str, Tensor]:
     except (URLError, OSError, RuntimeError, UnpicklingError) as error:
         name = url.rpartition("/")[2]
         raise MetricError(
-            f"weights {name}: not to be had from {url} ({_line(error)}); "
+            f"weights {name}: cannot be downloaded from {url} ({_line(error)}); "
             f"put the file at {folder / name}"
         ) from error
 
 
-WORDS = ("*.json", "*.txt")  # configs and tokenizers
+TEXT_FILES = ("*.json", "*.txt")  # configs and tokenizers
 
 
 def snapshot(repo: str, revision: str, patterns: Sequence[str]) -> Path:
-    """The files of a Hub repository at a revision that fit the patterns, in their folder.
+    """The folder of a Hub repository's files, at a revision, that match the patterns.
 
     Raises:
-        MetricError: they are neither in the Hub's cache nor to be had.
+        MetricError: they are not in the Hub's cache and cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -86,61 +87,67 @@ def snapshot(repo: str, revision: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise MetricError(
-            f"weights {repo}: not to be had from the Hub ({_line(error)}); download them where "
-            f"there is a network: hf download {repo} --revision {revision}"
+            f"weights {repo}: cannot be downloaded from the Hub ({_line(error)}); where there is a "
+            f"network, run: hf download {repo} --revision {revision}"
         ) from error
 
 
 def pretrained(kind: str, source: str, revision: str) -> Any:
-    """A model of transformers' class `kind`, from a folder here or else from the Hub, in eval mode.
+    """A model of transformers' class `kind` in eval mode, from a local folder or else the Hub.
 
-    From safetensors; older repositories hold a state dict, which is read with weights_only.
+    The weights are safetensors, or an older repository's state dict, read with weights_only.
 
     Raises:
-        MetricError: it is not to be had, or lacks weights, which transformers would make up.
+        MetricError: it is missing, or it lacks weights that transformers would initialise randomly.
     """
     stock = package("transformers", "transformers")
     folder = Path(source)
     if not folder.is_dir():
-        folder = snapshot(source, revision, [*WORDS, "model.safetensors"])
+        folder = snapshot(source, revision, [*TEXT_FILES, "model.safetensors"])
         if not (folder / "model.safetensors").exists():
-            folder = snapshot(source, revision, [*WORDS, "pytorch_model.bin"])
+            folder = snapshot(source, revision, [*TEXT_FILES, "pytorch_model.bin"])
     try:
         model, report = getattr(stock, kind).from_pretrained(
             folder, weights_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, UnpicklingError) as error:
-        raise MetricError(f"weights {source}: no {kind} in {folder} ({_line(error)})") from error
+        raise MetricError(
+            f"weights {source}: {folder} holds no {kind} ({_line(error)}); download it again"
+        ) from error
     if lacking := [*report["missing_keys"], *report["mismatched_keys"]]:
-        raise MetricError(f"weights {source}: {kind} lacks {len(lacking)} of its weights there")
+        raise MetricError(
+            f"weights {source}: {kind} lacks {len(lacking)} of its weights; download it again"
+        )
     return model.eval()
 
 
 def tokenizer(source: str, revision: str) -> Any:
-    """A tokenizer, from a folder here or else from the Hub.
+    """A tokenizer, from a local folder or else from the Hub.
 
     Raises:
-        MetricError: it is not to be had.
+        MetricError: it is missing.
     """
     stock = package("transformers", "transformers")
-    folder = Path(source) if Path(source).is_dir() else snapshot(source, revision, WORDS)
+    folder = Path(source) if Path(source).is_dir() else snapshot(source, revision, TEXT_FILES)
     try:
         return stock.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise MetricError(f"tokenizer {source}: none in {folder} ({_line(error)})") from error
+        raise MetricError(
+            f"tokenizer {source}: {folder} holds none ({_line(error)}); download it again"
+        ) from error
 
 
 def package(module: str, pip: str) -> Any:
     """A module that only one metric needs.
 
     Raises:
-        MetricError: it, or something that it needs itself, is not installed.
+        MetricError: it, or one of its own dependencies, is not installed.
     """
     try:
         return import_module(module)
     except ImportError as error:
         raise MetricError(
-            f"{pip}: its package cannot be imported ({error}); pip install {pip}"
+            f"{pip}: its package cannot be imported ({error}); run pip install {pip}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Samples: what a generator made, as every metric takes it."""
+"""Samples of a generator, as every metric takes them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from eval.errors import MetricError
 
 
 class Samples(NamedTuple):
-    """Pictures, what was asked for, and how long it took.
+    """Images, their prompts, and their cost.
 
     images: uint8, (N, C, H, W), 0 to 255.
-    prompts: N strings (class labels are written as decimal strings).
-    seconds: wall-clock time of generation alone.
-    costs: of one picture, by name, such as network evaluations; averaged as metrics are.
+    prompts: N texts, or class labels as decimal numbers.
+    seconds: wall-clock time of the generation.
+    costs: costs of one image by key, such as network evaluations; averaged like metrics.
     """
 
     images: Tensor
@@ -29,28 +29,30 @@ class Samples(NamedTuple):
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pictures in [-1, 1] as bytes, rounded to the nearest (EDM's convention, arXiv:2206.00364).
+    """Images in [-1, 1] as bytes, rounded to nearest as in EDM (arXiv:2206.00364).
 
     Args:
-        images: (N, C, H, W), any float type; values outside [-1, 1] are clipped.
+        images: (N, C, H, W), any float type; values outside [-1, 1] are clamped.
 
     Raises:
-        MetricError: some pixel is not a finite number.
+        MetricError: a pixel is not finite.
     """
     if not torch.isfinite(images).all():
         bad = (~torch.isfinite(images)).flatten(1).any(1).sum().item()
-        raise MetricError(f"samples: {bad} of {len(images)} images hold NaN or infinity")
+        raise MetricError(
+            f"samples: {bad} of {len(images)} images hold NaN or infinity; check the sampler"
+        )
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def pictures(images: Tensor) -> list[Image.Image]:
-    """Pillow's images of uint8 (N, 3, H, W)."""
+def pillow_images(images: Tensor) -> list[Image.Image]:
+    """Uint8 images (N, 3, H, W) as Pillow images."""
     return [Image.fromarray(v) for v in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def by_prompt(prompts: list[str]) -> dict[str, list[int]]:
-    """The places of each prompt among `prompts`."""
-    places: dict[str, list[int]] = {}
+    """The indices of each prompt in `prompts`."""
+    indices: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
-        places.setdefault(prompt, []).append(i)
-    return places
+        indices.setdefault(prompt, []).append(i)
+    return indices

@@ -1,7 +1,7 @@
-"""Features in chunks: what is kept of them, and how chunks and processes are put together.
+"""Collectors of features that come in chunks, and how chunks and processes are merged.
 
-Chunk i belongs to lane i % LANES, a lane belongs to one process, and lanes are put together in
-their order. So figures are the same bits for any number of processes.
+Chunk i goes to lane i % LANES; a process owns whole lanes, and lanes are merged in their order. The
+figures are therefore the same bits for any number of processes.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from eval.errors import MetricError
 LANES = 16
 
 
-class Tally:
-    """Running sums for the moments of feature vectors (N, D), in float64.
+class MomentSums:
+    """Running sums for the mean and covariance of feature vectors (N, D), in float64.
 
-    Sums of squares are kept about the running mean, and two tallies are joined by the exact
-    identity of Chan, Golub & LeVeque 1979, so means far from zero cost no digits.
+    The squares are sums about the running mean, and two sums are merged by the exact identity of
+    Chan, Golub & LeVeque 1979, so a mean far from zero costs no precision.
     """
 
     def __init__(self) -> None:
         self.n = 0
-        self.mean = torch.zeros(0, dtype=torch.double)  # (D,), once anything was added
+        self.mean = torch.zeros(0, dtype=torch.double)  # (D,) after the first features
         self.squares = torch.zeros(0, dtype=torch.double)  # (D, D), Σ (f - mean)(f - mean)ᵀ
 
     def add(self, features: Tensor, first: int) -> None:
-        """Count features (N, D); the number of the first sample is of no account here."""
+        """Add features (N, D); `first`, the number of the first sample, has no effect here."""
         features = features.T.double().cpu()
-        part = Tally()
+        part = MomentSums()
         part.n, part.mean = features.shape[1], features.mean(1)
         features = features - part.mean[:, None]
         part.squares = features @ features.T
         self.merge(part)
 
-    def weigh(self, mean: Tensor, n: int) -> None:
-        """Count n samples of which only the mean (D,) is known; it alone is then of use."""
-        part = Tally()
+    def add_mean(self, mean: Tensor, n: int) -> None:
+        """Add n samples with a known mean (D,) only; `squares` is then not valid."""
+        part = MomentSums()
         part.n, part.mean = n, mean.double()
         part.squares = torch.zeros(len(mean), len(mean), dtype=torch.double)
         self.merge(part)
 
-    def merge(self, other: Tally) -> None:
-        """Count what another has counted."""
+    def merge(self, other: MomentSums) -> None:
+        """Add the samples of other sums."""
         if not self.n or not other.n:
             if other.n:
                 self.n, self.mean, self.squares = other.n, other.mean, other.squares
@@ -60,13 +60,14 @@ class Tally:
         self.n = n
 
     def tensors(self) -> list[Tensor]:
+        """The state as tensors."""
         return [torch.tensor([self.n]), self.mean, self.squares]
 
-    def filled(self, tensors: list[Tensor]) -> Tally:
-        """The tally that `tensors` came from."""
-        made = Tally()
-        made.n, (made.mean, made.squares) = int(tensors[0].item()), tensors[1:]
-        return made
+    def from_tensors(self, tensors: list[Tensor]) -> MomentSums:
+        """New sums with the state of `tensors`."""
+        sums = MomentSums()
+        sums.n, (sums.mean, sums.squares) = int(tensors[0].item()), tensors[1:]
+        return sums
 
 
 def _ranks(numbers: np.ndarray, seed: int) -> np.ndarray:
@@ -79,26 +80,26 @@ def _ranks(numbers: np.ndarray, seed: int) -> np.ndarray:
 
 
 class Reservoir:
-    """A uniform random choice of at most `size` of the feature vectors, in the samples' order.
+    """A uniform random choice of at most `size` feature vectors, in the order of the samples.
 
-    A sample's place hangs on its number alone: those of the `size` lowest ranks stay, so neither
-    chunks nor processes change the choice. All stay while there are no more than `size`.
+    A sample's rank depends only on its number, and the `size` lowest ranks stay. Chunks and
+    processes therefore do not change the choice. Up to `size` samples all stay.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self.size, self.seed = size, seed
         self.numbers = torch.zeros(0, dtype=torch.long)  # (K,), rising
-        self.kept = torch.zeros(0)  # (K, D) float32, once anything was added
+        self.features = torch.zeros(0)  # (K, D) float32 after the first features
 
     def add(self, features: Tensor, first: int) -> None:
         """Offer features (N, D) of the samples numbered from `first`."""
         part = Reservoir(self.size, self.seed)
         part.numbers = torch.arange(first, first + len(features))
-        part.kept = features.float().cpu()
+        part.features = features.float().cpu()
         self.merge(part)
 
     def merge(self, other: Reservoir) -> None:
-        """Offer what another has kept."""
+        """Offer the samples of another reservoir."""
         numbers = torch.cat([self.numbers, other.numbers])
         if not len(numbers):
             return
@@ -107,81 +108,85 @@ class Reservoir:
             order = _ranks(numbers.numpy(), self.seed).argsort(kind="stable")
             chosen = torch.from_numpy(order[: self.size])
         chosen = chosen[numbers[chosen].argsort()]
-        parts = [part.kept for part in (self, other) if len(part.kept)]
-        self.numbers, self.kept = numbers[chosen], torch.cat(parts)[chosen]
+        parts = [part.features for part in (self, other) if len(part.features)]
+        self.numbers, self.features = numbers[chosen], torch.cat(parts)[chosen]
 
     def tensors(self) -> list[Tensor]:
-        return [self.numbers, self.kept]
+        """The state as tensors."""
+        return [self.numbers, self.features]
 
-    def filled(self, tensors: list[Tensor]) -> Reservoir:
-        """The reservoir that `tensors` came from."""
-        made = Reservoir(self.size, self.seed)
-        made.numbers, made.kept = tensors
-        return made
+    def from_tensors(self, tensors: list[Tensor]) -> Reservoir:
+        """A new reservoir with the state of `tensors`."""
+        reservoir = Reservoir(self.size, self.seed)
+        reservoir.numbers, reservoir.features = tensors
+        return reservoir
 
 
 class Processes(NamedTuple):
-    """How many processes measure together, and which of them this is."""
+    """The number of processes that measure together, and the rank of this one."""
 
     rank: int = 0
     count: int = 1
 
-    def mine(self, chunk: int) -> bool:
-        """Whether a chunk of that number is drawn and read by this process.
+    def owns(self, chunk: int) -> bool:
+        """Whether this process samples the chunk of that number.
 
         Raises:
             MetricError: there are more processes than lanes.
         """
         if self.count > LANES:
             raise MetricError(
-                f"measuring: {self.count} processes; at most {LANES} can share the samples"
+                f"measuring: {self.count} processes; start at most {LANES}, which share the samples"
             )
         return chunk % LANES % self.count == self.rank
 
 
-ALONE = Processes()
+ONE_PROCESS = Processes()
 
 
 def _broadcast(tensors: list[Tensor], owner: int, processes: Processes) -> list[Tensor]:
-    """The owner's tensors, of at most two dimensions, on every process."""
+    """The owner's tensors, of at most two dimensions, on every process.
+
+    Every process passes as many tensors of the same types; the shapes are the owner's.
+    """
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    found = []
-    for tensor in tensors:  # as many and of the same types everywhere; shapes are the owner's
+    received = []
+    for tensor in tensors:
         shape = torch.tensor([tensor.dim(), *tensor.shape, 0, 0][:3], device=device)
         dist.broadcast(shape, owner)
         dim, *sizes = shape.tolist()
-        mine = owner == processes.rank
-        there = tensor if mine else torch.empty(sizes[:dim], dtype=tensor.dtype)
-        there = there.to(device).contiguous()
-        dist.broadcast(there, owner)
-        found.append(there.cpu())
-    return found
+        owned = owner == processes.rank
+        value = tensor if owned else torch.empty(sizes[:dim], dtype=tensor.dtype)
+        value = value.to(device).contiguous()
+        dist.broadcast(value, owner)
+        received.append(value.cpu())
+    return received
 
 
-C = TypeVar("C", Tally, Reservoir)
+C = TypeVar("C", MomentSums, Reservoir)
 
 
-class Lanes(Generic[C]):
-    """A collector for each lane that this process reads."""
+class LaneCollectors(Generic[C]):
+    """A collector for each lane that this process owns."""
 
-    def __init__(self, make: Callable[[], C]) -> None:
-        self.make = make
+    def __init__(self, factory: Callable[[], C]) -> None:
+        self.factory = factory
         self.lanes: dict[int, C] = {}
 
-    def of(self, chunk: int) -> C:
-        """Where the chunk of that number goes."""
+    def collector(self, chunk: int) -> C:
+        """The collector for the chunk of that number."""
         lane = chunk % LANES
         if lane not in self.lanes:
-            self.lanes[lane] = self.make()
+            self.lanes[lane] = self.factory()
         return self.lanes[lane]
 
-    def joined(self, processes: Processes) -> C:
-        """All lanes of all processes as one, on every process."""
-        whole = self.make()
+    def merged(self, processes: Processes) -> C:
+        """All lanes of all processes as one collector, on every process."""
+        total = self.factory()
         for lane in range(LANES):
-            part = self.lanes.get(lane) or self.make()
+            part = self.lanes.get(lane) or self.factory()
             if processes.count > 1:
                 owner = lane % processes.count
-                part = part.filled(_broadcast(part.tensors(), owner, processes))
-            whole.merge(part)
-        return whole
+                part = part.from_tensors(_broadcast(part.tensors(), owner, processes))
+            total.merge(part)
+        return total

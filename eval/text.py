@@ -1,7 +1,7 @@
-"""Text files as users save them: their encodings, where lines end, and what is in rows of them.
+"""Text files of users: encodings, ends of lines, JSON lines and CSV rows.
 
-Read by `eval` and `distill` alike. Nothing is ever replaced or dropped: text is read to the letter,
-or refused.
+Both `eval` and `distill` use it. Text is read exactly or refused; no character is replaced or
+dropped.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-MARK = "\ufeff"  # the byte-order mark, once decoded
+MARK = "\ufeff"  # the byte-order mark, after decoding
 REMEDY = "save it as UTF-8"
 
 
 def decoded(content: bytes) -> str:
     """The text of bytes in UTF-8, with or without a byte-order mark, or in UTF-16 with one.
 
-    Marks at the start go, and each \\r\\n becomes \\n.
+    Marks at the start are removed, and each \\r\\n becomes \\n.
 
     Raises:
-        ValueError: they are in another encoding; the message is a clause that ends in the remedy.
+        ValueError: they have another encoding; the message is a clause that ends in the remedy.
     """
     if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         raise ValueError(f"is UTF-32 and not UTF-8; {REMEDY}")
@@ -39,29 +39,29 @@ def decoded(content: bytes) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """The lines of decoded text, which end at \\n alone.
+    """The lines of decoded text, separated by \\n only.
 
-    `str.splitlines` would also cut at characters that may stand within a line, such as U+2028. An
-    end of line at the end of the text begins no line.
+    `str.splitlines` also splits at characters that a line may contain, such as U+2028. A \\n at the
+    end of the text starts no further line.
     """
     return text.removesuffix("\n").split("\n") if text else []
 
 
 def json_value(text: str) -> Any:
-    """What JSON text holds, where no object has one key twice.
+    """The value of JSON text.
 
     Raises:
-        ValueError: it is not valid JSON, or a key is repeated, of which `json` keeps the last.
+        ValueError: it is not valid JSON, or an object repeats a key (`json` would keep the last).
         RecursionError: it is nested too deeply.
     """
     return json.loads(text, object_pairs_hook=_object)
 
 
 def json_rows(text: str) -> Iterator[dict[str, Any]]:
-    """The objects of JSON lines; blank lines are none.
+    """The objects of JSON lines, without blank lines.
 
     Raises:
-        ValueError: a line is not valid JSON, repeats a key, or is no object; names the line.
+        ValueError: a line is not valid JSON, repeats a key, or is no object; the message names it.
     """
     for number, line in enumerate(lines(text), 1):
         if not line.strip():
@@ -75,25 +75,25 @@ def json_rows(text: str) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} is no JSON object; expected one for each row")
+            raise ValueError(f"line {number} is not a JSON object; write one object a line")
         yield row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if (twice := repeated([key for key, _ in pairs])) is not None:
-        raise ValueError(f"the key {twice!r} is there twice; keep one")
+        raise ValueError(f"the key {twice!r} is repeated; keep one")
     return dict(pairs)
 
 
 def csv_rows(text: str, mark: str = ",") -> Iterator[dict[str, str | None]]:
-    """The rows under the header of comma-separated values, as mappings.
+    """The rows below the header of comma-separated values, as mappings.
 
-    Columns without a name are left out. A short row has None where it ends; blank rows are none.
+    Columns without a name and blank rows are left out. A short row has None in its last columns.
 
     Raises:
-        ValueError: a row has values beyond the header's columns, as after a comma that is not
-            quoted; a quote is not closed; a value is too long; or two columns have one name. The
-            message names the line that the row begins at.
+        ValueError: a row has more values than the header has columns, as after a comma without
+            quotes; a quote is not closed; a value is too long; or two columns have one name. The
+            message names the line at which the row begins.
     """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     header: list[str] | None = None
@@ -123,8 +123,8 @@ def csv_rows(text: str, mark: str = ",") -> Iterator[dict[str, str | None]]:
                 "characters; shorten it, or close the double quote that it begins with"
             ) from None
         raise ValueError(
-            f"the row of line {first} cannot be told from the next ({error}); close each double "
-            "quote, and write one inside a quoted value twice"
+            f"the row of line {first} has no clear end ({error}); close each double quote, and "
+            "write a quote inside a quoted value twice"
         ) from None
 
 
@@ -132,6 +132,6 @@ _MARKS = {",": "a comma", "\t": "a tab"}
 
 
 def repeated(names: list[str]) -> str | None:
-    """The first of some names that is among them twice."""
+    """The first name that occurs twice; None if there is none."""
     seen: set[str] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)

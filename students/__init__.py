@@ -1,4 +1,4 @@
-"""Few-step students: the generator, its critic, the stock forms, the export."""
+"""Few-step students: the generator, its critic, adapters, forms of students."""
 
 from students.critic import Critic
 from students.generator import Generator

@@ -1,35 +1,38 @@
-"""Critics: small heads on a denoiser's features that tell fakes from data."""
+"""Critics: small heads on a denoiser's features that tell generated samples from data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from students.lora import Adapted
 from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
+from teachers.errors import UserError
+from teachers.features import blocks_of, tapped
 
-
-class _Enough(Exception):
-    """Every feature asked for is in: the rest of the network need not run."""
+KEY = "critic.blocks"  # the recipe key, which begins error messages
 
 
 class Critic(nn.Module):
-    """Logits (B,), high for data, read off a denoiser's inner features by hooks (arXiv:2405.14867).
+    """Logits (B,), high for data, from the outputs of a denoiser's blocks (arXiv:2405.14867).
 
-    The denoiser is used, not owned: its weights are not among this module's parameters, and its
-    forward pass stops at the last block that is hooked.
+    The critic uses the denoiser and does not own it: the denoiser's weights are not among the
+    critic's parameters. The denoiser's forward pass stops after the last of the blocks.
 
     Args:
-        denoiser: Whose features; usually the fake score, which then learns from the critic too.
+        denoiser: Whose blocks; usually the fake score, which then learns from the critic too.
         shape: Of one datum, without the batch.
-        cond: A condition of batch size 1, to run the denoiser once and read the features' shapes.
-        blocks: Names of the hooked modules, as the denoiser's `named_modules()` has them; of the
-            shared network's, where the denoiser is an adapter on one.
+        cond: A condition of batch size 1, with which the denoiser runs once to show the shapes of
+            its blocks' outputs.
+        blocks: Names of modules, as the denoiser's `named_modules()` gives them; those of the
+            shared network where the denoiser is an adapter on one.
+
+    Raises:
+        UserError: no block is named, one is named twice, is missing or compiled, or returns
+            neither a feature map nor tokens.
     """
 
     def __init__(
@@ -40,70 +43,64 @@ class Critic(nn.Module):
         blocks: Sequence[str] = ("backbone.mid_block",),
     ) -> None:
         super().__init__()
-        modules = dict(network_of(denoiser).named_modules())
         if not blocks:
-            raise ValueError("critic: name at least one block")
-        if missing := [b for b in blocks if not b or b not in modules]:
-            raise ValueError(f"critic: the denoiser has no block {missing[0]!r}")
-        self._denoiser = (denoiser, [modules[b] for b in blocks])  # in a tuple: not a submodule
-        x = torch.zeros(1, *shape, device=next(network_of(denoiser).parameters()).device)
-        cond = conditions.moved(cond, x.device)
+            raise UserError(f"{KEY}: it is empty; name at least one block")
+        if repeated := [b for b in blocks if blocks.count(b) > 1]:
+            raise UserError(f"{KEY}: {repeated[0]!r} is there twice; name each block once")
+        blocks_of(denoiser, blocks, KEY)
+        self.blocks = tuple(blocks)
+        self._denoiser = (denoiser,)  # in a tuple: not a submodule
+        shared = denoiser.inner_denoiser or denoiser  # an adapter may have no weights of its own
+        x = torch.zeros(1, *shape, device=next(shared.parameters()).device)
         with torch.no_grad():
-            found = self.features(x, x.new_ones(1), cond)
-        for name, f in zip(blocks, found, strict=False):
-            if not isinstance(f, Tensor) or f.ndim not in (3, 4):
-                raise ValueError(
-                    f"critic: block {name!r} gives neither a feature map (B, C, H, W) "
-                    "nor tokens (B, N, C)"
-                )
-        if len(found) != len(blocks):
-            raise ValueError("critic: each block must run once in a forward pass")
-        self.heads = nn.ModuleList(
-            Tokens(f.shape[-1]) if f.ndim == 3 else head(f.shape[1], (f.shape[2], f.shape[3]))
-            for f in found
-        ).to(x.device)
+            outputs = self._outputs(x, x.new_ones(1), conditions.moved(cond, x.device))
+        self.heads = nn.ModuleList(head_for(name, f) for name, f in outputs.items()).to(x.device)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> list[Tensor]:
-        """The hooked blocks' outputs, (B, C, H, W) or tokens (B, N, C), in the order they run in.
+        """The blocks' outputs, (B, C, H, W) or tokens (B, N, C), in the order they run in.
 
-        Of a block with two streams, of text and of the picture, this is the picture's.
+        Of a block with a text stream and an image stream, this is the image stream.
         """
-        denoiser, blocks = self._denoiser
-        found: list[Tensor] = []
+        return list(self._outputs(x_t, t, cond).values())
 
-        def keep(module: nn.Module, args: tuple, out: Any) -> None:
-            found.append(picture(out))
-            if len(found) == len(blocks):
-                raise _Enough
-
-        with ExitStack() as stack:
-            for block in blocks:
-                stack.callback(block.register_forward_hook(keep).remove)
-            stack.enter_context(suppress(_Enough))
+    def _outputs(self, x_t: Tensor, t: Tensor, cond: Cond) -> dict[str, Any]:
+        (denoiser,) = self._denoiser
+        with tapped(denoiser, self.blocks, KEY, stop=True) as outputs:
             denoiser(x_t, t, cond)
-        return found
+        return {name: image_stream(output) for name, output in outputs.items()}
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Logits (B,) of noisy samples x_t (B, ...) at times t (B,); the mean over heads."""
-        found = self.features(x_t, t, cond)
-        logits = [h(f.float()).flatten() for h, f in zip(self.heads, found, strict=True)]
+        features = self.features(x_t, t, cond)
+        logits = [h(f.float()).flatten() for h, f in zip(self.heads, features, strict=True)]
         return torch.stack(logits).mean(0).float()
 
 
-def network_of(denoiser: Denoiser) -> Denoiser:
-    """The denoiser, or the shared network that it adapts."""
-    return denoiser.denoiser if isinstance(denoiser, Adapted) else denoiser
+def head_for(name: str, feature: Any) -> nn.Module:
+    """A new head for a block's output.
+
+    Raises:
+        UserError: the output is of another kind.
+    """
+    if isinstance(feature, Tensor) and feature.ndim == 3:
+        return Tokens(feature.shape[-1])
+    if isinstance(feature, Tensor) and feature.ndim == 4:
+        return head(feature.shape[1], (feature.shape[2], feature.shape[3]))
+    raise UserError(
+        f"{KEY}: block {name!r} returns neither a feature map (B, C, H, W) nor tokens (B, N, C); "
+        "name another block"
+    )
 
 
 class Head(nn.Sequential):
-    """One logit (B, 1, 1, 1) of feature maps (B, C, H, W), which are halved and then read whole.
+    """One logit (B, 1, 1, 1) of feature maps (B, C, H, W): halve them, then read the whole map.
 
-    Those of another shape than the first, as buckets have, are brought to that first one's before
-    they are read: cells are averaged, or repeated.
+    Maps of other sizes, as buckets have, are resized to `size` before the layer that reads the
+    whole map: cells are averaged or repeated.
 
     Args:
-        size: Height and width of what the layer that reads all of it is made for.
-        last: Which layer that is.
+        size: Height and width that the layer which reads the whole map expects.
+        last: The index of that layer.
     """
 
     def __init__(self, layers: Sequence[nn.Module], size: tuple[int, int], last: int) -> None:
@@ -124,7 +121,7 @@ class Head(nn.Sequential):
 
 
 def head(channels: int, size: tuple[int, int]) -> Head:
-    """Halve (B, C, *size) to at most 4×4, then read one logit (B, 1, 1, 1) off all of it."""
+    """A head that halves (B, C, *size) to at most 4×4, then reads one logit from the whole map."""
     layers: list[nn.Module] = []
     height, width = size
     while max(height, width) > 4:
@@ -135,16 +132,18 @@ def head(channels: int, size: tuple[int, int]) -> Head:
     return Head([*layers, nn.Conv2d(channels, 1, 1)], (height, width), last)
 
 
-def picture(out: Any) -> Any:
-    """The picture's stream of a block's output: the last tensor, since that of text comes first."""
-    if not isinstance(out, tuple):
-        return out
-    return next((o for o in reversed(out) if isinstance(o, Tensor)), None)
+def image_stream(output: Any) -> Any:
+    """The image stream of a block's output: the last tensor, as the text stream comes first."""
+    if not isinstance(output, tuple):
+        return output
+    return next((o for o in reversed(output) if isinstance(o, Tensor)), None)
 
 
 class Tokens(nn.Module):
-    """One logit (B, 1) of tokens (B, N, C), whatever their number: each is read on its own, and
-    what was read is averaged with learned weights, equal at first."""
+    """One logit (B, 1) of any number of tokens (B, N, C).
+
+    Each token is read on its own; the results are averaged with learned weights, equal at first.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -162,9 +161,9 @@ class Tokens(nn.Module):
 
 
 def block(channels: int) -> tuple[nn.Module, nn.Module]:
-    """Normalise in groups of 16 channels or more, then SiLU.
+    """Group normalisation in groups of 16 channels or more, then SiLU.
 
-    The last normalisation sees one pixel: groups of one channel would leave nothing of it.
+    The last normalisation sees one pixel, which groups of one channel would turn into zeros.
     """
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % (16 * g) == 0 or g == 1)
     return nn.GroupNorm(groups, channels), nn.SiLU()

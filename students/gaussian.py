@@ -1,22 +1,26 @@
 """Linear students of closed-form Gaussian teachers: exact enough to race objectives in seconds.
 
-A Gaussian is a linear map of noise, so one step of a linear student can be perfect, and how far it
-is from that has a closed form. There is nothing to export: no pipeline draws vectors.
+A Gaussian is a linear map of noise, so one step of a linear student can be exact, and its Fréchet
+distance from the teacher has a closed form. No pipeline samples vectors: the export is m and R.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from students.form import Normal, StudentForm, StudentRequest
 from students.generator import Generator
+from students.lora import Adapter
 from teachers.analytic import Gaussian
 from teachers.denoiser import Cond, Denoiser
+from teachers.errors import UserError
 from teachers.process import Process
 from teachers.storage.files import save_tensors
-from teachers.teacher import Teacher
 
 
 class Affine(Denoiser):
@@ -56,31 +60,52 @@ class Score(Affine):
         return torch.ones_like(t)
 
 
-def exact(teacher: Teacher) -> bool:
-    """Whether its students are linear ones."""
-    return isinstance(teacher.denoiser, Gaussian)
+class GaussianForm(StudentForm):
+    """Linear one-step students; a fake score of theirs can be exact."""
 
+    def check(self, request: StudentRequest) -> None:
+        where = f"teacher {self.teacher.source!r}"
+        if "fake" not in request.networks:
+            raise UserError(
+                f"{where}: objective.name: {request.objective} trains at many times, but a "
+                "linear student has one; use an objective with a fake score, such as dmd2 or sid"
+            )
+        for section in request.sections:
+            raise UserError(f"{where}: {section}: its students are linear; remove the section")
+        if request.steps != 1:
+            raise UserError(f"{where}: student.steps: its students take 1 step; set it to 1")
+        if request.sample_every:
+            raise UserError(f"{where}: train.sample_every: it has no pictures to show; set it to 0")
 
-def student(teacher: Teacher) -> Generator:
-    """A one-step student, far from the teacher's law: the standard normal at half its width, at 1.
+    def student(
+        self, steps: int, start: float | None, renoise: bool, adapter: Adapter | None
+    ) -> Generator:
+        """A one-step student far from the teacher's distribution: N(1, ¼), independently per
+        dimension.
 
-    Others start as their teacher; a linear one would have nothing left to learn.
-    """
-    return Generator(Affine(*_start(teacher), teacher.denoiser.process))
+        Other students start as their teacher; a linear one would have nothing left to learn.
+        """
+        return Generator(Affine(*self._start(), self.teacher.denoiser.process))
 
+    def network(self) -> Score:
+        """A fake score that starts at the student's own distribution."""
+        return Score(*self._start(), self.teacher.denoiser.process)
 
-def score(teacher: Teacher) -> Score:
-    """A fake score that starts at the student's own law."""
-    return Score(*_start(teacher), teacher.denoiser.process)
+    def export(self, student: Generator, folder: Path, recipe: Mapping[str, Any]) -> Generator:
+        """Write m and R to `folder`, where other students leave a pipeline."""
+        folder.mkdir(exist_ok=True)
+        state = {k: v.detach().cpu().contiguous() for k, v in student.denoiser.state_dict().items()}
+        save_tensors(state, folder / "affine.safetensors")
+        return student
 
+    @torch.no_grad()
+    def distributions(self, student: Generator) -> tuple[Normal, Normal]:
+        teacher, affine = self.teacher.denoiser, student.denoiser
+        assert isinstance(teacher, Gaussian) and isinstance(affine, Affine)
+        cov = teacher.vectors * teacher.values @ teacher.vectors.T
+        return Normal(affine.mean, affine.cov), Normal(teacher.mean, cov)
 
-def save(generator: Generator, folder: Path) -> None:
-    """Leave m and R in `folder`, where other students leave a pipeline."""
-    folder.mkdir(exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in generator.denoiser.state_dict().items()}
-    save_tensors(state, folder / "affine.safetensors")
-
-
-def _start(teacher: Teacher) -> tuple[Tensor, Tensor]:
-    (d,) = teacher.shape
-    return torch.ones(d), 0.5 * torch.eye(d)
+    def _start(self) -> tuple[Tensor, Tensor]:
+        """m and R before training."""
+        (d,) = self.teacher.shape
+        return torch.ones(d), 0.5 * torch.eye(d)

@@ -1,4 +1,4 @@
-"""Few-step generators: a denoiser, and the handful of times at which it is called."""
+"""Few-step generators: a denoiser and the few times at which it is called."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
 
-Sees = Literal["last", "places"]  # x̂ after a chain's last step, or at every place of it
+# Which x̂ of a chain of steps: the last step's, or every step's. A step's index is its place.
+ChainSamples = Literal["last", "places"]
 
 
 class Generator(nn.Module):
@@ -20,14 +21,14 @@ class Generator(nn.Module):
 
     Args:
         denoiser: The network being distilled.
-        times: When it is called, from noise to data; one entry per step.
+        times: The times of its steps, from noise to data.
         renoise: Return to the next time with fresh noise (True) or along the ODE (False).
-        floor: The σ/α of the noise that x̂ still holds, so that renoising adds only the rest:
-            σ_min for consistency models (arXiv:2303.01469, algorithm 1), else 0.
-        start: The scale of z that it starts from; by default σ at the first time. DDPM's samplers
-            take 1 there, although their last index still holds a trace of data.
-        grids: For each step count that it can be run at, its times, where a scheduler's own are
-            not every second or every fourth of `times`, which they are by default.
+        floor: The σ/α of the noise that x̂ still contains; renoising adds only the rest. It is σ_min
+            for consistency models (arXiv:2303.01469, algorithm 1), else 0.
+        start: The standard deviation of the noise that the chain starts from; by default σ at the
+            first time. DDPM's samplers use 1, although α is not 0 at their last index.
+        grids: The times for each step count. By default, a count that divides the number of times
+            uses every second of them, every third, and so on.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class Generator(nn.Module):
         self.denoiser, self.times, self.renoise = denoiser, tuple(times), renoise
         self.floor, self.start = floor, start
         if not self.times or any(s >= t for t, s in zip(times, times[1:], strict=False)):
-            raise ValueError(f"times must fall, and there must be one: {self.times}")
-        grids = thinned(self.times) if grids is None else grids
+            raise ValueError(f"times must decrease, and there must be at least one: {self.times}")
+        grids = divisor_grids(self.times) if grids is None else grids
         self.grids = {k: tuple(v) for k, v in grids.items()}
         self.weights: tuple[float, ...] = self.counts
 
@@ -53,19 +54,22 @@ class Generator(nn.Module):
         z: Tensor,
         cond: Cond = None,
         steps: int | None = None,
-        fresh: Sequence[Tensor] | None = None,
+        noises: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """x̂ after `steps` of the times (default: all) from unit noise z (B, ...).
+        """x̂ (B, ...) after the first `steps` steps (default: all), from unit noise z (B, ...).
 
-        Gradients flow through the last step only; those before run as they do at inference.
-        `fresh` gives the noise of each return, shaped like z; by default it is drawn.
+        Gradients flow through the last step only; earlier steps run without gradients.
+
+        Args:
+            noises: The noise of each renoising, shaped like z; by default it is drawn.
         """
         last = len(self.times[:steps]) - 1
         x_t = z * self.scale(z)
         with torch.no_grad():
             for k in range(last):
-                x_t = self.step(x_t, k, cond, fresh[k] if fresh else None)
-        return self.denoiser(x_t, z.new_full((len(z),), self.times[last]), cond)
+                x_t = self.step(x_t, k, cond, noises[k] if noises else None)
+        t = z.new_full((len(z),), self.times[last])
+        return self.denoiser(x_t, t, cond, torch.zeros_like(t))  # what is returned lands at 0
 
     def scale(self, z: Tensor) -> Tensor | float:
         """The standard deviation of the noise that the chain starts from."""
@@ -74,9 +78,16 @@ class Generator(nn.Module):
         return self.denoiser.process.at(z.new_full((len(z),), self.times[0]), z)[1]
 
     def step(self, x_t: Tensor, k: int, cond: Cond = None, noise: Tensor | None = None) -> Tensor:
-        """x_t (B, ...) at the k-th time, brought to the next: x̂, with noise of that level again."""
+        """Move x_t (B, ...) from the k-th time to the next, by renoising x̂ or along the ODE.
+
+        A network of two times reads where its x̂ lands: at the next time of the ODE, or at 0 where
+        x̂ is renoised.
+
+        Args:
+            noise: Of the renoising, shaped like x_t; by default it is drawn.
+        """
         t, s = (x_t.new_full((len(x_t),), v) for v in self.times[k : k + 2])
-        x = self.denoiser(x_t, t, cond)
+        x = self.denoiser(x_t, t, cond, torch.zeros_like(s) if self.renoise else s)
         if not self.renoise:
             return self.denoiser.process.step(x_t, x, t, s)
         noise = torch.randn_like(x) if noise is None else noise
@@ -85,15 +96,15 @@ class Generator(nn.Module):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The step counts that this student can be run at, such as those that divide its own."""
+        """The step counts that this student can run at."""
         return tuple(self.grids)
 
     def keep(self, *counts: int, weights: Sequence[float] = ()) -> Self:
-        """Run at these counts alone from now on, as the others are not trained.
+        """Drop all step counts but these, in place: the others are not trained.
 
         Args:
-            weights: How often each is drawn in training; by default in proportion to its steps,
-                so that every place of every chain is trained equally often.
+            weights: How often each count is drawn in training, relative to the others; by default
+                its number of steps, which trains every step of every chain equally often.
         """
         self.grids = {k: self.grids[k] for k in counts}
         self.weights = tuple(weights) or self.counts
@@ -111,45 +122,52 @@ class Generator(nn.Module):
         times = self.grids[steps]
         return Generator(self.denoiser, times, self.renoise, self.floor, self.start, grids)
 
-    def draw(self) -> tuple[Generator, int]:
-        """What one training step simulates: the student at one of its counts, and a first place.
+    def sample_chain(self) -> tuple[Generator, int]:
+        """Draw the chain of one training step: the student at one of its counts, and the place at
+        which `rollout` begins.
 
-        The first place is `rollout`'s. Counts are drawn by `weights`. Uses Python's `random`, which
-        the engine seeds alike on every process, so that all ranks make the same number of calls.
+        Counts are drawn by `weights`. Python's `random` is seeded alike on every process, so all
+        ranks call the network equally often.
         """
         steps = random.choices(self.counts, self.weights)[0]
         return self.at(steps), random.randrange(steps)
 
     def rollout(self, z: Tensor, cond: Cond = None, first: int = 0) -> Tensor:
-        """x̂ (B, ...) of samples that stand at every place of the chain, from unit noise z (B, ...).
+        """x̂ (B, ...) of samples at every step of the chain, from unit noise z (B, ...).
 
-        Each chain is trained as it is sampled (backward simulation, arXiv:2405.14867), but one
-        batch holds every place: B samples are shared out among the n places in turn, from place
-        `first` on. So each place is trained equally often, a fake score that learns from the batch
-        sees the mixture that it should model, and a batch costs (n + 1) / 2 calls a sample.
-        Samples of later places come first in the batch. Gradients flow through each sample's last
-        step only.
+        Chains are simulated as at inference (backward simulation, arXiv:2405.14867), and one batch
+        holds samples of all n steps: sample i ends at step (first + i) mod n. Each step is trained
+        equally often, the fake score sees the mixture that it models, and a sample costs
+        (n + 1) / 2 network calls on average. Samples that end later come first in the batch.
+        Gradients flow through each sample's last step only.
         """
         n, size = len(self.times), len(z)
         places = [(first + i) % n for i in range(size)]
-        later = [sum(p > k for p in places) for k in range(n)]  # samples that go on after step k
+        remaining = [
+            sum(p > k for p in places) for k in range(n)
+        ]  # samples that go on after step k
         x_t = z * self.scale(z)
-        for k, more in enumerate(later[:-1]):
-            head = conditions.rows(cond, slice(None, more))
+        for k, count in enumerate(remaining[:-1]):
+            head = conditions.rows(cond, slice(None, count))
             with torch.no_grad():
-                moved = self.step(x_t[:more], k, head) if more else x_t[:0]
-            x_t = torch.cat([moved, x_t[more:]])
-        share = [a - b for a, b in zip([size, *later], later)]  # samples that end at each place
-        ends = [x_t.new_full((m,), t) for m, t in zip(share, self.times)]
-        return self.denoiser(x_t, torch.cat(ends[::-1]), cond)
+                moved = self.step(x_t[:count], k, head) if count else x_t[:0]
+            x_t = torch.cat([moved, x_t[count:]])
+        ending = [a - b for a, b in zip([size, *remaining], remaining)]  # after each step
+        t = torch.cat([x_t.new_full((m,), t) for m, t in zip(ending, self.times)][::-1])
+        return self.denoiser(x_t, t, cond, torch.zeros_like(t))
 
     @torch.no_grad()
-    def samples(self, z: Tensor, cond: Cond, sees: Sees, first: int = 0) -> Tensor:
-        """x̂ (B, ...) for those who learn from what the student draws; no gradient."""
+    def samples(self, z: Tensor, cond: Cond, sees: ChainSamples, first: int = 0) -> Tensor:
+        """x̂ (B, ...) that a fake score or a critic learns from; no gradient.
+
+        Args:
+            sees: Samples of the last step only, or of every step.
+            first: As `rollout` has it.
+        """
         return self(z, cond) if sees == "last" else self.rollout(z, cond, first)
 
 
-def thinned(times: Sequence[float]) -> dict[int, tuple[float, ...]]:
-    """A grid for each count that divides the number of times: all of them, every second, …"""
+def divisor_grids(times: Sequence[float]) -> dict[int, tuple[float, ...]]:
+    """The times for each step count that divides their number: all, every second, every third, …"""
     n = len(times)
     return {k: tuple(times[:: n // k]) for k in range(1, n + 1) if n % k == 0}

@@ -1,9 +1,9 @@
-"""One frozen backbone, many networks: each player is an adapter on the teacher's own weights.
+"""Several networks on one frozen backbone: each player is an adapter on the teacher's weights.
 
-Adapters are *used*, never *set*: PEFT's `set_adapter` also flips requires_grad, and autograd then
-silently drops the gradients of a graph that was already built. Here which adapter is used follows
-the forward pass, and which one learns is its player's business. All adapted layers of a network
-read the choice from one shared cell, so that choosing costs the same for 5 layers and for 5,000.
+`using` selects the adapter of a forward pass. PEFT's `set_adapter` is never called: it also changes
+requires_grad, and autograd then silently drops gradients of a graph that is already built. Which
+adapter learns is decided by its player alone. All layers of a network with adapters read the
+selection from one shared object, so that selecting costs the same for 5 layers and for 5,000.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from teachers.denoiser import Cond, Denoiser, Wrapper
 from teachers.errors import WORD, UserError, cut, quoted
@@ -28,32 +27,32 @@ from teachers.storage.diffusers_config import Schedule
 from teachers.teacher import Teacher
 
 Module = TypeVar("Module", bound=nn.Module)
-_LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # adapted ones, by module
-_CLASSES: dict[type, type] = {}  # of PEFT's layers, their forms that read the shared cell
+_LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # with adapters, by module
+_CLASSES: dict[type, type] = {}  # PEFT's layer classes, and their subclasses that read a Selection
 
 
-class Choice:
-    """Which adapter the layers of a network run under; one object for all of them.
+class Selection:
+    """The adapter that the layers of a network run with; one object for all of them.
 
-    name: The adapter's; None is the base weights.
+    name: The adapter's name; None is the base weights.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
 
 
-class _Chosen:
-    """Mixed into a PEFT layer's class: its adapter is that of a shared `Choice`.
+class _Selecting:
+    """Mixin of PEFT's layer classes: the active adapter is that of a shared `Selection`.
 
-    PEFT writes the two attributes when adapters are made or merged; what it writes then is of no
-    account, as every call is made under `using`.
+    PEFT sets these two attributes when adapters are created or merged. Its values are ignored,
+    because every forward pass runs inside `using`.
     """
 
-    _choice: Choice
+    _selection: Selection
 
     @property
     def _active_adapter(self) -> list[str]:
-        return [] if self._choice.name is None else [self._choice.name]
+        return [] if self._selection.name is None else [self._selection.name]
 
     @_active_adapter.setter
     def _active_adapter(self, value: Any) -> None:
@@ -61,7 +60,7 @@ class _Chosen:
 
     @property
     def _disable_adapters(self) -> bool:
-        return self._choice.name is None
+        return self._selection.name is None
 
     @_disable_adapters.setter
     def _disable_adapters(self, value: bool) -> None:
@@ -70,15 +69,15 @@ class _Chosen:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The shape of an adapter: low-rank changes to the layers that `targets` matches."""
+    """The kind and size of an adapter: low-rank changes to the layers that `targets` matches."""
 
     kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
     rank: int = 64
-    alpha: float | None = None  # changes are scaled by alpha / rank; by default by 1
-    targets: str | None = None  # a regex of module names; by default the family's own
+    alpha: float | None = None  # changes are scaled by alpha / rank; None scales by 1
+    targets: str | None = None  # a regex of module names; None is the family's own
 
     def config(self, family: str) -> Any:
-        """PEFT's config for it; `family` is the regex for when `targets` names none."""
+        """PEFT's config; `family` is the regex that stands in where `targets` is None."""
         import peft
 
         alpha = self.rank if self.alpha is None else self.alpha
@@ -94,17 +93,17 @@ class Adapter:
         return kind(r=self.rank, alpha=alpha, target_modules=targets)  # pyright: ignore
 
 
-class Adapted(Denoiser):
-    """A denoiser run under one adapter on weights that it shares and never changes.
+class AdaptedDenoiser(Denoiser):
+    """A denoiser that runs with one adapter on shared, frozen weights.
 
-    Its parameters are its adapter's: the denoiser is used, not owned. A deep copy is one more
-    adapter on the same weights, equal to this one.
+    Its parameters are the adapter's only. A deep copy is a new adapter on the same weights, with
+    equal values.
 
     Args:
         denoiser: The shared network.
-        name: The adapter's; None is the frozen base.
-        config: PEFT's, to create the adapter, which begins as no change; None takes one that is
-            already there.
+        name: The adapter's name; None runs the frozen weights without an adapter.
+        config: PEFT's config, by which the adapter is created; it changes nothing at first. None
+            takes the adapter of that name that the network already has.
 
     Raises:
         UserError: the config's targets match no layer.
@@ -126,6 +125,10 @@ class Adapted(Denoiser):
         return self._denoiser[0]
 
     @property
+    def inner_denoiser(self) -> Denoiser:
+        return self.denoiser
+
+    @property
     def process(self) -> Any:
         return self.denoiser.process
 
@@ -140,24 +143,28 @@ class Adapted(Denoiser):
         """This adapter's weights, by their names in the shared network."""
         return dict(zip(self.names, self.weights, strict=True))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Adapted:
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedDenoiser:
         if self.name is None or self.config is None:
-            return self._hooked(Adapted(self.denoiser, self.name))
-        taken = {k for layer in layers(self.denoiser) for k in adapters(layer)}
+            return self._with_hooks(AdaptedDenoiser(self.denoiser, self.name))
+        taken = {k for layer in adapter_layers(self.denoiser) for k in adapter_names(layer)}
         name = next(n for i in range(2, 1000) if (n := f"{self.name}_{i}") not in taken)
-        twin = Adapted(self.denoiser, name, self.config)
+        twin = AdaptedDenoiser(self.denoiser, name, self.config)
         twin.load_state_dict(self.state_dict())
-        return self._hooked(twin.train(self.training))
+        return self._with_hooks(twin.train(self.training))
 
-    def _hooked(self, twin: Adapted) -> Adapted:
-        """A copy keeps hooks, as any module's does: what counts calls goes on counting them."""
+    def _with_hooks(self, twin: AdaptedDenoiser) -> AdaptedDenoiser:
+        """The copy with this module's forward hooks, so that its calls are counted as well."""
         twin._forward_pre_hooks.update(self._forward_pre_hooks)
         twin._forward_pre_hooks_with_kwargs.update(self._forward_pre_hooks_with_kwargs)
         return twin
 
 
 def inject(module: nn.Module, name: str, config: Any) -> None:
-    """Add a new adapter to `module`, in float32 and frozen, and use none."""
+    """Add a new adapter to `module`, in float32 and frozen; no adapter is active afterwards.
+
+    Raises:
+        UserError: the targets match no layer, or the adapter is too large.
+    """
     from peft import inject_adapter_in_model
 
     frozen = {p: p.requires_grad for p in module.parameters()}
@@ -165,47 +172,51 @@ def inject(module: nn.Module, name: str, config: Any) -> None:
         with warnings.catch_warnings():  # several adapters on one network are meant here
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             inject_adapter_in_model(config, module, adapter_name=name)
-    except (ValueError, TypeError, re.error) as error:  # PEFT's ways to say so
-        reason = cut(str(error).splitlines()[0], WORD)  # PEFT repeats them
+    except (ValueError, TypeError, re.error) as error:  # PEFT on targets that match nothing
+        reason = cut(str(error).splitlines()[0], WORD)  # PEFT repeats the targets
         targets = quoted(config.target_modules)
-        raise UserError(f"adapters.targets: {targets}: {reason}") from None
+        raise UserError(f"adapters.targets: {targets}: {reason}; name other layers") from None
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"adapters.rank: {config.r} cannot be made ({reason})") from None
+        raise UserError(
+            f"adapters.rank: an adapter of rank {config.r} cannot be created ({reason}); lower it"
+        ) from None
     _LAYERS.clear()
     for key, p in module.named_parameters():
         if name in key.split("."):
-            p.data = p.data.float()  # what learns is kept in full precision, whatever the base is
+            p.data = p.data.float()  # what learns is float32, whatever the base is
             p.requires_grad_(False)
         else:
-            p.requires_grad_(frozen.get(p, False))  # PEFT touches those as well
-    share_choice(layers(module))
+            p.requires_grad_(frozen.get(p, False))  # PEFT changes it
+    share_selection(adapter_layers(module))
 
 
-def share_choice(found: list[Any]) -> None:
-    """Make all these layers read one `Choice`, that of those among them that have one."""
-    choice = next((m._choice for m in found if isinstance(m, _Chosen)), None) or Choice()
-    for layer in found:
-        if isinstance(layer, _Chosen):
+def share_selection(layers: list[Any]) -> None:
+    """Make the layers read one `Selection`: that of the layers which have one, or a new one."""
+    shared = next((m._selection for m in layers if isinstance(m, _Selecting)), None) or Selection()
+    for layer in layers:
+        if isinstance(layer, _Selecting):
             continue
         kind = type(layer)
         if kind not in _CLASSES:
-            _CLASSES[kind] = type(kind.__name__, (_Chosen, kind), {"__module__": kind.__module__})
+            _CLASSES[kind] = type(
+                kind.__name__, (_Selecting, kind), {"__module__": kind.__module__}
+            )
         vars(layer).pop("_active_adapter", None)
         vars(layer).pop("_disable_adapters", None)
-        layer._choice, layer.__class__ = choice, _CLASSES[kind]
+        layer._selection, layer.__class__ = shared, _CLASSES[kind]
 
 
 def to_float32(module: Module) -> Module:
-    """The module with its weights in float32, as what learns is kept."""
+    """Convert the module's weights and buffers to float32, in place: what learns is float32."""
     for p in [*module.parameters(), *module.buffers()]:
         if p.is_floating_point() and p.dtype != torch.float32:
             p.data = p.data.float()
     return module
 
 
-def layers(module: nn.Module) -> list[Any]:
-    """The adapted layers in `module`; looked up once."""
+def adapter_layers(module: nn.Module) -> list[Any]:
+    """The layers in `module` that have adapters; looked up once."""
     if module not in _LAYERS:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -213,74 +224,60 @@ def layers(module: nn.Module) -> list[Any]:
     return _LAYERS[module]
 
 
-def adapters(layer: Any) -> set[str]:
-    """The names of the adapters on one layer."""
+def adapter_names(layer: Any) -> set[str]:
+    """The names of a layer's adapters."""
     return {k for n in layer.adapter_layer_names if n in vars(layer)["_modules"]
             or n in vars(layer)["_parameters"] for k in getattr(layer, n)}  # fmt: skip
 
 
 @contextmanager
 def using(module: nn.Module, name: str | None) -> Iterator[None]:
-    """Run `module` under one adapter (None: the base weights); requires_grad is never touched."""
-    choice = choice_of(module)
-    before, choice.name = choice.name, name
+    """Run `module` with one adapter (None: without); requires_grad never changes."""
+    selection = selection_of(module)
+    before, selection.name = selection.name, name
     try:
         yield
     finally:
-        choice.name = before
+        selection.name = before
 
 
-def choice_of(module: nn.Module) -> Choice:
-    """The cell that the adapted layers of `module` read; one that nobody reads where none are."""
-    found = layers(module)
-    return found[0]._choice if found else Choice()
+def selection_of(module: nn.Module) -> Selection:
+    """The selection that the layers of `module` read; an unused one if it has no adapters."""
+    layers = adapter_layers(module)
+    return layers[0]._selection if layers else Selection()
 
 
-def used(module: nn.Module) -> str | None:
-    """The adapter that `module` is now run under."""
-    return choice_of(module).name
-
-
-def checkpointing(backbone: Any) -> None:
-    """Keep no activations inside the backbone's blocks; recompute them, under the same adapter.
-
-    Raises:
-        UserError: the backbone's class cannot.
-    """
-
-    def again(block: Any, *args: Any) -> Any:
-        name = used(backbone)
-        call = block.__call__ if isinstance(block, nn.Module) else block
-        context = lambda: (nullcontext(), using(backbone, name))  # noqa: E731
-        return checkpoint(call, *args, use_reentrant=False, context_fn=context)
-
-    try:
-        backbone.enable_gradient_checkpointing(again)
-    except ValueError as error:
-        raise UserError(f"train.checkpointing: {str(error).splitlines()[0]}") from None
+def active_adapter(module: nn.Module) -> str | None:
+    """The adapter that `module` now runs with; None is none."""
+    return selection_of(module).name
 
 
 def unwrap(denoiser: Denoiser) -> Pretrained:
-    """The pretrained network at the heart of a teacher, a student or a fake score.
+    """The pretrained network inside a teacher, a student or a fake score.
 
     Raises:
-        UserError: there is none: it is a closed form, or a network of one's own.
+        UserError: there is none: it is a closed form, or the user's own network.
     """
-    while isinstance(denoiser, Adapted | Wrapper):
+    while isinstance(denoiser, AdaptedDenoiser | Wrapper):
         denoiser = denoiser.denoiser
     if not isinstance(denoiser, Pretrained):
-        raise UserError(f"a {type(denoiser).__name__} has no weights that a pipeline could load")
+        raise UserError(
+            f"teacher: a {type(denoiser).__name__} has no weights that a pipeline could load; give "
+            "a diffusers folder or an EDM file"
+        )
     return denoiser
 
 
-def adapted(teacher: Teacher, adapter: Adapter, name: str) -> Adapted:
-    """A network of the teacher's own form, such as a fake score: an adapter on its weights."""
+def adapt(teacher: Teacher, adapter: Adapter, name: str) -> AdaptedDenoiser:
+    """A new adapter on the teacher's weights, read by the teacher's own schedule."""
     source = unwrap(teacher.denoiser)
-    return Adapted(under(source, source.schedule), name, adapter.config(source.LORA))
+    return AdaptedDenoiser(
+        with_schedule(source, source.schedule), name, adapter.config(source.LORA)
+    )
 
 
-def under(network: Pretrained, schedule: Schedule) -> Pretrained:
-    """The same backbone, shared, read by another schedule."""
+def with_schedule(network: Pretrained, schedule: Schedule) -> Pretrained:
+    """A network that shares this one's backbone and reads it by another schedule."""
     twin = copy(network)
     twin._modules = dict(network._modules)
     twin._forward_pre_hooks = type(network._forward_pre_hooks)()
@@ -288,30 +285,44 @@ def under(network: Pretrained, schedule: Schedule) -> Pretrained:
 
 
 @torch.no_grad()
-def merged(denoiser: Denoiser) -> nn.Module:
-    """The backbone of a student as a module of its own: plain layers, its adapter added in.
+def merged_backbone(denoiser: Denoiser) -> nn.Module:
+    """A new backbone of plain layers, with the student's adapter added to the weights.
 
-    Without an adapter this is the backbone itself.
+    Of a student without an adapter it is the backbone itself.
     """
     backbone: Any = unwrap(denoiser).backbone
-    if not isinstance(denoiser, Adapted) or denoiser.name is None:
+    if not isinstance(denoiser, AdaptedDenoiser) or denoiser.name is None:
         return backbone
     plain: dict[str, Tensor] = {}
     for key, value in backbone.state_dict().items():
         if not any(part.startswith(("lora_", "hada_", "lokr_")) for part in key.split(".")):
             plain[key.replace(".base_layer.", ".")] = value
     for key, module in backbone.named_modules():
-        if module in layers(backbone) and denoiser.name in adapters(module):
-            plain[f"{key}.weight"] = weight_with(module, denoiser.name)
+        if module in adapter_layers(backbone) and denoiser.name in adapter_names(module):
+            plain[f"{key}.weight"] = merged_weight(module, denoiser.name)
     twin = type(backbone).from_config(backbone.config)
     weight = next(backbone.parameters())
     twin.to(device=weight.device)
-    twin.load_state_dict(plain, assign=True)  # some are of a precision of their own
+    twin.load_state_dict(plain, assign=True)  # keeps each weight in its own precision
     return twin.eval()
 
 
-def weight_with(layer: Any, name: str) -> Tensor:
-    """A layer's weight with one adapter added in, worked out in float32."""
+def base_layer(layer: nn.Module) -> nn.Module:
+    """The layer that an adapter's layer wraps; of a plain layer, the layer itself."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def adapter_of(denoiser: Denoiser) -> AdaptedDenoiser | None:
+    """A student's adapter, inside its wrappers; None of a full copy."""
+    while isinstance(denoiser, Wrapper):
+        denoiser = denoiser.denoiser
+    return denoiser if isinstance(denoiser, AdaptedDenoiser) else None
+
+
+def merged_weight(layer: Any, name: str) -> Tensor:
+    """A layer's weight with one adapter added, computed in float32."""
     base = layer.base_layer.weight
     twin = deepcopy(layer).float()
     twin.merge(adapter_names=[name])

@@ -1,20 +1,20 @@
 """Students in the forms that stock diffusers pipelines sample exactly.
 
-A student leaves this project as a plain folder, so its parametrisation and its times are chosen
-here, before training, to be those of a scheduler that diffusers ships:
+A student is exported as a plain folder. So its parametrisation and its times are those of a
+scheduler of diffusers, chosen here before training:
 
-| teacher | returns by | scheduler | times |
+| teacher | next time by | scheduler | times |
 |---|---|---|---|
 | EDM | renoising | CMStochasticIterative | equal steps in σ^(1/ρ), on its 40-level grid |
 | EDM, a UNet2DModel | the ODE | EDMEuler | equal steps in σ^(1/ρ), of one count only |
 | DDPM betas | renoising | LCM | equal steps of its 50-index grid |
 | DDPM betas | the ODE | DDIM, trailing | equal steps of the index |
-| flow | renoising | FlowMatchEuler, stochastic | what it gives for each count |
-| flow | the ODE | FlowMatchEuler | what it gives for each count |
+| flow | renoising | FlowMatchEuler, stochastic | its own for each count |
+| flow | the ODE | FlowMatchEuler | its own for each count |
 
-Students of pixels run in `ConsistencyModelPipeline`, the one that hands labels to a UNet2DModel;
-all others in their teacher's own pipeline. EDM's networks that are no UNet2DModel bring their own
-source (`edm_source.py`), and that pipeline calls them alike.
+Students of pixels run in `ConsistencyModelPipeline`, which passes labels to a UNet2DModel; others
+run in their teacher's own pipeline. EDM's networks that are no UNet2DModel run in the former as
+well, with their own source beside their weights (`edm_source.py`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from students.generator import Generator, thinned
-from students.lora import Adapted, Adapter, to_float32, under, unwrap
+from students.generator import Generator, divisor_grids
+from students.lora import AdaptedDenoiser, Adapter, to_float32, unwrap, with_schedule
 from teachers.denoiser import Prediction, coefficients, edm
 from teachers.edm.latents import Latents
 from teachers.errors import UserError
@@ -49,8 +49,8 @@ class SchedulerForm:
     """A few-step student's parametrisation and times, those of a stock scheduler.
 
     Args:
-        grids: For each step count that it can be run at, the times, from noise to data.
-        start: The scale of the noise it starts from; None is σ at the first time.
+        grids: The times for each step count, from noise to data.
+        renoise, floor, start: As `Generator` has them.
     """
 
     schedule: Schedule
@@ -60,7 +60,7 @@ class SchedulerForm:
     start: float | None = None
 
     def generator(self, denoiser: Any) -> Generator:
-        """The student that this form makes of a network."""
+        """A student of this form, from its network."""
         steps = max(self.grids)
         return Generator(
             denoiser, self.grids[steps], self.renoise, self.floor, self.start, self.grids
@@ -74,19 +74,19 @@ def form(
     renoise: bool = True,
     exported: bool = False,
 ) -> SchedulerForm:
-    """The stock form of a student of `steps` steps of this network.
+    """The scheduler form of a student of this network.
 
     Args:
-        steps: The most steps it is trained for; it also runs in those that divide them.
-        start: σ/α of the noise it starts from; the teacher's highest by default.
-        renoise: Return to the next time with fresh noise, or along the ODE.
-        exported: The network is such a student itself, read back from its folder.
+        steps: The largest step count; smaller ones divide it.
+        start: σ/α of the noise that it starts from; by default the teacher's highest.
+        renoise: Move to the next time by renoising, or along the ODE.
+        exported: The network is already such a student, read from its folder.
 
     Raises:
         UserError: no stock scheduler samples such a student.
     """
     if not 1 <= steps <= CM_LEVELS:
-        raise UserError(f"student.steps: {steps} is outside 1 to {CM_LEVELS}")
+        raise UserError(f"student.steps: {steps} is out of range; give 1 to {CM_LEVELS}")
     process = network.process
     if start is not None and not isinstance(process, Karras):
         raise UserError("student.start: only EDM students choose where they start; leave it out")
@@ -104,32 +104,32 @@ def form(
 def _consistency(
     schedule: Schedule, process: Karras, steps: int, start: float | None
 ) -> SchedulerForm:
-    first = _first(process, start)
+    first = _start_time(process, start)
     assert schedule.sigma_data is not None
-    n = levels(steps)
+    n = cm_levels(steps)
     times = [first * (1 - k * (n // steps) / (n - 1)) for k in range(steps)]
     schedule = replace(
         schedule,
         predicts=edm(schedule.sigma_data, process.sigma_min),
         time=log_sigma(process, 250.0),
     )
-    return SchedulerForm(schedule, thinned(times), True, floor=process.sigma_min)
+    return SchedulerForm(schedule, divisor_grids(times), True, floor=process.sigma_min)
 
 
 def _euler(
     network: Pretrained, process: Karras, steps: int, start: float | None, exported: bool
 ) -> SchedulerForm:
-    """The teacher's own parametrisation, walked by Euler's steps in σ, which are DDIM's.
+    """The teacher's own parametrisation with Euler steps in σ, which equal DDIM's.
 
-    The scheduler spaces any number of times from its σ_max to its σ_min, so the student's σ_min is
-    its last time, and it runs at that one count. `exported` ones have it in their schedule.
+    The scheduler spaces its times from σ_max to σ_min, so σ_min of the exported scheduler is the
+    student's last time, and there is one step count. An exported student's schedule has it already.
     """
-    if not _stock(network) or network.schedule.name == CM:
+    if not _is_unet2d(network) or network.schedule.name == CM:
         raise UserError(
-            "student.renoise: stock pipelines walk the ODE of EDM's networks only where they are a "
-            "UNet2DModel under EDM's own scheduler; leave it true"
+            "student.renoise: stock pipelines follow the ODE of EDM's networks only if they are a "
+            "UNet2DModel with EDM's own scheduler; set it to true"
         )
-    first = _first(process, start)
+    first = _start_time(process, start)
     times = [first * (1 - k / (steps - exported)) for k in range(steps)]
     sigma = process.scales(torch.tensor(first, dtype=torch.float64))[1].item()
     return SchedulerForm(
@@ -137,14 +137,14 @@ def _euler(
     )
 
 
-def _first(process: Karras, start: float | None) -> float:
+def _start_time(process: Karras, start: float | None) -> float:
     """The time at which an EDM student starts."""
     if start is None:
         return 1.0
     if not process.sigma_min < start <= process.sigma_max:
         raise UserError(
-            f"student.start: {start} is outside the teacher's noise levels, "
-            f"{process.sigma_min} to {process.sigma_max}"
+            f"student.start: {start} is out of range; give a noise level of the teacher, above "
+            f"{process.sigma_min} and at most {process.sigma_max}"
         )
     return process.time(torch.tensor(start, dtype=torch.float64)).item()
 
@@ -153,27 +153,28 @@ def _ddpm(schedule: Schedule, process: Tabulated, steps: int, renoise: bool) -> 
     if not renoise:
         if (process.last + 1) % steps:
             raise UserError(
-                f"student.steps: {steps} does not divide the {process.last + 1} indices"
+                f"student.steps: {steps} does not divide the {process.last + 1} indices of the "
+                "teacher's scheduler; give a count that does"
             )
         indices = [(round((process.last + 1) * (1 - k / steps)) - 1) for k in range(steps)]
         return SchedulerForm(
-            schedule, thinned([i / process.last for i in indices]), False, start=1.0
+            schedule, divisor_grids([i / process.last for i in indices]), False, start=1.0
         )
     n = lcm_levels(process)
     if steps > n:
-        raise UserError(f"student.steps: {steps} is more than the {n} times there are")
+        raise UserError(f"student.steps: {steps} is out of range; the scheduler has {n} times")
     jump = (process.last + 1) // n
     grid = [jump * (i + 1) - 1 for i in reversed(range(n))]
     times = [grid[k * n // steps] / process.last for k in range(steps)]
     schedule = replace(schedule, predicts=partial(_lcm, process=process, own=schedule.predicts))
-    return SchedulerForm(schedule, thinned(times), True, start=1.0)
+    return SchedulerForm(schedule, divisor_grids(times), True, start=1.0)
 
 
 def _lcm(alpha: Tensor, sigma: Tensor, process: Tabulated, own: str | Prediction):
     """A DDPM network under latent consistency models' boundary (arXiv:2310.04378): x̂ = x at t = 0.
 
-    The stock scheduler applies it, so the student is trained under it: c_skip x_t + c_out x̂, with
-    weights that differ from 0 and 1 only at the lowest few indices.
+    The stock scheduler applies it, so the student is trained with it: c_skip x_t + c_out x̂. The
+    coefficients differ from 0 and 1 at the lowest few indices only.
     """
     skip, out = coefficients(own)(alpha, sigma)
     index = process.index(process.time(sigma.double() / alpha.double()))
@@ -188,18 +189,21 @@ def _flow(network: Pretrained, process: Linear, steps: int, renoise: bool) -> Sc
     grids: dict[int, tuple[float, ...]] = {}
     for k in [k for k in range(1, steps + 1) if steps % k == 0]:
         if k == 1 < steps and stock.config.shift_terminal:
-            continue  # it would stretch one step over nothing
+            continue  # stretching needs two times
         even = np.linspace(1.0, 1 / k, k)
         stock.set_timesteps(k, sigmas=None if network.GRID == "own" else even)
         sigma = stock.sigmas[:-1].double()
-        sigma = sigma.clamp(max=1)  # shifting in float32 may end beyond
+        sigma = sigma.clamp(max=1)  # float32 shifting may exceed 1
         grids[k] = tuple(process.time(sigma / (1 - sigma)).tolist())
     return SchedulerForm(network.schedule, grids, renoise)
 
 
 def flow_scheduler(schedule: Schedule, shift: float, steps: int, renoise: bool, grid: str) -> Any:
-    """FlowMatchEulerDiscreteScheduler, so set that a pipeline's own way of asking for times gives
-    useful ones: left alone, those that let it choose would spend their last step at σ near 0."""
+    """A FlowMatchEulerDiscreteScheduler for the way in which a family's pipeline sets its times.
+
+    Without a terminal shift, pipelines that use the scheduler's own times would spend their last
+    step at σ near 0.
+    """
     import diffusers
 
     last = None
@@ -225,10 +229,19 @@ def student(
 
     Args:
         steps, start, renoise, exported: As `form` has them.
-        adapter: Train one on the teacher's own weights, which stay as they are; None is a copy.
+        adapter: Train an adapter of this shape on the teacher's frozen weights; None trains a copy.
 
     Raises:
         UserError: no stock scheduler samples such a student.
+    """
+    return student_in(form(source_of(teacher), steps, start, renoise, exported), teacher, adapter)
+
+
+def source_of(teacher: Teacher) -> Pretrained:
+    """The network that a student is a copy of.
+
+    Raises:
+        UserError: no stock pipeline could load or decode such a student.
     """
     try:
         source = unwrap(teacher.denoiser)
@@ -236,48 +249,58 @@ def student(
         raise UserError(f"student: {error}") from None
     if isinstance(teacher.codec, Latents):
         raise UserError(
-            "student: no stock pipeline decodes EDM2's latents; EDM2's networks of pixels "
-            "(ImageNet-64) can be distilled"
+            "student: no stock pipeline decodes EDM2's latents; take one of EDM2's networks of "
+            "pixels (ImageNet-64)"
         )
-    made = form(source, steps, start, renoise, exported)
+    return source
+
+
+def student_in(made: SchedulerForm, teacher: Teacher, adapter: Adapter | None = None) -> Generator:
+    """A trainable student in this scheduler form; as `student`.
+
+    Raises:
+        UserError: the teacher's weights are quantised, and there is no adapter that suits them.
+    """
+    source = source_of(teacher)
     if is_quantised(source.backbone) and (adapter is None or adapter.kind == "dora"):
-        raise UserError("student: on quantised weights there must be an adapter, and none of DoRA")
+        raise UserError(
+            "student: quantised weights need an adapter that is not DoRA; set adapters.kind to lora"
+        )
     if adapter is not None:
-        share_time(source, made.schedule)
-        view = under(source, made.schedule)
-        return made.generator(Adapted(view, "student", adapter.config(source.LORA)))
-    # what learns is kept in full precision, whatever the teacher's is
+        match_time(source, made.schedule)
+        view = with_schedule(source, made.schedule)
+        return made.generator(AdaptedDenoiser(view, "student", adapter.config(source.LORA)))
+    # trained weights are kept in float32, whatever the teacher's precision is
     backbone: Any = to_float32(deepcopy(source.backbone)).requires_grad_(True)
     trim(backbone, teacher)
-    if rescaled(source, made.schedule):
+    if changes_time_units(source, made.schedule):
         retime(backbone, source.time, made.schedule.time)
     return made.generator(source.twin(backbone, made.schedule))
 
 
-def rescaled(network: Pretrained, schedule: Schedule) -> bool:
-    """Whether a UNet2DModel of EDM's reads its time in other units than its student's scheduler
-    feeds."""
+def changes_time_units(network: Pretrained, schedule: Schedule) -> bool:
+    """Whether the student's scheduler gives an EDM UNet2DModel its time in other units."""
     own = network.schedule
     karras = isinstance(own.process, Karras)
-    return karras and _stock(network) and own.name != CM and schedule is not own
+    return karras and _is_unet2d(network) and own.name != CM and schedule is not own
 
 
-def _stock(network: Pretrained) -> bool:
-    """Whether the network is one of diffusers', and not one of EDM's with its own source."""
+def _is_unet2d(network: Pretrained) -> bool:
+    """Whether the network is a UNet2DModel, and not one of EDM's with its own source."""
     from diffusers import UNet2DModel
 
     return isinstance(network.backbone, UNet2DModel)
 
 
-def share_time(source: Pretrained, schedule: Schedule) -> None:
-    """Have an EDM teacher read its time as its student will, since they share the layer for it."""
-    if rescaled(source, schedule):
+def match_time(source: Pretrained, schedule: Schedule) -> None:
+    """Convert an EDM teacher to its student's time units, since they share that layer."""
+    if changes_time_units(source, schedule):
         retime(source.backbone, source.time, schedule.time)
         source.adopt(replace(source.schedule, time=schedule.time, name=CM))
 
 
 def trim(backbone: Any, teacher: Teacher) -> None:
-    """Cut off a student's UNet2DModel what it has no use for: null class and learned variance."""
+    """Remove the null class and the learned variance of a student's UNet2DModel, in place."""
     from diffusers import UNet2DModel
 
     if isinstance(backbone, UNet2DModel):
@@ -285,22 +308,21 @@ def trim(backbone: Any, teacher: Teacher) -> None:
         drop_variance(backbone)
 
 
-def levels(steps: int) -> int:
-    """The CM scheduler's grid size for a student of `steps`: a multiple, so that every count that
-    divides them picks a subset of the same times."""
+def cm_levels(steps: int) -> int:
+    """The CM scheduler's grid size: a multiple of `steps`, so that all counts share its times."""
     return steps * -(-CM_LEVELS // steps)
 
 
 def lcm_levels(process: Tabulated) -> int:
-    """The LCM scheduler's grid size: its default, or every index where there are fewer."""
+    """The LCM scheduler's grid size: its default, or the number of indices if that is smaller."""
     return min(LCM_LEVELS, process.last + 1)
 
 
 def retime(backbone: Any, old: Time, new: Time) -> None:
-    """Make a UNet2DModel read its time in other units, in place, saying what it said before.
+    """Convert a UNet2DModel to other time units, in place, with nearly the same outputs.
 
-    Both are smooth functions of log σ, so the first layer of the time embedding is refitted to the
-    new units' slow sinusoids by ridge regression in float64; the fast ones start at weight zero.
+    Both units are smooth functions of log σ, so ridge regression in float64 refits the first layer
+    of the time embedding to the new units' slow sinusoids; the fast ones get weight zero.
     """
     t = torch.linspace(0, 1, 4096, dtype=torch.float64)
     first = backbone.time_embedding.linear_1
@@ -308,8 +330,8 @@ def retime(backbone: Any, old: Time, new: Time) -> None:
     before = backbone.time_proj(old(t).to(device)).double()
     after = backbone.time_proj(new(t).to(device)).double()
     target = before @ first.weight.double().T + first.bias.double()
-    turns = after.diff(dim=0).abs().sum(0)  # total variation: 4 for each full period
-    slow = turns < 24
+    variation = after.diff(dim=0).abs().sum(0)  # 4 for each full period
+    slow = variation < 24
     basis = torch.cat([after[:, slow], torch.ones(len(t), 1, dtype=t.dtype, device=device)], 1)
     ridge = 1e-12 * len(t) * torch.eye(basis.shape[1], dtype=t.dtype, device=device)
     solution = torch.linalg.solve(basis.T @ basis + ridge, basis.T @ target)
@@ -320,7 +342,7 @@ def retime(backbone: Any, old: Time, new: Time) -> None:
 
 
 def drop_variance(backbone: Any) -> None:
-    """Cut a learned variance off the network's output: no few-step scheduler reads one."""
+    """Remove a learned variance from the network's output: few-step schedulers read none."""
     channels, last = backbone.config["in_channels"], backbone.conv_out
     if last.out_channels == 2 * channels:
         cut = nn.Conv2d(last.in_channels, channels, last.kernel_size, padding=last.padding)
@@ -331,7 +353,7 @@ def drop_variance(backbone: Any) -> None:
 
 
 def drop_null(backbone: Any, teacher: Teacher) -> None:
-    """Forget the null class: a student needs no guidance, and pipelines draw random labels."""
+    """Remove the null class: students are unguided, and pipelines draw random labels."""
     null: int | None = teacher.codec.null_label  # pyright: ignore[reportAttributeAccessIssue]
     if null is None or backbone.class_embedding is None:
         return
@@ -360,7 +382,7 @@ def scheduler(generator: Generator) -> Any:
                 rho=process.rho,
             )
         return diffusers.CMStochasticIterativeScheduler(
-            num_train_timesteps=levels(steps),
+            num_train_timesteps=cm_levels(steps),
             sigma_min=process.sigma_min,
             sigma_max=sigma_max,
             sigma_data=schedule.sigma_data,
@@ -372,7 +394,7 @@ def scheduler(generator: Generator) -> Any:
     assert isinstance(process, Tabulated)
     shared = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
               "prediction_type", "rescale_betas_zero_snr")  # fmt: skip
-    config = {k: v for k, v in schedule.config.items() if k in shared}  # these stay as they were
+    config = {k: v for k, v in schedule.config.items() if k in shared}
     if generator.renoise:
         return diffusers.LCMScheduler.from_config(
             config, original_inference_steps=lcm_levels(process), clip_sample=False,

@@ -1,6 +1,6 @@
 """Teachers in closed form: exact denoisers to test objectives against, and to learn from.
 
-Each knows E[x | x_t] without a network; x is (B, D) for the mixtures and (B, ...) for a data set.
+Each computes E[x | x_t] without a network; x is (B, D) for mixtures and (B, ...) for a data set.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Gaussian(Denoiser):
         return torch.ones_like(t)
 
     def flow(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """x_s, where the probability-flow ODE from x_t truly goes (diagonal in the eigenbasis)."""
+        """x_s: the probability-flow ODE solved exactly from x_t, in the eigenbasis of cov."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.process.at(t, x_t), self.process.at(s, x_t)
         std_t = (alpha_t**2 * self.values + sigma_t**2).sqrt()
         std_s = (alpha_s**2 * self.values + sigma_s**2).sqrt()

@@ -1,6 +1,10 @@
 """Conditions: what a network reads beside the noisy data, entries (N, ...) by name, or None.
 
-Source: this project's own convention; `Cond` is defined in `teachers/denoiser.py`.
+A network reads the entries that it knows and ignores the others. One entry may stand in any
+condition: `guidance_scale` (N,), each sample's own scale g of guidance, where 1 is unguided.
+`teachers.denoiser.Guided` guides by it; a UNet with a `time_cond_proj_dim` reads it as an input.
+
+Source: this project's own convention.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teachers.denoiser import Cond
+Cond = dict[str, Any] | None
+GUIDANCE_SCALE = "guidance_scale"
 
 
 def each(cond: Cond, change: Callable[[Tensor], Tensor]) -> Cond:
@@ -43,3 +48,14 @@ def joined(*conds: Cond) -> Cond:
     if len(given) < len(conds):
         return None
     return {name: torch.cat([cond[name] for cond in given]) for name in given[0]}
+
+
+def without(cond: Cond, name: str) -> tuple[Tensor | None, Cond]:
+    """One entry, and the condition of the others.
+
+    Returns:
+        The entry, None where there is none of this name; and the rest, None where nothing remains.
+    """
+    if cond is None or name not in cond:
+        return None, cond
+    return cond[name], {k: v for k, v in cond.items() if k != name} or None

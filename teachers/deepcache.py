@@ -1,57 +1,57 @@
-"""DeepCache (arXiv:2312.00858): a UNet's deep part, kept from one call and used again in the next.
+"""DeepCache (arXiv:2312.00858): keep the output of a UNet's deep part and use it in the next calls.
 
-Between neighbouring steps what a UNet's inner levels make changes little. Of every `interval` calls
-one is whole; in the others only the outermost level is run, and where it reads what comes up from
-below, it reads what came up then. The paper may also cut inside a level; here it is between levels.
+The inner levels of a UNet change little from one sampling step to the next. Of every `interval`
+calls one is whole; the others are shallow: they run only the outermost level, which reads the deep
+output of the last whole call. The paper may also cut inside a level; here the cut is between
+levels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
 from teachers.errors import UserError
+from teachers.features import blocks_of, hooked, replaced
 
 
 class DeepCache(AbstractContextManager["DeepCache"]):
-    """One of diffusers' UNets whose deep part is kept while in this context, for one walk.
+    """A diffusers UNet that keeps its deep output while in this context, for one sampling run.
 
-    A walk calls the network with one batch, whose rows keep their places. Weights and modules stay
-    what they are: in a shallow call the deep blocks hand their input on, and the last of them hands
-    on what was kept. On entering again nothing is kept of before; the counts go on.
+    A run calls the network with one batch, whose rows keep their places. Weights and modules do not
+    change: in a shallow call each deep block returns its input, and the last one returns the kept
+    output. Entering the context again clears what was kept; the counts continue.
 
     Args:
-        interval: Calls from one whole call to the next; with 1 all are.
+        interval: Calls from one whole call to the next; with 1 every call is whole.
 
     Raises:
-        UserError: the network is no such UNet, or has one level.
+        UserError: the network is not such a UNet, has one level, or its deep blocks are compiled.
     """
 
     def __init__(self, backbone: nn.Module, interval: int) -> None:
         self.backbone, self.interval = backbone, interval
-        self.deep, self.last = deep_part(backbone)
+        stand_ins, last = deep_part(backbone)
+        deep = blocks_of(backbone, [*stand_ins, last], "DeepCache")
+        self._deep = [(deep[name], forward) for name, forward in stand_ins.items()]
+        self.last = deep[last]
         self.whole, self.shallow = 0, 0  # samples
-        self._calls, self._kept = 0, None
+        self._calls, self._deep_output = 0, None
         self._hooks, self._replaced = ExitStack(), ExitStack()
 
     def __enter__(self) -> DeepCache:
-        self._calls, self._kept = 0, None
-        hooks = (
-            self.backbone.register_forward_pre_hook(self._begin),
-            self.backbone.register_forward_hook(self._end, always_call=True),
-            self.last.register_forward_hook(self._keep),
-        )
-        for hook in hooks:
-            self._hooks.callback(hook.remove)
+        self._calls, self._deep_output = 0, None
+        self._hooks.enter_context(hooked(self.backbone, self._end, self._begin, always=True))
+        self._hooks.enter_context(hooked(self.last, self._keep))
         return self
 
     def __exit__(self, *why: object) -> None:
         self._replaced.close()
         self._hooks.close()
-        self._kept = None
+        self._deep_output = None
 
     def _begin(self, backbone: nn.Module, args: tuple[Any, ...]) -> None:
         whole = self._calls % self.interval == 0
@@ -60,25 +60,28 @@ class DeepCache(AbstractContextManager["DeepCache"]):
             self.whole += len(args[0])
             return
         self.shallow += len(args[0])
-        for module, stand_in in self.deep.items():
-            self._replaced.enter_context(replaced(module, stand_in))
-        self._replaced.enter_context(replaced(self.last, lambda *_, **__: self._kept))
+        for block, stand_in in self._deep:
+            self._replaced.enter_context(replaced(block, stand_in))
+        self._replaced.enter_context(replaced(self.last, lambda *_, **__: self._deep_output))
 
-    def _end(self, backbone: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         self._replaced.close()
 
-    def _keep(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._kept = output
+    def _keep(self, block: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
+        self._deep_output = output
 
 
-# What is called alike and returns alike: one skip connection for each resnet and downsampler.
+# Blocks with one call signature, which return one skip connection for each resnet and downsampler.
 BLOCKS = {f"{kind}{way}Block2D" for kind in ("", "Attn", "CrossAttn", "SimpleCrossAttn")
           for way in ("Down", "Up")}  # fmt: skip
 BLOCKS |= {"ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"}
 
 
-def deep_part(backbone: nn.Module) -> tuple[dict[nn.Module, Callable[..., Any]], nn.Module]:
-    """All that is inside the outermost level, with what stands in for it, and its last block.
+def deep_part(backbone: nn.Module) -> tuple[dict[str, Callable[..., Any]], str]:
+    """The blocks inside the outermost level, by name.
+
+    Returns:
+        All of them but the last, each with the `forward` of a shallow call, and the last one.
 
     Raises:
         UserError: the network is not one of diffusers' UNets, or has one level.
@@ -86,42 +89,39 @@ def deep_part(backbone: nn.Module) -> tuple[dict[nn.Module, Callable[..., Any]],
     from diffusers import UNet2DConditionModel, UNet2DModel
 
     if not isinstance(backbone, UNet2DModel | UNet2DConditionModel):
-        raise UserError(f"a {type(backbone).__name__} is no UNet of diffusers, with levels to keep")
+        raise UserError(
+            f"cache: a {type(backbone).__name__} is no UNet of diffusers; leave cache out"
+        )
     down: list[Any] = list(backbone.down_blocks)
     up: list[Any] = list(backbone.up_blocks)
     if strange := [n for b in (*down, *up) if (n := type(b).__name__) not in BLOCKS]:
-        raise UserError(f"a UNet with a {strange[0]} has no level that can be kept")
+        raise UserError(
+            f"cache: a UNet with a {strange[0]} has no level that can be kept; leave cache out"
+        )
     if len(down) < 2:
-        raise UserError("its UNet has one level, and nothing deeper to keep")
-    deep: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(down[0].downsamplers or (), given)
-    deep |= {block: skipped(block) for block in down[1:]}
-    middle: list[Any] = [] if backbone.mid_block is None else [backbone.mid_block]
-    return deep | dict.fromkeys((*middle, *up[:-2]), given), up[-2]
+        raise UserError(
+            "cache: the UNet has one level, and nothing deeper to keep; leave cache out"
+        )
+    samplers = range(len(down[0].downsamplers or ()))
+    stand_ins: dict[str, Callable[..., Any]] = {}
+    stand_ins |= {f"down_blocks.0.downsamplers.{i}": same for i in samplers}
+    stand_ins |= {f"down_blocks.{i}": same_and_skips(down[i]) for i in range(1, len(down))}
+    if backbone.mid_block is not None:
+        stand_ins["mid_block"] = same
+    stand_ins |= {f"up_blocks.{i}": same for i in range(len(up) - 2)}
+    return stand_ins, f"up_blocks.{len(up) - 2}"
 
 
-def given(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    """A block that hands its input on."""
+def same(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The forward of a block that returns its input."""
     return hidden_states
 
 
-def skipped(block: Any) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
-    """A down block that hands its input on, also as the skip connections that nothing will read."""
+def same_and_skips(block: Any) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
+    """The forward of a down block that returns its input, also as skip connections no one reads."""
     count = len(block.resnets) + len(block.downsamplers or ())
 
-    def hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         return hidden_states, (hidden_states,) * count
 
-    return hand_on
-
-
-@contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Have `forward` in place of the module's own."""
-    before = vars(module).get("forward")  # where something else has replaced it
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
+    return forward

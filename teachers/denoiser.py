@@ -7,23 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teachers.process import Process
+from teachers import conditions
+from teachers.conditions import GUIDANCE_SCALE, Cond
+from teachers.process import Process, expand
 
-Cond = dict[str, Any] | None
-Mix = Callable[[Tensor, Tensor, float], Tensor]  # x̂, the negative x̂, g -> the guided x̂
+Scale = float | Tensor  # of guidance: one g, or each sample's own (B,)
+Mix = Callable[[Tensor, Tensor, Scale], Tensor]  # x̂, the negative x̂, g -> the guided x̂
 Prediction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # α, σ -> c_skip, c_out
 
 
 def edm(sigma_data: float = 0.5, sigma_min: float = 0.0) -> Prediction:
     """EDM's preconditioning (arXiv:2206.00364); a σ_min > 0 makes it a consistency model's.
 
-    Then x̂(x, σ_min) = x exactly (arXiv:2303.01469, appendix C): σ - σ_min stands for σ in c_skip
-    and in the numerator of c_out. The network's input is x_t / √(σ² + σ_data²).
+    Then x̂(x, σ_min) = x exactly (arXiv:2303.01469, appendix C): σ - σ_min replaces σ in c_skip and
+    in the numerator of c_out. The network's input is x_t / √(σ² + σ_data²).
     """
     return partial(_edm, sigma_data=sigma_data, sigma_min=sigma_min)
 
@@ -59,9 +60,14 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
         """The denoised x̂, shaped like x_t.
 
-        A flow map is told the time s that the next step will land on; denoisers proper ignore it.
+        s is the time (B,) that the next step will land on. Flow maps read it; denoisers ignore it.
         """
         raise NotImplementedError
+
+    @property
+    def inner_denoiser(self) -> Denoiser | None:
+        """The denoiser that this one wraps or adapts; None where it wraps none."""
+        return None
 
     def weight(self, t: Tensor) -> Tensor:
         """The loss weight (B,) that makes the squared error of x̂ the network's own loss."""
@@ -87,7 +93,7 @@ class Network(Denoiser):
         self.coefficients = coefficients(predicts)
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
-        """The raw backbone; an adapter overrides this to match its signature and time units."""
+        """The backbone's raw output; subclasses match its signature and its time units."""
         return self.backbone(x_t, t)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
@@ -106,12 +112,16 @@ class Wrapper(Denoiser):
         super().__init__()
         self.denoiser, self.process = denoiser, denoiser.process
 
+    @property
+    def inner_denoiser(self) -> Denoiser:
+        return self.denoiser
+
     def weight(self, t: Tensor) -> Tensor:
         return self.denoiser.weight(t)
 
 
 def computes(module: nn.Module) -> bool:
-    """Whether a call of this module is an evaluation, and not only hands one on to another's."""
+    """Whether a call of this module is a network evaluation; wrappers only pass one on."""
     return isinstance(module, Denoiser) and not isinstance(module, Wrapper)
 
 
@@ -123,9 +133,9 @@ class Reparametrised(Wrapper):
         self.process = process
 
     def own(self, t: Tensor) -> Tensor:
-        """The wrapped denoiser's time with the same σ/α, matched in float64 (ends lose digits).
+        """The wrapped denoiser's time with the same σ/α, computed in float64 for the ends' sake.
 
-        Held within [0, 1]: noise beyond what it was trained on is read as the most that it knows.
+        It is clamped to [0, 1]: noise beyond the training range is read as the most noise in it.
         """
         alpha, sigma = self.process.scales(t.double())
         tiny = torch.finfo(torch.float32).tiny  # where α = 0 the ratio must stay finite
@@ -142,9 +152,14 @@ class Reparametrised(Wrapper):
         return self.denoiser.weight(self.own(t))
 
 
-def linear(x: Tensor, negative: Tensor, scale: float) -> Tensor:
+def broadcast(scale: Scale, x: Tensor) -> Scale:
+    """A scale to multiply x (B, ...) with: a float as it is, (B,) as (B, 1, ..., 1) in x's type."""
+    return expand(scale.to(x), x) if isinstance(scale, Tensor) else scale
+
+
+def linear(x: Tensor, negative: Tensor, scale: Scale) -> Tensor:
     """The guided x̂ of classifier-free guidance, on the line from the negative through x̂."""
-    return negative + scale * (x - negative)
+    return negative + broadcast(scale, x) * (x - negative)
 
 
 class Guided(Wrapper):
@@ -153,9 +168,15 @@ class Guided(Wrapper):
     `scale` is g: 1 is unguided and costs one evaluation; the papers' w is g - 1. Both halves run
     as one batch of 2B. Other guidances are in `teachers/guidance.py`.
 
+    A condition with the entry `guidance_scale` (B,) gives each sample its own g in place of
+    `scale`. The wrapped denoiser does not see the entry, as its x̂ is what is mixed. Every batch
+    then costs two evaluations; samples whose g is 1 get the unguided x̂.
+
     Args:
-        null: What is moved away from, each entry (1, ...): no condition, or a negative prompt's.
-        mix: From x̂, the negative x̂ and g to the guided x̂.
+        scale: g of the samples whose condition has no `guidance_scale`.
+        null: The condition of the negative x̂, each entry (1, ...): that of no condition, or of a
+            negative prompt.
+        mix: From x̂, the negative x̂ and g, a float or (B,), to the guided x̂.
     """
 
     def __init__(
@@ -168,7 +189,7 @@ class Guided(Wrapper):
     def negative(self, key: str, like: Tensor) -> Tensor:
         """The null's entry (1, ...) on `like`'s device and in its type, moved there once.
 
-        Moved at each call, it would make the host wait for the device every time.
+        Moving it at each call would make the host wait for the device every time.
         """
         assert self.null is not None
         place = (key, like.device, like.dtype)
@@ -183,7 +204,11 @@ class Guided(Wrapper):
     def pair(
         self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x̂, and the negative x̂ that guidance moves away from; needs `guides(cond)`."""
+        """x̂, and the negative x̂ that guidance moves away from.
+
+        Args:
+            cond: One that this guidance guides (see `guides`), without a `guidance_scale`.
+        """
         assert cond is not None
         both = {k: torch.cat([v, self.negative(k, v).expand_as(v)]) for k, v in cond.items()}
         twice = s if s is None else torch.cat([s, s])
@@ -191,6 +216,14 @@ class Guided(Wrapper):
         return x, x_null
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
-        if self.scale == 1 or not self.guides(cond):
+        own, cond = conditions.without(cond, GUIDANCE_SCALE)
+        if not self.guides(cond) or (own is None and self.scale == 1):
             return self.denoiser(x_t, t, cond, s)
-        return self.mix(*self.pair(x_t, t, cond, s), self.scale)
+        x, negative = self.pair(x_t, t, cond, s)
+        return self.mixed(x, negative, own)
+
+    def mixed(self, x: Tensor, negative: Tensor, own: Tensor | None) -> Tensor:
+        """The guided x̂, by each sample's own scale (B,) or else by this guidance's one scale."""
+        if own is None:
+            return self.mix(x, negative, self.scale)
+        return torch.where(expand(own == 1, x), x, self.mix(x, negative, own))

@@ -1,10 +1,12 @@
-"""Guidance: wrappers that move x̂ away from a worse answer. Everywhere g = 1 is unguided.
+"""Guidance: wrappers that move x̂ away from a worse prediction. Everywhere g = 1 is unguided.
 
-What the worse answer is, is a class: no condition or a negative prompt (`Guided`), the same network
-without some blocks (`SkipLayerGuided`), a weaker network (`AutoGuided`). How far to move from it is
-a `mix`: `linear`, `Projected` or `Rescaled`. Where to, is `Interval`. All of them combine. CFG++
-changes the sampler and not x̂, so it is a solver: `teachers.solver.cfgpp`. `Adaptive` is stateful:
-create one for each sampling run; it cannot be the teacher in training.
+The class says where the worse prediction comes from: no condition or a negative prompt (`Guided`),
+the same network without some blocks (`SkipLayerGuided`), or a weaker network (`AutoGuided`). The
+`mix` says how to move away from it: `linear`, `Projected` or `Rescaled`. `Interval` says at which
+noise levels. All of them combine, and all read each sample's own scale from the condition's
+`guidance_scale` where there is one. CFG++ changes the sampler and not x̂, so it is a solver:
+`teachers.solver.cfgpp`. `Adaptive` is stateful: create one for each sampling run; it cannot be the
+teacher in training.
 
 | paper | here |
 |---|---|
@@ -21,7 +23,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,18 +30,22 @@ import torch
 from torch import Tensor, nn
 
 from teachers import conditions
-from teachers.denoiser import Cond, Denoiser, Guided, Mix, Wrapper, linear
-from teachers.errors import UserError, nearest
+from teachers.conditions import GUIDANCE_SCALE
+from teachers.denoiser import Cond, Denoiser, Guided, Mix, Scale, Wrapper, broadcast, linear
+from teachers.errors import UserError
+from teachers.features import blocks_of, changed
 from teachers.process import expand
+
+KEY = "teacher.guidance.blocks"  # the recipe key of skipped blocks, which begins error messages
 
 
 @dataclass(frozen=True)
 class Projected:
     """Adaptive projected guidance (arXiv:2410.02416), without its momentum.
 
-    x̂ - negative is shortened to at most `threshold`, and of what remains the component along x̂,
-    which oversaturates, is multiplied by eta. eta = 1 without a threshold is linear guidance.
-    The paper's momentum is left out: it is a state of the sampler, and a denoiser has none.
+    x̂ - negative is shortened to at most `threshold`; its component along x̂, which oversaturates,
+    is then multiplied by eta. eta = 1 without a threshold is linear guidance. The paper's momentum
+    is left out: it is a state of the sampler, and a denoiser has none.
 
     Args:
         eta: Share of the parallel component that is kept; the paper's 0.
@@ -50,14 +55,14 @@ class Projected:
     eta: float = 0.0
     threshold: float | None = None
 
-    def __call__(self, x: Tensor, negative: Tensor, scale: float) -> Tensor:
+    def __call__(self, x: Tensor, negative: Tensor, scale: Scale) -> Tensor:
         gap = x - negative
         if self.threshold is not None:
             norm = expand(gap.flatten(1).norm(dim=1), gap)
             gap = gap * (self.threshold / norm.clamp(min=self.threshold))
         along = nn.functional.normalize(x.flatten(1), dim=1).view_as(x)
         parallel = expand((gap * along).flatten(1).sum(1), gap) * along
-        return x + (scale - 1) * (gap - (1 - self.eta) * parallel)
+        return x + (broadcast(scale, x) - 1) * (gap - (1 - self.eta) * parallel)
 
     def __str__(self) -> str:
         limit = "" if self.threshold is None else f" and threshold {self.threshold:g}"
@@ -66,19 +71,19 @@ class Projected:
 
 @dataclass(frozen=True)
 class Rescaled:
-    """Guidance whose result is brought back towards x̂'s own standard deviation (arXiv:2305.08891).
+    """Guidance rescaled towards the standard deviation of the unguided x̂ (arXiv:2305.08891).
 
-    The paper scales the network's output; here it is x̂, whatever the network predicts.
+    The paper rescales the network's output; here x̂ is rescaled, whatever the network predicts.
 
     Args:
         factor: φ from 0 (not at all) to 1 (entirely).
-        mix: What is rescaled.
+        mix: The guidance that is rescaled.
     """
 
     factor: float
     mix: Mix = linear
 
-    def __call__(self, x: Tensor, negative: Tensor, scale: float) -> Tensor:
+    def __call__(self, x: Tensor, negative: Tensor, scale: Scale) -> Tensor:
         guided = self.mix(x, negative, scale)
         if self.factor == 0:
             return guided
@@ -91,10 +96,11 @@ class Rescaled:
 
 
 class AutoGuided(Guided):
-    """Autoguidance (arXiv:2406.02507): away from what a weaker network says of the same condition.
+    """Autoguidance (arXiv:2406.02507): away from a weaker network's x̂ under the same condition.
 
     Args:
-        weaker: Smaller or less trained, under the same process; `Reparametrised` for another.
+        weaker: A smaller or less trained network under the same process. Wrap one of another
+            process in `Reparametrised`.
     """
 
     def __init__(
@@ -113,29 +119,27 @@ class AutoGuided(Guided):
 
 
 class SkipLayerGuided(Guided):
-    """Skip-layer guidance: away from what the same network says without some of its blocks.
+    """Skip-layer guidance: away from the x̂ of the same network without some of its blocks.
 
-    A skipped block still runs, and forward hooks put its input in place of its output.
+    A skipped block still runs, and its input takes the place of its output.
 
     Args:
-        blocks: Modules of the denoiser, by name, whose output is shaped like their input.
+        blocks: Names of modules whose output is shaped like their input, as `named_modules()`
+            gives them.
 
     Raises:
-        UserError: the denoiser has no such block.
+        UserError: the denoiser has no such block, or it is in a compiled module. A call raises it
+            where a block's output is not shaped like its input.
     """
 
     def __init__(
         self, denoiser: Denoiser, scale: float, blocks: Sequence[str], mix: Mix = linear
     ) -> None:
         super().__init__(denoiser, scale, None, mix)
-        self.blocks, modules = tuple(blocks), dict(denoiser.named_modules())
-        if not self.blocks:
-            raise UserError("teacher.guidance.blocks: name at least one block to skip")
-        if missing := [b for b in self.blocks if not b or b not in modules]:
-            raise UserError(
-                f"teacher.guidance.blocks: the network has no block {missing[0]!r}; "
-                f"{nearest(missing[0], shown(denoiser))}"
-            )
+        if not blocks:
+            raise UserError(f"{KEY}: it is empty; name at least one block to skip")
+        blocks_of(denoiser, blocks, KEY)
+        self.blocks = tuple(blocks)
 
     def guides(self, cond: Cond) -> bool:
         return True
@@ -143,63 +147,62 @@ class SkipLayerGuided(Guided):
     def pair(
         self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        modules = dict(self.denoiser.named_modules())
         x = self.denoiser(x_t, t, cond, s)
         if torch.is_grad_enabled() and x_t.requires_grad and checkpointed(self.denoiser):
-            # its backward would run the blocks again, when the hooks are gone
-            raise UserError("skip-layer guidance: turn gradient checkpointing off in the teacher")
-        with ExitStack() as hooks:
-            for name in self.blocks:
-                hook = modules[name].register_forward_hook(passed, with_kwargs=True)
-                hooks.callback(hook.remove)
-            return x, self.denoiser(x_t, t, cond, s)
-
-
-def shown(denoiser: Denoiser) -> list[str]:
-    """Names of modules that are worth naming: those three levels down at most."""
-    return [n for n, _ in denoiser.named_modules() if n and n.count(".") <= 2]
+            # the backward pass would run the blocks again, without the hooks
+            raise UserError(
+                f"{KEY}: skipped blocks cannot be recomputed; turn gradient checkpointing off in "
+                "the teacher"
+            )
+        with changed(self.denoiser, self.blocks, skip, KEY):
+            worse = self.denoiser(x_t, t, cond, s)
+        return x, worse
 
 
 def checkpointed(denoiser: Denoiser) -> bool:
-    """Whether a part of it recomputes its activations, as diffusers' models say that they do."""
+    """Whether a part of it recomputes its activations, by the flag of diffusers' models."""
     return any(vars(m).get("gradient_checkpointing", False) for m in denoiser.modules())
 
 
-def passed(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """A forward hook: the block's input in the form of its output.
+def skip(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """The input of a block in the form of its output.
 
-    Blocks with two streams return them as a pair, (text, image) or (image, text).
+    Blocks with two streams return a pair, (text, image) or (image, text).
+
+    Raises:
+        UserError: the output does not have the shape of the input.
     """
     given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
     inputs = [v for v in given.values() if isinstance(v, Tensor)]
     image = given.get("hidden_states", inputs[0] if inputs else None)
-    text = given.get("encoder_hidden_states")
     if isinstance(output, Tensor):
-        found: Any = image
-        fits = alike(image, output)
-    else:
-        output = tuple(output)
-        choices = [(image,)] if len(output) == 1 else [(text, image), (image, text)]
-        fitting = [c for c in choices if len(c) == len(output) and all(map(alike, c, output))]
-        fits = bool(fitting)
-        # the last block of a two-stream network may have no text to return
-        found = fits and tuple(a if o is not None else None for a, o in zip(fitting[0], output))
-    if not fits:
-        raise UserError(
-            f"teacher.guidance.blocks: a {type(block).__name__} does not return what it was given "
-            "in shape and cannot be skipped; name a transformer block or an attention layer"
-        )
-    return found
+        if fits(image, output):
+            return image
+    elif len(output) == 1:
+        if fits(image, output[0]):
+            return (image,)
+    elif len(output) == 2:
+        text = given.get("encoder_hidden_states")
+        for pair in ((text, image), (image, text)):
+            if all(map(fits, pair, output)):
+                # the last block of a two-stream network may have no text to return
+                return tuple(a if o is not None else None for a, o in zip(pair, output))
+    raise UserError(
+        f"{KEY}: a {type(block).__name__} does not return the shape of its input and cannot be "
+        "skipped; name a transformer block or an attention layer"
+    )
 
 
-def alike(a: Any, b: Any) -> bool:
-    return b is None or (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape)
+def fits(given: Any, output: Any) -> bool:
+    """Whether an input can stand in for an output: both of one shape, or there is no output."""
+    both = isinstance(given, Tensor) and isinstance(output, Tensor)
+    return output is None or (both and given.shape == output.shape)
 
 
 class Interval(Wrapper):
-    """Guidance where low < σ/α ≤ high, and elsewhere none (arXiv:2404.07724).
+    """Guidance where low < σ/α ≤ high, and none elsewhere (arXiv:2404.07724).
 
-    Samples outside cost one evaluation. Which they are is asked of t, so the host waits for it.
+    Samples outside cost one evaluation. The host waits for t to know which they are.
     """
 
     def __init__(self, guided: Guided, low: float, high: float) -> None:
@@ -214,59 +217,62 @@ class Interval(Wrapper):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
         inside = self.inside(t)
         count = int(inside.sum())
+        _, plain = conditions.without(cond, GUIDANCE_SCALE)  # which an unguided x̂ does not need
         if count in (0, len(t)):
-            denoiser = self.guided if count else self.denoiser
-            return denoiser(x_t, t, cond, s)
+            return self.guided(x_t, t, cond, s) if count else self.denoiser(x_t, t, plain, s)
         parts = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
-        found = []
-        for denoiser, i in zip((self.guided, self.denoiser), parts):
-            some = conditions.rows(cond, i)
-            found.append(denoiser(x_t[i], t[i], some, s if s is None else s[i]))
-        return torch.cat(found)[torch.cat(parts).argsort()]
+        estimates = []
+        for denoiser, i, entries in zip((self.guided, self.denoiser), parts, (cond, plain)):
+            some = conditions.rows(entries, i)
+            estimates.append(denoiser(x_t[i], t[i], some, s if s is None else s[i]))
+        return torch.cat(estimates)[torch.cat(parts).argsort()]
 
 
 AGREED = 0.991  # the paper's γ̄
 
 
 class Adaptive(Wrapper):
-    """Adaptive guidance (arXiv:2312.12487): a sample is guided until its two x̂ agree, then no more.
+    """Adaptive guidance (arXiv:2312.12487): guide each sample until its two x̂ agree.
 
-    They agree when their cosine is at least `threshold`; that call is still guided, and all later
-    ones of the sample cost one evaluation. Each sample stops by itself, whatever else is drawn.
-    The paper takes the cosine of what the network predicts; here it is of x̂, as two predictions of
-    noise agree where there is little else, which is where guidance begins.
+    They agree when their cosine is at least `threshold`. That call is still guided; all later calls
+    of the sample cost one evaluation. Each sample stops on its own, whatever the batch holds. The
+    paper takes the cosine of the network's predictions. Here it is the cosine of x̂, because two
+    predictions of noise agree at high noise, which is where sampling begins.
 
-    One is for one walk of a batch, whose rows keep their places: it remembers which have stopped.
+    It is stateful, as it remembers which samples have stopped: create one for each sampling run of
+    one batch, whose rows keep their places.
 
     Args:
         guided: Guidance whose negative is a condition.
-        threshold: γ̄; above 1 none ever stops.
+        threshold: γ̄; above 1 no sample ever stops.
     """
 
     def __init__(self, guided: Guided, threshold: float = AGREED) -> None:
         super().__init__(guided.denoiser)
         self.guided, self.threshold = guided, threshold
-        self.left: Tensor | None = None  # (B,), whether each is still guided
+        self.active: Tensor | None = None  # (B,), whether each sample is still guided
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        own, cond = conditions.without(cond, GUIDANCE_SCALE)
         assert cond is not None and self.guided.null is not None
-        if self.left is None:
-            self.left = torch.ones(len(x_t), dtype=torch.bool, device=x_t.device)
-        i = self.left.nonzero()[:, 0]  # the host waits for it
+        if self.active is None:
+            self.active = torch.ones(len(x_t), dtype=torch.bool, device=x_t.device)
+        i = self.active.nonzero()[:, 0]  # the host waits for it
         null = {k: self.guided.negative(k, v).expand_as(v) for k, v in cond.items()}
         both = {k: torch.cat([v, null[k][i]]) for k, v in cond.items()}
         times = torch.cat([t, t[i]])
         ends = s if s is None else torch.cat([s, s[i]])
-        found = self.denoiser(torch.cat([x_t, x_t[i]]), times, both, ends)
-        x, negative = found[: len(x_t)], found[len(x_t) :]
-        mixed = x.index_copy(0, i, self.guided.mix(x[i], negative, self.guided.scale))
+        estimates = self.denoiser(torch.cat([x_t, x_t[i]]), times, both, ends)
+        x, negative = estimates[: len(x_t)], estimates[len(x_t) :]
+        guided = self.guided.mixed(x[i], negative, own if own is None else own[i])
+        mixed = x.index_copy(0, i, guided)
         agree = nn.functional.cosine_similarity(x[i].flatten(1), negative.flatten(1))
-        self.left = self.left.index_fill(0, i[agree >= self.threshold], False)
+        self.active = self.active.index_fill(0, i[agree >= self.threshold], False)
         return mixed
 
 
 def describe(denoiser: Denoiser) -> str:
-    """How a denoiser is guided, as one line; g = 1 is unguided."""
+    """The guidance of a denoiser in one line; g = 1 is unguided."""
     if isinstance(denoiser, Interval):
         inner = describe(denoiser.guided)
         if denoiser.guided.scale == 1:

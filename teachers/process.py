@@ -28,17 +28,17 @@ class Process:
     def grid(self, steps: int) -> Tensor:
         """The `steps` times, from 1 down, at which a solver calls its network; float64 (steps,).
 
-        The walk ends by taking the last x̂, so t = 0 is on the grid only where it is still noisy.
+        A solver ends with the last x̂, so t = 0 is on the grid only where it is still noisy.
         """
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
 
     def __deepcopy__(self, memo: Any) -> Process:
-        return self  # it never changes: copies of a network share their clock
+        return self  # it is immutable, so copies of a network share it
 
     def at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """α(t) and σ(t), shaped (B, 1, ..., 1) to broadcast against x; float32 or wider.
 
-        Worked out in float64: near the ends, float32 loses most of σ's digits.
+        Computed in float64: near the ends, float32 loses most of σ's digits.
         """
         alpha, sigma = self.scales(t.double())
         dtype = torch.promote_types(x.dtype, torch.float32)

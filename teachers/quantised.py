@@ -5,9 +5,9 @@
 | fp8 | e4m3, 8 bits (arXiv:2209.05433) | one for each output: its largest is 448 |
 | nf4 | the nearest of 16 normal quantiles, 4 bits (arXiv:2305.14314) | one for each 64 weights |
 
-A product is worked out with the weight brought back to the input's type, for the forward pass and
-again for the backward pass: what is kept in between is the codes. Embeddings, convolutions, norms
-and the last layer keep their own precision; they are a small part, and the most sensitive.
+A product decodes the weight to the input's type, in the forward pass and again in the backward
+pass; only the codes are kept in between. Embeddings, convolutions, norms and the last layer keep
+their own precision; they are a small part, and the most sensitive.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 Form = Literal["fp8", "nf4"]
 FORMS: tuple[Form, ...] = ("fp8", "nf4")
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "nf4"]
-# Of weights as they are read; what is quantised is read in bf16, in which the rest of it stays.
+# The type that weights load in; of quantised networks, the layers that are not quantised keep it.
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -43,8 +43,8 @@ NF4 = (
 class Quantised(nn.Linear):
     """A frozen linear layer that keeps codes and scales in its weight's place.
 
-    `weight` is the weight (out, in) that the codes stand for, worked out anew at each look, in the
-    type that it had.
+    `weight` is the weight (out, in) that the codes stand for, decoded at each access, in its
+    original type.
     """
 
     codes: Tensor
@@ -76,7 +76,7 @@ class Quantised(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ, linear in x alone; for its gradient W is worked out again, and not kept."""
+    """x Wᵀ with a gradient for x alone; the backward pass decodes W again and keeps no copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Quantised) -> Tensor:  # pyright: ignore
@@ -134,7 +134,7 @@ def is_quantised(network: nn.Module) -> bool:
 
 
 def parameters(network: nn.Module) -> int:
-    """How many weights a network has, however they are kept."""
+    """How many weights a network has, quantised ones included."""
     own = sum(p.numel() for p in network.parameters())
     layers = [m for m in network.modules() if isinstance(m, Quantised)]
     return own + sum(m.in_features * m.out_features for m in layers)

@@ -1,4 +1,4 @@
-"""Solvers: walk a denoiser from noise to data in n network-lengths.
+"""Solvers: integrate a denoiser's ODE or SDE from noise to data in n steps.
 
 All take `times` (n,) from noisy to clean, end with the last x̂, and see only α, σ and x̂. Orders and
 formulas: DDIM (arXiv:2010.02502), Heun (arXiv:2206.00364), DPM-Solver++(2M) (arXiv:2211.01095).
@@ -11,7 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from teachers.denoiser import Cond, Denoiser, Guided
+from teachers import conditions
+from teachers.conditions import GUIDANCE_SCALE, Cond
+from teachers.denoiser import Denoiser, Guided
 from teachers.errors import UserError, nearest
 from teachers.process import expand
 
@@ -86,7 +88,7 @@ def dpmpp_2m(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) 
 
 
 def ancestral(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
-    """DDPM's own sampler: fresh noise at each step, as the posterior has it (DDIM, η = 1)."""
+    """DDPM's own sampler: new noise at each step, from the posterior (DDIM with η = 1)."""
     process = denoiser.process
     for t, s in pairs(times, x_t):
         x = denoiser(x_t, t, cond)
@@ -106,15 +108,17 @@ def cfgpp(
 ) -> Tensor:
     """CFG++ (arXiv:2406.08070): DDIM to the guided x̂ by the unconditional noise. n × 2 evaluations.
 
-    It is no guidance scale g: x̂ is mixed with λ = `strength` in [0, 1] and noised again with the
-    negative's ε, so that λ = 0 is unconditional DDIM. Of `guided` only its pair of x̂ is used.
+    λ = `strength` in [0, 1] is no guidance scale g: x̂ is mixed with λ and noised again with the
+    negative's ε, so that λ = 0 is unconditional DDIM. Of `guided` only its pair of x̂ is used; its
+    scale and the condition's `guidance_scale` are not.
 
     Raises:
         UserError: `strength` is outside [0, 1].
     """
     if not 0 <= strength <= 1:
-        raise UserError(f"CFG++ strength is λ in [0, 1], not {strength}: it is no guidance scale")
+        raise UserError(f"strength: {strength} is outside [0, 1]; give λ, no guidance scale")
     process = guided.process
+    _, cond = conditions.without(cond, GUIDANCE_SCALE)
     for t, s in pairs(times, x_t):
         x, negative = guided.pair(x_t, t, cond)
         mixed = negative + strength * (x - negative)
@@ -125,7 +129,7 @@ def cfgpp(
 
 
 def renoise(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
-    """Consistency sampling: x̂, then all the noise of the next time anew. n evaluations."""
+    """Consistency sampling: x̂, then new noise of the next time's level. n evaluations."""
     for t, s in pairs(times, x_t):
         x = denoiser(x_t, t, cond)
         x_t = x if s is None else denoiser.process.noise(x, s, torch.randn_like(x))
@@ -146,9 +150,9 @@ def solve(
         UserError: no solver of that name, or steps < 1.
     """
     if method not in SOLVERS:
-        raise UserError(f"solver {method!r} is unknown: {nearest(method, SOLVERS)}")
+        raise UserError(f"solver {method!r}: unknown; {nearest(method, SOLVERS)}")
     if steps < 1:
-        raise UserError(f"solver steps must be at least 1, not {steps}")
+        raise UserError(f"steps: expected at least 1, not {steps}")
     times = denoiser.process.grid(steps).to(z.device)
     start = times[:1].to(z.dtype).expand(len(z))
     return SOLVERS[method](

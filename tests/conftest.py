@@ -29,7 +29,7 @@ else:
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
-from tests.helpers import fake_gpu, toys  # noqa: E402
+from tests.helpers import fake_gpu, slow_tests, toys  # noqa: E402
 
 if DEVICE == "cuda":  # a run that is taken up again is compared bit for bit, values to the host's
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -38,7 +38,17 @@ elif torch.accelerator.is_available():  # one that no variable hides
     os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-slow",
+        action="store_true",
+        help="write the results of slow tests to docs/slow-tests.md, and keep its other rows",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-slow") and not hasattr(config, "workerinput"):  # xdist's workers
+        config.pluginmanager.register(slow_tests.Recorder())
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("FEWSTEP_TEST_DEVICE=cuda: torch finds no GPU here")
     if DEVICE != "cuda" and torch.cuda.is_available():

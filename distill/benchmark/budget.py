@@ -1,8 +1,8 @@
-"""How many steps a budget buys: of network evaluations, counted beforehand, or of seconds.
+"""How many training steps a budget of network evaluations, or of seconds, allows.
 
-A run's evaluations follow from its recipe and its seed, so they can be counted without computing
-one: the objective's own turns are played under the engine's own seeds on networks that return
-their input. A budget in seconds is timed on the real thing.
+A run's evaluations depend on its recipe and seed alone. So they are counted before the run: the
+objective's turns are played with the engine's seeds on networks that return their input. For a
+budget in seconds, some steps of the real run are timed.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,37 @@ import torch
 from torch import Tensor, nn
 
 from distill.config.recipe import Recipe
-from distill.data.from_recipe import needs_data
 from distill.data.stream import Stream
 from distill.objectives.base import Batch
-from distill.planning.plan import count_samples
+from distill.profiling import EvaluationCounter, denoisers_in
 from distill.sampling.guided_teacher import load_teacher
 from distill.seeds import seed_all
 from distill.training.build import build
-from distill.training.networks import objective_of
+from distill.training.networks import assembled, build_networks
 from students.critic import Critic
-from teachers.denoiser import Cond, Denoiser, Wrapper
+from teachers.denoiser import Cond, Denoiser, computes
 from teachers.errors import UserError
+from teachers.process import Process
 
-WARM = 4  # steps that are not timed: the first allocate
-TIMED = 12  # steps that are: enough for an objective whose student moves at every fifth
+WARM = 4  # steps that are not timed: the first ones allocate memory
+TIMED = 12  # steps that are timed: enough for an objective whose student learns every fifth step
 
 
 def steps_for_evaluations(recipe: Recipe, budget: float, most: int | None = None) -> int:
     """The most training steps whose samples through all networks do not exceed the budget.
 
     Args:
-        most: How many to count, where it need not be known how many more there are.
+        most: Where counting may stop.
 
     Raises:
-        UserError: it does not buy one step, or a step evaluates no network.
+        UserError: the budget is below one step, or a step evaluates no network.
     """
     steps, spent, total = 0, 0, 0
     for total in islice(evaluations_after_steps(recipe), most):
         if total == spent:
-            raise UserError(f"budget: step {steps + 1} evaluates no network, so it never ends")
+            raise UserError(
+                f"budget: step {steps + 1} evaluates no network, so steps are free; use seconds"
+            )
         if total > budget:
             break
         steps, spent = steps + 1, total
@@ -60,69 +61,89 @@ def steps_for_evaluations(recipe: Recipe, budget: float, most: int | None = None
 
 
 def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:
-    """The samples through all networks after step 1, 2, …: those that the engine will count.
+    """The samples through all networks after step 1, 2, …, as the engine will count them.
 
-    A few samples stand for a shard: as many as the student has steps, where a shard is a multiple
-    of that, so that each place of its chain has its share.
+    A few samples stand for a shard: as many as the student has steps, if that divides the shard, so
+    that every place of its chain has the same number.
     """
-    teacher = load_teacher(recipe)
-    objective = objective_of(recipe, teacher, torch.device("cpu"))
-    networks = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}
-    counts = dict.fromkeys(networks, 0)
-    count_samples(networks, counts)
+    teacher = load_teacher(recipe.teacher)
+    networks = echo_networks(build_networks(recipe, teacher))
+    objective = assembled(recipe, networks, torch.device("cpu"))
+    fields = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}
     seed, shard = recipe.train.seed, recipe.train.batch // recipe.train.accumulate
     size = shard if shard % recipe.student.steps else recipe.student.steps
     x, cond = torch.zeros(size, *teacher.shape), teacher.codec.condition([0] * size)
-    batch = Batch(x if needs_data(recipe) else None, x.clone(), cond)
-    step = 0
-    while True:
-        with hollow():
+    batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
+    counter = EvaluationCounter(denoisers_in(fields))
+    for step in count():
+        with counter as counts:
             seed_all(seed, "turns", step, 0)
             for place, turn in enumerate(objective.turns(step)):
                 seed_all(seed, step, place, 0)
                 turn.loss(batch)
                 seed_all(seed, "turns", step, place + 1)
-        step += 1
         yield sum(counts.values()) * recipe.train.batch // size
 
 
-@contextmanager
-def hollow() -> Iterator[None]:
-    """Networks that return their input, and critics that cannot tell: only their calls count."""
-    kinds: list[Any] = [k for k in every(Denoiser) if not issubclass(k, Wrapper)] + every(Critic)
-    before = [(kind, kind.forward) for kind in kinds if "forward" in vars(kind)]
-    for kind, _ in before:
-        kind.forward = _undecided if issubclass(kind, Critic) else _as_it_is
-    try:
-        yield
-    finally:
-        for kind, forward in before:
-            kind.forward = forward
+class Echo(Denoiser):
+    """A network that computes nothing: it returns its input, and its calls are counted.
+
+    It has the network's parts, parameters and buffers under their own names.
+    """
+
+    def __init__(self, network: Denoiser) -> None:
+        super().__init__()
+        self._network = (network,)  # in a tuple: not a submodule
+        self._modules, self._buffers = network._modules, network._buffers
+        self._parameters = network._parameters
+
+    @property
+    def process(self) -> Process:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._network[0].process
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        return x_t
+
+    def weight(self, t: Tensor) -> Tensor:
+        return self._network[0].weight(t)
 
 
-def every(kind: type) -> list[type]:
-    """A class and all that are derived from it."""
-    found = [kind, *(below for k in kind.__subclasses__() for below in every(k))]
-    return list(dict.fromkeys(found))
+class EchoCritic(Critic):
+    """A critic that cannot tell: logits of 0, after the call of its denoiser, which is counted."""
+
+    def __init__(self, critic: Critic, denoiser: Denoiser) -> None:
+        nn.Module.__init__(self)
+        self._denoiser, self.heads = (denoiser, []), critic.heads
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        self._denoiser[0](x_t, t, cond)
+        return x_t.new_zeros(len(x_t))
 
 
-def _as_it_is(
-    self: Any, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None
-) -> Tensor:
-    return x_t
+def echo_networks(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The networks, in which every denoiser that computes is replaced by its `Echo`.
 
+    What wraps denoisers is changed in place; a denoiser that stands at several places has one echo.
+    """
+    echoes: dict[nn.Module, Denoiser] = {}
 
-def _undecided(self: Any, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-    """Logits (B,); the features are read, as the denoiser behind them may be counted."""
-    self._denoiser[0](x_t, t, cond)
-    return x_t.new_zeros(len(x_t))
+    def echo(module: Any) -> Any:
+        if isinstance(module, Critic):
+            return EchoCritic(module, echo(module._denoiser[0]))
+        if not computes(module):
+            for name, child in module.named_children():
+                setattr(module, name, echo(child))
+            return module
+        return echoes.setdefault(module, Echo(module))
+
+    return {name: echo(network) for name, network in networks.items()}
 
 
 def steps_for_seconds(recipe: Recipe, budget: float) -> int:
-    """The training steps that fit in `budget` seconds here, from the time that a few take.
+    """The training steps that fit in `budget` seconds on this machine; some are timed.
 
     Raises:
-        UserError: not one does, or the recipe cannot be built.
+        UserError: one step takes longer, or the recipe cannot be built.
     """
     with tempfile.TemporaryDirectory() as scratch:
         engine = build(recipe, Path(scratch) / "run").engine

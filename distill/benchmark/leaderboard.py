@@ -1,4 +1,4 @@
-"""Leaderboards: what a benchmark's runs left, gathered into rows, as JSON and as Markdown."""
+"""Leaderboards: the summaries of a benchmark's runs as rows, in JSON and in Markdown."""
 
 from __future__ import annotations
 
@@ -12,13 +12,8 @@ from statistics import mean, pstdev
 from typing import Any, Literal
 
 from distill.benchmark.spec import BenchmarkRun, BenchmarkRunner, Row
-from distill.benchmark.state import DISTANCES
 from distill.files import write
-
-# Figures that tables show, and their heads.
-SHOWN = {"fd": "FD", "fid": "FID", "patch_fid": "patch FID", "fd_dinov2": "FD-DINOv2",
-         "cmmd": "CMMD", "inception_score": "IS", "precision": "precision", "recall": "recall",
-         "coverage": "coverage", "accuracy": "accuracy"}  # fmt: skip
+from eval import catalogue
 
 
 @dataclass(frozen=True)
@@ -26,11 +21,11 @@ class LeaderboardRow:
     """One contestant at one step count.
 
     Args:
-        steps: Of sampling; None for a row of which no run came through.
+        steps: Of sampling; None for a row whose runs all failed.
         metrics: By name, the mean over seeds and the spread (population standard deviation).
-        seeds: Of the runs that came through; for the teacher, of its noise.
+        seeds: Of the runs that finished; for the teacher, of its noise.
         train_steps, network_evaluations, wall_s, peak_memory_gb: Of training, the mean over seeds.
-        failed: Why runs failed, by seed.
+        failed: By seed, why its run failed.
     """
 
     name: str
@@ -51,17 +46,19 @@ class LeaderboardRow:
 
     @property
     def distance(self) -> float:
-        """The mean of the figure that orders lines."""
+        """The mean of the metric that orders rows."""
         return self.value(distance_of(self.metrics))
 
 
 def distance_of(figures: Mapping[str, Any]) -> str:
     """The name of the distance among a protocol's figures."""
-    return next(k for k in DISTANCES if k in figures)
+    key = catalogue.headline(figures)
+    assert key is not None, "every protocol has a distance"
+    return key
 
 
 def student_lines(race: BenchmarkRunner) -> list[LeaderboardRow]:
-    """Every row's lines, a row's together."""
+    """The leaderboard's lines of all students, grouped by row."""
     lines = []
     for row in race.bench.rows:
         entries = [e for e in race.entries if e.row is row]
@@ -75,11 +72,11 @@ def lines_of(
     """A line for each step count that the row's runs were measured at."""
     name = race.bench.recipe(row, entries[0].seed).objective["name"]
     failed = {str(e.seed): why for e in entries if (why := race.failure(e)) is not None}
-    came = [e for e in entries if race.done(e) and str(e.seed) not in failed]
-    found = {e.seed: s for e in came if (s := e.summary()) is not None}
-    if not found:
+    finished = [e for e in entries if race.done(e) and str(e.seed) not in failed]
+    summaries = {e.seed: s for e in finished if (s := e.summary()) is not None}
+    if not summaries:
         return [LeaderboardRow(row.name, "student", name, None, [], {}, failed=failed)]
-    runs = list(found.values())
+    runs = list(summaries.values())
 
     def average(key: str) -> float:
         return mean(s[key] for s in runs)
@@ -90,7 +87,7 @@ def lines_of(
             "student",
             name,
             int(steps),
-            list(found),
+            list(summaries),
             over_seeds([s["metrics"]["student"][steps] for s in runs]),
             average("steps"),
             average("network_evaluations"),
@@ -104,17 +101,17 @@ def lines_of(
 
 
 def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The mean and the spread of every figure that is a float in all rows."""
+    """The mean and the spread of every metric that is a float in all rows."""
     keys = [k for k in rows[0] if all(isinstance(r.get(k), float) for r in rows)]
     values = {k: [r[k] for r in rows] for k in keys}
     return {k: {"mean": mean(v), "spread": pstdev(v)} for k, v in values.items()}
 
 
-def sampled(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """A protocol's own means and spreads, as lines have them."""
-    spread = found["spread"]
-    keys = [k for k, v in found.items() if isinstance(v, float)]
-    return {k: {"mean": found[k], "spread": spread.get(k, 0.0)} for k in keys}
+def with_spread(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """A protocol's means and spreads over seeds in the form of `LeaderboardRow.metrics`."""
+    spread = metrics["spread"]
+    keys = [k for k, v in metrics.items() if isinstance(v, float)]
+    return {k: {"mean": metrics[k], "spread": spread.get(k, 0.0)} for k in keys}
 
 
 def save(race: BenchmarkRunner, lines: Sequence[LeaderboardRow]) -> None:
@@ -126,7 +123,7 @@ def save(race: BenchmarkRunner, lines: Sequence[LeaderboardRow]) -> None:
 
 
 def read(out: Path) -> list[LeaderboardRow]:
-    """The lines that `save` left in a folder."""
+    """The lines that `save` wrote to a folder."""
     return [
         LeaderboardRow(**tree)
         for tree in json.loads((out / "leaderboard.json").read_text(encoding="utf-8"))
@@ -136,7 +133,7 @@ def read(out: Path) -> list[LeaderboardRow]:
 def ordered(lines: Iterable[LeaderboardRow]) -> list[LeaderboardRow]:
     """The teacher, its baselines, then students by their distance in the fewest steps.
 
-    Rows of which no run came through are last.
+    Rows whose runs all failed are last.
     """
     lines = list(lines)
     best: dict[str, float] = {}
@@ -163,37 +160,37 @@ def markdown(race: BenchmarkRunner, lines: Sequence[LeaderboardRow]) -> str:
         "± is the spread over seeds. Evaluations are samples through any network while training.",
         table([v for v in lines if v.kind == "student" and v.steps]),
     ]
-    if taught := [v for v in lines if v.kind != "student"]:
+    if untrained := [v for v in lines if v.kind != "student"]:
         cost = "Evaluations are samples through any network for one picture."
-        parts += ["## The teacher, untrained", cost, table(taught)]
+        parts += ["## The teacher, untrained", cost, table(untrained)]
     if failed := {(v.name, k): why for v in lines for k, why in v.failed.items()}:
-        said = [
+        items = [
             f"- {plain(name)}, seed {seed}: {plain(why)}" for (name, seed), why in failed.items()
         ]
-        parts += ["## Failed", "\n".join(said)]
+        parts += ["## Failed", "\n".join(items)]
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
 def table(lines: Sequence[LeaderboardRow]) -> str:
-    """Lines as a Markdown table, of the columns that any of them has."""
+    """Lines as a Markdown table with the columns that any of them has."""
     if not lines:
         return ""
-    keys = [k for k in SHOWN if any(k in v.metrics for v in lines)]
+    keys = catalogue.columns(dict.fromkeys(k for v in lines for k in v.metrics))
     timed = any("images_per_s" in v.metrics for v in lines)
     trained = any(v.wall_s is not None for v in lines)
-    asked = any("evaluations" in v.metrics for v in lines)  # network evaluations of a picture
+    costed = any("evaluations" in v.metrics for v in lines)  # network evaluations of a picture
     heads = [
         "",
         "steps",
-        *(["evaluations"] if asked else []),
-        *(SHOWN[k] for k in keys),
-        *(["images/s"] if timed else []),
+        *(["evaluations"] if costed else []),
+        *map(catalogue.short, keys),
+        *([catalogue.short("images_per_s")] if timed else []),
     ]
     heads += ["trained steps", "evaluations", "wall s", "memory GB"] if trained else []
     rows = [heads, ["---"] * len(heads)]
     for line in lines:
         cells = [plain(line.name), str(line.steps)]
-        if asked:
+        if costed:
             cells.append(
                 f"{line.value('evaluations'):.4g}" if "evaluations" in line.metrics else ""
             )
@@ -210,12 +207,12 @@ def table(lines: Sequence[LeaderboardRow]) -> str:
 
 
 def plain(text: str) -> str:
-    """A text that Markdown shows as it is, in a table's cell as well."""
+    """A text escaped so that Markdown shows it as it is, also in a table's cell."""
     return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(text, quote=False))
 
 
 def figure(line: LeaderboardRow, key: str) -> str:
-    """A mean, and its spread where there are several seeds."""
+    """A mean, with its spread where there are several seeds."""
     if key not in line.metrics:
         return ""
     spread = f" ± {short(line.metrics[key]['spread'])}" if len(line.seeds) > 1 else ""
@@ -223,5 +220,5 @@ def figure(line: LeaderboardRow, key: str) -> str:
 
 
 def short(value: float) -> str:
-    """Three decimals, or two digits of what they would not show."""
+    """Three decimals, or two significant digits for smaller values."""
     return f"{value:.2g}" if 0 < abs(value) < 0.005 else f"{value:.3f}"

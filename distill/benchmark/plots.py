@@ -1,4 +1,4 @@
-"""A leaderboard as pictures: every point named beside it, colours that all eyes can tell apart."""
+"""A leaderboard as plots: every point has its name in the margin; colours suit the colour-blind."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.benchmark.leaderboard import LeaderboardRow, distance_of
+from eval import catalogue
+from teachers.errors import plural
 
 # Okabe and Ito's palette (Color Universal Design, 2008), without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKS = ("o", "s", "^", "D", "v", "P", "X")  # of objectives, so that colour is not all
+MARKS = ("o", "s", "^", "D", "v", "P", "X")  # of objectives, beside their colours
 GREY, BLACK = "#767676", "#1a1a1a"
 NAME = 0.21  # inches that a name takes
 
 
 class Point(NamedTuple):
-    """A place in an axis, and the name that is written for it in the margin."""
+    """A point in an axis, and its name in the margin."""
 
     x: float
     y: float
@@ -26,35 +28,37 @@ class Point(NamedTuple):
 
 
 def plot(lines: Sequence[LeaderboardRow], out: Path) -> list[Path]:
-    """Write every picture that the lines have figures for; their paths."""
+    """Write every plot that the lines have metrics for; their paths."""
     import matplotlib as mpl
 
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
              "axes.edgecolor": GREY, "axes.titlesize": 10, "axes.titlelocation": "left",
              "xtick.color": BLACK, "ytick.color": BLACK, "grid.color": "#e6e6e6",
              "figure.dpi": 150, "savefig.bbox": "tight", "axes.axisbelow": True}  # fmt: skip
-    lines = [replace(v, name=v.name.replace("$", r"\$")) for v in lines]  # no mathematics
+    lines = [
+        replace(v, name=v.name.replace("$", r"\$")) for v in lines
+    ]  # or matplotlib sets mathematics
     students = [v for v in lines if v.kind == "student" and v.steps]
     if not students:
         return []
     first = fewest(students)
-    found = []
+    paths = []
     with mpl.rc_context(style):
         if any(v.steps != students[0].steps for v in students):
-            found.append(quality_by_steps(lines, out))
-        found.append(quality_by_cost(lines, first, out))
+            paths.append(quality_by_steps(lines, out))
+        paths.append(quality_by_cost(lines, first, out))
         if all("recall" in v.metrics for v in first):
-            found.append(diversity(lines, first, out))
-        found.append(cost(first, out))
-    return found
+            paths.append(diversity(lines, first, out))
+        paths.append(cost(first, out))
+    return paths
 
 
 def fewest(students: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
     """Each row's line at its fewest steps."""
-    found: dict[str, LeaderboardRow] = {}
+    lines: dict[str, LeaderboardRow] = {}
     for line in sorted(students, key=lambda v: v.steps or 0):
-        found.setdefault(line.name, line)
-    return list(found.values())
+        lines.setdefault(line.name, line)
+    return list(lines.values())
 
 
 def looks(lines: Sequence[LeaderboardRow]) -> dict[str | None, tuple[str, str]]:
@@ -64,12 +68,12 @@ def looks(lines: Sequence[LeaderboardRow]) -> dict[str | None, tuple[str, str]]:
 
 
 def figure(names: int, width: float = 7.0, panels: int = 1) -> tuple[Any, Any]:
-    """Axes tall enough for so many names in the margin."""
+    """A figure and its axes, tall enough for so many names in the margin."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(width, max(4.0, NAME * names + 1.0)), layout="constrained")
-    FigureCanvasAgg(fig)  # no window, and no state of pyplot's
+    FigureCanvasAgg(fig)  # without pyplot: no window, no global state
     return fig, fig.subplots(1, panels, sharey=panels > 1)
 
 
@@ -79,7 +83,7 @@ def saved(fig: Any, path: Path) -> Path:
 
 
 def quality_by_steps(lines: Sequence[LeaderboardRow], out: Path) -> Path:
-    """Distance against the students' sampling steps: a path for each row, the baselines' dashed."""
+    """Distance by the students' sampling steps: a line for each row, dashed for baselines."""
     rows: dict[str, list[LeaderboardRow]] = {}
     most = max(v.steps or 0 for v in lines if v.kind == "student")
     few = [v for v in lines if v.steps and v.steps <= most and v.kind != "teacher"]
@@ -97,7 +101,7 @@ def quality_by_steps(lines: Sequence[LeaderboardRow], out: Path) -> Path:
     steps = sorted({v.steps for v in few if v.steps})
     ax.set_xticks(steps, [str(k) for k in steps])
     ax.set_xlabel("sampling steps")
-    scale_of_distance(ax, "Distance by sampling steps")
+    scale_of_distance(ax, "Distance by sampling steps", distance_of(few[0].metrics))
     points += reference(ax, lines, None)
     in_margin(ax, points)
     return saved(fig, out / "quality-steps.png")
@@ -106,28 +110,29 @@ def quality_by_steps(lines: Sequence[LeaderboardRow], out: Path) -> Path:
 def quality_by_cost(
     lines: Sequence[LeaderboardRow], first: Sequence[LeaderboardRow], out: Path
 ) -> Path:
-    """Distance in the fewest steps against what training took, of what was not held equal."""
+    """Distance in the fewest steps by the cost of training: time, or evaluations if they differ."""
     spent = [v.network_evaluations or 0 for v in first]
-    timed = max(spent) <= 1.2 * min(spent)  # the budget was of evaluations
+    timed = max(spent) <= 1.2 * min(spent)  # evaluations were the budget, and equal
     fig, ax = figure(len(first) + 2)
     look, points = looks(lines), []
     for line in first:
         colour, mark = look[line.objective]
         x = (line.wall_s if timed else line.network_evaluations) or 0.0
         y, spread = line.distance, line.metrics[distance_of(line.metrics)]["spread"]
-        low = min(spread, 0.9 * y)  # a logarithm has no room for more
+        low = min(spread, 0.9 * y)  # a logarithmic axis has no zero
         ax.errorbar(x, y, [[low], [spread]], color=colour, marker=mark, ms=5.5, lw=1, capsize=2)
         points.append(Point(x, y, at(line), colour))
     ax.set_xlabel("training, seconds" if timed else "training, network evaluations")
     ax.set_xlim(0, 1.08 * max(p.x for p in points))
-    scale_of_distance(ax, "Distance by the cost of training (bars: spread of seeds)")
+    title = "Distance by the cost of training (bars: spread of seeds)"
+    scale_of_distance(ax, title, distance_of(first[0].metrics))
     points += reference(ax, lines, min(v.steps or 0 for v in first))
     in_margin(ax, points)
     return saved(fig, out / "quality-cost.png")
 
 
 def diversity(lines: Sequence[LeaderboardRow], first: Sequence[LeaderboardRow], out: Path) -> Path:
-    """Recall and coverage beside distance, which both panels and the names share."""
+    """Distance by recall and by coverage, in two panels that share names and the distance axis."""
     fig, axes = figure(len(first) + 2, 8.4, 2)
     look, points = looks(lines), []
     for ax, key in zip(axes, ("recall", "coverage"), strict=True):
@@ -136,10 +141,12 @@ def diversity(lines: Sequence[LeaderboardRow], first: Sequence[LeaderboardRow], 
             ax.plot(line.value(key), line.distance, mark, color=colour, ms=5.5)
             if key == "coverage":
                 points.append(Point(line.value(key), line.distance, at(line), colour))
-        scale_of_distance(ax, f"{key}: to the right is more diverse", key == "recall")
-        ax.set_xlabel(key)
-        found = reference(ax, lines, min(v.steps or 0 for v in first), key)
-        points += found if key == "coverage" else []
+        name = catalogue.short(key)
+        labelled = distance_of(first[0].metrics) if key == "recall" else ""
+        scale_of_distance(ax, f"{name}: to the right is more diverse", labelled)
+        ax.set_xlabel(name)
+        references = reference(ax, lines, min(v.steps or 0 for v in first), key)
+        points += references if key == "coverage" else []
     in_margin(axes[1], points)
     return saved(fig, out / "diversity.png")
 
@@ -167,13 +174,13 @@ def cost(first: Sequence[LeaderboardRow], out: Path) -> Path:
 
 
 def at(line: LeaderboardRow) -> str:
-    """A row's name, with the steps that its point is of, unless it says them itself."""
-    steps = f"{line.steps} step{'s' * (line.steps != 1)}"
+    """A row's name with the point's step count, unless the name has it."""
+    steps = f"{line.steps} {plural(line.steps or 0, 'step')}"
     return line.name if steps in line.name else f"{line.name} ({steps})"
 
 
-def scale_of_distance(ax: Any, title: str, named: bool = True) -> None:
-    """A logarithmic axis of distance, in plain numbers."""
+def scale_of_distance(ax: Any, title: str, key: str = "") -> None:
+    """A logarithmic axis of distance, in plain numbers; `key` names the figure, if it is given."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     ax.set_yscale("log")
@@ -182,19 +189,22 @@ def scale_of_distance(ax: Any, title: str, named: bool = True) -> None:
     ax.yaxis.set_minor_locator(LogLocator(subs=()))
     ax.grid(axis="y", lw=0.6)
     ax.set_title(title)
-    if named:
-        ax.set_ylabel("Fréchet distance, lower is better")
+    if key:
+        ax.set_ylabel(f"{catalogue.label(key)}, lower is better")
 
 
 def reference(
     ax: Any, lines: Sequence[LeaderboardRow], steps: int | None, key: str = ""
 ) -> list[Point]:
-    """Lines across at the teacher's distance, and at its best baseline's in at most `steps`.
+    """Horizontal lines at the distances of the teacher and its best baseline in at most `steps`.
 
     Args:
-        key: A metric, to mark where on the line they are.
+        key: A metric; its value is marked on the line.
+
+    Returns:
+        The points to name.
     """
-    found = []
+    points = []
     full = [v for v in lines if v.kind == "teacher"]
     few = [v for v in lines if v.kind == "baseline" and steps and (v.steps or 0) <= steps]
     best = sorted(few, key=lambda v: v.distance)[:1]
@@ -202,18 +212,18 @@ def reference(
         y = line.distance
         ax.axhline(y, color=colour, lw=1, ls=style, zorder=1)
         left, x = ax.get_xlim()
-        # a collapsed sampler's place would squeeze all others into a corner
+        # the value of a collapsed sampler would stretch the axis
         if key in line.metrics and (line.kind == "teacher" or line.value(key) > left):
             x = line.value(key)
             ax.plot(x, y, "*", color=colour, ms=9)
         name = at(line) if line.kind == "teacher" else f"teacher untrained, {at(line)}"
-        found.append(Point(x, y, name, colour))
-    return found
+        points.append(Point(x, y, name, colour))
+    return points
 
 
 def in_margin(ax: Any, points: Sequence[Point]) -> None:
-    """Every point's name to the right of the axes, apart from all others, a thin line to it."""
-    ax.figure.canvas.draw()  # limits are known from here on
+    """Write every name right of the axes, without overlaps, and a thin line to its point."""
+    ax.figure.canvas.draw()  # computes the limits
     low, high = ax.get_ylim()
     right = ax.get_xlim()[1]
     points = sorted(points, key=lambda p: p.y)
@@ -234,9 +244,11 @@ def in_margin(ax: Any, points: Sequence[Point]) -> None:
 def spread_out(
     places: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0
 ) -> list[float]:
-    """Rising places moved as little as they can be, in squares, to lie `gap` apart, all within
-    `low` and `high`, or from `low` on where there is no room."""
-    blocks: list[list[float]] = []  # of places less what the gaps alone give: means that must rise
+    """Move rising places by the least sum of squares so that neighbours are `gap` apart.
+
+    They stay within `low` and `high`, or start at `low` where there is no room.
+    """
+    blocks: list[list[float]] = []  # places minus their gaps, in blocks whose means must rise
     for i, place in enumerate(places):
         blocks.append([place - i * gap])
         while len(blocks) > 1 and _mean(blocks[-2]) > _mean(blocks[-1]):

@@ -1,12 +1,11 @@
-"""Benchmarks: many objectives, one budget, the same everything else; `distill bench`.
+"""Benchmarks: many objectives at one budget, all else equal; `distill bench`.
 
-Each row and seed is an ordinary run in a process of its own, under OUT/runs, of the recipe that is
-left in OUT/recipes. What is finished is not run again, unless its row has changed.
+Each row and seed is an ordinary run in its own process, under OUT/runs; its recipe is in
+OUT/recipes. A finished run is not run again unless its row has changed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import inspect
 import json
@@ -29,26 +28,30 @@ import yaml
 from annotated_types import MinLen
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from distill.benchmark.state import LOCK, STATE, states, whole
+from distill.benchmark.state import STATE, states, whole
 from distill.config.errors import explain
 from distill.config.recipe import Recipe, find, override, read_yaml
 from distill.config.renamed import current_names
-from distill.config.schema import Section
+from distill.config.schema import Section, TeacherSection
 from distill.field_types import Positive, PositiveInt, Seed
 from distill.files import stamps, write
 from distill.sampling.baselines import Baseline
 from distill.sampling.guided_teacher import guidance_of
+from distill.training import run_folder
 from teachers.errors import UserError
 
-DECIDED = {"train.steps": "the budget", "train.seed": "seeds"}  # keys that a benchmark sets itself
-OF_ROW = "# row "  # begins a kept recipe, before its row's hash
+DECIDED = {  # keys that a benchmark sets itself, and from what
+    "train.steps": "the step count comes from budget",
+    "train.seed": "the seeds come from seeds",
+}
+OF_ROW = "# row "  # begins a recipe's file, before the hash of its row
 
 
 class Budget(Section):
-    """What every run may spend on training: the one or the other."""
+    """What every run may spend on training: network evaluations, or seconds."""
 
     network_evaluations: PositiveInt | None = None  # samples through any network
-    seconds: Positive | None = None  # of this machine, timed alone
+    seconds: Positive | None = None  # on this machine, timed while nothing else runs
 
     @model_validator(mode="after")
     def _one(self) -> Budget:
@@ -57,17 +60,17 @@ class Budget(Section):
         return self
 
     def check(self, recipe: Recipe) -> None:
-        """Play the recipe's first step, on networks that compute nothing.
+        """Play the recipe's first step on networks that compute nothing.
 
         Raises:
-            UserError: it cannot be built, or the budget does not buy it.
+            UserError: the recipe cannot be built, or the budget is below one step.
         """
         from distill.benchmark.budget import steps_for_evaluations
 
         steps_for_evaluations(recipe, self.network_evaluations or math.inf, most=1)
 
     def steps(self, recipe: Recipe) -> int:
-        """The training steps that it buys."""
+        """The training steps that the budget allows."""
         from distill.benchmark.budget import steps_for_evaluations, steps_for_seconds
 
         if self.network_evaluations is not None:
@@ -88,12 +91,12 @@ def _name(value: str) -> str:
 
 
 class Row(Section):
-    """One contestant: a recipe's tree, under what all share, under what is its own."""
+    """One contestant: a recipe, then `common` laid over it, then the row's own `overrides`."""
 
     name: Annotated[str, AfterValidator(_name)]
-    recipe: str | None = None  # a file or a shipped recipe; none is an empty one
-    overrides: dict[str, Any] = Field(default_factory=dict)  # a tree, laid over all else
-    # Keys that are set to a share of the training steps, such as a stage's length or a warmup.
+    recipe: str | None = None  # a file or a shipped recipe; by default an empty one
+    overrides: dict[str, Any] = Field(default_factory=dict)  # a tree
+    # Keys that are set to a fraction of the training steps, such as a stage's length or a warmup.
     shares: dict[str, Annotated[Positive, Field(le=1)]] = Field(default_factory=dict)
 
 
@@ -102,47 +105,58 @@ class Bench(Section):
 
     budget: Budget
     seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (0, 1, 2)
-    common: dict[str, Any]  # a recipe's tree: teacher, data, protocol, and what all train by
+    common: dict[str, Any]  # a recipe's tree: the teacher, data, protocol and settings of all rows
     rows: Annotated[tuple[Row, ...], MinLen(1)]
     baselines: tuple[Baseline, ...] = ()  # the teacher itself, without training
 
     @classmethod
     def load(cls, path: str, overrides: tuple[str, ...] | list[str] = ()) -> Bench:
-        """Read a benchmark and check all of it, each row's recipe as well; nothing is built.
+        """Read a benchmark and check it and each row's recipe; nothing is built.
 
         Raises:
             UserError: one line with the key's path, what was expected, and the nearest valid name.
         """
         tree = override(read_yaml(find(path)), overrides)
         if "objective" in tree and "rows" not in tree:
-            raise UserError(f"{path}: it is a recipe of one run; distill run runs it")
+            raise UserError(f"{path}: it is a recipe of one run; use distill run")
         try:
             bench = cls.model_validate(tree)
         except ValidationError as error:
             raise UserError(f"{path}: {explain(error, cls)}") from None
-        for a, b in combinations([row.name for row in bench.rows], 2):
+        bench.check(path)
+        return bench
+
+    def check(self, path: str) -> None:
+        """Refuse rows of one folder, seeds that are named twice, and rows that do not compare.
+
+        Args:
+            path: The benchmark's, as messages name it.
+
+        Raises:
+            UserError: naming the row or the key.
+        """
+        for a, b in combinations([row.name for row in self.rows], 2):
             if slug(a) == slug(b):
                 raise UserError(
                     f"{path}: rows: {a!r} and {b!r} would share the folder {slug(a)!r}; rename one"
                 )
-        twice = next((v for v in bench.seeds if bench.seeds.count(v) > 1), None)
+        twice = next((v for v in self.seeds if self.seeds.count(v) > 1), None)
         if twice is not None:
-            raise UserError(f"{path}: seeds: {twice} is named twice")
-        for where, tree in bench.written():
+            raise UserError(f"{path}: seeds: {twice} is named twice; remove one")
+        for where, tree in self.trees():
             if key := next((k for k in DECIDED if within(tree, k)), None):
-                raise UserError(f"{path}: {where}: {key} is not for it to say: {DECIDED[key]} does")
-        first = bench.reference()
-        for row in bench.rows:
-            made = bench.recipe(row, bench.seeds[0])
-            if made.teacher != first.teacher or made.eval.protocol != first.eval.protocol:
+                raise UserError(f"{path}: {where}: {key}: remove it; {DECIDED[key]}")
+        first = self.reference()
+        for row in self.rows:
+            recipe = self.recipe(row, self.seeds[0])
+            if recipe.teacher != first.teacher or recipe.eval.protocol != first.eval.protocol:
                 raise UserError(
-                    f"{path}: row {row.name!r}: its teacher or eval.protocol is not as the first "
-                    "row's, and rows are compared; set both in common"
+                    f"{path}: row {row.name!r}: its teacher or eval.protocol differs from the "
+                    "first row's, and rows are compared; set both in common"
                 )
-        return bench
 
-    def written(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Where the benchmark itself sets keys of recipes, and the trees of those."""
+    def trees(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The places in which a benchmark sets keys of recipes, and the trees of those keys."""
         yield "common", self.common
         for row in self.rows:
             yield f"row {row.name!r}: overrides", row.overrides
@@ -150,38 +164,44 @@ class Bench(Section):
                 yield f"row {row.name!r}: shares", override({}, [f"{key}=0"])
 
     def recipe(self, row: Row, seed: int, steps: int = 1) -> Recipe:
-        """What a row's run with this seed does, in so many training steps."""
+        """The recipe of a row's run with this seed and so many training steps.
+
+        Raises:
+            UserError: a key or a value is wrong, or the objective trains no student.
+        """
         tree = {} if row.recipe is None else current_names(read_yaml(find(row.recipe)))
-        # a copy, as what is set below must not be set in common, and so in other rows
         for above in (self.common, row.overrides):
             name = tree.get("objective", {}).get("name")
             tree = laid_over(tree, current_names(above, name))
-        tree = deepcopy(tree)
+        tree = deepcopy(tree)  # override changes it, and parts of it are common's
         words = [f"train.seed={seed}", f"train.steps={steps}"]
         words += [f"{k}={math.ceil(v * steps)}" for k, v in row.shares.items()]
         recipe = Recipe.check(override(tree, words), f"row {row.name!r}")
         if not recipe.kind.few_step:
             name = recipe.objective["name"]
-            raise UserError(f"row {row.name!r}: objective.name: {name} makes teachers")
+            raise UserError(
+                f"row {row.name!r}: objective.name: {name} trains teachers; name one that trains "
+                "students"
+            )
         return recipe
 
     def reference(self) -> Recipe:
-        """The recipe whose teacher and protocol all share: the first row's."""
+        """The first row's recipe, whose teacher and protocol all rows share."""
         return self.recipe(self.rows[0], self.seeds[0])
 
 
 def within(tree: dict[str, Any], key: str) -> bool:
-    """Whether a tree sets the key of that path."""
-    at: Any = tree
+    """Whether a tree sets the key with this dotted path."""
+    node: Any = tree
     for part in key.split("."):
-        if not isinstance(at, dict) or part not in at:
+        if not isinstance(node, dict) or part not in node:
             return False
-        at = at[part]
+        node = node[part]
     return True
 
 
 def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """One tree with another laid over it: sections are merged, values and lists replaced."""
+    """`below` with `above` laid over it: sections are merged, values and lists replaced."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
@@ -191,13 +211,13 @@ def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def slug(name: str) -> str:
-    """A row's name as a folder's."""
+    """A row's name as the name of a folder."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "row"
 
 
 @dataclass
 class BenchmarkRun:
-    """One run of a benchmark: a row with a seed, and where it is kept."""
+    """One run of a benchmark: a row with a seed, in the benchmark's folder `out`."""
 
     bench: Bench
     row: Row
@@ -218,19 +238,19 @@ class BenchmarkRun:
 
     @cached_property
     def hash(self) -> str:
-        """Of all that decides what this run does, as it was when the benchmark began.
+        """Of all that decides what this run does, at the time that the benchmark starts.
 
-        Data are known by their names alone: to look at each file of a large folder takes too long.
+        Of data it covers the name alone, since stamps of a large folder's files take too long.
         """
         recipe = self.bench.recipe(self.row, self.seed)
-        files = teacher_files(recipe)
+        files = teacher_files(recipe.teacher)
         if ":" in recipe.objective["name"]:
             files |= stamps(inspect.getfile(recipe.kind))
         budget = self.bench.budget.model_dump(mode="json")
         return digest([recipe.tree(), self.row.shares, budget, files])
 
-    def written(self) -> str | None:
-        """The hash of the row whose recipe is on the disk, if one is."""
+    def written_row(self) -> str | None:
+        """The row's hash in the recipe on the disk, if there is one."""
         if not self.file.is_file():
             return None
         return (
@@ -240,43 +260,43 @@ class BenchmarkRun:
         )
 
     def summary(self) -> dict[str, Any] | None:
-        """What the run left, once it is finished; a damaged one counts for none."""
+        """The run's summary.json; None if it is not finished, or the file is damaged."""
         from distill.evaluation.finish import finished
 
         if not finished(self.folder):
             return None
-        found = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
-        return found if whole(found) else None
+        tree = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        return tree if whole(tree) else None
 
     def steps(self) -> int:
-        """The most steps whose cost, shares of so many being what they are, is in the budget.
+        """The most steps whose cost is within the budget. Shares of the steps change the cost.
 
         Raises:
-            UserError: the recipe cannot be built, or the budget buys no step.
+            UserError: the recipe cannot be built, or the budget is below one step.
         """
 
-        def bought(steps: int) -> int:
+        def affordable(steps: int) -> int:
             return self.bench.budget.steps(self.bench.recipe(self.row, self.seed, steps))
 
-        most = bought(1)
+        most = affordable(1)
         if not self.row.shares or self.bench.budget.seconds is not None:  # timing is not so exact
             return most
-        while (more := bought(most)) > most:  # the shares of a single step say little
+        while (more := affordable(most)) > most:  # shares of a single step are far off
             most = more
         low = most if more == most else 1
-        while low < most:  # low can be paid for; more than most cannot
+        while low < most:  # low steps are affordable; more than most are not
             middle = (low + most + 1) // 2
-            if bought(middle) >= middle:
+            if affordable(middle) >= middle:
                 low = middle
             else:
                 most = middle - 1
         return low
 
     def write_recipe(self) -> None:
-        """Leave the recipe, with the steps that the budget buys.
+        """Write the recipe, with the steps that the budget allows.
 
         Raises:
-            UserError: the budget buys none, or the recipe cannot be built.
+            UserError: the budget is below one step, or the recipe cannot be built.
         """
         steps = self.steps()
         tree = self.bench.recipe(self.row, self.seed, steps).tree()
@@ -284,9 +304,9 @@ class BenchmarkRun:
         write(self.file, f"{OF_ROW}{self.hash}\n{yaml.safe_dump(tree, sort_keys=False)}")
 
 
-def teacher_files(recipe: Recipe) -> dict[str, list[int]]:
-    """Stamps of the local files that a recipe's teacher is made of."""
-    sources = (recipe.teacher.source, guidance_of(recipe).weaker, recipe.teacher.vae)
+def teacher_files(section: TeacherSection) -> dict[str, list[int]]:
+    """Stamps of the local files of a teacher, of its weaker teacher and of its VAE."""
+    sources = (section.source, guidance_of(section).weaker, section.vae)
     return {k: v for source in sources if source for k, v in stamps(source).items()}
 
 
@@ -296,26 +316,20 @@ def digest(tree: Any) -> str:
 
 
 class BenchmarkRunner:
-    """A benchmark under way in a folder, which only one may use at a time.
+    """Runs a benchmark in a folder, which it locks.
 
     Raises:
-        UserError: the folder cannot be written, or another benchmark or its run is at work in it.
+        UserError: the folder cannot be written, or another benchmark or its run holds it.
     """
 
     def __init__(self, bench: Bench, out: Path) -> None:
         self.bench, self.out = bench, out
         try:
             out.mkdir(parents=True, exist_ok=True)
-            self._lock = (out / LOCK).open("w", encoding="utf-8")
+            # runs inherit the lock: one that outlives a killed benchmark still holds it
+            self._lock = run_folder.locked(out, ", or a run that it started,")
         except OSError as error:
             raise UserError(f"--out {out}: {error.strerror}; give another folder") from None
-        try:  # runs inherit it: one that outlives a killed benchmark still holds it
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--out {out}: a benchmark, or a run that it left behind, is at work there; "
-                "wait for it to end, or give another folder"
-            ) from None
         self.entries = [
             BenchmarkRun(bench, row, seed, out) for row in bench.rows for seed in bench.seeds
         ]
@@ -324,12 +338,12 @@ class BenchmarkRunner:
         self.state: dict[str, dict[str, Any]] = {}
         if (out / STATE).exists():
             self.state = states(out / STATE)
-        for entry in self.entries:  # runs of a table that was deleted are known by their recipes
-            if entry.name not in self.state and (row := entry.written()) is not None:
+        for entry in self.entries:  # without state.json, recipes tell which row a run is of
+            if entry.name not in self.state and (row := entry.written_row()) is not None:
                 self.state[entry.name] = {"row": row, "failed": None}
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Unlock the folder."""
         self._lock.close()
 
     def failure(self, entry: BenchmarkRun) -> str | None:
@@ -337,36 +351,36 @@ class BenchmarkRunner:
         return self.state.get(entry.name, {}).get("failed")
 
     def done(self, entry: BenchmarkRun) -> bool:
-        """Whether the run has ended, well or not, and was of this very row."""
-        known = self.state.get(entry.name, {})
-        ended = known.get("failed") is not None or entry.summary() is not None
-        return known.get("row") == entry.hash and ended
+        """Whether the run of this row, unchanged, has finished or failed."""
+        state = self.state.get(entry.name, {})
+        ended = state.get("failed") is not None or entry.summary() is not None
+        return state.get("row") == entry.hash and ended
 
     def prepare(self, entry: BenchmarkRun) -> None:
-        """Have the run's recipe on the disk, and nothing of another row of its name.
+        """Write the run's recipe, and delete what another row left under its name.
 
         Raises:
-            UserError: the recipe cannot be built, or the budget buys no step.
+            UserError: the recipe cannot be built, or the budget is below one step.
         """
-        known = self.state.get(entry.name, {})
-        if known.get("row") == entry.hash and entry.file.exists():
+        state = self.state.get(entry.name, {})
+        if state.get("row") == entry.hash and entry.file.exists():
             (entry.folder / "summary.json").unlink(missing_ok=True)  # a damaged one
             return
         shutil.rmtree(entry.folder, ignore_errors=True)
-        entry.file.unlink(missing_ok=True)  # before its row is noted, or a kill would keep the old
+        entry.file.unlink(missing_ok=True)  # before state.json changes: a kill may come between
         self.note(entry, None)
         entry.write_recipe()
 
     def note(self, entry: BenchmarkRun, failed: str | None) -> None:
-        """Remember which row the run is of, and whether it failed."""
+        """Save in state.json which row the run is of, and why it failed."""
         self.state[entry.name] = {"row": entry.hash, "failed": failed}
         write(self.out / STATE, json.dumps(self.state, indent=2) + "\n")
 
     def run(self, jobs: int = 1) -> Iterator[BenchmarkRun]:
-        """Run what is not done yet, `jobs` at a time, each entry given once it has ended.
+        """Run what is not done yet, `jobs` at a time; yield each run when it has ended.
 
         Raises:
-            KeyboardInterrupt: a run was stopped from outside; all have saved where they were.
+            KeyboardInterrupt: a run was stopped by a signal; all of them have saved a checkpoint.
         """
         waiting = [e for e in self.entries if not self.done(e)]
         with ThreadPoolExecutor(jobs) as pool:
@@ -386,7 +400,7 @@ class BenchmarkRunner:
                         entry = running.pop(future)
                         failed = future.result()
                         if failed is None and entry.summary() is None:
-                            failed = "its summary.json has no distance, or one that is no number"
+                            failed = "summary.json has no distance, or it is not a finite number"
                         self.note(entry, failed)
                         yield entry
             except BaseException:
@@ -394,7 +408,11 @@ class BenchmarkRunner:
                 raise
 
     def play(self, entry: BenchmarkRun) -> str | None:
-        """One run in a process of its own; why it failed, if it did."""
+        """Run one in its own process; why it failed, if it did.
+
+        Raises:
+            KeyboardInterrupt: the run was stopped by a signal.
+        """
         words = [sys.executable, "-m", "distill", "run", str(entry.file), "--out"]
         words += [str(entry.folder), *(["--resume"] if entry.folder.exists() else [])]
         logs = self.out / "logs"
@@ -407,19 +425,19 @@ class BenchmarkRunner:
             self.children.add(child)
             if self.stopping:
                 child.terminate()
-            _, said = child.communicate()
+            _, errors = child.communicate()
             self.children.discard(child)
-            log.write(said)
+            log.write(errors)
         if child.returncode == 0:
             return None
         if child.returncode in (130, 143, -signal.SIGINT, -signal.SIGTERM):
             raise KeyboardInterrupt
-        lines = [v for v in said.splitlines() if v.strip()]
-        lines = lines or [f"it ended with exit code {child.returncode}, without a word"]
+        lines = [v for v in errors.splitlines() if v.strip()]
+        lines = lines or [f"it ended with exit code {child.returncode} and printed no error"]
         return lines[-1].removeprefix("distill: ")
 
     def stop(self) -> None:
-        """Ask every run to save and stop; the pool then waits for them."""
+        """Signal every run to save and stop; the pool then waits for them."""
         self.stopping = True
         for child in list(self.children):
             child.terminate()

@@ -1,4 +1,4 @@
-"""What a benchmark keeps in its folder, read back by its next call: sound, or refused by name."""
+"""The files of a benchmark's folder, read and checked when it is run again."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+from distill.training.run_folder import LOCK
+from eval import catalogue
 from teachers.errors import UserError
 
 STATE = "state.json"
-LOCK = ".lock"  # of a run's folder as well, but that has a recipe.yaml
 FOLDERS = ("recipes", "runs", "logs")
 FILES = ("leaderboard.json", "leaderboard.md", "quality-steps.png", "quality-cost.png",
          "diversity.png", "cost.png")  # fmt: skip
-DISTANCES = ("fd", "fid")  # every protocol has one of them, and it orders students
 COSTS = ("steps", "network_evaluations", "wall_s", "peak_memory_gb")
 
 
 def check_folder(out: Path) -> None:
-    """Refuse a folder of something else, or one in which something is in a benchmark's way.
+    """Refuse a folder that is no benchmark's, or in which a file's or folder's place is taken.
 
     Raises:
         UserError: naming the folder.
@@ -32,7 +32,7 @@ def check_folder(out: Path) -> None:
         raise UserError(f"--out {out}: {error.strerror}; give another folder") from None
     ours = LOCK in names and "recipe.yaml" not in names
     if not ours and any(not name.startswith(".") for name in names):
-        raise UserError(f"--out {out} exists and is not a benchmark; give a new folder")
+        raise UserError(f"--out {out}: it exists and is not a benchmark; give a new folder")
     for name in names.intersection(FOLDERS):
         if not (out / name).is_dir():
             raise UserError(f"--out {out}: {name} should be a folder; move it away")
@@ -42,54 +42,53 @@ def check_folder(out: Path) -> None:
 
 
 def table(path: Path) -> dict[str, Any]:
-    """A JSON object that a benchmark keeps.
+    """The JSON object in a file of the benchmark's.
 
     Raises:
         UserError: it is damaged.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        tree = None
+    if not isinstance(tree, dict):
         raise damaged(path)
-    return found
+    return tree
 
 
 def damaged(path: Path) -> UserError:
-    return UserError(f"{path}: damaged; delete it, and what it kept is found out again")
+    return UserError(f"{path}: damaged; delete it, and run again")
 
 
 def states(path: Path) -> dict[str, dict[str, Any]]:
-    """By run, which row it is of and why it failed.
+    """By run, the hash of its row and why it failed.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
-    found = table(path)
-    for known in found.values():
-        if not isinstance(known, dict) or known.keys() != {"row", "failed"}:
+    tree = table(path)
+    for state in tree.values():
+        if not isinstance(state, dict) or state.keys() != {"row", "failed"}:
             raise damaged(path)
-        if not isinstance(known["row"], str) or not isinstance(known["failed"], str | None):
+        if not isinstance(state["row"], str) or not isinstance(state["failed"], str | None):
             raise damaged(path)
-    return found
+    return tree
 
 
 def measured(figures: Any) -> bool:
-    """Whether a protocol's figures have a distance, and it and its spread are numbers."""
+    """Whether a protocol's figures have a distance, and it and its spread are finite numbers."""
     if not isinstance(figures, dict):
         return False
-    found = {k: figures[k] for k in DISTANCES if k in figures}
+    keys = [k for k in catalogue.columns(figures) if catalogue.lower_is_better(k)]
+    distances = [figures[k] for k in keys]
     spread = figures.get("spread", {})  # what was computed in closed form has none
-    if not found or not isinstance(spread, dict):
+    if not distances or not isinstance(spread, dict):
         return False
-    return all(
-        isinstance(v, float) and math.isfinite(v) for v in (*found.values(), *spread.values())
-    )
+    return all(isinstance(v, float) and math.isfinite(v) for v in (*distances, *spread.values()))
 
 
 def whole(summary: dict[str, Any]) -> bool:
-    """Whether a run's summary has what a leaderboard shows of it."""
+    """Whether a run's summary has every figure that a leaderboard shows."""
     costs, metrics = [summary.get(k) for k in COSTS], summary["metrics"]
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in costs):
         return False

@@ -1,4 +1,4 @@
-"""What there is to choose from: objectives, recipes, teachers, metrics and protocols, by name."""
+"""The names that recipes can use: objectives, recipes, teachers, metrics and protocols."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import sys
 def objectives() -> dict[str, str]:
     from distill.objectives import OBJECTIVES
 
-    return {k: f"{described(v)} {NEEDS[v.needs_data]}" for k, v in OBJECTIVES.items()}
+    return {k: f"{description(v)} {NEEDS[v.needs_data]}" for k, v in OBJECTIVES.items()}
 
 
 NEEDS = {
-    "always": "Learns from data.",
+    "always": "Needs data.",
     "never": "Needs no data.",
-    "critic": "Needs data where it has a critic.",
+    "critic": "Needs data if it has a critic.",
 }
 
 
-def described(kind: type) -> str:
-    """The first sentence of a class's own docstring, or else of its module's."""
-    own = kind.__doc__ or ""
-    if own.startswith(f"{kind.__name__}("):  # its signature, which a dataclass without one gets
-        own = ""
-    return sentence(own or sys.modules[kind.__module__].__doc__ or "")
+def description(kind: type) -> str:
+    """The first sentence of a class's docstring, or of its module's if the class has none."""
+    doc = kind.__doc__ or ""
+    if doc.startswith(f"{kind.__name__}("):  # the signature that a dataclass gets instead
+        doc = ""
+    return sentence(doc or sys.modules[kind.__module__].__doc__ or "")
 
 
 def sentence(text: str) -> str:
-    """The first sentence of a text on one line, or its first paragraph if none ends there."""
+    """The first sentence of a text, on one line; its first paragraph if no sentence ends there."""
     paragraph = text.strip().partition("\n\n")[0]
-    ends = re.search(r"[.!?](?=\s*\n| [^a-z\d]|$)", paragraph)  # not in "1.5" or "et al. 2024"
-    return " ".join(paragraph[: ends.end() if ends else None].split())
+    end = re.search(r"[.!?](?=\s*\n| [^a-z\d]|$)", paragraph)  # not in "1.5" or "et al. 2024"
+    return " ".join(paragraph[: end.end() if end else None].split())
 
 
 def recipes() -> dict[str, str]:
@@ -44,7 +44,7 @@ def recipes() -> dict[str, str]:
 
 
 def header(text: str) -> str:
-    """The comment that a file begins with."""
+    """The comment at the start of a file."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return "\n".join(line.removeprefix("#").strip() for line in lines)
 
@@ -53,20 +53,22 @@ def teachers() -> dict[str, str]:
     from teachers.analytic import ANALYTIC
     from teachers.catalogue.loading import families
 
-    found = {
-        "digits": "embedded: class-conditional, 8×8 handwritten digits",
-        "shapes": "embedded: text to 32×32 pictures of coloured shapes, a StableDiffusionPipeline",
+    names = {
+        "digits": "shipped: class-conditional, 8×8 handwritten digits",
+        "shapes": "shipped: text to 32×32 images of coloured shapes, a StableDiffusionPipeline",
     }
-    found |= {f"analytic:{k}": "closed form, for tests and study" for k in ANALYTIC}
-    found["NAME.pkl"] = "a published EDM or EDM2 network, or the folder that `convert` makes of it"
-    found["FILE.py:FUNCTION"] = "your own: a function that returns a Teacher (docs/teachers.md)"
-    return found | dict.fromkeys(families(), "a diffusers folder or Hub id of this pipeline")
+    names |= {f"analytic:{k}": "a distribution in closed form, for tests" for k in ANALYTIC}
+    names["NAME.pkl"] = "a published EDM or EDM2 network, or its folder from `distill convert`"
+    names["FILE.py:FUNCTION"] = "your own function that returns a Teacher (docs/teachers.md)"
+    return names | dict.fromkeys(
+        families(), "a diffusers folder or Hub repository with this pipeline"
+    )
 
 
 def metrics() -> dict[str, str]:
-    from eval.protocols.measure import METRICS
+    from eval.catalogue import described
 
-    return METRICS
+    return described()
 
 
 def protocols() -> dict[str, str]:

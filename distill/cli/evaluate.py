@@ -1,4 +1,4 @@
-"""`distill sample`, `eval`, `draw`, `reference`: pictures and figures of students and teachers."""
+"""`distill sample`, `eval`, `draw`, `reference`: images and metrics of students and teachers."""
 
 from __future__ import annotations
 
@@ -7,90 +7,121 @@ from typing import Annotated, Any
 
 import typer
 
-from distill.cli.options import Student, at_home, counts, writable
+from distill.cli.options import Student, check_writable, expand_home, step_counts
 
-MOST = 100_000  # pictures that `sample` draws: all are in memory at once
+MAX_IMAGES = 100_000  # of one `distill sample`, which holds all of them in memory
+MAX_SEEDS = 1000  # of one `distill eval`, which generates a whole set of samples for each
+MAX_STEPS = 10_000
 
 
 def sample(
     student: Student,
     out: Annotated[
-        Path, typer.Option(callback=at_home, help="A .png grid, or .npz with images and labels.")
+        Path,
+        typer.Option(
+            callback=expand_home,
+            help="A .png file for a grid, or .npz for arrays of images and labels.",
+        ),
     ],
     steps: Annotated[
-        int | None, typer.Option(help="A count it was trained for; by default its run's best.")
+        int | None,
+        typer.Option(
+            help="One of the student's step counts.", show_default="the best one measured"
+        ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="How many pictures.", min=1, max=MOST)] = 16,
-    seed: Annotated[int, typer.Option(help="The stock pipeline's generator seed.")] = 0,
-    labels: Annotated[str | None, typer.Option(help="Such as 3, or 0,1,2: repeated to n.")] = None,
+    n: Annotated[
+        int, typer.Option("--n", help="How many images to generate.", min=1, max=MAX_IMAGES)
+    ] = 16,
+    seed: Annotated[int, typer.Option(help="The seed of the pipeline's generator.")] = 0,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Classes, such as 3 or 0,1,2; repeated in turn up to --n images."),
+    ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="For text students; may be repeated, and is up to n.")
+        list[str] | None,
+        typer.Option(help="A prompt; give the option again for several, at most --n."),
     ] = None,
 ):
-    """Draw pictures from a student: those that the stock pipeline draws for the same seed."""
-    from distill.console import waiting
-    from distill.data.encode import counting, tell
+    """Generate images with a student.
+
+    They are the images that the student's diffusers pipeline generates for the same seed.
+    """
+    from distill.console import spinner
+    from distill.data.encode import counting, print_cuts
     from distill.publish.results_table import advised
     from distill.report.page import intact, read_summary
-    from students.export.folder import draw, load_student
+    from students.export.folder import load_student, sample_student
     from teachers.errors import UserError, cut
 
     if out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {cut(str(out))}: expected a name that ends in .png or .npz")
-    writable(out, "--out")
+    check_writable(out, "--out")
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
     generator, teacher = load_student(student)
     if steps is None:
-        done = student / "summary.json"
-        with intact(done):
-            steps = advised(generator.counts, read_summary(student) if done.is_file() else {})
+        summary = student / "summary.json"
+        with intact(summary):
+            steps = advised(generator.counts, read_summary(student) if summary.is_file() else {})
     if steps not in generator.counts:
-        raise UserError(f"--steps {steps}: this student was trained for {counts(generator)}")
-    names, text = prompts_of(teacher, labels, prompt, n)
-    wanted = [names[i % len(names)] for i in range(n)]
+        raise UserError(f"--steps {steps}: this student was trained for {step_counts(generator)}")
+    distinct, is_text = distinct_prompts(teacher, labels, prompt, n)
+    prompts = [distinct[i % len(distinct)] for i in range(n)]
     with counting(teacher) as cuts:
-        teacher.codec.condition(list(dict.fromkeys(wanted)))
-    tell(cuts, "--prompt")
-    with waiting(f"drawing {n} pictures in {steps} step{'s' * (steps != 1)}"):
-        images = teacher.codec.decode(draw(generator.at(steps), teacher, wanted, seed))
-    save_pictures(images, out, wanted if text else [int(p) for p in wanted], len(names))
+        teacher.codec.condition(list(dict.fromkeys(prompts)))
+    print_cuts(cuts, "--prompt")
+    with spinner(f"generating {n} images in {steps} step{'s' * (steps != 1)}"):
+        images = teacher.codec.decode(sample_student(generator.at(steps), teacher, prompts, seed))
+    save_images(images, out, prompts if is_text else [int(p) for p in prompts], len(distinct))
 
 
-def prompts_of(
-    teacher: Any, labels: str | None, prompt: list[str] | None, n: int
+def distinct_prompts(
+    teacher: Any, labels: str | None, prompts: list[str] | None, n: int
 ) -> tuple[list[str], bool]:
-    """The prompts or labels to draw n pictures of in turn, and whether they are text.
+    """The prompts or labels that n images are generated for in turn, and whether they are text.
 
     Raises:
-        UserError: an option does not go with the student, or there are more of them than n.
+        UserError: an option does not suit the student, or there are more than n of them.
     """
     from teachers.errors import UserError
 
-    classes = getattr(teacher.codec, "classes", 0)
-    if labels is not None and not classes:
-        raise UserError("--labels: this student is not class-conditional")
-    text = not classes and teacher.codec.condition([""]) is not None
-    if text and not prompt:
-        raise UserError(
-            '--prompt is missing: this student draws what it is told, as in --prompt "…"'
-        )
-    if prompt and not text:
-        raise UserError("--prompt: this student does not read text")
-    names = prompt or [str(i) for i in range(classes or 1)]
+    classes = teacher.codec.classes
+    is_text = not classes and teacher.codec.condition([""]) is not None
+    check_conditions(labels, prompts, bool(classes), is_text)
     if labels is not None:
-        names = split_labels(labels)
-    if (labels or prompt) and len(names) > n:
-        option = "--labels" if labels else "--prompt"
+        option, names = "--labels", split_labels(labels)
+    elif prompts:
+        option, names = "--prompt", prompts
+    else:
+        return [str(i) for i in range(classes or 1)], is_text
+    if len(names) > n:
         raise UserError(f"{option}: there are {len(names)} and --n is {n}; give --n {len(names)}")
-    return names, text
+    return names, is_text
 
 
-def save_pictures(images: Any, out: Path, labels: list[Any], kinds: int) -> None:
-    """Pictures (N, C, H, W) with their labels in an .npz, or as a .png grid.
+def check_conditions(
+    labels: str | None, prompts: list[str] | None, has_classes: bool, is_text: bool
+) -> None:
+    """Refuse labels or prompts for a student that is not conditioned on them.
+
+    Raises:
+        UserError: an option does not suit the student, or prompts are missing.
+    """
+    from teachers.errors import UserError
+
+    if labels is not None and not has_classes:
+        raise UserError("--labels: this student is not class-conditional; leave the option out")
+    if is_text and not prompts:
+        raise UserError('--prompt: missing; this student is text-conditional: add --prompt "…"')
+    if prompts and not is_text:
+        raise UserError("--prompt: this student is not text-conditional; leave the option out")
+
+
+def save_images(images: Any, out: Path, labels: list[Any], distinct: int) -> None:
+    """Write images (N, C, H, W) with their labels to an .npz file, or as a .png grid.
 
     Args:
-        kinds: How many different labels come in turn; the grid has a column for each.
+        distinct: How many different labels follow in turn; the grid has a column for each.
     """
     if out.suffix == ".npz":
         import numpy as np
@@ -101,12 +132,12 @@ def save_pictures(images: Any, out: Path, labels: list[Any], kinds: int) -> None
         return
     from distill.grids import save_grid
 
-    columns = kinds * max(1, 8 // kinds) if kinds <= 16 else 8
+    columns = distinct * max(1, 8 // distinct) if distinct <= 16 else 8
     save_grid(images, out, min(len(images), columns))
 
 
 def split_labels(labels: str) -> list[str]:
-    """The labels of `--labels`, which are checked as they are drawn.
+    """The labels in `--labels`; the codec checks later that they are classes.
 
     Raises:
         UserError: one is empty.
@@ -115,159 +146,226 @@ def split_labels(labels: str) -> list[str]:
 
     names = [p.strip() for p in labels.split(",")]
     if "" in names:
-        which = f"label {names.index('') + 1} of {len(names)} is empty"
-        raise UserError(f"--labels {quoted(labels)}: {which}; give numbers, such as 3 or 0,1,2")
+        empty = f"label {names.index('') + 1} of {len(names)} is empty"
+        raise UserError(f"--labels {quoted(labels)}: {empty}; give numbers, such as 3 or 0,1,2")
     return names
 
 
-Source = Annotated[str, typer.Argument(help="A student or its run's folder, or a teacher.")]
-Solver = Annotated[
-    str, typer.Option(help="Teachers': one of ours, or a scheduler class of diffusers.")
+Source = Annotated[
+    str,
+    typer.Argument(help="A student (its folder or its run's), or a teacher as recipes name it."),
 ]
-Guidance = Annotated[float, typer.Option(help="Teachers': g = 1 + w; 1 is none.")]
+Protocol = Annotated[
+    str | None,
+    typer.Option(
+        help="The evaluation protocol; see `distill list protocols`.", show_default="the run's own"
+    ),
+]
+Steps = Annotated[
+    str,
+    typer.Option(
+        help="Step counts, such as 1,2,4; default: all of a student's, 1,2,4 of a teacher."
+    ),
+]
+Seeds = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MAX_SEEDS, help="How many seeds, counted from 0.", show_default="the protocol's"
+    ),
+]
+Against = Annotated[str | None, typer.Option(help="A teacher to measure too, from the same noise.")]
+AgainstSteps = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_STEPS, help="The teacher's step count.", show_default="18"),
+]
+Solver = Annotated[
+    str, typer.Option(help="Of a teacher: one of our solvers, or a diffusers scheduler class.")
+]
+Guidance = Annotated[
+    float, typer.Option(help="Of a teacher: the guidance scale g = 1 + w; 1 is unguided.")
+]
+NullLabel = Annotated[int | None, typer.Option(help="Of a teacher: the class that means no class.")]
+Schedule = Annotated[
+    str, typer.Option(help="Timesteps of our solvers: own, ays, gits or searched.")
+]
+Adaptive = Annotated[
+    float | None,
+    typer.Option(
+        help="Stop guidance once both predictions have this cosine similarity, such as 0.991."
+    ),
+]
+DeepCache = Annotated[
+    int,
+    typer.Option(
+        min=1, help="DeepCache: compute the whole UNet only once in this many evaluations."
+    ),
+]
+Precision = Annotated[
+    str | None, typer.Option(help="Weights of text-to-image models in fp32, bf16 or fp16.")
+]
+Speed = Annotated[
+    bool, typer.Option("--speed", help="Measure speed; quality too if --protocol is given.")
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        callback=expand_home,
+        help="Write the results to this JSON file; seeds already in it are not measured again.",
+    ),
+]
 
 
 def evaluate(
     source: Source,
-    protocol: Annotated[
-        str | None,
-        typer.Option(help="How to measure; see distill list.", show_default="the run's own"),
-    ] = None,
-    steps: Annotated[str, typer.Option(help="Such as 1,2,4; all of a student's, by default.")] = "",
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="How many, from 0; the protocol's by default.")
-    ] = None,
-    against: Annotated[
-        str | None, typer.Option(help="A teacher to measure beside it, from the same noise.")
-    ] = None,
-    against_steps: Annotated[
-        int | None, typer.Option(min=1, help="And in how many steps.", show_default="18")
-    ] = None,
+    protocol: Protocol = None,
+    steps: Steps = "",
+    seeds: Seeds = None,
+    against: Against = None,
+    against_steps: AgainstSteps = None,
     solver: Solver = "heun",
     guidance: Guidance = 1.0,
-    null_label: Annotated[int | None, typer.Option(help="Teachers': the null class.")] = None,
-    schedule: Annotated[
-        str, typer.Option(help="Our solvers' times: own, ays, gits or searched.")
-    ] = "own",
-    adaptive: Annotated[
-        float | None, typer.Option(help="Guide until both predictions have this cosine, as 0.991.")
-    ] = None,
-    cache: Annotated[
-        int, typer.Option(min=1, help="DeepCache: run a UNet whole in every so many calls.")
-    ] = 1,
-    precision: Annotated[
-        str | None, typer.Option(help="Of the weights: fp32, bf16 or fp16; text pipelines only.")
-    ] = None,
-    speed: Annotated[
-        bool, typer.Option("--speed", help="Time it: alone, unless a protocol is named.")
-    ] = False,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", callback=at_home, help="Write the figures here; seeds that it holds are kept."
-        ),
-    ] = None,
+    null_label: NullLabel = None,
+    schedule: Schedule = "own",
+    adaptive: Adaptive = None,
+    cache: DeepCache = 1,
+    precision: Precision = None,
+    speed: Speed = False,
+    json_file: JsonFile = None,
 ):
-    """Measure a student or a teacher by a protocol, at the step counts given; or its speed."""
+    """Measure a student or a teacher by an evaluation protocol, or measure its speed."""
     from distill.evaluation.evaluate import Request
     from distill.evaluation.evaluate import evaluate as measure
 
     if json_file is not None:
-        writable(json_file, "--json")
-    how = {"solver": solver, "guidance": guidance, "null_label": null_label}
-    few = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
+        check_writable(json_file, "--json")
+    sampler = {"solver": solver, "guidance": guidance, "null_label": null_label}
+    few_step = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
     beside = {"against": against, "against_steps": against_steps}
     weights = {"precision": precision, "speed": speed, "json_file": json_file}
-    measure(Request(source, protocol, steps, seeds, how=how, few=few, **beside, **weights))
+    measure(
+        Request(
+            source, protocol, steps, seeds, sampler=sampler, few_step=few_step, **beside, **weights
+        )
+    )
+
+
+Prompts = Annotated[
+    Path,
+    typer.Argument(
+        callback=expand_home,
+        help="GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of .txt files.",
+    ),
+]
+ImageFolder = Annotated[
+    Path,
+    typer.Argument(
+        callback=expand_home,
+        help="Where to write the images for the scorer; FOLDER.json describes them.",
+    ),
+]
+DrawSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_STEPS,
+        help="The step count.",
+        show_default="a student's largest; 18 of a teacher",
+    ),
+]
 
 
 def draw(
     benchmark: Annotated[str, typer.Argument(help="geneval or dpg.")],
     source: Source,
-    prompts: Annotated[
-        Path,
-        typer.Argument(
-            callback=at_home, help="GenEval's evaluation_metadata.jsonl; DPG-Bench's folder of .txt"
-        ),
-    ],
-    folder: Annotated[
-        Path,
-        typer.Argument(callback=at_home, help="For its scorer; FOLDER.json says what it holds."),
-    ],
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="A student's most, or a teacher's 18, by default.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Other pictures for another.")] = 0,
+    prompts: Prompts,
+    folder: ImageFolder,
+    steps: DrawSteps = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="The seed of the noise.")] = 0,
     solver: Solver = "heun",
     guidance: Guidance = 1.0,
 ):
-    """Draw a benchmark's prompts, four pictures of each, as the scorer of its authors takes them.
+    """Generate four images for each prompt of a benchmark, in the layout its scorer reads.
 
-    Called again, it goes on where it was cut off.
+    The same command continues where a stopped one ended.
     """
     from accelerate import PartialState
 
-    from distill.console import say
+    from distill.console import print_line
     from distill.data.encode import device as device_of
     from distill.evaluation import prompt_benchmarks as benchmarks
     from distill.evaluation import subject
     from eval.stream import Processes
 
-    asked = benchmarks.prompts_of(benchmark, prompts)
+    entries = benchmarks.prompts_of(benchmark, prompts)
     device = device_of()
-    state = PartialState(
-        cpu=device.type == "cpu"
-    )  # or processes on CPUs do not know of one another
+    # without `cpu`, processes on CPUs do not find each other
+    state = PartialState(cpu=device.type == "cpu")
     if subject.is_student(source):
-        found = subject.student(source, device)
+        loaded = subject.student(source, device)
     else:
-        found = subject.teacher(source, device, solver, guidance)
-    k = steps or max(found.counts or (18,))
-    found.check([k])
-    benchmarks.check_subject(found, benchmark)
-    lines = [v._asdict() for v in asked]
-    about = {"benchmark": benchmark, "steps": k, "seed": seed, **found.about, "prompts": lines}
-    record = benchmarks.check_folder(folder, about)
-    writable(record, "draw")
-    state.wait_for_everyone()  # all have looked before anything is there
+        loaded = subject.teacher(source, device, solver, guidance)
+    k = steps or max(loaded.counts or (18,))
+    loaded.check([k])
+    benchmarks.check_subject(loaded, benchmark)
+    lines = [v._asdict() for v in entries]
+    contents = {"benchmark": benchmark, "steps": k, "seed": seed}
+    contents |= {**loaded.identity, "prompts": lines}
+    record = benchmarks.check_folder(folder, contents)
+    check_writable(record, "draw")
+    state.wait_for_everyone()  # every process checks the folder before one writes to it
     if state.is_main_process:
-        benchmarks.begin(record, about)
+        benchmarks.write_record(record, contents)
     processes = Processes(state.process_index, state.num_processes)
-    benchmarks.draw(found, benchmark, asked, folder, k, seed, processes)
-    say(f"pictures of {len(asked):,} prompts in {folder}")
+    benchmarks.sample_prompts(loaded, benchmark, entries, folder, k, seed, processes)
+    print_line(f"images of {len(entries):,} prompts in {folder}")
 
 
 def reference(
-    name: Annotated[str, typer.Argument(help="Of the set of pictures, as protocols name it.")],
+    name: Annotated[
+        str, typer.Argument(help="The reference's name in a protocol, such as coco2017-val.")
+    ],
     source: Annotated[
         Path,
         typer.Argument(
-            callback=at_home, help="Its folder of pictures; or published moments, FILE.npz."
+            callback=expand_home,
+            help="A folder of the reference images, or their published moments (FILE.npz).",
         ),
     ],
     protocol: Annotated[
-        str | None, typer.Option(help="For this one alone; for all that take it, by default.")
+        str | None,
+        typer.Option(help="Only for this protocol.", show_default="all that use the reference"),
     ] = None,
     features: Annotated[
-        str | None, typer.Option(help="Which features the moments are of, if it may be several.")
+        str | None,
+        typer.Option(help="With moments: the network whose features they are of."),
     ] = None,
 ):
-    """Make the statistics of real pictures that protocols compare with; what is there is kept."""
-    from distill.console import say
+    """Compute the statistics of real images that evaluation protocols compare samples with.
+
+    Statistics that already exist are kept.
+    """
+    from distill.console import print_line
     from distill.evaluation import references
     from teachers.errors import UserError
 
-    asked = references.wanted(name, protocol)
+    request = references.request_for(name, protocol)
     if source.is_dir():
         if features is not None:
-            raise UserError("--features: for an .npz alone; of pictures all are made")
-        made = references.from_pictures(asked, source)
-        say(f"{name}: {asked.count:,} pictures, {len(made)} kinds of features in {made[0].parent}")
+            raise UserError(
+                "--features: only for an .npz file; a folder of images gives all features"
+            )
+        files = references.from_images(request, source)
+        where = files[0].parent
+        print_line(f"{name}: {request.count:,} images, {len(files)} kinds of features in {where}")
         return
     if source.suffix != ".npz" or not source.is_file():
-        raise UserError(f"{source}: expected a folder of pictures, or an .npz of mu and sigma")
-    path, rest = references.from_moments(asked, source, features)
-    say(f"{name}: moments in {path}; that they are of {asked.count:,} pictures is your word")
-    if rest:
-        names = ", ".join(need.features.name for need in rest)
-        say(f"still to be made, of the pictures: {names}")
+        raise UserError(
+            f"{source}: neither a folder nor an .npz file; give a folder of images, or an .npz "
+            "file with mu and sigma"
+        )
+    path, missing = references.from_moments(request, source, features)
+    print_line(f"{name}: moments in {path}; taken to be of its {request.count:,} images, unchecked")
+    if missing:
+        names = ", ".join(need.features.name for need in missing)
+        print_line(f"still missing: {names}; compute them from the folder of images")

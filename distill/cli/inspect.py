@@ -1,4 +1,4 @@
-"""`distill doctor`, `plan`, `list`: what can be known before money is spent."""
+"""`distill doctor`, `plan`, `list`: checks and estimates before any training."""
 
 from __future__ import annotations
 
@@ -8,29 +8,36 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import Overrides, RecipeArg, at_home, writable
+from distill.cli.options import Overrides, RecipeArg, check_writable, expand_home
 
 
 def doctor(
-    teacher: Annotated[str, typer.Argument(help="As a recipe names it, or file.py:function.")],
+    teacher: Annotated[
+        str, typer.Argument(help="As in a recipe's teacher.source, or FILE.py:FUNCTION.")
+    ],
     image: Annotated[
         Path | None,
         typer.Option(
-            callback=at_home, help="A picture such as it was trained on, or a folder of them."
+            callback=expand_home,
+            help="An image like those the teacher was trained on, or a folder of them.",
         ),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What the picture shows.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="A caption of the image.")] = None,
     null_label: Annotated[
-        int | None, typer.Option(min=0, help="The class that means none, if there is one.")
+        int | None, typer.Option(min=0, help="The class that means no class, if there is one.")
     ] = None,
     structure_only: Annotated[
-        bool, typer.Option("--structure-only", help="Leave out what needs trained weights.")
+        bool, typer.Option("--structure-only", help="Skip the checks that need trained weights.")
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", callback=at_home, help="Write the checks here.")
+        Path | None,
+        typer.Option("--json", callback=expand_home, help="Write the checks to this JSON file."),
     ] = None,
 ):
-    """Examine a teacher's adapter before money is spent on it; exit 2 at a broken promise."""
+    """Check that a teacher denoises as its configuration says.
+
+    Exit code 2 if a check fails.
+    """
     import json
     from dataclasses import asdict
 
@@ -43,7 +50,7 @@ def doctor(
     from teachers.teacher import EMBEDDED
 
     if json_file is not None:
-        writable(json_file, "--json")
+        check_writable(json_file, "--json")
     loaded = load(teacher, **({} if null_label is None else {"null_label": null_label}))
     loaded.denoiser.to(device())
     if teacher in EMBEDDED and image is None:
@@ -60,25 +67,29 @@ def doctor(
             json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     console.print(verdict(checks))
-    if broken := [c for c in checks if c.verdict in ("broken", "untrained?")]:
-        raise UserError(f"doctor {teacher!r}: {broken[0].remedy}")
+    if failed := [c for c in checks if c.verdict in ("broken", "untrained?")]:
+        raise UserError(f"doctor {teacher!r}: {failed[0].remedy}")
 
 
 def plan(
     recipe: RecipeArg,
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="The card to run on.")] = "rtx-4090",
+    gpu: Annotated[str, typer.Option(help="The GPU to run on.")] = "rtx-4090",
     json_file: Annotated[
-        Path | None, typer.Option("--json", callback=at_home, help="Write the plan here.")
+        Path | None,
+        typer.Option("--json", callback=expand_home, help="Write the plan to this JSON file."),
     ] = None,
 ):
-    """Say what a recipe's run would take: memory by part, time, cost; exit 2 if it will not fit."""
+    """Estimate the memory, time and cost of a recipe's run without training.
+
+    Exit code 2 if the run does not fit in the GPU's memory.
+    """
     import json
 
     from distill.console import out as console
-    from distill.console import planned, waiting
+    from distill.console import plan_table, spinner
 
-    with waiting("distill: preparing"):  # the imports alone take seconds
+    with spinner("distill: preparing"):  # the imports take seconds
         from distill.config.recipe import Recipe
         from distill.planning.plan import GPUS, RESERVE, advice
         from teachers.errors import UserError, nearest
@@ -86,21 +97,22 @@ def plan(
         if gpu not in GPUS:
             raise UserError(f"--gpu {gpu!r}: {nearest(gpu, GPUS)}")
         if json_file is not None:
-            writable(json_file, "--json")
+            check_writable(json_file, "--json")
         checked = Recipe.load(recipe, overrides or [])
     card = GPUS[gpu]
-    with waiting("distill: playing a step on shapes alone"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of fake tensors, which have no addresses
+    waits = "distill: simulating a step on tensors without data (up to a minute)"
+    with spinner(waits), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fake tensors have no addresses, which torch warns about
         from distill.planning import forecast
 
-        made = forecast.plan(checked)
-    tree = made.tree(gpu, card)
-    console.print(planned(tree, card.memory, RESERVE))
+        estimate = forecast.plan(checked)
+    tree = estimate.tree(gpu, card)
+    console.print(plan_table(tree, card.memory, RESERVE))
     if json_file is not None:
         json_file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    if remedies := advice(checked, made, card):
+    if remedies := advice(checked, estimate, card):
         raise UserError(
-            f"plan: {made.peak + RESERVE:.1f} GB do not fit on {gpu} ({card.memory:g} GB); "
+            f"plan: {estimate.peak + RESERVE:.1f} GB do not fit on {gpu} ({card.memory:g} GB); "
             + "; ".join(remedies)
         )
 
@@ -108,16 +120,16 @@ def plan(
 def listing(
     what: Annotated[
         str | None,
-        typer.Argument(help="objectives, recipes, teachers, metrics or protocols; all by default."),
+        typer.Argument(help="objectives, recipes, teachers, metrics or protocols; default: all."),
     ] = None,
 ):
-    """Name what there is: objectives, recipes, teachers, metrics and protocols."""
+    """List the objectives, recipes, teachers, metrics and protocols that recipes can name."""
     from distill.cli.catalogue import KINDS as kinds
     from distill.console import out as console
     from teachers.errors import UserError, nearest
 
     if what is not None and what not in kinds:
-        raise UserError(f"list {what!r} is unknown: {nearest(what, kinds)}")
+        raise UserError(f"list {what!r}: unknown; {nearest(what, kinds)}")
     from rich.table import Table
 
     for kind in [what] if what else kinds:

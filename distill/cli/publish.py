@@ -1,4 +1,4 @@
-"""`distill report`, `compare`, `card`, `push`, `convert`: what a finished run is turned into."""
+"""`distill report`, `compare`, `card`, `push`, `convert`: files made from a finished run."""
 
 from __future__ import annotations
 
@@ -8,49 +8,57 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import Licence, RunArg, at_home, writable
+from distill.cli.options import Licence, RunArg, check_writable, expand_home
 
 
 def report(
     run: RunArg,
     out: Annotated[
-        Path | None, typer.Option(callback=at_home, help="Instead of RUN/report.html.")
+        Path | None,
+        typer.Option(
+            callback=expand_home, help="The file to write.", show_default="RUN/report.html"
+        ),
     ] = None,
 ):
-    """Write a finished run's report: verdict, pictures, curves, figures and cost on one page."""
+    """Write a finished run's HTML report: result, images, curves, metrics and cost on one page."""
     from distill.console import out as console
-    from distill.report.page import report as write
+    from distill.report.page import report as write_report
 
     if out is not None:
-        writable(out, "--out")
-    console.print(f"report in {write(run, out)}", soft_wrap=True, markup=False)
+        check_writable(out, "--out")
+    console.print(f"report in {write_report(run, out)}", soft_wrap=True, markup=False)
 
 
 def compare(
     run: RunArg,
     reference: Annotated[
-        str | None, typer.Argument(help="A shipped reference, a file, or another run's folder.")
+        str | None,
+        typer.Argument(
+            help="A shipped reference, a reference file or another run's folder; "
+            "default: the shipped one of the run's recipe."
+        ),
     ] = None,
 ):
-    """Say where a run's curves leave the band of known-good runs of its recipe."""
+    """Show where a run's training curves leave the range of known-good runs of its recipe."""
     from distill.console import out as console
     from distill.report import curves
     from teachers.errors import UserError
 
-    curves.tree_of(run)  # a run without a whole recipe is none, whatever it is compared with
-    found, good = curves.series(run), curves.reference_for(run, reference)
-    if not (steps := curves.compared(found, good)):
+    curves.recipe_tree(run)  # refuses a run whose recipe.yaml is missing or damaged
+    series, good = curves.series(run), curves.reference_for(run, reference)
+    if not (steps := curves.shared_steps(series, good)):
         raise UserError(
-            f"{run / 'metrics.jsonl'}: no logged step is one of {good.recipe}'s; "
-            "log at the same ones (train.log_every), or train for longer"
+            f"{run / 'metrics.jsonl'}: the run and {good.recipe} have no logged step in common; "
+            "use the same train.log_every, or train for more steps"
         )
-    left = curves.deviations(found, good)
-    for departure in left:
-        console.print(str(departure), soft_wrap=True, markup=False)
-    kept = "every curve keeps to its band"
+    deviations = curves.deviations(series, good)
+    for deviation in deviations:
+        console.print(str(deviation), soft_wrap=True, markup=False)
+    verdict = "every curve stays in its band"
+    if deviations:
+        verdict = f"{len(deviations)} of {len(good.bands)} curves leave their bands"
     console.print(
-        f"{len(left)} of {len(good.bands)} curves leave their bands" if left else kept,
-        f"({steps} logged steps; {good.recipe}, {good.runs} runs)",
+        f"{verdict} ({steps} logged steps; {good.recipe}, {good.runs} runs)",
         soft_wrap=True,
         markup=False,
     )
@@ -59,39 +67,48 @@ def compare(
 def card(
     run: RunArg,
     out: Annotated[
-        Path | None, typer.Option(callback=at_home, help="A file to write it to.")
+        Path | None,
+        typer.Option(callback=expand_home, help="The file to write.", show_default="stdout"),
     ] = None,
-    repo: Annotated[str, typer.Option(help="The Hub id that its snippet loads.")] = "",
+    repo: Annotated[
+        str, typer.Option(help="The Hub repository that the card's code snippet loads.")
+    ] = "",
     licence_override: Licence = "",
 ):
     """Write the model card of a finished run."""
     from distill.publish.card import card as card_of
 
     if out is not None:
-        writable(out, "--out")
-    made = card_of(run, repo, licence_override)
+        check_writable(out, "--out")
+    text = card_of(run, repo, licence_override).text
     if out is None:
-        sys.stdout.write(made.text)
+        sys.stdout.write(text)
     else:
-        out.write_text(made.text, encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
 
 
 def push(
     run: RunArg,
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new one private.")] = False,
-    revision: Annotated[str, typer.Option(help="The branch.")] = "main",
-    message: Annotated[str, typer.Option(help="The commit's.")] = "",
+    repo: Annotated[str, typer.Argument(help="The Hub repository, OWNER/NAME.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Create the repository as a private one.")
+    ] = False,
+    revision: Annotated[str, typer.Option(help="The branch to push to.")] = "main",
+    message: Annotated[str, typer.Option(help="The commit message.")] = "",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is there, whoever put it there.")
+        bool,
+        typer.Option("--overwrite", help="Replace all files in the repository, whoever made them."),
     ] = False,
     licence_override: Licence = "",
 ):
-    """Upload a finished run's student to the Hub; the token is HF_TOKEN's or `hf auth login`'s."""
-    from distill.console import out as console
-    from distill.publish.push import push as go
+    """Upload a finished run's student to the Hub.
 
-    done = go(
+    The token comes from HF_TOKEN or `hf auth login`.
+    """
+    from distill.console import out as console
+    from distill.publish.push import push as upload
+
+    pushed = upload(
         run,
         repo,
         private=private,
@@ -101,8 +118,8 @@ def push(
         licence_override=licence_override,
     )
     console.print(
-        f"{done.sent} files sent, {done.deleted} deleted, {done.present} there already: "
-        f"{done.url} at {done.commit[:7]}",
+        f"{pushed.uploaded} files uploaded, {pushed.deleted} deleted, {pushed.unchanged} "
+        f"unchanged: {pushed.url} at {pushed.commit[:7]}",
         soft_wrap=True,
     )
 
@@ -111,30 +128,32 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            callback=at_home, help="An EDM network, FILE.pkl; or a student or its run's folder."
+            callback=expand_home,
+            help="A pickled EDM network (FILE.pkl), a student folder or a run's folder.",
         ),
     ],
     to: Annotated[
         Path,
         typer.Argument(
-            callback=at_home, help="A new folder for the network; FILE.safetensors for a student."
+            callback=expand_home,
+            help="A new folder for an EDM network; FILE.safetensors for a student.",
         ),
     ],
 ):
-    """Turn a pickled EDM network into a folder, or a student into one file for other programs."""
+    """Convert a pickled EDM network to a folder of safetensors, or a student to a single file."""
     from distill.console import out as console
 
     if source.is_dir():
         from students.export.single_file import export_single
         from teachers.errors import UserError
 
-        writable(to, "convert")
+        check_writable(to, "convert")
         if to.suffix != ".safetensors" or to.exists():
             raise UserError(f"convert {to}: expected the name of a new .safetensors file")
         export_single(source, to)
         console.print(f"student in {to}; its scheduler stays in {source}", soft_wrap=True)
         return
-    from teachers.edm.checkpoints import convert as write
+    from teachers.edm.checkpoints import convert as convert_network
 
-    write(source.expanduser(), to.expanduser())
+    convert_network(source.expanduser(), to.expanduser())
     console.print(f"teacher in {to}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`distill run`, `teach`, `bench`, `cache`: what trains, and what is made once for it."""
+"""`distill run`, `teach`, `bench`, `cache`: the commands that train or prepare training data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from distill.cli.options import Licence, Out, Overrides, RecipeArg, Resume, at_home, counts
+from distill.cli.options import (
+    Licence,
+    Out,
+    Overrides,
+    RecipeArg,
+    Resume,
+    expand_home,
+    step_counts,
+)
 
 
 def run(
@@ -17,71 +25,71 @@ def run(
     resume: Resume = False,
     licence_override: Licence = "",
 ):
-    """Distil: train the student of a recipe, export it, and measure it against its teacher.
+    """Train the student of a recipe, export it, and measure it against its teacher.
 
-    Exit code 0 once the student is exported and measured. What could not be made beside it (a LoRA
-    file, the card, pictures, the report) is said on stderr and in summary.json's `failed`, and
-    --resume tries it again; exit code 1 if the student or its figures are missing.
+    Exit code 0 if the student is exported and measured. If another part fails (LoRA files, card,
+    images, report), stderr and summary.json's `failed` name it, and --resume tries it again. Exit
+    code 1 if the student or its metrics are missing.
     """
     import json
 
     from distill.console import out as console
-    from distill.console import waiting
+    from distill.console import spinner
     from teachers.errors import UserError, intact
 
     out = out or Path("runs") / Path(recipe).stem
-    with waiting("distill: preparing"):  # the imports alone take seconds
+    with spinner("distill: preparing"):  # the imports take seconds
         from distill.config.recipe import Recipe
 
         reason = [f"export.licence_override={json.dumps(licence_override)}"]
         checked = Recipe.load(recipe, [*(overrides or []), *(reason if licence_override else [])])
         if not checked.kind.few_step:
             name = checked.objective["name"]
-            raise UserError(f"{recipe}: objective.name: {name} makes teachers; use distill teach")
+            raise UserError(f"{recipe}: objective.name: {name} trains teachers; use distill teach")
         from distill.training import build, run_folder
 
-        made = None
+        new_run = None
         with intact(out / "summary.json"):
             done = resume and complete(out) and not more_steps(out, checked.train.steps)
         if done:
             run_folder.check_folder(checked, out, resume)
         else:
-            made = build.build(checked, out, resume)
-    if made is None:
-        console.print(f"{out} is finished; its figures:")
+            new_run = build.build(checked, out, resume)
+    if new_run is None:
+        console.print(f"{out} is finished; its results:")
         with intact(out / "summary.json"):
             return show(out)
     from distill.evaluation.finish import finish
 
-    main = made.engine.accelerator.is_main_process
+    main = new_run.engine.accelerator.is_main_process
     if main:
-        introduce(made)
-    made.engine.train()
-    if main and made.protocol:
+        print_header(new_run)
+    new_run.engine.train()
+    if main and new_run.protocol:
         console.print("exporting and measuring")
-    summary = finish(made)
+    summary = finish(new_run)
     if main:
         show(out)
-        tell_failed(summary["failed"], out)
+        report_failures(summary["failed"], out)
 
 
-def introduce(made: Any) -> None:
-    """Say of a run that begins what it trains, from which teacher, and where."""
+def print_header(new_run: Any) -> None:
+    """Print the objective, the teacher, the student's step counts and the folder of a new run."""
     from distill.console import out as console
     from distill.sampling.guided_teacher import guided
     from teachers.guidance import describe
 
-    recipe = made.recipe
-    guidance = describe(guided(recipe, made.teacher))
+    recipe = new_run.recipe
+    guidance = describe(guided(recipe.teacher, new_run.teacher))
     console.print(
         f"{recipe.objective['name']}: from teacher {recipe.teacher.source} ({guidance}) "
-        f"to a student of {counts(made.student)}, in {made.out}",
+        f"to a student of {step_counts(new_run.student)}, in {new_run.out}",
         soft_wrap=True,
     )
 
 
 def complete(out: Path) -> bool:
-    """Whether the run came to its end with all that it leaves."""
+    """Whether the run finished and no part of its results failed."""
     import json
 
     from distill.evaluation.finish import failed, finished
@@ -91,52 +99,56 @@ def complete(out: Path) -> bool:
     )
 
 
-def tell_failed(failed: dict[str, str], out: Path) -> None:
-    """Close with what is missing; each was said as it failed.
+def report_failures(failed: dict[str, str], out: Path) -> None:
+    """Name the parts that failed; each failure was already reported when it happened.
 
     Raises:
-        Exit: with 1, where the figures are.
+        Exit: with code 1, if the metrics are among them.
     """
     from distill.attempts import FIGURES, LOG
-    from distill.console import notice
+    from distill.console import print_notice
 
     if failed:
-        notice(
-            f"not made: {', '.join(failed)}; the student is there; --resume tries again "
-            f"({out / LOG} says more)"
+        print_notice(
+            f"not made: {', '.join(failed)}; the student is exported; --resume tries again "
+            f"(details in {out / LOG})"
         )
     if FIGURES in failed:
-        notice(f"{FIGURES}: {failed[FIGURES]}")  # last, where a benchmark looks for the reason
+        print_notice(f"{FIGURES}: {failed[FIGURES]}")  # last, where a benchmark reads the cause
         raise typer.Exit(1)
 
 
 def more_steps(out: Path, steps: int) -> bool:
-    """Whether the recipe now asks for more steps than the finished run took."""
+    """Whether the recipe now has more steps than the finished run trained for."""
     import json
 
     return json.loads((out / "summary.json").read_text(encoding="utf-8"))["steps"] < steps
 
 
 def show(out: Path) -> None:
-    """The run's results, and where the student is."""
+    """Print a finished run's results and where its student and report are."""
     import json
 
+    from distill.attempts import FIGURES
     from distill.console import out as console
-    from distill.console import results
+    from distill.console import results_table
     from distill.publish.results_table import rows_of
 
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     if metrics := summary["metrics"]:
         rows = rows_of(metrics)
-        taught = [row for row in rows if not row.ours]
-        shown = {v.name: {**v.figures, "evaluations": v.evaluations} for v in [*taught, *rows]}
-        one = rows[0].figures
-        title = f"{one['protocol']}: {one['n']:,} samples" + "; ± over seeds" * (one["seeds"] > 1)
-        console.print(results(title, shown, next(iter(shown)) if "teacher" in metrics else None))
-    elif "figures" in summary.get("failed", {}):
-        console.print("not measured: the measuring failed")
+        teachers = [row for row in rows if not row.is_student]
+        table = {v.name: {**v.figures, "evaluations": v.evaluations} for v in [*teachers, *rows]}
+        first = rows[0].figures
+        title = f"{first['protocol']}: {first['n']:,} samples"
+        title += "; ± over seeds" * (first["seeds"] > 1)
+        console.print(
+            results_table(title, table, next(iter(table)) if "teacher" in metrics else None)
+        )
+    elif FIGURES in summary.get("failed", {}):
+        console.print("not measured: the measurement failed")
     else:
-        console.print("not measured: the recipe names no eval.protocol")
+        console.print("not measured: the recipe has no eval.protocol")
     console.print(
         f"{summary['steps']} steps in {summary['wall_s']:.0f} s, "
         f"{summary['network_evaluations']:,} network evaluations; student in {out / 'student'}, "
@@ -145,64 +157,79 @@ def show(out: Path) -> None:
     )
 
 
-def teach(recipe: RecipeArg, overrides: Overrides = None, out: Out = None, resume: Resume = False):
-    """Train a small teacher from nothing, and leave it as an ordinary diffusers folder."""
+TeachOut = Annotated[
+    Path | None,
+    typer.Option(callback=expand_home, help="The run's folder.", show_default="runs/teach-RECIPE"),
+]
+
+
+def teach(
+    recipe: RecipeArg, overrides: Overrides = None, out: TeachOut = None, resume: Resume = False
+):
+    """Train a small teacher from scratch and save it as a diffusers folder."""
     from distill.console import out as console
-    from distill.console import results
-    from distill.pretrain.pixels import teach as go
+    from distill.console import results_table
+    from distill.pretrain.pixels import teach as train_teacher
 
     out = out or Path("runs") / f"teach-{Path(recipe).stem}"
-    summary = go(recipe, out, overrides or [], resume)
+    summary = train_teacher(recipe, out, overrides or [], resume)
     if summary.get("metrics"):
         metrics = summary["metrics"]
         rows = {f"{metrics['teacher']['steps']} steps": metrics["teacher"]}
         rows |= {f"{k} steps": v for k, v in metrics["teacher_few"].items()}
-        console.print(results("teacher", rows, base=next(iter(rows))))
+        console.print(results_table("teacher", rows, base=next(iter(rows))))
     console.print(f"teacher in {out / 'teacher'}")
 
 
 def bench(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or a shipped one: bench/digits.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of a shipped one, such as bench/digits.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Such as seeds=[0] budget.network_evaluations=20000.")
+        list[str] | None,
+        typer.Argument(help="Keys to change, such as seeds=[0] budget.network_evaluations=20000."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(callback=at_home, help="Its folder.", show_default="runs/bench-RECIPE"),
+        typer.Option(
+            callback=expand_home, help="The benchmark's folder.", show_default="runs/bench-RECIPE"
+        ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="How many runs to train at the same time.")] = 1,
 ):
-    """Race objectives at one budget: every row and seed a run, then a leaderboard and plots.
+    """Compare objectives at one training budget: train every row with every seed, then rank them.
 
-    Called again, it goes on where it was: what is finished is kept, and what failed too, until its
-    row changes. OUT gets leaderboard.json, leaderboard.md and plots; OUT/runs, every run. Exit code
-    1 if not one run came through.
+    The same command continues a stopped benchmark. Finished runs are kept; failed runs are kept
+    too, until their row changes. OUT holds leaderboard.json, leaderboard.md and plots; OUT/runs
+    holds the runs. Exit code 1 if every run failed.
     """
-    from distill.console import notice, waiting
     from distill.console import out as console
+    from distill.console import print_notice, spinner
 
     out = out or Path("runs") / f"bench-{Path(recipe).stem}"
-    with waiting("distill: preparing"):
+    with spinner("distill: preparing"):
         from distill.benchmark import runner
     lines = runner.bench(recipe, overrides or [], out, jobs)
     failed = {v.name for v in lines if v.failed}
     console.print(runner.standings(lines))
-    note = f"; failed: {', '.join(sorted(failed))}" if failed else ""
-    console.print(f"leaderboard and plots in {out}{note}", soft_wrap=True, markup=False)
+    failures = f"; failed: {', '.join(sorted(failed))}" if failed else ""
+    console.print(f"leaderboard and plots in {out}{failures}", soft_wrap=True, markup=False)
     if not any(v.metrics for v in lines if v.kind == "student"):
-        notice(f"every run failed; {out / 'leaderboard.md'} says why, {out / 'logs'} more")
+        print_notice(
+            f"every run failed; see {out / 'leaderboard.md'}, and {out / 'logs'} for details"
+        )
         raise typer.Exit(1)
 
 
 def cache(recipe: RecipeArg, overrides: Overrides = None):
-    """Encode a recipe's prompts and images once, into a cache that its runs read."""
+    """Encode a recipe's prompts and images into the cache that its runs read."""
     from distill.config.recipe import Recipe
 
     checked = Recipe.load(recipe, overrides or [])
-    from distill.console import say
+    from distill.console import print_line
     from distill.training.build import make_cache
 
     report = make_cache(checked)
     kinds = ", ".join(f"{n} {kind}" for kind, n in report["by_kind"].items())
     skipped = f"; {report['skipped']} skipped ({kinds}), see data-report.json" if kinds else ""
-    say(f"{report['items'] - report['skipped']:,} items cached{skipped}")
+    print_line(f"{report['items'] - report['skipped']:,} items cached{skipped}")

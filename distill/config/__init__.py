@@ -1,1 +1,1 @@
-"""Recipes: YAML in, checked settings out. Nothing here loads a network."""
+"""Recipes: reads YAML into checked settings. Nothing here loads a network."""

@@ -1,4 +1,4 @@
-"""The `players` section of a recipe: a player's optimiser and its learning-rate schedule."""
+"""The `players` section of a recipe: optimizer and learning-rate schedule of each player."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Decay = Annotated[float, *Finite, Interval(ge=0, lt=1)]
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class OptimizerConfig:
-    """How a player's weights move: a form of AdamW under a learning-rate schedule."""
+    """A form of AdamW with a learning-rate schedule."""
 
-    optimizer: Name = "adamw"
-    lr: Positive = 1e-4
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    optimizer: Name = "adamw"  # adamw8bit: 8-bit moments; adamw-offloaded: moments in host memory
+    lr: Positive = 1e-4  # learning rate after the warmup
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # decays of the first and second moments
+    eps: Positive = 1e-8  # added to the denominator
     weight_decay: NonNegative = 0.01
-    clip: NonNegative = 1.0  # of the gradient's norm; 0 leaves it as it is
-    warmup: NonNegativeInt = 0  # engine steps of linear rise
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    decay_steps: PositiveInt | None = None  # engine steps until `lr_end`; by default train.steps
-    lr_end: Fraction = 0.0  # where the decay ends, as a share of lr
+    clip: NonNegative = 1.0  # largest norm of the gradient; 0 means no clipping
+    warmup: NonNegativeInt = 0  # training steps of linear rise to lr
+    decay: Literal["constant", "linear", "cosine"] = "constant"  # of lr after the warmup
+    decay_steps: PositiveInt | None = None  # training steps of the decay; by default train.steps
+    lr_end: Fraction = 0.0  # learning rate after the decay, as a share of lr
 
     def rate(self, age: int, steps: int) -> float:
-        """The learning rate at `age` steps after the start, of `steps` in all."""
+        """The learning rate `age` steps after the schedule's start, in a run of `steps` steps."""
         rate = self.lr * min(1.0, (age + 1) / (self.warmup + 1))
         if self.decay == "constant":
             return rate

@@ -1,10 +1,10 @@
-"""Recipe keys that used to have another name: the old one is still read, with one warning line."""
+"""Renamed keys of recipes: the old name is still read, with one line of warning."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from distill.console import notice
+from distill.console import print_notice
 from teachers.errors import UserError
 
 DMD2 = {
@@ -13,30 +13,30 @@ DMD2 = {
     "reuse": "share_samples",
     "rivals_see": "fake_sees",
 }
-# By objective.name: the keys of `objective`, old to new.
+# For each objective.name: old and new keys of `objective`.
 OBJECTIVES = {
     "dmd2": DMD2,
     "fdistill": {**DMD2, "memory": "ratio_ema"},
     "sid": {"rivals_see": "fake_sees"},
     "progressive": {"first": "initial_steps"},
 }
-# By section: its keys, old to new, whatever the objective is.
+# For each section: its old and new keys, with any objective.
 SECTIONS = {
     "train.vae": {"moves": "optimizer"},
     "train.unet": {"moves": "optimizer"},
 }
-_warned: set[str] = set()  # one line for each key, however many rows of a benchmark have it
+_warned: set[str] = set()  # one line for each key, even if many rows of a benchmark have it
 
 
 def current_names(
     tree: dict[str, Any], objective: str | None = None, quiet: bool = False
 ) -> dict[str, Any]:
-    """A recipe's tree, or a part of one to lay over it, with every old key under its new name.
+    """A recipe's tree, or a part of one, with every old key under its new name.
 
     Args:
-        tree: As it was read; it is not changed.
-        objective: The name of its objective, where the tree does not say.
-        quiet: No warning, for files that the user did not write.
+        tree: The tree as read; it is not changed.
+        objective: The objective's name, if the tree does not have it.
+        quiet: Print no warning, for files that the user did not write.
 
     Raises:
         UserError: a key is given under both names.
@@ -47,7 +47,7 @@ def current_names(
 
 
 def current_key(key: str, tree: dict[str, Any]) -> str:
-    """The new name of a dotted key, such as an override's of `tree`."""
+    """The new name of a dotted key of `tree`, such as the key of an override."""
     for section, names in _renamed(tree, None).items():
         prefix = f"{section}."
         leaf, dot, rest = key.removeprefix(prefix).partition(".")
@@ -58,17 +58,18 @@ def current_key(key: str, tree: dict[str, Any]) -> str:
 
 
 def _renamed(tree: dict[str, Any], objective: str | None) -> dict[str, dict[str, str]]:
-    """The sections of a tree that had other keys, old to new."""
+    """For each section with renamed keys: its old and new keys."""
     section = tree.get("objective")
-    named = section.get("name") if isinstance(section, dict) else None
-    name = named if isinstance(named, str) else objective
+    name = section.get("name") if isinstance(section, dict) else None
+    if not isinstance(name, str):
+        name = objective
     return {**SECTIONS, "objective": OBJECTIVES.get(name or "", {})}
 
 
 def _section_renamed(
     tree: dict[str, Any], path: list[str], section: str, names: dict[str, str], quiet: bool
 ) -> dict[str, Any]:
-    """The tree, of which the section at `path` has its new names; the order of keys is kept."""
+    """The tree with the new names in the section at `path`, in the same order."""
     if path:
         below = tree.get(path[0])
         if not isinstance(below, dict):
@@ -77,7 +78,7 @@ def _section_renamed(
     for old in [k for k in names if k in tree]:
         if names[old] in tree:
             raise UserError(
-                f"{section}.{old}: it is the old name of {names[old]}, which is given too; "
+                f"{section}.{old}: it is the old name of {names[old]}, which is set too; "
                 "remove one of the two"
             )
         if not quiet:
@@ -88,4 +89,4 @@ def _section_renamed(
 def _warn(section: str, old: str, new: str) -> None:
     if (key := f"{section}.{old}") not in _warned:
         _warned.add(key)
-        notice(f"{key} is now {section}.{new}; the old name will go with the next release")
+        print_notice(f"{key} is now {section}.{new}; the old name will go with the next release")

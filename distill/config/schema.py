@@ -1,4 +1,7 @@
-"""The sections of a recipe: their keys, what values they take, and what is meant by none."""
+"""The sections of a recipe: their keys, the values that each takes, and the defaults.
+
+The comment beside a key explains it to users.
+"""
 
 from __future__ import annotations
 
@@ -22,46 +25,33 @@ from students.lora import Adapter
 from teachers.errors import UserError
 from teachers.quantised import Precision
 
-# Of a file, a folder or a name. An empty path would be the working directory, and an empty text is
-# easily taken for none; leaving the key out says that.
+# A file, a folder or a name. It is never empty, because an empty path would mean the working
+# directory; for no value, leave the key out.
 Name = Annotated[str, MinLen(1)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: no unknown keys, no changes once read."""
+    """A part of a recipe. Unknown keys are errors, and a section that is read does not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class GuidanceSection(Section):
-    """How the teacher is guided; see teachers/guidance.py."""
+    """Guidance of the teacher; see teachers/guidance.py."""
 
-    scale: NonNegative  # g = 1 + w; 1 is none
+    scale: NonNegative  # g = 1 + w of classifier-free guidance; 1 means no guidance
+    # cfg: classifier-free guidance; apg: adaptive projected guidance; skip: guidance away from the
+    # network with some blocks skipped; auto: away from a weaker network (autoguidance)
     kind: Literal["cfg", "apg", "skip", "auto"] = "cfg"
-    interval: tuple[NonNegative, NonNegative] | None = None  # of σ/α; guided only in it
-    rescale: Fraction = 0.0  # of the way back to the unguided standard deviation
-    eta: NonNegative | None = None  # apg: share of the parallel component; 0 by default
-    threshold: Positive | None = None  # apg: the greatest norm of what is moved by
-    blocks: tuple[str, ...] = ()  # skip: the blocks left out
-    weaker: Name | None = None  # auto: a teacher's source
-
-    def agree(self, where: str) -> None:
-        """Refuse keys of another kind of guidance, and the lack of those of this one."""
-        own = {"eta": "apg", "threshold": "apg", "blocks": "skip", "weaker": "auto"}
-        for key, kind in own.items():
-            given = getattr(self, key) not in (None, ())
-            if given and kind != self.kind:
-                raise UserError(f"{where}: teacher.guidance.{key}: only kind {kind!r} has it")
-            if not given and kind == self.kind and kind != "apg":
-                raise UserError(f"{where}: teacher.guidance.{key}: kind {kind!r} needs it")
-        if self.interval is not None and not self.interval[0] < self.interval[1]:
-            low, high = self.interval
-            raise UserError(
-                f"{where}: teacher.guidance.interval: low, {low:g}, is not below high, {high:g}"
-            )
+    interval: tuple[NonNegative, NonNegative] | None = None  # guided σ/α; by default all
+    rescale: Fraction = 0.0  # return to the unguided standard deviation: 0 not at all, 1 fully
+    eta: NonNegative | None = None  # apg: share kept of the component along x̂; by default 0
+    threshold: Positive | None = None  # apg: largest norm of x̂ - negative; by default no limit
+    blocks: tuple[str, ...] = ()  # skip: names of the blocks to skip
+    weaker: Name | None = None  # auto: source of the weaker teacher
 
 
-# A number is a scale. The tags' brackets mark them as no part of a key's path, for `explain`.
+# A number is a scale. `explain` drops tags, which it knows by their brackets, from a key's path.
 Guidance = Annotated[
     Annotated[NonNegative, Tag("[scale]")] | Annotated[GuidanceSection, Tag("[mapping]")],
     Discriminator(lambda v: "[mapping]" if isinstance(v, dict | GuidanceSection) else "[scale]"),
@@ -69,106 +59,68 @@ Guidance = Annotated[
 
 
 class TeacherSection(Section):
-    """What is distilled."""
+    """The model to distil."""
 
     source: Name  # "digits", a diffusers folder, a Hub id, or "file.py:function"
-    guidance: Guidance = 1.0  # g = 1 + w of classifier-free guidance, 1 is none; or a mapping
-    null_label: NonNegativeInt | None = None  # the class that means "no class", if there is one
-    negative_prompt: str | None = None  # what guidance moves away from; by default ""
-    size: PositiveInt | None = None  # of the pictures, in pixels; by default the checkpoint's own
-    precision: Precision | None = None  # of the teacher's frozen weights
-    frames: PositiveInt | None = None  # of videos
-    embedded_guidance: Positive | None = None  # what FLUX.1-dev's network is told; by default 3.5
-    vae: Name | None = None  # the folder of EDM2's autoencoder, for pictures of its latents
+    guidance: Guidance = 1.0  # scale g = 1 + w, where 1 means no guidance; or a mapping
+    null_label: NonNegativeInt | None = None  # label for "no class"; by default none, or DiT's
+    negative_prompt: str | None = None  # prompt that guidance moves away from; by default ""
+    size: PositiveInt | None = None  # side of the images in pixels; by default the checkpoint's
+    precision: Precision | None = None  # of the frozen weights; by default the checkpoint's
+    frames: PositiveInt | None = None  # frames of a video; by default the checkpoint's
+    embedded_guidance: Positive | None = None  # scale that FLUX.1-dev reads; by default 3.5
+    vae: Name | None = None  # folder of the autoencoder for EDM2's latents
 
     def options(self) -> dict[str, Any]:
-        """What `teachers.load` is told, beside the source."""
+        """The arguments of `teachers.load` after the source."""
         names = ("null_label", "negative_prompt", "size", "precision", "frames",
                  "embedded_guidance", "vae")  # fmt: skip
         return {k: v for k in names if (v := getattr(self, k)) is not None}
 
 
 class StudentSection(Section):
-    """What it becomes."""
+    """The few-step model to train."""
 
-    steps: PositiveInt = 1  # how many it takes
-    # The step counts that it is trained for, where there are several: each divides `steps`, which
-    # is one of them. Shorter chains cost the longest one its updates: see docs/methods.md.
+    steps: PositiveInt = 1  # steps of a sample: evaluations of the network
+    # Step counts to train for: `steps` and divisors of it. With several, the longest chain gets
+    # fewer updates: see docs/methods.md. By default only `steps`.
     counts: tuple[PositiveInt, ...] | None = None
-    # How often each of `counts` is trained; by default in proportion to its steps, so that every
-    # place of every chain is trained equally often.
+    # Relative training frequency of each of `counts`. By default proportional to the count, so that
+    # all steps of all chains are trained equally often.
     weights: tuple[Positive, ...] | None = None
-    start: Positive | None = None  # σ/α it starts from; the teacher's highest
-    renoise: bool = True  # return to the next time with fresh noise, or along the ODE
+    start: Positive | None = None  # σ/α of the first step; by default the teacher's highest
+    renoise: bool = True  # between steps, add new noise (true) or follow the ODE (false)
 
-    def agree(self, learns: Learns, where: str) -> None:
-        """Refuse counts that this student cannot be run at, or that its objective does not train.
+    def trained(self, learns: Learns, possible: Sequence[int]) -> dict[int, float]:
+        """The relative training frequency of each count.
 
         Args:
             learns: The objective's `learns`.
+            possible: The counts for which the student's scheduler has times.
 
         Raises:
-            UserError: naming the key.
-        """
-        key, counts = f"{where}: student.counts", self.counts
-        if self.weights is not None:
-            weights = f"{where}: student.weights"
-            if learns != "chains" or counts is None:
-                raise UserError(f"{weights}: nothing to weigh, as {_WHY[learns]}; remove it")
-            if len(self.weights) != len(counts):
-                raise UserError(
-                    f"{weights}: {len(self.weights)} weights for {len(counts)} counts; "
-                    "give one for each of student.counts"
-                )
-        if counts is None:
-            return
-        if odd := [k for k in counts if self.steps % k]:
-            raise UserError(
-                f"{key}: {odd[0]} does not divide student.steps, which is {self.steps}; "
-                "a shorter chain takes every second, third, … of its times"
-            )
-        if self.steps not in counts or len(set(counts)) < len(counts):
-            raise UserError(
-                f"{key}: {list(counts)} should hold student.steps, {self.steps}, and no count twice"
-            )
-        if learns == "one-chain" and counts != (self.steps,):
-            raise UserError(f"{key}: {_WHY[learns]}; remove it, or train a student for each count")
-
-    def trained(self, learns: Learns, possible: Sequence[int]) -> dict[int, float]:
-        """How often each count is trained, relative to the others.
-
-        Args:
-            possible: The counts that the student's scheduler has times for.
-
-        Raises:
-            UserError: it has none for one of `counts`.
+            UserError: the scheduler has no times for one of `counts`.
         """
         if self.counts is None:
             counts = possible if learns == "all-times" else (self.steps,)
             return {k: float(k) for k in counts}
-        if lacks := [k for k in self.counts if k not in possible]:
+        if impossible := [k for k in self.counts if k not in possible]:
+            count = impossible[0]
             raise UserError(
-                f"student.counts: this student's scheduler has no times for {lacks[0]} of "
-                f"{self.steps} steps; remove it, or train a student of {lacks[0]} steps"
+                f"student.counts: this student's scheduler has no times for {count} of "
+                f"{self.steps} steps; remove it, or train a student of {count} steps"
             )
         return dict(sorted(zip(self.counts, self.weights or map(float, self.counts), strict=True)))
 
 
-_WHY = {
-    "chains": "student.counts is missing and the student has one count",
-    "all-times": "this objective trains every time alike",
-    "one-chain": "this objective's last stage trains one count",
-}
-
-
 class AdaptersSection(Section):
-    """That players are adapters on the teacher's own frozen weights, and of what shape."""
+    """Train networks as adapters on the frozen teacher, not as copies of it."""
 
-    players: tuple[str, ...] | None = None  # the others are full copies; by default there are none
-    kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
-    rank: PositiveInt = 64
-    alpha: Positive | None = None  # changes are scaled by alpha / rank; by default by 1
-    targets: str | None = None  # a regex of module names; by default the family's own
+    players: tuple[str, ...] | None = None  # networks that are adapters; by default all
+    kind: Literal["lora", "dora", "loha", "lokr"] = "lora"  # form of the adapter
+    rank: PositiveInt = 64  # rank of its matrices
+    alpha: Positive | None = None  # the adapter is scaled by alpha / rank; by default by 1
+    targets: str | None = None  # regular expression of module names; by default the family's
 
     @property
     def adapter(self) -> Adapter:
@@ -176,28 +128,28 @@ class AdaptersSection(Section):
 
 
 class CriticSection(Section):
-    """That there is a critic, and what it looks at."""
+    """Train a critic (a discriminator) on features of the fake score; `{}` takes the defaults."""
 
-    blocks: tuple[str, ...] | None = None  # modules of the fake score; by default a middle one
+    blocks: tuple[str, ...] | None = None  # modules to take features from; by default a middle one
 
 
 class Column(Section):
-    """A column of a dataset: of the Hub, of a folder that was saved, or of a table file."""
+    """A column of a dataset."""
 
-    hf: Name  # a Hub id, a folder, or a .parquet, .csv or .jsonl file
-    column: Name
-    split: Name = "train"
+    hf: Name  # Hub id, folder of a saved dataset, or a .parquet, .csv, .tsv, .json or .jsonl file
+    column: Name  # name of the column
+    split: Name = "train"  # split of a Hub or saved dataset
 
 
 class Bucketing(Section):
-    """Sizes of one area and several aspect ratios, of which each batch has one."""
+    """Image sizes of equal area and several aspect ratios; each batch has one size."""
 
-    multiple: PositiveInt = 64  # of which every side is one
-    # Of the longer side to the shorter, at most; no network draws longer strips than 100.
+    multiple: PositiveInt = 64  # pixels; every side is a multiple of this
+    # Largest ratio of the longer side to the shorter one.
     ratio: Annotated[float, *Finite, Interval(ge=1, le=100)] = 2.0
 
 
-# A text, or a mapping; the tags keep one's errors out of the other's.
+# A text or a mapping. By the tags, an error of one form does not mention the other.
 Place = Annotated[
     Annotated[Name, Tag("[text]")] | Annotated[Column, Tag("[column]")],
     Discriminator(lambda v: "[column]" if isinstance(v, dict | Column) else "[text]"),
@@ -205,56 +157,59 @@ Place = Annotated[
 
 
 class DataSection(Section):
-    """Prompts, or real data for objectives that need them."""
+    """Images with labels or captions, or prompts only."""
 
-    # "digits", a folder of images (for labels, a subfolder for each class), .tar shards, or
-    # "DATASET:COLUMN"
+    # "digits", "shapes", a folder of images (with a subfolder for each class, if the teacher has
+    # classes), .tar shards, or "DATASET:COLUMN". By default none.
     source: Place | None = None
-    prompts: Place | None = None  # a text file, "pack:starter", or "DATASET:COLUMN"
-    captions: Name | None = None  # of images: "txt", "json:KEY", "folder", or a dataset's column
-    size: PositiveInt | None = None  # pixels of a side; by default the teacher's
-    buckets: Bucketing | None = None  # several aspect ratios of size × size's area; none: squares
-    in_memory_gb: NonNegative = 4.0  # what is larger, once encoded, is read from a cache
-    cache: Name = "~/.cache/fewstep"  # the folder of all caches
-    cache_limit_gb: NonNegative = 100.0  # of one
-    skip_share: Fraction = 0.01  # of items that may be bad; with more, the run stops
+    prompts: Place | None = None  # a text file, "pack:starter" (default), or "DATASET:COLUMN"
+    # Captions of images: "txt" or "json:KEY" for files beside them, "folder" for the folder's name,
+    # "metadata:COLUMN" for the folder's table, or a column of the dataset. By default a folder's
+    # table if there is one, else .txt, else .json.
+    captions: Name | None = None
+    size: PositiveInt | None = None  # side of the images in pixels; by default the teacher's
+    buckets: Bucketing | None = None  # several aspect ratios of one area; by default one size
+    in_memory_gb: NonNegative = 4.0  # encoded data of more GB are read from a cache
+    cache: Name = "~/.cache/fewstep"  # folder of all caches
+    cache_limit_gb: NonNegative = 100.0  # largest size of one cache in GB
+    skip_share: Fraction = 0.01  # share of items that may be bad; with more, the run stops
 
 
 class TrainSection(Section):
-    """How long, how large, how often."""
+    """Length, batch size, precision, and the intervals of logs and checkpoints."""
 
-    steps: PositiveInt
-    batch: PositiveInt = 64  # samples per update, over all processes
-    accumulate: PositiveInt = 1  # parts each batch is cut into; with more processes, one for each
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    ema: Fraction = 0.999  # decay of the student's average, which is what is exported; 0 for none
-    seed: Seed = 0
-    log_every: PositiveInt = 50
-    save_every: PositiveInt = 500
-    sample_every: NonNegativeInt = 500  # and at the end; 0 for never
-    keep: PositiveInt = 2  # checkpoints kept, beside the best
+    steps: PositiveInt  # training steps
+    batch: PositiveInt = 64  # samples of an update, over all processes
+    accumulate: PositiveInt = 1  # parts of a batch, computed in turn; at least one for each process
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the computation (autocast)
+    ema: Fraction = 0.999  # decay of the student's average, which is exported; 0 means no average
+    seed: Seed = 0  # of all random numbers
+    log_every: PositiveInt = 50  # steps between lines of metrics.jsonl
+    save_every: PositiveInt = 500  # steps between checkpoints
+    sample_every: NonNegativeInt = 500  # steps between image grids, and at the end; 0 means never
+    keep: PositiveInt = 2  # number of latest checkpoints to keep; the best is kept as well
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl
 
 
-# eval/protocols, which this package does not read; a test holds the two together
+# The names in eval/protocols, which a test compares with these: this package does not read them.
 Known = Literal["digits", "shapes", "cifar10-50k", "imagenet64-50k", "coco2014-30k", "coco2017-5k",
                 "sdxl-10k", "mjhq-30k"]  # fmt: skip
 
 
 class EvalSection(Section):
-    """What the run is measured by."""
+    """Measurements of the student and the teacher."""
 
-    protocol: Known | None = None
-    every: NonNegativeInt = 0  # steps between evaluations while training; 0 for only at the end
-    seeds: PositiveInt = 3  # over which the student's figures are averaged
-    teacher_seeds: NonNegativeInt = 1  # and the teacher's, which take longer; 0 leaves it out
-    teacher_steps: PositiveInt = 18
+    protocol: Known | None = None  # by default the run is not measured
+    every: NonNegativeInt = 0  # steps between evaluations in training; 0 means only at the end
+    seeds: PositiveInt = 3  # number of seeds that the student's results are averaged over
+    teacher_seeds: NonNegativeInt = 1  # the same for the teacher; 0 means it is not measured
+    teacher_steps: PositiveInt = 18  # solver steps of the teacher
     teacher_solver: Literal["heun", "ddim", "dpmpp_2m", "euler", "ancestral"] = "heun"
 
 
 class ExportSection(Section):
-    """What becomes of the student."""
+    """Export of the student."""
 
-    # Why it may be shared though its teacher's licence says no; the card repeats it.
+    # Why the student may be shared although the teacher's licence forbids it; the card quotes it.
     licence_override: str = ""

@@ -1,1 +1,1 @@
-"""Training data: items found, read, encoded, cached, and handed out as batches."""
+"""Training data: lists of items, their encoding, caches of it, and the stream of batches."""

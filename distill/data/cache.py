@@ -1,10 +1,10 @@
-"""Caches of encoded data: sharded safetensors in a folder named after all that they depend on.
+"""Caches of encoded data: safetensors shards in a folder whose name is a hash of their sources.
 
-The name is a hash of the codec (its weights and configuration), the teacher's source, the image
-sizes, and the items' contents, so that a change of any makes another cache and none is ever stale.
-Shards are written aside, flushed and renamed, each a function of its items alone: a build that was
-killed goes on at the first shard that is missing, and ends with the same bytes. With several
-processes each builds its share.
+The sources are the codec (weights and configuration), the teacher's source, the image sizes and the
+items' contents. If one changes, so does the folder, and no cache is ever stale. A shard depends
+only on its items, and is written under another name, flushed and renamed. A build that was killed
+therefore continues at the first missing shard, and ends with the same bytes. Several processes
+build a part of the shards each.
 """
 
 from __future__ import annotations
@@ -30,101 +30,111 @@ from distill import console
 from distill.config.schema import DataSection
 from distill.data.encode import (
     TOGETHER,
+    Encoding,
+    EncodingJob,
     NotFinite,
-    Work,
     bucket_seed,
+    encode_in_memory,
     encoders_on,
-    held,
-    joined,
+    join_buckets,
     parts,
     split,
 )
 from distill.data.fingerprint import fingerprint
-from distill.data.listing import Bad, Item, write_report
+from distill.data.listing import BadItem, Item, write_report
 from distill.data.stream import Items, Source
+from distill.files import write
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.prompt_limits import Cuts
 from teachers.storage.files import home, save_tensors
 
-FORMAT = 3  # of the shards, and of how images are read; a new one makes every cache anew
-SHARD_BYTES = 1 << 28  # about what one file holds
-SHARD_ITEMS = 2048  # and at most so many items, which is what a kill can lose
+FORMAT = 3  # of shards, and of how images are read; a new number makes all caches anew
+SHARD_BYTES = 1 << 28  # about the size of one file
+SHARD_ITEMS = 2048  # at most, in one file: the items that a killed build loses
 INDEX, NULL, DIGESTS = "index.json", "null.safetensors", "digests.json"
 GB = 1e9
 
 
-def source(work: Work, data: DataSection, seed: int) -> Source:
-    """The work's results: from its cache if there is one, else from memory if they fit, else from
-    a cache that is built now.
+def source(job: EncodingJob, data: DataSection, seed: int) -> Source:
+    """The encoded items: in memory if they fit and no cache has them, else from their cache.
+
+    The cache is built first if it is not complete.
 
     Raises:
         UserError: too many items are bad, or the cache would be over its limit.
     """
     root = home(data.cache, "data.cache")
-    if work.bytes > data.in_memory_gb * GB:
-        return fill(work, data).open(seed, data.skip_share)
-    if root.is_dir() and (cache := Cache(work, root)).ready:
+    if job.bytes > data.in_memory_gb * GB:
+        return fill(job, data).open(seed, data.skip_share)
+    if root.is_dir() and (cache := Cache(job, root)).ready:
         return cache.open(seed, data.skip_share)
-    return held(work, seed, data.skip_share)
+    return encode_in_memory(job, seed, data.skip_share)
 
 
-def fill(work: Work, data: DataSection) -> Cache:
-    """The work's cache, built where it is not whole yet; says its size first.
+def fill(job: EncodingJob, data: DataSection) -> Cache:
+    """The job's cache, after building what is missing; prints the size first.
 
     Raises:
-        UserError: as `check_room` and `Cache.build` do.
+        UserError: as `check_room` and `Cache.build`.
     """
     root = home(data.cache, "data.cache")
-    count = len(work.listing.items)
-    console.say(f"{count:,} items, {work.bytes / GB:.3g} GB once encoded")
-    check_room(work, root, data.cache_limit_gb)
-    cache = Cache(work, root)
+    count = len(job.listing.items)
+    console.print_line(f"{count:,} items, {job.bytes / GB:.3g} GB once encoded")
+    check_room(job, root, data.cache_limit_gb)
+    cache = Cache(job, root)
     if cache.ready:
-        console.say(f"cached already in {cache.folder}")
+        console.print_line(f"already cached in {cache.folder}")
     else:
-        console.follow(cache.build(data.skip_share), count, f"encoding into {cache.folder}")
+        console.consume_with_bar(
+            cache.build(data.skip_share), count, f"encoding into {cache.folder}"
+        )
     return cache
 
 
 class Shard(NamedTuple):
-    """A file of a cache, and the items that it is made of."""
+    """A file of a cache, and its items."""
 
     file: str
     bucket: int
     items: list[Item]
 
 
-class Notes(NamedTuple):
-    """What a file of a cache says beside its tensors, of the items that it is made of.
+class ShardNotes(NamedTuple):
+    """Facts about the items of a shard, stored in the file's metadata.
 
-    bad: Those that are left out.
-    firsts: Names of images of which the first of several frames was read.
-    cuts: Prompts that were not read to their end.
+    bad: The items that are left out.
+    first_frames: Names of images with several frames, of which only the first is read.
+    cuts: Prompts that were longer than the text encoder reads.
     """
 
-    bad: list[Bad]
-    firsts: list[str]
+    bad: list[BadItem]
+    first_frames: list[str]
     cuts: Cuts
 
+    def add(self, other: ShardNotes | Encoding) -> None:
+        self.bad.extend(other.bad)
+        self.first_frames.extend(other.first_frames)
+        self.cuts.add(other.cuts)
 
-def check_room(work: Work, root: Path, limit_gb: float) -> None:
+
+def check_room(job: EncodingJob, root: Path, limit_gb: float) -> None:
     """Refuse a cache that would be too large, before anything is written.
 
     Raises:
-        UserError: it is over the limit, the disk has no such room, or is not to be written to.
+        UserError: the cache exceeds the limit or the free space, or its folder is not writable.
     """
-    count, gb = len(work.listing.items), work.bytes / GB
+    count, gb = len(job.listing.items), job.bytes / GB
     if gb > limit_gb:
-        each = work.bytes / max(count, 1) / 1e6
+        each = job.bytes / max(count, 1) / 1e6
         raise UserError(
             f"data.cache_limit_gb: {count:,} items of {each:.3g} MB make a cache of {gb:.3g} GB, "
-            f"over the limit of {limit_gb:g}; raise it, or use fewer items"
+            f"over the limit of {limit_gb:g} GB; raise it, or use fewer items"
         )
-    there = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"data.cache: {root}: {there} is not a folder that can be written to")
-    if (free := shutil.disk_usage(there).free / GB) < gb:
+    parent = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"data.cache: {root}: {parent} is not a writable folder; name another")
+    if (free := shutil.disk_usage(parent).free / GB) < gb:
         raise UserError(
             f"data.cache: {root} has {free:.3g} GB left and the cache takes {gb:.3g}; "
             "name a folder on another disk"
@@ -132,145 +142,143 @@ def check_room(work: Work, root: Path, limit_gb: float) -> None:
 
 
 class Cache:
-    """One piece of work, encoded on the disk.
+    """The encoded items of one job, on the disk.
 
     Args:
         root: The folder of all caches.
     """
 
-    def __init__(self, work: Work, root: Path) -> None:
-        self.work, self.root = work, root
+    def __init__(self, job: EncodingJob, root: Path) -> None:
+        self.job, self.root = job, root
         self.digests = _Digests(root)
-        self.shards = list(_shards(work))
+        self.shards = list(_shards(job))
         self.about = {
             "format": FORMAT,
-            "teacher": work.teacher.source,
-            "encoder": fingerprint(work.teacher),
+            "teacher": job.teacher.source,
+            "encoder": fingerprint(job.teacher),
             "items": self._items(),
-            "sizes": work.sizes if work.with_data else [],
-            "data": work.with_data,
+            "sizes": job.sizes if job.with_data else [],
+            "data": job.with_data,
             "shards": [(s.bucket, len(s.items)) for s in self.shards],
         }
         text = json.dumps(self.about, sort_keys=True)
         self.folder = root / hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def _items(self) -> str:
-        """A hash of what the items are: their captions, and the bytes of their files."""
+        """A hash of the items: their captions, and the bytes of their files."""
         digest = hashlib.blake2b(digest_size=16)
-        for item in self.work.listing.items:
+        for item in self.job.listing.items:
             digest.update(f"{item.prompt!r}\n".encode())
-        if self.work.with_data:
-            for content in self.digests(self.work.listing.contents):
+        if self.job.with_data:
+            for content in self.digests(self.job.listing.contents):
                 digest.update(f"{content}\n".encode())
         return digest.hexdigest()
 
     @property
     def ready(self) -> bool:
-        """Whether it is whole."""
+        """Whether the cache is complete."""
         files = (INDEX, NULL, *(s.file for s in self.shards))
         return all((self.folder / f).is_file() for f in files)
 
     def build(self, share: float) -> Iterator[int]:
-        """Encode what is missing; after each shard, the number of items that are done.
+        """Encode the missing shards; yields the number of finished items after each shard.
 
         Raises:
             UserError: more than `share` of the items are bad.
-            NotFinite: the codec made NaN or infinity; nothing is left of the cache.
+            NotFinite: the codec produced NaN or infinity; the cache is deleted.
         """
         try:
             yield from self._build(share)
-        except NotFinite:  # another codec or other items make another cache: this one is of no use
+        except NotFinite:  # a corrected codec or corrected items make another cache
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
     def _build(self, share: float) -> Iterator[int]:
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        listing, done = self.work.listing, 0
-        with encoders_on(self.work.teacher, self.work.device):
-            null = self.work.null()
+        listing, done = self.job.listing, 0
+        with encoders_on(self.job.teacher, self.job.device):
+            null = self.job.null()
             self.folder.mkdir(parents=True, exist_ok=True)
             self.digests.save()
             bad = list(listing.bad)
             if not (self.folder / NULL).exists():
-                _write(self.folder / NULL, null, Notes([], [], Cuts()))
+                _write(self.folder / NULL, null, ShardNotes([], [], Cuts()))
             for shard in self.shards[rank::world]:
-                if not _whole(self.folder / shard.file):
+                if not _is_complete(self.folder / shard.file):
                     self._encode(shard)
-                bad += _notes(self.folder / shard.file).bad
+                bad += _notes_of(self.folder / shard.file).bad
                 self._check(bad, share)
                 done += len(shard.items)
                 yield done
         while world > 1 and not all((self.folder / s.file).is_file() for s in self.shards):
-            time.sleep(0.2)  # the others' shards; a process that fails ends all
-        notes = self._noted()
+            time.sleep(0.2)  # until the other processes finish; if one fails, all end
+        notes = self._all_notes()
         self._check(notes.bad, share)
-        write_report(self.folder, listing.report(listing.total, notes.bad, notes.firsts))
-        for left in self.folder.glob(".shard-*"):  # drafts of builds that were killed
-            left.unlink(missing_ok=True)
+        write_report(self.folder, listing.report(listing.total, notes.bad, notes.first_frames))
+        for draft in self.folder.glob(".shard-*"):  # of builds that were killed
+            draft.unlink(missing_ok=True)
         draft = self.folder / f".{INDEX}.{os.getpid()}"
         draft.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
         draft.replace(self.folder / INDEX)
 
     def _encode(self, shard: Shard) -> None:
-        found: list[dict[str, Tensor]] = []
-        notes = Notes([], [], Cuts())
-        for some in parts(shard.items):
-            made = self.work.encode(some)
-            notes.bad.extend(made.bad)
-            notes.firsts.extend(made.firsts)
-            notes.cuts.add(made.cuts)
-            if made.tensors:
-                found.append(made.tensors)
-        full = {k: torch.cat([f[k] for f in found]) for k in found[0]} if found else {}
-        _write(self.folder / shard.file, full, notes)
+        groups: list[dict[str, Tensor]] = []
+        notes = ShardNotes([], [], Cuts())
+        for group in parts(shard.items):
+            encoding = self.job.encode(group)
+            notes.add(encoding)
+            if encoding.tensors:
+                groups.append(encoding.tensors)
+        tensors = {k: torch.cat([g[k] for g in groups]) for k in groups[0]} if groups else {}
+        _write(self.folder / shard.file, tensors, notes)
 
-    def _noted(self) -> Notes:
-        """What all files say, in the items' order."""
-        found = Notes(list(self.work.listing.bad), [], Cuts())
+    def _all_notes(self) -> ShardNotes:
+        """The notes of all shards, in the items' order."""
+        total = ShardNotes(list(self.job.listing.bad), [], Cuts())
         for shard in self.shards:
-            notes = _notes(self.folder / shard.file)
-            found.bad.extend(notes.bad)
-            found.firsts.extend(notes.firsts)
-            found.cuts.add(notes.cuts)
-        return found
+            total.add(_notes_of(self.folder / shard.file))
+        return total
 
-    def _check(self, bad: list[Bad], share: float) -> None:
-        listing = self.work.listing
+    def _check(self, bad: list[BadItem], share: float) -> None:
+        listing = self.job.listing
         if len(bad) > share * listing.total:
             write_report(self.folder, listing.report(listing.total, bad, []))
         listing.check(bad, listing.total, share)
 
     def open(self, seed: int, share: float) -> Source:
-        """The whole cache as a source; files are mapped, and read where a batch needs them.
+        """The complete cache as a source; a batch reads its rows from memory-mapped files.
 
-        Says, as data held in memory do, what was cut and of which images one frame was read.
+        Prints how many prompts were cut, and of how many images only the first frame was read.
 
         Raises:
-            UserError: a file is damaged, or more than `share` of the items were bad.
+            UserError: a file is damaged, or more than `share` of the items are bad.
         """
-        listing, notes = self.work.listing, self._noted()
+        listing, notes = self.job.listing, self._all_notes()
         listing.check(notes.bad, listing.total, share)
-        self.work.tell(notes.firsts, notes.cuts)
+        self.job.print_notes(notes.first_frames, notes.cuts)
         sources: list[Source] = []
-        for bucket in self.work.groups:
+        for bucket in self.job.groups:
             files = [self.folder / s.file for s in self.shards if s.bucket == bucket]
-            shapes = self.work.shapes(bucket)
-            shape = shapes.get("x", self.work.teacher.shape)
+            shapes = self.job.shapes(bucket)
+            shape = shapes.get("x", self.job.teacher.shape)
             sources.append(Cached(files, list(shapes), shape, bucket_seed(seed, bucket)))
-        return joined(sources, seed, listing.report(listing.total, notes.bad, notes.firsts))
+        return join_buckets(
+            sources, seed, listing.report(listing.total, notes.bad, notes.first_frames)
+        )
 
     def null(self) -> Cond:
-        """The null condition, each entry (1, ...), without the text encoder."""
-        with _opened(self.folder / NULL) as file:
+        """The null condition, each entry (1, ...); the text encoder is not needed."""
+        with _open(self.folder / NULL) as file:
             return {k: file.get_tensor(k) for k in file.keys()} or None  # noqa: SIM118
 
 
 class Cached(Source):
-    """Encoded data in safetensors files, which together hold the items in order.
+    """Encoded data in safetensors files, with the items in order.
 
     Args:
-        names: Of the tensors in each.
-        shape: Of one datum.
+        files: The shards, in order.
+        names: The names of the tensors in each file.
+        shape: The shape of one datum, without the batch.
     """
 
     def __init__(
@@ -280,21 +288,21 @@ class Cached(Source):
         super().__init__(shape, None, None, seed, sum(rows))
         self.files, self.names = files, names
         self.starts = [sum(rows[:i]) for i in range(len(rows))]
-        self._file = lru_cache(128)(_opened)
+        self._open = lru_cache(128)(_open)
 
     def take(self, index: Tensor) -> Items:
-        found: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        rows: dict[str, list[Tensor]] = {name: [] for name in self.names}
         for item in index.tolist():
             number = bisect.bisect_right(self.starts, item) - 1
             row = item - self.starts[number]
             for name in self.names:
-                rows = self._file(self.files[number]).get_slice(name)
-                found[name].append(rows[row : row + 1])
-        return Items(*split({k: torch.cat(v) for k, v in found.items()}))
+                tensor = self._open(self.files[number]).get_slice(name)
+                rows[name].append(tensor[row : row + 1])
+        return Items(*split({k: torch.cat(v) for k, v in rows.items()}))
 
 
 class _Digests:
-    """Hashes of files, remembered by their size and time of change."""
+    """Hashes of files, stored with the files' sizes and modification times."""
 
     def __init__(self, root: Path) -> None:
         self.file = root / DIGESTS
@@ -302,7 +310,7 @@ class _Digests:
             tree = json.loads(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             tree = {}
-        # What is not as `save` wrote it is forgotten, and those files are hashed again.
+        # Entries in another form than `save` writes are dropped, and these files hashed again.
         entries = tree.items() if isinstance(tree, dict) else ()
         self.known: dict[str, list[Any]] = {k: v for k, v in entries if _is_digest(v)}
         self.new = False
@@ -316,49 +324,48 @@ class _Digests:
             return content
         try:
             return self._of_file(content)
-        except OSError as error:  # it may be gone or locked; reading it says so by its name
+        except OSError as error:  # deleted or locked; reading the item reports it by name
             return f"{content}: {error.strerror}"
 
     def _of_file(self, content: Path) -> str:
         stat = content.stat()
-        name, mark = str(content.absolute()), [stat.st_size, stat.st_mtime_ns]
-        if (found := self.known.get(name)) is None or found[:2] != mark:
+        name, version = str(content.absolute()), [stat.st_size, stat.st_mtime_ns]
+        entry = self.known.get(name)
+        if entry is None or entry[:2] != version:
             with content.open("rb") as file:
                 digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-            found = self.known[name] = [*mark, digest.hexdigest()]
+            entry = self.known[name] = [*version, digest.hexdigest()]
             self.new = True
-        return str(found[2])
+        return str(entry[2])
 
     def save(self) -> None:
         if self.new:
-            draft = self.file.with_name(f".{DIGESTS}.{os.getpid()}")
-            draft.write_text(json.dumps(self.known), encoding="utf-8")
-            draft.replace(self.file)
+            write(self.file, json.dumps(self.known))
 
 
 def _is_digest(entry: Any) -> bool:
-    """Whether an entry of DIGESTS is [size, time of change, hash]."""
+    """Whether an entry of DIGESTS is [size, modification time, hash]."""
     return isinstance(entry, list) and [type(v) for v in entry] == [int, int, str]
 
 
-def _shards(work: Work) -> Iterator[Shard]:
-    """The work cut into files, each of one bucket and of whole groups of TOGETHER."""
+def _shards(job: EncodingJob) -> Iterator[Shard]:
+    """The job's items divided into files, each of one bucket and of whole groups of TOGETHER."""
     number = 0
-    for bucket, items in work.groups.items():
-        each = max(1, work.bytes // max(1, len(work.listing.items)))
+    for bucket, items in job.groups.items():
+        each = max(1, job.bytes // max(1, len(job.listing.items)))
         rows = min(SHARD_ITEMS, max(TOGETHER, SHARD_BYTES // each // TOGETHER * TOGETHER))
-        for some in parts(items, rows):
-            yield Shard(f"shard-{number:05d}.safetensors", bucket, some)
+        for group in parts(items, rows):
+            yield Shard(f"shard-{number:05d}.safetensors", bucket, group)
             number += 1
 
 
-def _write(path: Path, tensors: dict[str, Tensor], notes: Notes) -> None:
-    """A shard, whole or absent."""
+def _write(path: Path, tensors: dict[str, Tensor], notes: ShardNotes) -> None:
+    """Write a shard completely or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     try:
-        # One key, as the order of several is not kept.
-        tree = {"bad": notes.bad, "firsts": notes.firsts, "cuts": asdict(notes.cuts)}
+        # In one key, because the order of several keys is not kept.
+        tree = {"bad": notes.bad, "firsts": notes.first_frames, "cuts": asdict(notes.cuts)}
         save_tensors(tensors, draft, {"notes": json.dumps(tree)})
         with draft.open("rb") as file:
             os.fsync(file.fileno())
@@ -366,21 +373,23 @@ def _write(path: Path, tensors: dict[str, Tensor], notes: Notes) -> None:
     except (SafetensorError, OSError) as error:
         draft.unlink(missing_ok=True)
         raise UserError(
-            f"data.cache: {path} cannot be written ({error}); make room, and it goes on from there"
+            f"data.cache: {path} cannot be written ({error}); free some space, and "
+            "the next run continues there"
         ) from None
 
 
-def _opened(path: Path) -> Any:
+def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"data.cache: {path} is missing or damaged ({error}); delete it, and it is made again"
+            f"data.cache: {path} is missing or damaged ({error}); delete it, and the next run "
+            "makes it again"
         ) from None
 
 
-def _whole(path: Path) -> bool:
-    """Whether a shard is there and of its full length, which its header says."""
+def _is_complete(path: Path) -> bool:
+    """Whether a shard exists and has the length that its header states."""
     try:
         with safe_open(path, framework="pt"):
             return True
@@ -388,12 +397,14 @@ def _whole(path: Path) -> bool:
         return False
 
 
-def _notes(path: Path) -> Notes:
-    with _opened(path) as file:
+def _notes_of(path: Path) -> ShardNotes:
+    with _open(path) as file:
         tree = json.loads(file.metadata()["notes"])
-    return Notes([Bad(*b) for b in tree["bad"]], tree["firsts"], Cuts.of_tree(tree["cuts"]))
+    return ShardNotes(
+        [BadItem(*b) for b in tree["bad"]], tree["firsts"], Cuts.of_tree(tree["cuts"])
+    )
 
 
 def _rows(path: Path, name: str) -> int:
-    with _opened(path) as file:
+    with _open(path) as file:
         return file.get_slice(name).get_shape()[0] if name in file.keys() else 0  # noqa: SIM118

@@ -1,7 +1,7 @@
-"""Listed items through a teacher's codec: a few at a time, always in the same groups.
+"""Items encoded by a teacher's codec, a few at a time and always in the same groups.
 
-What an item is encoded beside can change its last digits. The groups are therefore a function of
-the list alone, so that data held in memory and data from a cache are the same bits.
+The last digits of an encoded item can depend on the other items of its group. The groups therefore
+depend only on the list, so that data in memory and data from a cache are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distill.console import notice
+from distill.console import print_notice
 from distill.data.fingerprint import networks
-from distill.data.listing import Bad, Item, Listing
+from distill.data.listing import BadItem, Item, Listing
 from distill.data.pictures import READERS, Picture, picture, signed
 from distill.data.stream import Buckets, Source
 from distill.seeds import seed_of
@@ -27,42 +27,42 @@ from teachers.families.base import Prompted
 from teachers.prompt_limits import Cuts
 from teachers.teacher import Teacher
 
-TOGETHER = 16  # items encoded at once
-COND = "cond."  # begins the names of conditions among encoded tensors; data are "x"
+TOGETHER = 16  # items that are encoded together
+COND = "cond."  # begins the names of encoded conditions; the name of data is "x"
 
 Encoded = dict[str, Tensor]
 
 
 class NotFinite(UserError):
-    """A network of the codec made NaN or infinity."""
+    """A network of the codec produced NaN or infinity."""
 
 
 class Encoding(NamedTuple):
-    """What some items became.
+    """Some items after encoding.
 
-    tensors: (N, ...) on the CPU, of the N that are good.
-    bad: The others.
-    firsts: Names of images of which the first of several frames was read.
-    cuts: Of the good ones' prompts, those that were not read to their end.
+    tensors: (N, ...) on the CPU, of the N good items.
+    bad: The other items.
+    first_frames: Names of images with several frames, of which only the first is read.
+    cuts: Prompts of good items that are longer than the text encoder reads.
     """
 
     tensors: Encoded
-    bad: list[Bad]
-    firsts: list[str]
+    bad: list[BadItem]
+    first_frames: list[str]
     cuts: Cuts
 
 
-class Work:
-    """Items, and how they become tensors.
+class EncodingJob:
+    """Items, and how they are encoded.
 
     Args:
         listing: The items, each with its bucket.
         sizes: Height and width in pixels of each bucket.
-        with_data: Whether images are encoded, or their prompts alone.
+        with_data: Whether images are encoded too, or only their prompts.
 
     Raises:
-        UserError: a picture of the first size is no datum of the teacher's.
-        NotFinite: nor is it one of finite numbers.
+        UserError: an encoded image does not have the teacher's shape.
+        NotFinite: it holds NaN or infinity.
     """
 
     def __init__(
@@ -79,69 +79,75 @@ class Work:
         self.bytes = sum(len(self.groups[b]) * self._size(b) for b in used)
 
     def _sample(self, bucket: int) -> Encoded:
-        """What one item of a bucket becomes, for its shapes: its prompt, and an empty picture."""
+        """The prompt of a bucket's first item and a grey image, encoded: they give the shapes."""
         images = None
         if self.with_data:
             images = torch.zeros(1, self.channels, *self.sizes[bucket])
         first = self.groups[bucket][0]
-        found = self._through(images, [first.prompt])
-        check_finite(found, [f"a grey picture, and the prompt of {first.name}"], self.teacher,
-                     self.listing.where)  # fmt: skip
+        tensors = self._encoded(images, [first.prompt])
+        name = f"a grey picture, and the prompt of {first.name}"
+        check_finite(tensors, [name], self.teacher, self.listing.where)
         if self.with_data:
-            got, want = found["x"].shape[1:], self.teacher.shape
-            fits = got == want if len(self.sizes) == 1 else (got[0], len(got)) == (want[0], 3)
-            if not fits:
-                shown = ["×".join(map(str, s)) for s in (got, want)]
-                raise UserError(
-                    f"{self.listing.where} is {shown[0]}; the teacher takes {shown[1]}; "
-                    "leave data.size to it"
-                )
-        return found
+            self._check_shape(tuple(tensors["x"].shape[1:]))
+        return tensors
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        """Refuse data that the teacher does not take; with several buckets, sides may differ."""
+        expected = tuple(self.teacher.shape)
+        if len(self.sizes) == 1:
+            fits = shape == expected
+        else:
+            fits = (shape[0], len(shape)) == (expected[0], 3)
+        if not fits:
+            given, needed = ("×".join(map(str, s)) for s in (shape, expected))
+            raise UserError(
+                f"{self.listing.where} is {given}; the teacher takes {needed}; remove data.size"
+            )
 
     def _size(self, bucket: int) -> int:
         return sum(v[0].numel() * v.element_size() for v in self.samples[bucket].values())
 
     def shapes(self, bucket: int) -> dict[str, tuple[int, ...]]:
-        """Of each tensor, without the batch."""
+        """The shape of each tensor, without the batch."""
         return {k: tuple(v.shape[1:]) for k, v in self.samples[bucket].items()}
 
     def encode(self, items: list[Item]) -> Encoding:
-        """What at most TOGETHER items become.
+        """Encode at most TOGETHER items.
 
         Raises:
-            NotFinite: a network of the codec made NaN or infinity of one, which is named.
+            NotFinite: a network of the codec produced NaN or infinity; the item is named.
         """
-        bad: list[Bad] = []
+        bad: list[BadItem] = []
         images: list[Tensor] = []
-        firsts: list[str] = []
+        first_frames: list[str] = []
         good = items
         if self.with_data:
             good = []
             with ThreadPoolExecutor(READERS) as pool:
                 for item, image in zip(items, pool.map(self._picture, items), strict=True):
-                    if isinstance(image, Bad):
+                    if isinstance(image, BadItem):
                         bad.append(image)
                         continue
                     good.append(item)
                     images.append(image.pixels)
-                    firsts += [item.name] * image.first
+                    first_frames += [item.name] * image.first
         if not good:
             return Encoding({}, bad, [], Cuts())
         x = signed(images) if self.with_data else None
         prompts = [i.prompt for i in good]
         with counting(self.teacher) as cuts:
-            found = self._through(x, prompts)
-        check_finite(found, [i.name for i in good], self.teacher, self.listing.where)
+            tensors = self._encoded(x, prompts)
+        check_finite(tensors, [i.name for i in good], self.teacher, self.listing.where)
         for name, shape in self.shapes(good[0].bucket).items():
-            if found[name].shape[1:] != shape:
+            if tensors[name].shape[1:] != shape:
                 raise UserError(
                     f"teacher {self.teacher.source!r}: its codec made {name} of shape "
-                    f"{tuple(found[name].shape[1:])} after {shape}; pad it to one length"
+                    f"{tuple(tensors[name].shape[1:])} after {shape}; pad it to one length"
                 )
-        return Encoding(found, bad, firsts, cuts)
+        return Encoding(tensors, bad, first_frames, cuts)
 
     def null(self) -> Encoded:
-        """The condition that stands for none, each entry (1, ...); empty where there is none.
+        """The null condition, each entry (1, ...); empty if the codec has none.
 
         Raises:
             NotFinite: it holds NaN or infinity.
@@ -150,73 +156,76 @@ class Work:
         check_finite(null, ["the empty or negative prompt"], self.teacher, self.listing.where)
         return {k.removeprefix(COND): v.detach().cpu() for k, v in null.items()}
 
-    def tell(self, firsts: list[str], cuts: Cuts) -> None:
-        """Say how many images had further frames, and how many prompts were cut by which encoder,
-        if any; once of all processes."""
-        if firsts and os.environ.get("RANK", "0") == "0":
-            notice(
-                f"{self.listing.where}: {len(firsts):,} images have several frames or pages, such "
-                f"as {firsts[0]}; the first of each is read"
+    def print_notes(self, first_frames: list[str], cuts: Cuts) -> None:
+        """Print how many images have further frames and how many prompts were cut, if any.
+
+        Of several processes, only the first prints.
+        """
+        if first_frames and os.environ.get("RANK", "0") == "0":
+            print_notice(
+                f"{self.listing.where}: {len(first_frames):,} images have several frames or pages, "
+                f"such as {first_frames[0]}; the first of each is read"
             )
-        tell(cuts, self.listing.where)
+        print_cuts(cuts, self.listing.where)
 
     @torch.no_grad()
-    def _through(self, images: Tensor | None, prompts: list) -> Encoded:
+    def _encoded(self, images: Tensor | None, prompts: list) -> Encoded:
         codec = self.teacher.codec
-        found: Encoded = {}
+        tensors: Encoded = {}
         if images is not None:
-            found["x"] = codec.encode(images.to(self.device))
+            tensors["x"] = codec.encode(images.to(self.device))
         cond = codec.condition(prompts)
-        found |= {f"{COND}{k}": v for k, v in (cond or {}).items()}
-        return {k: v.detach().cpu().contiguous() for k, v in found.items()}
+        tensors |= {f"{COND}{k}": v for k, v in (cond or {}).items()}
+        return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
 
-    def _picture(self, item: Item) -> Picture | Bad:
+    def _picture(self, item: Item) -> Picture | BadItem:
         return picture(item, self.channels, *self.sizes[item.bucket])
 
 
-def check_finite(found: Encoded, names: list[str], teacher: Teacher, where: str) -> None:
-    """Refuse what a codec made if it holds NaN or infinity.
+def check_finite(tensors: Encoded, names: list[str], teacher: Teacher, where: str) -> None:
+    """Refuse encoded tensors that hold NaN or infinity.
 
     Args:
-        found: Data "x" and conditions, each (N, ...).
-        names: Of the N items.
+        tensors: Data "x" and conditions, each (N, ...).
+        names: The names of the N items.
         where: Begins the message.
 
     Raises:
-        NotFinite: naming the first such item, the network that made it, and what to do.
+        NotFinite: naming the first such item, the network that produced it, and the remedy.
     """
-    for key, value in found.items():
+    for key, value in tensors.items():
         if not value.is_floating_point() or torch.isfinite(value).all():
             continue
         rows = (~torch.isfinite(value)).reshape(len(value), -1).any(1)
         row = int(rows.nonzero()[0])
         kind = "NaN" if torch.isnan(value[row]).any() else "infinity"
-        vae = getattr(teacher.codec, "vae", None)
+        vae = teacher.codec.vae
         if key == "x":
             call, parts = "codec.encode", [] if vae is None else [vae]
         else:
             call = f"codec.condition, {key.removeprefix(COND)}"
             parts = [m for m in networks(teacher) if m is not vae]
-        raise NotFinite(f"{where}: {names[row]}: {_maker(call, parts, kind, teacher)}")
+        raise NotFinite(f"{where}: {names[row]}: {_cause(call, parts, kind, teacher)}")
 
 
-def _maker(call: str, parts: list[nn.Module], kind: str, teacher: Teacher) -> str:
-    """Which network made NaN or infinity in a call, and what to do about it."""
-    named = ", ".join(type(m).__name__ for m in parts)
-    said = f"teacher {teacher.source!r} made {kind} of it in {call}" + f" ({named})" * bool(named)
+def _cause(call: str, parts: list[nn.Module], kind: str, teacher: Teacher) -> str:
+    """The network that made NaN or infinity in a call, and the remedy, for a message."""
+    networks = ", ".join(type(m).__name__ for m in parts)
+    fault = f"teacher {teacher.source!r} made {kind} of it in {call}"
+    fault += f" ({networks})" if networks else ""
     for part in parts:
         if (weight := broken_weight(part)) is not None:
             return (
-                f"{said}: {type(part).__name__}'s weight {weight} is not finite; the files are "
-                "damaged, fetch them again"
+                f"{fault}: {type(part).__name__}'s weight {weight} is not finite; the files are "
+                "damaged; download them again"
             )
     if any(p.dtype == torch.float16 for m in parts for p in m.parameters()):
-        return f"{said}: float16 overflows in it; load it in float32 or bfloat16"
-    return f"{said}; load it in float32, or leave this item out"
+        return f"{fault}: float16 overflows in it; load it in float32 or bfloat16"
+    return f"{fault}; load it in float32, or remove this item"
 
 
 def broken_weight(module: nn.Module) -> str | None:
-    """The name of the first of a network's weights that holds NaN or infinity."""
+    """The name of a network's first weight that holds NaN or infinity, or None."""
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.is_floating_point() and not torch.isfinite(value.float()).all():
             return name
@@ -225,7 +234,7 @@ def broken_weight(module: nn.Module) -> str | None:
 
 @contextmanager
 def counting(teacher: Teacher) -> Iterator[Cuts]:
-    """Within it, the prompts that the teacher's codec cuts are counted, where it can be told."""
+    """Within it, count the prompts that the teacher's codec cuts; none for codecs without text."""
     if not isinstance(teacher.codec, Prompted) or teacher.codec.classes:
         yield Cuts()
         return
@@ -233,17 +242,17 @@ def counting(teacher: Teacher) -> Iterator[Cuts]:
         yield cuts
 
 
-def tell(cuts: Cuts, where: str) -> None:
-    """Say how many prompts were cut and by which encoder, if any; once of all processes."""
+def print_cuts(cuts: Cuts, where: str) -> None:
+    """Print how many prompts each text encoder cut, if any; only in the first process."""
     if os.environ.get("RANK", "0") == "0":
         for line in cuts.lines(where):
-            notice(line)
+            print_notice(line)
 
 
-def split(found: Encoded) -> tuple[Tensor | None, Cond]:
-    """Data and condition of encoded tensors."""
-    cond = {k.removeprefix(COND): v for k, v in found.items() if k != "x"}
-    return found.get("x"), cond or None
+def split(tensors: Encoded) -> tuple[Tensor | None, Cond]:
+    """Encoded tensors as data and condition."""
+    cond = {k.removeprefix(COND): v for k, v in tensors.items() if k != "x"}
+    return tensors.get("x"), cond or None
 
 
 def parts(items: list[Item], size: int = TOGETHER) -> Iterator[list[Item]]:
@@ -252,98 +261,99 @@ def parts(items: list[Item], size: int = TOGETHER) -> Iterator[list[Item]]:
         yield items[i : i + size]
 
 
-def held(work: Work, seed: int, share: float) -> Source:
-    """The work done now, its results in memory.
+def encode_in_memory(job: EncodingJob, seed: int, share: float) -> Source:
+    """Encode all items into memory.
 
     Raises:
         UserError: more than `share` of the items are bad.
-        NotFinite: as `Work.encode`.
+        NotFinite: see `EncodingJob.encode`.
     """
-    listing, bad = work.listing, list(work.listing.bad)
-    total, firsts, cuts = listing.total, [], Cuts()
+    listing, bad = job.listing, list(job.listing.bad)
+    total, first_frames, cuts = listing.total, [], Cuts()
     sources: list[Source] = []
-    with encoders_on(work.teacher, work.device):
-        work.null()
-        for bucket, items in work.groups.items():
-            full = {
-                k: v.new_empty(len(items), *v.shape[1:]) for k, v in work.samples[bucket].items()
+    with encoders_on(job.teacher, job.device):
+        job.null()
+        for bucket, items in job.groups.items():
+            tensors = {
+                k: v.new_empty(len(items), *v.shape[1:]) for k, v in job.samples[bucket].items()
             }
             rows = 0
-            for some in parts(items):
-                made = work.encode(some)
-                n = len(some) - len(made.bad)
-                for name, value in made.tensors.items():
-                    full[name][rows : rows + n] = value
+            for group in parts(items):
+                encoding = job.encode(group)
+                n = len(group) - len(encoding.bad)
+                for name, value in encoding.tensors.items():
+                    tensors[name][rows : rows + n] = value
                 rows += n
-                bad += made.bad
-                firsts += made.firsts
-                cuts.add(made.cuts)
+                bad += encoding.bad
+                first_frames += encoding.first_frames
+                cuts.add(encoding.cuts)
                 listing.check(bad, total, share)
-            x, cond = split({k: v[:rows] for k, v in full.items()})
-            shape = work.shapes(bucket).get("x", work.teacher.shape)
+            x, cond = split({k: v[:rows] for k, v in tensors.items()})
+            shape = job.shapes(bucket).get("x", job.teacher.shape)
             sources.append(Source(shape, x, cond, bucket_seed(seed, bucket), rows))
-    work.tell(firsts, cuts)
-    return joined(sources, seed, listing.report(total, bad, firsts))
+    job.print_notes(first_frames, cuts)
+    return join_buckets(sources, seed, listing.report(total, bad, first_frames))
 
 
 def bucket_seed(seed: int, bucket: int) -> int:
-    """Of a bucket's order and noise: the run's own for the first."""
+    """The seed of a bucket's order and noise; the first bucket has the run's seed."""
     return seed_of(seed, "bucket", bucket) if bucket else seed
 
 
-def joined(sources: list[Source], seed: int, content: dict) -> Source:
-    """One source of all buckets that hold something, with the report of how they were read."""
+def join_buckets(sources: list[Source], seed: int, content: dict) -> Source:
+    """One source of all buckets that are not empty, with the content of its report."""
     sources = [s for s in sources if s.size]
     if not sources:
-        raise UserError("data: not one item is good; see the first by data.skip_share=0")
+        raise UserError("data: no item is good; set data.skip_share to 0 to see the first fault")
     source = sources[0] if len(sources) == 1 else Buckets(sources, seed)
     source.report = content
     return source
 
 
 def picture_shape(teacher: Teacher) -> tuple[int, ...]:
-    """Channels, height and width of the teacher's pictures, as its codec decodes them; for videos
-    (C, F, H, W)."""
-    if isinstance(teacher.codec, Prompted):  # which knows, and may be large
+    """Shape of what the teacher's codec decodes: images (C, H, W) or videos (C, F, H, W)."""
+    if isinstance(teacher.codec, Prompted):  # it knows its size, and decoding may take long
         return (3, *teacher.codec.size)
     with torch.no_grad():
         return tuple(teacher.codec.decode(torch.zeros(1, *teacher.shape)).shape[1:])
 
 
 def device() -> torch.device:
-    """Where networks do their work outside training: where Accelerate puts those that train.
+    """The device for networks outside training: the one that Accelerate trains on.
 
-    ACCELERATE_TORCH_DEVICE names it; ACCELERATE_USE_CPU (true, yes, on or 1) spares a GPU.
+    ACCELERATE_TORCH_DEVICE names it; ACCELERATE_USE_CPU (true, yes, on or 1) means the CPU.
     """
     if name := os.environ.get("ACCELERATE_TORCH_DEVICE"):
         return torch.device(name)
-    said = os.environ.get("ACCELERATE_USE_CPU", "").lower()
-    spared = said in ("y", "yes", "t", "true", "on", "1")  # as Accelerate reads it
-    if spared or not torch.cuda.is_available():
+    setting = os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    use_cpu = setting in ("y", "yes", "t", "true", "on", "1")  # as Accelerate reads it
+    if use_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextmanager
 def encoders_on(teacher: Teacher, device: torch.device) -> Iterator[None]:
-    """Within it, the codec's networks are on a device; after it, back where they were."""
-    with moved(networks(teacher), device):
+    """Within it, the codec's networks are on a device; afterwards back on their own."""
+    with on_device(networks(teacher), device):
         yield
 
 
 @contextmanager
 def decoder_on(teacher: Teacher, device: torch.device) -> Iterator[None]:
-    """Within it, the network that makes pictures of latents is on a device, where there is one;
-    after it, back where it was. Text encoders, which are larger, stay."""
-    vae = getattr(teacher.codec, "vae", None)
-    with moved([] if vae is None else [vae], device):
+    """Within it, the codec's VAE is on a device, if it has one; afterwards back on its own.
+
+    Text encoders, which are larger, stay where they are.
+    """
+    vae = teacher.codec.vae
+    with on_device([] if vae is None else [vae], device):
         yield
 
 
 @contextmanager
-def moved(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Within it, the networks are on a device; after it, back where they were."""
-    homes = [place(m) for m in modules]
+def on_device(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Within it, the networks are on a device; afterwards back on their own."""
+    homes = [device_of(m) for m in modules]
     try:
         for module in modules:
             module.to(device)
@@ -353,6 +363,6 @@ def moved(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
             module.to(home)
 
 
-def place(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """The device of a network's weights."""
     return next(iter((*module.parameters(), *module.buffers())), torch.empty(0)).device

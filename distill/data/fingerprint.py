@@ -1,35 +1,31 @@
-"""What a codec is, as a hash: of its networks' weights and configurations, and its tokenizers.
+"""A codec's fingerprint: a hash of its networks' weights and configurations, and its tokenizers.
 
-A cache of what it encoded is good for as long as this stays the same. The teacher's denoiser has
-no part in it.
+A cache of what it encoded is valid as long as the fingerprint stays the same. The teacher's
+denoiser has no part in it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teachers.teacher import Teacher
-
-DEPTH = 4  # how far below the codec networks are looked for: codec.pipe.text_encoder is 2
-PLAIN = (str, int, float, bool, type(None))
+from teachers.teacher import PLAIN, Codec, Teacher, parts_of
 
 
 def networks(teacher: Teacher) -> list[nn.Module]:
-    """The codec's networks: all that can be reached from it, but for the denoiser."""
-    return [v for _, v in _reached(teacher) if isinstance(v, nn.Module)]
+    """The codec's networks, without those of the denoiser."""
+    return [v for _, v in _parts(teacher) if isinstance(v, nn.Module)]
 
 
 def fingerprint(teacher: Teacher) -> str:
     """A hash that changes when the codec would encode differently."""
     digest = hashlib.blake2b(digest_size=16)
-    for path, value in sorted(_reached(teacher), key=lambda pair: pair[0]):
+    for path, value in sorted(_parts(teacher), key=lambda pair: pair[0]):
         digest.update(f"{path}={type(value).__name__}:".encode())
         if isinstance(value, nn.Module):
             _weights(digest, value)
@@ -42,40 +38,14 @@ def fingerprint(teacher: Teacher) -> str:
     return digest.hexdigest()
 
 
-def _reached(teacher: Teacher) -> Iterator[tuple[str, Any]]:
-    """Path and value of every network, tensor, tokenizer and plain setting of the codec.
-
-    Plain settings and tensors count near the codec and under public names only: what lies deeper,
-    or is private, changes as it is used.
-    """
-    seen = {id(m) for m in teacher.denoiser.modules()}
-    todo: list[tuple[str, Any, int]] = [(type(teacher.codec).__name__, teacher.codec, 0)]
-    while todo:
-        path, value, depth = todo.pop()
-        if id(value) in seen and not isinstance(value, PLAIN):
-            continue
-        seen.add(id(value))
-        if isinstance(value, nn.Module) or _is_tokenizer(value):
-            yield path, value
-            if depth == 0:  # a codec that is a network itself has its settings too
-                own = {k: v for k, v in vars(value).items() if k != "training"}
-                todo += [(f"{path}.{k}", v, 1) for k, v in own.items() if isinstance(v, PLAIN)]
-        elif isinstance(value, (Tensor, *PLAIN)):
-            if depth <= 2 and not any(p.startswith("_") for p in path.split(".")):
-                yield path, value
-        elif isinstance(value, dict):
-            todo += [(f"{path}.{k}", v, depth + 1) for k, v in value.items() if depth < DEPTH]
-        elif isinstance(value, list | tuple):
-            todo += [(f"{path}.{i}", v, depth + 1) for i, v in enumerate(value) if depth < DEPTH]
-        elif isinstance(value, type):
-            yield path, value.__qualname__
-        elif depth < DEPTH and isinstance(inner := getattr(value, "__dict__", None), dict):
-            todo += [(f"{path}.{k}", v, depth + 1) for k, v in inner.items()]
-
-
-def _is_tokenizer(value: Any) -> bool:
-    transformers = sys.modules.get("transformers.tokenization_utils_base")
-    return transformers is not None and isinstance(value, transformers.PreTrainedTokenizerBase)
+def _parts(teacher: Teacher) -> Iterator[tuple[str, Any]]:
+    """Path and value of every part of the codec that is no part of the denoiser."""
+    codec: Any = teacher.codec
+    denoiser = {id(m) for m in teacher.denoiser.modules()}
+    parts = codec.parts() if isinstance(codec, Codec) else dict(parts_of(codec))
+    for name, value in parts.items():
+        if id(value) not in denoiser:
+            yield ".".join(filter(None, (type(codec).__name__, name))), value
 
 
 def _vocabulary(tokenizer: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""The data and conditions that a recipe asks for, as a Source."""
+"""A recipe's data and conditions as a Source: embedded data sets, or files of the user."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from distill.config.recipe import Recipe
 from distill.data import cache
-from distill.data.encode import COND, Work, check_finite, picture_shape
+from distill.data.encode import COND, EncodingJob, check_finite, picture_shape
 from distill.data.images import list_images, place_of_images
+from distill.data.listing import Listing
 from distill.data.pictures import into_buckets, sizes_of
 from distill.data.prompts import list_prompts, place_of_prompts
 from distill.data.stream import Source
@@ -20,60 +21,88 @@ from teachers.teacher import EMBEDDED, Teacher
 
 
 def source_of(recipe: Recipe, teacher: Teacher) -> Source:
-    """Data and conditions as the recipe says, encoded once: in memory, or in a cache.
+    """Data and conditions of a run, encoded once: in memory, or in a cache.
 
     Raises:
-        UserError: the data are not of the teacher's kind, or too many of them are bad.
+        UserError: the data do not fit the teacher, or too many items are bad.
     """
     seed, codec = recipe.train.seed, teacher.codec
     if recipe.data.source in EMBEDDED:
         return embedded_source(recipe, teacher)
-    if (work := work_of(recipe, teacher)) is not None:
-        return cache.source(work, recipe.data, seed)
-    labels = list(range(getattr(codec, "classes", 0))) or [0]
+    if (job := encoding_job(recipe, teacher)) is not None:
+        return cache.source(job, recipe.data, seed)
+    labels = list(range(teacher.codec.classes)) or [0]
     cond = codec.condition(labels)
-    named = {f"{COND}{k}": v for k, v in (cond or {}).items()}
-    check_finite(named, [f"label {k}" for k in labels], teacher, "data")
+    tensors = {f"{COND}{k}": v for k, v in (cond or {}).items()}
+    check_finite(tensors, [f"label {k}" for k in labels], teacher, "data")
     return Source(teacher.shape, None, cond, seed, len(labels))
 
 
+# ---- data sets that come with the package
+
+
 def embedded_source(recipe: Recipe, teacher: Teacher) -> Source:
-    """The digits, or drawings of the shapes, as many as the caption protocol compares with."""
+    """The digits, or drawings of the shapes.
+
+    Raises:
+        UserError: the teacher does not take these images, or these labels or captions.
+    """
     refuse_videos(recipe, teacher)
-    name, codec = str(recipe.data.source), teacher.codec
-    classes = getattr(codec, "classes", 0)
-    needed = needs_data(recipe)
-    if name == "digits":
-        images, numbers = digits.data()
-        prompts: list[Any] = numbers.tolist()
-        if classes and max(prompts) >= classes:
-            raise UserError(
-                f"data.source: 'digits' has label {max(prompts)}; "
-                f"the teacher knows {classes} classes"
-            )
-    else:
-        if classes or codec.condition(["a"]) is None:
-            raise UserError("data.source: 'shapes' has captions, which this teacher does not read")
-        prompts = shapes.all_captions() * (10 if needed else 1)
-        images = shapes.draw(prompts, seed=recipe.train.seed).float() / 127.5 - 1
+    name, needs_data = str(recipe.data.source), recipe.needs_data
+    images, prompts = _digits(teacher) if name == "digits" else _shapes(recipe, teacher)
     if images.shape[1] != (channels := picture_shape(teacher)[0]):
         raise UserError(
-            f"data.source: {name!r} has pictures of {images.shape[1]} channels; "
-            f"the teacher takes {channels}"
+            f"data.source: {name!r} has images of {images.shape[1]} channels and the teacher takes "
+            f"{channels}; name other images"
         )
-    x = codec.encode(images) if needed or name == "digits" else None
-    if x is not None and x.shape[1:] != teacher.shape:
-        want, got = ("×".join(map(str, s)) for s in (teacher.shape, x.shape[1:]))
-        raise UserError(f"data.source: {name!r} is {got}; the teacher takes {want}")
-    cond = codec.condition(prompts)
-    made = {f"{COND}{k}": v for k, v in (cond or {}).items()} | ({} if x is None else {"x": x})
+    x = None
+    if needs_data or name == "digits":  # digits of another size are refused in any case
+        x = teacher.codec.encode(images)
+        _check_shape(x, teacher, name)
+    cond = teacher.codec.condition(prompts)
+    tensors = {f"{COND}{k}": v for k, v in (cond or {}).items()} | ({} if x is None else {"x": x})
     names = [f"picture {i} of {prompt!r}" for i, prompt in enumerate(prompts)]
-    check_finite(made, names, teacher, f"data.source: {name!r}")
-    return Source(teacher.shape, x if needed else None, cond, recipe.train.seed, len(prompts))
+    check_finite(tensors, names, teacher, f"data.source: {name!r}")
+    return Source(teacher.shape, x if needs_data else None, cond, recipe.train.seed, len(prompts))
+
+
+def _digits(teacher: Teacher) -> tuple[Tensor, list[Any]]:
+    """All digits, in [-1, 1], and their labels."""
+    images, labels = digits.data()
+    most, classes = int(labels.max()), teacher.codec.classes
+    if classes and most >= classes:
+        raise UserError(
+            f"data.source: 'digits' has label {most}; the teacher knows {classes} classes; "
+            "name other images"
+        )
+    return images, labels.tolist()
+
+
+def _shapes(recipe: Recipe, teacher: Teacher) -> tuple[Tensor, list[Any]]:
+    """Drawings of every caption, in [-1, 1]: ten of each where a run needs real data, else one.
+
+    Ten is also how many the evaluation protocol compares with.
+    """
+    if teacher.codec.classes or teacher.codec.condition(["a"]) is None:
+        raise UserError(
+            "data.source: 'shapes' has captions, which this teacher does not read; name images "
+            "with labels"
+        )
+    captions = shapes.all_captions() * (10 if recipe.needs_data else 1)
+    return shapes.draw(captions, seed=recipe.train.seed).float() / 127.5 - 1, captions
+
+
+def _check_shape(x: Tensor, teacher: Teacher, name: str) -> None:
+    """Refuse encoded images that are not of the teacher's shape."""
+    if x.shape[1:] != teacher.shape:
+        given, expected = ("×".join(map(str, s)) for s in (x.shape[1:], teacher.shape))
+        raise UserError(
+            f"data.source: {name!r} is {given}; the teacher takes {expected}; name other images"
+        )
 
 
 def examples(name: str) -> tuple[Tensor, list[Any]]:
-    """Some of what an embedded teacher was trained on, in [-1, 1], and what it shows."""
+    """Some images of an embedded data set, in [-1, 1], and their labels or captions."""
     if name == "digits":
         images, labels = (v[::60] for v in digits.data())
         return images, labels.tolist()
@@ -81,27 +110,23 @@ def examples(name: str) -> tuple[Tensor, list[Any]]:
     return shapes.draw(captions, seed=0).float() / 127.5 - 1, captions
 
 
-def needs_data(recipe: Recipe) -> bool:
-    """Whether batches must hold real data, or prompts and labels will do."""
-    kind = recipe.kind
-    critic = kind.needs_data == "critic" and recipe.critic is not None
-    return kind.needs_data == "always" or critic
+# ---- data from files
 
 
 def refuse_videos(recipe: Recipe, teacher: Teacher) -> None:
-    """Refuse to learn from real videos, which no source holds."""
-    if len(teacher.shape) == 4 and needs_data(recipe):
+    """Refuse to learn from real videos: no source reads them."""
+    if len(teacher.shape) == 4 and recipe.needs_data:
         name = recipe.objective["name"]
         critic = recipe.kind.needs_data == "critic"
-        remedy = "remove the critic section" if critic else "take another, such as dmd2"
+        remedy = "remove the critic section" if critic else "take another objective, such as dmd2"
         raise UserError(
-            f"data.source: {name} learns from real data, the teacher {teacher.source!r} makes "
-            f"videos, and only images can be read as yet; {remedy}, with data.prompts alone"
+            f"data.source: {name} learns from real data, but the teacher {teacher.source!r} makes "
+            f"videos and only images can be read; {remedy}, and set only data.prompts"
         )
 
 
 def check_places(recipe: Recipe, teacher: Teacher) -> None:
-    """Refuse data or prompts that are not there; none are read, and the Hub is not asked.
+    """Refuse paths of data or prompts that do not exist; reads no data and does not ask the Hub.
 
     Raises:
         UserError: naming the key.
@@ -114,53 +139,58 @@ def check_places(recipe: Recipe, teacher: Teacher) -> None:
         place_of_prompts(data.prompts)
 
 
-def work_of(recipe: Recipe, teacher: Teacher) -> Work | None:
-    """What there is to encode; None where labels are all, or data are embedded."""
+def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
+    """The items to encode; None for embedded data, or if labels are the only data."""
     refuse_videos(recipe, teacher)
-    data, codec = recipe.data, teacher.codec
-    if data.source in EMBEDDED:
-        return None
-    classes = getattr(codec, "classes", 0)
-    reads_text = not classes and codec.condition([""]) is not None
-    with_data, sizes = False, [(0, 0)]
-    if data.source is not None:
-        listing = list_images(data.source, data.captions, classes, reads_text)
-    elif data.prompts is not None and not classes and not reads_text:
-        raise UserError(f"data.prompts: {teacher.source!r} takes no prompts; remove it")
-    elif data.prompts is not None or reads_text:
-        needs = "label" if classes else "caption"
-        listing = list_prompts(data.prompts or "pack:starter", needs)
-    else:
+    data = recipe.data
+    if data.source in EMBEDDED or (listing := _listing(recipe, teacher)) is None:
         return None
     listing.check(listing.bad, listing.total, data.skip_share)
-    if classes:
+    if classes := teacher.codec.classes:
         listing.read_labels(classes)
-    if data.source is not None and (with_data := needs_data(recipe)):
-        sizes = sizes_for(recipe, teacher)
-        into_buckets(listing, sizes)
-        listing.check(listing.bad, listing.total, data.skip_share)
-    return Work(teacher, listing, sizes, with_data)
+    if data.source is None or not recipe.needs_data:
+        return EncodingJob(teacher, listing, [(0, 0)], False)
+    sizes = sizes_for(recipe, teacher)
+    into_buckets(listing, sizes)
+    listing.check(listing.bad, listing.total, data.skip_share)
+    return EncodingJob(teacher, listing, sizes, True)
+
+
+def _listing(recipe: Recipe, teacher: Teacher) -> Listing | None:
+    """The images or prompts of a recipe; None if labels are the only data."""
+    data, classes = recipe.data, teacher.codec.classes
+    reads_text = not classes and teacher.codec.condition([""]) is not None
+    if data.source is not None:
+        return list_images(data.source, data.captions, classes, reads_text)
+    if data.prompts is not None and not classes and not reads_text:
+        raise UserError(f"data.prompts: {teacher.source!r} takes no prompts; remove it")
+    if data.prompts is not None or reads_text:
+        return list_prompts(data.prompts or "pack:starter", "label" if classes else "caption")
+    return None
 
 
 def sizes_for(recipe: Recipe, teacher: Teacher) -> list[tuple[int, int]]:
-    """Heights and widths that images are cut to."""
+    """Heights and widths in pixels that images are cropped to."""
     data = recipe.data
     _, *sides = picture_shape(teacher)
     height, width = (data.size, data.size) if data.size else sides
-    factor, needs = sides[0] // teacher.shape[-2], "codec"
+    factor, part = sides[0] // teacher.shape[-2], "codec"
     if isinstance(codec := teacher.codec, Prompted) and (grain := codec.grain) > factor:
-        factor, needs = grain, "network"  # which reads latents in patches
+        factor, part = grain, "network"  # a network that cuts latents into patches
     if height % factor:
-        raise UserError(f"data.size: {height} is no multiple of {factor}, as the {needs} needs")
+        raise UserError(
+            f"data.size: {height} is no multiple of {factor}, which the {part} needs; "
+            "set it to a multiple"
+        )
     if data.buckets and data.buckets.multiple % factor:
         raise UserError(
-            f"data.buckets.multiple: {data.buckets.multiple} is no multiple of {factor}, "
-            f"as the {needs} needs"
+            f"data.buckets.multiple: {data.buckets.multiple} is no multiple of {factor}, which the "
+            f"{part} needs; set it to a multiple"
         )
     sizes = sizes_of(data.buckets, height, width)
     if isinstance(codec, Prompted) and codec.kind.SQUARE and any(h != w for h, w in sizes):
         raise UserError(
-            f"data.buckets: {type(codec.pipe).__name__} draws squares alone, and so would its "
+            f"data.buckets: {type(codec.pipe).__name__} draws only squares, and so do its "
             "students; remove it"
         )
     return sizes

@@ -1,4 +1,4 @@
-"""Pixels of listed images: read as a viewer shows them, resized, cropped, sorted into buckets."""
+"""Pixels of listed images: decoded as a viewer shows them, resized, cropped, put into buckets."""
 
 from __future__ import annotations
 
@@ -11,85 +11,94 @@ import torch
 from torch import Tensor
 
 from distill.config.schema import Bucketing
-from distill.data.listing import Bad, Item, Listing
-from eval.images import is_first_of_many, opened, shown, size_of
+from distill.data.listing import BadItem, Item, Listing
+from eval.images import is_first_of_many, open_image, size_of, to_srgb
 from teachers.errors import UserError
 
-MOST_SIDES = 10_000  # that buckets may have
+MOST_SIDES = 10_000  # different sides of buckets
 READERS = 8  # threads that read and decode
 CORRUPT = "corrupt image"
 
 
 def sizes_of(buckets: Bucketing | None, height: int, width: int) -> list[tuple[int, int]]:
-    """Heights and widths to cut images to: the one asked for, or all of about its area.
+    """Heights and widths in pixels to crop images to: one size, or all buckets of about its area.
 
-    Buckets are, for every multiple that a side may be, it and the other side that brings the area
-    nearest to height × width, either way round, with none more than `ratio` times the other.
+    For each multiple, a bucket has it as one side, and as the other side the multiple that brings
+    the area nearest to height × width. Each bucket is there in both orientations, if its longer
+    side is at most `ratio` times its shorter side.
+
+    Raises:
+        UserError: there are too many sizes, or none.
     """
     if buckets is None:
         return [(height, width)]
     m, area = buckets.multiple, height * width
     if m > min(height, width):
-        raise UserError(f"data.buckets.multiple: {m} is more than the image size of {height}")
+        raise UserError(
+            f"data.buckets.multiple: {m} is more than the image size, {height}; lower it"
+        )
     longest = math.isqrt(round(area * buckets.ratio))
     if longest // m > MOST_SIDES:
         raise UserError(
             f"data.buckets.multiple: {m} makes more than {MOST_SIDES:,} sizes of sides up to "
-            f"{longest:,}; take a greater one"
+            f"{longest:,}; raise it"
         )
-    found: set[tuple[int, int]] = set()
+    shapes: set[tuple[int, int]] = set()
     for side in range(m, longest + 1, m):
         other = max(m, round(area / side / m) * m)
         if max(side, other) <= buckets.ratio * min(side, other):
-            found |= {(side, other), (other, side)}
-    sizes = sorted(found)
+            shapes |= {(side, other), (other, side)}
+    sizes = sorted(shapes)
     if not sizes:
-        raise UserError(f"data.buckets: no sizes of multiples of {m} lie within {buckets.ratio:g}")
+        raise UserError(
+            f"data.buckets: no size whose sides are multiples of {m} has a ratio of at most "
+            f"{buckets.ratio:g}; lower multiple, or raise ratio"
+        )
     return sizes
 
 
 def into_buckets(listing: Listing, sizes: list[tuple[int, int]]) -> None:
-    """Give every item the bucket whose aspect ratio is nearest to its image's."""
+    """Assign each item to the bucket whose aspect ratio is nearest to that of its image."""
     if len(sizes) == 1:
         return
     logs = [math.log(h / w) for h, w in sizes]
     items, listing.items = listing.items, []
     with ThreadPoolExecutor(READERS) as pool:
         for item, aspect in zip(items, pool.map(aspect_of, items), strict=True):
-            if isinstance(aspect, Bad):
+            if isinstance(aspect, BadItem):
                 listing.bad.append(aspect)
                 continue
             gaps = [abs(log - math.log(aspect)) for log in logs]
             listing.items.append(item._replace(bucket=gaps.index(min(gaps))))
 
 
-def aspect_of(item: Item) -> float | Bad:
-    """An image's height over its width, from its header."""
+def aspect_of(item: Item) -> float | BadItem:
+    """An image's height divided by its width, from its header."""
     try:
-        width, height = size_of(opened(_stream(item)))
+        width, height = size_of(open_image(_stream(item)))
         return height / width
-    except Exception as error:  # Pillow's range over many types for a bad file
+    except Exception as error:  # Pillow raises many types for bad files
         return _corrupt(item.name, error)
 
 
 class Picture(NamedTuple):
-    """An image that was read.
+    """A decoded image.
 
     pixels: (C, H, W) in uint8.
-    first: Whether it is the first of several frames, of which the others are left out.
+    first: Whether it is the first of several frames; the others are left out.
     """
 
     pixels: Tensor
     first: bool
 
 
-def picture(item: Item, channels: int, height: int, width: int) -> Picture | Bad:
-    """An image as a viewer shows it, its shorter side resized to fit, its centre cropped."""
+def picture(item: Item, channels: int, height: int, width: int) -> Picture | BadItem:
+    """An image as a viewer shows it, resized until it covers height × width, its centre cropped."""
     from torchvision.transforms import functional as tf
 
     try:
-        file = opened(_stream(item))
-        image, first = shown(file), is_first_of_many(file)
+        file = open_image(_stream(item))
+        image, first = to_srgb(file), is_first_of_many(file)
     except Exception as error:  # as above
         return _corrupt(item.name, error)
     if channels == 1:
@@ -105,11 +114,11 @@ def _stream(item: Item) -> io.BytesIO:
     return io.BytesIO(item.image())
 
 
-def _corrupt(name: str, error: Exception) -> Bad:
-    reason = "its bytes are of no known kind" if "identify image" in str(error) else str(error)
-    return Bad(name, CORRUPT, f"not a readable image ({reason or type(error).__name__})")
+def _corrupt(name: str, error: Exception) -> BadItem:
+    reason = "its bytes have no known format" if "identify image" in str(error) else str(error)
+    return BadItem(name, CORRUPT, f"not a readable image ({reason or type(error).__name__})")
 
 
 def signed(images: list[Tensor]) -> Tensor:
-    """Images (N, C, H, W) in [-1, 1] of uint8 ones (C, H, W)."""
+    """uint8 images (C, H, W) as one tensor (N, C, H, W) in [-1, 1]."""
     return torch.stack(images).float() / 127.5 - 1

@@ -1,12 +1,19 @@
-"""Prompts alone, for objectives that need no images: a text file, a table's column, or a pack."""
+"""Prompts without images: from a text file, a table's column, or a pack."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from distill.config.schema import Column
-from distill.data.listing import Bad, Item, Listing, Needs
-from distill.data.tables import SUFFIXES, checked, column_in, kind_of, lookup, open_table
+from distill.data.listing import BadItem, Item, Listing, Needs
+from distill.data.tables import (
+    SUFFIXES,
+    check_place,
+    existing_table,
+    kind_of,
+    open_table,
+    parse_column,
+)
 from eval.text import MARK, decoded, lines
 from teachers.errors import UserError, nearest
 from teachers.storage.files import home
@@ -19,25 +26,25 @@ def list_prompts(place: str | Column, needs: Needs = "caption") -> Listing:
 
     Args:
         place: A text file with a prompt on each line, "pack:NAME", "DATASET:COLUMN" where DATASET
-            is a table file, a saved dataset or a Hub id, or the same in a mapping.
-        needs: Whether they are captions, or labels.
+            is a table file, a saved dataset or a Hub id, or the same as a mapping.
+        needs: "caption", or "label" for a class-conditional teacher.
 
     Raises:
-        UserError: there is no such file, pack, dataset or column, or it holds no prompts.
+        UserError: the file, pack, dataset or column does not exist, or holds no prompts.
     """
-    found = place_of_prompts(place)
-    if isinstance(found, Column):
-        return _column(found, needs)
-    return _lines(found, str(place), needs)
+    location = place_of_prompts(place)
+    if isinstance(location, Column):
+        return _column(location, needs)
+    return _lines(location, str(place), needs)
 
 
 def place_of_prompts(place: str | Column) -> Path | Column:
     """The text file or the column that `data.prompts` names; nothing is read.
 
     Raises:
-        UserError: nothing is there, as far as can be told without asking the Hub.
+        UserError: it does not exist, as far as can be known without asking the Hub.
     """
-    with lookup("data.prompts", place):
+    with check_place("data.prompts", place):
         return _place(place)
 
 
@@ -65,8 +72,8 @@ def _place(place: str | Column) -> Path | Column:
             f"data.prompts: no such file: {place!r}; give a text file, 'pack:starter', or "
             "'DATASET:COLUMN'"
         )
-        place = column_in(place, refusal)
-    return checked(place, "data.prompts")
+        place = parse_column(place, refusal)
+    return existing_table(place, "data.prompts")
 
 
 def pack(name: str) -> Path:
@@ -78,36 +85,36 @@ def pack(name: str) -> Path:
 
 
 def _lines(file: Path, place: str, needs: Needs) -> Listing:
-    """A line each; blank ones at the end are none, those before it are empty captions."""
+    """One prompt on each line; blank lines at the end are skipped, others are empty captions."""
     listing = Listing(f"data.prompts: {place!r}")
     try:
         text = decoded(file.read_bytes())
     except OSError as error:
-        raise UserError(f"{listing.where} cannot be read ({error.strerror})") from None
+        raise UserError(f"{listing.where} cannot be read ({error.strerror}); check it") from None
     except ValueError as error:
         raise UserError(f"{listing.where} {error}") from None
     for number, line in enumerate(lines(text.rstrip()), 1):
         name, prompt = f"{place}:{number}", line.strip().lstrip(MARK).lstrip()
         if "\r" in prompt:
-            reason = "it holds a carriage return that ends no line; end lines with \\n or \\r\\n"
-            listing.bad.append(Bad(name, "control character", reason))
+            reason = "it holds a carriage return within a line; end lines with \\n or \\r\\n"
+            listing.bad.append(BadItem(name, "control character", reason))
         else:
             listing.add(Item(name, prompt), needs)
-    return _some(listing)
+    return _not_empty(listing)
 
 
 def _column(place: Column, needs: Needs) -> Listing:
     listing = Listing(f"data.prompts: '{place.hf}:{place.column}'")
     table = open_table(place.hf, place.split, listing.where)
-    table.need(place.column, listing.where)
+    table.check_column(place.column, listing.where)
     listing.numbered = table.numbered(place.column)
     for row, value in enumerate(table.values(place.column)):
         text = value.strip() if isinstance(value, str) else value
         listing.add(Item(f"{table.name}[{row}]", text), needs)
-    return _some(listing)
+    return _not_empty(listing)
 
 
-def _some(listing: Listing) -> Listing:
+def _not_empty(listing: Listing) -> Listing:
     if not listing.total:
-        raise UserError(f"{listing.where} holds no prompts")
+        raise UserError(f"{listing.where} holds no prompts; give at least one")
     return listing

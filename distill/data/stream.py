@@ -1,7 +1,7 @@
-"""Data: an endless stream of batches, any of which can be made without making those before it.
+"""An endless stream of batches, each of which can be made without the batches before it.
 
-Batch number d, shard k is a function of (seed, d, k) alone. So a resumed run needs no position but
-its count of batches, and N processes draw exactly what one process would.
+Shard k of batch d depends only on (seed, d, k). A resumed run therefore needs only its number of
+batches, and N processes draw exactly what one process draws.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from distill.seeds import seed_of
 from teachers import conditions
 from teachers.denoiser import Cond
 
-AHEAD = 3  # shards made before they are asked for
+AHEAD = 3  # shards that are prepared in advance
 
 
 class Items(NamedTuple):
-    """Items of a source: data (B, ...), conditions, and their own noise where it is stored."""
+    """Items of a source: data (B, ...), conditions, and noise (B, ...) if it is stored."""
 
     x: Tensor | None
     cond: Cond
@@ -31,14 +31,15 @@ class Items(NamedTuple):
 
 
 class Source:
-    """Encoded data (N, ...) with their conditions, or conditions alone, in memory.
+    """Encoded data (N, ...) with conditions, or conditions only, in memory.
 
-    A subclass that keeps them elsewhere overrides `take`; one that holds several, `batch`.
+    A subclass that stores them elsewhere overrides `take`; one of several sources, `batch`.
 
     Args:
-        shape: Of one datum.
-        x: (N, ...), or None where the objective needs no data.
+        shape: The shape of one datum, without the batch.
+        x: (N, ...), or None if the objective needs no data.
         cond: Entries (N, ...), or None.
+        size: N, the number of items.
         noise: (N, ...), the noise that each datum was made from; None for new noise each time.
     """
 
@@ -52,8 +53,8 @@ class Source:
         noise: Tensor | None = None,
     ) -> None:
         self.shape, self.x, self.cond, self.seed, self.noise = shape, x, cond, seed, noise
-        self.size = size  # how many items there are: of x, or of cond
-        self.report: dict[str, Any] | None = None  # how files were read, where any were
+        self.size = size
+        self.report: dict[str, Any] | None = None  # for data-report.json, if files were read
         self._order = lru_cache(2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> Tensor:
@@ -61,13 +62,13 @@ class Source:
         return torch.randperm(self.size, generator=rng)
 
     def batch(self, draw: int, shard: int, shards: int, size: int) -> Batch:
-        """Shard `shard` of `shards`, each of `size` items, of batch number `draw`; on the CPU.
+        """Shard `shard` of `shards`, each with `size` items, of batch number `draw`; on the CPU.
 
-        Every epoch visits every item once, in its own order.
+        Each epoch visits every item once, in its own order.
         """
         first = (draw * shards + shard) * size
-        where = torch.arange(first, first + size)
-        epochs, places = where // self.size, where % self.size
+        positions = torch.arange(first, first + size)
+        epochs, places = positions // self.size, positions % self.size
         index = torch.cat(
             [
                 self._order(int(e))[places[epochs == e]]
@@ -81,17 +82,17 @@ class Source:
         return Batch(x, noise, cond, index)
 
     def take(self, index: Tensor) -> Items:
-        """The items numbered `index` (B,)."""
+        """The items with the numbers `index` (B,)."""
         x, noise = (None if v is None else v[index] for v in (self.x, self.noise))
         return Items(x, conditions.rows(self.cond, index), noise)
 
 
 class Buckets(Source):
-    """Sources of differently shaped data, one for each batch: all its shards are of one shape.
+    """Sources with different shapes of data; each batch comes from one source.
 
-    Batches come from each in proportion to its size, spread evenly: of any run of as many batches
-    as there are items, each source gives as many as it has items. Within a source every epoch
-    visits every item once.
+    The batches of a source are spread evenly, in proportion to its size: in a round of as many
+    batches as there are items, each source has as many batches as items. Within a source, each
+    epoch visits every item once.
     """
 
     def __init__(self, parts: Sequence[Source], seed: int) -> None:
@@ -101,7 +102,7 @@ class Buckets(Source):
         self._rounds = lru_cache(2)(self._round)
 
     def _round(self, number: int) -> tuple[Tensor, Tensor]:
-        """Of `size` batches, the part that each is from, and how many of that part came before."""
+        """For each of a round's `size` batches: its part, and how many of it came before."""
         rng = torch.Generator().manual_seed(seed_of(self.seed, "buckets", number))
         sizes = torch.tensor([p.size for p in self.parts])
         part = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
@@ -111,7 +112,7 @@ class Buckets(Source):
         return part[order], turn[order]
 
     def batch(self, draw: int, shard: int, shards: int, size: int) -> Batch:
-        """Shard `shard` of batch number `draw`, whose part is a function of `draw` alone."""
+        """Shard `shard` of batch number `draw`; its part depends only on `draw`."""
         number, place = divmod(draw, self.size)
         part, turn = (int(v[place]) for v in self._rounds(number))
         source = self.parts[part]
@@ -119,12 +120,14 @@ class Buckets(Source):
 
 
 class Stream:
-    """A source's batches for this process, made ahead on a thread and moved to the device.
+    """A source's batches for this process, prepared on a thread and moved to the device.
 
     Args:
         draw: The number of the first batch.
         mine: The shards of each batch that this process takes, in order.
-        size: Items in one shard.
+        shards: The number of shards of a batch, over all processes.
+        size: The number of items in a shard.
+        ahead: The number of shards that are prepared in advance.
     """
 
     def __init__(

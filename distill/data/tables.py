@@ -22,10 +22,11 @@ SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")  # by Dataset.s
 class Table(ABC):
     """Rows and named columns.
 
-    name: of the file or dataset, for messages.
-    columns: their names.
-    contents: what the rows are: the file, or a fingerprint.
-    root: what a path in a cell is relative to.
+    name: Of the file or dataset, for messages.
+    columns: The columns' names.
+    contents: What the rows are read from: the file, or a fingerprint.
+    root: The folder that paths in cells are relative to.
+    size: The number of rows.
     """
 
     name: str
@@ -40,14 +41,14 @@ class Table(ABC):
 
     @abstractmethod
     def values(self, column: str) -> list[Any]:
-        """A whole column, which must fit in memory: for captions and labels."""
+        """A whole column, in memory: for captions and labels."""
 
     def numbered(self, column: str) -> dict[str, int]:
-        """The labels by name that a column of labels brings with it; nothing for any other."""
+        """The label numbers by name of a column that defines them; empty for any other."""
         return {}
 
-    def need(self, column: str, where: str) -> None:
-        """Refuse a column that is not there."""
+    def check_column(self, column: str, where: str) -> None:
+        """Refuse a column that the table does not have."""
         if column not in self.columns:
             raise UserError(f"{where}: no column {column!r}; {nearest(column, self.columns)}")
 
@@ -60,7 +61,7 @@ class Rows(Table):
         try:
             self.rows = list(_rows(file))
         except (ValueError, RecursionError, OSError) as error:
-            raise UserError(f"{where}: {file} cannot be read ({error})") from None
+            raise UserError(f"{where}: {file} cannot be read ({error}); correct it") from None
         self.columns = list({k: None for row in self.rows for k in row if isinstance(k, str)})
         self.size = len(self.rows)
 
@@ -90,15 +91,17 @@ class Parquet(Table):
         try:
             from pyarrow import ArrowException, parquet  # pyright: ignore
         except ImportError:
-            raise missing(where) from None
+            raise missing_package(where) from None
         self.name, self.contents, self.root = str(file), file, file.parent
         try:
             self.file = parquet.ParquetFile(file)
         except (ArrowException, OSError) as error:
-            raise UserError(f"{where}: {file} cannot be read ({first_line(error)})") from None
+            raise UserError(
+                f"{where}: {file} cannot be read ({first_line(error)}); correct it"
+            ) from None
         self.columns = self.file.schema_arrow.names
-        if (twice := repeated(self.columns)) is not None:
-            raise UserError(f"{where}: {file}: two columns are named {twice!r}; rename one")
+        if (name := repeated(self.columns)) is not None:
+            raise UserError(f"{where}: {file}: two columns are named {name!r}; rename one")
         groups = range(self.file.num_row_groups)
         rows = [self.file.metadata.row_group(g).num_rows for g in groups]
         self.starts = [sum(rows[:g]) for g in groups]
@@ -123,32 +126,33 @@ class Arrow(Table):
         try:
             import datasets  # pyright: ignore
         except ImportError:
-            raise missing(where) from None
+            raise missing_package(where) from None
         self.name = name
         folder = Path(name).expanduser()
-        saved = any((folder / file).exists() for file in SAVED)
         try:
-            if saved:
-                found = datasets.load_from_disk(str(folder))
+            if any((folder / file).exists() for file in SAVED):
+                data = datasets.load_from_disk(str(folder))
             else:
-                found = datasets.load_dataset(str(folder) if folder.exists() else name, split=split)
+                data = datasets.load_dataset(str(folder) if folder.exists() else name, split=split)
         except Exception as error:  # datasets and huggingface_hub raise over twenty types
             reason = first_line(error)
-            raise UserError(f"{where}: dataset {name!r} cannot be read ({reason})") from None
-        if isinstance(found, dict):
-            if split not in found:
-                raise UserError(f"{where}: no split {split!r}; {nearest(split, found)}")
-            found = found[split]
+            raise UserError(
+                f"{where}: dataset {name!r} cannot be read ({reason}); check its name and files"
+            ) from None
+        if isinstance(data, dict):
+            if split not in data:
+                raise UserError(f"{where}: no split {split!r}; {nearest(split, data)}")
+            data = data[split]
         self.names = {
             k: {name: label for label, name in enumerate(v.names)}
-            for k, v in found.features.items()
+            for k, v in data.features.items()
             if isinstance(v, datasets.ClassLabel)
         }
-        for column, kind in found.features.items():  # bytes as they are: bad ones are ours to name
+        for column, kind in data.features.items():  # undecoded, so that we can name bad images
             if isinstance(kind, datasets.Image):
-                found = found.cast_column(column, datasets.Image(decode=False))
-        self.data, self.columns, self.size = found, found.column_names, len(found)
-        self.contents = f"{name}@{split}:{found._fingerprint}"
+                data = data.cast_column(column, datasets.Image(decode=False))
+        self.data, self.columns, self.size = data, data.column_names, len(data)
+        self.contents = f"{name}@{split}:{data._fingerprint}"
 
     def cell(self, row: int, column: str) -> Any:
         return self.data.select_columns([column])[row][column]
@@ -164,7 +168,7 @@ def open_table(name: str, split: str, where: str) -> Table:
     """A table by its file (.csv, .tsv, .jsonl, .json, .parquet), its folder, or its Hub id.
 
     Raises:
-        UserError: it is not there or not readable, or the package that reads it is missing.
+        UserError: it does not exist or cannot be read, or the package that reads it is missing.
     """
     file = file_of(name, where)
     if (kind := kind_of(file)) in TEXTS:
@@ -173,46 +177,46 @@ def open_table(name: str, split: str, where: str) -> Table:
 
 
 @contextmanager
-def lookup(key: str, place: object) -> Iterator[None]:
-    """Look for what a recipe's key names.
+def check_place(key: str, place: object) -> Iterator[None]:
+    """Within it, a path that the system cannot look up is an error of this key.
 
     Raises:
-        UserError: the system cannot look there, as the name is too long or a folder is closed.
+        UserError: the path is too long, or a folder in it cannot be entered.
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user whom there is not
-        why = getattr(error, "strerror", None) or first_line(error)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
-            f"{key}: {clipped(str(place))!r} is no path that can be looked up ({why}); "
-            "give a file or a folder that is there"
+            f"{key}: {clipped(str(place))!r} is no path that can be looked up ({reason}); "
+            "give an existing file or folder"
         ) from None
 
 
 def kind_of(file: Path) -> str:
-    """A file's suffix, by which its kind is told; upper case means no other kind."""
+    """A file's suffix in lower case, which says its kind."""
     return file.suffix.lower()
 
 
 def file_of(name: str, where: str) -> Path:
-    """Where a table is, if it is no dataset of the Hub's.
+    """The path of a table that is not a dataset of the Hub.
 
     Raises:
-        UserError: its name is a file's or a folder's, and there is none.
+        UserError: the name is that of a file or folder, which does not exist.
     """
     file = Path(name).expanduser()
     if kind_of(file) in SUFFIXES and not file.is_file():
-        raise UserError(f"{where}: no such file: {name}")
+        raise UserError(f"{where}: no such file: {name}; give an existing one")
     if name.startswith(("/", "~", ".")) and not file.exists():
-        raise UserError(f"{where}: no such folder: {name}")
+        raise UserError(f"{where}: no such folder: {name}; give an existing one")
     return file
 
 
-def column_in(place: str, refusal: str) -> Column:
+def parse_column(place: str, refusal: str) -> Column:
     """The table and the column in "DATASET:COLUMN".
 
     Raises:
-        UserError: the text is not of that form; it says `refusal`.
+        UserError: the text does not have that form; its message is `refusal`.
     """
     name, colon, column = place.rpartition(":")
     if not colon or not name or not column:
@@ -220,11 +224,11 @@ def column_in(place: str, refusal: str) -> Column:
     return Column(hf=name, column=column)
 
 
-def checked(column: Column, key: str) -> Column:
-    """A recipe's column whose table is there, as far as can be told without asking the Hub.
+def existing_table(column: Column, key: str) -> Column:
+    """The column of a recipe's key, if its table exists; the Hub is not asked.
 
     Raises:
-        UserError: its table is a file or a folder, and there is none.
+        UserError: its table is a file or a folder, which does not exist.
     """
     file_of(column.hf, f"{key}: '{column.hf}:{column.column}'")
     return column
@@ -236,7 +240,5 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def missing(where: str) -> UserError:
-    return UserError(
-        f"{where}: this needs the package 'datasets'; install it by pip install 'fewstep[data]'"
-    )
+def missing_package(where: str) -> UserError:
+    return UserError(f"{where}: this needs the package 'datasets'; run pip install 'fewstep[data]'")

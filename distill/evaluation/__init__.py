@@ -1,1 +1,1 @@
-"""Figures of students and teachers, and what a finished run writes."""
+"""Measurement of students and teachers, and the files of a finished run."""

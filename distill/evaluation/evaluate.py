@@ -1,4 +1,4 @@
-"""`distill eval`: what was asked for is checked, measured, shown and written."""
+"""`distill eval`: checks the request, measures, prints tables and writes the results file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from accelerate import PartialState
 
 from distill.console import out as console
-from distill.console import results, timings
+from distill.console import results_table, speed_table
 from distill.data.encode import device as device_of
 from distill.evaluation import subject
-from distill.evaluation.results_file import PARTS, Figures
+from distill.evaluation.results_file import PARTS, ResultsFile
 from distill.evaluation.subject import Subject
 from distill.files import check_writable
 from eval.protocols.measure import Protocol
@@ -27,13 +27,13 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class Request:
-    """What `distill eval` is asked for.
+    """The arguments of `distill eval`.
 
     Attributes:
-        steps: Counts, separated by commas; empty for all of a student's.
-        how: Of teachers: solver, guidance, null_label.
-        few: Of a teacher without training: schedule, adaptive, cache.
-        json_file: Where the figures are kept.
+        steps: Step counts, separated by commas; empty for all of a student's.
+        sampler: Options of teachers: solver, guidance, null_label.
+        few_step: Options of teachers in few steps: schedule, adaptive, cache.
+        json_file: The results file.
     """
 
     source: str
@@ -42,8 +42,8 @@ class Request:
     seeds: int | None
     against: str | None
     against_steps: int | None
-    how: dict[str, Any]
-    few: dict[str, Any]
+    sampler: dict[str, Any]
+    few_step: dict[str, Any]
     precision: Any
     speed: bool
     json_file: Path | None
@@ -51,38 +51,38 @@ class Request:
 
 @dataclass(frozen=True)
 class Subjects:
-    """What is measured, once it is known that it can be.
+    """What is measured, after all checks.
 
     Attributes:
-        beside: The teacher that is measured beside the subject, and in how many steps.
+        other: The teacher that is measured beside the main subject, in `other_steps` steps.
     """
 
-    found: Subject
+    main: Subject
     counts: list[int]
-    beside: Subject | None
-    beside_steps: int
-    beside_name: str
+    other: Subject | None
+    other_steps: int
+    other_name: str
 
 
 def evaluate(request: Request) -> None:
-    """Measure what the request names, show it, and write it where it says.
+    """Measure what the request names, print tables, and write the results file.
 
     Raises:
-        UserError: the request cannot be met; nothing has been written.
+        UserError: the request is not valid; nothing has been written.
     """
     request = check(request)
     measure = None if request.protocol is None else protocol_of(request.protocol)
-    wanted = counts_in(request.steps)
+    counts = counts_in(request.steps)
     device = device_of()
-    # without `cpu`, processes on CPUs do not know of one another
+    # without `cpu`, processes on CPUs do not find one another
     state = PartialState(cpu=device.type == "cpu")
     processes = Processes(state.process_index, state.num_processes)
     if request.speed and processes.count > 1:
-        raise UserError("--speed: it is of one process; start it without a launcher")
-    file = None if request.json_file is None else figures_of(request, request.json_file)
-    subjects = subjects_of(request, wanted, device)
+        raise UserError("--speed: it measures one process; start it without a launcher")
+    file = None if request.json_file is None else results_file(request, request.json_file)
+    subjects = subjects_of(request, counts, device)
     if file is not None:
-        state.wait_for_everyone()  # all have looked before anything is there
+        state.wait_for_everyone()  # every process has read the files before one writes them
         if state.is_main_process:
             file.open()
         state.wait_for_everyone()
@@ -100,19 +100,19 @@ def evaluate(request: Request) -> None:
 
 
 def check(request: Request) -> Request:
-    """The request with its defaults filled in.
+    """The request with its defaults.
 
     Raises:
-        UserError: an option does not go with the others, or its value is not one.
+        UserError: an option needs another one, or its value is not valid.
     """
     if request.against is None and request.against_steps is not None:
-        raise UserError("--against-steps: it is for --against, which names a teacher")
+        raise UserError("--against-steps: it needs --against; name a teacher there")
     if request.against_steps is None:
         request = replace(request, against_steps=AGAINST_STEPS)
     if request.protocol is None and not request.speed:
         request = replace(request, protocol=subject.usual_protocol(request.source))
     if request.protocol is None and request.seeds is not None:
-        raise UserError("--seeds: it is for --protocol; a speed has none")
+        raise UserError("--seeds: it needs --protocol; the speed alone uses no seeds")
     if request.precision not in (None, *PRECISIONS):
         remedy = nearest(request.precision, PRECISIONS)
         raise UserError(f"--precision {cut(request.precision)}: {remedy}")
@@ -120,10 +120,10 @@ def check(request: Request) -> Request:
 
 
 def counts_in(steps: str) -> list[int]:
-    """The counts in "1,2,4"; none in an empty text.
+    """The step counts in a text such as "1,2,4"; an empty text has none.
 
     Raises:
-        UserError: one is no whole number from 1.
+        UserError: one is not a whole number from 1.
     """
     words = [word.strip() for word in steps.split(",")] if steps else []
     if not all(word.isdecimal() and int(word) for word in words):
@@ -131,44 +131,46 @@ def counts_in(steps: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def figures_of(request: Request, path: Path) -> Figures:
-    """The file of figures, which says what they are of.
+def results_file(request: Request, path: Path) -> ResultsFile:
+    """The results file of a request.
 
     Raises:
         UserError: it, or a record beside it, cannot be written.
     """
-    about = {"source": request.source, "protocol": request.protocol}
-    about |= {"precision": request.precision, **request.how, **request.few}
+    options = {"source": request.source, "protocol": request.protocol}
+    options |= {"precision": request.precision, **request.sampler, **request.few_step}
     if request.against is not None:
-        about |= {"against": request.against, "against_steps": request.against_steps}
-    file = Figures(path, about)
+        options |= {"against": request.against, "against_steps": request.against_steps}
+    file = ResultsFile(path, options)
     for part in PARTS:
         check_writable(file.record(part), "--json")
     return file
 
 
-def subjects_of(request: Request, wanted: list[int], device: Any) -> Subjects:
-    """The subject and the teacher beside it, loaded, and the step counts.
+def subjects_of(request: Request, counts: list[int], device: Any) -> Subjects:
+    """The loaded subject, the teacher beside it, and the step counts.
 
     Raises:
-        UserError: one cannot be loaded, or has no such count, or the two do not compare.
+        UserError: one cannot be loaded or has no such count, or their images differ in shape.
     """
-    how, few, precision = request.how, request.few, request.precision
+    sampler, few_step, precision = request.sampler, request.few_step, request.precision
     if subject.is_student(request.source):
-        subject.refuse(few, "a student has no such choice")
+        subject.refuse_options(few_step, "this option is for teachers; leave it out")
         if request.against is None:
-            subject.refuse(how, "a student has no such choice; it is for --against")
-        found = subject.student(request.source, device, precision)
+            reason = "this option is for teachers; leave it out, or give --against"
+            subject.refuse_options(sampler, reason)
+        main = subject.student(request.source, device, precision)
     else:
-        found = subject.teacher(request.source, device, **how, **few, precision=precision)
-    counts = wanted or list(found.counts or (1, 2, 4))
-    found.check(counts)
-    beside = None
+        options = {**sampler, **few_step, "precision": precision}
+        main = subject.teacher(request.source, device, **options)
+    counts = counts or list(main.counts or (1, 2, 4))
+    main.check(counts)
+    other = None
     if request.against is not None:
-        beside = subject.teacher(request.against, device, **how, precision=precision)
-        subject.check_against(found, beside)
-    assert request.against_steps is not None  # `check` has filled it in
-    return Subjects(found, counts, beside, request.against_steps, str(request.against))
+        other = subject.teacher(request.against, device, **sampler, precision=precision)
+        subject.check_against(main, other)
+    assert request.against_steps is not None  # `check` sets the default
+    return Subjects(main, counts, other, request.against_steps, str(request.against))
 
 
 def quality(
@@ -179,32 +181,33 @@ def quality(
     processes: Processes,
     records: Sequence[Path | None],
 ) -> dict[str, Any]:
-    """The figures of the subject at every count, and of the teacher beside it; a table is shown."""
-    found, other = subjects.found, subjects.beside
-    rows = subject.evaluate(found, measure, subjects.counts, seeds, processes, records[0])
-    tree: dict[str, Any] = {found.who: rows}
-    shown, base = subject.shown(found, rows), None
+    """The figures of the subject at every count, and of the teacher beside it; prints a table."""
+    main, other = subjects.main, subjects.other
+    rows = subject.evaluate(main, measure, subjects.counts, seeds, processes, records[0])
+    tree: dict[str, Any] = {main.kind: rows}
+    table, base = subject.table_rows(main, rows), None
     if other is not None:
         for k in subjects.counts:
-            near = subject.agreement(found, other, measure.prompts, k, subjects.beside_steps)
-            rows[str(k)].update(near)
-        steps = [subjects.beside_steps]
-        full = subject.evaluate(other, measure, steps, seeds, processes, records[1])
-        tree["against"] = full
-        beside = subject.shown(replace(other, who=subjects.beside_name), full)
-        base, shown = next(iter(beside)), beside | shown
+            distances = subject.agreement(main, other, measure.prompts, k, subjects.other_steps)
+            rows[str(k)].update(distances)
+        steps = [subjects.other_steps]
+        other_rows = subject.evaluate(other, measure, steps, seeds, processes, records[1])
+        tree["against"] = other_rows
+        others = subject.table_rows(replace(other, kind=subjects.other_name), other_rows)
+        base, table = next(iter(others)), others | table
     if not processes.rank:
-        over = f"{seeds} seeds; ± over seeds" if seeds > 1 else "one seed"
-        title = f"{name}: {len(measure.prompts):,} samples, {over}"
-        console.print(results(title, shown, base=base))
+        spread = f"{seeds} seeds; ± over seeds" if seeds > 1 else "one seed"
+        title = f"{name}: {len(measure.prompts):,} samples, {spread}"
+        console.print(results_table(title, table, base=base))
     return tree
 
 
 def speeds(subjects: Subjects, device: Any) -> dict[str, Any]:
-    """The speed of the subject at every count, and of the teacher beside it; tables are shown."""
-    tree = {subjects.found.who: subject.speeds(subjects.found, subjects.counts, device)}
-    console.print(timings(subjects.found.who, tree[subjects.found.who]))
-    if subjects.beside is not None:
-        tree["against"] = subject.speeds(subjects.beside, [subjects.beside_steps], device)
-        console.print(timings(subjects.beside_name, tree["against"]))
+    """The speed of the subject at every count, and of the teacher beside it; prints tables."""
+    main, other = subjects.main, subjects.other
+    tree = {main.kind: subject.speeds(main, subjects.counts, device)}
+    console.print(speed_table(main.kind, tree[main.kind]))
+    if other is not None:
+        tree["against"] = subject.speeds(other, [subjects.other_steps], device)
+        console.print(speed_table(subjects.other_name, tree["against"]))
     return tree

@@ -1,4 +1,4 @@
-"""The end of a run: the averaged student exported, measured beside its teacher, and summed up."""
+"""The end of a run: exports and measures the averaged student, and writes the summary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distill import __version__
-from distill.attempts import FIGURES, LOG, line_of, log
+from distill.attempts import FIGURES, LOG, append_traceback, one_line
 from distill.files import write
 from distill.grids import COLUMNS, save_grid
 from distill.profiling import device_name, peak_memory
@@ -22,45 +22,43 @@ from distill.publish.results_table import many
 from distill.report.page import PICTURES, report
 from distill.sampling.guided_teacher import guided
 from distill.sampling.student_sampler import evaluate_student, student_samples
-from distill.sampling.teacher_sampler import evaluate_teacher, own
+from distill.sampling.teacher_sampler import evaluate_teacher, recipe_sampler
 from distill.training.build import Run
 from distill.training.run_folder import release
 from eval.metrics.fid import Moments, frechet
 from eval.samples import Samples
-from students import gaussian
 from students.export import lora_files
-from students.export.folder import ExportError, export
-from students.export.unquantised import unquantised
+from students.export.folder import ExportError
+from students.form import Normal
 from students.generator import Generator
 from teachers.guidance import describe
 
-TEACHER_FEW = (1, 2, 4)  # the teacher's own few-step samples, shown beside the student's
+TEACHER_FEW = (1, 2, 4)  # step counts of the teacher that are measured beside the student
 
 
 def finish(run: Run) -> dict[str, Any]:
     """Export the averaged student, measure it and its teacher, and write summary.json.
 
-    What else a run leaves is tried part by part: `failed` in the summary has a line for each that
-    could not be made, and the others are there.
+    A failure of any other part does not stop the rest: `failed` in the summary has a line for each.
 
     Raises:
-        ExportError: the student itself could not be exported; its checkpoints are kept.
+        ExportError: the student itself cannot be exported; its checkpoints stay.
     """
     engine = run.engine
     engine.total_evaluations()
     summary: dict[str, Any] = {}
     if engine.accelerator.is_main_process:
         with engine.ema.swapped():
-            student = leave_student(run)
-            if not gaussian.exact(run.teacher):
-                leave_extras(run, student)
+            student = export_student(run)
+            if run.form.leaves_pipeline:
+                write_extras(run, student)
             metrics: dict[str, Any] = {}
             with engine.extras.attempt(FIGURES):
                 metrics = measure_all(run, student)
         summary = summarise(run, metrics)
-        if not gaussian.exact(run.teacher):
+        if run.form.leaves_pipeline:
             with engine.extras.attempt("report.html"):
-                save_summary(run, summary)  # which the page reads
+                save_summary(run, summary)  # the report reads it
                 report(run.out)
         save_summary(run, summary)
     engine.accelerator.wait_for_everyone()
@@ -73,30 +71,29 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def save_summary(run: Run, summary: dict[str, Any]) -> None:
-    """Write summary.json, with what has failed so far."""
+    """Write summary.json, with the failures so far."""
     summary["failed"] = {**run.engine.extras.failed}
     write(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def leave_student(run: Run) -> Generator:
-    """Export the student; it, as it is measured."""
-    if gaussian.exact(run.teacher):
-        gaussian.save(run.student, run.out / "student")
-        return run.student
+def export_student(run: Run) -> Generator:
+    """Export the student; the student as it is measured.
+
+    Raises:
+        ExportError: it could not be exported.
+    """
     try:
-        student = unquantised(run.student, run.teacher)
-        export(student, run.teacher, run.out / "student", run.recipe.tree())
+        return run.form.export(run.student, run.out / "student", run.recipe.tree())
     except Exception as error:
-        log(run.out, "student", error)
+        append_traceback(run.out, "student", error)
         raise ExportError(
-            f"student: {line_of(error)}; nothing is lost: `distill run … --resume` tries again "
+            f"student: {one_line(error)}; nothing is lost: `distill run … --resume` tries again "
             f"from the last checkpoint ({run.out / LOG} has the traceback)"
         ) from error
-    return student
 
 
-def leave_extras(run: Run, student: Generator) -> None:
-    """The card, the grids of pictures and the LoRA files."""
+def write_extras(run: Run, student: Generator) -> None:
+    """Write the card, the grids of images and the LoRA files."""
     extras, folder = run.engine.extras, run.out / "student"
     with extras.attempt("student/README.md"):
         write(folder / "README.md", draft(folder))
@@ -109,42 +106,46 @@ def leave_extras(run: Run, student: Generator) -> None:
                 run.teacher,
                 folder,
                 run.out / "lora",
-                failed=lambda name, error: extras.note(f"lora/{name}", error),
+                failed=lambda name, error: extras.record(f"lora/{name}", error),
             )
 
 
 def save_pictures(run: Run, student: Generator) -> None:
-    """Grids of the teacher's and the student's pictures, all from the same noise; each is tried."""
+    """Write grids of the teacher's and the student's images, all from the same noise."""
     folder, shown = run.out / "samples" / PICTURES, run.engine.shown
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.json").write_text(json.dumps(shown), encoding="utf-8")
 
-    def save(who: str, steps: int, draw: Callable[[], Samples]) -> None:
-        name = f"{who}-{steps}.png"
+    def save(kind: str, steps: int, sample: Callable[[], Samples]) -> None:
+        name = f"{kind}-{steps}.png"
         with run.engine.extras.attempt(f"samples/{PICTURES}/{name}"):
-            save_grid(draw().images / 127.5 - 1, folder / name, COLUMNS)
+            save_grid(sample().images / 127.5 - 1, folder / name, COLUMNS)
 
     for steps in (run.recipe.eval.teacher_steps, 1):
-        save("teacher", steps, partial(own(run.recipe, run.teacher, steps), list(shown), 0))
+        save(
+            "teacher",
+            steps,
+            partial(recipe_sampler(run.recipe, run.teacher, steps), list(shown), 0),
+        )
     for k in student.counts:
         save("student", k, partial(student_samples, student.at(k), run.teacher, shown, 0))
 
 
 def measure_all(run: Run, student: Generator) -> dict[str, Any]:
     """The exported student at every count, teacher at its full and few steps; empty unmeasured."""
-    if gaussian.exact(run.teacher):
-        return {"student": {"1": exact_distance(run)}}
+    if (distributions := run.form.distributions(student)) is not None:
+        return {"student": {"1": closed_form_distance(*distributions)}}
     if (measure := run.protocol) is None:
         return {}
     cfg = run.recipe.eval
 
-    def taught(steps: int) -> dict[str, Any]:
+    def teacher_figures(steps: int) -> dict[str, Any]:
         return evaluate_teacher(run.recipe, run.teacher, measure, steps, cfg.teacher_seeds)
 
     teachers = {}
     if cfg.teacher_seeds:
-        few = {str(k): taught(k) for k in TEACHER_FEW}
-        teachers = {"teacher": taught(cfg.teacher_steps), "teacher_few": few}
+        few = {str(k): teacher_figures(k) for k in TEACHER_FEW}
+        teachers = {"teacher": teacher_figures(cfg.teacher_steps), "teacher_few": few}
     students = {
         str(k): evaluate_student(student.at(k), run.teacher, measure, cfg.seeds)
         for k in student.counts
@@ -153,44 +154,39 @@ def measure_all(run: Run, student: Generator) -> dict[str, Any]:
 
 
 def finished(out: Path) -> bool:
-    """Whether the run in `out` came to its end: its student is there, and was measured."""
+    """Whether the run in `out` has ended: its student exists and was measured."""
     try:
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    whole = isinstance(summary, dict) and {"steps", "wall_s", "metrics"} <= summary.keys()
-    return whole and FIGURES not in failed(summary) and (out / "student").is_dir()
+    complete = isinstance(summary, dict) and {"steps", "wall_s", "metrics"} <= summary.keys()
+    return complete and FIGURES not in failed(summary) and (out / "student").is_dir()
 
 
 def failed(summary: dict[str, Any]) -> dict[str, str]:
-    """What of a run could not be made, by its summary; earlier versions noted nothing."""
-    found = summary.get("failed")
-    return found if isinstance(found, dict) else {}
+    """The parts of a run that failed, from its summary; earlier versions recorded none."""
+    parts = summary.get("failed")
+    return parts if isinstance(parts, dict) else {}
 
 
-@torch.no_grad()
-def exact_distance(run: Run) -> dict[str, Any]:
-    """The Fréchet distance of a linear student's law to the teacher's: no sample is drawn."""
-    teacher: Any = run.teacher.denoiser
-    made: Any = run.student.denoiser
-    cov = teacher.vectors * teacher.values @ teacher.vectors.T
-    wanted = Moments(teacher.mean.double().cpu(), cov.double().cpu(), 0)
-    found = Moments(made.mean.double().cpu(), made.cov.double().cpu(), 0)
-    return {"fd": frechet(found, wanted), "protocol": "closed form", "n": 0, "seeds": 1}
+def closed_form_distance(student: Normal, teacher: Normal) -> dict[str, Any]:
+    """The Fréchet distance between two normal distributions: no sample is drawn."""
+    moments = [Moments(n.mean.double().cpu(), n.cov.double().cpu(), 0) for n in (student, teacher)]
+    return {"fd": frechet(*moments), "protocol": "closed form", "n": 0, "seeds": 1}
 
 
 def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What the run was, what it cost, and what came of it."""
+    """The content of summary.json: the run's settings, cost and figures."""
     engine = run.engine
     device = engine.accelerator.device
     threads = torch.get_num_threads()
     versions = {p: version(p) for p in ("torch", "accelerate", "diffusers")}
-    versions["fewstep"] = __version__  # the running code's, which need not be installed
+    versions["fewstep"] = __version__  # of the running code, which may not be installed
     return {
         "objective": run.recipe.objective["name"],
         "steps": engine.step,
         "seed": run.recipe.train.seed,
-        "guidance": describe(guided(run.recipe, run.teacher)),
+        "guidance": describe(guided(run.recipe.teacher, run.teacher)),
         "wall_s": engine.seconds,
         "network_evaluations": sum(engine.evaluations.values()),
         "network_evaluations_by_network": engine.evaluations,

@@ -1,168 +1,208 @@
-"""`distill reference`: the statistics of real pictures that protocols compare with.
+"""`distill reference`: the statistics of real images that protocols compare with.
 
-Each kind of features is a file of its own, so what was made before a stop is not made again.
+Each kind of features has a file of its own. A call that was cut off does not repeat finished files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.console import passing, say
+from distill.console import print_line, with_bar
 from eval.errors import MetricError, unknown
 from eval.images import files_in, is_unread
+from eval.metrics.features import NamedFeatures
 from eval.protocols import reference, spec
 from eval.protocols.reference import Reference
-from eval.protocols.spec import Need
+from eval.protocols.spec import FeatureRequest
 from teachers.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class ReferenceRequest:
-    """What protocols ask for of one set of real pictures.
+    """What protocols need of one set of real images.
 
     Args:
-        name: Theirs for the set.
-        count: Of its pictures.
-        protocols: Their names, in words.
+        name: The set's name in the protocols.
+        count: The number of its images.
+        protocols: The names of the protocols, in one text.
+        features: What is computed from the images, once for each kind of features.
     """
 
     name: str
     count: int
     protocols: str
-    needs: Sequence[Need]
+    features: Sequence[FeatureRequest]
 
     @property
     def side(self) -> int | None:
-        """Of the pictures in pixels, where some protocol takes them as they are."""
-        return next((n.side for n in self.needs if n.side is not None), None)
+        """The side of the images in pixels, if a protocol takes them without a resize."""
+        return next((v.side for v in self.features if v.side is not None), None)
 
 
-def wanted(name: str, protocol: str | None = None) -> ReferenceRequest:
-    """What a protocol, or else every one that compares with the set, asks for.
+def request_for(name: str, protocol: str | None = None) -> ReferenceRequest:
+    """What one protocol, or every protocol that compares with the set, needs of it.
 
     Raises:
-        UserError: the protocol compares with something else, or none does with this.
+        UserError: the protocol compares with another set, or no protocol compares with this one.
         MetricError: there is no such protocol.
     """
     specs = {k: spec.spec(spec.FOLDER / f"{k}.yaml") for k in spec.names()}
-    if protocol is not None and protocol not in specs:
-        raise unknown("protocol", protocol, specs)
-    of_files = {
-        k: v.reference
-        for k, v in specs.items()
-        if v.reference is not None and v.reference.name not in spec.EMBEDDED
-    }
-    if protocol is not None and protocol not in of_files:
-        raise UserError(f"--protocol {protocol}: its reference comes with it; none is to be made")
-    if protocol is not None and of_files[protocol].name != name:
-        theirs = of_files[protocol].name
-        raise UserError(f"--protocol {protocol}: it compares with {theirs!r}, not with {name!r}")
-    if name not in (known := {v.name for v in of_files.values()}):
-        raise UserError(f"reference {name!r} is no protocol's: {nearest(name, known)}")
-    takers = [k for k, v in of_files.items() if v.name == name and protocol in (None, k)]
-    needs: dict[object, Need] = {}
-    for need in (n for k in takers for n in specs[k].needs(k)):
-        if need.features not in needs or need.vectors > needs[need.features].vectors:
-            needs[need.features] = need
-    count = of_files[takers[0]].count
-    return ReferenceRequest(name, count, ", ".join(takers), list(needs.values()))
+    sets = {k: v.reference for k, v in specs.items() if v.reference is not None}
+    sets = {k: v for k, v in sets.items() if v.name not in spec.EMBEDDED}
+    if protocol is not None:
+        check_protocol(protocol, name, specs, {k: v.name for k, v in sets.items()})
+    if name not in (known := {v.name for v in sets.values()}):
+        raise UserError(f"reference {name!r}: no protocol has it; {nearest(name, known)}")
+    names = [k for k, v in sets.items() if v.name == name and protocol in (None, k)]
+    features = most_demanding(v for k in names for v in specs[k].feature_requests(k))
+    return ReferenceRequest(name, sets[names[0]].count, ", ".join(names), features)
 
 
-def from_pictures(asked: ReferenceRequest, folder: Path) -> list[Path]:
-    """The files of statistics of a folder's pictures, made where they are not there yet.
-
-    Published moments that are there already are left, where they are enough.
-
-    Raises:
-        MetricError: the pictures are not those that the protocol takes, or weights are missing.
-        UserError: statistics of other pictures are there.
-    """
-    name, paths = asked.name, reference.listed(asked.name, folder)
-    unread = [p for p in files_in(folder) if is_unread(p)]
-    beside = f"{len(unread):,} of a format that is not read, such as {unread[0]}" if unread else ""
-    if len(paths) != asked.count:
-        raise MetricError(
-            f"reference {name}: {len(paths):,} pictures in {folder}; "
-            f"{asked.protocols} takes {asked.count:,}" + f" (and {beside})" * bool(unread)
-        )
-    if unread:
-        say(f"left out: {beside}")
-    looked = passing(reference.hashes(name, paths, asked.side), len(paths), "reading the folder")
-    content = reference.digest(folder, paths, looked)
-    found = {need.features: there(asked, need, content) for need in asked.needs}
-    lacking = [features for features, path in found.items() if path is None]
-    for path in filter(None, found.values()):
-        say(f"{path} is there already")
-    for features in lacking:  # weights that are not to be had are said before the long work
-        features(next(reference.chunks(name, paths[:1])))
-    for features in lacking:
-        chunks = reference.chunks(name, paths)
-        watched = passing(chunks, len(paths), f"features by {features.rule}", len)
-        path = reference.place(name, features, None, content)
-        reference.measure(name, watched, features, content).save(path)
-        found[features] = path
-    return [path for path in found.values() if path is not None]
-
-
-def there(asked: ReferenceRequest, need: Need, content: str) -> Path | None:
-    """The file that serves a need already; None if there is none, or it is to be made anew.
+def check_protocol(protocol: str, name: str, known: Iterable[str], sets: Mapping[str, str]) -> None:
+    """Refuse a protocol that does not compare with the set.
 
     Args:
-        content: Of the pictures.
+        sets: The set of each protocol that compares with one that is not embedded.
 
     Raises:
-        UserError: one is there, of other pictures.
+        UserError: it compares with another set, or with an embedded one.
+        MetricError: there is no such protocol.
     """
-    own = reference.place(asked.name, need.features, None, content)
-    for path in reference.kept(asked.name, need.features):
+    if protocol not in known:
+        raise unknown("protocol", protocol, known)
+    if protocol not in sets:
+        raise UserError(f"--protocol {protocol}: it needs no statistics of files; leave it out")
+    if sets[protocol] != name:
+        raise UserError(
+            f"--protocol {protocol}: it compares with {sets[protocol]!r}, not with {name!r}; "
+            "give the one or the other"
+        )
+
+
+def most_demanding(requests: Iterable[FeatureRequest]) -> list[FeatureRequest]:
+    """One request for each kind of features: one that needs the vectors, if there is any."""
+    chosen: dict[NamedFeatures, FeatureRequest] = {}
+    for request in requests:
+        before = chosen.get(request.features)
+        if before is None or request.vectors > before.vectors:
+            chosen[request.features] = request
+    return list(chosen.values())
+
+
+def from_images(request: ReferenceRequest, folder: Path) -> list[Path]:
+    """The files of statistics of a folder's images; computes those that are missing.
+
+    Published moments that exist already are kept where they suffice.
+
+    Raises:
+        MetricError: the images are not those that the protocol takes, or weights are missing.
+        UserError: statistics of other images exist.
+    """
+    name, paths = request.name, reference.image_paths(request.name, folder)
+    unread = [p for p in files_in(folder) if is_unread(p)]
+    ignored = f"{len(unread):,} in unsupported formats, such as {unread[0]}" if unread else ""
+    if len(paths) != request.count:
+        raise MetricError(
+            f"reference {name}: {len(paths):,} images in {folder}; "
+            f"{request.protocols} takes {request.count:,}" + f" (and {ignored})" * bool(unread)
+        )
+    if unread:
+        print_line(f"left out: {ignored}")
+    hashes = with_bar(reference.hashes(name, paths, request.side), len(paths), "reading the folder")
+    content = reference.digest(folder, paths, hashes)
+    files = {v.features: existing_file(request, v, content) for v in request.features}
+    missing = [features for features, path in files.items() if path is None]
+    for path in filter(None, files.values()):
+        print_line(f"{path} exists already")
+    for features in missing:  # missing weights are an error before the long computation
+        features(next(reference.chunks(name, paths[:1])))
+    for features in missing:
+        chunks = reference.chunks(name, paths)
+        chunks = with_bar(chunks, len(paths), f"features by {features.rule}", len)
+        path = reference.path_of(name, features, None, content)
+        reference.measure(name, chunks, features, content).save(path)
+        files[features] = path
+    return [path for path in files.values() if path is not None]
+
+
+def existing_file(request: ReferenceRequest, need: FeatureRequest, content: str) -> Path | None:
+    """The file that serves a request already; None if it is to be computed.
+
+    Args:
+        content: The hash of the images.
+
+    Raises:
+        UserError: a file of other images exists.
+    """
+    exact = reference.path_of(request.name, need.features, None, content)
+    for path in reference.files_of(request.name, need.features):
         try:
             known = Reference.load(path, need.features)
         except MetricError:  # damaged, or by an older rule
             known = None
-        if known is None and path == own:
+        if known is None and path == exact:
             return None
         published = known is not None and not len(known.features)
-        if path == own or (published and not need.vectors):
+        if path == exact or (published and not need.vectors):
             return path
-        raise UserError(f"reference {asked.name}: {path} is not of these pictures; delete it first")
+        raise UserError(f"reference {request.name}: {path} is of other images; delete it first")
     return None
 
 
 def from_moments(
-    asked: ReferenceRequest, file: Path, features: str | None
-) -> tuple[Path, list[Need]]:
-    """The file of statistics of published moments, and what they leave to be made of pictures.
+    request: ReferenceRequest, file: Path, features: str | None
+) -> tuple[Path, list[FeatureRequest]]:
+    """The file of statistics of published moments, and the requests that still need the images.
 
     Args:
-        features: Which of the protocol's they are of; None where their length says it.
+        features: The name of the moments' features; None where their length determines it.
 
     Raises:
         MetricError: the file holds no moments, or not of these features.
-        UserError: they may be of several, or the features themselves are needed.
+        UserError: the features are ambiguous, or a metric needs the feature vectors.
     """
-    length = len(reference.moments_of(file)[0])
-    by_name = {need.features.name: need for need in asked.needs}
-    fit = {k: v for k, v in by_name.items() if v.features.dim == length}
-    if features is not None and features not in by_name:
-        raise UserError(f"--features {features!r}: {nearest(features, by_name)}")
-    if features is None and len(fit) > 1:
-        raise UserError(f"--features is missing: {file} may be of {' or '.join(fit)}; say which")
-    if features is None and not fit:
-        dims = ", ".join(f"{k} of {v.features.dim}" for k, v in by_name.items())
-        raise UserError(f"{file}: mu holds {length} numbers; {asked.protocols} takes {dims}")
-    need = by_name[features or next(iter(fit))]
+    need = request_of_moments(request, file, features)
     if need.vectors:
         raise UserError(
-            f"{file}: {need.metric} needs the features of pictures and not their moments alone; "
-            "give the folder of pictures"
+            f"{file}: {need.metric} needs the features of the images, and these are moments alone; "
+            "give the folder of images"
         )
-    made = reference.published(asked.name, file, need.features, asked.count)
-    path = reference.place(asked.name, need.features, None, made.content)
-    others = [p for p in reference.kept(asked.name, need.features) if p != path]
+    statistics = reference.published(request.name, file, need.features, request.count)
+    path = reference.path_of(request.name, need.features, None, statistics.content)
+    others = [p for p in reference.files_of(request.name, need.features) if p != path]
     if others:
-        raise UserError(f"reference {asked.name}: {others[0]} is there already; delete it first")
-    made.save(path)
-    rest = [v for v in asked.needs if v is not need]
-    return path, [v for v in rest if not reference.kept(asked.name, v.features)]
+        raise UserError(f"reference {request.name}: {others[0]} exists already; delete it first")
+    statistics.save(path)
+    rest = [v for v in request.features if v is not need]
+    return path, [v for v in rest if not reference.files_of(request.name, v.features)]
+
+
+def request_of_moments(
+    request: ReferenceRequest, file: Path, features: str | None
+) -> FeatureRequest:
+    """The request that moments in a file serve: by the name of its features, or by their number.
+
+    Raises:
+        MetricError: the file holds no moments.
+        UserError: there are no such features, none of this number, or several.
+    """
+    length = len(reference.moments_of(file)[0])
+    by_name = {v.features.name: v for v in request.features}
+    if features is not None:
+        if features not in by_name:
+            raise UserError(f"--features {features!r}: {nearest(features, by_name)}")
+        return by_name[features]
+    names = [k for k, v in by_name.items() if v.features.dim == length]
+    if len(names) > 1:
+        raise UserError(
+            f"--features: missing; {file} may be of {' or '.join(names)}; name one of them"
+        )
+    if not names:
+        dims = ", ".join(f"{k} of {v.features.dim}" for k, v in by_name.items())
+        raise UserError(
+            f"{file}: mu holds {length} numbers; give moments that {request.protocols} takes: "
+            f"{dims}"
+        )
+    return by_name[names[0]]

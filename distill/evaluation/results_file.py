@@ -1,6 +1,7 @@
-"""The file that `distill eval --json` leaves: figures, what they are of, and those of each seed.
+"""The JSON file of `distill eval --json`: figures of the means and of each seed, and their source.
 
-A call whose file is there keeps what is in it; a file of anything else is left alone.
+A second call with the same source and options adds to the file. A file of anything else is left
+alone.
 """
 
 from __future__ import annotations
@@ -12,66 +13,71 @@ from typing import Any
 from distill.files import write
 from teachers.errors import UserError
 
-PARTS = ("seeds", "against")  # of the subject, and of the teacher beside it
+PARTS = ("seeds", "against")  # the records of the subject, and of the teacher beside it
 
 
-class Figures:
-    """Figures on the disk.
+class ResultsFile:
+    """Figures in a file.
 
     Args:
-        of: What they are of, in plain terms: the source, how it draws, the protocol.
+        options: What the figures depend on, in plain data: source, sampler, protocol. The file
+            keeps it under `of`.
 
     Raises:
-        UserError: the file is there and holds something else.
+        UserError: the file exists and holds something else.
     """
 
-    def __init__(self, path: Path, of: dict[str, Any]) -> None:
-        self.path, self.of = path, json.loads(json.dumps(of))
+    def __init__(self, path: Path, options: dict[str, Any]) -> None:
+        self.path, self.options = path, json.loads(json.dumps(options))
         self.before = self._read()
 
     def record(self, part: str) -> Path:
-        """Where the figures of each seed are while they are measured."""
+        """The file beside it that keeps each finished seed during a call."""
         return self.path.with_name(f"{self.path.name}.{part}")
 
     def open(self) -> None:
-        """Put what an earlier call kept where this one looks for it."""
-        for part, kept in self.before.get("kept", {}).items():
+        """Write the records of an earlier call from this file to their own files."""
+        for part, seeds in self.before.get("kept", {}).items():
             if part in PARTS and not self.record(part).exists():
-                write(self.record(part), json.dumps(kept))
+                write(self.record(part), json.dumps(seeds))
 
     def close(self, tree: dict[str, Any]) -> None:
-        """Write the figures, with those of other step counts that an earlier call left."""
-        kept = {
-            v: json.loads(p.read_text(encoding="utf-8"))
-            for v in PARTS
-            if (p := self.record(v)).exists()
+        """Write the figures together with an earlier call's figures at other step counts."""
+        records = {
+            part: json.loads(path.read_text(encoding="utf-8"))
+            for part in PARTS
+            if (path := self.record(part)).exists()
         }
-        if self._abouts(self.before.get("kept", {})) == self._abouts(kept):  # of the same weights
+        # the earlier figures count only if they are of the same weights
+        if self._identities(self.before.get("kept", {})) == self._identities(records):
             for key, new in tree.items():
                 if isinstance(new, dict):
                     tree[key] = self.before.get(key, {}) | new
-        write(self.path, json.dumps({"of": self.of, **tree, "kept": kept}, indent=2) + "\n")
+        tree = {"of": self.options, **tree, "kept": records}
+        write(self.path, json.dumps(tree, indent=2) + "\n")
         for part in PARTS:
             self.record(part).unlink(missing_ok=True)
 
-    def _abouts(self, kept: dict[str, Any]) -> dict[str, Any]:
-        return {part: found.get("about") for part, found in kept.items()}
+    def _identities(self, records: dict[str, Any]) -> dict[str, Any]:
+        return {part: record.get("about") for part, record in records.items()}
 
     def _read(self) -> dict[str, Any]:
         if not self.path.exists():
             return {}
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            of, kept = dict(found["of"]), found.get("kept", {})
-            if not all(isinstance(v, dict) for v in (kept, *kept.values())):
+            tree = json.loads(self.path.read_text(encoding="utf-8"))
+            options, records = dict(tree["of"]), tree.get("kept", {})
+            if not all(isinstance(v, dict) for v in (records, *records.values())):
                 raise TypeError
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
-                f"--json {self.path}: it is there, and no figures of distill eval; give another"
+                f"--json {self.path}: it exists and holds no figures of distill eval; "
+                "give another file"
             ) from None
-        if key := next((k for k in {**of, **self.of} if of.get(k) != self.of.get(k)), None):
+        keys = {**options, **self.options}
+        if key := next((k for k in keys if options.get(k) != self.options.get(k)), None):
             raise UserError(
-                f"--json {self.path}: it holds figures of {key} {of.get(key)!r}, not "
-                f"{self.of.get(key)!r}; give another"
+                f"--json {self.path}: it holds figures of {key} {options.get(key)!r}, not "
+                f"{self.options.get(key)!r}; give another file"
             )
-        return found
+        return tree

@@ -1,6 +1,7 @@
-"""`distill eval`: students and teachers measured by a protocol, seed by seed, so that it can go on.
+"""What `distill eval` measures: students and teachers, by a protocol, one seed at a time.
 
-Several processes share each seed's chunks; what they find does not depend on how many they are.
+A call that was cut off resumes after the last finished seed. Several processes share the chunks of
+each seed; the figures do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 
 from distill.config.errors import explain
 from distill.config.recipe import Recipe
-from distill.console import drawing, waiting
+from distill.console import sampling_bar, spinner
 from distill.data.encode import encoders_on, picture_shape
 from distill.files import stamps, write
 from distill.publish.results_table import steps_of
@@ -26,11 +27,10 @@ from distill.sampling import speed
 from distill.sampling.baselines import Baseline, Stock, StockEDM
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import check_protocol, student_samples
-from distill.sampling.teacher_sampler import Sampler
-from distill.sampling.timesteps import FINE, FOUND
+from distill.sampling.timesteps import COMPUTED, FINE_STEPS
 from eval.metrics.perceptual import lpips, psnr
-from eval.protocols.measure import PROTOCOLS, Draw, Protocol
-from eval.stream import ALONE, Processes
+from eval.protocols.measure import PROTOCOLS, Protocol, Sampler
+from eval.stream import ONE_PROCESS, Processes
 from students.export.folder import SIDECAR, load_student
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, nearest
@@ -39,64 +39,67 @@ from teachers.solver import SOLVERS
 from teachers.storage.files import home, read_json
 from teachers.teacher import EMBEDDED, Teacher
 
-OPTIONS = {"threshold": "adaptive"}  # of `distill eval`, by a baseline's keys, where they differ
-LPIPS_FROM = 64  # pixels; of smaller pictures LPIPS says nothing, and agreement is PSNR alone
-AGREEING = 256  # pictures of which agreement is taken
+OPTIONS = {"threshold": "adaptive"}  # options of `distill eval` that are other keys of a baseline
+LPIPS_MIN_SIDE = 64  # pixels; for smaller images agreement is PSNR alone
+AGREEMENT_IMAGES = 256
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Something that draws pictures in a number of steps.
+    """A student or a teacher that can be sampled in several step counts.
 
     Args:
-        who: "student" or "teacher".
-        counts: The step counts that it may be run in; None for any.
-        draw: From prompts and a step count to a way of drawing; a third argument says how many go
-            through the networks at once, None what their size allows.
-        denoiser: What draws.
-        about: All else that its figures depend on, in plain terms.
-        most: The greatest step count that it may be run in; None for no limit.
-        how: By what sampler, as tables have it; empty for a student's own.
+        kind: "student" or "teacher".
+        counts: The step counts that it supports; None for any.
+        sampler: From prompts, a step count and a batch size to a sampler. The batch is the number
+            of images in one call of the networks; None for as many as their size allows.
+        identity: Plain data on which its figures depend, such as files and options.
+        denoiser: Its network.
+        max_steps: The greatest step count that it supports; None without a limit.
+        sampler_name: The sampler's name in tables; empty for a student's own.
     """
 
-    who: str
+    kind: str
     teacher: Teacher
     counts: tuple[int, ...] | None
-    draw: Callable[[list[str], int, int | None], Draw]
-    about: dict[str, Any]
+    sampler: Callable[[list[str], int, int | None], Sampler]
+    identity: dict[str, Any]
     denoiser: Denoiser
-    most: int | None = None
-    how: str = ""
+    max_steps: int | None = None
+    sampler_name: str = ""
 
     def check(self, steps: Sequence[int]) -> None:
-        """Refuse counts that it was not trained for, or that it has not times enough for.
+        """Refuse step counts that it does not support.
 
         Raises:
-            UserError: naming those that it was, or the most that it has.
+            UserError: naming the counts, or the greatest, that it supports.
         """
-        if self.most is not None and max(steps) > self.most:
-            raise UserError(f"--steps {max(steps)}: its times are chosen from {self.most}")
+        if self.max_steps is not None and max(steps) > self.max_steps:
+            raise UserError(
+                f"--steps {max(steps)}: computed schedules support at most {self.max_steps} steps; "
+                "give fewer"
+            )
         if self.counts is not None and (wrong := sorted(set(steps) - set(self.counts))):
             known = ", ".join(map(str, self.counts))
-            raise UserError(f"--steps {wrong[0]}: this student was trained for {known}")
+            raise UserError(f"--steps {wrong[0]}: this student was trained for {known}; give those")
 
 
 def is_student(source: str) -> bool:
-    """Whether a folder holds an exported student, or a run that left one."""
+    """Whether a folder holds an exported student, or a run that has one."""
     folder = home(source)
     return any((folder / name / SIDECAR).is_file() for name in (".", "student"))
 
 
 def usual_protocol(source: str) -> str:
-    """The protocol that a student's run was measured by, or that is made for an embedded teacher.
+    """The protocol of a student's own run, or that of an embedded teacher.
 
     Raises:
-        UserError: there is none.
+        UserError: the source has none.
     """
     folder, teacher, named = home(source), source, None
-    for place in (folder / SIDECAR, folder / "student" / SIDECAR):
-        if place.is_file():
-            sidecar = read_json(place, f"student {source!r}")
+    for path in (folder / SIDECAR, folder / "student" / SIDECAR):
+        if path.is_file():
+            sidecar = read_json(path, f"student {source!r}")
             teacher, recipe = sidecar.get("teacher"), sidecar.get("recipe")
             named = recipe.get("eval") if isinstance(recipe, dict) else None
             named = named.get("protocol") if isinstance(named, dict) else None
@@ -106,41 +109,39 @@ def usual_protocol(source: str) -> str:
     if not folder.exists() and source.count("/") != 1:
         raise UserError(f"{source}: no such folder, and no embedded teacher; "
                         f"{nearest(source, EMBEDDED)}")  # fmt: skip
-    raise UserError(
-        f"--protocol is missing: {source} has none of its own; {nearest('', PROTOCOLS)}"
-    )
+    raise UserError(f"--protocol: missing; {source} has none of its own; {nearest('', PROTOCOLS)}")
 
 
-def refuse(options: dict[str, Any], why: str) -> None:
-    """Refuse options of `teacher` that are not what they are when they are left out.
+def refuse_options(options: dict[str, Any], reason: str) -> None:
+    """Refuse options of `teacher` that differ from their defaults.
 
     Raises:
         UserError: naming the first of them.
     """
-    left_out = {k: p.default for k, p in inspect.signature(teacher).parameters.items()}
-    if wrong := next((k for k, v in options.items() if v != left_out[k]), None):
-        raise UserError(f"--{wrong.replace('_', '-')}: {why}")
+    defaults = {k: p.default for k, p in inspect.signature(teacher).parameters.items()}
+    if wrong := next((k for k, v in options.items() if v != defaults[k]), None):
+        raise UserError(f"--{wrong.replace('_', '-')}: {reason}")
 
 
 def student(source: str, device: torch.device, precision: Precision | None = None) -> Subject:
-    """An exported student, drawing what stock diffusers would.
+    """An exported student, sampled as stock diffusers samples it.
 
     Args:
-        precision: Of its weights; by default single.
+        precision: Of its weights; fp32 by default.
 
     Raises:
-        UserError: it is none, or is damaged.
+        UserError: the folder holds no student, or a damaged one.
     """
     folder = home(source)
     generator, teacher = load_student(folder, precision)
     generator = generator.to(device)
 
-    def draw(prompts: list[str], steps: int, batch: int | None) -> Draw:
-        few = generator.at(steps)
-        return lambda some, seed: student_samples(few, teacher, some, seed, batch)
+    def sampler(prompts: list[str], steps: int, batch: int | None) -> Sampler:
+        few_step = generator.at(steps)
+        return lambda part, seed: student_samples(few_step, teacher, part, seed, batch)
 
-    about = {"files": stamps(str(folder)), "precision": precision}
-    return Subject("student", teacher, generator.counts, draw, about, generator.denoiser)
+    identity = {"files": stamps(str(folder)), "precision": precision}
+    return Subject("student", teacher, generator.counts, sampler, identity, generator.denoiser)
 
 
 def teacher(
@@ -154,158 +155,173 @@ def teacher(
     cache: int = 1,
     precision: Precision | None = None,
 ) -> Subject:
-    """Whatever may be `teacher.source` in a recipe, by one of our solvers or diffusers' schedulers.
+    """A teacher with one of our solvers or one of diffusers' schedulers.
 
     Args:
+        source: As `teacher.source` in a recipe.
         adaptive: The cosine at which guidance stops; None for guidance in all steps.
-        schedule, cache: As a benchmark's baselines have them.
+        schedule, cache: As in `Baseline`.
 
     Raises:
-        UserError: it is no teacher, or cannot be guided or sampled so.
+        UserError: there is no such teacher, or it does not support these options.
     """
     schedulers = {*get_args(Stock), *get_args(StockEDM)}
     if solver not in SOLVERS and solver not in schedulers:
-        raise UserError(
-            f"--solver {solver!r} is unknown: {nearest(solver, [*SOLVERS, *schedulers])}"
-        )
-    told = {"source": source, "guidance": guidance, "null_label": null_label}
-    told["precision"] = precision
-    nothing = {"objective": {"name": "sid"}, "train": {"steps": 1}}  # only the teacher is built
-    recipe = Recipe.check({"teacher": told, **nothing}, "eval")
-    found = load_teacher(recipe)
-    found.denoiser.to(device)
-    kind = "solver" if solver in SOLVERS else "scheduler"
-    tree: dict[str, Any] = {kind: solver, "schedule": schedule, "cache": cache}
+        raise UserError(f"--solver {solver!r}: unknown; {nearest(solver, [*SOLVERS, *schedulers])}")
+    section = {"source": source, "guidance": guidance, "null_label": null_label}
+    section["precision"] = precision
+    unused = {"objective": {"name": "sid"}, "train": {"steps": 1}}  # only the teacher is built
+    recipe = Recipe.check({"teacher": section, **unused}, "eval")
+    loaded = load_teacher(recipe.teacher)
+    loaded.denoiser.to(device)
+    key = "solver" if solver in SOLVERS else "scheduler"
+    tree: dict[str, Any] = {key: solver, "schedule": schedule, "cache": cache}
     if adaptive is not None:
         tree |= {"guidance": "adaptive", "threshold": adaptive}
-    try:
-        baseline = Baseline.model_validate(tree)
-    except ValidationError as error:
-        key, _, said = explain(error, Baseline).partition(": ")
-        where = f"--{OPTIONS.get(key, key)}" if key else "eval"
-        raise UserError(f"{where}: {said}") from None
-    baseline.check(recipe, found, f"eval: {baseline.name}")
+    baseline = baseline_of(tree)
+    baseline.check(recipe, loaded, f"eval: {baseline.name}")
 
     @lru_cache
-    def drawing(prompts: tuple[str, ...], steps: int, batch: int | None) -> Sampler:
-        return baseline.draw(recipe, found, prompts, steps, batch)
+    def cached(prompts: tuple[str, ...], steps: int, batch: int | None) -> Sampler:
+        return baseline.sampler(recipe, loaded, prompts, steps, batch)
 
-    def draw(prompts: list[str], steps: int, batch: int | None) -> Draw:
-        return drawing(tuple(prompts), steps, batch)  # its schedule is found once for all seeds
+    def sampler(prompts: list[str], steps: int, batch: int | None) -> Sampler:
+        return cached(tuple(prompts), steps, batch)  # all seeds share one computed schedule
 
-    most = FINE if schedule in FOUND else None
-    about = {**told, **tree, "files": stamps(source)}
-    return Subject("teacher", found, None, draw, about, found.denoiser, most, baseline.name)
+    max_steps = FINE_STEPS if schedule in COMPUTED else None
+    identity = {**section, **tree, "files": stamps(source)}
+    return Subject(
+        "teacher", loaded, None, sampler, identity, loaded.denoiser, max_steps, baseline.name
+    )
+
+
+def baseline_of(tree: dict[str, Any]) -> Baseline:
+    """The baseline of these keys.
+
+    Raises:
+        UserError: naming the option of `distill eval` that is wrong.
+    """
+    try:
+        return Baseline.model_validate(tree)
+    except ValidationError as error:
+        key, _, fault = explain(error, Baseline).partition(": ")
+        option = f"--{OPTIONS.get(key, key)}" if key else "eval"
+        raise UserError(f"{option}: {fault}") from None
 
 
 def evaluate(
-    found: Subject,
+    subject: Subject,
     measure: Protocol,
     steps: Sequence[int],
     seeds: int,
-    processes: Processes = ALONE,
+    processes: Processes = ONE_PROCESS,
     record: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The figures at each step count, by its name.
+    """The protocol's figures at each step count.
 
     Args:
-        record: Where the figures of each finished seed are kept, so that a call that was cut off
-            goes on from there. They count only for the same subject and protocol.
+        record: A file that keeps the figures of each finished seed, from which a call that was cut
+            off resumes. It counts for the same subject and protocol only.
 
     Raises:
-        UserError: the protocol is not for such pictures.
-        MetricError: a figure cannot be given.
+        UserError: the protocol does not fit the subject's images.
+        MetricError: a figure cannot be computed.
     """
-    check_protocol(measure, found.teacher)
+    check_protocol(measure, subject.teacher)
     measure.check()
-    about = {"protocol": measure.name, "n": len(measure.prompts), "who": found.who, **found.about}
-    known = recall(record, about)
+    n = len(measure.prompts)
+    identity = {"protocol": measure.name, "n": n, "who": subject.kind, **subject.identity}
+    finished = finished_seeds(record, identity)
     results = {}
     for k in steps:
         for seed in range(seeds):
-            if (place := f"{k}/{seed}") in known:
+            if (key := f"{k}/{seed}") in finished:
                 continue
-            task = f"{found.who} in {k}: seed {seed}, {len(measure.prompts):,} pictures"
-            with drawing(task, len(measure.prompts) / processes.count) as told:
-                draw = found.draw(measure.prompts, k, None)
-                known[place] = measure.once(draw, seed, processes, record, [about, k], told)
+            task = f"{subject.kind} in {k}: seed {seed}, {n:,} images"
+            with sampling_bar(task, n / processes.count) as progress:
+                sampler = subject.sampler(measure.prompts, k, None)
+                finished[key] = measure.measure_seed(
+                    sampler, seed, processes, record, [identity, k], progress
+                )
             if record is not None and processes.rank == 0:
-                write(record, json.dumps({"about": about, "figures": known}, indent=2) + "\n")
-        results[str(k)] = measure.over([known[f"{k}/{seed}"] for seed in range(seeds)])
+                tree = {"about": identity, "figures": finished}
+                write(record, json.dumps(tree, indent=2) + "\n")
+        results[str(k)] = measure.average([finished[f"{k}/{seed}"] for seed in range(seeds)])
     return results
 
 
-def shown(found: Subject, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Rows by their names in tables, with what a picture costs."""
-    how = f" of {found.how}" if found.how else ""
+def table_rows(subject: Subject, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows of figures by their names in tables, with the evaluations of one image."""
+    sampler = f" of {subject.sampler_name}" if subject.sampler_name else ""
     return {
-        f"{found.who}, {steps_of([k])}{how}": {"evaluations": float(k), **row}
+        f"{subject.kind}, {steps_of([k])}{sampler}": {"evaluations": float(k), **row}
         for k, row in rows.items()
     }
 
 
-def check_against(found: Subject, other: Subject) -> None:
-    """Refuse a comparison with pictures of another shape, before anything is drawn.
+def check_against(subject: Subject, other: Subject) -> None:
+    """Refuse to compare images of different shapes.
 
     Raises:
-        UserError: they are.
+        UserError: the shapes differ.
     """
-    ours, theirs = picture_shape(found.teacher), picture_shape(other.teacher)
-    if ours != theirs:
-        a, b = ("×".join(map(str, s)) for s in (ours, theirs))
-        raise UserError(f"--against: its pictures are {b}, not {a}")
+    shape, other_shape = picture_shape(subject.teacher), picture_shape(other.teacher)
+    if shape != other_shape:
+        a, b = ("×".join(map(str, s)) for s in (shape, other_shape))
+        raise UserError(f"--against: its images are {b}; give a teacher of {a} images")
 
 
 def agreement(
-    found: Subject, other: Subject, prompts: list[str], steps: int, full: int
+    subject: Subject, other: Subject, prompts: list[str], steps: int, other_steps: int
 ) -> dict[str, float]:
-    """How near pictures come to another's of the same noise: a student's to its teacher's.
+    """The mean distance of a subject's images to the other's from the same noise.
 
-    A student that is trained on distributions alone may be good and disagree.
-
-    Args:
-        full: The other's step count.
+    A student that was trained to match distributions can be good and still disagree.
     """
-    some = prompts[:: max(1, len(prompts) // AGREEING)][:AGREEING]
-    ours = found.draw(some, steps, None)(some, 0).images
-    theirs = other.draw(some, full, None)(some, 0).images
-    rows = {"teacher_psnr": psnr(ours, theirs).clamp(max=99).mean().item()}
-    if min(picture_shape(found.teacher)[1:]) >= LPIPS_FROM:
-        distances = [lpips()(a[None], b[None]) for a, b in zip(ours, theirs, strict=True)]
-        rows["teacher_lpips"] = torch.cat(distances).double().mean().item()
-    return rows
+    some = prompts[:: max(1, len(prompts) // AGREEMENT_IMAGES)][:AGREEMENT_IMAGES]
+    images = subject.sampler(some, steps, None)(some, 0).images
+    others = other.sampler(some, other_steps, None)(some, 0).images
+    figures = {"teacher_psnr": psnr(images, others).clamp(max=99).mean().item()}
+    if min(picture_shape(subject.teacher)[1:]) >= LPIPS_MIN_SIDE:
+        distances = [lpips()(a[None], b[None]) for a, b in zip(images, others, strict=True)]
+        figures["teacher_lpips"] = torch.cat(distances).double().mean().item()
+    return figures
 
 
-def speeds(found: Subject, steps: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """How fast it draws at each step count, and on what; see `distill/sampling/speed.py`.
+def speeds(subject: Subject, steps: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """The speed at each step count, and the machine; see `distill/sampling/speed.py`.
 
     Raises:
-        UserError: there is no memory for one picture.
+        UserError: the memory does not suffice for one image.
     """
-    asked, counted = speed.prompts(found.teacher, speed.CAP), speed.evaluated(found.denoiser)
-    gauge, rows = speed.timer_of(device), {}
+    prompts = speed.prompts(subject.teacher, speed.MAX_BATCH)
+    counter = speed.evaluated_module(subject.denoiser)
+    timer, rows = speed.timer_of(device), {}
     try:
-        with encoders_on(found.teacher, device):
+        with encoders_on(subject.teacher, device):
             for k in steps:
-                with waiting(f"{found.who} in {k}: speed"):
-                    draw = found.draw(asked, k, speed.CAP)
-                    rows[str(k)] = speed.measured(
-                        lambda n, draw=draw: draw(asked[:n], 0), counted, gauge, speed.CAP
+                with spinner(f"{subject.kind} in {k}: speed"):
+                    sampler = subject.sampler(prompts, k, speed.MAX_BATCH)
+                    rows[str(k)] = speed.measure(
+                        lambda n, sampler=sampler: sampler(prompts[:n], 0),
+                        counter,
+                        timer,
+                        speed.MAX_BATCH,
                     )
     except torch.cuda.OutOfMemoryError:
         raise UserError(
-            "--speed: out of memory at one picture; give --precision bf16, or a larger card"
+            "--speed: out of memory at one image; give --precision bf16, or use a larger GPU"
         ) from None
-    return {**speed.machine(found.denoiser, device), "steps": rows}
+    return {**speed.machine(subject.denoiser, device), "steps": rows}
 
 
-def recall(record: Path | None, about: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What an earlier call of the same kind had found by seed; empty if there was none."""
+def finished_seeds(record: Path | None, identity: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The figures by "STEPS/SEED" that an earlier call for the same identity has recorded."""
     if record is None or not record.is_file():
         return {}
     try:
-        kept = json.loads(record.read_text(encoding="utf-8"))
-        same = kept["about"] == json.loads(json.dumps(about))
-        return dict(kept["figures"]) if same else {}
+        tree = json.loads(record.read_text(encoding="utf-8"))
+        same = tree["about"] == json.loads(json.dumps(identity))
+        return dict(tree["figures"]) if same else {}
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}

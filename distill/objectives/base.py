@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from students.generator import Generator
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
+from teachers.teacher import Teacher
 
 Learns = Literal["chains", "all-times", "one-chain"]
 
@@ -75,16 +76,34 @@ class Turn(_Turn):
         return super().__new__(cls, players, loss, reset or fresh)
 
 
+class Auxiliary(nn.Module):
+    """A trainable network of an objective that is no denoiser: a weighting w(t), an external guide.
+
+    A field of an objective typed by a subclass is a player of the field's name; its weights are
+    saved in checkpoints, and not exported.
+    """
+
+    @classmethod
+    def for_objective(cls, teacher: Teacher) -> Self:
+        """The network before training, in float32.
+
+        Args:
+            teacher: Unguided, with its codec and the shape of a datum.
+        """
+        return cls()
+
+
 @dataclass(kw_only=True)
 class Objective:
-    """Teaches a student. Fields are the networks it plays with, then its hyper-parameters.
+    """Trains a student. Its fields are its networks, then its hyper-parameters.
 
     A field typed `Denoiser` beyond the teacher is a trainable copy of it; one typed `Critic` is a
-    critic on the field `fake`; both become players of their field's name. Every other field is a
-    hyper-parameter, and so a key of the recipe's `objective` section.
+    critic on the field `fake`; one typed by a subclass of `Auxiliary` is that network. All become
+    players of their field's name. Every other field is a hyper-parameter, and so a key of the
+    recipe's `objective` section.
 
-    An objective knows nothing of optimisers, devices, EMA or logging: it says who learns from
-    what, and the engine does the rest.
+    An objective yields whose turn it is and computes losses. Optimisers, devices, the student's
+    average and logging are the engine's.
     """
 
     teacher: Denoiser
@@ -94,16 +113,18 @@ class Objective:
     needs_data: ClassVar[Literal["always", "never", "critic"]] = "always"
     # Whether the student is a few-step copy in a stock form, or the teacher's network as it is.
     few_step: ClassVar[bool] = True
-    # What the student learns: the chains of the counts that it is trained for; every time, so that
-    # every count comes for nothing; or the one chain of all its steps.
+    # What the student learns: the chains of the step counts that it is trained for; every time, and
+    # so every count; or the one chain of all its steps.
     learns: ClassVar[Learns] = "chains"
+    # Whether the student's network reads the time s that its step lands on: denoiser(x_t, t, c, s).
+    two_times: ClassVar[bool] = False
 
     def turns(self, step: int) -> Iterator[Turn]:
         """The updates that make up step `step`, in order.
 
-        What follows a `yield` runs once that turn has been played, so state may change there. The
-        first turn of step 0 is also asked of a copy, before training, and not played; where the
-        class is the user's own, the loss of that turn is computed as well.
+        What follows a `yield` runs once that turn has been played, so state may change there.
+        Before training, the first turn of step 0 is also taken from a copy of the objective and
+        checked. It is not played, but the loss of a user's own class is computed once.
         """
         yield Turn(("student",), partial(self.loss, step=step))
 
@@ -119,4 +140,4 @@ class Objective:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""

@@ -1,12 +1,12 @@
-"""Consistency: what the student says at t, it must say at an earlier time r on the same ODE path.
+"""Consistency: the student's x̂ at t must equal its x̂ at an earlier time r on the same ODE path.
 
 `Consistency` is consistency distillation, Song et al. 2023 (arXiv:2303.01469): x_r is the teacher's
 step from x_t. `ConsistencyTuning` is ECT, Geng et al. 2024 (arXiv:2406.14548): no teacher after
-initialisation; x_r is on the straight line to the data. Pairs of times are ECT's for both, whose
-gap shrinks as training goes on, or neighbours on the 2023 paper's grid.
+initialisation; x_r lies on the straight line to the data. Both use ECT's pairs of times, whose gap
+shrinks during training, or neighbours on the 2023 paper's grid.
 
-Targets carry no gradient. The student's own form makes it exact at t = 0, where the chain is tied
-to data. Differs from the papers: distances are pixel ones, since LPIPS has no meaning at 8×8.
+Targets carry no gradient. The student's parametrisation makes x̂ = x_t at t = 0. Differs from the
+papers: distances are between pixels or latents, since LPIPS is not defined at 8×8.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ from teachers.solver import heun_step
 
 @dataclass(kw_only=True)
 class Consistency(Objective):
-    pairs: Literal["shrinking", "grid"] = "shrinking"  # of times t > r; grid is the 2023 paper's
+    pairs: Literal["shrinking", "grid"] = "shrinking"  # of times t > r; "grid" is the 2023 paper's
     levels: Annotated[PositiveInt, Ge(2)] = 18  # of the grid: 18 for CIFAR, 40 for ImageNet-64
     times: Times = LogNormal(-1.1, 2.0)  # of t, where pairs shrink
     q: Annotated[float, *Finite, Gt(1)] = 2.0  # r/t grows as 1 - n(t) / q^(stage + 1)
-    ratio_max: Annotated[float, Ge(0), Lt(1)] = 0.999  # of r/t: closer, only rounding is learned
+    ratio_max: Annotated[float, Ge(0), Lt(1)] = (
+        0.999  # of r/t: closer pairs differ by rounding only
+    )
     stage_steps: PositiveInt = 1000  # steps per stage
     solver: Literal["heun", "ddim"] = "heun"  # the teacher's step from t to r
     distance: Literal["huber", "square"] = "huber"  # huber: √(|Δ|² + c²) - c over a whole sample
     huber_c: NonNegative | None = None  # c itself; by default iCT's 0.00054 √d (arXiv:2310.14189)
-    target_ema: Fraction = 0.0  # of the network that makes the targets; 0 is the student itself
+    target_ema: Fraction = 0.0  # EMA of the target network; 0 uses the student itself
 
     learns: ClassVar[Learns] = "all-times"
 
@@ -51,7 +53,7 @@ class Consistency(Objective):
 
     def turns(self, step: int) -> Iterator[Turn]:
         yield Turn(("student",), partial(self.loss, step=step))
-        if self.target_ema:  # only now has the student moved
+        if self.target_ema:  # after the student's update
             with torch.no_grad():
                 mean: list[Tensor] = list(self.target.parameters())
                 now: list[Tensor] = list(self.student.denoiser.parameters())
@@ -64,9 +66,9 @@ class Consistency(Objective):
         with torch.no_grad():
             x_r = self.ode_step(x_t, t, r, batch)
             target = self.boundary(self.target(x_r, r, batch.cond), x_r, r, batch)
-        made = f(x_t, t, batch.cond)
-        gap = self.distances(made, target)
-        return Loss((self.weight(t, r) * gap).mean(), {"distance": gap.detach().mean()}, made)
+        x = f(x_t, t, batch.cond)
+        gap = self.distances(x, target)
+        return Loss((self.weight(t, r) * gap).mean(), {"distance": gap.detach().mean()}, x)
 
     def sample_times(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Times t > r (B,) for data x (B, ...)."""
@@ -76,7 +78,7 @@ class Consistency(Objective):
         process = self.student.denoiser.process
         t = self.times.sample(x, process)
         sigma = self.ratio(t)
-        finest = self.q ** -(step // self.stage_steps + 1)  # late stages end at 0: no overflow
+        finest = self.q ** -(step // self.stage_steps + 1)  # underflows to 0 in late stages
         ratio = 1 - (1 + 8 * torch.sigmoid(-sigma)) * finest
         r = process.time(sigma * ratio.clamp(0, self.ratio_max)).clamp(min=0)
         return t, torch.minimum(r, t)
@@ -88,7 +90,7 @@ class Consistency(Objective):
         return self.teacher.process.step(x_t, self.teacher(x_t, t, batch.cond), t, r)
 
     def boundary(self, target: Tensor, x_r: Tensor, r: Tensor, batch: Batch) -> Tensor:
-        """The target (B, ...), but where r is 0 the end of the teacher's path."""
+        """The target (B, ...); where r is 0, the end of the teacher's path."""
         return torch.where(expand(r == 0, x_r), x_r, target)
 
     def distances(self, x: Tensor, target: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ class Consistency(Objective):
         return huber(x, target, c)
 
     def weight(self, t: Tensor, r: Tensor) -> Tensor:
-        """Of each pair (B,): 1 / (σ_t - σ_r), where r = 0 stands for no noise; alike on a grid."""
+        """Each pair's weight (B,): 1 / (σ_t - σ_r), with σ_r = 0 at r = 0; on the grid it is 1."""
         if self.pairs == "grid":
             return torch.ones_like(t)
         return 1 / (self.ratio(t) - self.ratio(r).masked_fill(r == 0, 0)).clamp(min=1e-6)
@@ -127,8 +129,8 @@ class ConsistencyTuning(Consistency):
         return self.student.denoiser.process.noise(batch.data, r, batch.noise)
 
     def boundary(self, target: Tensor, x_r: Tensor, r: Tensor, batch: Batch) -> Tensor:
-        """Where r is 0, the data, although x_r still holds a trace of noise.
+        """The target (B, ...); where r is 0, the data, since x_r still contains noise of σ_min.
 
-        A NaN elsewhere is 0, as in the authors' code.
+        NaN in the target is replaced by 0, as in the authors' code.
         """
         return torch.where(expand(r == 0, x_r), batch.data, torch.nan_to_num(target))

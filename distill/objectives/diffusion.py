@@ -1,7 +1,7 @@
-"""Plain diffusion training: what `distill teach` makes teachers with.
+"""Plain diffusion training, by which `distill teach` makes teachers.
 
-Karras et al. 2022 (arXiv:2206.00364). The "student" is the network under training, used as the
-denoiser it is; conditions are dropped for classifier-free guidance as in arXiv:2207.12598.
+Karras et al. 2022 (arXiv:2206.00364). The "student" is the network under training, as a
+denoiser. Conditions are dropped for classifier-free guidance (arXiv:2207.12598).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from distill.objectives.losses import LogNormal, Times
 @dataclass(kw_only=True)
 class Diffusion(Objective):
     times: Times = LogNormal(-1.2, 1.2)
-    drop: Fraction = 0.0  # how often the condition is the null class
-    null_label: NonNegativeInt = 0  # which class that is
+    drop: Fraction = 0.0  # the share of conditions that are replaced by the null class
+    null_label: NonNegativeInt = 0  # the index of the null class
 
     few_step: ClassVar[bool] = False
 

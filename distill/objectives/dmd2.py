@@ -1,13 +1,13 @@
-"""Distribution matching: push the student's samples from where they are dense to where data is.
+"""Distribution matching: move the student's samples along the difference of two scores.
 
-DMD2, Yin et al. 2024 (arXiv:2405.14867). The gap between two denoisers, the teacher's and one that
-tracks the student, is the gradient of KL(student ‖ teacher) weighted by σ²/α²; a critic on the fake
-score's features, trained with real data, corrects what the teacher gets wrong.
+DMD2, Yin et al. 2024 (arXiv:2405.14867). The difference of two denoisers, the teacher and one that
+tracks the student (the fake score), is the gradient of KL(student ‖ teacher) weighted by σ²/α². A
+critic on the fake score's features, trained with real data, corrects the teacher's errors.
 
 As in the authors' code: the fake score learns on every step, the student on every k-th; the fake is
 never guided; fakes and data are noised for the critic at independent times over the full range.
-Differs from it: of a student of several steps, the fake and the critic see the last x̂
-(`fake_sees`), and one batch holds every place of the chain.
+Differs from it: with a student of several steps, the fake and the critic see the last x̂ only
+(`fake_sees`), and one batch holds samples of every step of the chain.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from distill.objectives.losses import (
     surrogate,
 )
 from students.critic import Critic
-from students.generator import Generator, Sees
+from students.generator import ChainSamples, Generator
 from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
@@ -46,10 +46,10 @@ class DMD2(Objective):
     student_every: PositiveInt = 5  # steps, each with a fake update, per student update
     gan_weight: NonNegative = 3e-3  # weight of the critic in the student's loss
     critic_weight: NonNegative = 1e-2  # weight of the critic's own loss beside the fake's
-    # Which of a chain's x̂ the fake and the critic learn from: its last, which is what users see,
-    # or those of every place, as the authors'. One place's faults then teach the others to err the
-    # other way: a place that draws too little variety makes the others draw too much.
-    fake_sees: Sees = "last"
+    # Which x̂ of a chain the fake and the critic learn from: the last, which is what users see, or
+    # those of every step, as in the authors' code. There one step's errors bias the others the
+    # opposite way: a step of too little variety makes the others produce too much.
+    fake_sees: ChainSamples = "last"
     share_samples: bool = False  # fake and critic learn from the samples of the student's turn
     times: Times = Uniform(0.02, 0.98)  # where teacher and fake are compared
     fake_times: Times = Uniform(0.0, 1.0)  # where the fake learns
@@ -60,16 +60,16 @@ class DMD2(Objective):
     def __post_init__(self) -> None:
         if self.share_samples and self.fake_sees == "last" and len(self.student.times) > 1:
             raise UserError(
-                "objective.share_samples: a student of several steps is trained at every place of "
+                "objective.share_samples: a student of several steps is trained at every step of "
                 "its chain; set objective.fake_sees to places, or share_samples to false"
             )
 
     def turns(self, step: int) -> Iterator[Turn]:
-        student, first = self.student.draw()
+        student, first = self.student.sample_chain()
         shared: list[Samples] | None = [] if self.share_samples else None  # one for each shard
         if step % self.student_every == 0:
-            judged = partial(self.student_loss, student=student, first=first, shared=shared)
-            yield Turn(("student",), judged)
+            loss = partial(self.student_loss, student=student, first=first, shared=shared)
+            yield Turn(("student",), loss)
         names = ("fake",) if self.critic is None else ("fake", "critic")
         yield Turn(
             names, partial(self.fake_and_critic_loss, student=student, first=first, shared=shared)
@@ -78,7 +78,7 @@ class DMD2(Objective):
     def student_loss(
         self, batch: Batch, student: Generator, first: int = 0, shared: list[Samples] | None = None
     ) -> Loss:
-        """Distribution matching, plus the generator loss where there is a critic."""
+        """Distribution matching, and the generator loss if there is a critic."""
         x = student.rollout(batch.noise, batch.cond, first)
         if shared is not None:
             shared.append((x.detach(), batch.cond))
@@ -98,7 +98,7 @@ class DMD2(Objective):
     def fake_and_critic_loss(
         self, batch: Batch, student: Generator, first: int = 0, shared: list[Samples] | None = None
     ) -> Loss:
-        """The fake denoises the student's samples; the critic tells them from data."""
+        """The fake's denoising loss on the student's samples; the critic's on them and on data."""
         if shared:
             x, cond = shared.pop(0)
         else:
@@ -110,16 +110,16 @@ class DMD2(Objective):
         cond = conditions.joined(cond, batch.cond)
         logits = self.critic(torch.cat([fake, real]), torch.cat([t, s]), cond)
         critic = critic_loss(*logits.chunk(2))
-        right = ((logits > 0) == (torch.arange(len(logits), device=x.device) >= len(x))).float()
-        logs = {"denoising": denoising, "critic": critic, "accuracy": right.mean()}
+        correct = ((logits > 0) == (torch.arange(len(logits), device=x.device) >= len(x))).float()
+        logs = {"denoising": denoising, "critic": critic, "accuracy": correct.mean()}
         return Loss(denoising + self.critic_weight * critic, logs)
 
     def scale(self, x: Tensor, real: Tensor) -> Tensor:
-        """What each sample's gap is divided by, (B, 1, ..., 1): the (guided) teacher's error."""
+        """The divisor of each sample's gradient, (B, 1, ..., 1): the (guided) teacher's error."""
         return mean_abs(x - real).clamp(min=1e-5)
 
     def weighted(self, grad: Tensor, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """Per-sample weights on the student's gradient: none here; f-divergences differ by them."""
+        """The student's gradient times each sample's weight: 1 here; f-divergences override it."""
         return grad
 
     def noised(self, x: Tensor, times: Times) -> tuple[Tensor, Tensor]:

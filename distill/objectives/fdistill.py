@@ -1,11 +1,11 @@
-"""f-divergence distillation: DMD2, each sample weighted by how real the critic finds it.
+"""f-divergence distillation: DMD2 with each sample weighted by the critic's density ratio.
 
-Xu et al. 2025 (arXiv:2502.15681). With r = p_teacher/p_student, which a logistic critic's logits
-are the logarithm of, the gradient of D_f is DMD2's times h(r) = r² f″(r).
+Xu et al. 2025 (arXiv:2502.15681). With r = p_teacher/p_student, whose logarithm is the logit of a
+logistic critic, the gradient of D_f is DMD2's times h(r) = r² f″(r).
 
 Differs from the authors' code: r's running means are kept in bins of the process's t, which for EDM
 is uniform in σ^(1/ρ) and not in σ (whose first bin would hold two thirds of all draws); and h is
-normalised within each micro-batch, so that the result does not depend on how many processes run.
+normalised within each micro-batch, so that the result does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ Divergence = Literal[
 
 @dataclass(kw_only=True)
 class FDistill(DMD2):
-    critic: Critic  # pyright: ignore  # its logits are the ratio, so there must be one
+    critic: Critic  # pyright: ignore  # required: its logits are log r
     divergence: Divergence = "jensen-shannon"
-    ratio_min: Positive = 0.1  # ratios are trusted within these
+    ratio_min: Positive = 0.1  # ratios are clamped to these
     ratio_max: Positive = 20.0
     bins: PositiveInt = 10  # of t, in which the mean ratio is tracked
     ratio_ema: Fraction = 0.9  # of a bin's mean, per student update
-    warmup: NonNegativeInt = 0  # steps of plain DMD2 first, while the critic cannot tell
+    warmup: NonNegativeInt = 0  # steps of plain DMD2 before the critic has learnt
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,20 +77,20 @@ class FDistill(DMD2):
     def weighted(self, grad: Tensor, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
         logits = self.critic(x_t, t, batch.cond).clamp(-10, 10)
         ratio = logits.exp().clamp(self.ratio_min, self.ratio_max)
-        where = (t * self.bins).long().clamp(0, self.bins - 1)
+        index = (t * self.bins).long().clamp(0, self.bins - 1)
         ones = torch.ones_like(ratio)
-        self.sums[0].index_add_(0, where, ratio.to(self.sums.dtype))
-        self.sums[1].index_add_(0, where, ones.to(self.sums.dtype))
+        self.sums[0].index_add_(0, index, ratio.to(self.sums.dtype))
+        self.sums[1].index_add_(0, index, ones.to(self.sums.dtype))
         if self.step < self.warmup:
             return grad
-        h = WEIGHTS[self.divergence](ratio / self.means[where].to(ratio.dtype))
+        h = WEIGHTS[self.divergence](ratio / self.means[index].to(ratio.dtype))
         return expand(h / h.mean(), grad) * grad
 
     def update_means(self) -> None:
         """Move the bins' means towards this turn's ratios, over all micro-batches and processes."""
         total, count = all_sum(self.sums)
-        found = torch.where(count > 0, total / count.clamp(min=1), self.means)
-        self.means = torch.lerp(found, self.means, self.ratio_ema)
+        means = torch.where(count > 0, total / count.clamp(min=1), self.means)
+        self.means = torch.lerp(means, self.means, self.ratio_ema)
         self.sums = torch.zeros_like(self.sums)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The few formulas that objectives share.
+"""Formulas that several objectives use.
 
-Batches are (B, ...). Every loss is a per-sample scalar, then the batch mean; whether that scalar
-sums or averages over dimensions is said for each, because it changes the algorithm.
+Batches are (B, ...). Each loss is one scalar per sample, then the batch mean. Each docstring says
+whether that scalar sums or averages over dimensions, because that changes the algorithm.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def surrogate(x: Tensor, grad: Tensor) -> Tensor:
 def huber(x: Tensor, y: Tensor, c: float = 0.0) -> Tensor:
     """Pseudo-Huber distance √(|x - y|² + c²) - c over the whole sample (summed), (B,).
 
-    iCT's (arXiv:2310.14189); c = 0 is ECT's plain norm, kept smooth at 0 by the tiniest of floors.
+    iCT's (arXiv:2310.14189); c = 0 is ECT's plain norm, floored so that its gradient is finite.
     """
     square = (x - y).square().flatten(1).sum(1) + c**2
     return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt() - c
 
 
 def generator_loss(logits: Tensor) -> Tensor:
-    """Non-saturating generator loss: make the critic call fakes real."""
+    """Non-saturating generator loss of the critic's logits (B,) for fakes."""
     return F.softplus(-logits).mean()
 
 
@@ -54,7 +54,7 @@ def mean_abs(x: Tensor) -> Tensor:
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """x summed over processes; x itself when there is only one."""
+    """x summed over processes, in place; x itself when there is only one."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -69,7 +69,7 @@ class Uniform:
 
     def __post_init__(self) -> None:
         if self.low > self.high:
-            raise ValueError(f"low, {self.low}, is above high, {self.high}")
+            raise ValueError(f"low, {self.low}, is above high, {self.high}; lower it")
 
     def sample(self, like: Tensor, process: Process) -> Tensor:
         """One time for each item of `like` (B, ...), shaped (B,)."""
@@ -85,7 +85,7 @@ class LogNormal:
     std: Annotated[float, *Finite, Interval(ge=0, le=20)]
 
     def sample(self, like: Tensor, process: Process) -> Tensor:
-        """One time for each item of `like` (B, ...), shaped (B,), held within the process."""
+        """One time for each item of `like` (B, ...), shaped (B,), clamped to [0, 1]."""
         normal = torch.randn(len(like), device=like.device)
         return process.time((self.mean + self.std * normal).exp()).clamp(0, 1)
 

@@ -1,11 +1,11 @@
-"""Progressive distillation: one step of the student is two of its teacher; then it is the teacher.
+"""Progressive distillation: one student step learns two teacher steps; then it is the teacher.
 
 Salimans & Ho 2022 (arXiv:2202.00512). The target is the x̂ whose single DDIM step lands where the
 teacher's two do; the loss is the larger of the errors of x̂ and of ε̂, max(SNR, 1)|x̃ - x̂|².
 
 Differs from the authors' code: the grid is uniform in the process's own t (σ^(1/ρ) for EDM, as in
-openai/consistency_models) and ends at the student's own times; teacher guidance, where there is
-any, is distilled by the first stage.
+openai/consistency_models), and the last stage uses the student's own times; the first stage
+distils the teacher's guidance, if there is any.
 """
 
 from __future__ import annotations
@@ -28,12 +28,10 @@ from teachers.errors import UserError
 
 @dataclass(kw_only=True)
 class Progressive(Objective):
-    initial_steps: PositiveInt = (
-        16  # student steps in the first stage; its teacher takes twice as many
-    )
-    stage_steps: PositiveInt = 1000  # training steps per stage; the last has all that remain
+    initial_steps: PositiveInt = 16  # of the student in stage one; its teacher takes twice as many
+    stage_steps: PositiveInt = 1000  # training steps per stage; the last stage has the rest
 
-    learns: ClassVar[Learns] = "one-chain"  # that of its last stage
+    learns: ClassVar[Learns] = "one-chain"  # the last stage's
 
     def __post_init__(self) -> None:
         last = len(self.student.times)
@@ -42,12 +40,12 @@ class Progressive(Objective):
             self.grids.append(self.grids[-1] // 2)
         if self.grids[-1] != last:
             raise UserError(
-                f"objective.initial_steps: {self.initial_steps} does not halve to the student's "
-                f"{last} steps; try {last * 16}"
+                f"objective.initial_steps: repeated halving of {self.initial_steps} does not give "
+                f"the student's {last} steps; set it to {last * 16}"
             )
         if last > 1 and self.student.renoise:
             raise UserError(
-                "student.renoise: progressive students of several steps walk the ODE; set it to "
+                "student.renoise: progressive students of several steps follow the ODE; set it to "
                 "false, or set student.steps to 1"
             )
         self.stage = 0
@@ -59,7 +57,7 @@ class Progressive(Objective):
         yield Turn(("student",), partial(self.loss, step=step), reset)
 
     def promoted(self) -> Denoiser:
-        """The student as it now is, frozen."""
+        """A frozen copy of the student."""
         return deepcopy(self.student.denoiser).eval().requires_grad_(False)
 
     def loss(self, batch: Batch, step: int) -> Loss:
@@ -70,9 +68,9 @@ class Progressive(Objective):
             target = self.target(x_t, t, m, r, batch.cond)
         alpha, sigma = process.scales(t.double())
         weight = (alpha / sigma).square().clamp(min=1).to(x_t.dtype)
-        made = self.student.denoiser(x_t, t, batch.cond)
-        error = mean_square(made, target)
-        return Loss((weight * error).mean(), {"error": error.detach().mean()}, made)
+        x = self.student.denoiser(x_t, t, batch.cond)
+        error = mean_square(x, target)
+        return Loss((weight * error).mean(), {"error": error.detach().mean()}, x)
 
     def times(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A step t → r of this stage's grid and its middle m, each (B,), uniform over the grid."""
@@ -82,14 +80,14 @@ class Progressive(Objective):
         return t, (t + r) / 2, r
 
     def grid(self) -> Tensor:
-        """This stage's times, and the 0 that ends them: (n + 1,)."""
+        """This stage's times and a final 0: (n + 1,), float64."""
         n, times = self.grids[self.stage], self.student.times
         if n == len(times):
             return torch.tensor([*times, 0.0], dtype=torch.float64)
         return times[0] * torch.linspace(1, 0, n + 1, dtype=torch.float64)
 
     def target(self, x_t: Tensor, t: Tensor, m: Tensor, r: Tensor, cond: Any) -> Tensor:
-        """The x̂ whose step t → r equals the teacher's t → m → r; at r = 0 the teacher's second."""
+        """The x̂ whose step t → r equals the teacher's t → m → r; at r = 0 its second x̂."""
         process = self.student.denoiser.process
         x_m = process.step(x_t, self.teacher(x_t, t, cond), t, m)
         x = self.teacher(x_m, m, cond)

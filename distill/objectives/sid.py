@@ -3,8 +3,8 @@
 SiD, Zhou et al. 2024 (arXiv:2404.04057). Unlike DMD2, gradients reach the student through the
 inputs of both denoisers, whose weights stay fixed. Needs no data.
 
-α = ½ is half the true Fisher gradient, 1 leaves the sampling law out of it; 1.2, the authors'
-best on CIFAR and ImageNet, repels a student that is far too wide: start from the teacher.
+α = ½ is half the true Fisher gradient; α = 1 omits the term of the sampling distribution. 1.2, the
+authors' best on CIFAR and ImageNet, repels a student that is far too wide: start from the teacher.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from distill.field_types import NonNegative, Positive
 from distill.objectives.base import Batch, Loss, Objective, Turn
 from distill.objectives.losses import LogNormal, Times, Uniform, mean_abs
-from students.generator import Generator, Sees
+from students.generator import ChainSamples, Generator
 from teachers.denoiser import Denoiser
 
 
@@ -28,15 +28,17 @@ from teachers.denoiser import Denoiser
 class SiD(Objective):
     fake: Denoiser  # denoises the student's samples
     alpha: NonNegative = 1.2
-    fake_sees: Sees = "places"  # which of a chain's x̂ the fake learns from (arXiv:2509.25127)
+    fake_sees: ChainSamples = (
+        "places"  # which of a chain's x̂ the fake learns from (arXiv:2509.25127)
+    )
     scale: Positive = 100.0  # of the student's loss, which is summed over dimensions
-    times: Times = Uniform(0.0, 0.8)  # where they are compared: EDM's σ from 0.002 to 24.4
-    fake_times: Times = LogNormal(-1.2, 1.2)  # where the fake learns
+    times: Times = Uniform(0.0, 0.8)  # of the comparison: EDM's σ from 0.002 to 24.4
+    fake_times: Times = LogNormal(-1.2, 1.2)  # of the fake's own loss
 
     needs_data: ClassVar[Literal["always", "never", "critic"]] = "never"
 
     def turns(self, step: int) -> Iterator[Turn]:
-        student, first = self.student.draw()
+        student, first = self.student.sample_chain()
         yield Turn(("fake",), partial(self.fake_loss, student=student, first=first))
         yield Turn(("student",), partial(self.student_loss, student=student, first=first))
 
@@ -57,5 +59,5 @@ class SiD(Objective):
         return Loss(self.scale * value.flatten(1).sum(1).mean(), logs, x)
 
     def normaliser(self, x: Tensor, real: Tensor) -> Tensor:
-        """What each sample's loss is divided by, (B, 1, ..., 1); no gradient."""
+        """The divisor of each sample's loss, (B, 1, ..., 1); no gradient."""
         return mean_abs(x - real).detach().clamp(min=1e-5)

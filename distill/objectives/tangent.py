@@ -1,7 +1,7 @@
 """Directional derivatives of a network: d/dε f(x + ε v) at ε = 0, without gradients to weights.
 
-Objectives of continuous-time consistency and of flow maps learn from them (sCM, arXiv:2410.11081;
-MeanFlow, arXiv:2505.13447). Three ways, since forward mode does not pass through every kernel.
+Continuous-time consistency and flow-map objectives use them (sCM, arXiv:2410.11081; MeanFlow,
+arXiv:2505.13447). There are three methods, since not every kernel has a forward mode.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def tangent(
 
     Args:
         f: Of tensors that share their first dimension, to a tensor (B, ...).
-        primals: Where, each (B, ...).
-        tangents: The direction, shaped as the primals.
+        primals: The point, each (B, ...).
+        tangents: The direction, each shaped like its primal.
         how: "forward" is exact: forward-mode differentiation, attention by its formula and autocast
             off, since fused attention and autocast have no forward mode. "difference" is
             (f(x + step v) - f(x)) / step, in two calls, and "stacked" the same in one call of twice
-            the batch, where f gives every sample its own answer and takes any number of them.
-        step: Of the differences; smaller is closer until rounding shows, near √eps of the dtype.
+            the batch, for an f that treats samples independently.
+        step: Of the differences; a smaller one is more exact down to about √eps of the dtype.
 
     Raises:
         ValueError: the tangents do not match the primals.
@@ -48,8 +48,8 @@ def tangent(
             return value, slope
         ahead = tuple(p + step * v for p, v in zip(primals, tangents, strict=True))
         if how == "difference":
-            value, then = f(*primals), f(*ahead)
+            value, other = f(*primals), f(*ahead)
         else:
             both = f(*(torch.cat(pair) for pair in zip(primals, ahead, strict=True)))
-            value, then = both.chunk(2)
-        return value, (then - value) / step
+            value, other = both.chunk(2)
+        return value, (other - value) / step

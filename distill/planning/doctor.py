@@ -1,4 +1,4 @@
-"""The doctor's whole list: a teacher's promises, and those of the students made of it."""
+"""All checks of the doctor: of a teacher, and of the students that are made from it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rich.text import Text
 from torch import Tensor
 
 from eval.images import files_in as every_file
-from eval.images import is_image, opened, shown
+from eval.images import is_image, open_image, to_srgb
 from students.generator import Generator
 from teachers import conditions
 from teachers.analytic import Finite, Gaussian, Mixture
 from teachers.diagnosis.checks import Check, Subject, check, relative
-from teachers.diagnosis.structure import examine, leaves, subject_of, tried
-from teachers.errors import UserError
+from teachers.diagnosis.structure import checks_of, dead_leaves, examine, subject_of
+from teachers.errors import UserError, first_line
 from teachers.families.base import Prompted
 from teachers.teacher import Teacher
 
-PICTURES = 4  # how many are drawn, or noised, where there are not more
+PICTURES = 4  # the least number of pictures
 VIDEOS = 2  # and of videos
-MOST = 32  # how many are used of a folder
+MOST = 32  # the most that are read from a folder
 
 
 def diagnose(
@@ -33,22 +33,22 @@ def diagnose(
     prompts: Sequence[Any] | None = None,
     structure_only: bool = False,
 ) -> list[Check]:
-    """The checks of `teachers.diagnosis.structure`, and that students train as they are sampled.
+    """The checks of `teachers.diagnosis.structure`, and whether students train as they are sampled.
 
     Args: as for `examine`.
     """
-    found = examine(teacher, images, prompts, structure_only=structure_only)
-    if any(c.verdict == "broken" for c in found):
-        return found
+    checks = examine(teacher, images, prompts, structure_only=structure_only)
+    if any(c.verdict == "broken" for c in checks):
+        return checks
 
     def students() -> Iterator[Check]:
         yield trained_as_sampled(subject_of(teacher, images, prompts, None))
 
-    return [*found, *tried("students", students)]
+    return [*checks, *checks_of("students", students)]
 
 
 def trained_as_sampled(subject: Subject) -> Check:
-    """A student of four steps in training, at each place of its chain, is the one at inference."""
+    """Whether a four-step student computes the same x̂ in training as in sampling, at every step."""
     denoiser, process = subject.denoiser, subject.denoiser.process
     few = slice(0, 2)
     z = torch.randn(subject.x[few].shape, generator=torch.Generator().manual_seed(1)).to(subject.x)
@@ -76,47 +76,47 @@ def trained_as_sampled(subject: Subject) -> Check:
 
 
 def pictures_for(teacher: Teacher, path: Path | None) -> Tensor:
-    """Pictures of the teacher's size: of a file, of a folder, or drawn for lack of any.
+    """Pictures of the teacher's size: from a file or a folder, or synthetic ones without a path.
 
     Returns:
-        (N, C, H, W) in [-1, 1]; (N, C, F, H, W), in which nothing moves, for teachers of videos;
-        or (N, D) points for teachers in closed form.
+        (N, C, H, W) in [-1, 1]; still videos (N, C, F, H, W) for teachers of videos; or points
+        (N, D) for teachers in closed form.
 
     Raises:
-        UserError: the path holds no readable picture, or the codec takes none.
+        UserError: the path has no readable picture, or the codec takes none.
     """
     denoiser = teacher.denoiser
     if isinstance(denoiser, Gaussian | Mixture | Finite):
         if path is not None:
-            raise UserError("--image: a teacher in closed form brings its own data")
+            raise UserError("--image: a teacher in closed form has its own data; remove the option")
         if isinstance(denoiser, Finite):
             return denoiser.items
         return denoiser.sample(256)
     channels, *frames, height, width = picture_shape(teacher)
     few = VIDEOS if frames else PICTURES
     if path is None:
-        read = leaves(few, channels, (height, width))
+        images = dead_leaves(few, channels, (height, width))
     else:
-        read = torch.stack([picture(p, channels, (height, width)) for p in files_in(path)])
-        read = read if len(read) >= few else read.repeat(few, 1, 1, 1)
-    return read.unsqueeze(2).expand(-1, -1, frames[0], -1, -1) if frames else read
+        images = torch.stack([picture(p, channels, (height, width)) for p in files_in(path)])
+        images = images if len(images) >= few else images.repeat(few, 1, 1, 1)
+    return images.unsqueeze(2).expand(-1, -1, frames[0], -1, -1) if frames else images
 
 
 def files_in(path: Path) -> list[Path]:
-    """The picture that --image names, or the first of a folder."""
+    """The file that --image names, or the first pictures of a folder."""
     if not path.exists():
         raise UserError(f"--image {path}: no such file or folder")
     if not path.is_dir():
         return [path]
     files = [p for p in every_file(path) if is_image(p)][:MOST]
     if not files:
-        raise UserError(f"--image {path} holds no images, such as .png, .jpg or .webp")
+        raise UserError(f"--image {path}: it holds no images; give .png, .jpg or .webp")
     return files
 
 
 def picture_shape(teacher: Teacher) -> tuple[int, ...]:
-    """Channels, height and width of the pictures that become data of the teacher's shape; for
-    videos (C, F, H, W)."""
+    """Channels, height and width of the pictures that the codec encodes to the teacher's shape;
+    (C, F, H, W) for videos."""
     if isinstance(teacher.codec, Prompted):
         return (3, *teacher.codec.size)
     shape = teacher.shape
@@ -125,10 +125,9 @@ def picture_shape(teacher: Teacher) -> tuple[int, ...]:
         with torch.no_grad():
             data = teacher.codec.encode(torch.zeros(1, channels, 64, 64))
     except Exception as error:  # whatever a user's codec raises
-        first = (str(error).strip().splitlines() or ["no message"])[0]
         raise UserError(
             f"codec.encode: it raised {type(error).__name__} for a picture "
-            f"(1, {channels}, 64, 64): {first}"
+            f"(1, {channels}, 64, 64): {first_line(error)}"
         ) from None
     factor = max(64 // data.shape[-1], 1)
     return channels, shape[-2] * factor, shape[-1] * factor
@@ -139,10 +138,10 @@ def picture(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
     from torchvision.transforms import functional as tf
 
     try:
-        with opened(path) as file:
-            image = shown(file).convert("L" if channels == 1 else "RGB")
+        with open_image(path) as file:
+            image = to_srgb(file).convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's range over many types for a bad file
-        raise UserError(f"--image {path} is not a readable image ({error})") from None
+        raise UserError(f"--image {path}: it is not a readable image ({error})") from None
     scale = max(size[0] / image.height, size[1] / image.width)
     covering = [round(image.height * scale), round(image.width * scale)]
     image = tf.center_crop(tf.resize(image, covering, antialias=True), list(size))  # pyright: ignore
@@ -150,19 +149,19 @@ def picture(path: Path, channels: int, size: tuple[int, int]) -> Tensor:
 
 
 def table(source: str, checks: Sequence[Check]) -> Table:
-    """One row for each promise."""
-    found = Table(title=source, title_justify="left", box=None, pad_edge=False)
+    """One row for each check."""
+    rows = Table(title=source, title_justify="left", box=None, pad_edge=False)
     for name in ("promise", "measured", "should be", "verdict"):
-        found.add_column(name, justify="right" if name == "measured" else "left")
+        rows.add_column(name, justify="right" if name == "measured" else "left")
     styles = {"ok": "green", "left out": "dim"}
     for c in checks:
         value = "" if c.value is None else f"{c.value:.3g}"
-        found.add_row(c.name, value, c.bound, Text(c.verdict, styles.get(c.verdict, "red")))
-    return found
+        rows.add_row(c.name, value, c.bound, Text(c.verdict, styles.get(c.verdict, "red")))
+    return rows
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """The table in one line: passed or broken, and how many checks there were."""
+    """One line: passed or broken, and how many checks were made."""
     counts = {v: sum(c.verdict == v for c in checks) for v in ("ok", "left out")}
     broken = len(checks) - sum(counts.values())
     rest = f", {counts['left out']} left out" if counts["left out"] else ""

@@ -1,4 +1,4 @@
-"""A recipe's networks as shapes alone, and the plan that playing them gives."""
+"""The plan of a recipe: its networks are made of fake tensors, and its turns are played."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import nn
 
 from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe
-from distill.data.from_recipe import needs_data
+from distill.config.schema import TeacherSection
 from distill.objectives.base import Batch
 from distill.planning.plan import Plan, play
 from distill.profiling import unique
-from distill.training.networks import objective_of, player_networks
-from distill.training.optimizers import held
-from students import schedulers
+from distill.training.networks import assembled, build_networks, player_networks
+from distill.training.optimizers import optimizer_bytes
+from students.export.forms import StockForm, form_of
 from students.lora import unwrap
 from teachers import conditions
 from teachers.catalogue.loading import load
@@ -31,25 +31,30 @@ from teachers.teacher import Codec, Teacher
 
 
 def plan(recipe: Recipe) -> Plan:
-    """What a run of this recipe would take, on one device. Nothing of its size is allocated.
+    """What a run of this recipe takes on one device, without allocating its memory.
 
     Raises:
-        UserError: the teacher is neither here nor known by its outline.
+        UserError: the teacher has no files here, and its outline is not known.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    teacher = shape_of(recipe, fake)
+    teacher = shape_of(recipe.teacher, fake)
     train, parts = recipe.train, recipe.train.accumulate
     n = train.batch // parts
-    base = parameters(unwrap(teacher.denoiser).backbone)  # before there are adapters on it
-    with fake, shaped():
-        objective = objective_of(recipe, teacher, torch.device("cpu"))
+    base = parameters(unwrap(teacher.denoiser).backbone)  # before adapters are on it
+    form, student = form_of(teacher, recipe.kind.few_step), recipe.student
+    if isinstance(form, StockForm):  # values, which fake tensors lack, decide the times
+        form = form.fixed(student.steps, student.start, student.renoise)
+    with fake, no_moves():
+        networks = build_networks(recipe, teacher, form)
+        objective = assembled(recipe, networks, torch.device("cpu"))
+    with fake:
         movers = {k: list(v.parameters()) for k, v in player_networks(objective).items()}
         x = torch.zeros(n, *teacher.shape)
         cond = teacher.codec.condition([0] * n)
         cond = conditions.each(cond, torch.clone)
-        batch = Batch(x if needs_data(recipe) else None, x.clone(), cond)
+        batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
         steps = getattr(objective, "student_every", 1)
         random.seed(0)
         most, gradients, flops, evaluations = play(
@@ -58,7 +63,7 @@ def plan(recipe: Recipe) -> Plan:
     networks = [v for v in vars(objective).values() if isinstance(v, nn.Module)]
     tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
     moments = [
-        held(recipe.players.get(name, OptimizerConfig()).optimizer, moving)
+        optimizer_bytes(recipe.players.get(name, OptimizerConfig()).optimizer, moving)
         for name, moving in movers.items()
     ]
     return Plan(
@@ -79,33 +84,39 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
-def shape_of(recipe: Recipe, without: Any) -> Teacher:
-    """The recipe's teacher with a network of shapes alone: from its files, or from its outline."""
-    t = recipe.teacher
-    options = t.options()
-    if t.source in OUTLINES and not home(t.source, "teacher.source").exists():
-        return outline(t.source, without, t.size, t.precision or "fp32")
-    teacher = load(t.source, **options)
+def shape_of(section: TeacherSection, fake: Any) -> Teacher:
+    """The teacher with a network of fake tensors: from its files, or from its outline.
+
+    Args:
+        fake: The FakeTensorMode that the weights are made in.
+
+    Raises:
+        UserError: it can be loaded from neither.
+    """
+    source, precision = section.source, section.precision
+    if source in OUTLINES and not home(source, "teacher.source").exists():
+        return outline(source, fake, section.size, precision or "fp32")
+    teacher = load(source, **section.options())
     network = unwrap(teacher.denoiser)
     before: Any = network.backbone
-    with without, dtype_of_new(next(before.parameters()).dtype):
+    with fake, dtype_of_new(next(before.parameters()).dtype):
         backbone = type(before).from_config(before.config)
-        if t.precision in FORMS:
-            quantise(backbone, t.precision)
-    # an EDM student's time is refitted, which takes values; here there are none
+        if precision in FORMS:
+            quantise(backbone, precision)
+    # refitting an EDM student's time takes values, and fake weights have none
     named = replace(network.schedule, name=CM if network.schedule.sigma_data else "")
     twin = network.twin(backbone.requires_grad_(False).eval(), named)
     return Teacher(twin, FakeCodec(teacher.codec), teacher.shape, teacher.source)
 
 
-class FakeCodec:
-    """A codec whose every condition is that of one prompt, made before any tensor is fake."""
+class FakeCodec(Codec):
+    """A codec that gives every prompt the same condition, encoded before tensors are fake."""
 
     def __init__(self, codec: Codec) -> None:
-        self.classes = getattr(codec, "classes", 0)
-        self.null_label = getattr(codec, "null_label", None)
+        self.classes = codec.classes
+        self.null_label = codec.null_label
         self.null, self.one = codec.null, codec.condition([0])
-        self.pipe = getattr(codec, "pipe", None)
+        self.pipe = codec.pipe
 
     def condition(self, prompts: Sequence[Any]) -> Any:
         n = len(prompts)
@@ -122,8 +133,8 @@ def encoders(teacher: Teacher) -> int:
     """Bytes of text encoders and VAE, in float32 as they are read."""
     codec: Any = teacher.codec
     if isinstance(codec, OutlineCodec):
-        return 4 * codec.outline.beside
-    if (pipe := getattr(codec, "pipe", None)) is None:
+        return 4 * codec.outline.encoder_parameters
+    if (pipe := codec.pipe) is None:
         return 0
     part = unwrap(teacher.denoiser).PART
     modules = [v for k, v in pipe.components.items() if k != part and isinstance(v, nn.Module)]
@@ -131,19 +142,14 @@ def encoders(teacher: Teacher) -> int:
 
 
 @contextmanager
-def shaped() -> Iterator[None]:
-    """Work out students' times on real numbers, where all else is shapes; move no module."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
+def no_moves() -> Iterator[None]:
+    """Inside it, `nn.Module.to` returns the module as it is: torch cannot move fake weights.
 
-    before, to = schedulers.form, nn.Module.to
-
-    def form(*args: Any, **kwargs: Any) -> Any:
-        with unset_fake_temporarily():
-            return before(*args, **kwargs)
-
-    schedulers.form = form
-    nn.Module.to = lambda self, *args, **kwargs: self  # fake weights cannot be moved, nor need be
+    PEFT calls it on every adapter that it makes (docs/decisions/0007).
+    """
+    to = nn.Module.to
+    nn.Module.to = lambda self, *args, **kwargs: self
     try:
         yield
     finally:
-        schedulers.form, nn.Module.to = before, to
+        nn.Module.to = to

@@ -1,8 +1,7 @@
-"""What a run would take: the real step, played on shapes alone.
+"""What a run would take: the real step, played on tensors without memory.
 
-The objective's own turns run forward and backward on fake tensors, which have no memory, while the
-birth and death of each is followed. So the figures come from the code that will run, not from a
-formula beside it.
+The objective's own turns run forward and backward on fake tensors, and a meter tracks the bytes of
+those that are alive. So the figures come from the code that will run, not from a separate formula.
 """
 
 from __future__ import annotations
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 
 from distill.config.recipe import Recipe
 from distill.objectives.base import Batch, Objective, Turn
-from distill.profiling import Meter, fused, unique
-from teachers.denoiser import computes
+from distill.profiling import FusedAttention, Meter, denoisers_in, evaluations_of, unique
 
 GB = 1e9
-BUSY = 0.4  # of a GPU's peak that training reaches: what is assumed of time, not measured
-RESERVE = 1.0  # GB that CUDA's context and libraries take, and the allocator cannot use
+BUSY = 0.4  # the share of a GPU's peak FLOP/s that training reaches; assumed, not measured
+RESERVE = 1.0  # GB that CUDA's context and libraries take
 
 
 @dataclass(frozen=True)
@@ -50,16 +48,17 @@ class Plan:
     """What a run would take, in bytes, FLOPs and network evaluations for each step.
 
     Args:
-        weights: Every network's, once each.
-        gradients: The most that are held at one time.
+        weights: Every network's, each counted once.
+        gradients: The most at one time.
         optimizer: All players' moments on the device.
         average: The student's EMA.
-        activations: The most that a turn holds beside all of the above.
-        beside: Text encoders and VAE, while what they encode is not cached yet.
+        activations: The most in a turn, beside all of the above.
+        beside: Text encoders and VAE, which are loaded until data are cached.
         base: Parameters of the teacher.
+        batch, precision: The recipe's; precision is the teacher's where train.precision is fp32.
         evaluations: Samples through each network in one step, on average.
         flops: Of one step, on average.
-        host: Moments that rest in host memory.
+        host: Moments in host memory.
     """
 
     weights: int
@@ -77,22 +76,22 @@ class Plan:
 
     @property
     def parts(self) -> dict[str, float]:
-        """In GB."""
+        """The parts of the peak, in GB."""
         names = ("weights", "gradients", "optimizer", "average", "activations")
         return {k: getattr(self, k) / GB for k in names}
 
     @property
     def peak(self) -> float:
-        """The most memory held at once, in GB, without CUDA's own."""
+        """Peak memory in GB, without CUDA's own."""
         return sum(self.parts.values())
 
     @property
     def bytes_per_base_param(self) -> float:
-        """Of weights and optimiser state; three full copies in fp32 under Adam come to 28."""
+        """Bytes of weights and optimiser state; 28 for three copies in fp32 under Adam."""
         return (self.weights + self.optimizer) / self.base
 
     def seconds(self, gpu: Gpu) -> float:
-        """Of one step, if the card is BUSY."""
+        """Of one step, at the share BUSY of the card's peak."""
         rate = gpu.fp32 if self.precision == "fp32" else gpu.bf16
         return self.flops / (rate * 1e12 * BUSY)
 
@@ -125,7 +124,7 @@ def play(
     steps: int,
     precision: str,
 ) -> tuple[int, int, float, dict[str, float]]:
-    """The turns of the objective's first `steps` steps, each kind once, without updates.
+    """Play the turns of the objective's first `steps` steps, each kind once, without updates.
 
     Args:
         batch: One of the `parts` that a step's batch is cut into.
@@ -139,16 +138,14 @@ def play(
     tensors += [*(batch.cond or {}).values(), batch.noise]
     kinds: dict[tuple[str, ...], Cost] = {}
     plays: list[tuple[str, ...]] = []
-    counts = dict.fromkeys(networks, 0)
-    hooks = count_samples(networks, counts)
-    for step in range(steps):
-        for turn in objective.turns(step):
-            plays.append(turn.players)
-            if turn.players not in kinds:
-                moving = [p for name in turn.players for p in players[name]]
-                kinds[turn.players] = _cost(turn, batch, parts, moving, tensors, precision, counts)
-    for hook in hooks:
-        hook.remove()
+    with evaluations_of(denoisers_in(networks)) as counts:
+        for step in range(steps):
+            for turn in objective.turns(step):
+                plays.append(turn.players)
+                if turn.players not in kinds:
+                    moving = [p for name in turn.players for p in players[name]]
+                    cost = _cost(turn, batch, parts, moving, tensors, precision, counts)
+                    kinds[turn.players] = cost
     scale = parts / steps
     return (
         max(c.activations for c in kinds.values()),
@@ -182,11 +179,11 @@ def _cost(
         p.requires_grad_(True)
     before = dict(counts)
     known = {t.untyped_storage()._cdata for t in tensors}
-    with Meter(known) as meter, fused(meter):
-        if parts > 1:  # the gradients of the parts before are there from the beginning
+    with Meter(known) as meter, FusedAttention(meter):
+        if parts > 1:  # the first part's gradients stay while the others are computed
             for p in moving:
                 p.grad = torch.zeros_like(p)
-        # as a run's: casts are not kept; but the CPU's, which casts the same, as fake tensors are
+        # as in a run: casts are not cached; the CPU's autocast, since fake tensors are on the CPU
         with torch.autocast(
             "cpu", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
         ):
@@ -205,42 +202,29 @@ def _cost(
     )
 
 
-def count_samples(networks: dict[str, nn.Module], counts: dict[str, int]) -> list[Any]:
-    """Hooks that add the samples through each network to `counts`; one of two names counts once."""
-    hooks, seen = [], set()
-    for name, network in networks.items():
-
-        def count(module: nn.Module, args: Any, name: str = name) -> None:
-            counts[name] += len(args[0])
-
-        for module in network.modules():
-            if computes(module) and module not in seen:
-                seen.add(module)
-                hooks.append(module.register_forward_pre_hook(count))
-    return hooks
-
-
 def advice(recipe: Recipe, plan: Plan, gpu: Gpu) -> list[str]:
-    """Which keys to change when it does not fit, the most telling first."""
+    """Which keys to change when the plan does not fit, those that save most first."""
     if plan.peak + RESERVE <= gpu.memory:
         return []
-    found = []
-    largest = max(plan.parts, key=plan.parts.__getitem__)
-    if recipe.adapters is None:
-        found.append("adapters: {rank: 64} keeps one set of weights instead of three")
-    if recipe.teacher.precision in (None, "fp32"):
-        found.append("teacher.precision: bf16 halves the frozen weights")
-    if recipe.train.precision == "fp32":
-        found.append("train.precision: bf16 halves the activations")
-    if not recipe.train.checkpointing:
-        found.append("train.checkpointing: true recomputes activations instead of keeping them")
-    if plan.optimizer / GB > plan.peak / 5:
-        found.append("players.NAME.optimizer: adamw8bit keeps a quarter, adamw-offloaded nothing")
-    if recipe.adapters is not None and recipe.teacher.precision in ("bf16", "fp16", "fp8"):
-        found.append("teacher.precision: nf4 keeps the frozen weights in a little over four bits")
-    parts = recipe.train.accumulate
-    if largest == "activations" and recipe.train.batch > parts:
-        found.append(f"train.accumulate: {2 * parts} halves the activations at the same batch")
-    if recipe.adapters is not None and recipe.adapters.rank > 16:
-        found.append(f"adapters.rank: {recipe.adapters.rank // 2} halves what learns")
-    return found or ["a smaller teacher.size, or a larger card"]
+    teacher, train, adapters = recipe.teacher, recipe.train, recipe.adapters
+    rank = 0 if adapters is None else adapters.rank
+    parts = train.accumulate
+    divisible = max(plan.parts, key=plan.parts.__getitem__) == "activations" and train.batch > parts
+    quantisable = adapters is not None and teacher.precision in ("bf16", "fp16", "fp8")
+    choices = {
+        "adapters: {rank: 64} keeps one set of weights instead of three": adapters is None,
+        "teacher.precision: bf16 halves the frozen weights": teacher.precision in (None, "fp32"),
+        "train.precision: bf16 halves the activations": train.precision == "fp32",
+        "train.checkpointing: true recomputes activations instead of keeping them": (
+            not train.checkpointing
+        ),
+        "players.NAME.optimizer: adamw8bit keeps a quarter, adamw-offloaded nothing": (
+            plan.optimizer / GB > plan.peak / 5
+        ),
+        "teacher.precision: nf4 keeps the frozen weights in a little over four bits": quantisable,
+        f"train.accumulate: {2 * parts} halves the activations at the same batch": divisible,
+        f"adapters.rank: {rank // 2} halves the trained weights": rank > 16,
+    }
+    return [text for text, helps in choices.items() if helps] or [
+        "teacher.size: a smaller one, or a larger card"
+    ]

@@ -1,1 +1,1 @@
-"""Small teachers trained from nothing: `distill teach`."""
+"""Small teachers trained from scratch: `distill teach`."""

@@ -1,8 +1,8 @@
-"""`distill teach`: train a small teacher from nothing, as an ordinary diffusers folder.
+"""`distill teach`: train a small teacher from scratch, saved as a diffusers folder.
 
-A teacher recipe is a recipe without a teacher: in its place it has `network`, the configuration of
-a UNet2DModel, and `scheduler`, that of the diffusers scheduler that says how it is read. One that
-has `text_encoder` instead is of a text-to-image pipeline; text_to_image.py trains it.
+A teacher recipe has no `teacher`, but two other sections: `network`, the configuration of a
+UNet2DModel, and `scheduler`, the configuration of the diffusers scheduler that defines its process.
+A recipe with `text_encoder` describes a text-to-image pipeline; text_to_image.py trains that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from distill.sampling.teacher_sampler import evaluate_teacher
 from distill.seeds import seed_all
 from distill.training import build, run_folder
 from distill.training.run_folder import release
-from eval import shapes
+from eval import catalogue, shapes
 from eval.protocols.measure import floor, images_to_samples, protocol
 from eval.samples import Samples
 from teachers.catalogue.loading import load
@@ -41,21 +41,21 @@ from teachers.families.unet import UNet
 from teachers.storage.diffusers_config import read as read_schedule
 from teachers.storage.files import open_to_readers, read_json
 
-STEPS = (1, 2, 4, 8, 32)  # at which the card gives the teacher's quality
+STEPS = (1, 2, 4, 8, 32)  # solver steps for which the card states the teacher's quality
 
 
 def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str, Any]:
-    """Train the teacher that the recipe describes; it is left in `out`/teacher.
+    """Train the teacher of a recipe, and save it in `out`/teacher.
 
     Raises:
-        UserError: as for any recipe, and for unknown keys of the network or the scheduler.
+        UserError: the recipe, the network or the scheduler has a wrong key or value.
     """
     tree = override(current_names(read_yaml(find(path))), overrides)
     if "text_encoder" in tree:
         return teach_pictures(TextRecipe.check(tree, path), out, resume, path)
     for section in ("network", "scheduler"):
         if not isinstance(tree.get(section), dict):
-            raise UserError(f"{path}: {section}: missing; a teacher recipe describes its {section}")
+            raise UserError(f"{path}: {section}: missing; add the section to the teacher recipe")
     network, scheduler = tree.pop("network"), tree.pop("scheduler")
     objective = tree.get("objective")
     null_label = objective.get("null_label") if isinstance(objective, dict) else None
@@ -63,11 +63,13 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
     tree["teacher"] = {"source": str(first), "null_label": null_label}
     recipe = Recipe.check(tree, path)
     if recipe.kind.few_step:
-        raise UserError(f"{path}: objective.name: teachers are taught by 'diffusion'")
+        raise UserError(f"{path}: objective.name: a teacher has another objective; set 'diffusion'")
     pipe = pipeline(network, scheduler, recipe.train.seed, path)
     classes = pipe.unet.config.num_class_embeds or 0
     if recipe.objective["drop"] and not recipe.objective["null_label"] < classes:
-        raise UserError(f"{path}: objective.null_label: the network has {classes} classes")
+        raise UserError(
+            f"{path}: objective.null_label: the network has {classes} classes; set a lower label"
+        )
     run_folder.check_folder(recipe, out, resume)
     keep(pipe, first, path)
     run = build.build(recipe, out, resume)
@@ -94,7 +96,7 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
 
 
 def keep(pipe: Any, folder: Path, where: str) -> None:
-    """Leave the untrained pipeline in `folder`, or check that the one there is the same."""
+    """Save the untrained pipeline in `folder`; an existing one must be the same."""
     if folder.exists():
         for part, config in (("unet", pipe.unet.config), ("scheduler", pipe.scheduler.config)):
             name = "config.json" if part == "unet" else "scheduler_config.json"
@@ -104,7 +106,8 @@ def keep(pipe: Any, folder: Path, where: str) -> None:
             if wrong:
                 section = "network" if part == "unet" else part
                 raise UserError(
-                    f"{where}: {section}.{wrong[0]} differs from the run in {folder.parent}"
+                    f"{where}: {section}.{wrong[0]}: it differs from the run in {folder.parent}; "
+                    "restore it, or choose another folder"
                 )
         return
     draft = folder.with_name(f"{folder.name}.{os.getpid()}")  # each process its own
@@ -117,7 +120,7 @@ def keep(pipe: Any, folder: Path, where: str) -> None:
 
 
 def pipeline(network: dict[str, Any], scheduler: dict[str, Any], seed: int, where: str) -> Any:
-    """An untrained pipeline of the two configurations."""
+    """An untrained pipeline with the two configurations."""
     import diffusers
 
     known = set(inspect.signature(diffusers.UNet2DModel.__init__).parameters)
@@ -133,49 +136,45 @@ def pipeline(network: dict[str, Any], scheduler: dict[str, Any], seed: int, wher
     seed_all(seed, "network")
     try:
         unet = diffusers.UNet2DModel(**network)
-    except Exception as error:  # of whatever kind a wrong size comes to
-        raise UserError(f"{where}: network: {error}") from None
+    except Exception as error:  # diffusers raises many types for a wrong size
+        raise UserError(f"{where}: network: {error}; correct the section") from None
     try:
-        read = kind(**config)
-        UNet(unet, read_schedule(kind.__name__, dict(read.config), f"{where}: scheduler"))
-        return diffusers.ConsistencyModelPipeline(unet=unet, scheduler=read)
+        stock = kind(**config)
+        UNet(unet, read_schedule(kind.__name__, dict(stock.config), f"{where}: scheduler"))
+        return diffusers.ConsistencyModelPipeline(unet=unet, scheduler=stock)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{where}: scheduler: {error}") from None
+        raise UserError(f"{where}: scheduler: {error}; correct the section") from None
 
 
 def measure(run: build.Run) -> dict[str, Any]:
-    """The teacher by solver steps, and the floor that real data give."""
+    """Results of the teacher for each number of solver steps, and of real data (the floor)."""
     if run.protocol is None:
         return {}
     seeds = run.recipe.eval.teacher_seeds
     few = {str(k): evaluate_teacher(run.recipe, run.teacher, run.protocol, k, seeds) for k in STEPS}
     steps = run.recipe.eval.teacher_steps
-    whole = evaluate_teacher(run.recipe, run.teacher, run.protocol, steps, seeds)
-    return {"teacher": whole, "teacher_few": few, "floor": floor(run.protocol.name)}
+    best = evaluate_teacher(run.recipe, run.teacher, run.protocol, steps, seeds)
+    return {"teacher": best, "teacher_few": few, "floor": floor(run.protocol.name)}
 
 
 def card(summary: dict[str, Any], recipe: Recipe) -> str:
-    """The README of a taught teacher: data, cost, and what it can do."""
+    """The README of a trained teacher: data, cost, quality."""
     metrics = summary["metrics"]
-    rows = ""
+    rows, keys = "", ("fd", "precision", "recall", "coverage", "accuracy")
     if metrics:
         table = {**metrics["teacher_few"], f"{metrics['teacher']['steps']}": metrics["teacher"]}
         for steps, row in sorted(table.items(), key=lambda item: int(item[0])):
-            rows += (
-                f"| {steps} | {row['evaluations']:.4g} | "
-                f"{row['fd']:.3f} ± {row['spread']['fd']:.3f} | "
-                f"{row['precision']:.3f} | {row['recall']:.3f} | {row['coverage']:.3f} | "
-                f"{row['accuracy']:.3f} |\n"
-            )
+            cells = [catalogue.written(k, row[k]) for k in ("evaluations", *keys)]
+            cells[1] += f" ± {catalogue.written('fd', row['spread']['fd'])}"
+            rows += f"| {steps} | " + " | ".join(cells) + " |\n"
         f = metrics["floor"]
         rows = (
             f"\nQuality by the `{recipe.eval.protocol}` protocol "
             f"({metrics['teacher']['n']} samples, {metrics['teacher']['seeds']} seeds, "
             f"{recipe.eval.teacher_solver} solver):\n\n"
-            "| steps | evaluations | Fréchet distance | precision | recall | coverage "
-            "| label accuracy |\n"
+            f"| steps | evaluations | {' | '.join(map(catalogue.label, keys))} |\n"
             "|---|---|---|---|---|---|---|\n" + rows + f"\nFloor, real data half against half "
             f"(twice the sampling error, being half the samples): distance {f['fd']:.3f}, "
             f"precision {f['precision']:.3f}, recall {f['recall']:.3f}, "
@@ -187,17 +186,17 @@ license: apache-2.0
 ---
 # A small class-conditional diffusion model
 
-Trained from nothing on `{recipe.data.source}` by `distill teach`, in
+Trained from scratch on `{recipe.data.source}` by `distill teach`, in
 {summary["wall_s"] / 60:.0f} minutes on {summary["device"]}:
 {summary["steps"]} steps of {recipe.train.batch} samples.
 {rows}"""
 
 
 def teach_pictures(recipe: TextRecipe, out: Path, resume: bool, where: str) -> dict[str, Any]:
-    """Train the text-to-image teacher of a checked recipe; it is left in `out`/teacher.
+    """Train the text-to-image teacher of a checked recipe, and save it in `out`/teacher.
 
     Raises:
-        UserError: as for any recipe, and for unknown keys of any part's configuration.
+        UserError: the configuration of a part has a wrong key or value.
     """
     run_folder.check_folder(recipe, out, resume)  # pyright: ignore[reportArgumentType]
     scenes = Scenes(shapes.all_captions(), shapes.draw, shapes.accuracy)
@@ -224,9 +223,9 @@ def teach_pictures(recipe: TextRecipe, out: Path, resume: bool, where: str) -> d
 
 
 def measure_pictures(recipe: TextRecipe, folder: Path) -> dict[str, Any]:
-    """The stock pipeline in `folder`: each guidance at the most steps, and the best at each count.
+    """Results of the pipeline in `folder`: each guidance at the most steps, the best at each count.
 
-    The best guidance is the one whose pictures most often show the whole caption.
+    The best guidance is the one whose pictures show their whole caption most often.
     """
     cfg = recipe.eval
     if cfg.protocol is None:
@@ -237,20 +236,20 @@ def measure_pictures(recipe: TextRecipe, folder: Path) -> dict[str, Any]:
     pipe.to(device())
     measure = protocol(cfg.protocol)
 
-    def figures(steps: int, guidance: float) -> dict[str, Any]:
+    def results_of(steps: int, guidance: float) -> dict[str, Any]:
         def draw(prompts: list[str], seed: int) -> Samples:
             began = time.perf_counter()
             images = text_to_image.samples(pipe, prompts, seed, steps, guidance)
             return images_to_samples(images, prompts, time.perf_counter() - began)
 
         evaluations = steps * (1 if guidance == 1 else 2)
-        found = measure(draw, cfg.seeds)
-        return {**found, "steps": steps, "guidance": guidance, "evaluations": evaluations}
+        results = measure(draw, cfg.seeds)
+        return {**results, "steps": steps, "guidance": guidance, "evaluations": evaluations}
 
     most = max(cfg.steps)
-    by_guidance = {f"{g:g}": figures(most, g) for g in cfg.guidance}
+    by_guidance = {f"{g:g}": results_of(most, g) for g in cfg.guidance}
     best = max(by_guidance.values(), key=lambda row: row["accuracy"])
-    few = {str(k): figures(k, best["guidance"]) for k in sorted(cfg.steps) if k != most}
+    few = {str(k): results_of(k, best["guidance"]) for k in sorted(cfg.steps) if k != most}
     return {
         "teacher": best,
         "teacher_few": few,
@@ -260,9 +259,9 @@ def measure_pictures(recipe: TextRecipe, folder: Path) -> dict[str, Any]:
 
 
 def pictures_card(summary: dict[str, Any], recipe: TextRecipe) -> str:
-    """The README of a text-to-image teacher: data, cost, shape, and what it can do."""
+    """The README of a text-to-image teacher: data, parts, cost, quality."""
     vae, unet = summary["stages"]["vae"], summary["stages"]["unet"]
-    held, cfg = vae["held_out"], recipe.train
+    held_out, cfg = vae["held_out"], recipe.train
     prompt, side = shapes.all_captions()[0], recipe.unet["sample_size"]
     latents = f"AutoencoderKL, {recipe.vae['latent_channels']}×{side}×{side} latents"
     rows = "\n".join(
@@ -280,7 +279,7 @@ license: apache-2.0
 ---
 # A small text-to-image diffusion model of captioned shapes
 
-An ordinary `StableDiffusionPipeline` of 32×32 pictures, trained from nothing by `distill teach` in
+An ordinary `StableDiffusionPipeline` of 32×32 pictures, trained from scratch by `distill teach` in
 {summary["wall_s"] / 60:.0f} minutes on {summary["device"]}.
 
 ```python
@@ -294,7 +293,7 @@ image = pipe("{prompt}", num_inference_steps=25, guidance_scale=3).images[0]
 
 {len(shapes.all_captions())} captions of one grammar, "one | two | three", a colour, a shape and a
 place, with {recipe.data.each} pictures of each, drawn by `eval/shapes`. Sizes, places and shades
-vary within what a caption allows. Nothing is taken from anywhere else.
+vary within the limits of the caption. There are no other data.
 
 - colours: {", ".join(shapes.COLOURS)}
 - shapes: {", ".join(shapes.SHAPES)}
@@ -307,28 +306,25 @@ vary within what a caption allows. Nothing is taken from anywhere else.
 {rows}
 
 The prediction type is {recipe.scheduler.get("prediction_type", "epsilon")}, the schedule Stable
-Diffusion's. {cfg.unet.drop:.0%} of the captions were dropped, so that the empty prompt is
-unconditional. Of pictures that the autoencoder never saw, {held["accuracy"]:.2%} still show their
-whole caption after it ({held["psnr_db"]:.1f} dB).
+Diffusion's. {cfg.unet.drop:.0%} of the captions were replaced by the empty prompt, which is
+therefore unconditional. Of the pictures that the autoencoder was not trained on,
+{held_out["accuracy"]:.2%} still show their whole caption after it ({held_out["psnr_db"]:.1f} dB).
 {pictures_tables(summary["metrics"], recipe)}"""
 
 
-COLUMNS = {
-    "fd": "Fréchet distance", "accuracy": "caption", "shape_accuracy": "shape",
-    "colour_accuracy": "colour", "count_accuracy": "count", "position_accuracy": "position",
-    "precision": "precision", "recall": "recall", "coverage": "coverage",
-}  # fmt: skip
+COLUMNS = ("fd", "accuracy", "shape_accuracy", "colour_accuracy", "count_accuracy",
+           "position_accuracy", "precision", "recall", "coverage")  # fmt: skip
 
 
 def pictures_tables(metrics: dict[str, Any], recipe: TextRecipe) -> str:
-    """Quality by guidance and by steps, and the floor; empty without a protocol."""
+    """Tables of quality by guidance and by steps, with the floor; empty without a protocol."""
     if not metrics:
         return ""
 
     def line(name: str, row: dict[str, Any]) -> str:
         return f"| {name} | " + " | ".join(f"{row[k]:.3f}" for k in COLUMNS) + " |\n"
 
-    head = " | ".join(COLUMNS.values()) + " |\n|---" + "|---" * len(COLUMNS) + "|\n"
+    head = " | ".join(map(catalogue.label, COLUMNS)) + " |\n|---" + "|---" * len(COLUMNS) + "|\n"
     best = metrics["teacher"]
     by_guidance = "".join(line(g, row) for g, row in metrics["guidance"].items())
     few = {**metrics["teacher_few"], str(best["steps"]): best}
@@ -337,9 +333,9 @@ def pictures_tables(metrics: dict[str, Any], recipe: TextRecipe) -> str:
 ## Quality
 
 By the `{best["protocol"]}` protocol: {best["n"]} pictures a seed, seeds: {best["seeds"]}.
-Accuracies are read off the pixels by exact code.
+An exact program reads the accuracies from the pixels.
 The scheduler is {recipe.scheduler["class"]}; guidance 1
-is none. The floor is fresh drawings against the same reference.
+means no guidance. The floor compares new drawings with the same reference.
 
 At {best["steps"]} steps, by guidance:
 

@@ -1,9 +1,9 @@
-"""Train a small text-to-image teacher from nothing, as an ordinary StableDiffusionPipeline folder.
+"""Train a small text-to-image teacher from scratch, saved as a StableDiffusionPipeline folder.
 
 Latent diffusion (Rombach et al. 2022, arXiv:2112.10752) in two stages: first an AutoencoderKL,
-then a UNet and a CLIP text encoder together, on cached latents, with some captions dropped so that
-the empty prompt is the unconditional one of classifier-free guidance (arXiv:2207.12598). Each stage
-keeps a checkpoint from which it resumes exactly.
+then a UNet and a CLIP text encoder together, on cached latents. Some captions are replaced by the
+empty prompt, which is unconditional in classifier-free guidance (arXiv:2207.12598). Each stage
+resumes exactly from its checkpoint.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from students.export.portable import make_portable
 from teachers.errors import UserError, nearest
 from teachers.storage.files import open_to_readers
 
-LARGEST = 10 * 2**20  # bytes of a teacher that ships inside the package
+LARGEST = 10 * 2**20  # bytes of a teacher that is part of the package
 
 
 class Scenes(NamedTuple):
-    """Where captioned pictures come from.
+    """A source of pictures with captions.
 
-    captions: every caption there is.
-    draw: captions and a seed to uint8 (N, 3, H, W).
-    accuracy: uint8 pictures and their captions to shares that show what was asked.
+    captions: All captions.
+    draw: Draws captions with a seed, as uint8 (N, 3, H, W).
+    accuracy: Shares of uint8 pictures that show their caption, or a part of it.
     """
 
     captions: list[str]
@@ -53,51 +53,53 @@ class Scenes(NamedTuple):
 
 
 class DataSection(Section):
-    """Pictures drawn for the run."""
+    """Drawn pictures."""
 
     source: Literal["shapes"]
-    each: PositiveInt = 100  # of every caption, to learn from
-    held_out: PositiveInt = 4  # of every caption, to check the autoencoder by
+    each: PositiveInt = 100  # pictures of each caption for training
+    held_out: PositiveInt = 4  # pictures of each caption for checking the autoencoder
 
 
 class VaeStage(Section):
-    """How the autoencoder learns: squared error of pixels plus a little KL divergence."""
+    """Training of the autoencoder: squared error of pixels plus a small KL divergence."""
 
-    steps: PositiveInt
-    batch: PositiveInt = 32
-    kl: NonNegative = 1e-4  # nats per latent number, beside the mean squared error per pixel
+    steps: PositiveInt  # training steps
+    batch: PositiveInt = 32  # pictures of a step
+    kl: NonNegative = 1e-4  # weight of the KL divergence, in nats per latent number
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
 class UnetStage(Section):
-    """How the denoiser and the text encoder learn."""
+    """Training of the denoiser and the text encoder."""
 
-    steps: PositiveInt
-    batch: PositiveInt = 64
-    drop: Fraction = 0.1  # share of captions replaced by the empty prompt
+    steps: PositiveInt  # training steps
+    batch: PositiveInt = 64  # pictures of a step
+    drop: Fraction = 0.1  # share of captions that become the empty prompt
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
 class Stages(Section):
+    """Both stages of training, and what they share."""
+
     vae: VaeStage
     unet: UnetStage
-    ema: Fraction = 0.999  # of both stages
-    seed: NonNegativeInt = 0
-    log_every: PositiveInt = 50
-    save_every: PositiveInt = 500
+    ema: Fraction = 0.999  # decay of the weights' average, which is saved; 0 means no average
+    seed: NonNegativeInt = 0  # of all random numbers
+    log_every: PositiveInt = 50  # steps between lines of metrics.jsonl
+    save_every: PositiveInt = 500  # steps between checkpoints
 
 
 class Measures(Section):
-    """What the card states: every guidance at the most steps, and the best one at each count."""
+    """Measurements for the card: each guidance at the most steps, and the best at each count."""
 
-    protocol: Literal["shapes"] | None = None
-    guidance: tuple[NonNegative, ...] = (1.0, 3.0, 5.0)
-    steps: tuple[PositiveInt, ...] = (1, 2, 4, 8, 25)
-    seeds: PositiveInt = 1
+    protocol: Literal["shapes"] | None = None  # by default the teacher is not measured
+    guidance: tuple[NonNegative, ...] = (1.0, 3.0, 5.0)  # scales; 1 means no guidance
+    steps: tuple[PositiveInt, ...] = (1, 2, 4, 8, 25)  # solver steps
+    seeds: PositiveInt = 1  # number of seeds that the results are averaged over
 
 
 class TextRecipe(Section):
-    """A text-to-image teacher: each part's own configuration, and how it is trained."""
+    """A text-to-image teacher: the configuration of each part, and the training."""
 
     data: DataSection
     vae: dict[str, Any]
@@ -120,19 +122,22 @@ class TextRecipe(Section):
             raise UserError(f"{where}: {explain(error, cls)}") from None
 
     def tree(self) -> dict[str, Any]:
-        """Plain data that `check` reads back as this recipe, all defaults spelled out."""
+        """Plain data that `check` reads as this recipe, with all defaults written out."""
         return self.model_dump(mode="json")
 
 
 def train(pipe: Any, recipe: TextRecipe, scenes: Scenes, out: Path) -> dict[str, Any]:
-    """Train the pipeline as its recipe says; the folder is left in `out`/teacher.
+    """Train the pipeline, and save it in `out`/teacher.
 
-    Returns what the two stages cost and came to: seconds, steps per second, the share of held-out
-    pictures still read right after the autoencoder.
+    Returns:
+        For each stage: seconds, steps per second and parameters; for the autoencoder also the share
+        of held-out pictures that still show their caption after it.
     """
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
-        raise UserError("distill teach: a text-to-image teacher is taught by one process")
+        raise UserError(
+            "distill teach: a text-to-image teacher trains in one process; start only one"
+        )
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.to(accelerator.device)
     cfg, report = recipe.train, {}
@@ -142,33 +147,33 @@ def train(pipe: Any, recipe: TextRecipe, scenes: Scenes, out: Path) -> dict[str,
     stage = Stage("vae", [pipe.vae], cfg.vae.optimizer, cfg, cfg.vae.steps, accelerator, out)
     report["vae"] = stage.run(lambda: vae_loss(pipe.vae, pictures, cfg.vae))
     pipe.vae.eval()
-    tests = [c for c in scenes.captions for _ in range(recipe.data.held_out)]
-    unseen = scenes.draw(tests, seed_of(cfg.seed, "held out") % 2**32)
-    again = as_bytes(decode(pipe.vae, encode(pipe.vae, unseen)))
+    test_captions = [c for c in scenes.captions for _ in range(recipe.data.held_out)]
+    unseen = scenes.draw(test_captions, seed_of(cfg.seed, "held out") % 2**32)
+    decoded = as_bytes(decode(pipe.vae, encode(pipe.vae, unseen)))
     report["vae"]["held_out"] = {
-        "psnr_db": psnr(again, unseen),
-        **scenes.accuracy(again, tests),
+        "psnr_db": psnr(decoded, unseen),
+        **scenes.accuracy(decoded, test_captions),
     }
     latents = encode(pipe.vae, pictures)
-    scale = 1 / latents.std().item()  # so that diffusion sees unit variance, as Stable Diffusion
+    scale = 1 / latents.std().item()  # gives latents of variance 1, as in Stable Diffusion
     pipe.vae.register_to_config(scaling_factor=scale)
     report["vae"]["scaling_factor"] = scale
     latents *= scale
 
     ids = tokens(pipe.tokenizer, [*scenes.captions, ""]).to(accelerator.device)
-    which = torch.arange(len(scenes.captions)).repeat_interleave(recipe.data.each)
+    rows = torch.arange(len(scenes.captions)).repeat_interleave(recipe.data.each)
     networks = [pipe.unet, pipe.text_encoder]
     stage = Stage("unet", networks, cfg.unet.optimizer, cfg, cfg.unet.steps, accelerator, out)
-    report["unet"] = stage.run(lambda: unet_loss(pipe, latents, which, ids, cfg.unet))
+    report["unet"] = stage.run(lambda: unet_loss(pipe, latents, rows, ids, cfg.unet))
     save(pipe, out / "teacher")
     return report
 
 
 class Stage:
-    """One stage of training: its networks, their average, and a checkpoint to go on from.
+    """One stage of training: its networks, their average, and its checkpoint.
 
     Args:
-        name: Of its checkpoint, its seeds and its lines in metrics.jsonl.
+        name: The stage's name, for its checkpoint, its seeds and its lines in metrics.jsonl.
     """
 
     def __init__(
@@ -189,11 +194,11 @@ class Stage:
             self.step, self.seconds = state["step"], state["seconds"]
 
     def run(self, loss_of: Callable[[], dict[str, Tensor]]) -> dict[str, Any]:
-        """Train to the last step and leave the averaged weights in place.
+        """Train to the last step, then replace the weights by their average.
 
         Args:
-            loss_of: Gives the loss of a batch that it draws itself, under "loss", and what else is
-                worth logging; every draw follows from the seed, the stage and the step.
+            loss_of: Draws a batch and returns its "loss", with other values to log. The random
+                numbers depend only on the seed, the stage and the step.
         """
         for network in self.networks:
             network.train()
@@ -214,7 +219,7 @@ class Stage:
                 if self.step % cfg.save_every == 0 or self.step == self.steps:
                     self._save()
                 progress.advance(self.step)
-        with torch.no_grad():  # with a decay of 0 there is no average to take over
+        with torch.no_grad():  # with a decay of 0 there is no average
             for p, mean in zip(self.player.params, self.ema.mean):
                 p.copy_(mean)
         for network in self.networks:
@@ -228,13 +233,13 @@ class Stage:
 
     def _log(self, progress: Progress, values: dict[str, float]) -> None:
         if not all(abs(v) < float("inf") for v in values.values()):  # nan fails this too
-            said = f"{self.name}, step {self.step}: the loss is {values['loss']}; "
+            fault = f"{self.name}, step {self.step}: the loss is {values['loss']}"
             if self.first is not None and not self.first.isfinite():
                 raise UserError(
-                    f"{said}it was so before any update, so no learning rate is to blame; look at "
+                    f"{fault}, as it was before any update; no learning rate is the cause: check "
                     "the sections of the networks and the scheduler"
                 )
-            raise UserError(f"{said}lower train.{self.name}.optimizer.lr, or raise its warmup")
+            raise UserError(f"{fault}; lower train.{self.name}.optimizer.lr, or raise its warmup")
         progress.show(self.step, {f"{self.name}/{k}": v for k, v in values.items()})
         line = {"stage": self.name, "step": self.step, "seconds": self.seconds, **values}
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -251,29 +256,29 @@ class Stage:
 
 
 def vae_loss(vae: Any, pictures: Tensor, cfg: VaeStage) -> dict[str, Tensor]:
-    """Of a batch of pictures drawn at random: squared error per pixel, and KL per latent."""
+    """Loss of a random batch of pictures: squared error per pixel, and KL per latent number."""
     x = as_floats(pictures[torch.randint(len(pictures), (cfg.batch,))]).to(vae.device)
-    law = vae.encode(x).latent_dist
-    error = mse_loss(vae.decode(law.sample()).sample, x)
-    kl = (law.mean.square() + law.var - 1 - law.logvar).mean() / 2
+    posterior = vae.encode(x).latent_dist
+    error = mse_loss(vae.decode(posterior.sample()).sample, x)
+    kl = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
     return {"loss": error + cfg.kl * kl, "error": error.detach(), "kl": kl.detach()}
 
 
 def unet_loss(
-    pipe: Any, latents: Tensor, which: Tensor, ids: Tensor, cfg: UnetStage
+    pipe: Any, latents: Tensor, rows: Tensor, ids: Tensor, cfg: UnetStage
 ) -> dict[str, Tensor]:
-    """Squared error of what the scheduler says is predicted, at uniform times.
+    """Squared error of the scheduler's prediction (noise or velocity), at uniform times.
 
     Args:
-        latents: Scaled, (N, C, H, W).
-        which: The caption of each, (N,), as a row of `ids`.
-        ids: Token ids (K + 1, L); the last row is the empty prompt's.
+        latents: Scaled latents (N, C, H, W).
+        rows: The row of `ids` with the caption of each latent, (N,).
+        ids: Token ids (K + 1, L); the last row is the empty prompt.
     """
     scheduler, device = pipe.scheduler, pipe.unet.device
     index = torch.randint(len(latents), (cfg.batch,))
     x = latents[index].to(device)
     dropped = torch.rand(cfg.batch) < cfg.drop
-    rows = torch.where(dropped, len(ids) - 1, which[index]).to(device)
+    captions = torch.where(dropped, len(ids) - 1, rows[index]).to(device)
     t = torch.randint(scheduler.config.num_train_timesteps, (cfg.batch,)).to(device)
     noise = torch.randn(x.shape).to(device)
     x_t = scheduler.add_noise(x, noise, t)
@@ -281,16 +286,16 @@ def unet_loss(
         target = scheduler.get_velocity(x, noise, t)
     else:
         target = noise
-    text = pipe.text_encoder(ids[rows])[0]
+    text = pipe.text_encoder(ids[captions])[0]
     return {"loss": mse_loss(pipe.unet(x_t, t, text).sample, target)}
 
 
 def pipeline(recipe: TextRecipe, captions: Sequence[str], where: str) -> Any:
-    """An untrained StableDiffusionPipeline of the recipe's configurations.
+    """An untrained StableDiffusionPipeline with the recipe's configurations.
 
     Raises:
-        UserError: a part's configuration has an unknown key or an impossible value, or the parts
-            do not fit each other.
+        UserError: a configuration has an unknown key or an impossible value, or the parts do not
+            fit each other.
     """
     import diffusers
     import transformers
@@ -314,8 +319,8 @@ def pipeline(recipe: TextRecipe, captions: Sequence[str], where: str) -> Any:
     longest = max(len(ids) for ids in tokenizer(captions).input_ids)
     if longest > length:
         raise UserError(
-            f"{where}: text_encoder.max_position_embeddings: {length}; "
-            f"the longest caption takes {longest} tokens"
+            f"{where}: text_encoder.max_position_embeddings: {length} is too small; the longest "
+            f"caption takes {longest} tokens"
         )
     seed_all(recipe.train.seed, "networks")
     text = part(transformers.CLIPTextConfig, recipe.text_encoder, "text_encoder", where)
@@ -339,8 +344,8 @@ def pipeline(recipe: TextRecipe, captions: Sequence[str], where: str) -> Any:
     side = vae.config.sample_size // pipe.vae_scale_factor
     if side != unet.config.sample_size:
         raise UserError(
-            f"{where}: unet.sample_size: {unet.config.sample_size}; "
-            f"the autoencoder's latents of {vae.config.sample_size} pixels are {side}"
+            f"{where}: unet.sample_size: {unet.config.sample_size} does not fit; the autoencoder's "
+            f"latents of {vae.config.sample_size} pixels have {side}"
         )
     return pipe
 
@@ -349,25 +354,26 @@ def pipeline(recipe: TextRecipe, captions: Sequence[str], where: str) -> Any:
 def start_quiet(vae: Any) -> None:
     """Start the latents' noise at a standard deviation of 0.05.
 
-    The encoder's untrained means are small beside a deviation of one, and nothing gets through.
+    With 1, the noise would hide the small means of an untrained encoder.
     """
     last = vae.encoder.conv_out if vae.quant_conv is None else vae.quant_conv
     last.bias[vae.config.latent_channels :] = -6.0
 
 
 def part(kind: Any, config: dict[str, Any], section: str, where: str) -> Any:
-    """An object of `kind` from its section, every key of it checked."""
+    """An object of class `kind` from its section, with every key checked."""
     known = set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"}
     if wrong := [k for k in config if k not in known]:
         raise UserError(f"{where}: {section}.{wrong[0]}: unknown key; {nearest(wrong[0], known)}")
     try:
         return kind(**config)
-    except Exception as error:  # of whatever kind a wrong size comes to
-        raise UserError(f"{where}: {section}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # diffusers raises many types for a wrong size
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: {section}: {reason}; correct the section") from None
 
 
 def save(pipe: Any, folder: Path) -> None:
-    """Leave the pipeline in `folder`, the UNet's weights in half precision.
+    """Save the pipeline in `folder`, with the UNet's weights in half precision.
 
     Raises:
         UserError: the folder is larger than the package may carry.
@@ -383,12 +389,15 @@ def save(pipe: Any, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     draft.replace(folder)
     if size > LARGEST:
-        raise UserError(f"{folder}: {size / 2**20:.1f} MiB; make the networks smaller, for 10")
+        raise UserError(
+            f"{folder}: it has {size / 2**20:.1f} MiB, more than {LARGEST >> 20}; make the "
+            "networks smaller"
+        )
 
 
 @torch.no_grad()
 def samples(pipe: Any, prompts: Sequence[str], seed: int, steps: int, guidance: float) -> Tensor:
-    """The stock pipeline's pictures: float (N, 3, H, W) in [-1, 1]."""
+    """Pictures of the stock pipeline: float (N, 3, H, W) in [-1, 1]."""
     pipe.set_progress_bar_config(disable=True)
     rng = torch.Generator().manual_seed(seed)
     parts = [
@@ -406,7 +415,7 @@ def samples(pipe: Any, prompts: Sequence[str], seed: int, steps: int, guidance: 
 
 @torch.no_grad()
 def encode(vae: Any, pictures: Tensor) -> Tensor:
-    """Unscaled latents of uint8 pictures: the means of their laws."""
+    """Unscaled latents of uint8 pictures: the means of their posteriors."""
     parts = [vae.encode(as_floats(p).to(vae.device)).latent_dist.mean for p in pictures.split(500)]
     return torch.cat(parts).cpu()
 
@@ -418,12 +427,12 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def as_floats(pictures: Tensor) -> Tensor:
-    """uint8 as [-1, 1]."""
+    """uint8 pictures as floats in [-1, 1]."""
     return pictures.float() / 127.5 - 1
 
 
 def as_bytes(pictures: Tensor) -> Tensor:
-    """[-1, 1] as uint8, rounded to the nearest."""
+    """Pictures in [-1, 1] as uint8, rounded to the nearest."""
     return (pictures * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 

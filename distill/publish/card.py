@@ -1,52 +1,52 @@
-"""The model card of a student, written from its run: what it is, what it cost, what it may be.
+"""The model card of a student, written from its run.
 
 The front matter follows the Hub's model-card specification, so that the Hub links the student to
-its base model, shows its licence, and lists its figures.
+its base model, shows its licence, and lists its metrics.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from distill.publish.licence import Licence, check_licence, folder_of, hub_id, licence_of
 from distill.publish.papers import PAPERS
-from distill.publish.results_table import FIGURES, SPREAD, advised, many, rows_of, steps_of
+from distill.publish.results_table import SPREAD, advised, many, rows_of, steps_of
+from eval import catalogue
 from teachers.errors import UserError, intact
 from teachers.storage.files import read_json
 
-GRID = "grid.png"  # the sample grid's name beside the card
-
-
-# The figures a card shows, in this order, of those that the protocol gives.
-# ---- licences
-
-
-# ---- the card
+GRID = "grid.png"  # the name of the sample grid beside the card
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card with what belongs beside it."""
+    """A card and the files that belong beside it."""
 
     text: str
-    grid: Path | None  # a picture of samples, to lie beside it as grid.png
+    grid: Path | None  # an image of samples, to be saved beside the card as grid.png
     licence: Licence
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card is written from.
+    """The data that a card is written from.
 
     Attributes:
         index: The exported pipeline's model_index.json.
         sidecar: Its fewstep.json: steps, teacher, recipe.
         summary: The run's summary.json; empty before the run is measured.
         where: What the snippet loads: a Hub id, or a folder.
-        own: Whether the folder holds its network's source, which diffusers runs only when told to.
+        revision: The branch of the Hub repository that the snippet loads.
+        classes: Whether the student is class-conditional.
+        adapter: Whether there are LoRA files.
+        grid: Whether there is an image of samples.
+        override: Why the student may be shared although the teacher's licence forbids it.
+        has_code: Whether the folder holds its network's source, which diffusers runs only with
+            trust_remote_code.
     """
 
     index: dict[str, Any]
@@ -58,23 +58,24 @@ class Facts:
     adapter: bool = False
     grid: bool = False
     override: str = ""
-    own: bool = False
+    has_code: bool = False
 
     def setting(self, section: str, key: str, default: Any = None) -> Any:
+        """A value of the recipe; the default if the recipe does not have it."""
         part = self.sidecar.get("recipe", {}).get(section) or {}
         return part.get(key, default)
 
     @property
     def guidance(self) -> float:
-        """The scale g of the teacher's; in the recipe it may be a mapping's."""
-        how = self.setting("teacher", "guidance", 1.0)
-        return float(how["scale"] if isinstance(how, dict) else how)
+        """The teacher's guidance scale g; 1 is unguided."""
+        guidance = self.setting("teacher", "guidance", 1.0)
+        return float(guidance["scale"] if isinstance(guidance, dict) else guidance)
 
     @property
     def weaker(self) -> str | None:
-        """The network that guided the teacher, under autoguidance."""
-        how = self.setting("teacher", "guidance")
-        return how.get("weaker") if isinstance(how, dict) else None
+        """The weaker model that guided the teacher, under autoguidance; else None."""
+        guidance = self.setting("teacher", "guidance")
+        return guidance.get("weaker") if isinstance(guidance, dict) else None
 
     @property
     def counts(self) -> list[int]:
@@ -86,11 +87,11 @@ class Facts:
 
     @property
     def objective(self) -> str:
-        return str(self.setting("objective", "name", "an objective of its own"))
+        return str(self.setting("objective", "name", "a custom objective"))
 
     @property
     def text(self) -> bool:
-        """Whether prompts are what it is conditioned on."""
+        """Whether it is text-conditional."""
         return "tokenizer" in self.index
 
     @property
@@ -105,27 +106,32 @@ def require_finished(run: Path) -> None:
     """Refuse a folder that does not hold a finished run.
 
     Raises:
-        UserError: it is no run, or its training or measuring has not come to its end.
+        UserError: it is not a run, or the run is not finished, or its summary is damaged.
     """
+    who = f"run {str(run)!r}"
     if not (run / "recipe.yaml").is_file():
-        raise UserError(f"run {str(run)!r}: no run is there; give a folder that `distill run` made")
+        raise UserError(f"{who}: no recipe.yaml there; give the folder of a `distill run`")
     if not (run / "summary.json").is_file() or not (run / "student").is_dir():
-        raise UserError(f"run {str(run)!r} is not finished; go on with `distill run … --resume`")
-    summary = read_json(run / "summary.json", f"run {str(run)!r}")
-    if lacking := sorted({"steps", "wall_s", "metrics"} - summary.keys()):
-        raise UserError(f"run {str(run)!r}: summary.json is damaged: it lacks {', '.join(lacking)}")
+        raise UserError(f"{who}: not finished; continue it with `distill run … --resume`")
+    summary = read_json(run / "summary.json", who)
+    if missing := sorted({"steps", "wall_s", "metrics"} - summary.keys()):
+        raise UserError(
+            f"{who}: summary.json is damaged: it lacks {', '.join(missing)}; "
+            "write it again with `distill run … --resume`"
+        )
 
 
 def card(run: Path, repo: str = "", licence_override: str = "", revision: str = "main") -> Card:
     """The card of a finished run.
 
     Args:
-        repo: The Hub id that the snippet loads; without one, the run's student folder.
-        licence_override: As for `check_licence`; a recipe's export.licence_override serves too.
+        repo: The Hub id that the snippet loads; if empty, the run's student folder.
+        licence_override: As for `check_licence`; if empty, the recipe's export.licence_override.
+        revision: The branch of the Hub repository.
 
     Raises:
-        UserError: the run is not finished or not whole, or a licence forbids it: the teacher's, or
-            that of the weaker network that guided it.
+        UserError: the run is not finished or its files are damaged, or the licence of the teacher,
+            or of the weaker model that guided it, forbids sharing the student.
     """
     require_finished(run)
     summary = read_json(run / "summary.json", f"run {str(run)!r}")
@@ -135,67 +141,77 @@ def card(run: Path, repo: str = "", licence_override: str = "", revision: str = 
     licence = check_licence(facts.teacher, override)
     if facts.weaker is not None:
         check_licence(facts.weaker, override)
-    adapter = any((run / "lora").glob("*.safetensors"))
-    made = {**vars(facts), "grid": grid is not None, "override": override}
+    adapter = facts.adapter or any((run / "lora").glob("*.safetensors"))
+    facts = replace(facts, grid=grid is not None, override=override, adapter=adapter)
     with intact(run / "summary.json"):
-        text = written(Facts(**{**made, "adapter": adapter or facts.adapter}), licence)
+        text = write_card(facts, licence)
     return Card(text, grid, licence)
 
 
 def draft(folder: Path) -> str:
-    """The card of a freshly exported folder, before it is measured."""
+    """The card of an exported student that is not measured yet."""
     facts = facts_of(folder, {})
-    return written(facts, licence_of(facts.teacher))
+    return write_card(facts, licence_of(facts.teacher))
 
 
 def facts_of(
     folder: Path, summary: dict[str, Any], where: str = Facts.where, revision: str = "main"
 ) -> Facts:
-    """What an exported folder says of itself."""
+    """Read the facts about a student from its exported folder.
+
+    Raises:
+        UserError: a file of the folder is missing or damaged.
+    """
     who = f"student {str(folder)!r}"
     sidecar = read_json(folder / "fewstep.json", who)
-    steps, recipe = sidecar.get("steps"), sidecar.get("recipe")
-    whole = isinstance(steps, list) and steps and all(type(k) is int and k > 0 for k in steps)
-    sections = [*recipe.values()] if isinstance(recipe, dict) else ["no sections"]
-    whole = whole and all(isinstance(section, dict | None) for section in sections)
-    if not whole or not isinstance(sidecar.get("teacher"), str):
+    if not is_valid(sidecar):
         raise UserError(f"{who}: fewstep.json is damaged; export the run again")
     config = folder / "unet" / "config.json"
     classes = config.is_file() and bool(read_json(config, who).get("num_class_embeds"))
     lora = (folder / "pytorch_lora_weights.safetensors").is_file()
     index = read_json(folder / "model_index.json", who)
-    own = any(folder.glob("*/*.py"))
-    return Facts(index, sidecar, summary, where, revision, classes, lora, own=own)
+    has_code = any(folder.glob("*/*.py"))
+    return Facts(index, sidecar, summary, where, revision, classes, lora, has_code=has_code)
+
+
+def is_valid(sidecar: dict[str, Any]) -> bool:
+    """Whether a fewstep.json holds step counts, a recipe of sections, and the teacher's name."""
+    steps, recipe = sidecar.get("steps"), sidecar.get("recipe")
+    if not isinstance(steps, list) or not isinstance(recipe, dict):
+        return False
+    counts = bool(steps) and all(type(k) is int and k > 0 for k in steps)
+    sections = all(isinstance(section, dict | None) for section in recipe.values())
+    return counts and sections and isinstance(sidecar.get("teacher"), str)
 
 
 def newest_grid(run: Path, counts: Sequence[int]) -> Path | None:
-    """The last sample grid, at the most steps the student takes."""
+    """The last sample grid at the student's largest step count."""
     grids = sorted((run / "samples").glob(f"step-*-at-{max(counts)}.png"))
     return grids[-1] if grids else None
 
 
-def written(facts: Facts, licence: Licence) -> str:
-    """Front matter and text."""
-    parts = [
+def write_card(facts: Facts, licence: Licence) -> str:
+    """The card as Markdown with front matter."""
+    sections = [
         f"# {title(facts)}",
         method(facts),
-        "![Samples, one for each prompt or label](" + GRID + ")" if facts.grid else "",
+        f"![Samples, one for each prompt or label]({GRID})" if facts.grid else "",
         f"## Use\n\n```python\n{snippet(facts)}\n```",
         training(facts),
         quality(facts),
         limitations(facts),
-        licensed(facts, licence),
+        licence_section(facts, licence),
         citation(facts),
     ]
-    return f"---\n{metadata(facts, licence)}\n---\n" + "\n\n".join(p for p in parts if p) + "\n"
+    return f"---\n{metadata(facts, licence)}\n---\n" + "\n\n".join(s for s in sections if s) + "\n"
 
 
 def title(facts: Facts) -> str:
-    return f"A {max(facts.counts)}-step student of {named(facts)}"
+    return f"A {max(facts.counts)}-step student of {teacher_name(facts)}"
 
 
-def named(facts: Facts) -> str:
-    """The teacher without this machine's folders in it."""
+def teacher_name(facts: Facts) -> str:
+    """The teacher's Hub id; of a local folder, its last part alone."""
     local = folder_of(facts.teacher) is not None or hub_id(facts.teacher) is None
     return Path(facts.teacher).name if local else facts.teacher
 
@@ -213,11 +229,10 @@ def metadata(facts: Facts, licence: Licence) -> str:
                 dataset_type=row["protocol"],
                 dataset_name=f"{row['protocol']} ({row['n']} samples, {row['seeds']} seeds)",
                 metric_type=key,
-                metric_name=f"{name}, {steps_of([steps])}",
+                metric_name=f"{catalogue.label(key)}, {steps_of([steps])}",
                 metric_value=round(row[key], 6),
             )
-            for key, name in FIGURES.items()
-            if key in row
+            for key in catalogue.columns(row)
         ]
     parameters: dict[str, Any] = {"num_inference_steps": advised(facts.counts, facts.summary)}
     data = ModelCardData(
@@ -238,58 +253,55 @@ def metadata(facts: Facts, licence: Licence) -> str:
 
 
 def guidance_arguments(facts: Facts) -> dict[str, float]:
-    """How this pipeline is told not to guide: what it guides by is in the student already."""
+    """The argument that turns off the pipeline's guidance, which is built into the student."""
     if not facts.text:
         return {}
     kind = str(facts.index.get("_class_name", ""))
     if kind.startswith("QwenImage"):
         return {"true_cfg_scale": 1.0}
-    if kind.startswith("ZImage"):  # it counts from 0
+    if kind.startswith("ZImage"):  # its scale is g - 1
         return {"guidance_scale": 0.0}
-    if kind.startswith("Flux"):  # there it is a condition of the network, not a second pass
+    if kind.startswith("Flux"):  # its scale is a condition of the network, not guidance
         return {"guidance_scale": facts.guidance}
     return {"guidance_scale": 1.0}
 
 
 def snippet(facts: Facts) -> str:
-    """Six lines that load the student and save a picture."""
-    asked = "two red circles on the left" if facts.teacher == "shapes" else "a lighthouse at dusk"
-    call = [json.dumps(asked)] if facts.text else ["batch_size=16"]
+    """Six lines of Python that load the student and save an image."""
+    prompt = "two red circles on the left" if facts.teacher == "shapes" else "a lighthouse at dusk"
+    call = [json.dumps(prompt)] if facts.text else ["batch_size=16"]
     call += ["class_labels=[3] * 16"] * facts.classes
     call += [f"num_inference_steps={advised(facts.counts, facts.summary)}"]
     call += [f"{k}={v}" for k, v in guidance_arguments(facts).items()]
-    branch = f", revision={facts.revision!r}" * (facts.revision != "main")
-    branch += ", trust_remote_code=True" * facts.own
-    which = "frames" if facts.task == "text-to-video" else "images"
+    options = f", revision={facts.revision!r}" * (facts.revision != "main")
+    options += ", trust_remote_code=True" * facts.has_code
+    field = "frames[0]" if facts.task == "text-to-video" else "images"
     return f"""import torch
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({json.dumps(facts.where)}{branch})
+pipe = DiffusionPipeline.from_pretrained({json.dumps(facts.where)}{options})
 generator = torch.Generator().manual_seed(0)
-images = pipe({", ".join(call)}, generator=generator).{which}{"[0]" * (which == "frames")}
+images = pipe({", ".join(call)}, generator=generator).{field}
 images[0].save("sample.png")"""
 
 
 def method(facts: Facts) -> str:
     paper = PAPERS.get(facts.objective)
-    cited = f" ([{paper.title}](https://arxiv.org/abs/{paper.arxiv}))" if paper else ""
-    *most, last = map(str, facts.counts)
-    counts = f"{', '.join(most)} or {last}" if most else last
-    plural = "s" * (facts.counts != [1])
+    link = f" ([{paper.title}](https://arxiv.org/abs/{paper.arxiv}))" if paper else ""
     return (
         "Distilled by [fewstep](https://pypi.org/project/fewstep/) "
-        f"with `{facts.objective}`{cited}. It is sampled in {counts} step{plural}, for which it "
-        "was trained, and in no other number; its scheduler lies in this folder."
+        f"with `{facts.objective}`{link}. It is trained for {steps_of(facts.counts)}, and for no "
+        "other step count. The scheduler it needs is in this folder."
     )
 
 
 def training(facts: Facts) -> str:
-    """Teacher, guidance, data, length and cost."""
+    """The section on teacher, guidance, data, duration and cost."""
     g = facts.guidance
-    guided = "unguided (g = 1)" if g == 1 else f"guided at g = {g:g} (g = 1 + w; 1 is unguided)"
+    scale = "unguided (g = 1)" if g == 1 else f"guidance scale g = {g:g} (g = 1 + w; 1 is unguided)"
     source = facts.setting("data", "source") or facts.setting("data", "prompts")
     data = f"`{Path(str(source)).name if folder_of(str(source)) else source}`" if source else "none"
     lines = [
-        f"- **Teacher**: {named(facts)}, {guided}. The student is sampled without guidance.",
+        f"- **Teacher**: {teacher_name(facts)}, {scale}. The student is sampled without guidance.",
         f"- **Data**: {data}.",
     ]
     if summary := facts.summary:
@@ -303,18 +315,18 @@ def training(facts: Facts) -> str:
 
 
 def cost(summary: Mapping[str, Any]) -> str:
-    """Hours of all processes together."""
+    """Device-hours over all processes, the device and the network evaluations."""
     device, processes = str(summary.get("device", "")), summary.get("processes", 1)
     kind = "GPU-hours" if device.startswith("cuda") else "CPU-hours"
     hours = summary["wall_s"] * processes / 3600
-    shared = f", {processes} processes" * (processes > 1)
+    several = f", {processes} processes" * (processes > 1)
     evaluations = summary.get("network_evaluations")
     count = f", {evaluations:,} network evaluations" if evaluations else ""
-    return f"{hours:.2g} {kind} on {device or 'an unnamed device'}{shared}{count}"
+    return f"{hours:.2g} {kind} on {device or 'an unnamed device'}{several}{count}"
 
 
 def quality(facts: Facts) -> str:
-    """The figures, with the protocol and seeds they are of."""
+    """The section with the metrics, their protocol and seeds."""
     metrics = facts.summary.get("metrics")
     if not metrics:
         return "## Quality\n\nNot measured." if facts.summary else ""
@@ -323,46 +335,49 @@ def quality(facts: Facts) -> str:
     seeds = f"{many(student['seeds'], 'seed')} for the student"
     if full := metrics.get("teacher"):
         seeds += f" and {full['seeds']} for the teacher"
-    keys = [k for k in FIGURES if k in student]
-    heads = ["", "evaluations", *(FIGURES[k] for k in keys)]
+    keys = catalogue.columns(student)
+    heads = ["", "evaluations", *map(catalogue.label, keys)]
     table = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row.name, f"{row.evaluations:.4g}", *(figure(row.figures, k) for k in keys)]
         table.append("| " + " | ".join(cells) + " |")
     return (
         f"## Quality\n\nProtocol `{student['protocol']}`: {student['n']} samples, {seeds}; "
-        f"{SPREAD}. Evaluations are of the network, for one picture.\n\n" + "\n".join(table)
+        f"{SPREAD}. Evaluations are network evaluations per image.\n\n" + "\n".join(table)
     )
 
 
 def figure(row: Mapping[str, Any], key: str) -> str:
+    """A metric with its spread over seeds; empty if the row does not have it."""
     spread = row.get("spread", {}).get(key)
     if key not in row:
         return ""
-    return f"{row[key]:.3f}" + (f" ± {spread:.3f}" if spread and row.get("seeds", 1) > 1 else "")
+    shown = f" ± {catalogue.written(key, spread)}" if spread and row.get("seeds", 1) > 1 else ""
+    return catalogue.written(key, row[key]) + shown
 
 
 def limitations(facts: Facts) -> str:
     prompts = " and negative prompts have no effect" if facts.text else " has no effect"
     return (
         "## Limitations\n\n"
-        f"- Other step counts and other schedulers than the ones above give poor pictures.\n"
+        "- Other step counts and other schedulers give poor images.\n"
         f"- Guidance is built in; a guidance scale{prompts}.\n"
-        "- It has its teacher's biases and gaps, and usually less variety than its teacher: "
-        "compare recall above, where it is given.\n"
-        "- It was trained at its teacher's resolution and is not tested at others."
+        "- It has the biases and gaps of its teacher, and usually less diversity: compare recall "
+        "and coverage, if they are given above.\n"
+        "- It is trained at its teacher's resolution and not tested at others."
     )
 
 
-def licensed(facts: Facts, licence: Licence) -> str:
+def licence_section(facts: Facts, licence: Licence) -> str:
     link = f" ({licence.link})" if licence.link else ""
-    lines = [f"The teacher's, which a student inherits: **{licence.called}**{link}."]
+    lines = [f"The student inherits the teacher's licence: **{licence.label}**{link}."]
     if licence.id is None:
-        lines = ["The teacher states none; ask its owner before you share or use this."]
-    guide = Licence() if facts.weaker is None else licence_of(facts.weaker)
-    if licence.forbids or guide.forbids:
-        whose = "It" if licence.forbids else f"That of what guided the teacher ({guide.called})"
-        lines.append(f"{whose} forbids derivatives; this one is shared because: {facts.override}.")
+        lines = ["The teacher states no licence; ask its owner before you use or share this."]
+    weaker = Licence() if facts.weaker is None else licence_of(facts.weaker)
+    if licence.forbids or weaker.forbids:
+        subject = "It" if licence.forbids else f"That of the model that guided it ({weaker.label})"
+        reason = f"the student is shared because: {facts.override}."
+        lines.append(f"{subject} forbids derivatives; {reason}")
     return "## Licence\n\n" + " ".join(lines)
 
 

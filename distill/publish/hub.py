@@ -1,8 +1,7 @@
-"""The Hub as a push sees it: a branch, its files by hash, retries, and refusals in one line."""
+"""A branch of a Hub repository: its files by hash, commits, retries, and errors in one line."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
@@ -10,70 +9,76 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
 from students.export.folder import SIDECAR
 from teachers.errors import UserError
 
-MARK = "run"  # in the uploaded sidecar: which run the files are of
-TRIES, WAIT, LONGEST = 4, 1.0, 30.0  # of a request; the pause doubles from WAIT to LONGEST seconds
-TRANSIENT = {408, 429, 500, 502, 503, 504}
+RUN_KEY = "run"  # of the uploaded sidecar: the id of the run that the files come from
+ATTEMPTS = 4  # of each request
+FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between attempts; the wait doubles each time
+TRANSIENT = {408, 429, 500, 502, 503, 504}  # HTTP statuses after which a request is repeated
 
 Content = Path | bytes
 T = TypeVar("T")
 
 
-def as_argument(content: Content) -> str | bytes:
-    return content if isinstance(content, bytes) else str(content)
+def is_unchanged(content: Content, entry: Any) -> bool:
+    """Whether a file of the repository has this content.
+
+    Args:
+        entry: Of `list_repo_tree`, with the sha256 of an LFS file or the git hash of another;
+            None if the repository has no such file.
+    """
+    from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
+    if entry is None or entry.size != size_of(content):
+        return False
+    if entry.lfs is None:
+        return git_hash(as_bytes(content)) == entry.blob_id
+    with BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+        return sha_fileobj(file).hex() == entry.lfs.sha256
+
+
+def size_of(content: Content) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def as_bytes(content: Content) -> bytes:
     return content if isinstance(content, bytes) else content.read_bytes()
 
 
-def same(content: Content, there: Any) -> bool:
-    """Whether the repository's file has this content, by its sha256 (LFS) or its git hash."""
-    if there is None:
-        return False
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    if there.size != size:
-        return False
-    if there.lfs is not None:
-        return digest(content, hashlib.sha256()) == there.lfs.sha256
-    return digest(content, hashlib.sha1(b"blob %d\0" % size)) == there.blob_id
-
-
-def digest(content: Content, hasher: Any) -> str:
-    if isinstance(content, bytes):
-        hasher.update(content)
-    else:
-        with content.open("rb") as file:
-            while part := file.read(1 << 20):
-                hasher.update(part)
-    return hasher.hexdigest()
-
-
 class Remote:
-    """A branch of a repository on the Hub; each request is retried when the fault may pass."""
+    """A branch of a repository on the Hub; each request is repeated after transient faults."""
 
     def __init__(self, api: Any, repo: str, revision: str) -> None:
         self.api, self.repo, self.revision = api, repo, revision
         self.key = f"{repo}@{revision}"
         self.url = f"{api.endpoint}/{repo}" + (f"/tree/{revision}" * (revision != "main"))
 
-    def open(self, private: bool) -> bool:
-        """Make the repository and the branch where they are missing; whether the branch is new."""
+    def create(self, private: bool) -> bool:
+        """Create the repository and the branch if they do not exist.
+
+        Returns:
+            Whether the branch is new.
+
+        Raises:
+            UserError: `private` is asked of a public repository.
+        """
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         try:
-            info = retried(lambda: self.api.model_info(self.repo))
+            info = with_retries(lambda: self.api.model_info(self.repo))
         except RepositoryNotFoundError as error:
             if status_of(error) == 401:
-                raise  # the token, and not the repository
+                raise  # the token is wrong; the repository may exist
             info = None
         if info is None:
-            retried(lambda: self.api.create_repo(self.repo, private=private or None, exist_ok=True))
+            with_retries(
+                lambda: self.api.create_repo(self.repo, private=private or None, exist_ok=True)
+            )
         elif private and not info.private:
             raise UserError(
                 f"push: {self.repo} exists and is public; leave out --private, or make it private "
@@ -82,50 +87,58 @@ class Remote:
         try:
             self.head()
         except RevisionNotFoundError:
-            retried(lambda: self.api.create_branch(self.repo, branch=self.revision, exist_ok=True))
+            with_retries(
+                lambda: self.api.create_branch(self.repo, branch=self.revision, exist_ok=True)
+            )
             return True
         return False
 
     def head(self) -> str:
-        """The branch's newest commit."""
-        return retried(lambda: self.api.model_info(self.repo, revision=self.revision)).sha
+        """The id of the branch's newest commit."""
+        return with_retries(lambda: self.api.model_info(self.repo, revision=self.revision)).sha
 
     def files(self) -> dict[str, Any]:
-        """The files of the branch, with their hashes."""
+        """The files of the branch by path, with their sizes and hashes."""
 
-        def listed() -> dict[str, Any]:
+        def request() -> dict[str, Any]:
             tree = self.api.list_repo_tree(self.repo, recursive=True, revision=self.revision)
             return {entry.path: entry for entry in tree if "blob_id" in vars(entry)}
 
-        return retried(listed)
+        return with_retries(request)
 
-    def mark(self) -> str | None:
-        """Which run the repository's sidecar names."""
+    def run_id(self) -> str | None:
+        """The id of the run whose student the branch holds; None if the sidecar has none."""
         with tempfile.TemporaryDirectory() as scratch:
-            path = retried(
+            path = with_retries(
                 lambda: self.api.hf_hub_download(
                     self.repo, SIDECAR, revision=self.revision, local_dir=scratch
                 )
             )
             try:
-                return json.loads(Path(path).read_text(encoding="utf-8")).get(MARK)
+                return json.loads(Path(path).read_text(encoding="utf-8")).get(RUN_KEY)
             except (ValueError, AttributeError, RecursionError):
                 return None
 
     def commit(
         self, operations: list[Any], message: str, parent: str, files: Mapping[str, Content]
     ) -> str:
-        """Commit on top of `parent`; after a fault that may have struck behind it, look first."""
+        """Commit on top of `parent` and return the new commit's id.
 
+        The answer to a commit can be lost although the Hub made it. So each attempt looks first
+        whether the branch already holds `files`.
+
+        Raises:
+            UserError: the branch has other commits since `parent`.
+        """
         from huggingface_hub import CommitOperationAdd as Add
 
         def attempt() -> str:
             if (head := self.head()) != parent:
-                there = self.files()
-                if all(same(content, there.get(name)) for name, content in files.items()):
-                    return head  # an earlier attempt did arrive
-                raise moved(self.key)
-            # an addition that was sent once remembers it; each attempt asks the Hub afresh
+                entries = self.files()
+                if all(is_unchanged(v, entries.get(name)) for name, v in files.items()):
+                    return head  # an earlier attempt succeeded
+                raise overtaken(self.key)
+            # an Add remembers what an earlier attempt uploaded; a new one asks the Hub again
             again = [
                 Add(o.path_in_repo, o.path_or_fileobj) if isinstance(o, Add) else o
                 for o in operations
@@ -140,96 +153,100 @@ class Remote:
                 ).oid
             except Exception as error:
                 if status_of(error) in (409, 412):
-                    raise moved(self.key) from None
+                    raise overtaken(self.key) from None
                 raise
 
-        return retried(attempt)
+        return with_retries(attempt)
 
 
-def moved(key: str) -> UserError:
+def overtaken(key: str) -> UserError:
     return UserError(
-        f"push: {key} was changed by somebody else meanwhile; nothing was committed: "
-        "look at it, then push again"
+        f"push: {key} was changed by somebody else during the push; nothing was committed: "
+        "look at the change, then push again"
     )
 
 
-def retried(request: Callable[[], T]) -> T:
-    """The request's answer, asked for again after faults that may pass, with growing pauses."""
-    wait = WAIT
-    for attempt in range(1, TRIES + 1):
+def with_retries(request: Callable[[], T]) -> T:
+    """The request's answer; after transient faults it is repeated, with growing waits.
+
+    huggingface_hub repeats uploads, but not the requests around them (docs/decisions/0010).
+    """
+    wait = FIRST_WAIT
+    for attempt in range(1, ATTEMPTS + 1):
         try:
             return request()
         except Exception as error:
-            fault = bare(error)
-            if attempt == TRIES or not passing(fault):
-                raise fault from fault.__cause__
-            time.sleep(min(asked(fault) or wait, LONGEST))
-            wait = min(2 * wait, LONGEST)
+            cause = underlying(error)
+            if attempt == ATTEMPTS or not is_transient(cause):
+                raise cause from cause.__cause__
+            time.sleep(min(retry_after(cause) or wait, LONGEST_WAIT))
+            wait = min(2 * wait, LONGEST_WAIT)
     raise AssertionError
 
 
-def bare(error: Exception) -> Exception:
-    """The fault itself: huggingface_hub before 1 hides that of a large file in a RuntimeError."""
+def underlying(error: Exception) -> Exception:
+    """The HTTP error inside the RuntimeError that huggingface_hub before 1 raises for LFS files."""
     cause = error.__cause__
     return cause if isinstance(error, RuntimeError) and isinstance(cause, Exception) else error
 
 
-def passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed a little later."""
     status = status_of(error)
     if status is not None:
         return status in TRANSIENT
-    return unreachable(error) or isinstance(error, json.JSONDecodeError)  # a proxy's own page
+    # a proxy may answer with a page of its own, which is no JSON
+    return is_connection_error(error) or isinstance(error, json.JSONDecodeError)
 
 
-def unreachable(error: Exception) -> bool:
-    """Whether the connection failed: no name, refused, dropped, timed out."""
+def is_connection_error(error: Exception) -> bool:
+    """Whether the Hub could not be reached: unknown host, refused, dropped, timed out."""
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
         return False
-    # files of our own that cannot be read are OSErrors with a path; the transport's have none
+    # an OSError about a local file has a file name; one about a connection has none
     local = isinstance(error, OSError) and error.filename is not None
     return isinstance(error, HTTPError | OSError) and not local
 
 
 def status_of(error: Exception) -> int | None:
-    """The HTTP status that an error of the Hub's carries."""
+    """The HTTP status of an error's response; None if it has no response."""
     response = getattr(error, "response", None)
     return None if response is None else response.status_code
 
 
-def asked(error: Exception) -> float:
-    """How long the server asked us to wait, in seconds; 0 if it did not."""
+def retry_after(error: Exception) -> float:
+    """The seconds that the server's Retry-After header asks to wait; 0 without one."""
     response = getattr(error, "response", None)
-    after = "" if response is None else response.headers.get("Retry-After", "")
-    return float(after) if after.isdecimal() else 0.0
+    seconds = "" if response is None else response.headers.get("Retry-After", "")
+    return float(seconds) if seconds.isdecimal() else 0.0
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No logs, warnings or bars: the client's and its transport's repeat what the server said."""
+    """Turn off logs, warnings and bars, in which the client repeats the server's words."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    before, bars = logging.root.manager.disable, not are_progress_bars_disabled()
+    level, had_bars = logging.root.manager.disable, not are_progress_bars_disabled()
     logging.disable(logging.CRITICAL)
     disable_progress_bars()
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logging.disable(before)
-        if bars:
+        logging.disable(level)
+        if had_bars:
             enable_progress_bars()
 
 
 @contextmanager
-def in_one_line(repo: str, token: str) -> Iterator[None]:
-    """What the Hub and the network refuse, as the user's one line; never with the token in it."""
+def user_errors(repo: str, token: str) -> Iterator[None]:
+    """Raise errors of the Hub and the network as one-line UserErrors, without the token."""
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     try:
@@ -239,23 +256,23 @@ def in_one_line(repo: str, token: str) -> Iterator[None]:
     except OfflineModeIsEnabled:
         raise UserError("push: HF_HUB_OFFLINE is set; unset it to push") from None
     except (HTTPError, OSError, ValueError, KeyError) as error:
-        status, said = status_of(error), first_line(error, token)
+        status, reason = status_of(error), redacted(error, token)
         if status == 401:
-            line = "the Hub refused the token; renew HF_TOKEN, or `hf auth login` again"
+            line = "the Hub refused the token; renew HF_TOKEN, or run `hf auth login` again"
         elif status == 403:
             line = f"this token may not write to {repo}; give it write access to that owner"
         elif status == 404:
-            line = f"the Hub finds no {repo}, or does not show it to this token"
+            line = f"the Hub finds no {repo}, or does not show it to this token; check the name"
         elif status is not None:
-            line = f"the Hub answered {status} for {repo}: {said}; push again to go on"
-        elif unreachable(error):
-            line = f"the Hub cannot be reached ({said}); push again to go on"
+            line = f"the Hub answered {status} for {repo}: {reason}; push again to continue"
+        elif is_connection_error(error):
+            line = f"the Hub cannot be reached ({reason}); push again to continue"
         else:
-            line = f"{repo}: {said}"
+            line = f"{repo}: {reason}"
         raise UserError(f"push: {line}") from None
 
 
-def first_line(error: Exception, token: str) -> str:
-    """What an error says, without the token, short enough for a line."""
+def redacted(error: Exception, token: str) -> str:
+    """An error's message on one line of at most 200 characters, without the token."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.replace(token, "…")[:200]

@@ -1,74 +1,68 @@
-"""A run's figures as rows of a table: their names, their order, and which of them is best."""
+"""A run's metrics as table rows: column heads, row names, and the best step count."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-# Metrics by the heads that tables give them; the first that a protocol has orders rows.
-FIGURES = {
-    "fd": "Fréchet distance",
-    "fid": "FID",
-    "precision": "precision",
-    "recall": "recall",
-    "coverage": "coverage",
-    "accuracy": "label accuracy",
-    "caption_accuracy": "caption accuracy",
-    "clip_score": "CLIP score",
-}
-LOWER = {"fd", "fid"}  # those of which less is better
+from eval import catalogue
+from teachers.errors import plural
+
 SPREAD = "± is the standard deviation over seeds"
 
 
 class Row(NamedTuple):
-    """One sampler's figures.
+    """The metrics of one sampler.
 
-    ours: Whether it is the student.
-    evaluations: Of a network, for one picture.
+    Attributes:
+        is_student: False for the teacher.
+        evaluations: Network evaluations for one image.
     """
 
     name: str
-    ours: bool
+    is_student: bool
     figures: Mapping[str, Any]
     evaluations: float
 
 
 def rows_of(metrics: Mapping[str, Any]) -> list[Row]:
-    """The student's step counts, the teacher at its full steps, and at few, where measured."""
+    """A row for each of the student's step counts, then the teacher's: its full steps, then few."""
     rows = [
         Row(f"student, {steps_of([k])}", True, v, v.get("evaluations", int(k)))
         for k, v in metrics["student"].items()
     ]
-    taught = [full] if (full := metrics.get("teacher")) else []
-    taught += metrics.get("teacher_few", {}).values()
-    for v in taught:
+    teacher_rows = [full] if (full := metrics.get("teacher")) else []
+    teacher_rows += metrics.get("teacher_few", {}).values()
+    for v in teacher_rows:
         k = v["steps"]
-        name = f"teacher, {k} {v['solver']} step{'s' * (k != 1)}"
+        name = f"teacher, {k} {v['solver']} {plural(k, 'step')}"
         rows.append(Row(name, False, v, v.get("evaluations", v["steps"])))
     return rows
 
 
 def steps_of(counts: Iterable[Any]) -> str:
-    """1 step; 1, 2 or 4 steps."""
-    *most, last = map(str, sorted(map(int, counts)))
-    return f"{', '.join(most)} or {last} steps" if most else f"{last} step{'s' * (last != '1')}"
+    """ "1 step", or "1, 2 or 4 steps"."""
+    *others, last = map(str, sorted(map(int, counts)))
+    return f"{', '.join(others)} or {last} steps" if others else f"{last} step{'s' * (last != '1')}"
 
 
 def advised(counts: Iterable[int], summary: Mapping[str, Any]) -> int:
-    """The step count to use a student in: what measured best, or the most where none was."""
-    found = best(summary.get("metrics"))
-    return max(counts) if found is None else int(found)
+    """The recommended step count: the best one measured, or the largest if none was measured."""
+    steps = best(summary.get("metrics"))
+    return max(counts) if steps is None else int(steps)
 
 
 def many(n: int, noun: str) -> str:
-    """1 seed; 3 seeds."""
+    """ "1 seed", or "3 seeds"."""
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def best(metrics: Mapping[str, Any] | None) -> str | None:
     """The student's step count with the best of the first figure; None where none was measured."""
-    found = (metrics or {}).get("student", {})
-    key = next((k for k in FIGURES if all(k in row for row in found.values())), None)
-    if not found or key is None:
+    rows = (metrics or {}).get("student", {})
+    measured = [k for row in rows.values() for k in catalogue.columns(row)]
+    key = next((k for k in measured if all(k in row for row in rows.values())), None)
+    if key is None:
         return None
-    return min(found, key=lambda k: found[k][key] if key in LOWER else -found[k][key])
+    sign = 1 if catalogue.lower_is_better(key) else -1
+    return min(rows, key=lambda k: sign * rows[k][key])

@@ -1,8 +1,8 @@
-"""Training curves, and the bands that known-good runs of the same recipe keep to.
+"""Training curves, and their bands over known-good runs of the same recipe.
 
-A reference is a few runs of one recipe, with different seeds, in compact form: at each logged step
-the lowest and the highest value of each series. A run is compared with the one whose recipe is its
-own but for what no weight depends on, its seed and where its data lie.
+A reference holds the lowest and the highest value of each series at each logged step, over a few
+runs of one recipe with different seeds. A run is compared with the reference of its own recipe;
+only the seed, `eval` keys and what no weight depends on may differ.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from distill.config.renamed import current_names
 from teachers.errors import UserError, nearest
 
 REFERENCES = SHIPPED / "curves"
-WIDER = 1.5  # a band reaches this factor beyond what its few seeds showed
-LEFT_OUT = ("/lr",)  # what the recipe itself fixes
-# What JSON that is not what it should be raises, as it is read and as it is used.
-NOT_THESE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+MARGIN = 0.5  # a band is wider than its few runs by this factor of its larger end
+LEFT_OUT = ("/lr",)  # series that the recipe fixes
+# What reading and using damaged JSON raises.
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 Series = dict[str, dict[int, float]]  # name -> step -> value
 
 
 @dataclass(frozen=True)
 class Band:
-    """Where one series of the reference runs lay, at each of `steps`."""
+    """The lowest and highest value of one series over the reference runs, at each of `steps`."""
 
     steps: tuple[int, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
 
     def at(self, step: int) -> tuple[float, float] | None:
-        """The lowest and highest value that is in order at a step; None where there is none."""
+        """The bounds at a step, with the margin; None if the reference has no such step."""
         if step not in self.steps:
             return None
         i = self.steps.index(step)
         low, high = self.low[i], self.high[i]
-        slack = (WIDER - 1) * max(abs(low), abs(high))
-        return low - slack, high + slack
+        margin = MARGIN * max(abs(low), abs(high))
+        return low - margin, high + margin
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Where a series first left its band, and where it was farthest outside."""
+    """A series outside its band: its first such step, and the one where it is farthest outside."""
 
     series: str
     first: int
@@ -75,13 +75,13 @@ class Deviation:
 
 
 def series(run: Path) -> Series:
-    """The logged series of a run, by name and step; a step logged twice counts as it was last.
+    """The logged series of a run by name and step; of a step logged twice, the last value counts.
 
     Raises:
         UserError: the run has no metrics.jsonl, or it is damaged.
     """
     path = run / "metrics.jsonl"
-    found: Series = {}
+    series: Series = {}
     try:
         lines = [
             json.loads(line)
@@ -93,71 +93,73 @@ def series(run: Path) -> Series:
             for name, value in line.items():
                 if name in ("step", "seconds") or name.endswith(LEFT_OUT):
                     continue
-                found.setdefault(name, {})[step] = float(value)
+                series.setdefault(name, {})[step] = float(value)
     except FileNotFoundError:
         raise UserError(f"{run}: no metrics.jsonl there; give the folder of a run") from None
-    except (OSError, *NOT_THESE):
-        raise UserError(f"{path}: damaged; it holds a line of JSON for each logged step") from None
-    return found
+    except (OSError, *DAMAGED):
+        raise UserError(
+            f"{path}: damaged: not one JSON object a line; give another run's folder"
+        ) from None
+    return series
 
 
-def tree_of(run: Path) -> dict[str, Any]:
+def recipe_tree(run: Path) -> dict[str, Any]:
     """The resolved recipe of a run.
 
     Raises:
-        UserError: there is none, or it is damaged: one that was cut off ends before `train.seed`.
+        UserError: it is missing or damaged; a file that was cut off lacks `train.seed`.
     """
     path = run / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{run}: no recipe.yaml there; give the folder of a run")
     tree = current_names(read_yaml(path), quiet=True)
     if not isinstance(train := tree.get("train"), dict) or "seed" not in train:
-        raise UserError(f"{path}: damaged: it lacks train.seed")
+        raise UserError(f"{path}: damaged; it lacks train.seed; give another run's folder")
     return tree
 
 
 def record(runs: Sequence[Path], name: str) -> dict[str, Any]:
-    """The reference that these runs of one recipe make, as it is kept in `recipes/curves`.
+    """Make a reference from runs of one recipe, as JSON for `recipes/curves`.
 
     Raises:
-        UserError: they are of different recipes, or share no logged step.
+        UserError: the runs have different recipes, or no logged step in common.
     """
-    trees = [tree_of(run) for run in runs]
+    trees = [recipe_tree(run) for run in runs]
     for run, tree in zip(runs, trees, strict=True):
         if key := next(changes(trees[0], tree), None):
-            raise UserError(f"{run}: {key} differs from {runs[0]}; a reference is of one recipe")
-    logged = [series(run) for run in runs]
+            raise UserError(f"{run}: {key} differs from {runs[0]}; give runs of one recipe")
+    runs_series = [series(run) for run in runs]
     bands = {}
-    for key in logged[0]:
-        shared = sorted(set.intersection(*(set(one.get(key, {})) for one in logged)))
+    for key in runs_series[0]:
+        shared = sorted(set.intersection(*(set(one.get(key, {})) for one in runs_series)))
         if shared:
-            values = [[one[key][step] for one in logged] for step in shared]
+            values = [[one[key][step] for one in runs_series] for step in shared]
             bands[key] = {
                 "steps": shared,
                 "low": [significant(min(v)) for v in values],
                 "high": [significant(max(v)) for v in values],
             }
     if not bands:
-        raise UserError(f"{runs[0]}: these runs share no logged step")
+        raise UserError(f"{runs[0]}: these runs have no logged step in common; give others")
     return {"recipe": name, "runs": len(runs), "bands": bands}
 
 
 def significant(value: float) -> float:
-    """Four digits, which is more than a curve needs."""
+    """The value rounded to four significant digits."""
     return float(f"{value:.4g}")
 
 
 def references() -> dict[str, Path]:
-    """The references that are shipped, by their recipes' names."""
+    """The shipped references, by the names of their recipes."""
     files = sorted(REFERENCES.rglob("*.json"))
     return {p.relative_to(REFERENCES).with_suffix("").as_posix(): p for p in files}
 
 
 def read(path: Path) -> Reference:
-    """A reference from its file.
+    """Read a reference from its file.
 
     Raises:
-        UserError: it is not one.
+        UserError: the file cannot be read or is no reference.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -167,20 +169,24 @@ def read(path: Path) -> Reference:
         }
         return Reference(tree["recipe"], tree["runs"], bands)
     except OSError as error:
-        raise UserError(f"reference {path}: {error.strerror}") from None
-    except NOT_THESE:
-        raise UserError(f"reference {path}: damaged, or not one") from None
+        raise UserError(
+            f"reference {path}: cannot be read ({error.strerror}); give another file"
+        ) from None
+    except DAMAGED:
+        raise UserError(
+            f"reference {path}: damaged, or not a reference; give another file"
+        ) from None
 
 
 def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
-    """The keys in which two recipes differ that a curve depends on."""
+    """The keys in which two recipes differ and on which curves depend."""
     for key, _, _ in differences(a, b):
         if key != "train.seed" and not key.startswith("eval."):
             yield key
 
 
 def match(tree: Mapping[str, Any]) -> Reference | None:
-    """The shipped reference of the shipped recipe that this one is, if there is one."""
+    """The shipped reference of this recipe; None if no shipped recipe equals it."""
     for name, path in references().items():
         if next(changes(Recipe.load(name).tree(), tree), None) is None:
             return read(path)
@@ -188,36 +194,40 @@ def match(tree: Mapping[str, Any]) -> Reference | None:
 
 
 def reference_for(run: Path, name: str | None) -> Reference:
-    """The reference of a shipped name, a file, or another run's folder; by default the run's own.
+    """The reference to compare a run with.
+
+    Args:
+        name: A shipped reference, a file or another run's folder; None for the shipped reference of
+            the run's recipe.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such reference.
     """
     if name is None:
-        if (found := match(tree_of(run))) is None:
+        if (reference := match(recipe_tree(run))) is None:
             raise UserError(
-                f"{run}: no reference is of its recipe (there are {', '.join(references())}); "
-                "name a good run's folder to compare it with"
+                f"{run}: no shipped reference is of its recipe; name one "
+                f"({', '.join(references())}), or the folder of a good run"
             )
-        return found
+        return reference
     if name in (known := references()):
         return read(known[name])
     path = Path(name)
     if path.is_dir():
-        made = record([path], str(path))
-        bands = {k: Band(*(tuple(v[s]) for s in v)) for k, v in made["bands"].items()}
+        tree = record([path], str(path))
+        bands = {k: Band(*(tuple(v[s]) for s in v)) for k, v in tree["bands"].items()}
         return Reference(str(path), 1, bands)
     if path.is_file():
         return read(path)
-    raise UserError(f"reference {name!r} is unknown: {nearest(name, known)}")
+    raise UserError(f"reference {name!r}: unknown; {nearest(name, known)}")
 
 
-def deviations(found: Series, reference: Reference) -> list[Deviation]:
-    """Where the series leave their bands, the earliest first."""
-    left = []
+def deviations(run: Series, reference: Reference) -> list[Deviation]:
+    """The series that leave their bands, the earliest first."""
+    deviations = []
     for name, band in reference.bands.items():
         outside = []
-        for step, value in sorted(found.get(name, {}).items()):
+        for step, value in sorted(run.get(name, {}).items()):
             bounds = band.at(step)
             if bounds is not None and not bounds[0] <= value <= bounds[1]:
                 i = band.steps.index(step)
@@ -225,11 +235,11 @@ def deviations(found: Series, reference: Reference) -> list[Deviation]:
                 outside.append((distance, step, value, band.low[i], band.high[i]))
         if outside:
             _, worst, value, low, high = max(outside)
-            left.append(Deviation(name, min(o[1] for o in outside), worst, value, low, high))
-    return sorted(left, key=lambda d: d.first)
+            deviations.append(Deviation(name, min(o[1] for o in outside), worst, value, low, high))
+    return sorted(deviations, key=lambda d: d.first)
 
 
-def compared(found: Series, reference: Reference) -> int:
-    """How many steps of the run the reference speaks of."""
-    steps = {s for name, b in reference.bands.items() for s in b.steps if s in found.get(name, {})}
+def shared_steps(run: Series, reference: Reference) -> int:
+    """How many logged steps of the run the reference has too."""
+    steps = {s for name, b in reference.bands.items() for s in b.steps if s in run.get(name, {})}
     return len(steps)

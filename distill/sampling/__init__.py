@@ -1,1 +1,1 @@
-"""Samples of teachers and students: solvers, few-step timesteps, baselines, speed."""
+"""Sampling of teachers and students: samplers, few-step timesteps, baselines, speed."""

@@ -1,12 +1,11 @@
-"""The teacher that a recipe asks for: loaded, and guided."""
+"""The teacher of a recipe, loaded and guided."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-from distill.config.recipe import Recipe
-from distill.config.schema import GuidanceSection
-from distill.data.encode import counting, tell
+from distill.config.schema import GuidanceSection, TeacherSection
+from distill.data.encode import counting, print_cuts
 from teachers.catalogue.loading import load
 from teachers.denoiser import Denoiser, Guided, Mix, Reparametrised, linear
 from teachers.errors import UserError
@@ -14,78 +13,81 @@ from teachers.guidance import AutoGuided, Interval, Projected, Rescaled, SkipLay
 from teachers.teacher import Teacher
 
 
-def load_teacher(recipe: Recipe) -> Teacher:
-    """The recipe's teacher, unguided."""
-    teacher = load(recipe.teacher.source, **recipe.teacher.options())
-    how = guidance_of(recipe)
-    if recipe.teacher.negative_prompt:
+def load_teacher(section: TeacherSection) -> Teacher:
+    """The teacher of a recipe, unguided."""
+    teacher = load(section.source, **section.options())
+    guidance = guidance_of(section)
+    if section.negative_prompt:
         with counting(teacher) as cuts:
-            _ = teacher.codec.null  # encoded at its first use, which is this
-        tell(cuts, "teacher.negative_prompt")
-    if how.kind in ("cfg", "apg") and how.scale != 1 and teacher.codec.null is None:
+            _ = teacher.codec.null  # the codec encodes it at its first use, which is here
+        print_cuts(cuts, "teacher.negative_prompt")
+    if guidance.kind in ("cfg", "apg") and guidance.scale != 1 and teacher.codec.null is None:
         raise UserError(
-            f"teacher.guidance: {how.scale} needs a null class, and "
-            f"{recipe.teacher.source!r} names none; set teacher.null_label, or guidance to 1"
+            f"teacher.guidance: {guidance.scale} needs a null class, and "
+            f"{section.source!r} has none; set teacher.null_label, or guidance to 1"
         )
     return teacher
 
 
-def guidance_of(recipe: Recipe) -> GuidanceSection:
-    """The recipe's guidance, all of it spelled out: a number alone is classifier-free."""
-    how = recipe.teacher.guidance
-    return how if isinstance(how, GuidanceSection) else GuidanceSection(scale=how)
+def guidance_of(section: TeacherSection) -> GuidanceSection:
+    """The guidance as a section; a plain number is classifier-free guidance."""
+    guidance = section.guidance
+    return guidance if isinstance(guidance, GuidanceSection) else GuidanceSection(scale=guidance)
 
 
-def guided(recipe: Recipe, teacher: Teacher) -> Denoiser:
-    """What the objective sees as its teacher; scale 1 passes straight through.
+def guided(section: TeacherSection, teacher: Teacher) -> Denoiser:
+    """The guided denoiser that the objective takes as its teacher; scale 1 changes nothing.
 
     Raises:
-        UserError: a block that is to be skipped is not there, or the weaker teacher does not fit.
+        UserError: a block to skip does not exist, or the weaker teacher does not fit.
     """
-    how, denoiser = guidance_of(recipe), teacher.denoiser
+    guidance, denoiser = guidance_of(section), teacher.denoiser
+    scale = guidance.scale
     mix: Mix = linear
-    if how.kind == "apg":
-        mix = Projected(how.eta or 0.0, how.threshold)
-    if how.rescale:
-        mix = Rescaled(how.rescale, mix)
-    if how.kind == "skip":
-        found: Guided = SkipLayerGuided(denoiser, how.scale, how.blocks, mix)
-    elif how.weaker is not None:
-        found = AutoGuided(denoiser, how.scale, weaker(how.weaker, recipe, teacher), mix)
+    if guidance.kind == "apg":
+        mix = Projected(guidance.eta or 0.0, guidance.threshold)
+    if guidance.rescale:
+        mix = Rescaled(guidance.rescale, mix)
+    if guidance.kind == "skip":
+        result: Guided = SkipLayerGuided(denoiser, scale, guidance.blocks, mix)
+    elif guidance.weaker is not None:
+        result = AutoGuided(
+            denoiser, scale, weaker_denoiser(guidance.weaker, section.null_label, teacher), mix
+        )
     else:
-        found = Guided(denoiser, how.scale, teacher.codec.null, mix)
-    return found if how.interval is None else Interval(found, *how.interval)
+        result = Guided(denoiser, scale, teacher.codec.null, mix)
+    return result if guidance.interval is None else Interval(result, *guidance.interval)
 
 
-def weaker(source: str, recipe: Recipe, teacher: Teacher) -> Denoiser:
-    """Autoguidance's weaker network, under the teacher's process and on its device."""
-    other = read_once(source, recipe.teacher.null_label)
+def weaker_denoiser(source: str, null_label: int | None, teacher: Teacher) -> Denoiser:
+    """The weaker network of autoguidance, under the teacher's process and on its device."""
+    other = load_cached(source, null_label)
     if other.shape != teacher.shape:
         want, got = ("×".join(map(str, s)) for s in (teacher.shape, other.shape))
-        raise UserError(f"teacher.guidance.weaker: {source!r} is {got}; the teacher is {want}")
-    check_reads(source, other, teacher)
+        raise UserError(f"teacher.guidance.weaker: {source!r} is {got}; give one of {want}")
+    check_conditions(source, other, teacher)
     parameters = [*teacher.denoiser.parameters(), *teacher.denoiser.buffers()]
     denoiser = other.denoiser.to(parameters[0].device)
     same = denoiser.process == teacher.denoiser.process
     return denoiser if same else Reparametrised(denoiser, teacher.denoiser.process)
 
 
-def check_reads(source: str, other: Teacher, teacher: Teacher) -> None:
-    """Refuse a weaker teacher that could not read the conditions that the teacher is given."""
-    given, read = ({k: tuple(v.shape[1:]) for k, v in (t.codec.condition([0]) or {}).items()}
+def check_conditions(source: str, other: Teacher, teacher: Teacher) -> None:
+    """Refuse a weaker teacher whose conditions differ from the teacher's."""
+    wanted, actual = ({k: tuple(v.shape[1:]) for k, v in (t.codec.condition([0]) or {}).items()}
                    for t in (teacher, other))  # fmt: skip
-    classes = [getattr(t.codec, "classes", 0) for t in (teacher, other)]
-    if given == read and classes[0] == classes[1]:
+    classes = [t.codec.classes for t in (teacher, other)]
+    if wanted == actual and classes[0] == classes[1]:
         return
-    want, got = (shown(c, n) for c, n in zip((given, read), classes, strict=True))
+    want, got = (described(c, n) for c, n in zip((wanted, actual), classes, strict=True))
     raise UserError(
-        f"teacher.guidance.weaker: {source!r} reads {got}; the teacher is given {want}: name a "
-        "smaller or less trained one of its family"
+        f"teacher.guidance.weaker: {source!r} reads {got}; the teacher reads {want}; name a "
+        "smaller or less trained model of the same family"
     )
 
 
-def shown(entries: dict[str, tuple[int, ...]], classes: int) -> str:
-    """Conditions in a few words: their entries and sizes, or how many labels there are."""
+def described(entries: dict[str, tuple[int, ...]], classes: int) -> str:
+    """Conditions in a few words: the number of labels, or the entries with their sizes."""
     if classes:
         return f"labels of {classes} classes"
     sizes = [f"{k} of {'×'.join(map(str, v)) or 'one number'}" for k, v in entries.items()]
@@ -93,6 +95,6 @@ def shown(entries: dict[str, tuple[int, ...]], classes: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def read_once(source: str, null_label: int | None) -> Teacher:
-    """A weaker teacher: asked for at each evaluation, read once."""
+def load_cached(source: str, null_label: int | None) -> Teacher:
+    """A weaker teacher, read once although every evaluation needs it."""
     return load(source, **({} if null_label is None else {"null_label": null_label}))

@@ -1,7 +1,7 @@
-"""How fast something draws: latency, pictures per second and memory, at one picture and at many.
+"""The speed of sampling: latency, images per second and memory, for one image and for a batch.
 
-All of it is timed that stands between prompts and their pictures' bytes on the host: text encoders,
-noise, every network evaluation, the decoder. Reading weights and writing files are outside of it.
+The time runs from prompts to bytes of images in host memory: text encoders, noise, every network
+evaluation, the decoder. Reading weights and writing files are not timed.
 """
 
 from __future__ import annotations
@@ -16,29 +16,28 @@ import torch
 from torch import nn
 
 from distill.data.prompts import list_prompts
-from distill.profiling import device_name, peak_memory
-from distill.sampling.teacher_sampler import counted as calls_counted
+from distill.profiling import device_name, evaluations_of, peak_memory
 from teachers.denoiser import Denoiser, Network, computes
 from teachers.teacher import Teacher
 
-WARM = 2  # calls at each batch that are not timed: kernels are chosen in them, and memory reserved
-LEAST, MOST = 5, 50  # calls that are
-ENOUGH = 10.0  # seconds of them, after which there are no more than LEAST
-GAIN = 1.1  # in pictures per second, for which a batch is doubled
-CAP = 1024  # pictures at once
+WARM_UP = 2  # untimed calls at each batch size: they select kernels and reserve memory
+MIN_CALLS, MAX_CALLS = 5, 50  # timed calls
+SECONDS = 10.0  # of timed calls, after which no more than MIN_CALLS are made
+GAIN = 1.1  # in images per second: a smaller gain ends the doubling of the batch
+MAX_BATCH = 1024
 
-Make = Callable[[int], Any]  # draws so many pictures at once, and has them on the host
+Sample = Callable[[int], Any]  # samples that many images in one batch, and waits for them
 
 
 @dataclass(frozen=True)
 class Timer:
-    """What a machine is timed and weighed by.
+    """The clock and the memory counter of a machine.
 
     Args:
-        clock: Seconds.
-        settle: Waits until the device has nothing left to do.
-        empty: Gives back memory that is not in use, and forgets the peak.
-        peak: The most memory held since, in GB.
+        clock: Returns seconds.
+        settle: Waits until the device has finished its work.
+        empty: Frees unused memory, and resets the peak.
+        peak: Returns the peak of memory since the last reset, in GB.
     """
 
     clock: Callable[[], float]
@@ -48,7 +47,7 @@ class Timer:
 
 
 def timer_of(device: torch.device) -> Timer:
-    """The gauge of a device. A CPU's peak is the whole process's, from its start."""
+    """The timer of a device. On a CPU the peak is that of the whole process, from its start."""
     if device.type != "cuda":
         return Timer(time.perf_counter, lambda: None, lambda: None, lambda: peak_memory(device))
 
@@ -66,13 +65,13 @@ def timer_of(device: torch.device) -> Timer:
 
 @dataclass(frozen=True)
 class Timing:
-    """What calls of one batch size took.
+    """The speed at one batch size.
 
     Args:
-        latency_ms, latency_p90_ms: Of a call: the median, and what nine in ten do not exceed.
-        images_per_s: At the median.
-        peak_memory_gb: The most held in any of them.
-        calls: How many were timed.
+        latency_ms, latency_p90_ms: The median and the 90th percentile of a call.
+        images_per_s: At the median latency.
+        peak_memory_gb: The peak over all calls.
+        calls: The number of timed calls.
     """
 
     batch: int
@@ -83,86 +82,94 @@ class Timing:
     calls: int
 
 
-def timing(make: Make, batch: int, gauge: Timer) -> Timing:
-    """The pace at one batch size, once warm."""
-    gauge.empty()
-    for _ in range(WARM):
-        make(batch)
-    gauge.settle()
-    spent: list[float] = []
-    while len(spent) < LEAST or (len(spent) < MOST and sum(spent) < ENOUGH):
-        began = gauge.clock()
-        make(batch)
-        gauge.settle()
-        spent.append(gauge.clock() - began)
-    middle = median(spent)
+def timing(sample: Sample, batch: int, timer: Timer) -> Timing:
+    """The speed at one batch size, after warm-up."""
+    timer.empty()
+    for _ in range(WARM_UP):
+        sample(batch)
+    timer.settle()
+    seconds: list[float] = []
+    while len(seconds) < MIN_CALLS or (len(seconds) < MAX_CALLS and sum(seconds) < SECONDS):
+        start = timer.clock()
+        sample(batch)
+        timer.settle()
+        seconds.append(timer.clock() - start)
+    middle = median(seconds)
     return Timing(
-        batch, 1e3 * middle, 1e3 * quantile(spent, 0.9), batch / middle, gauge.peak(), len(spent)
+        batch,
+        1e3 * middle,
+        1e3 * quantile(seconds, 0.9),
+        batch / middle,
+        timer.peak(),
+        len(seconds),
     )
 
 
 def quantile(values: list[float], share: float) -> float:
-    """The quantile, linear between neighbours."""
+    """The quantile, linear between neighbouring values."""
     return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
-def saturated(make: Make, one: Timing, gauge: Timer, cap: int = CAP) -> tuple[Timing, str]:
-    """The pace at the smallest batch of which twice as many gain less than GAIN, and why there.
+def saturate(
+    sample: Sample, single: Timing, timer: Timer, max_batch: int = MAX_BATCH
+) -> tuple[Timing, str]:
+    """The speed at the smallest batch whose double gains less than GAIN, and the reason to stop.
 
-    Batches are doubled from that of `one` on, until `cap` or the end of the device's memory.
+    The batch is doubled from that of `single`, up to `max_batch` or to the end of the device's
+    memory.
     """
-    best = one
-    while 2 * best.batch <= cap:
+    best = single
+    while 2 * best.batch <= max_batch:
         twice = 2 * best.batch
         try:
-            found = timing(make, twice, gauge)
+            larger = timing(sample, twice, timer)
         except torch.cuda.OutOfMemoryError:
-            gauge.empty()
+            timer.empty()
             return best, f"out of memory at {twice}"
-        gain = found.images_per_s / best.images_per_s
+        gain = larger.images_per_s / best.images_per_s
         if gain < GAIN:
-            return best, f"{twice} at once give {gain:.2f}× the images/s"
-        best = found
-    return best, f"no more than {cap} are tried"
+            return best, f"a batch of {twice} gives {gain:.2f}× the images/s"
+        best = larger
+    return best, f"batches of more than {max_batch} are not tried"
 
 
-def measured(make: Make, counted: nn.Module, gauge: Timer, cap: int) -> dict[str, Any]:
-    """Evaluations for a picture, and the paces of one picture and of a saturating batch.
+def measure(sample: Sample, counter: nn.Module, timer: Timer, max_batch: int) -> dict[str, Any]:
+    """Evaluations of one image, and the speed for one image and for a saturating batch.
 
     Args:
-        counted: What one evaluation calls once.
+        counter: The module that one evaluation calls once.
     """
-    with calls_counted([counted]) as counts:
-        make(1)
-    one = timing(make, 1, gauge)
-    many, why = saturated(make, one, gauge, cap)
+    with evaluations_of({"network": [counter]}) as counts:
+        sample(1)
+    single = timing(sample, 1, timer)
+    saturated, reason = saturate(sample, single, timer, max_batch)
     return {
-        "evaluations": sum(counts),
-        "single": asdict(one),
-        "saturated": asdict(many),
-        "stopped": why,
+        "evaluations": counts["network"],
+        "single": asdict(single),
+        "saturated": asdict(saturated),
+        "stopped": reason,
     }
 
 
-def evaluated(denoiser: Denoiser) -> nn.Module:
-    """What one evaluation calls once, by our solvers and by stock pipelines alike."""
+def evaluated_module(denoiser: Denoiser) -> nn.Module:
+    """The module that one evaluation calls once, with our solvers and in stock pipelines."""
     inner = next(m for m in denoiser.modules() if computes(m))
     return inner.backbone if isinstance(inner, Network) else inner
 
 
 def prompts(teacher: Teacher, n: int) -> list[str]:
-    """What n pictures are asked for: classes in turn, or shipped prompts."""
-    classes = getattr(teacher.codec, "classes", 0)
+    """Prompts for n images: classes in turn, or shipped captions."""
+    classes = teacher.codec.classes
     if classes:
         return [str(i % classes) for i in range(n)]
     if teacher.codec.condition([""]) is None:
         return ["0"] * n
-    known = [str(item.prompt) for item in list_prompts("pack:starter").items]
-    return [known[i % len(known)] for i in range(n)]
+    texts = [str(item.prompt) for item in list_prompts("pack:starter").items]
+    return [texts[i % len(texts)] for i in range(n)]
 
 
 def machine(denoiser: Denoiser, device: torch.device) -> dict[str, Any]:
-    """What figures of speed hang on beside what draws."""
+    """The device, type of weights, version and threads that the speed depends on."""
     tensors = [*denoiser.parameters(), *denoiser.buffers()]
     cuda = device.type == "cuda"
     return {

@@ -1,4 +1,4 @@
-"""Ways of drawing a teacher's pictures without training, each of which knows what it has cost."""
+"""Samplers of a teacher, with our solvers or with its stock pipeline; each counts its cost."""
 
 from __future__ import annotations
 
@@ -15,8 +15,15 @@ from distill.config.recipe import Recipe
 from distill.data.encode import encoders_on
 from distill.profiling import Meter
 from distill.sampling.guided_teacher import guidance_of, guided
-from distill.sampling.student_sampler import at_once, decoded, timed
-from distill.sampling.timesteps import PATHS, SAMPLES, align_your_steps, begun, gits, searched
+from distill.sampling.student_sampler import decode, default_batch, timed
+from distill.sampling.timesteps import (
+    PATHS,
+    SAMPLES,
+    align_your_steps,
+    gits,
+    initial_state,
+    searched,
+)
 from eval.protocols.measure import Protocol, images_to_samples
 from eval.samples import Samples
 from students.lora import unwrap
@@ -30,65 +37,67 @@ from teachers.teacher import Teacher
 
 
 class Sampler(ABC):
-    """Draws a picture for each prompt, as a protocol asks for them, and counts.
+    """Samples an image for each prompt, as protocols need it, and counts network evaluations.
 
     Args:
-        denoiser: Whose networks are counted: all that a picture takes.
-        cache: DeepCache's interval.
-        batch: How many go through the networks at once; by default what their size allows.
+        denoiser: The networks in it are counted.
+        cache: DeepCache's interval; 1 is no caching.
+        batch: Images in one call of the networks; by default as many as their size allows.
     """
 
     def __init__(self, teacher: Teacher, denoiser: Denoiser, cache: int, batch: int | None) -> None:
         self.teacher, self.device = teacher, device_of(teacher)
-        self.batch = batch or at_once(teacher)
+        self.batch = batch or default_batch(teacher)
         self.networks = [m for m in denoiser.modules() if computes(m)]
-        self.kept: DeepCache | None = None
+        self.deep_cache: DeepCache | None = None
         if cache > 1:
-            self.kept = DeepCache(unwrap(teacher.denoiser).backbone, cache)
-            self.part = shallow_part(teacher)
-        self.searching = 0  # evaluations that finding a schedule took
+            self.deep_cache = DeepCache(unwrap(teacher.denoiser).backbone, cache)
+            self.shallow_share = shallow_share(teacher)
+        self.search_evaluations = 0  # for computing the schedule
 
     @abstractmethod
-    def make(self, prompts: list[Any], seed: int) -> tuple[Tensor, float]:
-        """Pictures in [-1, 1], and the seconds that they took."""
+    def sample(self, prompts: list[Any], seed: int) -> tuple[Tensor, float]:
+        """Images (N, C, H, W) in [-1, 1], and the seconds of sampling."""
 
     @torch.no_grad()
     def __call__(self, prompts: list[Any], seed: int) -> Samples:
-        before = 0 if self.kept is None else self.kept.shallow
-        with counted(self.networks) as samples:
-            images, seconds = self.make(prompts, seed)
-        shallow = 0 if self.kept is None else self.kept.shallow - before
-        costs = self.costs(sum(samples), shallow, len(prompts))
+        before = 0 if self.deep_cache is None else self.deep_cache.shallow
+        with counted(self.networks) as sizes:
+            images, seconds = self.sample(prompts, seed)
+        shallow = 0 if self.deep_cache is None else self.deep_cache.shallow - before
+        costs = self.costs(sum(sizes), shallow, len(prompts))
         return images_to_samples(images, prompts, seconds)._replace(costs=costs)
 
-    def walk(self) -> AbstractContextManager[Any]:
-        """What one walk of one batch is made in."""
-        return nullcontext() if self.kept is None else self.kept
+    def caching(self) -> AbstractContextManager[Any]:
+        """The context in which the sampler integrates one batch; DeepCache begins anew in it."""
+        return nullcontext() if self.deep_cache is None else self.deep_cache
 
-    def costs(self, evaluations: int, shallow: int, pictures: int) -> dict[str, float]:
-        """Network evaluations of a picture, and of finding its times.
+    def costs(self, evaluations: int, shallow: int, images: int) -> dict[str, float]:
+        """Network evaluations of one image, and those that computed the schedule.
 
-        A shallow evaluation counts for its part of a whole one's FLOPs; how many there were of
-        either is told beside it.
+        A shallow evaluation counts as its share of a whole one's FLOPs; the numbers of whole and
+        shallow evaluations are separate entries.
         """
-        found = {"evaluations": evaluations / pictures}
-        if self.kept is not None:
-            found = {
-                "evaluations": (evaluations - shallow + self.part * shallow) / pictures,
-                "whole_evaluations": (evaluations - shallow) / pictures,
-                "shallow_evaluations": shallow / pictures,
+        costs = {"evaluations": evaluations / images}
+        if self.deep_cache is not None:
+            costs = {
+                "evaluations": (evaluations - shallow + self.shallow_share * shallow) / images,
+                "whole_evaluations": (evaluations - shallow) / images,
+                "shallow_evaluations": shallow / images,
             }
-        return found | ({"search_evaluations": float(self.searching)} if self.searching else {})
+        if self.search_evaluations:
+            costs["search_evaluations"] = float(self.search_evaluations)
+        return costs
 
 
 class SolverSampler(Sampler):
-    """By one of our own solvers, from the noise that any other begins with.
+    """Samples with one of our solvers, from the noise that every other sampler starts with.
 
-    Schedules are found for all that is drawn, without `threshold` and `cache`.
+    A computed schedule serves all prompts; it is computed without `threshold` and `cache`.
 
     Args:
-        prompts: That a schedule is found for, by some of them.
-        threshold: Of adaptive guidance; None for guidance in all steps.
+        prompts: A computed schedule is computed for some of these.
+        threshold: The cosine of adaptive guidance; None for guidance in all steps.
     """
 
     def __init__(
@@ -103,15 +112,15 @@ class SolverSampler(Sampler):
         cache: int = 1,
         batch: int | None = None,
     ) -> None:
-        self.denoiser = guided(recipe, teacher)
+        self.denoiser = guided(recipe.teacher, teacher)
         super().__init__(teacher, self.denoiser, cache, batch)
         self.solver, self.threshold = SOLVERS[solver], threshold
-        with counted(self.networks) as samples:
-            self.times = self.found(schedule, steps, prompts)
-        self.searching = sum(samples)
+        with counted(self.networks) as sizes:
+            self.times = self.schedule_times(schedule, steps, prompts)
+        self.search_evaluations = sum(sizes)
 
-    def found(self, schedule: str, steps: int, prompts: Sequence[Any]) -> Tensor:
-        """When the network is called, from noise to data: (steps,) float64."""
+    def schedule_times(self, schedule: str, steps: int, prompts: Sequence[Any]) -> Tensor:
+        """The times of the network calls, from noise to data: (steps,) float64."""
         if schedule == "ays":
             return align_your_steps(self.teacher, steps)
         if schedule == "own":
@@ -125,47 +134,47 @@ class SolverSampler(Sampler):
             return gits(self.denoiser, z, steps, cond)
         return searched(self.solver, self.denoiser, z, steps, cond)
 
-    def make(self, prompts: list[Any], seed: int) -> tuple[Tensor, float]:
+    def sample(self, prompts: list[Any], seed: int) -> tuple[Tensor, float]:
         rng, device, times = torch.Generator().manual_seed(seed), self.device, self.times
         noise = torch.randn(len(prompts), *self.teacher.shape, generator=rng)
         cond = self.teacher.codec.condition(prompts)
 
-        def draw() -> Tensor:
+        def integrate() -> Tensor:
             parts = []
             for i in range(0, len(noise), self.batch):
                 part = conditions.moved(conditions.rows(cond, slice(i, i + self.batch)), device)
-                x_t = begun(self.denoiser, noise[i : i + self.batch].to(device), times)
-                with self.walk():
-                    parts.append(self.solver(self.walked(), x_t, times.to(device), part))
+                x_t = initial_state(self.denoiser, noise[i : i + self.batch].to(device), times)
+                with self.caching():
+                    parts.append(self.solver(self.batch_denoiser(), x_t, times.to(device), part))
             return torch.cat(parts)
 
-        torch.manual_seed(seed)  # for solvers that draw noise on the way
-        x, seconds = timed(draw, device)
-        return decoded(self.teacher, x, self.batch), seconds
+        torch.manual_seed(seed)  # stochastic solvers draw noise at each step
+        x, seconds = timed(integrate, device)
+        return decode(self.teacher, x, self.batch), seconds
 
-    def walked(self) -> Denoiser:
-        """The denoiser of one walk."""
+    def batch_denoiser(self) -> Denoiser:
+        """The denoiser for one batch: adaptive guidance is stateful, so each batch has its own."""
         if self.threshold is None:
             return self.denoiser
         assert isinstance(self.denoiser, Guided)
         return Adaptive(self.denoiser, self.threshold)
 
 
-def own(recipe: Recipe, teacher: Teacher, steps: int) -> SolverSampler:
-    """The guided teacher by the recipe's own solver."""
+def recipe_sampler(recipe: Recipe, teacher: Teacher, steps: int) -> SolverSampler:
+    """The sampler of the guided teacher with the recipe's solver."""
     return SolverSampler(recipe, teacher, recipe.eval.teacher_solver, "own", steps, [])
 
 
 def evaluate_teacher(
     recipe: Recipe, teacher: Teacher, measure: Protocol, steps: int, seeds: int
 ) -> dict[str, Any]:
-    """The guided teacher in `steps` steps of the recipe's solver, by the protocol."""
-    found = measure(own(recipe, teacher, steps), seeds)
-    return {**found, "solver": recipe.eval.teacher_solver, "steps": steps}
+    """The protocol's figures of the guided teacher in `steps` steps of the recipe's solver."""
+    figures = measure(recipe_sampler(recipe, teacher, steps), seeds)
+    return {**figures, "solver": recipe.eval.teacher_solver, "steps": steps}
 
 
 class PipelineSampler(Sampler):
-    """By the teacher's stock pipeline, with diffusers' scheduler in it."""
+    """Samples with the teacher's stock pipeline and a scheduler of diffusers."""
 
     def __init__(
         self,
@@ -177,33 +186,32 @@ class PipelineSampler(Sampler):
         batch: int | None = None,
     ) -> None:
         super().__init__(teacher, teacher.denoiser, cache, batch)
-        self.networks = [unwrap(teacher.denoiser).backbone]  # which pipelines call themselves
-        self.scale, self.steps = guidance_of(recipe).scale, steps
+        self.networks = [unwrap(teacher.denoiser).backbone]  # pipelines call the backbone directly
+        self.scale, self.steps = guidance_of(recipe.teacher).scale, steps
         self.pipe = pipeline(teacher, scheduler)
 
-    def make(self, prompts: list[Any], seed: int) -> tuple[Tensor, float]:
+    def sample(self, prompts: list[Any], seed: int) -> tuple[Tensor, float]:
         rng, parts = torch.Generator().manual_seed(seed), []
 
-        def draw() -> Tensor:
+        def run() -> Tensor:
             for i in range(0, len(prompts), self.batch):
-                asked = arguments(self.teacher, prompts[i : i + self.batch], self.scale)
-                with self.walk():
-                    made = self.pipe(
-                        **asked, num_inference_steps=self.steps, generator=rng, output_type="pt"
-                    )
-                parts.append(images_of(made).cpu())
+                words = arguments(self.teacher, prompts[i : i + self.batch], self.scale)
+                words |= {"num_inference_steps": self.steps, "generator": rng}
+                with self.caching():
+                    output = self.pipe(**words, output_type="pt")
+                parts.append(images_of(output).cpu())
             return torch.cat(parts)
 
-        # a pipeline is on one device, and in one precision
-        with quiet(), encoders_on(self.teacher, self.device), in_single(self.networks[0]):
-            images, seconds = timed(draw, self.device)
+        # a pipeline needs one device and one precision
+        with quiet(), encoders_on(self.teacher, self.device), single_io(self.networks[0]):
+            images, seconds = timed(run, self.device)
         return images * 2 - 1, seconds
 
 
 @contextmanager
-def in_single(network: nn.Module) -> Iterator[None]:
-    """Within it, a network of half precision is given and gives single, as the rest of a pipeline
-    that is not made for mixed ones takes it. Times, which would be rounded, are left alone."""
+def single_io(network: nn.Module) -> Iterator[None]:
+    """Let a half-precision network take and return single precision, as the other parts of a
+    stock pipeline need. Timesteps are not cast, because half precision would round them."""
     dtype = next(network.parameters()).dtype
     if dtype == torch.float32:
         yield
@@ -230,39 +238,39 @@ def in_single(network: nn.Module) -> Iterator[None]:
 
 
 def pipeline(teacher: Teacher, scheduler: str) -> Any:
-    """The teacher's own pipeline with another of diffusers' schedulers, set as its own was."""
+    """The teacher's pipeline with another scheduler of diffusers, configured as its own is."""
     import diffusers
 
     network, kind = unwrap(teacher.denoiser), getattr(diffusers, scheduler)
-    made = kind.from_config(network.schedule.config)
+    other = kind.from_config(network.schedule.config)
     if isinstance(teacher.codec, Prompted):
-        parts = {**teacher.codec.pipe.components, "scheduler": made}
-        before: Any = teacher.codec.pipe
-        known = inspect.signature(type(before).__init__).parameters
-        settings = {k: v for k, v in before.config.items() if k in known and k not in parts}
-        pipe = type(before)(**parts, **settings)
+        stock: Any = teacher.codec.pipe
+        parts = {**stock.components, "scheduler": other}
+        known = inspect.signature(type(stock).__init__).parameters
+        settings = {k: v for k, v in stock.config.items() if k in known and k not in parts}
+        pipe = type(stock)(**parts, **settings)
     else:
-        pipe = diffusers.ConsistencyModelPipeline(unet=network.backbone, scheduler=made)  # pyright: ignore
+        pipe = diffusers.ConsistencyModelPipeline(unet=network.backbone, scheduler=other)  # pyright: ignore
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def arguments(teacher: Teacher, prompts: list[str], scale: float) -> dict[str, Any]:
-    """How the pipeline is asked for these prompts, under classifier-free guidance, or labels."""
+    """The pipeline's arguments for these prompts with classifier-free guidance, or for labels."""
     if isinstance(teacher.codec, Prompted):
         return {**teacher.codec.arguments([*prompts]), "guidance_scale": scale}
-    labels = [int(p) for p in prompts] if getattr(teacher.codec, "classes", 0) else None
+    labels = [int(p) for p in prompts] if teacher.codec.classes else None
     return {"batch_size": len(prompts), "class_labels": labels}
 
 
 @contextmanager
 def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
-    """The sizes of the batches that these networks are called with, as they come."""
+    """A list that receives the batch size of every call of these networks."""
     sizes: list[int] = []
 
     def count(module: nn.Module, args: tuple[Any, ...], words: dict[str, Any]) -> None:
-        given = [v for v in (*args, *words.values()) if isinstance(v, Tensor | list)]
-        sizes.append(len(given[0]))
+        batches = [v for v in (*args, *words.values()) if isinstance(v, Tensor | list)]
+        sizes.append(len(batches[0]))
 
     hooks = [m.register_forward_pre_hook(count, with_kwargs=True) for m in networks]
     try:
@@ -273,9 +281,9 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def shallow_part(teacher: Teacher) -> float:
-    """The FLOPs of a shallow call of the teacher's UNet over those of a whole one."""
-    cond = teacher.codec.condition([0] if getattr(teacher.codec, "classes", 0) else [""])
+def shallow_share(teacher: Teacher) -> float:
+    """The FLOPs of a shallow call of the teacher's UNet, as a share of a whole call's."""
+    cond = teacher.codec.condition([0] if teacher.codec.classes else [""])
     device = device_of(teacher)
     cond = conditions.moved(cond, device)
     x, t, flops = torch.zeros(1, *teacher.shape, device=device), torch.ones(1, device=device), []

@@ -1,4 +1,4 @@
-"""Builds a run from its recipe: checks it, makes the networks, opens the folder."""
+"""Builds a run from its recipe: checks it, makes the networks and players, opens the folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill.config.recipe import Recipe
 from distill.config.schema import TrainSection
 from distill.data import cache
 from distill.data.encode import device
-from distill.data.from_recipe import source_of, work_of
+from distill.data.from_recipe import encoding_job, source_of
 from distill.data.listing import check_labels, write_report
 from distill.data.prompts import list_prompts
 from distill.data.stream import Source
@@ -29,16 +29,17 @@ from distill.sampling.student_sampler import check_protocol, evaluate_student
 from distill.seeds import seed_all
 from distill.training import custom_objective, optimizers
 from distill.training.engine import Engine, check_memory, shards_of
-from distill.training.networks import check_exact, objective_of, player_networks
+from distill.training.networks import check_form, objective_of, player_networks
 from distill.training.player import Player
 from distill.training.preflight import rehearse_end
 from distill.training.rehearsal import check_finite
 from distill.training.run_folder import check_checkpoints, check_folder, hold, write_recipe
 from distill.training.trackers import trackers
 from eval import shapes
-from eval.protocols.measure import Protocol, headline, protocol
-from students import gaussian
-from students.export.folder import rehearse
+from eval.catalogue import headline
+from eval.protocols.measure import Protocol, protocol
+from students.export.forms import form_of
+from students.form import StudentForm
 from students.generator import Generator
 from teachers import conditions
 from teachers.errors import UserError
@@ -47,7 +48,7 @@ from teachers.teacher import Teacher
 
 @dataclass
 class Run:
-    """Everything that a recipe describes, ready to train."""
+    """A recipe's run, ready to train."""
 
     recipe: Recipe
     teacher: Teacher
@@ -59,10 +60,14 @@ class Run:
     def student(self) -> Generator:
         return self.engine.objective.student
 
+    @property
+    def form(self) -> StudentForm:
+        return form_of(self.teacher, self.recipe.kind.few_step)
+
 
 @dataclass
 class Parts:
-    """What a run is made of before its folder is opened; nothing has been written yet."""
+    """The parts of a run before its folder is opened; nothing is written yet."""
 
     teacher: Teacher
     source: Source
@@ -73,14 +78,14 @@ class Parts:
 
 
 def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
-    """A run in `out`, or the run in `out` taken up where it stopped if `resume`.
+    """A new run in `out`, or with `resume` the run in `out` at its newest checkpoint.
 
-    Nothing is written before the recipe is known to be possible.
+    Everything that can be refused is refused before anything is written.
 
     Raises:
-        UserError: the folder holds another run or one that is at work, the licence of the teacher
-            or of the weaker one that guides it lets nobody share the student, or the recipe asks
-            for what cannot be.
+        UserError: the folder contains another run or another process holds it, the licence of the
+            teacher or of its weaker one forbids sharing the student, or parts of the recipe do not
+            go together.
     """
     check(recipe, out, resume)
     parts = networks(recipe, out, resume)
@@ -88,7 +93,7 @@ def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
 
 
 def check(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Refuse what can be refused before a teacher is loaded.
+    """Check all that needs no teacher.
 
     Raises:
         UserError: as `build` does.
@@ -96,7 +101,7 @@ def check(recipe: Recipe, out: Path, resume: bool) -> None:
     check_folder(recipe, out, resume)
     if resume:
         check_checkpoints(out)
-    for origin in filter(None, (recipe.teacher.source, guidance_of(recipe).weaker)):
+    for origin in filter(None, (recipe.teacher.source, guidance_of(recipe.teacher).weaker)):
         check_licence(origin, recipe.export.licence_override)
     if recipe.train.precision == "fp16" and device().type == "cpu":
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32")
@@ -108,19 +113,18 @@ def check(recipe: Recipe, out: Path, resume: bool) -> None:
 
 
 def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
-    """The teacher, its data, the objective's networks and their players, each tried once.
+    """The teacher, its data, the objective's networks and their players, each called once.
 
     Raises:
-        UserError: a part does not go with the others, or what a run leaves could not be made.
+        UserError: parts do not go together, or the student could not be exported.
     """
     measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
-    teacher = load_teacher(recipe)
-    linear = recipe.kind.few_step and gaussian.exact(teacher)
+    teacher = load_teacher(recipe.teacher)
+    form = form_of(teacher, recipe.kind.few_step)
     if measure is not None:
         check_protocol(measure, teacher)
         measure.check()
-    if linear:
-        check_exact(recipe, teacher)
+    check_form(recipe, form)
     source = source_of(recipe, teacher)
     if resume and source.report is not None:
         check_labels(out, source.report)
@@ -129,11 +133,11 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
     objective = objective_of(recipe, teacher, accelerator.device)
-    if guidance_of(recipe).kind == "skip":
+    if guidance_of(recipe.teacher).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)
     check_finite(objective.teacher, teacher, source, recipe.train, accelerator)
-    if recipe.kind.few_step and not linear:  # linear students have no pipeline
-        rehearse(objective.student, teacher)
+    form.rehearse(objective.student)
+    if form.leaves_pipeline:
         rehearse_end(recipe, objective.student, teacher)
     players = players_of(objective, recipe.players, recipe.train.steps, accelerator)
     if custom_objective.file_of(recipe) is not None:
@@ -142,23 +146,23 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
 
 
 def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
-    """The run's folder made and held, its checkpoint taken up, and its recipe written.
+    """Make and lock the run's folder, load its checkpoint and write its recipe.
 
     Raises:
-        UserError: another process is at work in the folder, or its checkpoint cannot be read.
+        UserError: another process holds the folder, or its checkpoint cannot be read.
     """
     accelerator, measure = parts.accelerator, parts.protocol
-    accelerator.wait_for_everyone()  # a slow process must not take what is written now for old
+    accelerator.wait_for_everyone()  # or a slow one would check a folder with this run's files
     if accelerator.is_main_process:
         hold(out)
-        check_folder(recipe, out, resume)  # again: another may have begun meanwhile
+        check_folder(recipe, out, resume)  # again: another run may have started since
     accelerator.wait_for_everyone()
     student, teacher = parts.objective.student, parts.teacher
 
     def evaluate(steps: int) -> dict[str, Any]:
         assert measure is not None
-        found = evaluate_student(student.at(steps), teacher, measure, seeds=1)
-        return {**found, "headline": headline(found)}
+        metrics = evaluate_student(student.at(steps), teacher, measure, seeds=1)
+        return {**metrics, "headline": headline(metrics)}
 
     engine = Engine(
         parts.objective,
@@ -170,12 +174,12 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
         out,
         evaluate=None if measure is None else evaluate,
         evaluate_every=recipe.eval.every,
-        shown=shown(recipe, teacher),
+        shown=grid_prompts(recipe, teacher),
     )
     resumed = engine.resume() if resume else False
-    if accelerator.is_main_process:  # after what could be refused of the checkpoint
-        if not resumed:
-            (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run killed before it saved
+    if accelerator.is_main_process:  # once the checkpoint is known to be good
+        if not resumed:  # a run may have been killed before its first checkpoint
+            (out / "metrics.jsonl").unlink(missing_ok=True)
         write_recipe(recipe, out)
         if parts.source.report is not None:
             write_report(out, parts.source.report)
@@ -185,12 +189,12 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
 
 
 def accelerator_of(train: TrainSection, out: Path) -> Accelerator:
-    """An Accelerator of this run's precision and trackers."""
+    """An Accelerator with this run's precision and trackers."""
     forget_precision()
     return Accelerator(
         mixed_precision={"fp32": "no"}.get(train.precision, train.precision),
         log_with=trackers(train.trackers, out),
-        # A cast cached in a no_grad pass would cut the graph of the pass with gradients after it.
+        # A cast that a no_grad pass caches would have no gradient in the pass after it.
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         project_dir=str(out),
     )
@@ -199,7 +203,7 @@ def accelerator_of(train: TrainSection, out: Path) -> Accelerator:
 def players_of(
     objective: Objective, configs: dict[str, OptimizerConfig], steps: int, accelerator: Accelerator
 ) -> dict[str, Player]:
-    """A player for each network that an objective trains, once its first turn is known to be one.
+    """Check the objective's first turn, and make a player for each network that it trains.
 
     Raises:
         UserError: the objective's first turn could not be played.
@@ -213,17 +217,21 @@ def players_of(
 
 
 def forget_precision() -> None:
-    """Let a process that has built one run build another, of another `train.precision`.
+    """Let this process build another run with another `train.precision`.
 
-    Accelerate keeps the first one's for as long as the process lives, and refuses a second. A run
-    that is under way holds on to its own; the processes' group, which runs share, stays.
+    Accelerate keeps the first precision in a global state and refuses a second. A run that is being
+    trained has a reference to its own state; the group of processes, which runs share, stays.
     """
     AcceleratorState._shared_state = type(AcceleratorState._shared_state)()
 
 
 @torch.no_grad()
 def rehearse_skipping(guided: nn.Module, teacher: Teacher, device: torch.device) -> None:
-    """Call the guided teacher once, which is when a block that cannot be skipped is found out."""
+    """Call the guided teacher once.
+
+    Raises:
+        UserError: one of its blocks cannot be skipped, which only a call shows.
+    """
     null = teacher.codec.null
     cond = conditions.moved(null, device)
     guided(
@@ -231,9 +239,9 @@ def rehearse_skipping(guided: nn.Module, teacher: Teacher, device: torch.device)
     )
 
 
-def shown(recipe: Recipe, teacher: Teacher) -> list[Any]:
+def grid_prompts(recipe: Recipe, teacher: Teacher) -> list[Any]:
     """What the sample grids show: every class in turn, or prompts of the recipe's own kind."""
-    if classes := getattr(teacher.codec, "classes", 0):
+    if classes := teacher.codec.classes:
         return [i % classes for i in range(80)]
     if teacher.codec.condition([""]) is None:
         return [0] * 80
@@ -243,13 +251,13 @@ def shown(recipe: Recipe, teacher: Teacher) -> list[Any]:
 
 
 def make_cache(recipe: Recipe) -> dict[str, Any]:
-    """Encode the recipe's prompts and images into their cache; what data-report.json holds.
+    """Encode the recipe's prompts and images into their cache. The content of data-report.json.
 
     Raises:
-        UserError: there is nothing to encode, or too much of it is bad or large.
+        UserError: there is nothing to encode, too many items are bad, or the cache is too large.
     """
-    work = work_of(recipe, load_teacher(recipe))
-    if work is None:
+    job = encoding_job(recipe, load_teacher(recipe.teacher))
+    if job is None:
         raise UserError("cache: the recipe's data are embedded or labels, which need no cache")
-    made = cache.fill(work, recipe.data)
+    made = cache.fill(job, recipe.data)
     return made.open(recipe.train.seed, recipe.data.skip_share).report or {}

@@ -1,9 +1,10 @@
 """Checkpoints: whole or absent, hashed, and never unpickled.
 
-A checkpoint is a folder of one safetensors file (all tensors), one JSON file (the structure around
-them) and a manifest with both files' SHA-256. It is written beside its place, flushed to the disk,
-and renamed, so that a process killed at any moment leaves the last whole one as the newest. One of
-the same name is moved aside first; while its place is empty, it is read from there.
+A checkpoint is a folder with one safetensors file (all tensors), one JSON file (the structure
+around them) and a manifest with the SHA-256 of both. It is written under a draft name, flushed to
+the disk and renamed, so that a process killed at any moment leaves the last whole checkpoint as the
+newest. An older one of the same name is moved aside first, and is read from there until the new one
+is in place.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def save(state: Any, folder: Path, about: dict[str, Any] | None = None) -> None:
         about: Kept in the manifest, readable without the tensors.
 
     Raises:
-        UserError: the disk does not take it; the checkpoints before it are as they were.
+        UserError: it cannot be written; earlier checkpoints are unchanged.
     """
     draft = folder.with_name(f".{folder.name}.draft")
     try:
@@ -47,10 +48,10 @@ def save(state: Any, folder: Path, about: dict[str, Any] | None = None) -> None:
         _flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)  # it holds the room that is short
+        shutil.rmtree(draft, ignore_errors=True)  # it may fill the disk
         raise UserError(
             f"checkpoint {folder}: it cannot be written ({error}); "
-            "put that right, and go on from the one before it with --resume"
+            "make room, and resume from the one before it with --resume"
         ) from None
 
 
@@ -72,7 +73,7 @@ def load(folder: Path) -> Any:
     """The state saved in `folder`; its tensors are on the CPU.
 
     Raises:
-        UserError: a file is missing, or is not what the manifest's hash says it was.
+        UserError: a file is missing, or its hash is not the manifest's.
     """
     remedy = f"delete {folder} to resume from the one before it"
     hashes = about(folder)["sha256"]
@@ -102,13 +103,13 @@ def about(folder: Path) -> dict[str, Any]:
 
 def steps(root: Path) -> list[Path]:
     """The step checkpoints under `root`, oldest first."""
-    found = {p for p in root.glob("step-*") if p.is_dir()}
-    found |= {_of(old) for old in root.glob(".step-*.old")}
-    return sorted((p for p in found if p.name[5:].isdecimal()), key=lambda p: int(p.name[5:]))
+    folders = {p for p in root.glob("step-*") if p.is_dir()}
+    folders |= {_of(old) for old in root.glob(".step-*.old")}
+    return sorted((p for p in folders if p.name[5:].isdecimal()), key=lambda p: int(p.name[5:]))
 
 
 def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` step checkpoints, and put right what a kill left behind."""
+    """Delete all but the newest `keep` step checkpoints, and clean up after killed writers."""
     for old in root.glob(".*.old"):
         _settle(_of(old))
     for folder in [*steps(root)[:-keep], *root.glob(".*.draft")]:
@@ -126,12 +127,12 @@ def _of(old: Path) -> Path:
 
 
 def _where(folder: Path) -> Path:
-    """Where to read a checkpoint. Nothing is moved: its writer may be about to."""
+    """Where to read a checkpoint from. Nothing is moved, since its writer may be at work."""
     return _aside(folder) if not folder.exists() and _aside(folder).exists() else folder
 
 
 def _settle(folder: Path) -> None:
-    """End a replacement that a kill cut short: the old one goes, or goes back to an empty place."""
+    """Finish a replacement that a kill cut short: delete the old one, or move it back."""
     if folder.exists():
         shutil.rmtree(_aside(folder), ignore_errors=True)
     elif _aside(folder).exists():

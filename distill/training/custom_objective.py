@@ -1,4 +1,4 @@
-"""Objectives in a user's own file: tried before anything is written, and the same on resuming."""
+"""Objectives in a user's own file: called once before a run starts, and unchanged on resuming."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from distill.data.stream import Source, Stream
 from distill.objectives.base import Objective
 from distill.objectives.validate import check_loss
 from distill.seeds import seed_all
-from distill.training.engine import shards_of
+from distill.training.engine import shards_here, shards_of
 from distill.training.player import Player
 from teachers.errors import UserError
 
-KEPT = "objective.py"  # in the run's folder: the file as it was when the run began
+COPY = "objective.py"  # in the run's folder: the file when the run started
 
 
 def file_of(recipe: Recipe) -> Path | None:
-    """The file of an objective that is none of the package's."""
+    """The file of an objective that is not one of the package's."""
     return Path(inspect.getfile(recipe.kind)) if ":" in recipe.objective["name"] else None
 
 
 def keep(recipe: Recipe, out: Path) -> None:
-    """Leave a copy of the objective's file in the run's folder."""
+    """Copy the objective's file to the run's folder."""
     if (file := file_of(recipe)) is not None:
-        shutil.copyfile(file, out / KEPT)
+        shutil.copyfile(file, out / COPY)
 
 
 def check_same(recipe: Recipe, out: Path) -> None:
-    """Refuse to go on with other code than the run has been trained by.
+    """Refuse to resume with other code than the run was trained with.
 
     Raises:
-        UserError: the objective's file is not the one that was kept.
+        UserError: the objective's file differs from the copy.
     """
-    file, kept = file_of(recipe), out / KEPT
-    if file is None or not kept.exists() or kept.read_bytes() == file.read_bytes():
+    file, saved = file_of(recipe), out / COPY
+    if file is None or not saved.exists() or saved.read_bytes() == file.read_bytes():
         return
     raise UserError(
-        f"--resume: {file} has changed since the run in {out} began; restore it from {kept}, or "
+        f"--resume: {file} has changed since the run in {out} began; restore it from {saved}, or "
         "start in another folder"
     )
 
@@ -56,13 +56,13 @@ def rehearse(
     train: TrainSection,
     accelerator: Accelerator,
 ) -> None:
-    """Compute the first turn's loss once, on its first batch, and leave the objective as it was.
+    """Compute the first turn's loss once, on its first batch, and restore the objective's state.
 
     Raises:
-        UserError: it is none that can be descended. What the user's own code raises is passed on.
+        UserError: the loss is not a `Loss` to descend. What the user's own code raises passes.
     """
     shards = shards_of(train, accelerator.num_processes)
-    first = shards // accelerator.num_processes * accelerator.process_index
+    first = shards_here(shards, accelerator)[0]
     size, device = train.batch // shards, accelerator.device
     stream = Stream(source, device, 0, range(first, first + 1), shards, size, ahead=0)
     before = deepcopy(objective.state_dict())  # a loss may change it in place

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """θ̄ ← β θ̄ + (1 - β) θ in float32, with a short memory at first: β ≤ (n + 1)/(n + 10).
+    """θ̄ ← β θ̄ + (1 - β) θ in float32; after n updates β is at most (n + 1)/(n + 10).
 
     Args:
-        decay: β per update; 0 keeps no average, and `swapped` changes nothing.
+        decay: β; 0 keeps no average, and `swapped` changes nothing.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], decay: float = 0.999) -> None:
@@ -23,7 +23,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move towards the weights as they are now."""
+        """Move the average towards the current weights."""
         if not self.decay:
             return
         decay = min(self.decay, (self.updates + 1) / (self.updates + 10))
@@ -32,7 +32,7 @@ class EMA:
         self.updates += 1
 
     def restart(self) -> None:
-        """Begin again from the weights as they are now, as if there had been none before."""
+        """Set the average to the current weights, and the count of updates to 0."""
         if self.decay:
             self._copy(self.mean, [p.detach().float() for p in self.params])
         self.updates = 0

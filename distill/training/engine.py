@@ -1,4 +1,4 @@
-"""The engine: plays the objective's turns, and keeps everything that is not the objective."""
+"""The engine plays the objective's turns, and averages, logs, samples, evaluates and saves."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ from distill.config.schema import TrainSection
 from distill.console import Progress
 from distill.data.encode import decoder_on
 from distill.data.stream import AHEAD, Source, Stream
+from distill.files import write
 from distill.grids import COLUMNS, save_grid
 from distill.objectives.base import Objective, Turn
 from distill.objectives.validate import check_loss, check_turn
+from distill.profiling import EvaluationCounter, denoisers_in
 from distill.seeds import seed_all
 from distill.training import checkpoint
 from distill.training.ema import EMA
 from distill.training.player import Player
-from students.export.folder import draw
-from teachers.denoiser import Cond, computes
+from students.export.folder import sample_student
+from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
@@ -48,7 +50,7 @@ class Stopped(Exception):
 
 
 class StopVote(NamedTuple):
-    """Whether any process caught a signal: asked from host to host, and under way."""
+    """An all-reduce under way between hosts: whether any process caught a signal."""
 
     work: dist.Work
     flag: Tensor  # () on the CPU: the signal's number, or 0
@@ -61,6 +63,7 @@ class StopVote(NamedTuple):
         return cls(work, flag)
 
     def answer(self) -> int:
+        """The largest signal number that a process caught, or 0; waits for the others."""
         self.work.wait()
         return int(self.flag)
 
@@ -69,14 +72,14 @@ class Engine:
     """Trains the players of one objective.
 
     Args:
-        objective: Who learns from what.
-        players: The networks that move, by the names the objective's turns use.
-        source: Where batches come from.
-        teacher: For the sample grids: its codec turns what the student makes into pictures.
-        train: How long, how large, how often.
+        players: The networks that learn, by the names that the objective's turns use.
+        source: Gives the batches.
+        teacher: For the sample grids: its codec decodes the student's samples.
+        train: The recipe's section.
         out: The run's folder.
-        evaluate: Measures the student as it is, for `evaluate_every` and the best checkpoint.
-        shown: The labels or prompts of the sample grids.
+        evaluate: Measures the student with its present weights, every `evaluate_every` steps; the
+            best one has a checkpoint.
+        shown: Labels or prompts of the sample grids.
     """
 
     def __init__(
@@ -92,37 +95,37 @@ class Engine:
         evaluate_every: int = 0,
         shown: Sequence[Any] = (0,) * 80,
     ) -> None:
-        self.objective, self.players, self.source, self.teacher = (
-            objective,
-            players,
-            source,
-            teacher,
-        )
+        self.objective, self.players = objective, players
+        self.source, self.teacher = source, teacher
         self.cfg, self.accelerator, self.out = train, accelerator, out
         self.evaluate, self.evaluate_every, self.shown = evaluate, evaluate_every, shown
         self.extras = Attempts(out)
         self.ema = EMA(players["student"].params, train.ema)
-        self._shown: Cond = None  # the grids' condition, once it is known
+        self._shown: Cond = None  # the grids' condition, encoded at the first grid
         self.step = self.draws = 0
         self.seconds, self.best = 0.0, math.inf
-        self.latest: dict[str, Tensor] = {}  # of each turn: the student's may not be this step's
-        self.evaluations = {k: 0 for k, v in vars(objective).items() if isinstance(v, nn.Module)}
+        self.latest: dict[str, Tensor] = {}  # each turn's last scalars, some of earlier steps
+        networks = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}
+        self.counter = EvaluationCounter(denoisers_in(networks))
         self.shards = shards_of(train, accelerator.num_processes)
-        self._first: dict[str, Tensor] = {}  # the loss of the first turn that is played here
-        self._stop, self._counting = 0, False
-        self._asked: StopVote | None = None
-        # Its own group, for gloo keeps to the hosts: on the devices' an answer would be a sync.
+        self._first: dict[str, Tensor] = {}  # the loss of this process's first turn
+        self._checked: set[tuple[Any, ...]] = set()
+        self._stop = 0
+        self._vote: StopVote | None = None
+        # Votes have a group on the hosts: on the devices, reading an answer would wait for them.
         self._hosts = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        self._count_evaluations()
-        for player in players.values():  # ranks that began apart would never meet again
-            if accelerator.num_processes > 1:
-                with torch.no_grad():
-                    for p in player.params:
-                        p.copy_(broadcast(p.detach().clone()))  # pyright: ignore
+        if accelerator.num_processes > 1:  # only gradients are averaged later, not weights
+            for player in players.values():
+                broadcast_weights(player)
 
     @property
     def root(self) -> Path:
         return self.out / "checkpoints"
+
+    @property
+    def evaluations(self) -> dict[str, int]:
+        """The samples that went through each network while training."""
+        return self.counter.counts
 
     def train(self) -> None:
         """Play every step that is left.
@@ -132,17 +135,10 @@ class Engine:
             UserError: a loss is no longer a finite number.
         """
         if self.accelerator.is_main_process:
-            self.extras.forget()
-        per = self.shards // self.accelerator.num_processes
-        first = self.accelerator.process_index * per
-        stream = Stream(
-            self.source,
-            self.accelerator.device,
-            self.draws,
-            range(first, first + per),
-            self.shards,
-            self.cfg.batch // self.shards,
-        )
+            self.extras.clear()
+        mine, size = shards_here(self.shards, self.accelerator), self.cfg.batch // self.shards
+        device = self.accelerator.device
+        stream = Stream(self.source, device, self.draws, mine, self.shards, size)
         began = time.perf_counter() - self.seconds
         handlers = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -151,44 +147,55 @@ class Engine:
                     self.latest |= self.advance(stream)
                     self.seconds = time.perf_counter() - began
                     progress.advance(self.step)
-                    if self.step % self.cfg.log_every == 0 or self.step == self.cfg.steps:
-                        progress.show(self.step, self._log(self.latest))
-                    every, last = self.cfg.sample_every, self.step == self.cfg.steps
-                    if every and (last or self.step % every == 0):
-                        self.sample()
-                    if self.evaluate_every and self.step % self.evaluate_every == 0:
-                        progress.note(self._evaluate())
-                    stop = self._should_stop()
-                    if stop or self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps:
-                        self._check(self.latest)  # or the last good checkpoints would be pruned
-                        self.save()
-                    if stop:
-                        raise Stopped(stop)
+                    self._after_step(progress)
         finally:
             stream.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
+    def _after_step(self, progress: Progress) -> None:
+        """Log, sample, evaluate and save where it is time to, and stop on a signal."""
+        if self._due(self.cfg.log_every):
+            progress.show(self.step, self._log(self.latest))
+        if self._due(self.cfg.sample_every):
+            self.sample()
+        if self.evaluate_every and self.step % self.evaluate_every == 0:
+            progress.print_above(self._evaluate())
+        stop = self._should_stop()
+        if stop or self._due(self.cfg.save_every):
+            self._check(self.latest)  # a bad checkpoint would have the good ones pruned
+            self.save()
+        if stop:
+            raise Stopped(stop)
+
+    def _due(self, every: int) -> bool:
+        """Whether the step just played is one in `every`, or the last; never where that is 0."""
+        return every > 0 and (self.step % every == 0 or self.step == self.cfg.steps)
+
     def advance(self, stream: Stream) -> dict[str, Tensor]:
-        """One step: every turn that the objective names, then the average. Scalars to log."""
+        """Play one step: every turn that the objective yields, then the average. Scalars to log."""
         seed, logs = self.cfg.seed, {}
-        self._counting = True
-        seed_all(seed, "turns", self.step, 0)
-        for i, turn in enumerate(self.objective.turns(self.step)):
-            logs |= self.play(turn, i, stream)
-            seed_all(seed, "turns", self.step, i + 1)  # what follows a yield is alike on all ranks
-        self._counting = False
+        with self.counter:
+            seed_all(seed, "turns", self.step, 0)
+            for i, turn in enumerate(self.objective.turns(self.step)):
+                logs |= self.play(turn, i, stream)
+                # the code after a yield draws the same numbers on all ranks
+                seed_all(seed, "turns", self.step, i + 1)
         self.ema.update()
         self.step += 1
         return logs
 
     def play(self, turn: Turn, place: int, stream: Stream) -> dict[str, Tensor]:
-        """One update, its loss averaged over this batch's shards, here and on other processes."""
-        check_turn(turn, self.objective, self.players)
+        """One update; its loss is averaged over the batch's shards, here and on other processes.
+
+        Args:
+            place: Of the turn in its step, from 0.
+        """
+        self._check_once(turn, place)
         players = {name: self.players[name] for name in turn.players}
         shards, logs = len(stream.mine), {}
         if turn.reset and "student" in players:
-            self.ema.restart()  # or this stage's average would hold the last one's weights
+            self.ema.restart()  # so that no weights of the stage before are in the average
         with ExitStack() as stack:
             for player in players.values():
                 stack.enter_context(player.turn(self.step, turn.reset))
@@ -211,10 +218,10 @@ class Engine:
         return {f"{name}/{key}": v for key, v in logs.items()} | norms
 
     def sample(self) -> None:
-        """A grid of the averaged student's pictures, on the same noise every time.
+        """Save a grid of the averaged student's pictures for each step count, on fixed noise.
 
-        What is shown is encoded once; only the decoder comes to the device, one picture at a time,
-        into room that a step's activations have left. Where that fails, it is said and training
+        Prompts are encoded once. Only the decoder moves to the device, and decodes one picture at a
+        time, so that it fits where a step's activations were. A failure is reported, and training
         goes on.
         """
         if self.accelerator.is_main_process:
@@ -226,21 +233,21 @@ class Engine:
         student, codec = self.objective.student, self.teacher.codec
         if self._shown is None:
             self._shown = codec.condition(list(self.shown))
-        size = self.cfg.batch // self.shards  # what the device has held in training
+        size = self.cfg.batch // self.shards  # fits the device, as training does
         with self.ema.swapped(), decoder_on(self.teacher, self.accelerator.device):
-            found = [
-                draw(student.at(k), self.teacher, self.shown, 0, size, self._shown)
+            samples = [
+                sample_student(student.at(k), self.teacher, self.shown, 0, size, self._shown)
                 for k in student.counts
             ]
-            images = [torch.cat([codec.decode(one) for one in x.split(1)]) for x in found]
+            images = [torch.cat([codec.decode(one) for one in x.split(1)]) for x in samples]
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         for steps, grid in zip(student.counts, images, strict=True):
             save_grid(grid, folder / f"step-{self.step:06d}-at-{steps}.png", COLUMNS)
 
     def save(self) -> None:
-        """A checkpoint of everything, of which the newest few are kept."""
-        if self.latest:  # what is logged of turns that were not this step's is of all processes
+        """Save a checkpoint of everything, and delete all but the newest few."""
+        if self.latest:  # after resuming, scalars of earlier steps are logged as means as well
             values = [v.clone() for v in self._over_processes(self.latest)]
             self.latest = dict(zip(self.latest, values, strict=True))
         if self.accelerator.is_main_process:
@@ -250,16 +257,20 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
-        """Take up the newest checkpoint; False if there is none yet."""
-        found = checkpoint.steps(self.root)
-        if not found:
+        """Load the newest checkpoint; False if there is none yet.
+
+        Raises:
+            UserError: the checkpoint is damaged, or is not of this run.
+        """
+        folders = checkpoint.steps(self.root)
+        if not folders:
             return False
         try:
-            self.load_state_dict(checkpoint.load(found[-1]))
+            self.load_state_dict(checkpoint.load(folders[-1]))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"checkpoint {found[-1]}: it is not of this run ({type(error).__name__}: {error}); "
-                f"delete it to resume from the one before it"
+                f"checkpoint {folders[-1]}: it is not of this run "
+                f"({type(error).__name__}: {error}); delete it to resume from the one before it"
             ) from None
         if self.accelerator.is_main_process:
             forget_after(self.step, self.out)
@@ -290,16 +301,16 @@ class Engine:
         self.objective.load_state_dict(state["objective"])
 
     def total_evaluations(self) -> None:
-        """Add up the counts of all processes, once training has ended."""
+        """Sum the evaluations of all processes, once training has ended."""
         if self.accelerator.num_processes > 1:
             counts = torch.tensor(list(self.evaluations.values()), device=self.accelerator.device)
             total = self.accelerator.reduce(counts, reduction="sum").tolist()  # pyright: ignore
             self.evaluations.update(zip(self.evaluations, total, strict=True))
 
     def _evaluate(self) -> str:
-        """Measure the averaged student; keep it if it is the best so far. A line to show.
+        """Measure the averaged student, and save it if it is the best so far. A line to show.
 
-        Where that fails, it is said and training goes on.
+        A failure is reported, and training goes on.
         """
         line = ""
         if self.accelerator.is_main_process and self.evaluate is not None:
@@ -311,9 +322,9 @@ class Engine:
     def _keep_best(self, evaluate: Evaluate, steps: int) -> str:
         with self.ema.swapped():
             metrics = evaluate(steps)
-        kept = {f"eval/{k}": v for k, v in metrics.items() if isinstance(v, float)}
-        self.accelerator.log(kept, step=self.step)
-        headline = metrics.get("headline")  # the name of the figure to be lowered
+        values = {f"eval/{k}": v for k, v in metrics.items() if isinstance(v, float)}
+        self.accelerator.log(values, step=self.step)
+        headline = metrics.get("headline")  # the name of the metric that training lowers
         shown = [k for k in (headline, "coverage", "accuracy") if k in metrics]
         if headline is not None and metrics[headline] < self.best:
             self.best = metrics[headline]
@@ -322,11 +333,12 @@ class Engine:
         return "  ".join(f"{k} {metrics[k]:.3f}" for k in shown) + f" at {steps} step"
 
     def _log(self, logs: dict[str, Tensor]) -> dict[str, float]:
-        """Fetch the scalars, averaged over processes, in one transfer; write them down."""
-        # With them goes the first loss, which some other process may have had no number for.
-        told = self._over_processes({**logs, **{f"first {k}": v for k, v in self._first.items()}})
-        self._first = dict.fromkeys(self._first, told[-1])
-        values = dict(zip(logs, told.tolist()))
+        """Average the scalars over processes, fetch them in one transfer, and log them."""
+        # With the first loss among them: it may be NaN on another process alone.
+        first = {f"first {k}": v for k, v in self._first.items()}
+        means = self._over_processes({**logs, **first})
+        self._first = dict.fromkeys(self._first, means[-1])
+        values = dict(zip(logs, means.tolist()))
         for name, player in self.players.items():
             values[f"{name}/lr"] = player.rate(self.step - 1)
         self.accelerator.log({"seconds": self.seconds, **values}, step=self.step)
@@ -341,67 +353,71 @@ class Engine:
         return values  # pyright: ignore[reportReturnType]
 
     def _check(self, logs: Mapping[str, Tensor | float]) -> None:
-        """Refuse to go on from losses that are not finite numbers.
+        """Stop where a loss is not a finite number.
 
-        All of them are named: one spoils the others within a step, and only some steps are read.
+        The message names all of them: one spoils the others within a step, and most steps are not
+        logged.
+
+        Raises:
+            UserError: naming the losses, and what to change.
         """
         losses = {k: float(v) for k, v in logs.items() if k.endswith("loss")}
-        lost = {k: v for k, v in losses.items() if not math.isfinite(v)}
-        if not lost:
+        bad = {k: v for k, v in losses.items() if not math.isfinite(v)}
+        if not bad:
             return
-        found = checkpoint.steps(self.root)
-        kept = f"the newest checkpoint, {found[-1]}, is of finite losses" if found else (
-            "no checkpoint had been saved"
-        )  # fmt: skip
-        said = f"step {self.step}: {' and '.join(f'{k} is {v}' for k, v in lost.items())}; "
-        first = {k: v for k, v in self._first.items() if not math.isfinite(v)}
+        folders = checkpoint.steps(self.root)
+        last = "no checkpoint was saved"
+        if folders:
+            last = f"the losses of the newest checkpoint, {folders[-1]}, are finite"
+        fault = f"step {self.step}: {' and '.join(f'{k} is {v}' for k, v in bad.items())}"
+        first = [k for k, v in self._first.items() if not math.isfinite(v)]
         if first:
-            key = next(iter(first))
             raise UserError(
-                f"{said}{key} was so at the first turn, before any update of this run, so no "
-                "learning rate is to blame; look at the objective's own keys, at train.precision, "
-                f"and at the teacher by distill doctor ({kept})"
+                f"{fault}; {first[0]} was not finite at the first turn, before any update of this "
+                "run, so learning rates are not the cause; check the objective's keys and "
+                f"train.precision, and check the teacher with distill doctor ({last})"
             )
-        rates = [f"players.{p}.lr" for p in dict.fromkeys(p for k in lost for p in _players(k))]
-        raise UserError(f"{said}lower {' or '.join(rates)}, or raise the warmup ({kept})")
+        rates = [f"players.{p}.lr" for p in dict.fromkeys(p for k in bad for p in _players(k))]
+        raise UserError(f"{fault}; lower {' or '.join(rates)}, or raise the warmup ({last})")
+
+    def _check_once(self, turn: Any, place: int) -> None:
+        """Check a turn the first time that one of these players stands at this place of a step.
+
+        Raises:
+            UserError: it is no turn that these players can play.
+        """
+        sound = isinstance(turn, Turn) and isinstance(turn.players, tuple)
+        key = (place, *turn.players) if sound else ()
+        if key not in self._checked:
+            check_turn(turn, self.objective, self.players)
+            self._checked.add(key)
 
     def _catch(self, number: int, frame: Any) -> None:
         self._stop = number
 
     def _should_stop(self) -> int:
-        """The signal to stop on. Processes ask one another at every step, and hear at the next."""
+        """The signal to stop on, or 0. A vote of all processes starts at every step and is read at
+        the next, so that no step waits for it."""
         if self._hosts is None:
             return self._stop
-        stop = self._asked.answer() if self._asked else 0
-        self._asked = None if stop else StopVote.of(self._stop, self._hosts)
-        if self._asked and self.step == self.cfg.steps:  # there is no next
-            stop, self._asked = self._asked.answer(), None
+        stop = self._vote.answer() if self._vote else 0
+        self._vote = None if stop else StopVote.of(self._stop, self._hosts)
+        if self._vote and self.step == self.cfg.steps:  # there is no next step
+            stop, self._vote = self._vote.answer(), None
         return stop
-
-    def _count_evaluations(self) -> None:
-        """Count samples through each network while it trains; host-side integers."""
-        seen: set[nn.Module] = set()
-        for name in self.evaluations:
-            for module in getattr(self.objective, name).modules():
-                if computes(module) and module not in seen:
-                    seen.add(module)  # the same network may have two names
-                    module.register_forward_pre_hook(self._counter(name))
-
-    def _counter(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def count(module: nn.Module, args: Any) -> None:
-            if self._counting:
-                self.evaluations[name] += len(args[0])
-
-        return count
 
 
 def _players(key: str) -> list[str]:
-    """The players of a turn, of the name of something that it logs."""
+    """The players of a turn, from the key of a scalar that it logs."""
     return key.split("/")[0].split("+")
 
 
 def shards_of(train: TrainSection, processes: int) -> int:
-    """Parts that each batch is cut into: what accumulate says, or one for each process."""
+    """Parts that each batch is cut into: `accumulate`, or one for each process where that is more.
+
+    Raises:
+        UserError: the batch does not divide into them, or they cannot be shared evenly.
+    """
     shards = max(train.accumulate, processes)
     if shards % processes or train.batch % shards:
         raise UserError(
@@ -411,27 +427,41 @@ def shards_of(train: TrainSection, processes: int) -> int:
     return shards
 
 
+def shards_here(shards: int, accelerator: Accelerator) -> range:
+    """Which of a batch's parts this process computes."""
+    per = shards // accelerator.num_processes
+    return range(per * accelerator.process_index, per * (accelerator.process_index + 1))
+
+
+@torch.no_grad()
+def broadcast_weights(player: Player) -> None:
+    """Give all processes the weights of the first."""
+    for p in player.params:
+        p.copy_(broadcast(p.detach().clone()))  # pyright: ignore
+
+
 def check_memory(train: TrainSection, shape: tuple[int, ...], shards: int) -> None:
-    """Refuse batches that this machine could not even hold the noise of."""
+    """Refuse batches of which this machine's memory could not hold the noise.
+
+    Raises:
+        UserError: naming the key.
+    """
     shard = train.batch // shards * math.prod(shape) * torch.float32.itemsize
-    needed, there = shard * (AHEAD + 1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    needed, memory = shard * (AHEAD + 1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
         raise UserError(
             f"train.batch: {train.batch} samples in {shards} parts take {needed / 2**30:,.0f} GiB "
-            f"for their noise alone, and this machine has {there / 2**30:,.0f}; lower it, or raise "
-            f"train.accumulate"
+            f"for their noise alone, and this machine has {memory / 2**30:,.0f}; lower it, or "
+            "raise train.accumulate"
         )
 
 
 def forget_after(step: int, out: Path) -> None:
-    """Drop what a killed run logged after the step that is taken up again."""
+    """Drop what a killed run logged and exported after the step that it resumes from."""
     log = out / "metrics.jsonl"
     if log.exists():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if _step_of(line) <= step]
-        draft = log.with_suffix(".draft")
-        draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        draft.replace(log)
+        write(log, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
     shutil.rmtree(out / "student", ignore_errors=True)  # it was made from later weights
 
 
@@ -439,4 +469,4 @@ def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError):
-        return math.inf  # the line that the kill cut short
+        return math.inf  # a kill cut this line short

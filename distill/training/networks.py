@@ -1,97 +1,110 @@
-"""The networks of an objective: the student, and what else its fields name."""
+"""The networks of an objective: teacher, student, critic, and the others that its fields name."""
 
 from __future__ import annotations
 
-from copy import deepcopy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from distill.config.recipe import Recipe, networks_of
-from distill.objectives.base import Objective
+from distill.config.objective_schema import network_types, networks_of
+from distill.config.recipe import Recipe
+from distill.config.schema import AdaptersSection, CriticSection
+from distill.objectives.base import Auxiliary, Objective
 from distill.sampling.guided_teacher import guided
-from students import gaussian, schedulers
+from students.checkpointing import checkpointing
 from students.critic import Critic
-from students.generator import Generator
-from students.lora import Adapted, adapted, checkpointing, to_float32, unwrap
-from teachers.denoiser import Network
-from teachers.errors import UserError
+from students.export.forms import form_of
+from students.form import StudentForm, StudentRequest
+from students.lora import AdaptedDenoiser, Adapter, adapt, unwrap
+from students.two_time import two_time
+from teachers.denoiser import Denoiser, Network
 from teachers.teacher import Teacher
 
 
 def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
-    """The objective with its networks: a student, and what else its fields name."""
-    kind = recipe.kind
-    adapters = recipe.adapters
-    if kind.few_step and gaussian.exact(teacher):
-        return exact_objective(recipe, teacher, device)
-    names = [n for n in networks_of(kind) if n not in ("teacher", "student", "critic")]
-    shared: tuple[str, ...] = ()
-    if adapters and kind.few_step:
-        shared = ("student", *names) if adapters.players is None else adapters.players
-    # copies first: once there are adapters on the teacher's weights, a copy would hold them as well
-    networks: dict[str, nn.Module] = {
-        n: to_float32(deepcopy(teacher.denoiser)).requires_grad_(True)
-        for n in names
-        if n not in shared
-    }
-    if kind.few_step:
-        s = recipe.student
-        adapter = adapters.adapter if adapters and "student" in shared else None
-        student = schedulers.student(teacher, s.steps, s.start, s.renoise, adapter)
-        trained = s.trained(kind.learns, student.counts)
-        networks["student"] = student.keep(*trained, weights=list(trained.values()))
-    else:
-        networks["student"] = Generator(deepcopy(teacher.denoiser).requires_grad_(True))
-    for name in [n for n in names if n in shared]:
-        assert adapters is not None
-        networks[name] = adapted(teacher, adapters.adapter, name)
-    networks["teacher"] = guided(recipe, teacher)
+    """The recipe's objective with its networks on the device, in eval mode.
+
+    Raises:
+        UserError: the recipe asks for networks that there cannot be.
+    """
+    check_form(recipe, form_of(teacher, recipe.kind.few_step))
+    return assembled(recipe, build_networks(recipe, teacher), device)
+
+
+def build_networks(
+    recipe: Recipe, teacher: Teacher, form: StudentForm | None = None
+) -> dict[str, nn.Module]:
+    """The networks that the objective's fields name, by field.
+
+    Args:
+        form: The form of the teacher's students; by default the one that it has.
+
+    Raises:
+        UserError: the teacher, the student, the adapters or the critic do not go together.
+    """
+    form = form or form_of(teacher, recipe.kind.few_step)
+    names = [n for n in network_types(recipe.kind, Denoiser) if n != "teacher"]
+    adapters = shared_weights(recipe.adapters, names) if form.adapts else {}
+    # copies first: a copy that is made after the adapters would contain them
+    networks: dict[str, nn.Module] = {n: form.network() for n in names if n not in adapters}
+    s = recipe.student
+    student = form.student(s.steps, s.start, s.renoise, adapters.get("student"))
+    counts = s.trained(recipe.kind.learns, student.counts)
+    student = student.keep(*counts, weights=list(counts.values()))
+    networks["student"] = two_time(student) if recipe.kind.two_times else student
+    for name in [n for n in names if n in adapters]:
+        networks[name] = adapt(teacher, adapters[name], name)
+    networks["teacher"] = guided(recipe.teacher, teacher)
     if recipe.critic is not None:
-        fake: Any = networks["fake"]
-        cond = teacher.codec.condition([0])
-        try:
-            named = recipe.critic.blocks
-            blocks = (unwrap(fake).middle,) if named is None else named
-            networks["critic"] = Critic(fake, teacher.shape, cond, blocks)
-        except ValueError as error:
-            raise UserError(f"critic.blocks: {error}") from None
+        networks["critic"] = critic_of(recipe.critic, networks["fake"], teacher)
+    auxiliaries: dict[str, type[Any]] = network_types(recipe.kind, Auxiliary)
+    for name, auxiliary in auxiliaries.items():
+        networks[name] = auxiliary.for_objective(teacher).requires_grad_(True)
     if recipe.train.checkpointing:
         for backbone in backbones(networks):
             checkpointing(backbone)
-    return assembled(recipe, networks, device)
+    return networks
 
 
-def check_exact(recipe: Recipe, teacher: Teacher) -> None:
-    """Refuse what the linear student of a closed-form Gaussian has not.
+def shared_weights(section: AdaptersSection | None, names: Sequence[str]) -> dict[str, Adapter]:
+    """The adapter of each network that is one on the teacher's weights, and not a copy of them.
+
+    Args:
+        names: The objective's denoisers beside teacher and student.
+    """
+    if section is None:
+        return {}
+    shared = ("student", *names) if section.players is None else section.players
+    return dict.fromkeys(shared, section.adapter)
+
+
+def critic_of(section: CriticSection, fake: Any, teacher: Teacher) -> Critic:
+    """A critic that reads the fake score's features.
 
     Raises:
-        UserError: naming the section.
+        UserError: the fake score has no such blocks.
     """
-    where, names = f"teacher {teacher.source!r}", networks_of(recipe.kind)
-    if "fake" not in names:
-        raise UserError(
-            f"{where}: objective.name: {recipe.objective['name']} trains at many times, and its "
-            "students are linear and of one; use one with a fake score, such as dmd2 or sid"
+    blocks = (unwrap(fake).middle,) if section.blocks is None else section.blocks
+    return Critic(fake, teacher.shape, teacher.codec.condition([0]), blocks)
+
+
+def check_form(recipe: Recipe, form: StudentForm) -> None:
+    """Refuse a recipe that asks of the teacher's students what they cannot be.
+
+    Raises:
+        UserError: naming the key.
+    """
+    form.check(
+        StudentRequest(
+            objective=recipe.objective["name"],
+            networks=networks_of(recipe.kind),
+            sections=[k for k in ("adapters", "critic") if getattr(recipe, k) is not None],
+            steps=recipe.student.steps,
+            sample_every=recipe.train.sample_every,
         )
-    for section, given in (("adapters", recipe.adapters), ("critic", recipe.critic)):
-        if given is not None:
-            raise UserError(f"{where}: {section}: its students are linear; remove the section")
-    if recipe.student.steps != 1:
-        raise UserError(f"{where}: student.steps: its students are linear and take 1")
-    if recipe.train.sample_every:
-        raise UserError(f"{where}: train.sample_every: it has no pictures to show; set it to 0")
-
-
-def exact_objective(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
-    """The objective of a closed-form Gaussian teacher: a linear student, fake scores as exact."""
-    names = networks_of(recipe.kind)
-    networks: dict[str, nn.Module] = {
-        n: gaussian.score(teacher) for n in names if n not in ("teacher", "student", "critic")
-    }
-    networks |= {"student": gaussian.student(teacher), "teacher": guided(recipe, teacher)}
-    return assembled(recipe, networks, device)
+    )
 
 
 def assembled(recipe: Recipe, networks: dict[str, nn.Module], device: torch.device) -> Objective:
@@ -104,16 +117,16 @@ def assembled(recipe: Recipe, networks: dict[str, nn.Module], device: torch.devi
 
 
 def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
-    """The distinct backbones under a set of networks: adapters share one."""
-    found = []
+    """The distinct backbones in a set of networks: adapters share one."""
+    shared = []
     for network in networks.values():
         for module in network.modules():
-            if isinstance(module, Adapted | Network):
-                found.append(unwrap(module).backbone)
-    return list(dict.fromkeys(found))
+            if isinstance(module, AdaptedDenoiser | Network):
+                shared.append(unwrap(module).backbone)
+    return list(dict.fromkeys(shared))
 
 
 def player_networks(objective: Objective) -> dict[str, nn.Module]:
-    """The networks that move: all of an objective's, but for the teacher and absent ones."""
+    """The networks that learn, by field: all but the teacher and those that are None."""
     names = [n for n in networks_of(type(objective)) if n != "teacher"]
     return {n: v for n in names if (v := getattr(objective, n)) is not None}

@@ -1,4 +1,4 @@
-"""A player: the weights that move on its turn, and how they move."""
+"""A player: weights, their optimiser and their learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BUCKET = 1 << 23  # elements averaged in one all-reduce: 32 MiB of float32
 
 
 class Player:
-    """One side of the game. Its parameters require grad during its turn and at no other time.
+    """Weights that learn in turns. They require grad during their turn and at no other time.
 
-    Networks are not wrapped in DistributedDataParallel, which cannot see through a JVP and loses
-    gradients when adapters take turns on one backbone. They are averaged here, once per update.
+    Networks are not wrapped in DistributedDataParallel, which fails under a JVP and loses gradients
+    when adapters take turns on one backbone. Gradients are averaged here, once per update.
 
     Args:
-        config: Learning rate and the rest.
+        config: Learning rate, clipping and the optimiser's settings.
         steps: How many engine steps the run has, for the schedule.
     """
 
@@ -40,7 +40,7 @@ class Player:
         self.optimizer = optimizers.optimizer(
             config.optimizer, self.params, config.lr, config.betas, config.eps, config.weight_decay
         )
-        self.schedule_start = 0  # the step at which its schedule started
+        self.schedule_start = 0  # a step of the engine
         self.grad_norm = torch.zeros(())
         self.requires_grad_(False)
 
@@ -108,12 +108,12 @@ class Player:
 
 @torch.no_grad()
 def average_gradients(params: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Average gradients over processes, in buckets; a parameter that got none counts as zero."""
+    """Average gradients over processes, in buckets; a parameter without one counts as zero."""
     if accelerator.num_processes == 1:
         return
     bucket: list[Tensor] = []
     for i, p in enumerate(params):
-        if p.grad is None:  # another rank may have one: the buckets must match
+        if p.grad is None:  # another rank may have one, and all buckets must match
             p.grad = torch.zeros_like(p)
         bucket.append(p.grad)
         if i + 1 == len(params) or sum(g.numel() for g in bucket) >= BUCKET:

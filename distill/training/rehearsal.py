@@ -1,6 +1,6 @@
-"""The teacher's first answers, heard before anything is written: whether they are finite numbers.
+"""Before training: whether the data and the teacher's x̂ of the first batch are finite numbers.
 
-What is NaN before any update was never a matter of learning rates; it is named here instead.
+A NaN before any update is not the learning rate's fault; the check names what has it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from distill.config.schema import TrainSection
 from distill.data.encode import broken_weight
 from distill.data.stream import Source
-from distill.training.engine import shards_of
+from distill.training.engine import shards_here, shards_of
 from teachers import conditions
-from teachers.denoiser import Cond, Denoiser
+from teachers.denoiser import Denoiser
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
@@ -27,61 +27,58 @@ def check_finite(
     train: TrainSection,
     accelerator: Accelerator,
 ) -> None:
-    """Ask the teacher for x̂ of the first batch's first part, at times from 1 down to nearly 0.
+    """Compute the teacher's x̂ of the first batch's first part, at times from 1 to nearly 0.
 
     Args:
-        guided: The teacher as the objective sees it.
+        guided: The teacher that the objective has.
 
     Raises:
-        UserError: the data, their conditions, the network's x̂ or the guided one hold NaN or
-            infinity; the first of these is named.
+        UserError: the data, their conditions, the network's x̂ or the guided x̂ hold NaN or
+            infinity; the message names the first of these.
     """
     shards = shards_of(train, accelerator.num_processes)
-    first = shards // accelerator.num_processes * accelerator.process_index
-    batch = source.batch(0, first, shards, train.batch // shards)
+    batch = source.batch(0, shards_here(shards, accelerator)[0], shards, train.batch // shards)
     for name, value in {"data": batch.x, **(batch.cond or {})}.items():
-        if value is not None and _lost(value):
+        if value is not None and _not_finite(value):
             which = "data" if name == "data" else f"condition {name!r}"
             raise UserError(
-                f"data: the first batch's {which} hold {_lost(value)}; encode them anew (delete "
-                "their cache under data.cache), and look at what they are made of"
+                f"data: the first batch's {which} hold {_not_finite(value)}; encode them anew "
+                "(delete their cache under data.cache), and check the files that they come from"
             )
     device = accelerator.device
-    noise, cond = batch.noise.to(device), batch.cond and _moved(batch.cond, device)
+    noise, cond = batch.noise.to(device), conditions.moved(batch.cond, device)
     x = torch.zeros_like(noise) if batch.x is None else batch.x.to(device)
     t = torch.linspace(1, 0, len(noise) + 1, device=device)[:-1]
     x_t = guided.process.noise(x, t, noise)
     with accelerator.autocast():
-        if not (kind := _lost(guided(x_t, t, cond))):
+        if not (kind := _not_finite(guided(x_t, t, cond))):
             return
-        alone = _lost(teacher.denoiser(x_t, t, cond))
+        unguided = _not_finite(teacher.denoiser(x_t, t, cond))
     who = f"teacher {teacher.source!r}"
-    if not alone:
+    if not unguided:
         raise UserError(
-            f"teacher.guidance: with it, x̂ of the first batch holds {kind}, before any training; "
-            "without, it is finite; set teacher.guidance to 1, or check its keys"
+            f"teacher.guidance: with it, x̂ of the first batch holds {kind} before any training; "
+            "without it, x̂ is finite; set teacher.guidance to 1, or check its keys"
         )
-    raise UserError(f"{who}: {_reason(teacher.denoiser, alone, train)}")
+    raise UserError(f"{who}: {_reason(teacher.denoiser, unguided, train)}")
 
 
 def _reason(network: nn.Module, kind: str, train: TrainSection) -> str:
     """Why a network's own x̂ may not be finite, and what to do."""
-    said = f"its network's x̂ of the first batch holds {kind}, before any training"
+    fault = f"its network's x̂ of the first batch holds {kind}, before any training"
     if (weight := broken_weight(network)) is not None:
-        return f"{said}: its weight {weight} is not finite; the files are damaged, fetch them again"
+        return (
+            f"{fault}: its weight {weight} is not finite; the files are damaged, fetch them again"
+        )
     halves = any(p.dtype == torch.float16 for p in network.parameters())
     if train.precision == "fp16" or halves:
         key = "train.precision" if train.precision == "fp16" else "teacher.precision"
-        return f"{said}: float16 overflows in it; set {key} to bf16 or fp32"
-    return f"{said}; examine it by distill doctor"
+        return f"{fault}: float16 overflows in it; set {key} to bf16 or fp32"
+    return f"{fault}; examine it with distill doctor"
 
 
-def _lost(value: Tensor) -> str:
-    """What a tensor holds that is no finite number; nothing where it holds none."""
+def _not_finite(value: Tensor) -> str:
+    """NaN or infinity, if a tensor holds it; else an empty string."""
     if not value.is_floating_point() or torch.isfinite(value).all():
         return ""
     return "NaN" if torch.isnan(value).any() else "infinity"
-
-
-def _moved(cond: Cond, device: torch.device) -> Cond:
-    return conditions.moved(cond, device)

@@ -1,7 +1,8 @@
-"""A run's folder: whether a run may begin or go on in it, and its lock: one process at a time.
+"""A run's folder: whether a run may start or resume in it, and its lock for one process at a time.
 
-The lock is the kernel's (`flock` on a hidden file), so that it ends with the process however that
-ends, a SIGKILL included. It belongs to the process: who holds a folder may take it again.
+The lock is the kernel's (`flock` on a hidden file): it ends with the process, also on SIGKILL. It
+belongs to the process, which may take the same folder again. docs/decisions/0008 says why it is not
+the filelock package's.
 """
 
 from __future__ import annotations
@@ -17,43 +18,36 @@ import yaml
 from distill.config.compare import differences
 from distill.config.recipe import Recipe, read_yaml
 from distill.config.renamed import current_names
-from distill.console import notice
+from distill.console import print_notice
 from distill.files import write
 from distill.training import checkpoint, custom_objective
 from teachers.errors import UserError
 
-LOCK = ".lock"  # in the run's folder: the holder's process id
+LOCK = ".lock"  # in the run's folder; it contains the holder's process id
+FILES = ("recipe.yaml", "metrics.jsonl", "summary.json", "report.html", LOCK)
+FOLDERS = ("checkpoints", "samples", "student")
 
-_held: dict[Path, TextIO] = {}  # this process's, by folder; open, for closing them lets go
+_locks: dict[Path, TextIO] = {}  # this process's lock files, by folder; closing one releases it
 
 
 def take(out: Path) -> None:
-    """Hold a folder that exists, until `release` or the end of this process.
+    """Lock an existing folder until `release` or the end of this process.
 
     Raises:
         UserError: another process holds it.
     """
-    if holds(out):
-        return
-    file = (out / LOCK).open("a+", encoding="utf-8")
-    try:
-        lock(file, fcntl.LOCK_EX, out)
-    except OSError as error:  # a file system without locks
-        notice(f"{out} cannot be locked ({error.strerror}); start no second run in it")
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    _held[out.resolve()] = file
+    if not holds(out):
+        _locks[out.resolve()] = locked(out)
 
 
 def release(out: Path) -> None:
-    """Let go of a folder, if this process holds it."""
-    if (file := _held.pop(out.resolve(), None)) is not None:
+    """Unlock a folder, if this process holds it."""
+    if (file := _locks.pop(out.resolve(), None)) is not None:
         file.close()
 
 
 def refuse_live(out: Path) -> None:
-    """Refuse a folder that another process holds, without taking it.
+    """Refuse a folder that another process holds, without locking it.
 
     Raises:
         UserError: another process holds it.
@@ -65,12 +59,36 @@ def refuse_live(out: Path) -> None:
         lock(file, fcntl.LOCK_SH, out)
 
 
-def lock(file: TextIO, kind: int, out: Path) -> None:
+def locked(out: Path, heirs: str = "") -> TextIO:
+    """A folder's lock file, locked until it is closed, here and in processes that inherited it.
+
+    Args:
+        heirs: Named in the message beside the holder: who else may hold what it locked.
+
+    Raises:
+        UserError: another process holds the folder.
+    """
+    file = (out / LOCK).open("a+", encoding="utf-8")
+    try:
+        lock(file, fcntl.LOCK_EX, out, heirs)
+    except OSError as error:  # a file system without locks
+        print_notice(f"{out} cannot be locked ({error.strerror}); start no second process in it")
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def lock(file: TextIO, kind: int, out: Path, heirs: str = "") -> None:
     """Lock the file without waiting; closing it unlocks.
+
+    Args:
+        kind: fcntl.LOCK_EX or LOCK_SH.
+        heirs: As for `locked`.
 
     Raises:
         UserError: another process holds it.
-        OSError: its file system knows no locks.
+        OSError: the file system has no locks.
     """
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -79,24 +97,21 @@ def lock(file: TextIO, kind: int, out: Path) -> None:
         holder = file.read().strip() or "another"
         file.close()
         raise UserError(
-            f"--out {out}: process {holder} is at work in it; wait for it, or give another folder"
+            f"--out {out}: process {holder}{heirs} is at work in it; wait for it, or give another "
+            "folder"
         ) from None
 
 
 def holds(out: Path) -> bool:
-    """Whether this process holds the folder as it is: not one of that name that was deleted."""
-    file, path = _held.get(out.resolve()), out / LOCK
+    """Whether this process holds the folder that is there now, not a deleted one of its name."""
+    file, path = _locks.get(out.resolve()), out / LOCK
     if file is None or not path.exists():
         return False
     return os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
-FILES = ("recipe.yaml", "metrics.jsonl", "summary.json", "report.html", ".lock")
-FOLDERS = ("checkpoints", "samples", "student")
-
-
 def hold(out: Path) -> None:
-    """Make a run's folder, where there is none, and hold it for this process.
+    """Make a run's folder unless it exists, and lock it for this process.
 
     Raises:
         UserError: it cannot be made, or another process holds it.
@@ -109,75 +124,116 @@ def hold(out: Path) -> None:
 
 
 def check_places(out: Path) -> None:
-    """Refuse a folder in which something else stands where a run's files go.
+    """Refuse a folder in which a folder has the name of a run's file, or the other way round.
 
     Raises:
         UserError: naming it.
     """
     if out.is_symlink() and not out.exists():
-        raise UserError(f"--out {out}: it is a link to nothing; give a folder")
+        raise UserError(f"--out {out}: it is a link to a path that does not exist; give a folder")
     for name in FILES:
         if (out / name).is_dir():
-            raise UserError(f"--out {out}: {name} in it is a folder; give another, or remove that")
+            raise UserError(
+                f"--out {out}: {name} in it is a folder; remove it, or give another --out"
+            )
     for name in FOLDERS:
         if (out / name).exists() and not (out / name).is_dir():
-            raise UserError(f"--out {out}: {name} in it is no folder; give another, or remove that")
+            raise UserError(
+                f"--out {out}: {name} in it is a file; remove it, or give another --out"
+            )
 
 
 def check_folder(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Refuse to write over a run, or to go on with a different one, or with one that is at work."""
+    """Refuse to write over a run, to resume a different one, or one that another process holds.
+
+    Raises:
+        UserError: naming the option or the key.
+    """
     check_places(out)
-    there = next(p for p in (out.absolute(), *out.absolute().parents) if exists(p))
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out {out}: {there} is not a folder that can be written to")
+    check_can_write(out)
     refuse_live(out)
-    written = out / "recipe.yaml"
-    if not written.exists():
-        if resume and not out.exists():
-            raise UserError(f"--resume: there is no run in {out}")
-        if out.exists() and any(p for p in out.iterdir() if not p.name.startswith(".")):
-            raise UserError(f"--out {out} exists and is not a run; give a new folder")
-        return
-    if not resume:
-        raise UserError(f"--out {out} already holds a run; add --resume, or give another folder")
-    before = current_names(read_yaml(written), quiet=True)
+    if not (out / "recipe.yaml").exists():
+        check_new(out, resume)
+    elif resume:
+        check_same_run(recipe, out)
+    else:
+        raise UserError(f"--out {out}: it holds a run; add --resume, or give another folder")
+
+
+def check_can_write(out: Path) -> None:
+    """Refuse a folder that cannot be written to, or cannot be made.
+
+    Raises:
+        UserError: naming what is in the way.
+    """
+    nearest = next(p for p in (out.absolute(), *out.absolute().parents) if exists(p))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(
+            f"--out {out}: {nearest} is not a folder that can be written to; give another"
+        )
+
+
+def check_new(out: Path, resume: bool) -> None:
+    """Refuse a folder without a run that contains other files, or from which to resume.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if resume and not out.exists():
+        raise UserError(f"--resume: there is no run in {out}; remove --resume to start one")
+    if out.exists() and any(p for p in out.iterdir() if not p.name.startswith(".")):
+        raise UserError(f"--out {out}: it exists and is not a run; give a new folder")
+
+
+def check_same_run(recipe: Recipe, out: Path) -> None:
+    """Refuse to resume a run by another recipe than it was started with.
+
+    Raises:
+        UserError: naming the first key that differs.
+    """
+    before = current_names(read_yaml(out / "recipe.yaml"), quiet=True)
     if changed := differences(before, recipe.tree()):
         key, old, new = changed[0]
         raise UserError(
             f"--resume: {key} was {old!r} in {out} and is {new!r} now; "
             "resume with the recipe it began with, or start in another folder"
         )
-    taken = checkpoint.steps(out / "checkpoints")
-    if taken and (count := int(taken[-1].name[5:])) > recipe.train.steps:
+    saved = checkpoint.steps(out / "checkpoints")
+    if not saved:
+        return
+    if (count := int(saved[-1].name[5:])) > recipe.train.steps:
         raise UserError(
             f"--resume: train.steps: {recipe.train.steps} is fewer than the {count} steps that "
-            f"the run in {out} has taken; ask for as many or more"
+            f"the run in {out} has taken; set it to {count} or more"
         )
-    if taken:
-        custom_objective.check_same(recipe, out)
+    custom_objective.check_same(recipe, out)
 
 
 def check_checkpoints(out: Path) -> None:
-    """Refuse to resume a run that came to its end and whose checkpoints are gone.
+    """Refuse to resume a finished run without checkpoints: training again would delete its student.
 
     Raises:
-        UserError: training it again would delete what it left.
+        UserError: it is one.
     """
     if (out / "summary.json").exists() and not checkpoint.steps(out / "checkpoints"):
         raise UserError(
-            f"--resume: the run in {out} came to its end and its checkpoints are gone; "
+            f"--resume: the run in {out} has ended and its checkpoints are gone; "
             "train again in another folder"
         )
 
 
 def write_recipe(recipe: Recipe, out: Path) -> None:
-    """Write recipe.yaml, with every default spelled out, and the user's own objective beside it."""
+    """Write recipe.yaml, with every default, and a copy of the user's own objective beside it."""
     write(out / "recipe.yaml", yaml.safe_dump(recipe.tree(), sort_keys=False))
     custom_objective.keep(recipe, out)
 
 
 def exists(path: Path) -> bool:
-    """Whether something is there; a path that cannot even be asked about is a mistake."""
+    """Whether a path exists.
+
+    Raises:
+        UserError: the system refuses the path, such as one whose name is too long.
+    """
     try:
         return path.exists()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Trackers: metrics.jsonl always, others through Accelerate where they are installed."""
+"""Trackers: metrics.jsonl always, and those of a recipe through Accelerate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class JSONL(GeneralTracker):
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Nothing: the configuration is in recipe.yaml."""
+        """Do nothing: the configuration is in recipe.yaml."""
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
-"""The digits protocol: scikit-learn's 1,797 real 8×8 digits, and a small classifier's features.
+"""The embedded digits: scikit-learn's 1,797 real 8×8 digits, and a small classifier of them.
 
 Data: UCI "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak, CC BY 4.0), the part that
-scikit-learn ships as `load_digits`, stored here as counts 0 to 16.
+scikit-learn ships as `load_digits`, stored here as values 0 to 16.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def held_out(n: int) -> Tensor:
-    """Which of n images the classifier never saw in training: every fifth, as a mask (n,)."""
+    """A mask (n,) of the images that the classifier was not trained on: every fifth."""
     return torch.arange(n) % 5 == 0
 
 
 class Classifier(nn.Module):
-    """A 60k-parameter convolutional classifier of digits; its 64 penultimate activations are the
-    features in which the digits metrics measure distance."""
+    """A 60k-parameter convolutional classifier of digits.
+
+    Its 64 penultimate activations are the features of the digits metrics.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""One file to a metric, and the feature extractors that they share."""
+"""Metrics, one file each, and the feature extractors that they share."""

@@ -1,7 +1,7 @@
-"""Metrics: samples in, numbers out, at once or in chunks.
+"""Metrics: from samples to named numbers, for all samples together or in chunks.
 
-A plain function of samples is an average over them: over chunks, its figures are averaged by their
-sizes. A `FeatureMetric` reads what was collected of features over all chunks.
+A metric that is a plain function gives averages over samples; those of several chunks are averaged
+by the chunks' sizes. A `FeatureMetric` collects features over all chunks first.
 """
 
 from __future__ import annotations
@@ -15,61 +15,64 @@ from torch import Tensor
 
 from eval.errors import MetricError
 from eval.samples import Samples
-from eval.stream import C, Reservoir, Tally
+from eval.stream import C, MomentSums, Reservoir
 
 Features = Callable[[Tensor], Tensor]  # uint8 (N, C, H, W) -> (N, D)
 Metric = Callable[[Samples], dict[str, float]]
 
 
 class FeatureMetric(ABC, Generic[C]):
-    """A metric of the law of features; a subclass below says what it reads of them.
+    """A metric of the distribution of features.
 
-    features: what it reads of a picture.
-    keep: how many feature vectors it wants; 0 when their moments are enough.
-    least: the fewest samples that it can be had of, so that too few are refused undrawn.
+    features: from images to features.
+    keep: the number of feature vectors that it needs; 0 if their moments suffice.
+    min_samples: fewer samples are refused before any is made.
     """
 
     features: Features
     keep: int
-    least: int = 1
+    min_samples: int = 1
 
     @abstractmethod
     def collector(self) -> C:
-        """What features are to be put into."""
+        """A new collector of features."""
 
     @abstractmethod
-    def measure(self, seen: C) -> dict[str, float]:
-        """Its figures, of the collector when it has all features."""
+    def measure(self, collected: C) -> dict[str, float]:
+        """The figures of all features in a collector."""
 
     def __call__(self, samples: Samples) -> dict[str, float]:
-        seen = self.collector()
-        seen.add(checked(self.features(samples.images)), 0)
-        return self.measure(seen)
+        """The figures of all samples together."""
+        collected = self.collector()
+        collected.add(checked(self.features(samples.images)), 0)
+        return self.measure(collected)
 
 
-class MomentsMetric(FeatureMetric[Tally]):
-    """A metric of mean and covariance."""
+class MomentsMetric(FeatureMetric[MomentSums]):
+    """A metric of the mean and covariance of features."""
 
     keep = 0
 
-    def collector(self) -> Tally:
-        return Tally()
+    def collector(self) -> MomentSums:
+        return MomentSums()
 
 
-class KeptMetric(FeatureMetric[Reservoir]):
-    """A metric of feature vectors, `keep` of them at most."""
+class ReservoirMetric(FeatureMetric[Reservoir]):
+    """A metric of at most `keep` feature vectors."""
 
     def collector(self) -> Reservoir:
         return Reservoir(self.keep)
 
 
 def checked(features: Tensor) -> Tensor:
-    """Features (N, D), all finite.
+    """Features (N, D), if all are finite.
 
     Raises:
-        MetricError: some are not; a NaN would spread over every figure.
+        MetricError: some are not; one NaN would spoil every figure.
     """
     bad = (~torch.isfinite(features)).flatten(1).any(1).sum().item()
     if bad:
-        raise MetricError(f"features: those of {bad} of {len(features)} images hold NaN")
+        raise MetricError(
+            f"features: those of {bad} of {len(features)} images hold NaN; leave these images out"
+        )
     return features

@@ -1,7 +1,7 @@
-"""Pictures against their prompts by CLIP models: CLIP score and PickScore.
+"""CLIP score and PickScore: the agreement of images and prompts by CLIP models.
 
-Model, prefix and resolution move a CLIP score by more than methods do, so all three are in the
-figure's name.
+Model, prefix and resolution change a CLIP score by more than methods do, so all three are in the
+figure's key.
 """
 
 from __future__ import annotations
@@ -19,37 +19,40 @@ from eval.samples import Samples
 
 BATCH = 64
 PICK = ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
-PICK_WORDS = (
+PICK_TOKENIZER = (
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
 )
 
 
-class Pair:
-    """A CLIP model's two encoders, loaded at the first call.
+class CLIPEncoders:
+    """The two encoders of a CLIP model, loaded at the first call.
 
     source, revision: a folder, or a Hub repository and its revision.
-    words: the same of the tokenizer, where the model comes without.
+    tokenizer: source and revision of the tokenizer, if the model has none.
     """
 
-    def __init__(self, source: str, revision: str, words: tuple[str, str] | None = None) -> None:
-        self.source, self.revision, self.words = source, revision, words or (source, revision)
+    def __init__(
+        self, source: str, revision: str, tokenizer: tuple[str, str] | None = None
+    ) -> None:
+        self.source, self.revision = source, revision
+        self.tokenizer = tokenizer or (source, revision)
         self.name = source.rstrip("/").rpartition("/")[2]
 
     @cached_property
     def model(self) -> tuple[Any, Any]:
         """The network and its tokenizer."""
         network = fetch.pretrained("CLIPModel", self.source, self.revision)
-        return network.to(device()), fetch.tokenizer(*self.words)
+        return network.to(device()), fetch.tokenizer(*self.tokenizer)
 
     @property
     def scale(self) -> float:
-        """What cosines are multiplied by in training."""
+        """The factor of cosines in training."""
         return self.model[0].logit_scale.exp().item()
 
     @torch.no_grad()
     def cosines(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Cosines (N,), float64, of uint8 images (N, 3, H, W), prepared for CLIP, and prompts."""
+        """Cosines (N,), float64, of uint8 images (N, 3, H, W) and prompts."""
         network, tokenizer = self.model
         size = network.config.vision_config.image_size
         pixels = resize_then_centre(images, size)
@@ -60,34 +63,34 @@ class Pair:
             max_length=network.config.text_config.max_position_embeddings,
             return_tensors="pt",
         )
-        found = network(
+        output = network(
             pixel_values=normalised(pixels.to(device()), CLIP),
             input_ids=tokens["input_ids"].to(device()),
             attention_mask=tokens["attention_mask"].to(device()),
         )
-        return torch.cosine_similarity(found.image_embeds, found.text_embeds).double().cpu()
+        return torch.cosine_similarity(output.image_embeds, output.text_embeds).double().cpu()
 
     def mean(self, samples: Samples, prefix: str = "", resolution: int | None = None) -> float:
-        """The mean cosine of samples and their prompts, some at a time."""
-        found = []
+        """The mean cosine of samples and their prompts, in batches."""
+        cosines = []
         for i in range(0, len(samples.images), BATCH):
             images = samples.images[i : i + BATCH]
             if resolution is not None:
                 images = centre_lanczos(images, resolution)
             prompts = [prefix + p for p in samples.prompts[i : i + BATCH]]
-            found.append(self.cosines(images, prompts))
-        return torch.cat(found).mean().item()
+            cosines.append(self.cosines(images, prompts))
+        return torch.cat(cosines).mean().item()
 
 
 class ClipScore:
-    """Mean cosine of pictures and prompts, as a metric (Hessel et al. 2021, arXiv:2104.08718).
+    """The mean cosine of images and prompts (Hessel et al. 2021, arXiv:2104.08718).
 
-    The plain cosine: neither clipped at 0 nor times 2.5 or 100.
+    It is the plain cosine, not clipped at 0 and not multiplied by 2.5 or 100.
 
-    source, revision: the model, as `Pair` takes it.
-    prefix: put before every prompt.
-    resolution: pictures are cropped and brought to it by Lanczos before the model's own resize,
-        as for COCO, so that larger pictures are not at an advantage.
+    source, revision: the model, as in `CLIPEncoders`.
+    prefix: precedes every prompt.
+    resolution: images are cropped and resized to it by Lanczos before the model's own resize, as
+        for COCO, so that larger images have no advantage.
     """
 
     def __init__(
@@ -97,18 +100,19 @@ class ClipScore:
         prefix: str = "A photo depicts ",
         resolution: int = 256,
     ) -> None:
-        self.pair, self.prefix, self.resolution = Pair(source, revision), prefix, resolution
-        self.name = f"clip_score[{self.pair.name}, {prefix.strip()!r}, {resolution}]"
+        self.encoders = CLIPEncoders(source, revision)
+        self.prefix, self.resolution = prefix, resolution
+        self.name = f"clip_score[{self.encoders.name}, {prefix.strip()!r}, {resolution}]"
 
     def __call__(self, samples: Samples) -> dict[str, float]:
-        return {self.name: self.pair.mean(samples, self.prefix, self.resolution)}
+        return {self.name: self.encoders.mean(samples, self.prefix, self.resolution)}
 
 
 class PickScore:
     """PickScore v1 (Kirstain et al. 2023, arXiv:2305.01569): a CLIP-H's logit, near 20."""
 
-    def __init__(self, pair: Pair | None = None) -> None:
-        self.pair = pair or Pair(*PICK, words=PICK_WORDS)
+    def __init__(self, encoders: CLIPEncoders | None = None) -> None:
+        self.encoders = encoders or CLIPEncoders(*PICK, tokenizer=PICK_TOKENIZER)
 
     def __call__(self, samples: Samples) -> dict[str, float]:
-        return {"pick_score": self.pair.scale * self.pair.mean(samples)}
+        return {"pick_score": self.encoders.scale * self.encoders.mean(samples)}

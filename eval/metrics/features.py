@@ -1,6 +1,7 @@
-"""Feature extractors by name: network, version and resize rule are one thing, never mixed.
+"""Feature extractors by name; each is a network of one version with one resize rule.
 
-`digits` and `shapes` are embedded; the others are downloaded once and run wherever CUDA is.
+`digits` and `shapes` are embedded. The others are downloaded once, and run on a GPU if
+there is one.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ Network = Callable[[Tensor], Tensor]  # float32 (N, 3, size, size) in 0 … 255 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
-# The 2015 graph of arXiv:1706.08500 as TorchScript, with a bilinear resize inside. Reading one runs
-# no Python, and its hash is pinned.
+# The 2015 graph of arXiv:1706.08500 as TorchScript, with a bilinear resize inside. Loading
+# TorchScript runs no Python, and its hash is pinned.
 GRAPH = "inception-2015-12-05"
 INCEPTION = (
     f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{GRAPH}.pt",
@@ -36,13 +37,13 @@ CLIP_L_336 = ("openai/clip-vit-large-patch14-336", "ce19dc912ca5cd21c8a653c79e25
 
 @dataclass(frozen=True)
 class Extractor:
-    """Pictures to features, by one network after one resize.
+    """From images to features, by one network after one resize.
 
-    name, version: what is written beside every figure and statistic made with it.
-    dim: how many features there are of a picture.
-    size, resize: what pictures become first.
+    name, version: recorded with every statistic of these features.
+    dim: the number of features of an image.
+    size, resize: the side, and the rule, to which images are resized first.
     load: makes the network, at the first call.
-    batch: how many pictures go through it at a time.
+    batch: the number of images in one call of the network.
     """
 
     name: str
@@ -55,14 +56,14 @@ class Extractor:
 
     @property
     def rule(self) -> str:
-        """All of it in words, as statistics keep it."""
+        """All of it in one text, as statistics record it."""
         return f"{self.name} {self.version}, {self.resize.__name__} to {self.size}"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features (N, D) float32 on the CPU, of uint8 images (N, 3|1, H, W).
 
         Raises:
-            MetricError: images are not such, or the weights are not to be had.
+            MetricError: images have another type or shape, or weights are missing.
         """
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
             raise MetricError(
@@ -79,7 +80,7 @@ class Extractor:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Features of a classifier that lies in this repository, of pictures of its own size."""
+    """Features of a classifier in this repository, for images of its own size."""
 
     name: str
     version: str
@@ -91,40 +92,40 @@ class Embedded:
         return f"{self.name} {self.version}, not resized"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (N, dim) of uint8 images of the size that the classifier reads.
+        """Features (N, dim) of uint8 images of the classifier's size.
 
         Raises:
-            MetricError: they have another.
+            MetricError: images have another size.
         """
         return self.read(images)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Features of pictures that are first cropped or reduced, as a protocol says for its data."""
+    """Features of images after the crop or resize that a protocol prescribes."""
 
     prepare: Callable[[Tensor, int], Tensor]  # bytes to bytes
     size: int
-    of: Extractor | Embedded
+    base: Extractor | Embedded
 
     @property
     def name(self) -> str:
-        return f"{self.of.name}-{self.prepare.__name__}-{self.size}"
+        return f"{self.base.name}-{self.prepare.__name__}-{self.size}"
 
     @property
     def dim(self) -> int:
-        return self.of.dim
+        return self.base.dim
 
     @property
     def rule(self) -> str:
-        return f"{self.prepare.__name__} to {self.size}, then {self.of.rule}"
+        return f"{self.prepare.__name__} to {self.size}, then {self.base.rule}"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features (N, D) of uint8 images (N, C, H, W)."""
-        return self.of(self.prepare(images, self.size))
+        return self.base(self.prepare(images, self.size))
 
 
-Named = Extractor | Embedded | Prepared
+NamedFeatures = Extractor | Embedded | Prepared
 
 
 @cache
@@ -133,14 +134,14 @@ def _loaded(extractor: Extractor) -> Network:
 
 
 def device() -> torch.device:
-    """Where networks run: the GPU, where there is one that ACCELERATE_USE_CPU does not spare."""
-    said = os.environ.get("ACCELERATE_USE_CPU", "").lower()
-    spared = said in ("y", "yes", "t", "true", "on", "1")  # as Accelerate reads it
-    return torch.device("cpu" if spared or not torch.cuda.is_available() else "cuda")
+    """The device of networks: a GPU, unless ACCELERATE_USE_CPU is set."""
+    value = os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    use_cpu = value in ("y", "yes", "t", "true", "on", "1")  # as Accelerate reads it
+    return torch.device("cpu" if use_cpu or not torch.cuda.is_available() else "cuda")
 
 
 def inception(head: Callable[[nn.Module, Tensor], Tensor]) -> Network:
-    """The 2015 Inception graph, read by `head`."""
+    """The 2015 Inception graph; `head` takes the features from it."""
     network = torch.jit.load(str(fetch.download(*INCEPTION)), map_location=device()).eval()
 
     @torch.no_grad()
@@ -151,28 +152,28 @@ def inception(head: Callable[[nn.Module, Tensor], Tensor]) -> Network:
 
 
 def pool_of_resized(network: nn.Module, images: Tensor) -> Tensor:
-    """pool3 (N, 2048) of images already at 299, with the graph's own resize left out."""
+    """pool3 (N, 2048) of images of 299×299, without the graph's own resize."""
     return network.layers((images - 128) / 128)  # pyright: ignore[reportCallIssue]
 
 
 def pool(network: nn.Module, images: Tensor) -> Tensor:
-    """pool3 (N, 2048), after the graph's own resize: TF1's bilinear, with no antialiasing."""
+    """pool3 (N, 2048) after the graph's own resize: TF1's bilinear, without antialiasing."""
     return network(images, return_features=True)
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Log probabilities (N, 1008), without the last layer's bias as in the original score."""
+    """Log probabilities (N, 1008) without the last layer's bias, as in the original score."""
     return network(images, no_output_bias=True).clamp(min=1e-30).log()
 
 
 def normalised(images: Tensor, by: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
-    """Images in 0 … 255 to those that a network was trained on, by mean and deviation."""
+    """Images in 0 … 255, normalised by a network's mean and standard deviation in 0 … 1."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in by)
     return (images / 255 - mean) / std
 
 
 def dinov2(source: str, revision: str) -> Network:
-    """The class token after the last norm (N, 1024) of a `Dinov2Model`, of a folder or the Hub."""
+    """A `Dinov2Model` from a folder or the Hub: the class token (N, 1024) after the last norm."""
     network = fetch.pretrained("Dinov2Model", source, revision).to(device())
 
     @torch.no_grad()
@@ -183,18 +184,18 @@ def dinov2(source: str, revision: str) -> Network:
 
 
 def clip_image(source: str, revision: str) -> Network:
-    """Projected image embeddings (N, D) of length one of a `CLIPModel`, of a folder or the Hub."""
+    """A `CLIPModel` from a folder or the Hub: projected image embeddings (N, D) of length one."""
     network = fetch.pretrained("CLIPModel", source, revision).to(device())
 
     @torch.no_grad()
     def read(images: Tensor) -> Tensor:
-        found = network.vision_model(pixel_values=normalised(images.to(device()), CLIP))
-        return torch.nn.functional.normalize(network.visual_projection(found.pooler_output), dim=1)
+        output = network.vision_model(pixel_values=normalised(images.to(device()), CLIP))
+        return torch.nn.functional.normalize(network.visual_projection(output.pooler_output), dim=1)
 
     return read
 
 
-# FID's named protocols are the first three: the weights are the same, what precedes them is not.
+# The first three are FID's variants: the weights are the same, the resize before them is not.
 EXTRACTORS: dict[str, Extractor | Embedded] = {
     e.name: e
     for e in (

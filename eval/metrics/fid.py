@@ -1,7 +1,7 @@
-"""Fréchet distance between two sets of features, each summarised by its mean and covariance.
+"""The Fréchet distance between two sets of features, from their means and covariances.
 
-Heusel et al. 2017 (arXiv:1706.08500), on whichever features it is given; "FID" proper means
-Inception's. All sums are float64.
+Heusel et al. 2017 (arXiv:1706.08500), for any features; "FID" is the one of Inception features.
+All sums are in float64.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from eval.errors import MetricError
-from eval.metrics.base import Features, KeptMetric, MomentsMetric
+from eval.metrics.base import Features, MomentsMetric, ReservoirMetric
 from eval.metrics.extrapolate import at_infinity, sizes, subset
-from eval.stream import Reservoir, Tally
+from eval.stream import MomentSums, Reservoir
 
 
 @dataclass(frozen=True)
@@ -27,53 +27,54 @@ class Moments:
     n: int
 
     @classmethod
-    def of(cls, features: Tensor) -> Moments:
-        """The moments of features shaped (N, D); N must exceed D, or the covariance is singular.
+    def from_features(cls, features: Tensor) -> Moments:
+        """The moments of features (N, D).
 
         Raises:
-            MetricError: it does not.
+            MetricError: N does not exceed D, so the covariance would be singular.
         """
-        tally = Tally()
-        tally.add(features, 0)
-        return cls.counted(tally)
+        sums = MomentSums()
+        sums.add(features, 0)
+        return cls.from_sums(sums)
 
     @classmethod
-    def counted(cls, tally: Tally) -> Moments:
-        """The moments of what was counted.
+    def from_sums(cls, sums: MomentSums) -> Moments:
+        """The moments of running sums.
 
         Raises:
-            MetricError: that is no more samples than features.
+            MetricError: the number of samples does not exceed that of features.
         """
-        dim = len(tally.mean)
-        if tally.n <= dim:
+        dim = len(sums.mean)
+        if sums.n <= dim:
             raise MetricError(
-                f"frechet distance: {tally.n} samples for {dim} features; "
+                f"frechet distance: {sums.n} samples for {dim} features; "
                 f"give more than {dim} samples"
             )
-        return cls(tally.mean, tally.squares / (tally.n - 1), tally.n)
+        return cls(sums.mean, sums.squares / (sums.n - 1), sums.n)
 
 
 def frechet(a: Moments, b: Moments) -> float:
     """|μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½).
 
-    The trace of the root is the sum of the roots of the eigenvalues of Σa Σb, taken through the
-    symmetric Σa^½ Σb Σa^½, which has the same ones and stays real and non-negative under rounding.
+    The trace of the root is the sum of the square roots of the eigenvalues of Σa Σb. They are
+    computed from the symmetric Σa^½ Σb Σa^½, which has the same eigenvalues and keeps them real and
+    non-negative under rounding.
     """
     values, vectors = torch.linalg.eigh(a.cov)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
-    return max(distance.item(), 0.0)  # identical sets come out at ±1e-15
+    return max(distance.item(), 0.0)  # identical sets give ±1e-15
 
 
 def bias(spectrum: Tensor, n: int) -> float:
-    """How far from zero the distance of n samples of a Gaussian law to that law itself will be.
+    """The expected distance of n samples of a Gaussian to that Gaussian, to first order in 1 / n.
 
-    Σ λ_i / n + Σ_ij λ_i λ_j (1 + δ_ij) / (2 (λ_i + λ_j)) / (n - 1), to first order in 1 / n: the
-    mean's error, and the covariance's (Wishart, variance λ_i λ_j (1 + δ_ij) / (n - 1)).
+    Σ λ_i / n + Σ_ij λ_i λ_j (1 + δ_ij) / (2 (λ_i + λ_j)) / (n - 1): the error of the mean, and that
+    of the covariance (Wishart, variance λ_i λ_j (1 + δ_ij) / (n - 1)).
 
     Args:
-        spectrum: the eigenvalues (D,) of the law's covariance; those of rounding may be negative.
+        spectrum: the eigenvalues (D,) of the covariance; rounding may make some negative.
     """
     lam = spectrum[spectrum > spectrum.max() * 1e-12]
     pairs = lam[:, None] * lam / (2 * (lam[:, None] + lam))
@@ -81,10 +82,10 @@ def bias(spectrum: Tensor, n: int) -> float:
 
 
 class FID(MomentsMetric):
-    """Fréchet distance of samples to a fixed reference, as a metric.
+    """The Fréchet distance of samples to a fixed reference, as a metric.
 
-    `<name>_bias` goes with it: the distance expected of as many independent samples of the
-    reference's own law. Fixed labels or captions make it smaller, as strata do every variance.
+    It also gives `<name>_bias`: the distance expected of as many independent samples of the
+    reference's own distribution. Fixed labels or captions lower it, as strata lower a variance.
     """
 
     def __init__(
@@ -93,24 +94,26 @@ class FID(MomentsMetric):
         """`reference` holds uint8 images (N, C, H, W), or their features' moments."""
         self.features, self.name = features, name
         self.reference = (
-            reference if isinstance(reference, Moments) else Moments.of(features(reference))
+            reference
+            if isinstance(reference, Moments)
+            else Moments.from_features(features(reference))
         )
-        self.least = len(self.reference.mean) + 1
+        self.min_samples = len(self.reference.mean) + 1
 
     @cached_property
     def spectrum(self) -> Tensor:
         return torch.linalg.eigvalsh(self.reference.cov)
 
-    def measure(self, seen: Tally) -> dict[str, float]:
-        found = Moments.counted(seen)
-        expected = bias(self.spectrum, found.n) + bias(self.spectrum, self.reference.n)
-        return {self.name: frechet(found, self.reference), f"{self.name}_bias": expected}
+    def measure(self, collected: MomentSums) -> dict[str, float]:
+        moments = Moments.from_sums(collected)
+        expected = bias(self.spectrum, moments.n) + bias(self.spectrum, self.reference.n)
+        return {self.name: frechet(moments, self.reference), f"{self.name}_bias": expected}
 
 
-class FIDInfinity(KeptMetric):
-    """Fréchet distance that infinitely many samples would have: a line in 1 / N at N = ∞.
+class FIDInfinity(ReservoirMetric):
+    """The Fréchet distance extrapolated to infinitely many samples by a line in 1 / N.
 
-    Chong & Forsyth 2020 (arXiv:1911.07023). The reference's own finite size stays in the figure.
+    Chong & Forsyth 2020 (arXiv:1911.07023). The bias of the finite reference remains.
     """
 
     def __init__(
@@ -123,17 +126,19 @@ class FIDInfinity(KeptMetric):
         points: int = 15,
         name: str = "fd_infinity",
     ) -> None:
-        """Distances of `points` random subsets, of `start` samples up to all that are kept."""
+        """The line goes through `points` random subsets, of `start` up to `keep` samples."""
         self.features, self.name, self.keep = features, name, keep
-        self.start, self.points, self.least = start, points, start + 1
+        self.start, self.points, self.min_samples = start, points, start + 1
         self.reference = (
-            reference if isinstance(reference, Moments) else Moments.of(features(reference))
+            reference
+            if isinstance(reference, Moments)
+            else Moments.from_features(features(reference))
         )
 
-    def measure(self, seen: Reservoir) -> dict[str, float]:
-        counts = sizes(self.name, len(seen.kept), self.start, self.points)
-        found = [
-            frechet(Moments.of(subset(seen.kept, n, seed)), self.reference)
+    def measure(self, collected: Reservoir) -> dict[str, float]:
+        counts = sizes(self.name, len(collected.features), self.start, self.points)
+        distances = [
+            frechet(Moments.from_features(subset(collected.features, n, seed)), self.reference)
             for seed, n in enumerate(counts)
         ]
-        return {self.name: at_infinity(counts, found)}
+        return {self.name: at_infinity(counts, distances)}

@@ -1,7 +1,7 @@
 """Maximum mean discrepancy between two sets of features: KID and CMMD.
 
-Gretton et al. 2012 (JMLR 13): |E k(x, x') + E k(y, y') - 2 E k(x, y)|, with no assumption on the
-laws and, without the diagonals, no bias at any size.
+Gretton et al. 2012 (JMLR 13): |E k(x, x') + E k(y, y') - 2 E k(x, y)|. It assumes nothing about the
+distributions and, without the diagonals, has no bias at any size.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from eval.errors import MetricError
-from eval.metrics.base import Features, KeptMetric
+from eval.metrics.base import Features, ReservoirMetric
 from eval.stream import Reservoir
 
-ROWS = 2048  # of a kernel's table in memory at a time
+ROWS = 2048  # of a kernel matrix in memory at a time
 
 Kernel = Callable[[Tensor, Tensor], Tensor]  # (N, D), (M, D) -> (N, M)
 
@@ -42,9 +42,10 @@ def diagonal(kernel: Kernel, x: Tensor) -> float:
 
 
 def biased(kernel: Kernel, x: Tensor, y: Tensor) -> float:
-    """The squared discrepancy of features (N, D) and (M, D) as sets: 0 for a set and itself.
+    """The squared discrepancy of features (N, D) and (M, D) as sets; 0 for equal sets.
 
-    As an estimate for laws it is too large by (E k(x, x) - E k(x, x')) / N, and as much for y.
+    As an estimate for their distributions it is too large by (E k(x, x) - E k(x, x')) / N, and by
+    the same for y.
     """
     n, m = len(x), len(y)
     cross = total(kernel, x, y) / (n * m)
@@ -52,7 +53,10 @@ def biased(kernel: Kernel, x: Tensor, y: Tensor) -> float:
 
 
 def unbiased(kernel: Kernel, x: Tensor, y: Tensor) -> float:
-    """The squared discrepancy of the laws behind features (N, D) and (M, D); it may be negative."""
+    """An unbiased squared discrepancy of the distributions of (N, D) and (M, D) features.
+
+    It may be negative.
+    """
     n, m = len(x), len(y)
     within_x = (total(kernel, x, x) - diagonal(kernel, x)) / (n * (n - 1))
     within_y = (total(kernel, y, y) - diagonal(kernel, y)) / (m * (m - 1))
@@ -60,7 +64,11 @@ def unbiased(kernel: Kernel, x: Tensor, y: Tensor) -> float:
 
 
 def check_subsets(name: str, subsets: int, size: int) -> None:
-    """Refuse what is no mean over subsets in which there are pairs."""
+    """Refuse no subsets, or subsets without pairs.
+
+    Raises:
+        MetricError: there are none.
+    """
     if subsets < 1 or size < 2:
         raise MetricError(
             f"{name}: {subsets} subsets of {size}; take one subset or more, of two samples or more"
@@ -84,19 +92,19 @@ def kid(
         )
     rng = torch.Generator().manual_seed(seed)
     real, fake = real.double(), fake.double()
-    found = []
+    discrepancies = []
     for _ in range(subsets):
         x = real[torch.randperm(len(real), generator=rng)[:size]]
         y = fake[torch.randperm(len(fake), generator=rng)[:size]]
-        found.append(unbiased(cubic, x, y))
-    values = torch.tensor(found, dtype=torch.double)
+        discrepancies.append(unbiased(cubic, x, y))
+    values = torch.tensor(discrepancies, dtype=torch.double)
     return values.mean().item(), values.std(unbiased=False).item()
 
 
-class KID(KeptMetric):
+class KID(ReservoirMetric):
     """Kernel distance to a fixed reference, with its standard deviation over subsets.
 
-    Figures are not multiplied by 1000, as some tables are.
+    Figures are not multiplied by 1000, unlike those of some papers.
     """
 
     def __init__(
@@ -112,33 +120,34 @@ class KID(KeptMetric):
         """`reference` holds uint8 images (N, C, H, W), or their features (N, D)."""
         check_subsets(name, subsets, subset_size)
         self.features, self.keep, self.name = features, keep, name
-        self.subsets, self.subset_size, self.least = subsets, subset_size, subset_size
+        self.subsets, self.subset_size, self.min_samples = subsets, subset_size, subset_size
         self.reference = features(reference) if reference.dim() == 4 else reference
 
-    def measure(self, seen: Reservoir) -> dict[str, float]:
-        mean, spread = kid(self.reference, seen.kept, self.subsets, self.subset_size)
+    def measure(self, collected: Reservoir) -> dict[str, float]:
+        mean, spread = kid(self.reference, collected.features, self.subsets, self.subset_size)
         return {self.name: mean, f"{self.name}_std": spread}
 
 
-class CMMD(KeptMetric):
+class CMMD(ReservoirMetric):
     """Gaussian discrepancy of CLIP embeddings, times 1000 (Jayasumana et al., arXiv:2401.09603).
 
-    The paper's figure is the biased one; `_unbiased` goes with it, as the bias, 1000 (1 - E k) / N
-    for each set, rules small samples.
+    The paper's figure is the biased one. `<name>_unbiased` is given too, because the bias,
+    1000 (1 - E k) / N for each set, dominates for few samples.
     """
 
     def __init__(
         self, features: Features, reference: Tensor, *, keep: int = 50_000, name: str = "cmmd"
     ) -> None:
         """`reference` holds uint8 images (N, C, H, W), or their features (N, D)."""
-        self.features, self.keep, self.name, self.least = features, keep, name, 2
+        self.features, self.keep, self.name, self.min_samples = features, keep, name, 2
         self.reference = features(reference) if reference.dim() == 4 else reference
 
-    def measure(self, seen: Reservoir) -> dict[str, float]:
-        if min(len(self.reference), len(seen.kept)) < 2:
+    def measure(self, collected: Reservoir) -> dict[str, float]:
+        if min(len(self.reference), len(collected.features)) < 2:
             raise MetricError(f"{self.name}: fewer than two samples; give two or more")
         x, y = (
-            torch.nn.functional.normalize(f.double(), dim=1) for f in (self.reference, seen.kept)
+            torch.nn.functional.normalize(f.double(), dim=1)
+            for f in (self.reference, collected.features)
         )
         return {
             self.name: 1000 * biased(gaussian, x, y),

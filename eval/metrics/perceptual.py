@@ -1,6 +1,6 @@
-"""Distances between pictures: diversity within a prompt, agreement with the teacher.
+"""Distances between images: diversity within a prompt, agreement with the teacher.
 
-LPIPS is Zhang et al. 2018 (arXiv:1801.03924), version 0.1, by its authors' package.
+LPIPS is that of Zhang et al. 2018 (arXiv:1801.03924), version 0.1, from its authors' package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eval.samples import Samples, by_prompt
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # two uint8 (N, 3, H, W) -> (N,)
 
-# torchvision's ImageNet weights; eight digits of the SHA-256 are in the name.
+# torchvision's ImageNet weights; the names end in eight digits of the SHA-256
 TRUNKS = {
     "alex": "alexnet-owt-7be5be79.pth",
     "vgg": "vgg16-397923af.pth",
@@ -30,17 +30,17 @@ TRUNKS = {
 
 @cache
 def lpips(trunk: str = "vgg") -> Distance:
-    """LPIPS on `vgg` (diversity in papers) or `alex`.
+    """LPIPS with the trunk `vgg`, as papers use for diversity, or `alex`.
 
-    The package would unpickle the trunk's weights, so they are put in place here.
+    The trunk's weights are loaded here, because the package would unpickle them.
 
     Raises:
-        MetricError: there is no such trunk, the package is missing, or weights cannot be had.
+        MetricError: there is no such trunk, or the package or weights are missing.
     """
     if trunk not in TRUNKS:
         raise unknown("lpips trunk", trunk, TRUNKS)
     network = package("lpips", "lpips").LPIPS(net=trunk, pnet_rand=True, verbose=False).eval()
-    weights = fetch.state(f"https://download.pytorch.org/models/{TRUNKS[trunk]}")
+    weights = fetch.state_dict(f"https://download.pytorch.org/models/{TRUNKS[trunk]}")
     with torch.no_grad():
         for name, parameter in network.net.named_parameters():  # slice1.0.weight, …
             parameter.copy_(weights["features." + name.partition(".")[2]])
@@ -55,55 +55,55 @@ def lpips(trunk: str = "vgg") -> Distance:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (N,) in decibels of two uint8 (N, C, H, W); equal ones are ∞."""
+    """Peak signal-to-noise ratio (N,) in dB of two uint8 (N, C, H, W); ∞ for equal images."""
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255**2 / error)
 
 
 class Diversity:
-    """LPIPS over all pairs of a prompt's pictures, averaged over prompts, as a metric.
+    """LPIPS over all pairs of a prompt's images, averaged over prompts, as a metric.
 
-    Pictures of a prompt must come in one chunk, four or more of each; at 512² for figures
-    comparable to DMD2's (arXiv:2405.14867). Noise is diverse too: read it beside a fidelity.
+    All images of a prompt must be in one chunk. Use four or more of each, at 512², for figures
+    comparable with DMD2's (arXiv:2405.14867). Noise is diverse too, so compare fidelity as well.
     """
 
     def __init__(self, distance: Distance, size: int = 512, name: str = "lpips_diversity") -> None:
         self.distance, self.size, self.name = distance, size, name
 
     def __call__(self, samples: Samples) -> dict[str, float]:
-        """Raises: MetricError: some prompt has a single picture."""
+        """Raises: MetricError: a prompt has a single image."""
         groups = by_prompt(samples.prompts)
-        if lonely := next((p for p, of in groups.items() if len(of) < 2), None):
-            raise MetricError(f"{self.name}: prompt {lonely!r} has one picture; draw two or more")
+        if single := next((p for p, members in groups.items() if len(members) < 2), None):
+            raise MetricError(f"{self.name}: prompt {single!r} has one image; sample two or more")
         images = stretched_lanczos(samples.images, self.size)
-        found = []
+        distances = []
         for members in groups.values():
             a, b = (torch.tensor(side) for side in zip(*combinations(members, 2)))
-            found.append(self.distance(images[a], images[b]).double().mean())
-        return {self.name: torch.stack(found).mean().item()}
+            distances.append(self.distance(images[a], images[b]).double().mean())
+        return {self.name: torch.stack(distances).mean().item()}
 
 
 class Agreement:
-    """How near samples come to the teacher's of the same noise and prompts, as a metric.
+    """The distance of samples to the teacher's from the same noise and prompts, as a metric.
 
-    A student that is trained on distributions alone may be good and disagree.
+    A student that was trained to match distributions can be good and still disagree.
     """
 
     def __init__(
         self, teacher: Callable[[list[str]], Tensor], distance: Distance, name: str = "teacher"
     ) -> None:
-        """`teacher` gives the pictures, uint8 (N, 3, H, W), that it made of the same noise."""
+        """`teacher` returns its images, uint8 (N, 3, H, W), from the same noise."""
         self.teacher, self.distance, self.name = teacher, distance, name
 
     def __call__(self, samples: Samples) -> dict[str, float]:
-        """Raises: MetricError: the teacher's pictures are of another shape."""
-        theirs = self.teacher(samples.prompts)
-        if theirs.shape != samples.images.shape:
+        """Raises: MetricError: the teacher's images have another shape."""
+        targets = self.teacher(samples.prompts)
+        if targets.shape != samples.images.shape:
             raise MetricError(
                 f"agreement: samples are {tuple(samples.images.shape)}, the teacher's "
-                f"{tuple(theirs.shape)}; draw both for the same prompts at one size"
+                f"{tuple(targets.shape)}; sample both for the same prompts at one size"
             )
         return {
-            f"{self.name}_lpips": self.distance(samples.images, theirs).double().mean().item(),
-            f"{self.name}_psnr": psnr(samples.images, theirs).mean().item(),
+            f"{self.name}_lpips": self.distance(samples.images, targets).double().mean().item(),
+            f"{self.name}_psnr": psnr(samples.images, targets).mean().item(),
         }

@@ -1,7 +1,7 @@
-"""Fidelity and diversity apart: precision, recall, density, coverage on nearest-neighbour balls.
+"""Precision, recall, density and coverage: fidelity and diversity from nearest-neighbour balls.
 
-Kynkäänniemi et al. 2019 (arXiv:1904.06991) and Naeem et al. 2020 (arXiv:2002.09797). A ball reaches
-from a point to its k-th neighbour in its own set (itself not counted), and is open: strict <.
+Kynkäänniemi et al. 2019 (arXiv:1904.06991) and Naeem et al. 2020 (arXiv:2002.09797). A ball
+is open (strict <) and reaches from a point to its k-th neighbour in its own set, without itself.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 from eval.errors import MetricError
-from eval.metrics.base import Features, KeptMetric
+from eval.metrics.base import Features, ReservoirMetric
 from eval.stream import Reservoir
 
-ROWS = 2048  # of the table of distances in memory at a time: 0.8 GB against 50,000 points
+ROWS = 2048  # of the distance matrix in memory at a time: 0.8 GB against 50,000 points
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
-    """Distances of (N, D) from (M, D) points, (N, M), of differences: exactly 0 between copies.
+    """Distances (N, M) between (N, D) and (M, D) points, exactly 0 between copies.
 
-    By a matrix product it would be up to ten times as fast, and lose the digits that an offset
-    common to all points takes, and all of them where points are alike.
+    They are computed from differences. A matrix product is up to ten times as fast, but a common
+    offset of all points costs it precision, and it fails for nearly equal points.
     """
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def radii(features: Tensor, k: int) -> Tensor:
-    """Distance from each of (N, D) points to its k-th nearest other point, shaped (N,)."""
+    """The distance (N,) from each of (N, D) points to its k-th nearest other point."""
     parts = features.split(ROWS)
     return torch.cat([distances(p, features).kthvalue(k + 1, dim=1).values for p in parts])
 
@@ -34,8 +34,8 @@ def radii(features: Tensor, k: int) -> Tensor:
 def prdc(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
     """Precision, recall, density, coverage of fake (M, D) against real (N, D) features.
 
-    Identical laws give density ≈ 1 and coverage ≈ 1 - Π (N-i)/(2N-i), 0.969 for k = 5; precision
-    and recall are below 1 even then, so read them beside a real-against-real figure.
+    Equal distributions give density ≈ 1 and coverage ≈ 1 - Π (N-i)/(2N-i), 0.969 for k = 5. Their
+    precision and recall are below 1, so compare these with figures of real data against real data.
 
     Raises:
         MetricError: either set has no more than k points.
@@ -61,21 +61,21 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
     }
 
 
-class PRDC(KeptMetric):
+class PRDC(ReservoirMetric):
     """Precision, recall, density and coverage against a fixed reference, as a metric.
 
-    Neighbours are counted among no more than `keep` of each, chosen at random: balls shrink as sets
-    grow, so figures of different `keep` are of different metrics.
+    Neighbours are counted among at most `keep` random samples of each set. Balls shrink as sets
+    grow, so figures with different `keep` are not comparable.
     """
 
     def __init__(
         self, features: Features, reference: Tensor, k: int = 5, keep: int = 50_000
     ) -> None:
         """`reference` holds uint8 images (N, C, H, W), or their features (N, D)."""
-        self.features, self.k, self.keep, self.least = features, k, keep, k + 1
+        self.features, self.k, self.keep, self.min_samples = features, k, keep, k + 1
         chosen = Reservoir(keep)
         chosen.add(features(reference) if reference.dim() == 4 else reference, 0)
-        self.reference = chosen.kept
+        self.reference = chosen.features
 
-    def measure(self, seen: Reservoir) -> dict[str, float]:
-        return prdc(self.reference, seen.kept, self.k)
+    def measure(self, collected: Reservoir) -> dict[str, float]:
+        return prdc(self.reference, collected.features, self.k)

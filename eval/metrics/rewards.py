@@ -1,7 +1,7 @@
-"""Learned preferences of people, by the packages that their authors published, as metrics.
+"""Learned human preferences as metrics, from their authors' packages.
 
-A reward that was trained on, or a relative of it, is no evidence: such scores rise while pictures
-get worse. Averages over samples, on the scales of the papers' tables. PickScore is in `clip.py`.
+Do not use a reward that the student was trained on, or a similar one: such scores rise while images
+get worse. Figures are averages on the scales of the papers' tables. PickScore is in `clip.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from eval.errors import MetricError
 from eval.fetch import package
 from eval.metrics.features import device
-from eval.samples import Samples, by_prompt, pictures
+from eval.samples import Samples, by_prompt, pillow_images
 
 
 class ImageReward:
@@ -26,13 +26,16 @@ class ImageReward:
         try:
             return reward.load("ImageReward-v1.0", device=str(device()))
         except OSError as error:
-            raise MetricError(f"image-reward: its weights are not to be had ({error})") from error
+            raise MetricError(
+                f"image-reward: its weights cannot be downloaded ({error}); run it where there is "
+                "a network"
+            ) from error
 
     @torch.no_grad()
     def __call__(self, samples: Samples) -> dict[str, float]:
-        pairs = zip(samples.prompts, pictures(samples.images))
-        found = [self.model.score(prompt, picture) for prompt, picture in pairs]
-        return {"image_reward": sum(found) / len(found)}
+        pairs = zip(samples.prompts, pillow_images(samples.images))
+        scores = [self.model.score(prompt, image) for prompt, image in pairs]
+        return {"image_reward": sum(scores) / len(scores)}
 
 
 class HPS:
@@ -40,11 +43,17 @@ class HPS:
 
     def __call__(self, samples: Samples) -> dict[str, float]:
         hps = package("hpsv2", "hpsv2")
-        found: list[float] = []
-        for prompt, places in by_prompt(samples.prompts).items():  # it loads itself at each call
+        values: list[float] = []
+        # one call for each prompt, because each call loads the model
+        for prompt, indices in by_prompt(samples.prompts).items():
             try:
-                scores = hps.score(pictures(samples.images[places]), prompt, hps_version="v2.1")
+                scores = hps.score(
+                    pillow_images(samples.images[indices]), prompt, hps_version="v2.1"
+                )
             except OSError as error:
-                raise MetricError(f"hpsv2: its weights are not to be had ({error})") from error
-            found += [float(v) for v in scores]
-        return {"hps_v2.1": 100 * sum(found) / len(found)}
+                raise MetricError(
+                    f"hpsv2: its weights cannot be downloaded ({error}); run it where there is a "
+                    "network"
+                ) from error
+            values += [float(v) for v in scores]
+        return {"hps_v2.1": 100 * sum(values) / len(values)}

@@ -1,1 +1,1 @@
-"""Protocols: which samples are drawn, what they are compared with, which metrics are taken."""
+"""Protocols: prompts to sample, references to compare with, metrics to compute."""

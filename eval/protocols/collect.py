@@ -1,4 +1,4 @@
-"""What is collected of samples that come in chunks, so that a cut measurement can go on."""
+"""The state of a measurement whose samples come in chunks; it can be saved and resumed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from torch import Tensor
 from eval.errors import MetricError
 from eval.metrics.base import FeatureMetric, Metric, checked
 from eval.samples import Samples
-from eval.stream import ALONE, Lanes, Processes, Tally
+from eval.stream import ONE_PROCESS, LaneCollectors, MomentSums, Processes
 
 
-class Gathering:
-    """Features and averages, read once for all metrics that share them, held in lanes.
+class Measurement:
+    """Features and averages of the chunks so far. Metrics of the same features share them.
 
-    done: the numbers of the chunks that are in it.
-    n, seconds: their samples, and the time that drawing them took.
+    done: the numbers of the collected chunks.
+    n, seconds: their samples, and the time of sampling.
     """
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
         self.averages = [m for m in metrics if not isinstance(m, FeatureMetric)]
-        self.readers = [m for m in metrics if isinstance(m, FeatureMetric)]
-        self.lanes = {(m.features, m.keep): Lanes[Any](m.collector) for m in self.readers}
-        self.means, self.names = Lanes(Tally), list[str]()
+        self.feature_metrics = [m for m in metrics if isinstance(m, FeatureMetric)]
+        self.features = {
+            (m.features, m.keep): LaneCollectors[Any](m.collector) for m in self.feature_metrics
+        }
+        self.means, self.names = LaneCollectors(MomentSums), list[str]()
         self.done: set[int] = set()
         self.n, self.seconds = 0, 0.0
 
@@ -40,67 +42,73 @@ class Gathering:
         Raises:
             MetricError: features are not finite.
         """
-        read = {f: checked(f(samples.images)) for f in {m.features for m in self.readers}}
-        for (features, _), lane in self.lanes.items():
-            lane.of(number).add(read[features], first)
+        extractors = {m.features for m in self.feature_metrics}
+        features = {f: checked(f(samples.images)) for f in extractors}
+        for (extractor, _), lanes in self.features.items():
+            lanes.collector(number).add(features[extractor], first)
         figures = {k: v for m in self.averages for k, v in m(samples).items()}
         figures |= samples.costs
         self.names = list(figures)
         row = torch.tensor([*figures.values()], dtype=torch.double)
-        self.means.of(number).weigh(row, len(samples.images))
+        self.means.collector(number).add_mean(row, len(samples.images))
         self.done.add(number)
         self.n, self.seconds = self.n + len(samples.images), self.seconds + samples.seconds
 
-    def figures(self, processes: Processes = ALONE) -> dict[str, float]:
-        """Every metric's figures, of the chunks of all processes; all of them have them.
+    def figures(self, processes: Processes = ONE_PROCESS) -> dict[str, float]:
+        """The figures of all metrics over the chunks of all processes, on every process.
 
         Raises:
-            MetricError: two metrics give a figure of one name.
+            MetricError: two metrics give figures of one name.
         """
-        seen = {key: lane.joined(processes) for key, lane in self.lanes.items()}
-        figures = [m.measure(seen[m.features, m.keep]) for m in self.readers]
-        figures.append(dict(zip(self.names, self.means.joined(processes).mean.tolist())))
-        found: dict[str, float] = {}
-        for part in figures:
-            if twice := found.keys() & part.keys():
+        merged = {key: lanes.merged(processes) for key, lanes in self.features.items()}
+        parts = [m.measure(merged[m.features, m.keep]) for m in self.feature_metrics]
+        parts.append(dict(zip(self.names, self.means.merged(processes).mean.tolist())))
+        figures: dict[str, float] = {}
+        for part in parts:
+            if twice := figures.keys() & part.keys():
                 raise MetricError(f"metrics: two of them give {min(twice)!r}; leave one out")
-            found |= part
-        return found
+            figures |= part
+        return figures
 
-    def save(self, path: Path, about: Any) -> None:
-        """Keep it in a file, whole or not at all, for a gathering that is about the same."""
+    def save(self, path: Path, identity: Any) -> None:
+        """Write the state to a file, which `resume` accepts for the same identity only.
+
+        Args:
+            identity: Plain data that determines the samples.
+        """
         draft = path.with_name(f".{path.name}.draft")
         tensors = {
             f"{i}/{lane}/{j}": tensor.contiguous()
-            for i, lanes in enumerate([*self.lanes.values(), self.means])
-            for lane, collected in lanes.lanes.items()
-            for j, tensor in enumerate(collected.tensors())
+            for i, lanes in enumerate([*self.features.values(), self.means])
+            for lane, collector in lanes.lanes.items()
+            for j, tensor in enumerate(collector.tensors())
         }
-        said = {"about": digest(about), "names": self.names, "done": sorted(self.done),
-                "n": self.n, "seconds": self.seconds}  # fmt: skip
-        # by way of bytes: save_file's own files are their owner's alone to read
-        draft.write_bytes(save(tensors, {"gathering": json.dumps(said)}))
+        header = {"about": digest(identity), "names": self.names, "done": sorted(self.done),
+                  "n": self.n, "seconds": self.seconds}  # fmt: skip
+        # save_file would make a file that only its owner can read
+        draft.write_bytes(save(tensors, {"measurement": json.dumps(header)}))
         draft.replace(path)
 
-    def resume(self, path: Path, about: Any) -> None:
-        """Take up what such a file holds, if there is one and it is about the same."""
+    def resume(self, path: Path, identity: Any) -> None:
+        """Take the state from a file of `save`, if it exists and has the same identity."""
         try:
             with safe_open(path, "pt") as file:
-                said = json.loads(file.metadata()["gathering"])
+                header = json.loads(file.metadata()["measurement"])
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             return
-        if said.get("about") != digest(about):
+        if header.get("about") != digest(identity):
             return
-        parts: dict[tuple[int, int], dict[int, Tensor]] = {}
+        states: dict[tuple[int, int], dict[int, Tensor]] = {}
         for key, tensor in tensors.items():
             i, lane, j = map(int, key.split("/"))
-            parts.setdefault((i, lane), {})[j] = tensor
-        lanes = [*self.lanes.values(), self.means]
-        for (i, lane), found in parts.items():
-            lanes[i].lanes[lane] = lanes[i].make().filled([found[j] for j in sorted(found)])
-        self.names, self.done = said["names"], set(said["done"])
-        self.n, self.seconds = said["n"], said["seconds"]
+            states.setdefault((i, lane), {})[j] = tensor
+        collectors = [*self.features.values(), self.means]
+        for (i, lane), state in states.items():
+            empty = collectors[i].factory()
+            collectors[i].lanes[lane] = empty.from_tensors([state[j] for j in sorted(state)])
+        self.names, self.done = header["names"], set(header["done"])
+        self.n, self.seconds = header["n"], header["seconds"]
 
 
 def digest(tree: Any) -> str:

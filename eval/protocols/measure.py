@@ -1,13 +1,13 @@
-"""Protocols: which samples are drawn, what they are compared with, and every metric of them.
+"""Protocols: the prompts to sample, the reference to compare with, and the metrics.
 
-A figure means something only with all of this said, so a protocol carries its name, its reference,
-its sample count and its seeds, and its results repeat them.
+A figure is only meaningful together with its protocol, so results repeat the protocol's name, the
+number of samples and the number of seeds.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, pstdev
@@ -22,25 +22,25 @@ from eval.metrics.base import FeatureMetric, Metric
 from eval.metrics.fid import FID
 from eval.metrics.prdc import PRDC
 from eval.protocols import spec
-from eval.protocols.collect import Gathering
+from eval.protocols.collect import Measurement
 from eval.samples import Samples, to_uint8
-from eval.stream import ALONE, Processes
+from eval.stream import ONE_PROCESS, Processes
 
-Draw = Callable[[list[str], int], Samples]  # prompts, seed -> samples
-EVERY = 60  # seconds after which what was collected is kept
+Sampler = Callable[[list[str], int], Samples]  # prompts, seed -> samples
+SAVE_EVERY = 60  # seconds
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way of measuring, by name.
+    """A named way to measure.
 
-    prompts: one sample is drawn for each.
-    metrics: each from samples to numbers.
-    chunk: how many are drawn and held at a time; None for all at once.
-    side: of the samples in pixels, where the protocol is of one.
-    seeds: how many figures a mean is taken over, where no other number is asked for.
-    classes: how many labels the prompts are of; 0 where they are text.
-    channels: of the samples.
+    prompts: one sample is made for each.
+    metrics: each from samples to named numbers.
+    chunk: the number of samples in memory at a time; None for all.
+    side: the samples' side in pixels; None for any.
+    seeds: the number of seeds that figures are averaged over, unless another is given.
+    classes: the number of classes if the prompts are labels; 0 if they are text.
+    channels: the samples' number of channels.
     """
 
     name: str
@@ -53,70 +53,71 @@ class Protocol:
     channels: int = 3
 
     def __call__(
-        self, draw: Draw, seeds: int | None = None, processes: Processes = ALONE
+        self, sampler: Sampler, seeds: int | None = None, processes: Processes = ONE_PROCESS
     ) -> dict[str, Any]:
         """Means over seeds 0, 1, …, with their spread (population standard deviation).
 
-        `images_per_s` is the median over seeds of samples over seconds of generation. Chunk j of c
-        is drawn with the seed `seed * c + j`, so no noise comes twice. Several processes share the
-        chunks, and all have all figures; the speed is a process's own times their number.
+        `images_per_s` is the median over seeds of samples per second of generation. Chunk j of c
+        uses the seed `seed * c + j`, so no noise is repeated. Several processes share the chunks,
+        and every process returns all figures; the speed is this process's times their number.
 
         Raises:
-            MetricError: the protocol's samples are too few for some metric, or those drawn are not
-                the protocol's.
+            MetricError: the protocol has too few samples for a metric, or the sampler's images
+                have another number or size.
         """
         self.check()
         seeds = self.seeds if seeds is None else seeds
-        return self.over([self.once(draw, seed, processes) for seed in range(seeds)])
+        return self.average([self.measure_seed(sampler, s, processes) for s in range(seeds)])
 
     def check(self) -> None:
-        """Refuse figures that cannot be given, before anything is drawn.
+        """Refuse a protocol of too few samples, before any is made.
 
         Raises:
-            MetricError: the protocol's samples are too few for some metric.
+            MetricError: the protocol has too few samples for a metric.
         """
         for metric in self.metrics:
-            if isinstance(metric, FeatureMetric) and metric.least > len(self.prompts):
+            if isinstance(metric, FeatureMetric) and metric.min_samples > len(self.prompts):
                 raise MetricError(
                     f"protocol {self.name}: {len(self.prompts)} samples; "
-                    f"{type(metric).__name__} takes {metric.least} or more"
+                    f"{type(metric).__name__} takes {metric.min_samples} or more"
                 )
 
-    def once(
+    def measure_seed(
         self,
-        draw: Draw,
+        sampler: Sampler,
         seed: int,
-        processes: Processes = ALONE,
-        keep: Path | None = None,
-        about: Any = None,
-        told: Callable[[int], None] = lambda n: None,
+        processes: Processes = ONE_PROCESS,
+        state: Path | None = None,
+        identity: Any = None,
+        progress: Callable[[int], None] = lambda n: None,
     ) -> dict[str, float]:
-        """The figures of one seed, its images_per_s among them.
+        """The figures of one seed, `images_per_s` included.
 
         Args:
-            keep: Where what is collected is kept every minute, so that a call that was cut off
-                goes on from there; each process has a file of its own.
-            about: Plain data that decides what is drawn; of any other, the file counts for nothing.
-            told: Is told how many samples this process has drawn, after each chunk.
+            state: A file that keeps the state every minute; a call that was cut off resumes from
+                it. Each process has a file of its own, named after its rank.
+            identity: Plain data that determines the samples; a file of another identity is ignored.
+            progress: Receives the number of this process's samples after each chunk.
         """
-        found, saved = Gathering(self.metrics), time.monotonic()
-        about = [about, self.name, seed, list(processes)]
-        file = keep and keep.with_name(f"{keep.name}.{processes.rank}")
+        measurement, saved = Measurement(self.metrics), time.monotonic()
+        identity = [identity, self.name, seed, list(processes)]
+        file = state and state.with_name(f"{state.name}.{processes.rank}")
         if file is not None:
-            found.resume(file, about)
-        told(found.n)
-        for chunk in self._drawn(draw, seed, processes, found.done):
-            found.add(*chunk)
-            told(found.n)
-            if file is not None and time.monotonic() - saved > EVERY:
-                found.save(file, about)
+            measurement.resume(file, identity)
+        progress(measurement.n)
+        for chunk in self._chunks(sampler, seed, processes, measurement.done):
+            measurement.add(*chunk)
+            progress(measurement.n)
+            if file is not None and time.monotonic() - saved > SAVE_EVERY:
+                measurement.save(file, identity)
                 saved = time.monotonic()
-        figures = found.figures(processes)
+        figures = measurement.figures(processes)
         if file is not None:
             file.unlink(missing_ok=True)
-        return {**figures, "images_per_s": processes.count * found.n / max(found.seconds, 1e-9)}
+        speed = processes.count * measurement.n / max(measurement.seconds, 1e-9)
+        return {**figures, "images_per_s": speed}
 
-    def over(self, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
+    def average(self, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
         """The figures of several seeds as one row: means, and their spread."""
         names = [k for k in runs[0] if k != "images_per_s"]
         return {
@@ -128,23 +129,26 @@ class Protocol:
             "seeds": len(runs),
         }
 
-    def _drawn(
-        self, draw: Draw, seed: int, processes: Processes, done: set[int]
+    def _chunks(
+        self, sampler: Sampler, seed: int, processes: Processes, done: set[int]
     ) -> Iterator[tuple[int, int, Samples]]:
-        """This process's chunks that are not done: their numbers, first samples, and samples."""
+        """This process's chunks that are not done: number, number of the first sample, samples."""
         size = self.chunk or len(self.prompts)
         firsts = range(0, len(self.prompts), size)
         for number, first in enumerate(firsts):
-            if number in done or not processes.mine(number):
+            if number in done or not processes.owns(number):
                 continue
             prompts = self.prompts[first : first + size]
-            samples = draw(prompts, seed * len(firsts) + number)
+            samples = sampler(prompts, seed * len(firsts) + number)
             self._check(samples, len(prompts))
             yield number, first, samples
 
     def _check(self, samples: Samples, n: int) -> None:
         if len(samples.images) != n:
-            raise MetricError(f"protocol {self.name}: {len(samples.images)} samples; it takes {n}")
+            raise MetricError(
+                f"protocol {self.name}: the sampler gives {len(samples.images)} samples; "
+                f"it takes {n}"
+            )
         sides = tuple(samples.images.shape[2:])
         if self.side and sides != (self.side, self.side):
             raise MetricError(
@@ -154,10 +158,10 @@ class Protocol:
 
 
 def read(path: Path) -> Protocol:
-    """The protocol that a YAML file writes down, named as the file is.
+    """The protocol of a YAML file; its name is the file's.
 
     Raises:
-        MetricError: it is not as it should be, or its captions or reference are missing.
+        MetricError: the file is not valid, or its captions or reference are missing.
     """
     name, written = path.stem, spec.spec(path)
     return Protocol(
@@ -172,66 +176,24 @@ def read(path: Path) -> Protocol:
     )
 
 
-def headline(figures: Mapping[str, Any]) -> str | None:
-    """The name of the figure that says most of these, the less the better; None if none does."""
-    return next((k for k in LESS_IS_BETTER if k in figures), None)
-
-
-def _known(name: str) -> Callable[[], Protocol]:
+def _reader(name: str) -> Callable[[], Protocol]:
     path = spec.FOLDER / f"{name}.yaml"
 
-    def make() -> Protocol:
+    def reader() -> Protocol:
         return read(path)
 
-    make.__doc__ = spec.spec(path).summary
-    return make
+    reader.__doc__ = spec.spec(path).summary
+    return reader
 
 
-PROTOCOLS: dict[str, Callable[[], Protocol]] = {name: _known(name) for name in spec.names()}
-LESS_IS_BETTER = ("fd", "fid", "fd_dinov2", "cmmd", "kid")
-METRICS = {
-    "accuracy": "share of samples that read as what was asked for: a label, a whole caption",
-    "clip_score": "cosine of picture and prompt, by the model and prefix named (arXiv:2104.08718)",
-    "cmmd": "Gaussian MMD of CLIP embeddings, times 1000 (arXiv:2401.09603)",
-    "cmmd_unbiased": "the same without its bias of c / N",
-    "colour_accuracy": "share of scenes in which exact code reads the colour asked for",
-    "count_accuracy": "share of scenes in which exact code reads the number asked for",
-    "coverage": "share of real samples with a fake in their k-neighbour ball (arXiv:2002.09797)",
-    "density": "how many real balls hold each fake, over k (arXiv:2002.09797)",
-    "fd": "Fréchet distance of features to the reference's (arXiv:1706.08500)",
-    "fd_bias": "the fd expected of as many independent samples of the reference's own law",
-    "fd_dinov2": "Fréchet distance of DINOv2 features (arXiv:2306.04675)",
-    "fd_dinov2_bias": "the fd_dinov2 expected of as many samples of the reference's own law",
-    "fid": "Fréchet distance of Inception features, by the protocol's resize (arXiv:1706.08500)",
-    "fid_bias": "the fid expected of as many samples of the reference's own law",
-    "fid_infinity": "fid extrapolated to infinitely many samples (arXiv:1911.07023)",
-    "hps_v2.1": "human preference score of picture and prompt, times 100 (arXiv:2306.09341)",
-    "image_reward": "learned preference for picture and prompt (arXiv:2304.05977)",
-    "images_per_s": "samples per second of generation",
-    "inception_score": "classes sure and many, 1 to 1008; no reference (arXiv:1606.03498)",
-    "inception_score_infinity": "it, extrapolated to infinitely many samples (arXiv:1911.07023)",
-    "inception_score_std": "standard deviation of it over its splits",
-    "kid": "unbiased cubic MMD of Inception features, not times 1000 (arXiv:1801.01401)",
-    "kid_std": "standard deviation of it over its subsets",
-    "lpips_diversity": "LPIPS over the pairs of a prompt's samples (arXiv:1801.03924)",
-    "patch_fid": "fid of central 299×299 patches that are not resized (arXiv:2402.13929)",
-    "patch_fid_bias": "the patch_fid expected of as many samples of the reference's own law",
-    "pick_score": "learned preference for picture and prompt, near 20 (arXiv:2305.01569)",
-    "position_accuracy": "share of scenes in which exact code reads the place asked for",
-    "precision": "share of fakes inside some real ball (arXiv:1904.06991)",
-    "recall": "share of real samples inside some fake ball (arXiv:1904.06991)",
-    "shape_accuracy": "share of scenes in which exact code reads the shape asked for",
-    "teacher_lpips": "LPIPS to the teacher's picture of the same noise (arXiv:1801.03924)",
-    "teacher_psnr": "signal-to-noise ratio to the teacher's picture of the same noise, in dB",
-    "vendi": "effective number of different samples (arXiv:2210.02410)",
-}
+PROTOCOLS: dict[str, Callable[[], Protocol]] = {name: _reader(name) for name in spec.names()}
 
 
 def protocol(name: str) -> Protocol:
     """The protocol of that name.
 
     Raises:
-        MetricError: there is none, or what it is to be compared with is missing.
+        MetricError: there is none, or its captions or reference are missing.
     """
     if name not in PROTOCOLS:
         raise unknown("protocol", name, PROTOCOLS)
@@ -239,16 +201,22 @@ def protocol(name: str) -> Protocol:
 
 
 def floor(protocol_name: str = "digits", splits: int = 5) -> dict[str, float]:
-    """Real against real, the mean over `splits`.
+    """The figures of real data against real data, the mean over `splits`.
 
-    Digits are few: they are cut in two at random, each class in half. Shapes are drawn afresh for
-    the protocol's own prompts, so theirs is what a perfect generator would get.
+    The digits are split at random, each class in half, because there are few. Shapes are drawn anew
+    for the protocol's prompts, so their floor is the result of a perfect generator.
+
+    Raises:
+        MetricError: the protocol's data are not embedded.
     """
     known = {"digits": _digits_floor, "shapes": _shapes_floor}
     if protocol_name not in known:
-        raise MetricError(f"floor: protocol {protocol_name!r} keeps no data here")
-    found = [known[protocol_name](seed) for seed in range(splits)]
-    return {k: mean(f[k] for f in found) for k in found[0]}
+        raise MetricError(
+            f"floor: protocol {protocol_name!r} has no embedded data; "
+            f"known: {', '.join(sorted(known))}"
+        )
+    figures = [known[protocol_name](seed) for seed in range(splits)]
+    return {k: mean(f[k] for f in figures) for k in figures[0]}
 
 
 def _digits_floor(seed: int) -> dict[str, float]:
@@ -262,11 +230,12 @@ def _digits_floor(seed: int) -> dict[str, float]:
 
 
 def _shapes_floor(seed: int) -> dict[str, float]:
-    whole = protocol("shapes")
-    drawn = Samples(shapes.draw(whole.prompts, seed=seed), whole.prompts)
-    return {k: v for m in whole.metrics for k, v in m(drawn).items()}
+    shapes_protocol = protocol("shapes")
+    prompts = shapes_protocol.prompts
+    samples = Samples(shapes.draw(prompts, seed=seed), prompts)
+    return {k: v for m in shapes_protocol.metrics for k, v in m(samples).items()}
 
 
 def images_to_samples(images: Tensor, prompts: list[str], seconds: float) -> Samples:
-    """Pictures (N, C, H, W) in [-1, 1] as samples."""
+    """Images (N, C, H, W) in [-1, 1] as samples."""
     return Samples(to_uint8(images.cpu()), prompts, seconds)

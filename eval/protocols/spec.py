@@ -1,6 +1,6 @@
-"""A protocol, written down: prompts, counts, sizes, reference and metrics, checked strictly.
+"""The schema of a protocol's YAML file: prompts, counts, sizes, reference and metrics.
 
-Metrics are named with the arguments of their own constructors, so those are the schema.
+A metric's options are the arguments of its constructor, so the constructors are their schema.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eval import digits, fetch, shapes
 from eval.errors import MetricError, unknown
 from eval.metrics.base import Metric
 from eval.metrics.clip import ClipScore, PickScore
-from eval.metrics.features import EXTRACTORS, Named, Prepared
+from eval.metrics.features import EXTRACTORS, NamedFeatures, Prepared
 from eval.metrics.fid import FID, FIDInfinity
 from eval.metrics.inception_score import InceptionScore, InceptionScoreInfinity
 from eval.metrics.mmd import CMMD, KID
@@ -40,26 +40,26 @@ PositiveInt = Annotated[int, Ge(1)]
 
 
 def label_accuracy() -> Metric:
-    """How often the digits classifier reads the digit that was asked for."""
+    """The share of samples that the digits classifier reads as their label."""
 
-    def read(samples: Samples) -> dict[str, float]:
+    def accuracy(samples: Samples) -> dict[str, float]:
         with torch.no_grad():
             logits = digits.classifier()(samples.images.float() / 127.5 - 1)
-        wanted = torch.tensor([int(p) for p in samples.prompts])
-        return {"accuracy": (logits.argmax(1) == wanted).double().mean().item()}
+        labels = torch.tensor([int(p) for p in samples.prompts])
+        return {"accuracy": (logits.argmax(1) == labels).double().mean().item()}
 
-    return read
+    return accuracy
 
 
 def caption_accuracy() -> Metric:
-    """How often exact code reads the caption that was asked for, whole and by attribute."""
+    """The share of samples that exact code reads as their caption, and by each attribute."""
     return lambda samples: shapes.accuracy(samples.images, samples.prompts)
 
 
 def lpips_diversity(
     trunk: str = "vgg", size: int = 512, name: str = "lpips_diversity"
 ) -> Diversity:
-    """Diversity within a prompt, by LPIPS on a trunk."""
+    """Diversity within a prompt, by LPIPS with a trunk."""
     return Diversity(lpips(trunk), size, name)
 
 
@@ -87,7 +87,7 @@ class Strict(BaseModel):
 
 
 class Digits(Strict):
-    """The label of each of the embedded digits."""
+    """The labels of all embedded digits."""
 
     source: Literal["digits"]
     classes: ClassVar[int] = 10
@@ -97,7 +97,7 @@ class Digits(Strict):
 
 
 class Shapes(Strict):
-    """Every caption of the embedded shapes, `each` times."""
+    """All captions of the embedded shapes, `each` times."""
 
     source: Literal["shapes"]
     each: PositiveInt
@@ -108,7 +108,7 @@ class Shapes(Strict):
 
 
 class Labels(Strict):
-    """Class labels in turn, `each` of every class, so that every chunk is balanced."""
+    """Class labels in turn, `each` of every class, so every chunk is balanced."""
 
     source: Literal["labels"]
     classes: PositiveInt
@@ -123,14 +123,14 @@ class Captions(Strict):
 
     source: Literal["captions"]
     file: str
-    origin: str  # where its lines are from, for who has to make it
+    origin: str  # the source of its lines, named in the error for a missing file
     classes: ClassVar[int] = 0
 
     def read(self) -> list[str]:
         path = fetch.cache() / "captions" / self.file
         if not path.is_file():
             raise MetricError(
-                f"captions: {path} is missing; write it, one a line, from {self.origin}"
+                f"captions: {path} is missing; write it, one caption a line, from {self.origin}"
             )
         try:
             return lines(decoded(path.read_bytes()))
@@ -138,38 +138,38 @@ class Captions(Strict):
             raise MetricError(f"captions: {path} {error}") from None
 
 
-class Against(Strict):
-    """The real pictures: of the embedded sets, or by the name of their statistics."""
+class ReferenceSet(Strict):
+    """The real images: an embedded set, or the name of a set with statistics."""
 
     name: str
     count: PositiveInt
 
 
-class Need(NamedTuple):
-    """What a protocol asks for of its real pictures.
+class FeatureRequest(NamedTuple):
+    """Features of the real images that a protocol needs.
 
-    features: what is read of them.
-    metric: what asks for it, in words.
-    vectors: whether the features themselves are needed, and not their moments alone.
-    side: of the pictures in pixels, where they must be of the samples' size.
+    features: the extractor.
+    metric: the metric and the protocol that need them, in one text.
+    vectors: whether the feature vectors are needed, not the moments alone.
+    side: the side that the images must have in pixels; None for any.
     """
 
-    features: Named
+    features: NamedFeatures
     metric: str
     vectors: bool
     side: int | None
 
 
 class Spec(Strict):
-    """A protocol as its file says it.
+    """The content of a protocol's file.
 
-    summary: one line for the catalogue.
-    count: of samples for one figure, and so of prompts.
-    seeds: how many figures a mean is taken over.
-    chunk: how many samples are drawn and held at a time.
-    channels: of the samples.
-    side: of the samples in pixels; none is asked for where they are brought to `size`.
-    prepare, size: what happens to samples and real pictures alike before any network.
+    summary: one line for the list of protocols.
+    count: the number of samples for one figure, and of prompts.
+    seeds: the number of seeds that figures are averaged over.
+    chunk: the number of samples in memory at a time.
+    channels: the samples' number of channels.
+    side: the samples' side in pixels; None for any, for example where they are resized to `size`.
+    prepare, size: the crop or resize of samples and of real images before any network.
     """
 
     summary: str
@@ -181,14 +181,14 @@ class Spec(Strict):
     side: PositiveInt | None = None
     prepare: Literal["untouched", "centre_lanczos", "centre_patch"] = "untouched"
     size: PositiveInt | None = None
-    reference: Against | None = None
+    reference: ReferenceSet | None = None
     metrics: dict[str, dict[str, Any]]
 
     def all_prompts(self, name: str) -> list[str]:
-        """As many prompts as the protocol counts.
+        """The prompts, `count` of them.
 
         Raises:
-            MetricError: its source has another number of them, or is missing.
+            MetricError: their source has another number, or is missing.
         """
         prompts = self.prompts.read()
         if len(prompts) != self.count:
@@ -201,51 +201,51 @@ class Spec(Strict):
         """The metrics with their references.
 
         Raises:
-            MetricError: one is not as its constructor takes it, or its reference is missing.
+            MetricError: a metric's options are not valid, or its reference is missing.
         """
         return tuple(self._metric(f"protocol {name}: {k}", k, v) for k, v in self.metrics.items())
 
     def _metric(self, where: str, name: str, options: dict[str, Any]) -> Metric:
         options = dict(options)
-        make = self._kind(where, name, options)
-        taken, hints = inspect.signature(make).parameters, hints_of(make)
-        given: dict[str, Any] = {"name": name} if "name" in taken else {}
-        if "features" in taken:
-            given["features"] = self._features(where, options)
-        if "reference" in taken:
-            given["reference"] = self._reference(
-                where, given["features"], hints["reference"], options.get("keep")
+        constructor = self._kind(where, name, options)
+        parameters, hints = inspect.signature(constructor).parameters, hints_of(constructor)
+        arguments: dict[str, Any] = {"name": name} if "name" in parameters else {}
+        if "features" in parameters:
+            arguments["features"] = self._features(where, options)
+        if "reference" in parameters:
+            arguments["reference"] = self._reference(
+                where, arguments["features"], hints["reference"], options.get("keep")
             )
         for key, value in options.items():
-            if key not in taken or key in given:
-                raise unknown(f"{where}: option", key, set(taken) - set(given))
+            if key not in parameters or key in arguments:
+                raise unknown(f"{where}: option", key, set(parameters) - set(arguments))
             try:
-                given[key] = TypeAdapter(hints[key]).validate_python(value, strict=True)
+                arguments[key] = TypeAdapter(hints[key]).validate_python(value, strict=True)
             except ValidationError as error:
                 raise MetricError(f"{where}: {key}: {error.errors()[0]['msg']}") from error
-        needed = [k for k, p in taken.items() if p.default is p.empty and k not in given]
-        if needed:
-            raise MetricError(f"{where}: it lacks {needed[0]}; add {needed[0]}: …")
-        return make(**given)
+        required = [k for k, p in parameters.items() if p.default is p.empty]
+        if lacking := [k for k in required if k not in arguments]:
+            raise MetricError(f"{where}: it lacks {lacking[0]}; add {lacking[0]}: …")
+        return constructor(**arguments)
 
-    def needs(self, name: str) -> list[Need]:
-        """What its metrics ask for of the real pictures, once for each kind of features.
+    def feature_requests(self, name: str) -> list[FeatureRequest]:
+        """The features of the real images that its metrics need, each once.
 
         Raises:
             MetricError: a metric or its features are unknown.
         """
-        found: dict[Named, Need] = {}
+        requests: dict[NamedFeatures, FeatureRequest] = {}
         for key, written in self.metrics.items():
             where, options = f"protocol {name}: {key}", dict(written)
-            make = self._kind(where, key, options)
-            if "reference" not in inspect.signature(make).parameters:
+            constructor = self._kind(where, key, options)
+            if "reference" not in inspect.signature(constructor).parameters:
                 continue
             features = self._features(where, options)
-            vectors = hints_of(make)["reference"] is Tensor
-            if features not in found or vectors > found[features].vectors:
+            vectors = hints_of(constructor)["reference"] is Tensor
+            if features not in requests or vectors > requests[features].vectors:
                 side = None if isinstance(features, Prepared) else self.side
-                found[features] = Need(features, f"{key} of {name}", vectors, side)
-        return list(found.values())
+                requests[features] = FeatureRequest(features, f"{key} of {name}", vectors, side)
+        return list(requests.values())
 
     def _kind(self, where: str, name: str, options: dict[str, Any]) -> Callable[..., Metric]:
         kind = options.pop("kind", name)
@@ -253,7 +253,7 @@ class Spec(Strict):
             raise unknown(f"{where}: kind", str(kind), KINDS)
         return KINDS[kind]
 
-    def _features(self, where: str, options: dict[str, Any]) -> Named:
+    def _features(self, where: str, options: dict[str, Any]) -> NamedFeatures:
         if "features" not in options:
             raise MetricError(f"{where}: no features are named; add features: NAME")
         chosen = str(options.pop("features"))
@@ -264,13 +264,15 @@ class Spec(Strict):
         if prepare not in PREPARE:
             raise unknown(f"{where}: prepare", str(prepare), PREPARE)
         if prepare == "untouched":
-            return base  # a size is then no option: it would be without effect
+            return (
+                base  # then `size` stays in the options and is refused, as it would have no effect
+            )
         size = options.pop("size", self.size)
         if not isinstance(size, int):
-            raise MetricError(f"{where}: {prepare} is to which size? add size: PIXELS")
+            raise MetricError(f"{where}: {prepare} needs a size; add size: PIXELS")
         return Prepared(PREPARE[prepare], size, base)
 
-    def _reference(self, where: str, features: Named, hint: Any, keep: Any) -> Any:
+    def _reference(self, where: str, features: NamedFeatures, hint: Any, keep: Any) -> Any:
         if self.reference is None:
             raise MetricError(f"{where}: it needs a reference; add reference: {{name, count}}")
         if self.reference.name in EMBEDDED:
@@ -281,42 +283,43 @@ class Spec(Strict):
                     f"the reference says {self.reference.count}"
                 )
             return images[:keep] if isinstance(keep, int) else images
-        found = reference.find(self.reference.name, features, self.reference.count)
-        if hint is Tensor and not len(found.features):
+        statistics = reference.find(self.reference.name, features, self.reference.count)
+        if hint is Tensor and not len(statistics.features):
             raise MetricError(
-                f"{where}: the reference {found.name} holds moments alone, as published ones do; "
-                f"make it from the pictures: distill reference {found.name} FOLDER"
+                f"{where}: the reference {statistics.name} holds moments alone, as published ones "
+                f"do; make it from the images: distill reference {statistics.name} FOLDER"
             )
-        return found.features if hint is Tensor else found.moments
+        return statistics.features if hint is Tensor else statistics.moments
 
 
-def hints_of(make: Callable[..., Metric]) -> dict[str, Any]:
+def hints_of(constructor: Callable[..., Metric]) -> dict[str, Any]:
     """The types of a metric's arguments."""
-    return get_type_hints(make.__init__ if inspect.isclass(make) else make)
+    function = constructor.__init__ if inspect.isclass(constructor) else constructor
+    return get_type_hints(function)
 
 
 @cache
-def _shapes_drawn(n: int) -> Tensor:
+def _shapes(n: int) -> Tensor:
     captions = shapes.all_captions()
     return shapes.draw(captions * (n // len(captions)), seed=1_000_000)
 
 
 EMBEDDED: dict[str, Callable[[int], Tensor]] = {
     "digits": lambda n: to_uint8(digits.data()[0][:n]),
-    "shapes": _shapes_drawn,
+    "shapes": _shapes,
 }
 
 
 def names() -> list[str]:
-    """Of all protocols that are written down."""
+    """The names of all protocols."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def spec(path: Path) -> Spec:
-    """The protocol in a file.
+    """The content of a protocol's file.
 
     Raises:
-        MetricError: some key is missing, unknown or not of its type.
+        MetricError: a key is missing, unknown or of a wrong type.
     """
     try:
         return Spec.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""The shapes protocol: captioned pictures drawn by our own code, and an exact reader of them."""
+"""The embedded shapes: captioned images drawn by code, and an exact reader of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small classifier of scenes, whose penultimate activations the shapes metrics compare."""
+"""A small classifier of scenes; its penultimate activations are the features of the metrics."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ HEADS = (SHAPES, tuple(COLOURS), COUNTS, tuple(POSITIONS))  # in the order of Sc
 class Classifier(nn.Module):
     """A 54k-parameter convolutional classifier of the four attributes of a scene.
 
-    Its 64 penultimate activations are the features in which distance is measured. Unlike the exact
-    reader it also sees what no caption speaks of: sizes, shades, and where exactly.
+    Its 64 penultimate activations are the features of the shapes metrics. Unlike the exact reader
+    they also depend on what no caption states: sizes, shades and exact positions.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Classifier(nn.Module):
 
 
 def labels(scenes: list[Scene]) -> Tensor:
-    """Indices (N, 4) of the scenes' attributes, as the heads count them."""
+    """Indices (N, 4) of the scenes' attributes in HEADS."""
     return torch.tensor([[h.index(v) for h, v in zip(HEADS, scene)] for scene in scenes])  # pyright: ignore
 
 
@@ -54,10 +54,10 @@ def classifier() -> Classifier:
 
 @torch.no_grad()
 def features(images: Tensor) -> Tensor:
-    """Penultimate features (N, 64) of uint8 pictures (N, 3, 32, 32).
+    """Penultimate features (N, 64) of uint8 images (N, 3, 32, 32).
 
     Raises:
-        MetricError: the pictures have another shape.
+        MetricError: the images have another shape.
     """
     if images.shape[1:] != (3, 32, 32):
         size = "×".join(map(str, images.shape[1:]))

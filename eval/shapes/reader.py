@@ -1,8 +1,8 @@
-"""Reading a scene back off its pixels, by exact code: no weights, nothing learned.
+"""An exact reader of scenes: it finds the caption from the pixels, without learned weights.
 
-Whatever differs from the background falls into connected components. Each component's colour is the
-nearest of the palette, its shape the one whose drawing at the component's own area and centroid
-leaves the least squared difference. Objects that disagree, or resemble nothing, read as None.
+Pixels that differ from the background form connected components. A component's colour is the
+nearest of the palette. Its shape is the one whose drawing, at the component's area and centroid,
+has the least squared difference. Objects that disagree, or match nothing, give None.
 """
 
 from __future__ import annotations
@@ -29,49 +29,52 @@ from eval.shapes.scenes import (
     parse,
 )
 
-# A pixel is an object's at this distance in RGB from the background, or, so that the soft rims of
-# bright neighbours do not join them, at this share of the picture's greatest distance.
-SEEN, SEEN_SHARE = 70.0, 0.45
-SPECK = 6  # components of fewer pixels are not objects; the smallest triangle drawn has 23
-OFF_COLOUR = 75.0  # further than this from every colour of the palette is none of them
-EXTENTS = (2.5, 7.0)  # half extents of what counts as an object; those drawn are 3.4 to 5.5
-MISFIT = 0.22  # squared difference to the best shape, over the area; beyond it, it is no shape
+# A pixel belongs to an object from this distance in RGB to the background on. The second threshold
+# is a share of the image's greatest distance, so that soft rims do not connect bright neighbours.
+THRESHOLD, THRESHOLD_SHARE = 70.0, 0.45
+SPECK = 6  # smaller components, in pixels, are no objects; the smallest triangle drawn has 23
+OFF_COLOUR = 75.0  # the greatest distance to a colour of the palette
+EXTENTS = (2.5, 7.0)  # the range of objects' half extents; those drawn are 3.4 to 5.5
+MISFIT = 0.22  # the greatest squared difference to the best shape, over the area
 
 
 def read(images: Tensor | np.ndarray) -> list[Scene | None]:
-    """What each picture shows, or None for what no caption describes.
+    """The scene that each image shows, or None if no caption describes it.
 
     Args:
         images: uint8 (N, 3, 32, 32).
 
     Raises:
-        MetricError: they have another shape or type.
+        MetricError: the images have another shape or type.
     """
     pixels = np.asarray(images)
     if pixels.shape[1:] != (3, SIZE, SIZE) or pixels.dtype != np.uint8:
         size = "×".join(map(str, pixels.shape[1:]))
         raise MetricError(f"shapes: images are {pixels.dtype} {size}; it takes uint8 3×32×32")
-    found: list[Scene | None] = []
+    scenes: list[Scene | None] = []
     for i in range(0, len(pixels), 512):  # bounds the memory
-        found += _read(pixels[i : i + 512])
-    return found
+        scenes += _read(pixels[i : i + 512])
+    return scenes
 
 
 def accuracy(images: Tensor | np.ndarray, captions: Sequence[str]) -> dict[str, float]:
-    """Shares of pictures that show what was asked: in all (`accuracy`), and by each attribute.
+    """Shares of images that show their caption, entirely (`accuracy`) and by each attribute.
 
-    A picture that reads as None has every attribute wrong.
+    An image that reads as None has every attribute wrong.
 
     Raises:
-        MetricError: a caption is outside the grammar, or their number is not the images'.
+        MetricError: a caption is outside the grammar, or the number of captions is wrong.
     """
     if len(captions) != len(images) or not len(images):
-        raise MetricError(f"shapes: {len(images)} images for {len(captions)} captions")
-    wanted, found = [parse(c) for c in captions], read(images)
-    shares = {"accuracy": float(np.mean([w == f for w, f in zip(wanted, found)]))}
+        raise MetricError(
+            f"shapes: {len(images)} images for {len(captions)} captions; give one for each"
+        )
+    expected, scenes = [parse(c) for c in captions], read(images)
+    pairs = list(zip(expected, scenes))
+    shares = {"accuracy": float(np.mean([a == b for a, b in pairs]))}
     for i, name in enumerate(Scene._fields):
-        right = [f is not None and w[i] == f[i] for w, f in zip(wanted, found)]
-        shares[f"{name}_accuracy"] = float(np.mean(right))
+        correct = [b is not None and a[i] == b[i] for a, b in pairs]
+        shares[f"{name}_accuracy"] = float(np.mean(correct))
     return shares
 
 
@@ -79,28 +82,28 @@ def _read(pixels: np.ndarray) -> list[Scene | None]:
     n = len(pixels)
     offset = pixels.transpose(0, 2, 3, 1) - BACKGROUND  # (N, 32, 32, 3)
     strength = np.sqrt((offset**2).sum(-1))
-    seen = np.maximum(SEEN, SEEN_SHARE * strength.max((1, 2), keepdims=True))
-    label = components(strength > seen)
+    threshold = np.maximum(THRESHOLD, THRESHOLD_SHARE * strength.max((1, 2), keepdims=True))
+    label = components(strength > threshold)
     names, sizes = np.unique(label[label > 0], return_counts=True)
     names = names[sizes >= SPECK]
     label = np.where(np.isin(label, names), label, 0)
     label = np.where(label > 0, label, _spread(label))  # the soft rim, below the threshold
-    owner = (names - 1) // SIZE**2  # which picture
+    owner = (names - 1) // SIZE**2  # index of the image
     counts = np.bincount(owner, minlength=n)
-    usable = np.isin(counts, COUNTS)  # the rest is not worth the time
+    usable = np.isin(counts, COUNTS)  # other images read as None
     names, owner = names[usable[owner]], owner[usable[owner]]
     if not len(names):
         return [None] * n
 
-    own = label[owner] == names[:, None, None]  # (K, 32, 32)
-    core = strength[owner] * own
+    mask = label[owner] == names[:, None, None]  # (K, 32, 32)
+    core = strength[owner] * mask
     core = core >= 0.75 * core.max((1, 2), keepdims=True)
     colour = np.einsum("khw,khwc->kc", core, offset[owner]) / core.sum((1, 2))[:, None]
-    far = np.linalg.norm(colour[:, None] + BACKGROUND - PALETTE, axis=-1)
-    hue, off_colour = far.argmin(1), far.min(1)
+    distance = np.linalg.norm(colour[:, None] + BACKGROUND - PALETTE, axis=-1)
+    hue, off_colour = distance.argmin(1), distance.min(1)
 
     cover = np.einsum("khwc,kc->khw", offset[owner], colour) / (colour**2).sum(1)[:, None, None]
-    cover = (cover * own).clip(0, 1.2)
+    cover = (cover * mask).clip(0, 1.2)
     area = cover.sum((1, 2))
     grid = np.arange(SIZE) + 0.5
     x = np.einsum("khw,w->k", cover, grid) / area
@@ -117,28 +120,28 @@ def _read(pixels: np.ndarray) -> list[Scene | None]:
     good = (misfit.min(0) < MISFIT) & (off_colour < OFF_COLOUR)
     good &= (extent > EXTENTS[0]) & (extent < EXTENTS[1])
 
-    found: list[Scene | None] = []
+    scenes: list[Scene | None] = []
     starts = np.searchsorted(owner, np.arange(n + 1))
     for i in range(n):
         k = slice(starts[i], starts[i + 1])
-        whole = usable[i] and good[k].all()
-        if not whole or len({*zip(shape[k], hue[k])}) != 1:
-            found.append(None)
+        valid = usable[i] and good[k].all()
+        if not valid or len({*zip(shape[k], hue[k])}) != 1:
+            scenes.append(None)
             continue
         centre = np.array([x[k].mean(), y[k].mean()])
-        place = np.linalg.norm(ANCHORS - centre, axis=1).argmin()
-        found.append(
+        position = np.linalg.norm(ANCHORS - centre, axis=1).argmin()
+        scenes.append(
             Scene(SHAPES[shape[k][0]], list(COLOURS)[hue[k][0]], int(counts[i]),
-                  list(POSITIONS)[place])
+                  list(POSITIONS)[position])
         )  # fmt: skip
-    return found
+    return scenes
 
 
 def components(mask: np.ndarray) -> np.ndarray:
-    """Names of 4-connected components, (N, H, W): one positive number for each, 0 outside.
+    """Labels of 4-connected components, (N, H, W): a positive number for each, 0 outside.
 
-    A component is named by its last pixel's place in the array, plus one, so that names rise with
-    the picture and (name - 1) // (H W) is the picture's index.
+    A label is the index of the component's last pixel in the array, plus one. Labels therefore rise
+    with the image, and (label - 1) // (H W) is the image's index.
     """
     label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:

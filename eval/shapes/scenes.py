@@ -1,7 +1,7 @@
-"""Captioned scenes: a finite grammar, and pictures of its sentences drawn with closed forms.
+"""Captioned scenes: a finite grammar, and images of its captions drawn by closed forms.
 
-A caption such as "two red circles on the left" fixes four attributes; size, place and shade vary
-around them with the seed. Lengths are in pixels of a 32×32 picture whose pixel i covers [i, i + 1].
+A caption such as "two red circles on the left" fixes four attributes. Size, exact position and
+shade vary with the seed. Lengths are in pixels of a 32×32 image, whose pixel i covers [i, i + 1].
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ POSITIONS = {
 BACKGROUND = np.array((24.0, 24.0, 32.0))
 PALETTE = np.array(list(COLOURS.values()), dtype=np.float64)
 ANCHORS = np.array(list(POSITIONS.values()))
-SHADE = 8  # the most that a picture's colour differs from the palette's, in each channel
-# By count: the range of half extents, and of distances between neighbours' centres.
+SHADE = 8  # the greatest difference to the palette's colour, in each channel
+# By count: the ranges of half extents, and of distances between the centres of neighbours.
 EXTENT = {1: (4.0, 5.5), 2: (4.0, 5.0), 3: (3.4, 4.0)}
-APART = {1: (0.0, 0.0), 2: (11.5, 13.5), 3: (10.2, 10.6)}
-ARM = 0.36  # half width of a cross's arms, over its half extent
-SIDE = 0.9  # half side of a square, over its half extent
+SPACING = {1: (0.0, 0.0), 2: (11.5, 13.5), 3: (10.2, 10.6)}
+ARM = 0.36  # half width of a cross's arms, as a share of its half extent
+SIDE = 0.9  # half side of a square, as a share of its half extent
 
 _WORDS = {1: "one", 2: "two", 3: "three"}
 _PLACES = {
@@ -57,7 +57,7 @@ _PLACES = {
 
 
 class Scene(NamedTuple):
-    """What a caption says, and what the reader finds."""
+    """The attributes of a caption, or those that the reader finds."""
 
     shape: str
     colour: str
@@ -79,34 +79,34 @@ def _scenes() -> dict[str, Scene]:
 
 
 def all_captions() -> list[str]:
-    """Every sentence of the grammar, 360 of them, in a fixed order."""
+    """All 360 captions of the grammar, in a fixed order."""
     return list(_scenes())
 
 
 def captions(n: int, seed: int) -> list[str]:
-    """n sentences drawn uniformly, with replacement."""
+    """n captions chosen uniformly, with replacement."""
     every = all_captions()
     return [every[i] for i in np.random.default_rng(seed).integers(len(every), size=n)]
 
 
 def parse(caption: str) -> Scene:
-    """What a caption says.
+    """The scene of a caption.
 
     Raises:
-        MetricError: it is no sentence of the grammar.
+        MetricError: it is not a caption of the grammar.
     """
     scene = _scenes().get(caption)
     if scene is None:
         near = get_close_matches(caption, _scenes(), 1, 0.0)[0]
-        raise MetricError(f"shapes: {caption!r} is no caption; the nearest is {near!r}")
+        raise MetricError(f"shapes: {caption!r} is not a caption; did you mean {near!r}?")
     return scene
 
 
 def draw(captions: Sequence[str], seed: int) -> Tensor:
-    """A picture of each caption: uint8 (N, 3, 32, 32), the same for the same arguments.
+    """An image of each caption: uint8 (N, 3, 32, 32), deterministic in the arguments.
 
     Raises:
-        MetricError: some caption is no sentence of the grammar.
+        MetricError: a caption is not one of the grammar.
     """
     scenes = [parse(c) for c in captions]
     if not scenes:
@@ -121,41 +121,41 @@ def draw(captions: Sequence[str], seed: int) -> Tensor:
 
     low, high = np.array([EXTENT[k] for k in COUNTS])[count - 1].T
     extent = rng.uniform(low, high)
-    low, high = np.array([APART[k] for k in COUNTS])[count - 1].T
-    apart = rng.uniform(low, high)
-    # Columns at the sides, rows at top and bottom, and either in the middle.
+    low, high = np.array([SPACING[k] for k in COUNTS])[count - 1].T
+    spacing = rng.uniform(low, high)
+    # Objects form a column at the sides, a row at top and bottom, and either in the middle.
     upright = np.where(place < 2, True, np.where(place < 4, False, rng.random(n) < 0.5))
-    room = np.where(count == 3, 0.9, 2.0)  # along the line of objects, three fill the picture
+    room = np.where(count == 3, 0.9, 2.0)  # three objects fill the image along their line
     along, across = rng.uniform(-1, 1, (2, n)) * np.stack([room, np.full(n, 2.0)])
     middle = ANCHORS[place] + np.where(upright[:, None], np.stack([across, along], 1),
                                        np.stack([along, across], 1))  # fmt: skip
-    pictures = np.broadcast_to(BACKGROUND[:, None, None], (n, 3, SIZE, SIZE)).copy()
+    images = np.broadcast_to(BACKGROUND[:, None, None], (n, 3, SIZE, SIZE)).copy()
     for k in range(max(COUNTS)):
-        offset = (k - (count - 1) / 2) * apart
+        offset = (k - (count - 1) / 2) * spacing
         wobble = rng.uniform(-1, 1, (2, n)) * np.where(count == 1, 0.0, 0.3)
         x = middle[:, 0] + np.where(upright, 0, offset) + wobble[0]
         y = middle[:, 1] + np.where(upright, offset, 0) + wobble[1]
         cover = coverage(shape, x, y, extent) * (k < count)[:, None, None]
-        pictures += cover[:, None] * (colour - BACKGROUND)[:, :, None, None]
-    return torch.from_numpy(pictures.round().clip(0, 255).astype(np.uint8))
+        images += cover[:, None] * (colour - BACKGROUND)[:, :, None, None]
+    return torch.from_numpy(images.round().clip(0, 255).astype(np.uint8))
 
 
 def coverage(shape: np.ndarray, x: np.ndarray, y: np.ndarray, extent: np.ndarray) -> np.ndarray:
-    """How much of each pixel a shape covers, (K, 32, 32), exact for squares and crosses.
+    """The share of each pixel that a shape covers, (K, 32, 32), exact for squares and crosses.
 
-    Circles and the sides of triangles take the distance to the edge as the share of the pixel.
+    For circles and the sides of triangles, the share is the distance to the edge.
 
     Args:
         shape: Indices into SHAPES, (K,).
-        x, y: The middle of its bounding box, (K,).
-        extent: Half the side of its bounding box (of a square: that over SIDE), (K,).
+        x, y: The middle of the bounding box, (K,).
+        extent: Half the side of the bounding box, (K,); a square's is divided by SIDE.
     """
     cover = np.empty((len(shape), SIZE, SIZE))
     for kind in range(len(SHAPES)):
-        own = shape == kind
-        if own.any():
-            cover[own] = _COVER[kind](
-                x[own, None, None], y[own, None, None], extent[own, None, None]
+        mask = shape == kind
+        if mask.any():
+            cover[mask] = _COVER[kind](
+                x[mask, None, None], y[mask, None, None], extent[mask, None, None]
             )
     return cover
 
@@ -165,7 +165,7 @@ _COLUMN, _ROW = _PIXEL[None, None, :], _PIXEL[None, :, None]
 
 
 def _overlap(pixel: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """The length of each pixel's span that lies in [low, high]."""
+    """The length of each pixel's overlap with [low, high]."""
     return (np.minimum(pixel + 1, high) - np.maximum(pixel, low)).clip(0, 1)
 
 
@@ -180,7 +180,7 @@ def _square(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
 
 
 def _triangle(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Apex up, as wide as it is high."""
+    """A triangle with its apex up, as wide as it is high."""
     beyond = (2 * abs(_COLUMN + 0.5 - x) - (_ROW + 0.5 - y + r)) / np.sqrt(5)
     return (0.5 - beyond).clip(0, 1) * _overlap(_ROW, y - r, y + r)
 
@@ -193,6 +193,6 @@ def _cross(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
 
 
 _COVER = (_circle, _square, _triangle, _cross)
-# Areas over the squared half extent, and how far below the box's middle the centroid lies.
+# In half extents: the area, and the offset of the centroid below the middle of the box.
 AREA = np.array([np.pi, 4 * SIDE**2, 2.0, 8 * ARM - 4 * ARM**2])
 SINKS = np.array([0.0, 0.0, 1 / 3, 0.0])

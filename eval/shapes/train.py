@@ -13,26 +13,26 @@ from eval.shapes.classifier import WEIGHTS, Classifier, labels
 from eval.shapes.scenes import captions, draw, parse
 
 
-def pictures(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """n scenes in [-1, 1] and the indices (n, 4) of their attributes."""
-    wanted = captions(n, seed)
-    return draw(wanted, seed).float() / 127.5 - 1, labels([parse(c) for c in wanted])
+def images_and_labels(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """n scenes in [-1, 1], and the indices (n, 4) of their attributes."""
+    texts = captions(n, seed)
+    return draw(texts, seed).float() / 127.5 - 1, labels([parse(c) for c in texts])
 
 
 def train(steps: int = 1500, batch: int = 128) -> tuple[Classifier, float]:
-    """A classifier trained on scenes drawn as it goes, and how many unseen ones it reads whole."""
+    """A classifier trained on new scenes at each step, and its accuracy on unseen scenes."""
     torch.manual_seed(0)
     net = Classifier()
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
-        x, y = pictures(batch, 1 + step)
+        x, y = images_and_labels(batch, 1 + step)
         logits = net(x + 0.1 * torch.rand(batch, 1, 1, 1) * torch.randn_like(x))
         parts = [cross_entropy(v, y[:, i], label_smoothing=0.05) for i, v in enumerate(logits)]
         torch.stack(parts).sum().backward()
         optimizer.step(), optimizer.zero_grad(), schedule.step()
     net.eval()
-    x, y = pictures(4000, 0)
+    x, y = images_and_labels(4000, 0)
     with torch.no_grad():
         guess = torch.stack([v.argmax(1) for v in net(x)], 1)
     return net, (guess == y).all(1).double().mean().item()

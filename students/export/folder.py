@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from torch import Tensor
 from students import schedulers
 from students.export.portable import make_portable
 from students.generator import Generator
-from students.lora import Adapted, merged, unwrap, using
+from students.lora import adapter_of, unwrap
+from students.two_time import check_landing, in_place, stock_backbone
 from teachers import conditions
 from teachers.catalogue.loading import load
 from teachers.denoiser import Cond, Denoiser
@@ -33,12 +34,12 @@ from teachers.quantised import Precision
 from teachers.storage.files import open_to_readers, read_json
 from teachers.teacher import Teacher
 
-SIDECAR = "fewstep.json"  # what the student is; diffusers ignores it
-SHAPING = ("size", "frames", "embedded_guidance")  # teacher's options that its students share
+SIDECAR = "fewstep.json"  # describes the student; diffusers ignores it
+SHAPING = ("size", "frames", "embedded_guidance")  # options of a teacher that students share
 TOLERANCE = 1e-3  # of any pixel in [0, 1]: a quarter of a grey level
-ROUNDING = 0.02  # of the mean pixel, where weights are of half precision: a wrong time costs more
+ROUNDING = 0.02  # of the mean pixel, for weights of half precision; a wrong time exceeds it
 
-# Runs in another process, with none of our packages imported: what a user's machine will do.
+# Runs in another process without our packages, as on a user's machine.
 SCRIPT = """
 import functools, json, sys, torch
 from diffusers import DiffusionPipeline
@@ -65,42 +66,42 @@ save_file(images, out)
 
 
 class ExportError(RuntimeError):
-    """What was exported does not give the student's own pictures. The message is one line."""
+    """The exported files do not reproduce the student's pictures. The message is one line."""
 
     @classmethod
     def of(cls, what: str, stderr: str) -> ExportError:
-        """That a process failed: by the last line it wrote, with all of it as a note."""
-        lines = [v.strip() for v in stderr.splitlines() if v.strip()] or ["it said nothing"]
+        """The error of a failed process: its last line of stderr, with the rest as a note."""
+        lines = [v.strip() for v in stderr.splitlines() if v.strip()] or ["no message"]
         error = cls(f"stock diffusers could not use {what}: {lines[-1]}")
         error.add_note(stderr[-20_000:])
         return error
 
 
 def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[str, Any]) -> None:
-    """Write the student to `path` as a diffusers folder, having checked that it loads and agrees.
+    """Write the student to `path` as a diffusers folder.
 
-    The check loads the folder in a separate process with stock diffusers only and compares pixels,
-    for a fixed seed, at every step count; `path` appears only once it has passed.
+    First a separate process loads the folder with stock diffusers only, and its pixels are compared
+    with the student's for a fixed seed at every step count; `path` appears only if they agree.
 
     Args:
-        recipe: The resolved recipe, kept in the folder's sidecar, of which a card can be written.
+        recipe: The resolved recipe; the folder's sidecar holds it, and cards are written from it.
 
     Raises:
-        UserError: the student has no stock form.
+        UserError: the student has no scheduler form.
         ExportError: the pictures differ, or the folder does not load.
     """
     pipe = pipeline(generator, teacher)
     network = unwrap(generator.denoiser)
     network.unguided(getattr(pipe, network.PART))
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}-*"):  # by an export that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for stale in path.parent.glob(f".{path.name}-*"):  # of an export that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     draft = path.parent / f".{path.name}-{secrets.token_hex(4)}"
     draft.mkdir()
     try:
         with quiet():
             pipe.save_pretrained(draft)
-        make_portable(draft, getattr(teacher.codec, "folder", None))
+        make_portable(draft, teacher.codec.folder)
         open_to_readers(draft)
         if brings_source(network):
             from students.export import edm_source
@@ -116,7 +117,7 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
 
 
 def sidecar(generator: Generator, teacher: Teacher, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What an exported folder says of its student beside what diffusers reads."""
+    """The sidecar of an exported folder: what diffusers' own files do not hold."""
     return {
         "steps": list(generator.counts),
         "times": list(generator.times),
@@ -128,21 +129,21 @@ def sidecar(generator: Generator, teacher: Teacher, recipe: Mapping[str, Any]) -
 
 
 def brings_source(network: Denoiser) -> bool:
-    """Whether it is one of EDM's own networks, for which diffusers has no class."""
-    from teachers.edm.model import EDM  # and with it all of diffusers' models
+    """Whether the export includes the network's source: EDM's own, unknown to diffusers."""
+    from teachers.edm.model import EDM  # slow: it imports diffusers' models
 
     return isinstance(network, EDM)
 
 
 def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
-    """The stock pipeline that samples this student, with its weights and its scheduler inside.
+    """The stock pipeline that samples this student, with its network and its scheduler.
 
     Args:
-        merge: Give an adapter's student weights of its own; otherwise the shared ones, which are
-            the student only while its adapter is used.
+        merge: Merge an adapter into new weights. Otherwise the pipeline has the shared weights,
+            which are the student's within `in_place` only.
 
     Raises:
-        UserError: the student has no stock form.
+        UserError: the student has no scheduler form, or reads landing times other than 0.
     """
     import diffusers
 
@@ -150,10 +151,11 @@ def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
         network = unwrap(generator.denoiser)
     except UserError as error:
         raise UserError(f"export: {error}") from None
-    backbone = merged(generator.denoiser) if merge else network.backbone
+    check_landing(generator)
+    backbone = stock_backbone(generator.denoiser) if merge else network.backbone
     scheduler = schedulers.scheduler(generator)
     if isinstance(network, UNet):
-        if isinstance(generator.denoiser, Adapted):
+        if adapter_of(generator.denoiser) is not None:
             schedulers.trim(backbone, teacher)
         return diffusers.ConsistencyModelPipeline(unet=backbone, scheduler=scheduler)  # pyright: ignore
     before = teacher.codec.pipe  # pyright: ignore[reportAttributeAccessIssue]
@@ -164,9 +166,9 @@ def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
 
 
 def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str, Any]]:
-    """What the checks ask for: the prompts, and the stock pipeline's arguments for them."""
+    """What checks of a student sample: prompts, and the stock pipeline's arguments for them."""
     kind = type(unwrap(generator.denoiser))
-    if classes := getattr(teacher.codec, "classes", 0):
+    if classes := teacher.codec.classes:
         prompts: list[Any] = [i % classes for i in range(4)]
     else:
         prompts = ["a red circle", "two boats on a lake"]
@@ -178,8 +180,8 @@ def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str
     return prompts, arguments
 
 
-def absent(teacher: Teacher) -> list[str]:
-    """Parts that its pipeline insists on being given, if only as None: SD3's T5, left out."""
+def absent_parts(teacher: Teacher) -> list[str]:
+    """Parts that the pipeline requires, although they are None, such as SD3's T5."""
     if not isinstance(teacher.codec, Prompted):
         return []
     pipe = teacher.codec.pipe
@@ -188,18 +190,36 @@ def absent(teacher: Teacher) -> list[str]:
 
 
 def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
-    """Compare the folder's pictures, made by stock diffusers in another process, with our own."""
+    """Compare the pictures that stock diffusers makes from the folder with ours.
+
+    It runs in another process.
+
+    Raises:
+        ExportError: they differ by more than rounding, or the process fails.
+    """
     prompts, arguments = request(generator, teacher)
-    lacks = absent(teacher)
     device = next(generator.parameters()).device.type
     network = unwrap(generator.denoiser)
-    about = {"device": device, "own": brings_source(network), "seeded": network.SEEDED}
-    asked = {"counts": generator.counts, "arguments": arguments, "absent": lacks}
-    asked = json.dumps({**asked, **about})
+    job = {
+        "counts": generator.counts,
+        "arguments": arguments,
+        "absent": absent_parts(teacher),
+        "device": device,
+        "own": brings_source(network),
+        "seeded": network.SEEDED,
+    }
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "images.safetensors"
-        # -I: neither this folder nor PYTHONPATH can lend the child our packages
-        command = [sys.executable, "-I", "-c", SCRIPT, str(folder.resolve()), str(out), asked]
+        # -I: the child finds our packages neither in this folder nor by PYTHONPATH
+        command = [
+            sys.executable,
+            "-I",
+            "-c",
+            SCRIPT,
+            str(folder.resolve()),
+            str(out),
+            json.dumps(job),
+        ]
         result = subprocess.run(
             command,
             cwd=scratch,
@@ -214,12 +234,12 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
         theirs = load_file(out)
     for steps in generator.counts:
         ours = pictures(generator, teacher, steps, prompts)
-        if wrong := pixel_difference(ours, theirs[str(steps)], generator):
-            raise ExportError(f"at {steps} steps the exported pipeline {wrong}")
+        if difference := pixel_difference(ours, theirs[str(steps)], generator):
+            raise ExportError(f"at {steps} steps the exported pipeline {difference}")
 
 
 def pixel_difference(ours: Tensor, theirs: Tensor, generator: Generator) -> str:
-    """How pictures differ by more than rounding; nothing where they do not."""
+    """How pictures differ by more than rounding; empty if they do not."""
     gap = (ours - theirs.float().cpu()).abs()
     if unwrap(generator.denoiser).dtype == torch.float32:
         worst, most, what = gap.max().item(), TOLERANCE, "a pixel"
@@ -234,17 +254,17 @@ def pixel_difference(ours: Tensor, theirs: Tensor, generator: Generator) -> str:
 
 def pictures(generator: Generator, teacher: Teacher, steps: int, prompts: list[Any]) -> Tensor:
     """The student's pictures for seed 0, as a stock pipeline's "pt" output: in [0, 1]."""
-    x = draw(generator.at(steps), teacher, prompts, seed=0)
+    x = sample_student(generator.at(steps), teacher, prompts, seed=0)
     images = (teacher.codec.decode(x) / 2 + 0.5).clamp(0, 1).cpu()
-    return images.movedim(1, 2) if images.ndim == 5 else images  # videos come frame by frame
+    return images.movedim(1, 2) if images.ndim == 5 else images  # videos have their frames first
 
 
 @torch.no_grad()
 def rehearse(generator: Generator, teacher: Teacher) -> None:
-    """Before training: does the stock pipeline, in this process, sample this very student?
+    """Before training, compare the stock pipeline's samples, in this process, with the student's.
 
     Raises:
-        UserError: it does not, so a training run would end in a failed export.
+        UserError: they differ, or the pipeline fails, and so would the export after training.
     """
     who = f"teacher {teacher.source!r}: no stock pipeline samples its students"
     prompts, _ = request(generator, teacher)
@@ -252,7 +272,10 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
     device = next(generator.parameters()).device
     half = network.dtype != torch.float32
     try:
-        with placed(teacher, device), torch.autocast(device.type, network.dtype, enabled=half):
+        with (
+            codec_on_device(teacher, device),
+            torch.autocast(device.type, network.dtype, enabled=half),
+        ):
             pipe = pipeline(generator, teacher, merge=isinstance(network, UNet))
             pipe.set_progress_bar_config(disable=True)
             step = pipe.scheduler.step
@@ -261,30 +284,23 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
                 if not network.SEEDED:  # on a GPU, the global generator draws other numbers
                     pipe.scheduler.step = partial(step, generator=torch.Generator().manual_seed(1))
                 _, arguments = request(generator, teacher)  # afresh: some write to their lists
-                with torch.random.fork_rng(), adapter_of(generator.denoiser):
+                with torch.random.fork_rng(), in_place(generator.denoiser):
                     torch.manual_seed(1)
                     out = pipe(
                         num_inference_steps=steps, generator=rng, output_type="pt", **arguments
                     )
                 ours = pictures(generator, teacher, steps, prompts)
-                if wrong := pixel_difference(ours, images_of(out), generator):
-                    raise UserError(f"{who}: at {steps} steps it {wrong}")
+                if difference := pixel_difference(ours, images_of(out), generator):
+                    raise UserError(f"{who}: at {steps} steps it {difference}")
     except UserError:
         raise
     except Exception as error:  # whatever an odd configuration breaks in diffusers
         raise UserError(f"{who} ({type(error).__name__}: {error})") from None
 
 
-def adapter_of(denoiser: Denoiser) -> AbstractContextManager[None]:
-    """In which the shared network, called by anyone, runs under this student's adapter."""
-    if isinstance(denoiser, Adapted):
-        return using(denoiser.denoiser, denoiser.name)
-    return nullcontext()
-
-
 @contextmanager
-def placed(teacher: Teacher, device: torch.device) -> Iterator[None]:
-    """With the codec's text encoders and VAE on the device; afterwards they leave it again."""
+def codec_on_device(teacher: Teacher, device: torch.device) -> Iterator[None]:
+    """Move the codec's text encoders and VAE to the device, and back to the CPU at the end."""
     if not isinstance(teacher.codec, Prompted):
         yield
         return
@@ -296,13 +312,13 @@ def placed(teacher: Teacher, device: torch.device) -> Iterator[None]:
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment without what makes a child join its process group."""
+    """This process's environment without the variables by which a child joins its process group."""
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC")
     return {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
 
 
 @torch.no_grad()
-def draw(
+def sample_student(
     generator: Generator,
     teacher: Teacher,
     labels: Sequence[Any],
@@ -310,15 +326,15 @@ def draw(
     batch: int = 512,
     cond: Cond = None,
 ) -> Tensor:
-    """x̂ (N, ...) for N labels or prompts, from the very noise that a stock pipeline draws.
+    """x̂ (N, ...) for N labels or prompts, from the same noise that a stock pipeline draws.
 
-    The noise comes from CPU generators, all of it first and then in batches, so the pictures depend
-    neither on the device nor on the batch size. Pipelines that hand their generator on to the
-    scheduler draw all from that one; the others' schedulers draw the noise of returns from one that
-    is seeded with `seed` + 1, as they do by themselves on the CPU after `torch.manual_seed`.
+    All noise is drawn by CPU generators before the batches, so the pictures depend neither on the
+    device nor on the batch size. Pipelines that pass their generator to the scheduler draw all
+    noise from it; the others' schedulers draw the noise of renoising from a generator of seed
+    `seed` + 1, as they do on the CPU after `torch.manual_seed`.
 
     Args:
-        cond: The labels' condition, where it has been worked out already.
+        cond: The labels' condition, if it is known already.
     """
     kind = type(unwrap(generator.denoiser))
     rng = torch.Generator().manual_seed(seed)
@@ -332,20 +348,20 @@ def draw(
     device = next(generator.parameters()).device
     parts = []
     for i in range(0, n, batch):
-        z, *fresh = [x[i : i + batch].to(device) for x in noise]
+        z, *noises = [x[i : i + batch].to(device) for x in noise]
         part = conditions.moved(conditions.rows(cond, slice(i, i + batch)), device)
-        parts.append(generator(z, part, fresh=fresh))
+        parts.append(generator(z, part, noises=noises))
     return torch.cat(parts)
 
 
 def load_student(folder: Path, precision: Precision | None = None) -> tuple[Generator, Teacher]:
-    """An exported student, ready to sample: its generator, and itself as a teacher (for the codec).
+    """An exported student: its generator, and the folder as a teacher, whose codec it uses.
 
     Args:
-        precision: Of its weights; by default single.
+        precision: Of its weights; by default float32.
 
     Raises:
-        UserError: the folder is not an exported student, or is not whole.
+        UserError: the folder is no exported student, or is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"student {str(folder)!r}: no such folder")
@@ -353,13 +369,13 @@ def load_student(folder: Path, precision: Precision | None = None) -> tuple[Gene
         folder = folder / "student"  # a run folder was named
     if not (folder / SIDECAR).exists() and (folder / "checkpoints").is_dir():
         raise UserError(
-            f"student {str(folder)!r}: this run has no student yet; wait for its end, or go on "
-            f"with distill run {folder / 'recipe.yaml'} --out {folder} --resume"
+            f"student {str(folder)!r}: this run has no student yet; wait for its end, or resume "
+            f"it with distill run {folder / 'recipe.yaml'} --out {folder} --resume"
         )
     sidecar = read_json(folder / SIDECAR, f"student {str(folder)!r}")
     counts: Any = sidecar.get("steps")
     whole = isinstance(counts, list) and counts and all(type(k) is int for k in counts)
-    options = sidecar.get("options", {})  # students of before had none
+    options = sidecar.get("options", {})  # older students have none
     whole = whole and isinstance(options, dict) and options.keys() <= set(SHAPING)
     if not whole or not isinstance(sidecar.get("renoise"), bool):
         raise UserError(f"student {str(folder)!r}: {SIDECAR} is damaged; export the run again")
@@ -368,5 +384,8 @@ def load_student(folder: Path, precision: Precision | None = None) -> tuple[Gene
     teacher = load(str(folder), **options)
     like = schedulers.student(teacher, max(counts), None, sidecar["renoise"], exported=True)
     if unknown := set(counts) - set(like.counts):
-        raise UserError(f"student {str(folder)!r}: {SIDECAR}: steps: {min(unknown)} is no count")
+        raise UserError(
+            f"student {str(folder)!r}: {SIDECAR}: steps: {min(unknown)} is no step count of this "
+            "student; export the run again"
+        )
     return like.keep(*counts).eval().requires_grad_(False), teacher

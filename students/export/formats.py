@@ -81,7 +81,7 @@ def paired(state: State) -> State:
     for key in state:
         other = key.replace(".lora_A.", ".lora_?.").replace(".lora_B.", ".lora_A.")
         if other.replace(".lora_?.", ".lora_B.") not in state:
-            raise UserError(f"LoRA: {key!r} has no counterpart")
+            raise UserError(f"LoRA: {key!r} has no counterpart; use diffusers' LoRA")
     return state
 
 
@@ -124,7 +124,7 @@ def from_kohya(
     for key, value in state.items():
         name, _, rest = key.partition(".")
         if name not in known:
-            raise UserError(f"LoRA: {key!r} belongs to no module of this UNet")
+            raise UserError(f"LoRA: {key!r} belongs to no module of this UNet; give its own UNet")
         if rest == "lora_down.weight":
             made[f"unet.{known[name]}.lora_A.weight"] = value
         elif rest == "lora_up.weight":
@@ -202,14 +202,18 @@ def ldm_name(name: str, layers: int, attends: list[bool]) -> str:
     match = re.fullmatch(r"mid_block\.(\w+\.\d+)\.(.+)", name)
     if match and (place := MIDDLE.get(match[1])) is not None:
         return f"middle_block.{place}.{match[2] if place == '1' else resnet(match[2])}"
-    raise UserError(f"single file: the UNet's {name!r} has no place in LDM's UNet")
+    raise UserError(
+        f"single file: the UNet's {name!r} has no place in LDM's UNet; use the diffusers folder"
+    )
 
 
 def resnet(name: str) -> str:
     """A part of a resnet, by LDM's name."""
     part, dot, rest = name.partition(".")
     if part not in RESNET:
-        raise UserError(f"single file: a resnet's {name!r} has no place in LDM's")
+        raise UserError(
+            f"single file: a resnet's {name!r} has no place in LDM's; use the diffusers folder"
+        )
     return RESNET[part] + dot + rest
 
 

@@ -1,4 +1,4 @@
-"""A finished adapter as LoRA files: what `load_lora_weights` takes, and what ComfyUI reads."""
+"""A trained adapter as LoRA files, for diffusers' `load_lora_weights` and for ComfyUI."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 
 from students.export.folder import pipeline, request
 from students.export.formats import File, State, diffusers_lora, ldm_names, to_kohya, write
-from students.export.unquantised import reread
+from students.export.unquantised import with_file_weights
 from students.generator import Generator
-from students.lora import Adapted, unwrap
+from students.lora import AdaptedDenoiser, unwrap
 from teachers.catalogue.loading import find
 from teachers.errors import UserError
 from teachers.families.base import Prompted, quiet
@@ -28,9 +28,9 @@ KOHYA = "comfyui_lora.safetensors"
 
 
 def possible(generator: Generator, teacher: Teacher) -> bool:
-    """Whether there is a file form: of plain LoRA, for a pipeline that loads LoRA (not all do)."""
+    """Whether LoRA files can be written: of plain LoRA, for pipelines that load LoRA."""
     student, codec = generator.denoiser, teacher.codec
-    if not isinstance(student, Adapted) or not isinstance(codec, Prompted):
+    if not isinstance(student, AdaptedDenoiser) or not isinstance(codec, Prompted):
         return False
     from diffusers.loaders.lora_base import LoraBaseMixin
 
@@ -48,13 +48,13 @@ def export_lora(
 ) -> None:
     """Write the adapter's files to `out`, with the scheduler that it was trained for.
 
-    They are drawn with by stock diffusers in another process, on the teacher's own weights at
-    strength 1.0, and appear only if the pictures are the student's.
+    Stock diffusers samples with each file in another process, on the teacher's own weights at
+    strength 1.0; the files appear only if the pictures equal the student's.
 
     Args:
-        student: The exported, merged student, whose other parts and scheduler are used.
-        failed: Is given the name of each file that could not be made, and why; the others are
-            written. Without it, the first failure is raised and no file appears.
+        student: The folder of the exported student, whose other parts and scheduler are used.
+        failed: Called with the name and the error of each file that fails; the others are written.
+            None raises the first error, and no file appears.
 
     Raises:
         ExportError: stock diffusers cannot load a file, or its pictures differ.
@@ -67,52 +67,52 @@ def export_lora(
     source = EMBEDDED.get(teacher.source) or find(teacher.source)
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch)
-        for part in student.iterdir():  # all as the student has it, but for the network
+        for part in student.iterdir():  # everything but the network is the student's
             (base / part.name).symlink_to(part.resolve())
         (base / network.PART).unlink()
         (base / network.PART).symlink_to((source / network.PART).resolve())
         _, arguments = request(generator, teacher)
         exact = generator
         if next(network.backbone.parameters()).dtype != torch.float32 or is_quantised(network):
-            # stock diffusers adds the file to the weights as they are on the disk, in float32
-            exact = reread(generator, teacher, torch.float32)
-        # a copy of the network, beside encoders that left the device long ago
+            # stock diffusers adds the file to the weights on the disk, read as float32
+            exact = with_file_weights(generator, teacher, torch.float32)
+        # the network is a copy, and the encoders are on the CPU already
         pipe = pipeline(exact, teacher).to("cpu")
 
-        def draw(some: list[File]) -> None:
+        def write_checked(some: list[File]) -> None:
             write(some, pipe, base, generator.counts, arguments)
 
         if failed is None:
-            draw(files)
+            write_checked(files)
         else:
-            each(files, draw, failed)
+            write_each(files, write_checked, failed)
     shutil.copytree(student / "scheduler", out / "scheduler")
 
 
-def each(
+def write_each(
     files: list[File],
-    draw: Callable[[list[File]], None],
+    write_checked: Callable[[list[File]], None],
     failed: Callable[[str, Exception], None],
 ) -> None:
-    """Write all files at once; where that fails, each by itself, so that none costs another."""
+    """Write all files at once; if that fails, one by one, so that an error stops one file only."""
     try:
-        draw(files)
+        write_checked(files)
     except Exception as error:
         if len(files) == 1:
             failed(files[0].path.name, error)
             return
         for file in files:
-            each([file], draw, failed)
+            write_each([file], write_checked, failed)
 
 
 def forms(generator: Generator, teacher: Teacher) -> tuple[dict[str, State], dict[str, str]]:
-    """The adapter in each file's form, by the file's name; and why there is no other, by its.
+    """The adapter's tensors by file name; and by file name, why a file is not written.
 
     Raises:
         UserError: it is no plain LoRA, and has no file at all.
     """
     adapter = generator.denoiser
-    assert isinstance(adapter, Adapted)
+    assert isinstance(adapter, AdaptedDenoiser)
     network = unwrap(adapter)
     scale = adapter.config.lora_alpha / adapter.config.r
     state = {k.removeprefix("backbone."): v.detach().cpu() for k, v in adapter.trainable().items()}
@@ -125,18 +125,18 @@ def forms(generator: Generator, teacher: Teacher) -> tuple[dict[str, State], dic
         # SDXL is known by LDM's names, SD 1.x and 2.x by diffusers' own
         names = ldm_names(modules, backbone.config) if isinstance(network, SDXL) else None
         return {DIFFUSERS: plain, KOHYA: to_kohya(plain, names)}, {}
-    except UserError as error:  # a UNet whose blocks LDM's has not
+    except UserError as error:  # the UNet has blocks that LDM's lacks
         return {DIFFUSERS: plain}, {KOHYA: str(error)}
 
 
 def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
-    """Before training: whether stock diffusers will read the files' names as those of the network.
+    """Before training, check that stock diffusers maps the files' keys to the network's layers.
 
     Returns:
-        Why a file will not be written, by its name.
+        By file name, why a file will not be written.
 
     Raises:
-        UserError: no file will be.
+        UserError: a file cannot be read, or its keys are mapped to other layers.
     """
     states, without = forms(generator, teacher)
     kind = type(teacher.codec.pipe)  # pyright: ignore[reportAttributeAccessIssue]
@@ -147,15 +147,19 @@ def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
             with quiet():
                 found = kind.lora_state_dict(dict(state), **unet)
         except Exception as error:  # whatever diffusers' converters come to
-            raise UserError(f"lora/{name}: diffusers cannot read it ({line(error)})") from None
+            raise UserError(
+                f"lora/{name}: diffusers cannot read it ({line(error)}); use student/"
+            ) from None
         read = found[0] if isinstance(found, tuple) else found
         if odd := {newer(key) for key in read} ^ states[DIFFUSERS].keys():
-            raise UserError(f"lora/{name}: diffusers reads other layers of it, as {min(odd)}")
+            raise UserError(
+                f"lora/{name}: diffusers reads other layers of it, as {min(odd)}; use student/"
+            )
     return without
 
 
 def newer(key: str) -> str:
-    """PEFT's name of a weight that diffusers names as it did before it used PEFT, as kohya's."""
+    """PEFT's name of a weight that diffusers read from kohya's file under its pre-PEFT name."""
     key = re.sub(r"\.processor\.to_out_lora\.", ".to_out.0.lora.", key)
     key = re.sub(r"\.processor\.(to_\w+)_lora\.", r".\1.lora.", key)
     return key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")

@@ -1,21 +1,22 @@
-"""Students trained on quantised weights, given back the weights as the teacher's files have them.
+"""Students trained on quantised weights, moved to the weights in their teacher's files.
 
-An adapter learns on codes, but is merged into what they stand for: quantised weights are never
-exported, and no rounding of theirs is frozen into the student.
+An adapter trains on quantised weights but is merged into the original ones. So quantised weights
+are never exported, and their rounding is no part of the student.
 """
 
 from __future__ import annotations
 
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 
 from students.generator import Generator
-from students.lora import Adapted, adapters, layers, under, unwrap
+from students.lora import adapter_layers, adapter_names, adapter_of, unwrap, with_schedule
+from students.two_time import TwoTime
 from teachers.catalogue.loading import find
-from teachers.errors import UserError
+from teachers.errors import UserError, first_line
 from teachers.families.base import Pretrained
 from teachers.quantised import is_quantised
 from teachers.storage.components import module
@@ -23,56 +24,62 @@ from teachers.teacher import EMBEDDED, Teacher
 
 
 def unquantised(generator: Generator, teacher: Teacher) -> Generator:
-    """The student as a network of its own, in its teacher's bf16 weights and in host memory.
+    """The student merged into its teacher's weights in bfloat16, in host memory.
 
-    A student whose teacher was never quantised is returned as it is.
+    A student without quantised weights is returned unchanged.
 
     Raises:
         UserError: the teacher's files are no longer there.
     """
     if not is_quantised(unwrap(generator.denoiser)):
         return generator
-    return reread(generator, teacher, torch.bfloat16)
+    return with_file_weights(generator, teacher, torch.bfloat16)
 
 
-def reread(generator: Generator, teacher: Teacher, dtype: torch.dtype) -> Generator:
-    """An adapter's student as a network of its own: the weights in its teacher's files, as `dtype`
-    and in host memory, with the adapter merged.
+def with_file_weights(generator: Generator, teacher: Teacher, dtype: torch.dtype) -> Generator:
+    """An adapter merged into the weights in its teacher's files, as `dtype` and in host memory.
 
     Raises:
         UserError: the teacher's files are no longer there.
     """
-    network, adapter = unwrap(generator.denoiser), generator.denoiser
-    assert isinstance(adapter, Adapted) and adapter.name is not None
-    backbone = original(network, teacher, dtype)
+    network, adapter = unwrap(generator.denoiser), adapter_of(generator.denoiser)
+    assert adapter is not None and adapter.name is not None
+    backbone = read_backbone(network, teacher, dtype)
     merge(network.backbone, adapter.name, backbone)
-    view = under(network, network.schedule)
+    view = with_schedule(network, network.schedule)
     view.backbone = backbone.requires_grad_(False).eval()
     twin = copy(generator)
     twin._modules = {"denoiser": view}
+    if isinstance(student := generator.denoiser, TwoTime):
+        twin._modules["denoiser"] = around = copy(student)
+        around._modules = {"denoiser": view, "embedding": deepcopy(student.embedding).cpu()}
     return twin
 
 
-def original(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> nn.Module:
-    """The teacher's network, read once more from its files."""
+def read_backbone(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> nn.Module:
+    """The teacher's backbone, read again from its files.
+
+    Raises:
+        UserError: they cannot be read.
+    """
     folder = EMBEDDED.get(teacher.source) or find(teacher.source)
     kind: Any = type(network.backbone)
     try:
         return module(kind, folder / network.PART, "export", network.PART, torch_dtype=dtype)
     except (OSError, UserError) as error:
-        reason = str(error).removeprefix("export: ").strip().splitlines()[0]
+        reason = first_line(error).removeprefix("export: ")
         raise UserError(
-            f"export: the adapter belongs on the weights of {teacher.source!r}, which cannot be "
-            f"read again ({reason}); put them back and resume the run"
+            f"export: the adapter is merged into the weights of {teacher.source!r}, which cannot "
+            f"be read ({reason}); restore them and resume the run"
         ) from None
 
 
 @torch.no_grad()
 def merge(quantised: nn.Module, name: str, backbone: nn.Module) -> None:
-    """Add an adapter's change to the same layers of another network, worked out in float32."""
-    adapted = set(layers(quantised))
+    """Add an adapter's change to the same layers of another backbone, in place, in float32."""
+    adapted = set(adapter_layers(quantised))
     for path, layer in quantised.named_modules():
-        if layer in adapted and name in adapters(layer):
+        if layer in adapted and name in adapter_names(layer):
             change: Any = layer
             weight = backbone.get_submodule(path).weight
             assert isinstance(weight, nn.Parameter)

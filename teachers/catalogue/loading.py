@@ -20,35 +20,34 @@ def load(source: str, **options: Any) -> Teacher:
         source: "digits" or "shapes" (embedded), "analytic:NAME" (closed form), a diffusers folder,
             a Hub id, a published EDM or EDM2 .pkl, the folder that it was converted to, or
             "path/to/file.py:function" for a function that returns a Teacher.
-        options: The family's own: `null_label`, the class that means none, for UNet2D pipelines;
-            that and `vae`, the folder of their latents' AutoencoderKL, for EDM and EDM2;
-            `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16, fp8, nf4) for the
-            others,
-            `frames` for videos, and `embedded_guidance` for FLUX.1-dev.
+        options: Those of the family. UNet2D pipelines: `null_label`, the class that means no class.
+            EDM and EDM2: that and `vae`, the folder of the AutoencoderKL of their latents. All
+            others: `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16, fp8, nf4);
+            videos also `frames`, and FLUX.1-dev also `embedded_guidance`.
 
     Raises:
-        UserError: nothing is there, the files are not whole, the family is not supported, or it
-            does not know the option.
+        UserError: there is no such source, its files are damaged, its family is not supported, or
+            the family has no such option.
     """
     if source.startswith("analytic:"):
         if options:
-            raise UserError(f"{teacher_at(source)} takes no options; leave out {min(options)}")
+            raise UserError(f"{teacher_at(source)}: it takes no options; leave out {min(options)}")
         return _analytic(source)
     if source.rpartition(":")[0].endswith(".py"):
         if options:
-            raise UserError(f"{teacher_at(source)} takes no options; leave out {min(options)}")
-        return _own(source)
+            raise UserError(f"{teacher_at(source)}: it takes no options; leave out {min(options)}")
+        return _from_function(source)
     if source == "digits":
         options.setdefault("null_label", 10)
     pickled = source.endswith(".pkl")
-    at = partial(home, who="teacher") if pickled else find
-    folder = EMBEDDED.get(source) or at(source)
+    locate = partial(home, who="teacher") if pickled else find
+    folder = EMBEDDED.get(source) or locate(source)
     family, loader = loader_of(folder, source)
-    takes = list(signature(loader).parameters)[2:]
-    if unknown := sorted(options.keys() - set(takes)):
+    known = list(signature(loader).parameters)[2:]
+    if unknown := sorted(options.keys() - set(known)):
         raise UserError(
             f"{teacher_at(source)}: {family} has no option {clipped(unknown[0])!r}; "
-            f"{nearest(unknown[0], takes)}"
+            f"{nearest(unknown[0], known)}"
         )
     teacher = loader(folder, source, **options)
     teacher.options = options
@@ -112,14 +111,13 @@ def families() -> dict[str, Any]:
 
 
 def find(source: str) -> Path:
-    """The folder of a local path or of a Hub id, downloading once what its pipeline is loaded from,
-    and its licence with it.
+    """The folder of a local path or of a Hub id, whose files are downloaded once, with its licence.
 
     Raises:
-        UserError: there is none, or it is a single file.
+        UserError: there is no such folder or repository, or it is a single file.
     """
     folder = home(source, "teacher")
-    if isdir(folder):  # for the longest of names too, at which Path's own raises
+    if isdir(folder):  # Path.is_dir raises an error for names that are too long
         return folder
     from teachers.storage import download
 
@@ -128,7 +126,7 @@ def find(source: str) -> Path:
     if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         if isfile(folder):
             raise UserError(f"{who}: it is a file; give a diffusers pipeline folder")
-        raise UserError(f"{who}: no such folder, and not a Hub id (OWNER/NAME)")
+        raise UserError(f"{who}: no such folder, and not a Hub id; give OWNER/NAME")
     return download.fetch(source)
 
 
@@ -137,13 +135,13 @@ def _analytic(source: str) -> Teacher:
 
     name = source.removeprefix("analytic:")
     if name not in ANALYTIC:
-        raise UserError(f"{teacher_at(source)} is unknown: {nearest(name, ANALYTIC)}")
+        raise UserError(f"{teacher_at(source)}: unknown; {nearest(name, ANALYTIC)}")
     denoiser = ANALYTIC[name]()
     return Teacher(denoiser.eval(), Pixels(), tuple(denoiser.sample(1).shape[1:]), source)
 
 
-def _own(source: str) -> Teacher:
-    """What a user's own function returns."""
+def _from_function(source: str) -> Teacher:
+    """The teacher that a user's own function returns."""
     from teachers.storage.plugin import import_file
 
     place, _, name = source.rpartition(":")
@@ -153,10 +151,10 @@ def _own(source: str) -> Teacher:
         teacher = function() if callable(function) else None
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # whatever a user's module raises
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"{teacher_at(source)}: {clipped(place)} raised {clipped(reason, 200)}"
+            f"{teacher_at(source)}: {clipped(place)} raised {clipped(reason, 200)}; correct it"
         ) from None
     if function is None:
         known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
@@ -165,7 +163,7 @@ def _own(source: str) -> Teacher:
         )
     if not isinstance(teacher, Teacher):
         kind = type(teacher).__name__
-        raise UserError(f"{teacher_at(source)}: {name} must return a Teacher, not {kind}")
+        raise UserError(f"{teacher_at(source)}: {name}: expected a Teacher from it, not {kind}")
     teacher.denoiser.eval().requires_grad_(False)
     teacher.source = teacher.source or source
     return teacher

@@ -1,7 +1,7 @@
 """Outlines of well-known checkpoints: their shapes, without a weight.
 
-So that a run can be planned before anything is downloaded. The networks are the real classes with
-the published configs, made without memory; what prompts become is known by its shapes.
+With them a run can be planned before anything is downloaded. The networks are the real classes with
+the published configs, created without memory. Of conditions only the shapes are known.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from teachers.families.flux import Flux
 from teachers.families.unet import UNet
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.storage.diffusers_config import CM, read
-from teachers.teacher import Teacher
+from teachers.teacher import Codec, Teacher
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What is public of a checkpoint.
+    """The published facts about a checkpoint.
 
     Args:
-        pipeline, network, config: Their diffusers classes, and the network's published config.
-        shape: Of one latent at the checkpoint's own size.
-        cond: Of one prompt's entries.
+        pipeline, network, config: The diffusers classes, and the network's config.
+        shape: The shape of one latent at the checkpoint's own size.
+        cond: The shapes of the entries of one prompt's condition.
         scheduler: Class name and config.
-        beside: Parameters of text encoders and VAE, which leave the device once all is encoded.
-        factor: Pixels per latent.
+        encoder_parameters: How many the text encoders and the VAE have together. They leave the
+            device once all is encoded.
+        factor: Pixels per latent, along each side.
         classes: How many labels there are; 0 where prompts are text.
-        whole: Entries of the condition that hold integers.
+        integers: Entries of the condition that hold integers.
     """
 
     pipeline: str
@@ -48,10 +49,10 @@ class Outline:
     shape: tuple[int, ...]
     cond: dict[str, tuple[int, ...]]
     scheduler: tuple[str, dict[str, Any]]
-    beside: int
+    encoder_parameters: int
     factor: int = 8
     classes: int = 0
-    whole: tuple[str, ...] = field(default=())
+    integers: tuple[str, ...] = field(default=())
 
 
 SD15 = Outline(
@@ -114,7 +115,7 @@ SANA_1600M = Outline(
     }),
     2_930_000_000,
     factor=32,
-    whole=("mask",),
+    integers=("mask",),
 )  # fmt: skip
 PIXART_SIGMA = Outline(
     "PixArtSigmaPipeline",
@@ -124,7 +125,7 @@ PIXART_SIGMA = Outline(
     {"text": (300, 4096), "mask": (300,)},
     ("DPMSolverMultistepScheduler", {"beta_start": 0.0001, "beta_end": 0.02}),
     4_850_000_000,
-    whole=("mask",),
+    integers=("mask",),
 )
 EDM_IN64 = Outline(
     "ConsistencyModelPipeline",
@@ -136,7 +137,7 @@ EDM_IN64 = Outline(
     0,
     factor=1,
     classes=1000,
-    whole=("class_labels",),
+    integers=("class_labels",),
 )
 
 OUTLINES = {
@@ -150,10 +151,8 @@ OUTLINES = {
 }
 
 
-class OutlineCodec:
-    """A codec that knows shapes alone."""
-
-    null_label = None
+class OutlineCodec(Codec):
+    """A codec whose conditions and data have the right shapes and no content."""
 
     def __init__(self, outline: Outline, size: tuple[int, int]) -> None:
         self.outline, self.size, self.classes = outline, size, outline.classes
@@ -163,10 +162,12 @@ class OutlineCodec:
         return self.condition([""])
 
     def condition(self, prompts: Sequence[Any]) -> Cond:
-        """Conditions of no meaning, each entry (N, ...)."""
+        """Placeholder conditions, each entry (N, ...)."""
         return {
             k: torch.ones(
-                len(prompts), *shape, dtype=torch.long if k in self.outline.whole else torch.float32
+                len(prompts),
+                *shape,
+                dtype=torch.long if k in self.outline.integers else torch.float32,
             )
             for k, shape in self.outline.cond.items()
         }
@@ -184,10 +185,11 @@ def outline(
     size: int | None = None,
     precision: Precision = "fp32",
 ) -> Teacher:
-    """A known checkpoint's teacher, with a network that has shapes alone.
+    """A known checkpoint's teacher, whose network has shapes and no values.
 
     Args:
-        without: In which networks are made without memory: a FakeTensorMode, or the meta device.
+        without: The context that creates networks without memory: a FakeTensorMode, or the meta
+            device.
 
     Raises:
         UserError: it is not among OUTLINES.
@@ -200,9 +202,9 @@ def outline(
             f"or name a known one: {nearest(source, OUTLINES)}"
         )
     known = OUTLINES[source]
-    # those whose loader takes more options than others have one of their own
-    owner = next((k for k in (UNet, Flux) if known.pipeline in k.PIPELINES), None)
-    kind = owner or families()[known.pipeline].args[0]
+    # the loaders of these two are functions of their own, which do not name the class
+    special = next((k for k in (UNet, Flux) if known.pipeline in k.PIPELINES), None)
+    kind = special or families()[known.pipeline].args[0]
     shape = known.shape
     if size is not None:
         shape = (shape[0], size // known.factor, size // known.factor)
@@ -220,7 +222,7 @@ def outline(
 
 @contextmanager
 def dtype_of_new(dtype: torch.dtype) -> Iterator[None]:
-    """Make new networks in this type."""
+    """Create networks in this type within the context."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

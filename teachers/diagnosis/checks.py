@@ -1,4 +1,4 @@
-"""What the doctor finds, and what it looks at."""
+"""The results of the doctor's checks, and the subject that they examine."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from teachers.teacher import Teacher
 
 @dataclass(frozen=True)
 class Check:
-    """One promise, and whether it is kept.
+    """One property that a teacher must have, and whether it has it.
 
     Args:
-        value: What was measured; None where nothing could be.
-        bound: What it should be, in words.
-        remedy: For one that is broken, what to change: starts with the field at fault.
+        value: The measurement; None where nothing could be measured.
+        bound: What the value should be, in words.
+        remedy: For a broken one, what to change; it starts with the field at fault.
     """
 
     name: str
@@ -29,28 +29,28 @@ class Check:
     remedy: str = ""
 
 
-def check(name: str, value: float, bound: str, kept: bool, remedy: str) -> Check:
-    """A verdict; NaN keeps no promise, as every comparison with it is false."""
-    return Check(name, value, bound, "ok" if kept else "broken", "" if kept else remedy)
+def check(name: str, value: float, bound: str, good: bool, remedy: str) -> Check:
+    """A check with its verdict. NaN is broken, as every comparison with it is false."""
+    return Check(name, value, bound, "ok" if good else "broken", "" if good else remedy)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A teacher with what it is examined on.
+    """A teacher and the data that it is examined on.
 
     Args:
         images: (N, C, H, W) in [-1, 1], or (N, D) for teachers of points.
         x: Their data (N, ...).
         cond: Their condition, each entry (N, ...).
-        told: Whether `cond` describes the images.
-        guided: The teacher, guided; None where it knows no null condition.
+        described: Whether `cond` describes the images.
+        guided: The guided teacher; None where it has no null condition.
     """
 
     teacher: Teacher
     images: Tensor
     x: Tensor
     cond: Cond
-    told: bool
+    described: bool
     guided: Guided | None
 
     @property
@@ -58,7 +58,7 @@ class Subject:
         return self.teacher.denoiser
 
     def noised(self, ratio: float) -> tuple[Tensor, Tensor]:
-        """x_t and t at a σ/α, with noise that depends on nothing but the shape."""
+        """x_t and t at a σ/α, with noise that depends on the shape alone."""
         t = self.denoiser.process.time(torch.tensor([ratio], dtype=torch.float64))
         t = t.clamp(0, 1).to(self.x).expand(len(self.x))
         return self.denoiser.process.noise(self.x, t, noise_like(self.x)), t

@@ -1,10 +1,10 @@
-"""How a trained network wants to be read, shown by pictures that it denoises.
+"""How a trained network's output is to be interpreted, shown by images that it denoises.
 
-Every prediction type, time unit, latent scale and shift is tried, and one that denoises clearly
-better than the adapter's own is named.
+Every prediction type, time unit, latent scale and shift is tried. One that denoises clearly better
+than the teacher's configuration is named.
 
-The measure is the trivial estimate, the posterior mean of a Gaussian with the pictures' own mean
-and variance: no linear reading of an untrained network does better.
+Errors are relative to the trivial estimate: the posterior mean of a Gaussian with the images' own
+mean and variance. No linear interpretation of an untrained network does better than it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,27 +21,26 @@ from torch import Tensor, nn
 from teachers.denoiser import PREDICTIONS, Cond, Network
 from teachers.diagnosis.checks import Check, Subject, check
 
-MARGIN = 0.7  # an alternative reading is named if its error is below this share of the adapter's
-
-SKILL = 0.9  # and below this share of the trivial estimate's: then the weights surely mean it
-
-LEVELS = (0.05, 0.15, 0.4, 1.0, 2.5, 7.0, 20.0)  # σ/α over the data's deviation
-
-FEW = (0.15, 1.0, 7.0)  # those at which alternatives are tried
-
-PUBLISHED = {"x": "sample", "eps": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
-
-PUBLISHED |= {"edm": "EDM's F", "-eps": "minus epsilon", "-v": "minus v_prediction"}
-
-PUBLISHED |= {"-flow": "minus flow_prediction (x - ε)"}
+# An alternative is named if its error is below MARGIN of the configuration's error and below SKILL
+# of the trivial estimate's, which an untrained network does not reach.
+MARGIN, SKILL = 0.7, 0.9
+LEVELS = (0.05, 0.15, 0.4, 1.0, 2.5, 7.0, 20.0)  # σ/α over the data's standard deviation
+FEW = (0.15, 1.0, 7.0)  # the levels at which alternatives are tried
+# Prediction types by their names in diffusers' configs.
+PUBLISHED = {
+    "x": "sample", "eps": "epsilon", "v": "v_prediction", "flow": "flow_prediction",
+    "edm": "EDM's F", "-eps": "minus epsilon", "-v": "minus v_prediction",
+    "-flow": "minus flow_prediction (x - ε)",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A way to read the network, and how well it then denoises.
+    """An interpretation of the network, and how well it then denoises.
 
     Args:
-        errors: At each level, as a share of the trivial estimate's.
+        remedy: What to change in the configuration; "…" stands for the measured improvement.
+        errors: At each level, the error divided by the trivial estimate's.
     """
 
     remedy: str
@@ -59,10 +58,10 @@ Estimate = Callable[[Tensor, Tensor], Tensor]  # x_t, t -> x̂
 
 @torch.no_grad()
 def denoising(subject: Subject) -> Iterator[Check]:
-    """The network denoises pictures, and no other reading of it does so better."""
+    """The network denoises images, and no other interpretation of it does so better."""
     denoiser = subject.denoiser
     own = Reading("", errors_of(subject, lambda x_t, t: denoiser(x_t, t, subject.cond)))
-    # named only if clearly better: the best of all wins, as one mistake may half repair another
+    # the best of all is named, as one mistake may partly repair another
     brief = Reading("", errors_of(subject, lambda x_t, t: denoiser(x_t, t, subject.cond), FEW))
     best = min(alternatives(subject), key=lambda r: r.error)
     value, bound = own.error, "< 1, of the trivial estimate's error"
@@ -97,12 +96,9 @@ def errors_of(
     gain: float = 1.0,
     shift: float = 0.0,
 ) -> tuple[float, ...]:
-    """At each level, the error of an estimate of (x - shift) gain, over the trivial estimate's."""
-    moved = Subject(
-        subject.teacher, subject.images, (subject.x - shift) * gain, subject.cond, subject.told,
-        subject.guided,
-    )  # fmt: skip
-    x, found = moved.x, []
+    """At each level, the error of estimating (x - shift) × gain over the trivial estimate's."""
+    moved = replace(subject, x=(subject.x - shift) * gain)
+    x, errors = moved.x, []
     var, mean = x.var(correction=0).item(), x.mean()
     process = subject.denoiser.process
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -116,44 +112,50 @@ def errors_of(
         a, _ = process.at(t, x)
         trivial = mean + var / (var + ratio**2) * (x_t / a - mean)
         error = (estimate(x_t, t).float() - x).square().mean()
-        found.append((error / (trivial - x).square().mean()).item())
-    return tuple(found) or (math.inf,)
+        errors.append((error / (trivial - x).square().mean()).item())
+    return tuple(errors) or (math.inf,)
 
 
 def alternatives(subject: Subject) -> Iterator[Reading]:
-    """Every other way to read the network, measured."""
+    """Every other interpretation of the network, with its errors."""
     denoiser, cond = subject.denoiser, subject.cond
     for gain in (0.125, 0.18, 0.25, 1 / 3, 0.5, 0.7, 1.4, 2.0, 3.0, 4.0, 5.5, 8.0):
-        told = f"vae scaling_factor: data times {gain:.3g} explain the network better …; "
-        told += f"multiply scaling_factor by about {gain:.3g}"
-        yield Reading(told, errors_of(subject, lambda x, t: denoiser(x, t, cond), FEW, gain))
+        remedy = f"vae scaling_factor: data times {gain:.3g} explain the network better …; "
+        remedy += f"multiply scaling_factor by about {gain:.3g}"
+        yield Reading(remedy, errors_of(subject, lambda x, t: denoiser(x, t, cond), FEW, gain))
     std, mean = subject.x.std().item(), subject.x.mean().item()
     for shift in (mean, *(k * std for k in (-1.5, -1.0, -0.7, -0.4, 0.4, 0.7, 1.0, 1.5))):
         sign = "less" if shift > 0 else "plus"
-        told = f"vae shift_factor: data {sign} {abs(shift):.3g} explain the network better …; "
-        told += "correct shift_factor"
-        yield Reading(told, errors_of(subject, lambda x, t: denoiser(x, t, cond), FEW, shift=shift))
+        remedy = f"vae shift_factor: data {sign} {abs(shift):.3g} explain the network better …; "
+        remedy += "correct shift_factor"
+        yield Reading(
+            remedy, errors_of(subject, lambda x, t: denoiser(x, t, cond), FEW, shift=shift)
+        )
     if not isinstance(denoiser, Network):
         return
-    says = next((k for k, v in PREDICTIONS.items() if v is denoiser.coefficients), "edm")
+    declared = next((k for k, v in PREDICTIONS.items() if v is denoiser.coefficients), "edm")
     raw: dict[float, Tensor] = {}  # the network's own outputs, by time: the same for all types
     for name, sign in [(k, 1) for k in PREDICTIONS] + [("eps", -1), ("v", -1), ("flow", -1)]:
-        if name == says and sign == 1:
+        if name == declared and sign == 1:
             continue
         other = PUBLISHED["-" * (sign < 0) + name]
-        told = f"prediction_type: the config says {PUBLISHED[says]}, but {other} explains the "
-        told += f"network better …; set prediction_type to {other}"
-        yield Reading(told, errors_of(subject, predicting(denoiser, cond, name, sign, raw), FEW))
+        remedy = (
+            f"prediction_type: the config says {PUBLISHED[declared]}, but {other} explains the "
+        )
+        remedy += f"network better …; set prediction_type to {other}"
+        yield Reading(remedy, errors_of(subject, predicting(denoiser, cond, name, sign, raw), FEW))
     for name, units in UNITS.items():
-        told = f"time units: fed with {name} the network does better …; correct what call() gives "
-        told += "the backbone as its time (num_train_timesteps)"
-        yield Reading(told, errors_of(subject, timed(denoiser, cond, units), FEW))
+        remedy = (
+            f"time units: fed with {name} the network does better …; correct what call() gives "
+        )
+        remedy += "the backbone as its time (num_train_timesteps)"
+        yield Reading(remedy, errors_of(subject, timed(denoiser, cond, units), FEW))
 
 
 def predicting(
     network: Network, cond: Cond, name: str, sign: int, raw: dict[float, Tensor]
 ) -> Estimate:
-    """x̂ if the network predicted something else; keeps what it did predict in `raw`."""
+    """x̂ if the network predicted another quantity; its raw outputs are kept in `raw`, by time."""
 
     def estimate(x_t: Tensor, t: Tensor) -> Tensor:
         skip, gain = PREDICTIONS[name](*network.process.at(t, x_t))
@@ -165,7 +167,7 @@ def predicting(
     return estimate
 
 
-# Times as networks have been trained to read them, of t and σ/α in float64.
+# The time units that networks are trained with, as functions of t and σ/α in float64.
 UNITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "t from 0 to 1": lambda t, r: t,
     "1000 t": lambda t, r: 1000 * t,
@@ -183,23 +185,23 @@ UNITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def timed(network: Network, cond: Cond, units: Callable[[Tensor, Tensor], Tensor]) -> Estimate:
-    """x̂ if the backbone were fed another time."""
+    """x̂ if the backbone were given another time."""
 
     def estimate(x_t: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = network.process.scales(t.double())
-        told = units(t.double(), sigma / alpha.clamp(min=1e-30))
+        times = units(t.double(), sigma / alpha.clamp(min=1e-30))
 
-        def tell(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        def replace_time(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             bound = inspect.signature(module.forward).bind(*args, **kwargs)
             names = list(bound.arguments)
             name = "timestep" if "timestep" in names else names[1]  # diffusers', or the second
             old = torch.as_tensor(bound.arguments[name])
-            new = told.to(old.dtype if old.is_floating_point() else torch.float32)
+            new = times.to(old.dtype if old.is_floating_point() else torch.float32)
             new = new[0] if old.ndim == 0 else new.view(-1, *(1,) * (old.ndim - 1)).expand_as(old)
             bound.arguments[name] = new
             return bound.args, bound.kwargs
 
-        hook = network.backbone.register_forward_pre_hook(tell, with_kwargs=True)
+        hook = network.backbone.register_forward_pre_hook(replace_time, with_kwargs=True)
         try:
             return network(x_t, t, cond)
         finally:
@@ -210,9 +212,9 @@ def timed(network: Network, cond: Cond, units: Callable[[Tensor, Tensor], Tensor
 
 @torch.no_grad()
 def description(subject: Subject) -> Iterator[Check]:
-    """Pictures are explained better by what describes them than by nothing."""
+    """Images are denoised better with their description than with the null condition."""
     null = subject.teacher.codec.null
-    if not subject.told or null is None or subject.cond is None:
+    if not subject.described or null is None or subject.cond is None:
         yield Check("description", None, "needs --prompt and a null condition", "left out")
         return
     none = {k: v.to(subject.x.device).expand_as(subject.cond[k]) for k, v in null.items()}

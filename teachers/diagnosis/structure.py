@@ -1,11 +1,7 @@
-"""The doctor: does a teacher keep its adapter's promises? Asked before money is spent on it.
+"""The doctor: is a teacher's network used as it was trained? To be run before a costly training.
 
-Two kinds of checks. Structure holds for any weights: clocks, conversions, gradients, batches.
-Evidence needs trained weights and pictures: the network must denoise them better than the trivial
-estimate, the posterior mean of a Gaussian with the pictures' own mean and variance. No linear
-reading of an untrained network can do that, so what beats it shows how the network wants to be
-read: every other prediction type, time unit, latent scale and shift is tried too, and one that does
-clearly better than the adapter's own is named.
+There are two kinds of checks. Structure holds for any weights: process, conversions, gradients,
+batches. Evidence needs trained weights and images: see `evidence.py`.
 """
 
 from __future__ import annotations
@@ -35,15 +31,15 @@ def examine(
     guided: Guided | None = None,
     structure_only: bool = False,
 ) -> list[Check]:
-    """Every check of a teacher, in the order in which the promises build on one another.
+    """Every check of a teacher; each relies on those before it.
 
     Args:
-        images: (N, C, H, W) in [-1, 1], such as the model was trained on.
-        prompts: What the N images show; None when that is not known.
+        images: (N, C, H, W) in [-1, 1], similar to the training images.
+        prompts: The prompts or labels of the N images; None when they are not known.
         guided: The guidance to examine; by default classifier-free with g = 3.
-        structure_only: Leave out what needs trained weights.
+        structure_only: Leave out the checks that need trained weights.
     """
-    found = list(tried("process", lambda: clocks(teacher.denoiser.process)))
+    checks = list(checks_of("process", lambda: clocks(teacher.denoiser.process)))
     subject: list[Subject] = []
 
     def encode() -> Iterator[Check]:
@@ -54,30 +50,30 @@ def examine(
             f"teacher.shape: the codec makes {got} and the teacher declares {want}",
         )  # fmt: skip
 
-    found += tried("codec", encode)
-    if not subject or found[-1].verdict == "broken":
-        return found
+    checks += checks_of("codec", encode)
+    if not subject or checks[-1].verdict == "broken":
+        return checks
     for name, part in STRUCTURE.items():
-        found += tried(name, lambda part=part: part(subject[0]))
+        checks += checks_of(name, lambda part=part: part(subject[0]))
     for name, part in EVIDENCE.items():
         if structure_only:
-            found.append(Check(name, None, "left out by --structure-only", "left out"))
+            checks.append(Check(name, None, "left out by --structure-only", "left out"))
         else:
-            found += tried(name, lambda part=part: part(subject[0]))
-    return found
+            checks += checks_of(name, lambda part=part: part(subject[0]))
+    return checks
 
 
-def tried(name: str, part: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    """The checks of a part; an adapter that raises keeps no promise.
+def checks_of(name: str, part: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """The checks of a part; a teacher that raises an exception fails one more.
 
     Raises:
-        UserError: the adapter's own, such as for a prompt that is no label.
+        UserError: the teacher's own, such as for a prompt that is no label.
     """
     try:
         yield from part()
-    except UserError:  # not the adapter's mistake, but of what it was asked
+    except UserError:  # the fault of a prompt or an option, and not of the teacher
         raise
-    except Exception as error:  # whatever a user's adapter raises
+    except Exception as error:  # a user's own code may raise anything
         first = (str(error).strip().splitlines() or ["no message"])[0]
         reason = f"{name}: the adapter raised {type(error).__name__}: {first}"
         yield Check(name, None, "runs", "broken", reason)
@@ -88,8 +84,8 @@ def subject_of(
 ) -> Subject:
     """The teacher with its data, on its device."""
     codec, n = teacher.codec, len(images)
-    held = [*teacher.denoiser.parameters(), *teacher.denoiser.buffers()]
-    device = held[0].device if held else images.device
+    tensors = [*teacher.denoiser.parameters(), *teacher.denoiser.buffers()]
+    device = tensors[0].device if tensors else images.device
     null = codec.null
     if prompts is not None:
         cond = codec.condition(list(prompts))
@@ -105,11 +101,11 @@ def subject_of(
     return Subject(teacher, images, x, cond, prompts is not None, guided)
 
 
-# The clock: what holds before any network is asked.
+# The process: checks that need no network.
 
 
 def clocks(process: Process) -> Iterator[Check]:
-    """Schedule ends, monotony, the inverse, and every conversion there and back."""
+    """Ends of the schedule, monotonicity, the inverse, and every conversion and its inverse."""
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     alpha, sigma = process.scales(t)
     low, high = (sigma[0] / alpha[0]).item(), (sigma[-1] / alpha[-1].clamp(min=1e-30)).item()
@@ -142,7 +138,7 @@ def clocks(process: Process) -> Iterator[Check]:
 
 
 def conversions(process: Process) -> Iterator[Check]:
-    """x̂, ε, v and flow of one another, in float64."""
+    """x̂ from ε, v and flow, and the process's methods against their inverses, in float64."""
     x, eps = torch.randn(2, 16, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(0.05, 0.95, 16, dtype=torch.float64)
     s, h = t * 0.5, 1e-5
@@ -172,12 +168,12 @@ def conversions(process: Process) -> Iterator[Check]:
     )  # fmt: skip
 
 
-# Structure: what holds for any weights.
+# Structure: checks that hold for any weights.
 
 
 @torch.no_grad()
 def outputs(subject: Subject) -> Iterator[Check]:
-    """Finite at the ends, float32, repeatable, and each sample by itself."""
+    """x̂ is finite at the ends, float32, repeatable, and independent of the rest of the batch."""
     denoiser, x, cond = subject.denoiser, subject.x, subject.cond
     process = denoiser.process
     for t in (0.0, 1.0):
@@ -194,7 +190,7 @@ def outputs(subject: Subject) -> Iterator[Check]:
     x_t, t = subject.noised(x.std().item())
     first = next(denoiser.parameters(), torch.zeros(1))
     half = first.dtype in (torch.bfloat16, torch.float16)
-    # float32 weights are asked under autocast, as they are in a bf16 run
+    # float32 weights run under autocast, as in a bf16 training
     with torch.autocast(x.device.type, torch.bfloat16, enabled=not half):
         out = denoiser(x_t, t, cond)
     yield check(
@@ -219,15 +215,15 @@ def outputs(subject: Subject) -> Iterator[Check]:
 
 
 def not_finite(teacher: Teacher) -> str:
-    """Which weights of the teacher are not finite, for a remedy; empty where all are."""
-    held: dict[str, Any] = {"": teacher.denoiser, **vars(teacher.codec)}
-    pipe = held.pop("pipe", None)
-    # a pipeline holds the denoiser's network as well, which the denoiser names
+    """A remedy that names the weights of the teacher that are not finite; empty if all are."""
+    members: dict[str, Any] = {"": teacher.denoiser, **vars(teacher.codec)}
+    pipe = members.pop("pipe", None)
+    # the pipeline's denoiser network is the denoiser's own and is named there
     own = {id(m) for m in teacher.denoiser.modules()}
     parts = {} if pipe is None else {k: v for k, v in pipe.components.items() if id(v) not in own}
     wrong = [
         f"{part}.{name}".lstrip(".")
-        for part, module in {**held, **parts}.items()
+        for part, module in {**members, **parts}.items()
         if isinstance(module, torch.nn.Module)
         for name, value in module.state_dict().items()
         if isinstance(value, Tensor) and value.is_floating_point()
@@ -243,12 +239,12 @@ def not_finite(teacher: Teacher) -> str:
 
 
 def gradients(subject: Subject) -> Iterator[Check]:
-    """Gradients reach x and the weights, and are the same when activations are recomputed."""
+    """Gradients reach x and the weights; recomputing activations does not change them."""
     denoiser = subject.denoiser
     few = slice(0, 2)
     x_t, t = (v[few] for v in subject.noised(subject.x.std().item()))
     cond = rows(subject.cond, few)
-    # one-dimensional ones lie in every block, and their gradients cost no memory to speak of
+    # every block has one-dimensional weights, and their gradients take little memory
     weights = [p for p in denoiser.parameters() if p.is_floating_point() and p.ndim <= 1]
     weights = weights or [p for p in denoiser.parameters() if p.is_floating_point()]
     before = [p.requires_grad for p in weights]
@@ -261,8 +257,8 @@ def gradients(subject: Subject) -> Iterator[Check]:
             out = denoiser(x, t, cond)
         assert isinstance(out, Tensor)
         loss = (out * noise_like(out)).sum()
-        found = torch.autograd.grad(loss, [x, *weights], allow_unused=True)
-        return [torch.zeros(1) if g is None else g.detach().float().cpu() for g in found]
+        grads = torch.autograd.grad(loss, [x, *weights], allow_unused=True)
+        return [torch.zeros(1) if g is None else g.detach().float().cpu() for g in grads]
 
     try:
         for p in weights:
@@ -273,14 +269,14 @@ def gradients(subject: Subject) -> Iterator[Check]:
     finally:
         for p, was in zip(weights, before):
             p.requires_grad_(was)
-    told = "call(): something in it detaches, or runs under no_grad"
+    cause = "call(): something in it detaches, or runs under no_grad"
     size = plain[0].norm().item()
-    yield check("gradient of x", size, "> 0, finite", 0 < size < math.inf, f"{told}: x's gradient")
+    yield check("gradient of x", size, "> 0, finite", 0 < size < math.inf, f"{cause}: x's gradient")
     if weights:
         whole = torch.cat([g.flatten() for g in plain[1:]]).norm().item()
         yield check(
             "gradient of the weights", whole, "> 0, finite", 0 < whole < math.inf,
-            f"{told}: the weights' gradient",
+            f"{cause}: the weights' gradient",
         )  # fmt: skip
     flat, flat_again = (torch.cat([g.flatten() for g in v]) for v in (plain, again))
     gap = relative(flat_again, flat)
@@ -293,7 +289,7 @@ def gradients(subject: Subject) -> Iterator[Check]:
 
 @contextmanager
 def recomputing(denoiser: Denoiser) -> Iterator[bool]:
-    """With the backbone's own gradient checkpointing, if it has any: yields whether it does."""
+    """Turn on the backbone's own gradient checkpointing; yields whether it has any."""
     from diffusers import ModelMixin
 
     own = [
@@ -312,7 +308,7 @@ def recomputing(denoiser: Denoiser) -> Iterator[bool]:
 
 @torch.no_grad()
 def conditions(subject: Subject) -> Iterator[Check]:
-    """The condition reaches the network, and guidance moves from null towards it and beyond."""
+    """The condition changes x̂, and guidance moves from the null x̂ past the conditional one."""
     codec, guided = subject.teacher.codec, subject.guided
     if guided is None or codec.null is None:
         yield Check("guidance", None, "the teacher has no null condition", "left out")
@@ -321,8 +317,8 @@ def conditions(subject: Subject) -> Iterator[Check]:
     n, device = len(x_t), x_t.device
     null = {k: v.to(device).expand(n, *v.shape[1:]) for k, v in codec.null.items()}
     cond = subject.cond
-    if not subject.told:
-        classes = getattr(codec, "classes", 0)
+    if not subject.described:
+        classes = codec.classes
         cond = codec.condition([0] * n if classes else ["a photograph of a red house"] * n)
         cond = moved(cond, device)
     negative, positive = subject.denoiser(x_t, t, null), subject.denoiser(x_t, t, cond)
@@ -347,12 +343,12 @@ STRUCTURE: dict[str, Callable[[Subject], Iterator[Check]]] = {
 }
 
 
-# Evidence: what needs trained weights, and pictures.
+# Evidence: checks that need trained weights and images.
 
 
 @torch.no_grad()
 def round_trip(subject: Subject) -> Iterator[Check]:
-    """Pictures survive the codec, whose data are of the size that networks are trained on."""
+    """The codec reproduces images, and its data have the scale that networks are trained on."""
     back = subject.teacher.codec.decode(subject.x.to(subject.images.device))
     back = back.to(subject.images)
     if back.ndim > 2:  # points have no range
@@ -381,11 +377,11 @@ EVIDENCE: dict[str, Callable[[Subject], Iterator[Check]]] = {
 }
 
 
-def leaves(n: int, channels: int, size: tuple[int, int]) -> Tensor:
-    """n pictures (n, channels, *size) in [-1, 1] for lack of photographs: dead leaves.
+def dead_leaves(n: int, channels: int, size: tuple[int, int]) -> Tensor:
+    """n images (n, channels, *size) in [-1, 1] in place of photographs; the same at every call.
 
     Discs of all sizes that hide one another have the edges, flat parts and scales of natural
-    pictures. The same at every call.
+    images.
     """
     draw = torch.Generator().manual_seed(0)
     rows, columns = torch.meshgrid(*(torch.arange(k) / min(size) for k in size), indexing="ij")

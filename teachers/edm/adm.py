@@ -111,13 +111,13 @@ def embeddings(adm: DhariwalUNet, classes: int | None) -> Iterator[tuple[str, Te
 def block(to: str, source: Any) -> dict[str, Tensor]:
     """A Block's tensors without attention, under ResnetBlock2D's names."""
     assert isinstance(source, Block)
-    found = dict(named(f"{to}.norm1", source.norm_in))
-    found |= named(f"{to}.conv1", source.conv_in)
-    found |= named(f"{to}.time_emb_proj", source.embed)
-    found |= named(f"{to}.norm2", source.norm_out)
-    found |= named(f"{to}.conv2", source.conv_out)
-    found |= named(f"{to}.conv_shortcut", source.skip)
-    return found
+    tensors = dict(named(f"{to}.norm1", source.norm_in))
+    tensors |= named(f"{to}.conv1", source.conv_in)
+    tensors |= named(f"{to}.time_emb_proj", source.embed)
+    tensors |= named(f"{to}.norm2", source.norm_out)
+    tensors |= named(f"{to}.conv2", source.conv_out)
+    tensors |= named(f"{to}.conv_shortcut", source.skip)
+    return tensors
 
 
 def attention(to: str, source: Any) -> dict[str, Tensor]:
@@ -125,17 +125,17 @@ def attention(to: str, source: Any) -> dict[str, Tensor]:
     if (ours := source.attention) is None:
         return {}
     assert isinstance(ours, Attention)
-    found = dict(named(f"{to}.group_norm", ours.norm))
+    tensors = dict(named(f"{to}.group_norm", ours.norm))
     for kind, tensor in ours.qkv.named_parameters():
         # channels out are (head, channel, q k v)
         parts = tensor.flatten(1) if kind == "weight" else tensor
         parts = parts.view(ours.heads, -1, 3, *parts.shape[1:])
         for name, part in zip(("to_q", "to_k", "to_v"), parts.unbind(2)):
-            found[f"{to}.{name}.{kind}"] = part.flatten(0, 1)
-    found[f"{to}.to_out.0.weight"] = ours.out.weight.flatten(1)
+            tensors[f"{to}.{name}.{kind}"] = part.flatten(0, 1)
+    tensors[f"{to}.to_out.0.weight"] = ours.out.weight.flatten(1)
     assert ours.out.bias is not None
-    found[f"{to}.to_out.0.bias"] = ours.out.bias
-    return found
+    tensors[f"{to}.to_out.0.bias"] = ours.out.bias
+    return tensors
 
 
 def named(to: str, module: nn.Module) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def load(path: Path, source: str, null_label: int | None = None, vae: str | None
     null = classes if classes and config.get("label_dropout") else None
     if null_label is not None:
         if not classes or null_label != classes:
-            raise UserError(f"{who}: null_label {null_label}: {no_label(classes)}")
+            raise UserError(f"{who}: null_label {null_label}: {no_label(classes)}; leave it out")
         null = classes
     denoiser = denoiser_of(files, who, null is not None)
     size, channels = arguments["img_resolution"], arguments["img_channels"]
@@ -107,7 +107,7 @@ def convert(source: Path, out: Path) -> None:
         UserError: the pickle is damaged or refused, or `out` exists.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already exists; give a new folder")
+        raise UserError(f"{out}: it already exists; give a new folder")
     files = unpickle(source)
     denoiser_of(files, str(source))  # refuse before writing what `load` would refuse
     draft = out.parent / f".{out.name}.draft"
@@ -155,10 +155,10 @@ def unpickle(path: Path) -> Files:
         config["logvar_channels"] = given.get("logvar_channels", 128)
         config["latents"] = latents_of(content, arguments.get("img_channels"), str(path))
     check(config, str(path))
-    found = tensors(network, str(path))
+    weights = tensors(network, str(path))
     if kind == "EDM2Precond":
-        found = round_gains(found)
-    return Files(config, renamed(found, config))
+        weights = round_gains(weights)
+    return Files(config, renamed(weights, config))
 
 
 def tensors(module: pickles.Record, where: str) -> dict[str, Tensor]:
@@ -167,13 +167,16 @@ def tensors(module: pickles.Record, where: str) -> dict[str, Tensor]:
     Raises:
         UserError: it is not a network, or its modules are shared or nested too deeply.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     seen: set[int] = set()
     waiting = [("", module, 0)]
     while waiting:
         prefix, here, depth = waiting.pop()
         if id(here) in seen or depth > 32:
-            raise UserError(f"{where}: module {prefix[:-1]!r} is shared or nested without end")
+            raise UserError(
+                f"{where}: module {prefix[:-1]!r} is shared or nested without end; "
+                "give EDM's own file"
+            )
         seen.add(id(here))
         state = here.state or {}
         parts: list[Any] = [state.get(k) for k in ("_parameters", "_buffers", "_modules")]
@@ -181,7 +184,7 @@ def tensors(module: pickles.Record, where: str) -> dict[str, Tensor]:
             raise UserError(f"{where}: {prefix[:-1] or 'what it holds'!r} is no network's module")
         for name, value in (parts[0] | parts[1]).items():
             if isinstance(value, Tensor):
-                found[prefix + name] = value
+                weights[prefix + name] = value
             elif value is not None:
                 raise UserError(f"{where}: {prefix + name!r} is not a tensor")
         for name, child in parts[2].items():
@@ -189,7 +192,7 @@ def tensors(module: pickles.Record, where: str) -> dict[str, Tensor]:
                 waiting.append((f"{prefix}{name}.", child, depth + 1))
             elif child is not None:
                 raise UserError(f"{where}: {prefix + name!r} is not a module")
-    return found
+    return weights
 
 
 def json_of(value: Any, who: str, depth: int = 0) -> Any:
@@ -226,17 +229,17 @@ def latents_of(content: Any, channels: Any, who: str) -> dict[str, list[float]] 
     return {k: v.state.tolist() for k, v in arrays.items()}  # pyright: ignore
 
 
-def round_gains(found: dict[str, Tensor]) -> dict[str, Tensor]:
+def round_gains(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """EDM2's gains with the rounding of its code, where they are stored in half precision.
 
     Its code rounds g/√n, the scale of a weight with n inputs, once more. Ours computes it in
     float32; this returns the g that gives the same scale.
     """
-    rounded = dict(found)
-    for name, gain in found.items():
+    rounded = dict(weights)
+    for name, gain in weights.items():
         if gain.dtype == torch.float16 and name.endswith(("emb_gain", "out_gain")):
             user = name.replace("emb_gain", "emb_linear").replace("out_gain", "out_conv")
-            if (weight := found.get(f"{user}.weight")) is not None and weight.numel():
+            if (weight := weights.get(f"{user}.weight")) is not None and weight.numel():
                 root = math.sqrt(weight[0].numel())
                 rounded[name] = (gain / root).float() * root
     return rounded
@@ -259,7 +262,7 @@ def open_weights(path: Path, who: str, remedy: str) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{who}: {path} is missing; {remedy}") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{who}: {path} cannot be read ({error})") from None
+        raise UserError(f"{who}: {path} cannot be read ({error}); convert it again") from None
 
 
 def denoiser_of(files: Files, who: str, null: bool = False) -> UNet:
@@ -334,7 +337,8 @@ def fill(network: nn.Module, weights: dict[str, Tensor], who: str) -> None:
         raise UserError(f"{who}: the weights lack {missing[0]!r}; correct the config's arguments")
     if extra := sorted(weights.keys() - expected.keys()):
         raise UserError(
-            f"{who}: the weights hold {extra[0][:80]!r}, which the network does not have"
+            f"{who}: the weights hold {extra[0][:80]!r}, which the network does not have; "
+            "correct config.json"
         )
     for name, tensor in expected.items():
         if weights[name].shape != tensor.shape:

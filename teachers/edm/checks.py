@@ -29,14 +29,18 @@ def check(config: dict[str, Any], who: str) -> None:
         if key not in known:
             raise UserError(f"{who}: argument {key!r} of {name}: {nearest(key, known)}")
         if not fits(key, value):
-            raise UserError(f"{who}: argument {key!r} of {name} cannot be {str(value)[:60]!r}")
+            raise UserError(
+                f"{who}: argument {key!r} of {name} cannot be {str(value)[:60]!r}; "
+                "see to config.json"
+            )
     for key in ("img_resolution", "img_channels"):
         if key not in arguments:
-            raise UserError(f"{who}: argument {key!r} of {name} is missing")
+            raise UserError(f"{who}: argument {key!r} of {name} is missing; see to config.json")
     halvings = len(arguments.get("channel_mult", known["channel_mult"].default)) - 1
     if arguments["img_resolution"] % 2**halvings:
         raise UserError(
-            f"{who}: img_resolution {arguments['img_resolution']} cannot be halved {halvings} times"
+            f"{who}: img_resolution {arguments['img_resolution']} cannot be halved {halvings} "
+            "times; see to config.json"
         )
     if not number(config.get("sigma_data"), 1e-6, 1e6):
         raise UserError(f"{who}: sigma_data is {config.get('sigma_data')!r}; expected a number")

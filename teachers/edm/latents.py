@@ -33,6 +33,9 @@ class Latents(Pixels):
         self.vae = vae
         self.scale, self.bias = torch.tensor([*scale]), torch.tensor([*bias])
 
+    def parts(self) -> dict[str, Any]:
+        return {**super().parts(), "scale": self.scale, "bias": self.bias, "vae": self.vae}
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Latents of images; without a VAE, the input."""

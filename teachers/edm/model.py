@@ -67,6 +67,7 @@ class EDM(UNet):
     """
 
     PIPELINES = ()
+    TIME = r"network\.(mlp\.2|time)"
     LORA = r".*(qkv|attention\.out|conv_in|conv_out|embed)"
 
     def __init__(

@@ -59,12 +59,12 @@ EDM2_NAMES = [
 ]
 
 
-def renamed(found: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+def renamed(weights: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors by our networks' names; unknown names are kept, and refused when loaded."""
     rules = EDM_NAMES if config["_class_name"] == "EDMPrecond" else EDM2_NAMES
     size = str(config["arguments"]["img_resolution"])
     ours = {}
-    for name, tensor in found.items():
+    for name, tensor in weights.items():
         new: str | None = name
         for pattern, to in rules:
             if re.search(pattern, new):

@@ -77,12 +77,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         y = self.conv_in(self.resize(F.silu(self.norm_in(x))))
-        told = self.embed(emb)[:, :, None, None]
+        embedding = self.embed(emb)[:, :, None, None]
         if self.scaled:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = embedding.chunk(2, dim=1)
             y = shift + (1 + scale) * self.norm_out(y)
         else:
-            y = self.norm_out(y + told)
+            y = self.norm_out(y + embedding)
         y = self.conv_out(self.dropout(F.silu(y)))
         x = self.gain * (self.skip(self.resize(x)) + y)
         return x if self.attention is None else self.gain * self.attention(x)

@@ -101,11 +101,11 @@ def read(path: Path) -> Any:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             if view[:2] == b"PK":
-                raise UserError(f"{path}: a zip file, not a pickle of an EDM network")
+                raise UserError(f"{path}: a zip file, not an EDM pickle; give the .pkl")
             return Machine(view, str(path), len(view)).run()
     except (Damaged, ValueError, OverflowError) as error:  # pickletools raises ValueError
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "empty"
-        raise UserError(f"{path}: not a whole pickle ({reason})") from None
+        raise UserError(f"{path}: not a whole pickle ({reason}); get the file again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give an EDM file") from None
 

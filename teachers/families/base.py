@@ -21,7 +21,7 @@ from teachers.prompt_limits import Cuts
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.storage.components import check_parts, check_vocabulary, quiet, stock
 from teachers.storage.diffusers_config import Schedule, read
-from teachers.teacher import Teacher, labels_of
+from teachers.teacher import PLAIN, Codec, Teacher, is_tokenizer, labels_of, prefixed
 
 __all__ = ["Pretrained", "Prompted", "check_vocabulary", "images_of", "load", "quiet", "stock"]
 
@@ -46,6 +46,9 @@ class Pretrained(Network):
     SQUARE: ClassVar[bool] = False  # the pipeline samples one square size only
     SCALED: ClassVar[bool] = False  # works with EDM schedulers, which scale the input
     FLOWS: ClassVar[bool] = True  # the pipeline works with rectified-flow schedulers
+    # Regex of the layers whose output embeds the time; a landing time is added there
+    # (students/two_time.py).
+    TIME: ClassVar[str] = ""
     LORA: ClassVar[str] = r".*attn\d?\.(to_q|to_k|to_v|to_out\.0)"  # regex of layers that get LoRA
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, per_latent: int = 1) -> None:
@@ -171,7 +174,7 @@ def repeated(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tenso
     return torch.stack(columns, 1)
 
 
-class Prompted:
+class Prompted(Codec):
     """The codec of a stock pipeline: its text encoders and its VAE.
 
     Args:
@@ -194,7 +197,6 @@ class Prompted:
         self.negative, self.classes = negative, classes
         self._null: dict[str, Tensor] | None = None
         self._cuts: Cuts | None = None
-        self.folder: Path | None = None  # the pipeline's folder
 
     @property
     def vae(self) -> nn.Module:
@@ -224,6 +226,19 @@ class Prompted:
             return self._embed([str(p) for p in prompts])
         return self._embed(labels_of(prompts, self.classes))
 
+    def parts(self) -> dict[str, Any]:
+        """Its own settings, and of the pipeline its encoders, tokenizers and plain settings."""
+        kinds = (nn.Module, Tensor, *PLAIN)
+        of_pipe = {
+            name: part
+            for name, part in vars(self.pipe).items()
+            if name != self.kind.PART and not name.startswith("_")
+            if isinstance(part, kinds) or is_tokenizer(part)
+        }
+        settings = {"classes": self.classes, "kind": self.kind.__qualname__}
+        sizes = {f"size.{i}": side for i, side in enumerate(self.size)}
+        return {**settings, "negative": self.negative, **sizes, **prefixed("pipe", of_pipe)}
+
     def arguments(self, prompts: list[Any]) -> dict[str, Any]:
         """Keyword arguments for the stock pipeline to sample these prompts."""
         return self.kind.arguments(prompts, self.size)
@@ -238,7 +253,11 @@ class Prompted:
             self._cuts = before
 
     def _watched(self, prompts: list[str]) -> AbstractContextManager[None]:
-        return nullcontext() if self._cuts is None else self._cuts.of(self.pipe, self.kind, prompts)
+        return (
+            nullcontext()
+            if self._cuts is None
+            else self._cuts.counting(self.pipe, self.kind, prompts)
+        )
 
     @torch.no_grad()
     def _embed(self, prompts: list[Any]) -> dict[str, Tensor]:
@@ -312,7 +331,7 @@ def mode(encoded: Any) -> Tensor:
         if name in encoded:
             return encoded[name]
     kind = type(encoded).__name__.removesuffix("Output")
-    raise UserError(f"vae: a {kind} gives no latents (latent_dist, latent or latents)")
+    raise UserError(f"vae: a {kind} gives none of latent_dist, latent and latents; give another")
 
 
 def load(
@@ -343,7 +362,9 @@ def load(
     if precision in FORMS:
         quantise(backbone, precision)
     if size is not None and (size <= 0 or size % kind.grain(pipe)):
-        raise UserError(f"{who}: size {size}: give a multiple of {kind.grain(pipe)} pixels")
+        raise UserError(
+            f"{who}: size {size} does not fit; give a multiple of {kind.grain(pipe)} pixels"
+        )
     shape = shape_of(kind, pipe, size, who)
     config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     name = type(pipe.scheduler).__name__

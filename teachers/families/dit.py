@@ -17,6 +17,7 @@ class DiT(Pretrained):
 
     PIPELINES = ("DiTPipeline",)
     SQUARE = True
+    TIME = r"transformer_blocks\.\d+\.norm1\.emb\.timestep_embedder\.linear_2"
     LORA = r".*(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

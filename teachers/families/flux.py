@@ -21,6 +21,7 @@ class Flux(Pretrained):
 
     PIPELINES = ("FluxPipeline",)
     GRID = "trailing"
+    TIME = r"time_text_embed\.timestep_embedder\.linear_2"
     LORA = (
         r".*(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
         r"|ff(_context)?\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.(proj_mlp|proj_out))"
@@ -92,6 +93,9 @@ class GuidanceCodec(Prompted):
 
     def condition(self, prompts: Any) -> dict[str, Tensor]:
         return self._tell(super().condition(prompts))
+
+    def parts(self) -> dict[str, Any]:
+        return {**super().parts(), "guidance": self.guidance}
 
     def arguments(self, prompts: list[Any]) -> dict[str, Any]:
         return {**super().arguments(prompts), "guidance_scale": self.guidance}

@@ -19,6 +19,7 @@ class Lumina2(Pretrained):
 
     PIPELINES = ("Lumina2Pipeline",)
     GRID = "trailing"
+    TIME = r"time_caption_embed\.timestep_embedder\.linear_2"
     LORA = r".*(attn\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.linear_\d)"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

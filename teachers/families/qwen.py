@@ -21,6 +21,7 @@ class QwenImage(Pretrained):
 
     PIPELINES = ("QwenImagePipeline",)
     GRID, FRAMED = "trailing", True
+    TIME = r"time_text_embed\.timestep_embedder\.linear_2"
     LORA = r".*attn\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

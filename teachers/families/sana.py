@@ -17,6 +17,7 @@ class Sana(Pretrained):
 
     PIPELINES = ("SanaPipeline",)
     SEEDED = True
+    TIME = r"time_embed\.(emb\.)?timestep_embedder\.linear_2"
     LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|conv_inverted|conv_point)"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teachers.denoiser import Cond
+from teachers import conditions
+from teachers.conditions import GUIDANCE_SCALE, Cond
 from teachers.families.base import Pretrained, repeated
 
 
@@ -16,23 +17,30 @@ class StableDiffusion(Pretrained):
 
     PIPELINES = ("StableDiffusionPipeline",)
     PART, SEEDED, FLOWS = "unet", True, False
+    TIME = r"time_embedding\.linear_2"
     LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|proj_in|proj_out)"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
         assert cond is not None
         text, x_t = cond["text"].to(self.dtype), x_t.to(self.dtype)
         return self.backbone(
-            x_t, self.time(t), text, timestep_cond=self.scale(x_t), return_dict=False
+            x_t, self.time(t), text, timestep_cond=self.scale(x_t, cond), return_dict=False
         )[0]  # fmt: skip
 
-    def scale(self, x_t: Tensor) -> Tensor | None:
-        """The guidance embedding of a network with such an input, for no guidance: sines and
-        cosines of 0, (B, D); None for other networks."""
+    def scale(self, x_t: Tensor, cond: Cond) -> Tensor | None:
+        """The embedding (B, D) of the guidance scale that a network with a `time_cond_proj_dim` D
+        reads; None for other networks.
+
+        The scale is the condition's `guidance_scale` (B,), by default 1, which is unguided.
+        """
         config: Any = self.backbone.config
-        if config.time_cond_proj_dim is None:
+        if (width := config.time_cond_proj_dim) is None:
             return None
-        half = config.time_cond_proj_dim // 2
-        embedding = x_t.new_zeros(len(x_t), config.time_cond_proj_dim)
+        given, _ = conditions.without(cond, GUIDANCE_SCALE)
+        if given is not None:
+            return scale_embedding(given.float(), width).to(x_t)
+        half = width // 2
+        embedding = x_t.new_zeros(len(x_t), width)
         embedding[:, half : 2 * half] = 1
         return embedding
 
@@ -70,7 +78,7 @@ class SDXL(StableDiffusion):
             x_t,
             self.time(t),
             text,
-            timestep_cond=self.scale(x_t),
+            timestep_cond=self.scale(x_t, cond),
             added_cond_kwargs=added,
             return_dict=False,
         )[0]
@@ -86,3 +94,16 @@ class SDXL(StableDiffusion):
             text = text.masked_fill(empty.view(-1, 1, 1), 0)
             pooled = pooled.masked_fill(empty.view(-1, 1), 0)
         return {"text": text.float(), "pooled": pooled.float()}
+
+
+def scale_embedding(scale: Tensor, width: int) -> Tensor:
+    """Sines and cosines (B, width) of guidance scales g (B,): diffusers' embedding of w = g - 1.
+
+    Source: `get_guidance_scale_embedding` of diffusers' LatentConsistencyModelPipeline, in float32.
+    """
+    half = width // 2
+    step = torch.log(torch.tensor(10000.0)) / (half - 1)
+    rates = torch.exp(torch.arange(half, dtype=torch.float32, device=scale.device) * -step)
+    angles = (scale - 1)[:, None] * 1000.0 * rates
+    embedding = torch.cat([angles.sin(), angles.cos()], 1)
+    return nn.functional.pad(embedding, (0, width - 2 * half))

@@ -25,13 +25,14 @@ class UNet(Pretrained):
 
     PIPELINES = ("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline", "PNDMPipeline")
     PART, SEEDED, SCALED, FLOWS = "unet", True, True, False
+    TIME = r"time_embedding\.linear_2"
     LORA = r".*(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut|time_emb_proj)"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
         if (sigma_data := self.schedule.sigma_data) is not None:
             _, sigma = self.process.at(t, x_t)
             x_t = x_t / (sigma**2 + sigma_data**2).sqrt()
-        labels = None if cond is None else cond["class_labels"]
+        labels = None if cond is None else cond.get("class_labels")
         x_t = x_t.to(self.dtype)
         out = self.backbone(x_t, self.time(t), class_labels=labels, return_dict=False)[0]
         return out[:, : x_t.shape[1]]  # drop a learned variance

@@ -24,6 +24,7 @@ class Wan(Pretrained):
     """A WanTransformer3DModel."""
 
     PIPELINES = ("WanPipeline",)
+    TIME = r"condition_embedder\.time_embedder\.linear_2"
     LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
@@ -112,7 +113,7 @@ def load(
     codec: Any = teacher.codec
     every = codec.pipe.vae_scale_factor_temporal
     if frames < 1 or (frames - 1) % every:
-        raise UserError(f"{who}: frames {frames}: give 1 plus a multiple of {every}")
+        raise UserError(f"{who}: frames {frames} does not fit; give 1 plus a multiple of {every}")
     channels, _, *rest = teacher.shape
     teacher.shape = (channels, 1 + (frames - 1) // every, *rest)
     codec.size = Wan.pixels(codec.pipe, teacher.shape)

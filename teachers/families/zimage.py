@@ -24,6 +24,7 @@ class ZImage(Pretrained):
 
     PIPELINES = ("ZImagePipeline",)
     GRID = "trailing"
+    TIME = r"t_embedder\.mlp\.2"
     LORA = r".*(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.w\d)"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

@@ -43,22 +43,23 @@ def variant_of(names: Iterable[str]) -> str | None:
     Args:
         names: File names in the component's folder.
     """
-    found = {m["variant"] for name in names if (m := WEIGHTS.fullmatch(name))}
-    if not found or None in found:
+    choices = {m["variant"] for name in names if (m := WEIGHTS.fullmatch(name))}
+    if not choices or None in choices:
         return None
-    return min(found, key=lambda v: (("fp16", "bf16").index(v) if v in ("fp16", "bf16") else 9, v))
+    usual = ("fp16", "bf16")
+    return min(choices, key=lambda v: (usual.index(v) if v in usual else 9, v))
 
 
 def variants(who: str, folders: dict[str, Path]) -> dict[str, str | None]:
     """The variant to read of each component; prints a notice where there are no plain files."""
-    found = {part: variant_of(p.name for p in at.iterdir()) for part, at in folders.items()}
-    for variant in sorted({v for v in found.values() if v is not None}):
-        parts = ", ".join(part for part, v in found.items() if v == variant and part)
+    choices = {part: variant_of(p.name for p in at.iterdir()) for part, at in folders.items()}
+    for variant in sorted({v for v in choices.values() if v is not None}):
+        parts = ", ".join(part for part, v in choices.items() if v == variant and part)
         note(
             f"{who}: there are no weights{f' of {parts}' * bool(parts)} but *.{variant}.safetensors"
             ", and those are read"
         )
-    return found
+    return choices
 
 
 def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) -> Any:
@@ -85,7 +86,9 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
                 **options,
             )
     except Exception as error:  # damaged files raise many types
-        raise UserError(f"{who}: {folder} cannot be read ({reason(error)})") from None
+        raise UserError(
+            f"{who}: {folder} cannot be read ({reason(error)}); copy it again"
+        ) from None
     where = f"{who}: the weights in {folder}"
     dot = f"{part}." if part else ""
     # diffusers leaves missing weights of networks made on the meta device there
@@ -100,9 +103,12 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
             f"{kind.__module__.partition('.')[0]} may use these names: install it"
         )
     if lacking:
-        raise UserError(f"{where} are not whole: {dot}{lacking[0]} is missing{more(lacking)}")
+        name = f"{dot}{lacking[0]}"
+        raise UserError(f"{where} are not whole: {name} is missing{more(lacking)}; copy it again")
     if wrong:
-        raise UserError(f"{where} do not fit its config.json: {dot}{wrong[0]}{more(wrong)}")
+        raise UserError(
+            f"{where} do not fit its config.json: {dot}{wrong[0]}{more(wrong)}; correct it"
+        )
     if extra:
         raise UserError(
             f"{where} hold {dot}{clipped(extra[0])}{more(extra)}, which the {kind.__name__} of "
@@ -164,7 +170,7 @@ def check_rope(folder: Path, who: str) -> None:
         if "rope_parameters" in tree and "rope_theta" not in tree:
             raise UserError(
                 f"{who}: {file} holds rope_parameters, which transformers "
-                f"{installed()} does not read: install version 5"
+                f"{installed()} does not read; install version 5"
             )
         todo += [value for value in tree.values() if isinstance(value, dict)]
 
@@ -223,7 +229,7 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
             )
     except Exception as error:  # as above
         raise UserError(
-            f"{who}: the pipeline in {folder} cannot be read ({reason(error)})"
+            f"{who}: the pipeline in {folder} cannot be read ({reason(error)}); copy it again"
         ) from None
 
 
@@ -238,7 +244,7 @@ def tokenizer(name: str, folder: Path, who: str) -> Any:
     """
     import transformers
 
-    said = f"there is no {name} in transformers {installed()}"
+    fault = f"there is no {name} in transformers {installed()}"
     config = folder / "tokenizer_config.json"
     special = read_json(config, who).get("extra_special_tokens") if config.exists() else None
     older = {"extra_special_tokens": {}, "additional_special_tokens": special}
@@ -251,8 +257,8 @@ def tokenizer(name: str, folder: Path, who: str) -> Any:
                 with quiet():
                     return kind.from_pretrained(folder, local_files_only=True, **words)
             except Exception as error:  # damaged files, sentencepiece missing, …
-                said = reason(error) if form == name and not words else said
-    raise UserError(f"{who}: {folder} cannot be read as a {clipped(name)} ({said})")
+                fault = reason(error) if form == name and not words else fault
+    raise UserError(f"{who}: {folder} cannot be read as a {clipped(name)} ({fault}); copy it again")
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def read(name: str, config: dict[str, Any], who: str, tokens: int = 0) -> Schedu
         bar = getattr(scheduler, "alphas_cumprod", None)
     except Exception as error:  # diffusers validates little
         raise UserError(
-            f"{who}: the scheduler's config cannot be read ({clipped(error, 200)})"
+            f"{who}: the scheduler's config cannot be read ({clipped(error, 200)}); correct it"
         ) from None
     if name == CM or name in EDM:
         return _karras(name, full, who)

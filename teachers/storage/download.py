@@ -73,15 +73,15 @@ def wanted(index: dict[str, Any] | None, names: Iterable[str], who: str) -> list
             continue
         inside = [n for n in names if str(PurePosixPath(n).parent) == part]
         inside = inside or top  # old pipelines keep their only network beside the index
-        found = needed(inside)
-        if entry[0] in LOADED and not any(n.endswith(".safetensors") for n in found):
+        part_files = needed(inside)
+        if entry[0] in LOADED and not any(n.endswith(".safetensors") for n in part_files):
             pickles = [n for n in inside if n.endswith((".bin", ".pt", ".ckpt"))]
             if pickles:
                 raise UserError(
                     f"{who}: the repository holds {part} only as a pickle ({clipped(pickles[0])}), "
                     "which is never loaded; give a repository with safetensors"
                 )
-        files += found
+        files += part_files
     return sorted(set(files))
 
 
@@ -92,7 +92,7 @@ def needed(inside: list[str]) -> list[str]:
     ending = ".safetensors.index.json"
     if variant is not None:
         ending = f".safetensors.index.{variant}.json"
-    found = []
+    files = []
     for name, path in bare.items():
         if match := WEIGHTS.fullmatch(name):
             keep = match["variant"] == variant
@@ -101,8 +101,8 @@ def needed(inside: list[str]) -> list[str]:
         else:
             keep = PurePosixPath(name).suffix in SETTINGS
         if keep:
-            found.append(path)
-    return found
+            files.append(path)
+    return files
 
 
 def escaped(name: str) -> str:
@@ -136,8 +136,8 @@ def refused(source: str, error: Exception) -> str:
         return "it is not a valid Hub name either (OWNER/NAME)"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set and the cache has no copy; unset it, or give a folder"
-    said = clipped((str(error).strip().splitlines() or [type(error).__name__])[0])
-    return f"the Hub could not be reached ({said}) and the cache has no whole copy; try again"
+    fault = clipped((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return f"the Hub could not be reached ({fault}) and the cache has no whole copy; try again"
 
 
 def single(file: str = "FILE.safetensors") -> str:

@@ -27,10 +27,10 @@ def home(path: str | Path, who: str = "") -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        said = clipped(path)
+        shown = clipped(path)
         user = clipped(Path(path).parts[0])
         raise UserError(
-            f"{f'{who}: ' if who and who != said else ''}{said}: the home folder of {user} is "
+            f"{f'{who}: ' if who and who != shown else ''}{shown}: the home folder of {user} is "
             f"unknown; write the full path, or ./{user} for a folder of that name"
         ) from None
 
@@ -85,10 +85,10 @@ def read_json(path: Path, who: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{who}: {path} is missing; give a diffusers pipeline folder") from None
     except OSError as error:  # for example a folder of that name
-        raise UserError(f"{who}: {path} cannot be read ({error.strerror})") from None
+        raise UserError(f"{who}: {path}: cannot be read ({error.strerror}); check it") from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else clipped(error)
-        raise UserError(f"{who}: {path} is not valid JSON ({reason})") from None
+        raise UserError(f"{who}: {path} is not valid JSON ({reason}); correct it") from None
     if not isinstance(content, dict):
-        raise UserError(f"{who}: {path} is not a JSON object")
+        raise UserError(f"{who}: {path}: expected a JSON object")
     return content

@@ -20,9 +20,9 @@ from distill.config.recipe import Recipe, shipped
 from distill.sampling.guided_teacher import load_teacher
 from distill.training.engine import Engine
 from eval.protocols.measure import protocol
-from teachers import UserError
 from tests.helpers.benches import BUDGET, TREE, figures
 from tests.helpers.command_line import ENV, called
+from tests.helpers.refusals import refused
 
 
 def test_a_benchmark_ends_in_means_and_spreads_over_its_seeds(file, tmp_path, played, capsys):
@@ -138,7 +138,7 @@ def test_a_row_that_can_never_run_is_refused_before_any_work(
 
 def test_a_folder_takes_one_benchmark_at_a_time(file, tmp_path):
     first = BenchmarkRunner(Bench.load(str(file)), tmp_path / "out")
-    with pytest.raises(UserError, match="is at work there; wait for it to end"):
+    with refused("--out", "work"):
         BenchmarkRunner(Bench.load(str(file)), tmp_path / "out")
     first.close()
     BenchmarkRunner(Bench.load(str(file)), tmp_path / "out").close()
@@ -222,20 +222,20 @@ def test_students_are_ordered_by_their_distance_in_the_fewest_steps():
         ),
         ("seeds=[1,1]", "seeds: 1 is named twice"),
         ("seeds=[0,0]", "seeds: 0 is named twice"),
-        ("common.train.steps=7", "common: train.steps is not for it to say: the budget does"),
-        ("rows=[{name: a, shares: {train.seed: 0.5}}]", "'a': shares: train.seed is not for it"),
-        ("rows=[{name: a, overrides: {train: {steps: 9}}}]", "overrides: train.steps is not for"),
+        ("common.train.steps=7", "common: train.steps: remove it"),
+        ("rows=[{name: a, shares: {train.seed: 0.5}}]", "'a': shares: train.seed: remove it"),
+        ("rows=[{name: a, overrides: {train: {steps: 9}}}]", "overrides: train.steps: remove it"),
         (
             "rows=[{name: a, overrides: {objective: {name: sid}}},"
             " {name: b, overrides: {objective: {name: sid}, teacher: digits}}]",
-            "row 'b': its teacher or eval.protocol is not as the first row's",
+            "row 'b': its teacher or eval.protocol differs",
         ),
         ("rows=[{name: a, recipe: digits/dmd3}]", "did you mean 'digits/dmd2'"),
         ("rows=[{name: a, overrides: {objective: {name: sidd}}}]", "row 'a': objective.name"),
         (
             "common={teacher: digits, data: {source: digits}};"
             "rows=[{name: a, overrides: {objective: {name: diffusion}}}]",
-            "makes teachers",
+            "trains teachers",
         ),
         ("rows=[{name: A b}, {name: a B}]", "'A b' and 'a B' would share the folder 'a-b'"),
         ("rows=[{name: a, shares: {train.x: 2}}]", "less than or equal to 1"),
@@ -244,9 +244,9 @@ def test_students_are_ordered_by_their_distance_in_the_fewest_steps():
         ("baselines=[{solver: heun, schedule: search}]", "expected 'own', 'ays', 'gits' or 'searc"),
         ("baselines=[{solver: heun, threshold: 1.5}]", "baselines.0.threshold: expected"),
         ("baselines=[{solver: heun, cache: 0}]", "baselines.0.cache: expected"),
-        ("baselines=[{solver: heun, cache: 2, guidance: adaptive}]", "expected cache: 1, as"),
+        ("baselines=[{solver: heun, cache: 2, guidance: adaptive}]", "expected cache: 1, because"),
         ("baselines=[{scheduler: DDIMScheduler, guidance: adaptive}]", "pipelines guide all steps"),
-        ("baselines=[{solver: heun}]", "they are measured by a protocol; set eval.protocol"),
+        ("baselines=[{solver: heun}]", "baselines: a protocol measures them; set eval.protocol"),
         ("rows=[{name: a, overrides: {objective: {name: sid}, teacher: nowhere}}]", "no such"),
     ],
 )
@@ -268,7 +268,7 @@ def test_the_teacher_and_its_baselines_say_what_a_picture_costs(tmp_path):
     )
     recipe = contest.bench.reference()
     small = replace(protocol("digits"), prompts=["1", "4"] * 40)
-    lines = runner.teacher_lines(contest, recipe, load_teacher(recipe), small)
+    lines = runner.teacher_lines(contest, recipe, load_teacher(recipe.teacher), small)
     cost = [v.value("evaluations") for v in lines]
     assert cost[:2] == [10, 4]  # guided: three steps of Heun, two of DDIM
     assert 4 < cost[2] < 6 and lines[2].value("shallow_evaluations") == 2
@@ -296,7 +296,7 @@ class Child:
         (0, "", None),
         (2, "distill: step 3: loss is nan; lower it\n", "step 3: loss is nan; lower it"),
         (1, "Traceback …\n  line 1\nKeyError: 'x'\n\n", "KeyError: 'x'"),
-        (-9, "", "it ended with exit code -9, without a word"),
+        (-9, "", "it ended with exit code -9 and printed no error"),
     ],
 )
 def test_why_a_run_failed_is_its_last_line(file, tmp_path, monkeypatch, code, said, why):
@@ -350,6 +350,7 @@ def start(file, out):
 def test_killing_the_command_and_calling_it_again_gives_the_same_leaderboard(
     file, tmp_path, number
 ):
+    """Killed by two kinds of signal and called again, it ends with the same leaderboard."""
     tree = {**TREE, "seeds": [0], "budget": {"network_evaluations": 60_000}}
     file.write_text(yaml.safe_dump(tree))
     whole = start(file, tmp_path / "whole")

@@ -122,16 +122,17 @@ def test_every_rows_objective_is_built_and_its_steps_are_counted(like):
 def test_baselines_draw_finite_pictures(like):
     _, bench = like
     recipe = bench.reference()
-    teacher = load_teacher(recipe)
+    teacher = load_teacher(recipe.teacher)
     prompts = ["1", "0"] if getattr(teacher.codec, "classes", 0) else ["a boat", "a red circle"]
     for baseline in bench.baselines:
         baseline.check(recipe, teacher)
-        samples = baseline.draw(recipe, teacher, prompts, baseline.steps[0])(prompts, 0)
+        samples = baseline.sampler(recipe, teacher, prompts, baseline.steps[0])(prompts, 0)
         assert samples.images.float().std() > 1, baseline.name  # bytes; nan would be one colour
 
 
 @pytest.mark.parametrize(("name", "row"), SOME)
 def test_a_rows_own_settings_train_a_small_network_of_its_family(name, row, tmp_path):
+    """Two steps or more of every row of the big benchmarks, by its settings, on a small network."""
     bench = likeness(name, tmp_path)
     recipe = bench.recipe(next(r for r in bench.rows if r.name == row), 0, 8)
     engine = build.build(recipe, tmp_path / "run").engine

@@ -5,8 +5,8 @@ import pytest
 from distill.benchmark import budget
 from distill.config.recipe import Recipe
 from distill.training import build
-from teachers import UserError
 from tests.helpers.engines import stream
+from tests.helpers.refusals import refused
 from tests.helpers.toys import FIVE, recipe_tree
 
 
@@ -60,7 +60,7 @@ def test_networks_compute_again_once_they_were_counted(pipelines, tmp_path):
 
 def test_a_budget_below_one_step_is_refused(pipelines):
     recipe = Recipe.check(recipe_tree("sid", pipelines["edm"]))
-    with pytest.raises(UserError, match="3 network evaluations do not buy one step, which takes"):
+    with refused("budget", "3"):
         budget.steps_for_evaluations(recipe, 3)
 
 
@@ -71,5 +71,5 @@ def test_seconds_buy_as_many_steps_as_they_take(pipelines, monkeypatch):
         "teacher": {"source": "analytic:gaussian"}, "objective": {"name": "sid"}, "data": {},
     })  # fmt: skip
     assert budget.steps_for_seconds(recipe, 10.2) == 20
-    with pytest.raises(UserError, match=r"a step takes 0.5 s, so 0.2 s buy none"):
+    with refused("budget", "0.5", "0.2"):
         budget.steps_for_seconds(recipe, 0.2)

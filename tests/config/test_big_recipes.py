@@ -60,6 +60,7 @@ def test_an_outlines_network_has_the_published_size(source):
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 @pytest.mark.parametrize("name", BIG)
 def test_a_recipe_is_planned_offline_and_fits_the_card_that_its_header_names(name):
+    """Every big recipe's plan, made without a download, fits the card that its header names."""
     found = re.search(r"Planned: ([\d.]+) GB on ([\w-]+)", header(name))
     assert found is not None
     held = forecast.plan(Recipe.load(name)).peak + RESERVE

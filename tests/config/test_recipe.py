@@ -5,10 +5,11 @@ import yaml
 
 from distill.benchmark.spec import Bench, Row
 from distill.config import renamed
-from distill.config.recipe import Recipe, find, networks_of, read_yaml, shipped
+from distill.config.objective_schema import networks_of
+from distill.config.recipe import Recipe, find, read_yaml, shipped
 from distill.objectives import OBJECTIVES
 from distill.objectives.losses import LogNormal, Uniform
-from teachers import UserError
+from tests.helpers.refusals import refused
 from tests.helpers.toys import recipe_tree
 
 
@@ -48,75 +49,74 @@ def test_overrides_reach_any_depth(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["train.stesp=5"], "train.stesp: unknown key; did you mean 'steps'?"),
-        (["trian.steps=5"], "trian: unknown key; did you mean 'train'?"),
-        (["objective.alpah=1"], "objective.alpah: unknown key; did you mean 'alpha'?"),
-        (["players.fake.lrr=1"], "players.fake.lrr: unknown key; did you mean 'lr'?"),
-        (["players.fkae.lr=1"], "players.fkae: sid has no such player; did you mean 'fake'?"),
-        (["objective.times.hihg=1"], "objective.times.hihg: unknown key; did you mean 'high'?"),
-        (["objective.name=dmd"], "objective.name: 'dmd' is unknown; did you mean 'dmd2'?"),
-        (["train.steps=-5"], "train.steps: expected greater than or equal to 1, not -5"),
-        (["train.steps=many"], "train.steps: expected a valid integer, not 'many'"),
-        (["train.steps=true"], "train.steps: expected a valid integer, not True"),
-        (["train.batch=1.5"], "train.batch: expected a valid integer, not 1.5"),
-        (["players.student.lr=-1"], "players.student.lr: expected greater than 0, not -1"),
-        (["players.student.lr=fast"], "players.student.lr: expected a valid number"),
-        (["train.precision=fp8"], "train.precision: expected 'fp32', 'bf16' or 'fp16', not 'fp8'"),
-        (["objective=sid"], "objective: expected a section of keys, not 'sid'"),
-        (["train.batch=10", "train.accumulate=3"], "train.batch: 10 does not divide into"),
-        (["critic={}"], "critic: sid has no critic; remove the section"),
-        (["steps"], "override 'steps': expected key.path=value"),
-        (["teacher.source.deep=1"], "override 'teacher.source.deep=1': teacher.source is a value"),
-        (["train.steps=[1"], "is not valid YAML"),
-        (["objective.name=dmd2", "critic={}"], "dmd2 needs real data, which its critic compares"),
-        (["objective.name=fdistill"], "critic: fdistill needs one; add the section 'critic: {}'"),
-        (["objective.name=consistency"], "data.source is missing: consistency needs real data"),
-        (["objective.name=nowhere.py:Mine"], "cannot import 'nowhere.py'"),
-        (["train.steps=2020-13-45"], "is not valid YAML"),
-        (["teacher.guidance=.inf"], "teacher.guidance: expected a finite number, not inf"),
-        (["players.student.lr=true"], "players.student.lr: expected a number, not True"),
-        (["student={steps: 4, counts: [3, 4]}"], "student.counts: 3 does not divide student.steps"),
-        (["student={steps: 4, counts: [1, 2]}"], "[1, 2] should hold student.steps, 4"),
-        (["student={steps: 4, counts: [2, 2, 4]}"], "no count twice"),
-        (["student.weights=[1]"], "student.weights: nothing to weigh"),
-        (["student={steps: 2, counts: [1, 2], weights: [1]}"], "1 weights for 2 counts"),
+        (["train.stesp=5"], ("train.stesp", "steps")),
+        (["trian.steps=5"], ("trian", "train")),
+        (["objective.alpah=1"], ("objective.alpah", "alpha")),
+        (["players.fake.lrr=1"], ("players.fake.lrr", "'lr'")),
+        (["players.fkae.lr=1"], ("players.fkae", "fake")),
+        (["objective.times.hihg=1"], ("objective.times.hihg", "high")),
+        (["objective.name=dmd"], ("objective.name", "'dmd'", "dmd2")),
+        (["train.steps=-5"], ("train.steps", "1", "5")),
+        (["train.steps=many"], ("train.steps", "many")),
+        (["train.steps=true"], ("train.steps", "True")),
+        (["train.batch=1.5"], ("train.batch", "1.5")),
+        (["players.student.lr=-1"], ("players.student.lr", "0", "1")),
+        (["players.student.lr=fast"], ("players.student.lr", "fast")),
+        (["train.precision=fp8"], ("train.precision", "fp32", "bf16", "fp16", "'fp8'")),
+        (["objective=sid"], ("objective", "'sid'")),
+        (["train.batch=10", "train.accumulate=3"], ("train.batch", "10")),
+        (["critic={}"], ("critic", "section")),
+        (["steps"], ("override 'steps'", "steps", "key.path")),
+        (["teacher.source.deep=1"], ("override 'teacher.source.deep=1'", "teacher.source")),
+        (["train.steps=[1"], ("override 'train.steps=[1'", "'[1'")),
+        (["objective.name=dmd2", "critic={}"], ("data.source", "dmd2")),
+        (["objective.name=fdistill"], ("critic", "critic: {}")),
+        (["objective.name=consistency"], ("data.source", "data.source")),
+        (["objective.name=nowhere.py:Mine"], ("objective.name", "nowhere.py")),
+        (["train.steps=2020-13-45"], ("override 'train.steps=2020-13-45'", "'2020-13-45'")),
+        (["teacher.guidance=.inf"], ("teacher.guidance", "finite")),
+        (["players.student.lr=true"], ("players.student.lr", "True")),
+        (["student={steps: 4, counts: [3, 4]}"], ("student.counts", "3", "student.steps")),
+        (["student={steps: 4, counts: [1, 2]}"], ("student.counts", "[1, 2]", "student.steps, 4")),
+        (["student={steps: 4, counts: [2, 2, 4]}"],
+            ("student.counts", "[2, 2, 4]", "student.steps, 4")),
+        (["student.weights=[1]"], ("student.weights", "student")),
+        (["student={steps: 2, counts: [1, 2], weights: [1]}"], ("student.weights", "1", "2")),
         (
             ["objective.name=progressive", "data.source=digits", 
                 "student={steps: 2, counts: [1, 2]}"],
-            "student.counts: this objective's last stage trains one count; remove it",
+            ("student.counts", "objective"),
         ),
-        (["train.trackers=3"], "train.trackers: expected a list, not 3"),
-        (["players.student.betas=[1, 1]"], "players.student.betas.0: expected less than 1"),
-        (["objective.times={low: 0.9, high: 0.1}"], "low, 0.9, is above high, 0.1"),
-        (["objective.times={mean: .nan, std: 1}"], "expected a finite number, not nan"),
-        (["objective.name=:x"], "cannot import ''"),
-        (["objective.name=json:JSONDecoder"], "json has no Objective named 'JSONDecoder'"),
+        (["train.trackers=3"], ("train.trackers", "3")),
+        (["players.student.betas=[1, 1]"], ("players.student.betas.0", "1")),
+        (["objective.times={low: 0.9, high: 0.1}"], ("objective.times", "0.9", "0.1")),
+        (["objective.times={mean: .nan, std: 1}"], ("objective.times.mean", "finite")),
+        (["objective.name=:x"], ("objective.name", "import")),
+        (["objective.name=json:JSONDecoder"], ("objective.name", "Objective", "JSONDecoder")),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_with_place_and_remedy(tmp_path, overrides, line):
-    with pytest.raises(UserError) as error:
+    with refused(*line):
         load(tmp_path, GOOD, *overrides)
-    assert line in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("teacher: digits\ntrain: {steps: 1}", "objective: missing"),
-        ("teacher: digits\nobjective: {}\ntrain: {steps: 1}", "objective.name is missing"),
-        ("- a list", "expected a mapping of sections"),
-        ("a: [", "not valid YAML"),
-        (GOOD.replace("steps: 10", "batch: 10"), "train.steps: missing"),
+        ("teacher: digits\ntrain: {steps: 1}", ("objective",)),
+        ("teacher: digits\nobjective: {}\ntrain: {steps: 1}", ("objective.name",)),
+        ("- a list", ("recipe */r.yaml", "sections")),
+        ("a: [", ("recipe */r.yaml", "<stream end>", "1", "5")),
+        (GOOD.replace("steps: 10", "batch: 10"), ("train.steps",)),
     ],
 )
 def test_a_recipe_that_is_not_whole_says_what_is_missing(tmp_path, text, line):
-    with pytest.raises(UserError, match=line.replace("[", r"\[")):
+    with refused(*line):
         load(tmp_path, text)
 
 
 def test_a_missing_file_names_the_nearest_recipe():
-    with pytest.raises(UserError, match=r"no such file; did you mean 'digits/dmd2'"):
+    with refused("recipe 'digits/dmd'", "digits/dmd2"):
         Recipe.load("digits/dmd")
 
 
@@ -183,7 +183,7 @@ def test_a_student_is_trained_for_its_own_steps_unless_told(tmp_path, section, l
 
 def test_counts_without_times_in_the_scheduler_are_refused(tmp_path):
     recipe = load(tmp_path, GOOD, "student={steps: 4, counts: [2, 4]}")
-    with pytest.raises(UserError, match="no times for 2 of 4 steps"):
+    with refused("student.counts", "2", "4"):
         recipe.student.trained("chains", (4,))
 
 
@@ -234,7 +234,7 @@ def test_a_benchmarks_old_keys_are_laid_over_new_ones(capsys):
 def test_a_key_under_both_names_is_refused():
     tree = read_yaml(find("digits/dmd2"))
     tree["objective"] |= {"realism": 0.1, "gan_weight": 0.1}
-    with pytest.raises(UserError, match=r"^objective\.realism: .*gan_weight"):
+    with refused("objective.realism", "gan_weight"):
         renamed.current_names(tree)
 
 

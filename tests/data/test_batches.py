@@ -53,7 +53,7 @@ def folder_source(pipelines, kind, folder):
     if kind == "unconditional":
         del tree["teacher"]["null_label"]
     recipe = Recipe.check(tree)
-    return from_recipe.source_of(recipe, guided_teacher.load_teacher(recipe))
+    return from_recipe.source_of(recipe, guided_teacher.load_teacher(recipe.teacher))
 
 
 @pytest.mark.parametrize(

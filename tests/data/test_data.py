@@ -21,7 +21,6 @@ from distill.data.listing import REPORT
 from distill.data.pictures import into_buckets, sizes_of
 from distill.data.prompts import list_prompts, pack
 from distill.data.stream import Buckets, Source
-from teachers import UserError
 from tests.helpers.datasets import (
     folder_of,
     picture,
@@ -33,6 +32,7 @@ from tests.helpers.datasets import (
     tar_of,
     toy,
 )
+from tests.helpers.refusals import refused
 
 # ---- buckets
 
@@ -179,9 +179,9 @@ def test_prompts_of_datasets_and_parquet_files_are_read_without_the_hub(tmp_path
         assert [i.prompt for i in listing.items] == words
     test = Column(hf=str(tmp_path / "both"), column="text", split="test")
     assert [i.prompt for i in list_prompts(test).items] == ["word 3"]
-    with pytest.raises(UserError, match="no split 'tset'; did you mean 'test'"):
+    with refused("data.prompts", "'tset'", "'test'"):
         list_prompts(test.model_copy(update={"split": "tset"}))
-    with pytest.raises(UserError, match="no column 'txt'; did you mean 'text'"):
+    with refused("data.prompts", "'txt'", "'text'"):
         list_prompts(f"{tmp_path / 'saved'}:txt")
 
 
@@ -207,35 +207,33 @@ def test_without_the_package_a_dataset_is_refused_in_one_line(tmp_path, monkeypa
         monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "p.parquet").write_bytes(b"PAR1")
     for place in ("someone/something:text", f"{tmp_path / 'p.parquet'}:text"):
-        with pytest.raises(UserError, match=r"data.prompts: .*pip install 'fewstep\[data\]'"):
+        with refused("data.prompts", "fewstep[data]"):
             list_prompts(place)
 
 
 @pytest.mark.parametrize(
-    ("place", "line"),
+    ("place", "values"),
     [
-        ("nowhere.txt", "no such file: 'nowhere.txt'; give a text file, 'pack:starter'"),
-        ("pack:startr", "no pack 'startr'; did you mean 'starter'"),
-        ("nowhere.csv:text", "no such file: nowhere.csv"),
-        ("{d}/p.csv", "is a table; name its column: '{d}/p.csv:COLUMN'"),
-        ("{d}/p.csv:txt", "no column 'txt'; did you mean 'text'"),
-        ("{d}/bad.jsonl:text", "bad.jsonl cannot be read"),
-        ("{d}/list.json:text", "expected JSON objects"),
-        ("{d}/latin.txt", "is not UTF-8 text (byte 2 is 0xf6); save it as UTF-8"),
-        ("{d}/empty.txt", "holds no prompts"),
+        ("nowhere.txt", ("'nowhere.txt'", "pack:starter")),
+        ("pack:startr", ("'startr'", "'starter'")),
+        ("nowhere.csv:text", ("nowhere.csv:text", ": nowhere.csv")),
+        ("./p.csv", ("'./p.csv:COLUMN'",)),
+        ("./p.csv:txt", ("'txt'", "'text'")),
+        ("./bad.jsonl:text", ("bad.jsonl", "line 1")),
+        ("./list.json:text", ("list.json", "JSON objects")),
+        ("./latin.txt", ("byte 2 is 0xf6", "UTF-8")),
+        ("./empty.txt", ("'./empty.txt'", "no prompts")),
     ],
 )
-def test_prompts_that_are_not_there_are_refused_by_name(tmp_path, monkeypatch, place, line):
+def test_prompts_that_are_not_there_are_refused_by_name(tmp_path, monkeypatch, place, values):
     monkeypatch.chdir(tmp_path)  # messages cut long paths
     (tmp_path / "p.csv").write_text("text\nhello\n")
     (tmp_path / "bad.jsonl").write_text('{"text": \n')
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "latin.txt").write_bytes("Köln".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(UserError) as error:
-        list_prompts(place.format(d="."))
-    assert line.format(d=".") in str(error.value)
-    assert "\n" not in str(error.value)
+    with refused("data.prompts", *values):
+        list_prompts(place)
 
 
 def test_prompts_alone_give_batches_without_data(tmp_path):
@@ -253,9 +251,9 @@ def test_prompts_alone_give_batches_without_data(tmp_path):
 
 
 def test_prompts_for_a_teacher_that_takes_none_are_refused():
-    with pytest.raises(UserError, match=r"data\.prompts: 'pixels' takes no prompts"):
+    with refused("data.prompts", "pixels"):
         from_recipe.source_of(recipe("sid", prompts="pack:starter"), pixels())
-    with pytest.raises(UserError, match="the teacher knows 10 classes"):
+    with refused("data.prompts", "10"):
         from_recipe.source_of(recipe("sid", prompts="pack:starter"), pixels(10))
 
 
@@ -286,7 +284,7 @@ def test_captions_come_from_beside_the_image(tmp_path):
     assert [i.prompt for i in listing.items] == ["a title", "another"]
     assert [b.kind for b in listing.bad] == ["empty caption"]
     assert {i.prompt for i in list_images(str(a), "folder", 0, True).items} == {"a"}
-    with pytest.raises(UserError, match=r"data\.captions: 'jsn': .*expected 'txt', 'json:KEY'"):
+    with refused("data.captions", "'jsn'", "'txt'", "json:KEY"):
         list_images(str(a), "jsn", 0, True)
 
 
@@ -298,7 +296,7 @@ def test_shards_hold_what_the_folder_holds(tmp_path):
     want = from_recipe.source_of(recipe(source=str(a)), toy())
     for place in ("s-{00..03}.tar", "s-*.tar"):
         same(from_recipe.source_of(recipe(source=str(tmp_path / place)), toy()), want)
-    with pytest.raises(UserError, match=r"no such file: .*s-04\.tar"):
+    with refused("data.source", "s-04.tar"):
         list_images(str(tmp_path / "s-{00..04}.tar"), None, 0, True)
 
 
@@ -308,7 +306,7 @@ def test_labels_of_shards_are_their_cls_members(tmp_path):
     items = list_images(str(tmp_path / "s.tar"), None, 3, False).items
     assert [i.prompt for i in items] == ["2", "0"]
     assert items[1].image() == png(2)
-    with pytest.raises(UserError, match=r"s\.tar/x/1 has label '2'; the teacher knows 2 classes"):
+    with refused("data.source", "s.tar/x/1", "'2'"):
         from_recipe.source_of(recipe(source=str(tmp_path / "s.tar")), pixels(2))
 
 
@@ -377,11 +375,10 @@ def test_more_bad_than_allowed_stops_at_the_first_by_name(good, tmp_path, kind, 
     place = tmp_path / ("d/a.tar" if kind == "truncated shard" else "d/a")
     name = spoil(place, kind)
     data = {"source": str(place), "cache": str(tmp_path / "c"), "in_memory_gb": memory}
-    with pytest.raises(UserError) as error:
+    with refused(
+        "data.source", f"{str(place)!r}: {kind}: {name}: ", "1 of 200", "data.skip_share = 0.001"
+    ):
         from_recipe.source_of(recipe(**data, skip_share=0.001), toy())
-    assert f"data.source: {str(place)!r}: {kind}: {name}: " in str(error.value)
-    assert "1 of 200 items are bad, more than data.skip_share = 0.001 allows" in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_a_shard_cut_between_two_members_is_truncated_too(tmp_path):
@@ -399,5 +396,5 @@ def test_a_blank_line_among_prompts_is_named_by_its_number(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\nthree\n")
     place = str(tmp_path / "p.txt")
     assert [b.name for b in list_prompts(place).bad] == [f"{place}:2"]
-    with pytest.raises(UserError, match=r"empty caption: .*p\.txt:2"):
+    with refused("data.prompts", "p.txt:2"):
         from_recipe.source_of(recipe("sid", prompts=place), toy())

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from distill.data.images import list_images
-from teachers import UserError
 from tests.helpers.datasets import folder_of
+from tests.helpers.refusals import refused
 
 
 def rows_of(path, rows):
@@ -58,24 +58,26 @@ def test_images_without_a_row_and_rows_without_an_image_are_bad(tmp_path):
 @pytest.mark.parametrize(
     ("text", "named", "says"),
     [
-        ('{"file_name": "000.png", "words": "a"}', None, "no column 'caption', 'text', 'prompt'; "
-         "its columns are words: name one as data.captions: metadata:COLUMN"),
-        ('{"file_name": "000.png", "text": "a"}', "metadata:title", "no column 'title'"),
-        ('{"text": "a"}', None, "a row without file_name"),
-        ('{"file_name": ', None, "line 1 is not valid JSON"),
-        ("[1]", None, "line 1 is no JSON object"),
+        (
+            '{"file_name": "000.png", "words": "a"}',
+            None,
+            ("data.source", "'text', ", "prompt", "words", "data.captions: metadata:COLUMN"),
+        ),
+        ('{"file_name": "000.png", "text": "a"}', "metadata:title", ("data.source", "title")),
+        ('{"text": "a"}', None, ("data.source", "file_name")),
+        ('{"file_name": ', None, ("*/a/metadata.jsonl", "1")),
+        ("[1]", None, ("*/a/metadata.jsonl", "1")),
     ],
 )  # fmt: skip
 def test_tables_that_cannot_be_followed_are_refused(tmp_path, text, named, says):
     folder = folder_of(tmp_path / "a", 1, captioned=False)
     (folder / "metadata.jsonl").write_text(text + "\n")
-    with pytest.raises(UserError, match=says) as error:
+    with refused(*says):
         captions(folder, named)
-    assert "\n" not in str(error.value)
 
 
 def test_a_table_that_is_not_there_is_missed(tmp_path):
-    with pytest.raises(UserError, match=r"metadata:text.* holds no metadata\.jsonl"):
+    with refused("data.captions", "metadata:text", "metadata.jsonl"):
         captions(folder_of(tmp_path / "a", 1), "metadata:text")
 
 
@@ -85,27 +87,23 @@ def test_two_rows_of_one_image_are_refused(tmp_path, second):
     rows_of(folder / "metadata.jsonl", [
         {"file_name": "000.png", "text": "one"}, {"file_name": second, "text": "two"},
     ])  # fmt: skip
-    with pytest.raises(UserError) as error:
+    with refused("data.source", folder / "metadata.jsonl", folder / "000.png"):
         captions(folder)
-    assert "metadata.jsonl names " in str(error.value)
-    assert f"{folder / '000.png'} again; give each image one row" in str(error.value)
 
 
 def test_two_tables_of_one_folder_are_refused_and_both_are_named(tmp_path):
     folder = folder_of(tmp_path / "a", 2, captioned=False)
     rows_of(folder / "metadata.jsonl", [{"file_name": "000.png", "text": "one"}])
     (folder / "metadata.csv").write_text("file_name,text\n001.png,two\n")
-    with pytest.raises(UserError) as error:
+    with refused("data.source", folder / "metadata.csv", folder / "metadata.jsonl"):
         captions(folder)
-    for name in ("metadata.csv", "metadata.jsonl", "keep one of them"):
-        assert name in str(error.value)
 
 
 def test_two_tables_that_name_one_image_are_refused(tmp_path):
     folder = folder_of(tmp_path / "a/b", 1, captioned=False).parent
     rows_of(folder / "metadata.jsonl", [{"file_name": "b/000.png", "text": "one"}])
     rows_of(folder / "b/metadata.jsonl", [{"file_name": "000.png", "text": "two"}])
-    with pytest.raises(UserError, match="give each image one row"):
+    with refused("data.source", "image"):
         captions(folder)
 
 
@@ -115,7 +113,7 @@ def test_a_tables_encoding_is_read_by_its_mark_or_refused(tmp_path, coding):
     text = "file_name,text\n000.png,Köln\n"
     (folder / "metadata.csv").write_bytes(text.encode(coding))
     if coding in ("utf-16-le", "latin-1"):  # bytes without a mark that are no UTF-8
-        with pytest.raises(UserError, match=r"metadata\.csv.*UTF-8"):
+        with refused("*/a/metadata.csv", "8"):
             captions(folder)
     else:
         assert captions(folder)[0] == {"000.png": "Köln"}

@@ -7,8 +7,8 @@ import pytest
 from distill.data.images import list_images, place_of_images
 from distill.data.prompts import list_prompts
 from eval import text
-from teachers import UserError
 from tests.helpers.datasets import folder_of, png, tar_of
+from tests.helpers.refusals import refused
 
 
 def prompts(place, column="text"):
@@ -40,18 +40,13 @@ def test_rows_that_can_be_read_two_ways_are_refused_by_their_line(tmp_path, name
     (tmp_path / "p.csv").write_text(content)
     (tmp_path / "p.tsv").write_text(content.replace(",", "\t"))
     for file in ("p.csv", "p.tsv"):
-        with pytest.raises(UserError) as error:
-            prompts(tmp_path / file)
-        message = str(error.value)
-        assert message.startswith("data.prompts: ")
         want = says if file == "p.csv" else says.replace("a comma", "a tab")
-        assert f"{file} cannot be read (the row of line {line} " in message and want in message
-        assert "\n" not in message
+        with refused("data.prompts", file, f"line {line}", want):
+            prompts(tmp_path / file)
     folder = folder_of(tmp_path / "a", 2, captioned=False)
     (folder / "metadata.csv").write_text(content.replace("id,", "file_name,", 1))
-    with pytest.raises(UserError, match=f"metadata.csv: the row of line {line} .*{says}") as error:
+    with refused("*/a/metadata.csv", f"line {line}", says):
         list_images(str(folder), None, 0, True)
-    assert "\n" not in str(error.value)
 
 
 def test_quoted_commas_quotes_and_line_ends_are_read_to_the_letter(tmp_path):
@@ -68,20 +63,19 @@ def test_quoted_commas_quotes_and_line_ends_are_read_to_the_letter(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("p.csv", "text,id,text\na,1,b\n", "two columns are named 'text'"),
-        ("p.tsv", "text\ttext\na\tb\n", "two columns are named 'text'"),
+        ("p.csv", "text,id,text\na,1,b\n", "'text'"),
+        ("p.tsv", "text\ttext\na\tb\n", "'text'"),
         ("p.jsonl", '{"text": "a"}\n\n{"text": "b", "text": "c"}\n',
-         "line 3: the key 'text' is there twice"),
-        ("p.json", '[{"text": "b", "text": "c"}]', "the key 'text' is there twice"),
-        ("p.jsonl", '{"text": "a"}\n{"text": ', "line 2 is not valid JSON"),
-        ("p.jsonl", '{"text": "a"}\n[1]', "line 2 is no JSON object"),
+         "line 3: the key 'text'"),
+        ("p.json", '[{"text": "b", "text": "c"}]', "the key 'text'"),
+        ("p.jsonl", '{"text": "a"}\n{"text": ', "line 2 "),
+        ("p.jsonl", '{"text": "a"}\n[1]', "line 2 "),
     ],
 )  # fmt: skip
 def test_columns_and_keys_that_are_there_twice_are_refused(tmp_path, file, content, says):
     (tmp_path / file).write_text(content)
-    with pytest.raises(UserError) as error:
+    with refused("data.prompts", file, says):
         prompts(tmp_path / file)
-    assert says in str(error.value) and file in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -96,11 +90,11 @@ def test_columns_and_keys_that_are_there_twice_are_refused(tmp_path, file, conte
 def test_a_table_is_known_by_its_suffix_in_either_case(tmp_path, file, content):
     (tmp_path / file).write_text(content)
     assert prompts(tmp_path / file) == ["a", "b"]
-    with pytest.raises(UserError, match="is a table; name its column"):
+    with refused("data.prompts", "column"):
         list_prompts(str(tmp_path / file))
-    with pytest.raises(UserError, match="is a table; name its column"):
+    with refused("data.source", "column"):
         place_of_images(str(tmp_path / file))
-    with pytest.raises(UserError, match="no such file"):
+    with refused("data.prompts", "such"):
         list_prompts(f"{tmp_path / 'none'}{file[1:]}:text")
 
 
@@ -128,7 +122,7 @@ def test_two_captions_of_one_image_are_a_bad_item(tmp_path):
     assert [i.prompt for i in listing.items] == ["word 2"]
     assert [(b.kind, b.reason) for b in listing.bad] == [
         ("unreadable caption", "both 000.TXT and 000.txt lie beside it; keep one"),
-        ("unreadable caption", "001.json: the key 'caption' is there twice; keep one"),
+        ("unreadable caption", "001.json: the key 'caption' is repeated; keep one"),
     ]
 
 
@@ -136,32 +130,28 @@ def test_two_captions_of_one_image_are_a_bad_item(tmp_path):
 def test_a_member_that_a_shard_holds_twice_is_refused(tmp_path, second):
     members = [("0.png", png(0)), ("0.txt", b"one"), (second, b"two"), ("1.png", png(1))]
     tar_of(tmp_path / "s.tar", members)
-    with pytest.raises(UserError, match=f"s.tar holds {second} twice; pack each file once"):
+    with refused("data.source", "s.tar", second):
         list_images(str(tmp_path / "s.tar"), None, 0, True)
 
 
 @pytest.mark.parametrize(
     ("pattern", "says"),
     [
-        ("a**b.tar", r"is no pattern of files \(.*\); write \* within"),
-        ("{0..99999999999}.tar", "names more than 1,000,000 files"),
-        ("{0..999999}{0..9}.tar", "names more than 1,000,000 files"),
-        ("{0..%s}.tar" % ("9" * 30), "names more than 1,000,000 files"),
+        ("a**b.tar", ("data.source", "'**'")),
+        ("{0..99999999999}.tar", ("data.source", "1,000,000")),
+        ("{0..999999}{0..9}.tar", ("data.source", "1,000,000")),
+        ("{0..%s}.tar" % ("9" * 30), ("data.source", "1,000,000")),
     ],
 )
 def test_patterns_that_can_name_no_shards_are_refused(tmp_path, pattern, says):
-    with pytest.raises(UserError, match=says) as error:
+    with refused(*says):
         place_of_images(str(tmp_path / pattern))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("place", ["a red circle, " * 50, "~nobody-of-that-name/x"])
 @pytest.mark.parametrize("column", ["", ":text"])
 def test_a_text_that_can_be_no_path_is_refused_in_a_line(place, column):
     for key, look in (("prompts", list_prompts), ("source", place_of_images)):
-        with pytest.raises(UserError) as error:
+        with refused(f"data.{key}", place[:20]) as error:
             look(place + column)
-        message = str(error.value)
-        assert message.startswith(f"data.{key}: ")
-        assert "is no path" in message or "the home folder of" in message
-        assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+        assert len(str(error.value)) < 300

@@ -26,7 +26,7 @@ def test_bytes_are_rounded_and_not_truncated():
 
 def test_means_are_over_seeds_with_the_populations_spread_and_speed_is_the_median():
     runs = [{"fd": v, "images_per_s": s} for v, s in ((1.0, 10.0), (2.0, 20.0), (6.0, 100.0))]
-    row = Protocol("toy", ["x"] * 7, ()).over(runs)
+    row = Protocol("toy", ["x"] * 7, ()).average(runs)
     assert row["fd"] == 3 and row["images_per_s"] == 20
     assert row["spread"] == {"fd": pytest.approx((14 / 3) ** 0.5)}
     assert (row["protocol"], row["n"], row["seeds"]) == ("toy", 7, 3)
@@ -66,14 +66,16 @@ def test_the_frechet_distance_is_clean_fids():
         y.mean(0).numpy(),
         np.cov(y.numpy(), rowvar=False),
     )
-    assert frechet(Moments.of(x), Moments.of(y)) == pytest.approx(float(theirs), rel=1e-6)
+    assert frechet(Moments.from_features(x), Moments.from_features(y)) == pytest.approx(
+        float(theirs), rel=1e-6
+    )
 
 
 def test_its_finite_sample_bias_is_the_predicted_one():
     n, lam = 2000, torch.tensor([2.0**-k for k in range(16)], dtype=torch.double)
     exact = Moments(torch.zeros(16, dtype=torch.double), torch.diag(lam), n)
     found = [
-        frechet(Moments.of(torch.randn(n, 16, dtype=torch.double) * lam.sqrt()), exact)
+        frechet(Moments.from_features(torch.randn(n, 16, dtype=torch.double) * lam.sqrt()), exact)
         for _ in range(40)
     ]
     pairs = lam[:, None] * lam * (1 + torch.eye(16)) / (2 * (lam[:, None] + lam))
@@ -83,7 +85,7 @@ def test_its_finite_sample_bias_is_the_predicted_one():
 
 def test_too_few_samples_for_the_features_are_refused():
     with pytest.raises(MetricError, match="10 samples for 64 features"):
-        Moments.of(torch.randn(10, 64))
+        Moments.from_features(torch.randn(10, 64))
 
 
 def test_identical_laws_have_the_known_coverage_and_density():

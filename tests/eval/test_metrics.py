@@ -50,7 +50,7 @@ def test_a_shift_adds_its_square_to_the_frechet_distance_and_the_bias_is_predict
 
 def test_the_predicted_bias_is_that_of_isotropic_gaussians_in_64_dimensions():
     exact = Moments(torch.zeros(64).double(), torch.eye(64).double(), 10**9)
-    found = [frechet(Moments.of(normal(4000, 64, seed=s)), exact) for s in range(6)]
+    found = [frechet(Moments.from_features(normal(4000, 64, seed=s)), exact) for s in range(6)]
     expected = bias(torch.ones(64).double(), 4000)
     assert expected == pytest.approx(64 / 4000 + (64 * 65 / 4) / 3999)  # 0.276
     assert sum(found) / 6 == pytest.approx(expected, rel=0.03)
@@ -82,7 +82,9 @@ def test_the_frechet_distance_is_torch_fidelitys():
     stats = [{"mu": v.mean(0).numpy(), "sigma": np.cov(v.numpy(), rowvar=False)} for v in (x, y)]
     theirs = fidelity.fid_statistics_to_metric(*stats, verbose=False)
     theirs = theirs["frechet_inception_distance"]
-    assert frechet(Moments.of(x), Moments.of(y)) == pytest.approx(theirs, rel=1e-4)
+    assert frechet(Moments.from_features(x), Moments.from_features(y)) == pytest.approx(
+        theirs, rel=1e-4
+    )
 
 
 # extrapolation
@@ -121,7 +123,7 @@ def test_sobol_latents_are_standard_normal_and_more_even_than_independent_ones()
 
 
 def test_latents_beyond_the_sobol_sequence_are_refused():
-    with pytest.raises(MetricError, match="draw independent latents"):
+    with pytest.raises(MetricError, match="use independent latents"):
         sobol_normal(2, (16, 64, 64), seed=0)
 
 
@@ -238,7 +240,7 @@ def test_splits_are_of_shuffled_samples_and_their_spread_is_the_populations():
     whole = InceptionScore(as_features, splits=1).measure(kept(logits))
     assert whole == {"inception_score": pytest.approx(10), "inception_score_std": 0}
     some = normal(15, 3) * 3
-    a, b = (score(part) for part in subset(kept(some).kept, 15, 0).tensor_split(2))
+    a, b = (score(part) for part in subset(kept(some).features, 15, 0).tensor_split(2))
     two = InceptionScore(as_features, splits=2).measure(kept(some))
     assert two["inception_score_std"] == pytest.approx(abs(a - b) / 2) and a != b
 

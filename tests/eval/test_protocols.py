@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from eval import fetch
+from eval.catalogue import CATALOGUE
 from eval.errors import MetricError
 from eval.metrics.features import Embedded, Prepared
 from eval.metrics.fid import FID, Moments
 from eval.prompt_benchmarks import dpg, geneval
 from eval.protocols import reference, spec
-from eval.protocols.measure import METRICS, PROTOCOLS, protocol, read
+from eval.protocols.measure import PROTOCOLS, protocol, read
 from eval.protocols.reference import Reference, find, of_folder
 from eval.resize import centre_lanczos
 from eval.samples import Samples
@@ -48,7 +49,7 @@ def folder(tmp_path):
 def test_statistics_of_a_folder_are_those_of_its_pictures(folder):
     found = of_folder("toys", folder, TOY, keep=20)
     images = pictures(60)
-    whole = Moments.of(TOY(torch.cat([images[::2], images[1::2]])))
+    whole = Moments.from_features(TOY(torch.cat([images[::2], images[1::2]])))
     torch.testing.assert_close(found.moments.mean, whole.mean)
     torch.testing.assert_close(found.moments.cov, whole.cov)
     assert found.moments.n == 60 and found.features.shape == (20, 12)
@@ -74,10 +75,10 @@ def test_statistics_are_read_from_the_cache_until_a_picture_changes(folder, cach
 def test_statistics_of_another_rule_or_number_are_refused(folder, cache):
     of_folder("toys", folder, TOY)
     assert find("toys", TOY, 60).moments.n == 60
-    with pytest.raises(MetricError, match=r"60 pictures .*the protocol takes 61"):
+    with pytest.raises(MetricError, match=r"is of 60 images; make it of 61"):
         find("toys", TOY, 61)
     newer = Embedded("toy", "2", 12, TOY.read)
-    with pytest.raises(MetricError, match=r"made by 'toy 1, .* asked for by 'toy 2, "):
+    with pytest.raises(MetricError, match=r"made by 'toy 1, .* the metric needs 'toy 2, "):
         find("toys", newer, 60)
     with pytest.raises(MetricError, match=r"by toy-centre_lanczos-2 .*: distill reference toys"):
         find("toys", Prepared(centre_lanczos, 2, TOY), 60)
@@ -95,7 +96,7 @@ def test_published_moments_serve_distances_and_nothing_else(tmp_path, cache, mon
     np.savez(tmp_path / "stats.npz", mu=x.mean(0).numpy(), sigma=torch.cov(x.T).numpy())
     found = reference.published("toys", tmp_path / "stats.npz", TOY, 100)
     torch.testing.assert_close(found.moments.cov, torch.cov(x.T))
-    found.save(reference.place("toys", TOY, None, found.content))
+    found.save(reference.path_of("toys", TOY, None, found.content))
     assert find("toys", TOY, 100).features.shape == (0, 12)
     monkeypatch.setitem(spec.EXTRACTORS, "toy", TOY)
     against = {**BASE, "reference": {"name": "toys", "count": 100}}
@@ -119,7 +120,7 @@ def test_pictures_of_many_sizes_are_prepared_before_their_features(tmp_path):
     found = of_folder("toys", tmp_path, small)
     one_by_one = torch.cat([small(image[None]) for image in images])
     assert torch.equal(found.features, one_by_one)
-    with pytest.raises(MetricError, match="no pictures in"):
+    with pytest.raises(MetricError, match="no images in"):
         of_folder("none", tmp_path / "none", TOY)
 
 
@@ -132,7 +133,7 @@ def test_every_protocol_is_written_as_it_should_be_and_its_figures_are_described
         assert PROTOCOLS[name].__doc__ == written.summary and len(written.summary) < 110
         assert written.count % written.chunk == 0
         for key in set(written.metrics) - {"prdc"}:
-            assert key in METRICS, f"{name}: {key}"
+            assert key in CATALOGUE, f"{name}: {key}"
     assert set(PROTOCOLS) == {
         "cifar10-50k", "coco2014-30k", "coco2017-5k", "digits", "imagenet64-50k", "mjhq-30k",
         "sdxl-10k", "shapes",
@@ -141,7 +142,7 @@ def test_every_protocol_is_written_as_it_should_be_and_its_figures_are_described
 
 @pytest.mark.parametrize("name", ["coco2014-30k", "coco2017-5k"])
 def test_cmmd_of_coco_is_of_the_pictures_as_they_are_which_it_crops_and_resizes_itself(name):
-    needs = spec.spec(spec.FOLDER / f"{name}.yaml").needs(name)
+    needs = spec.spec(spec.FOLDER / f"{name}.yaml").feature_requests(name)
     found = {n.metric: n.features.rule for n in needs}
     assert found[f"cmmd of {name}"].endswith(", centre_then_resize to 336")
     assert found[f"cmmd of {name}"].startswith("clip-vitl14-336 ")
@@ -179,7 +180,7 @@ def test_a_protocol_with_all_at_hand_measures(folder, tmp_path, monkeypatch):
     )
     images = pictures(60, seed=7)
     found = read(path)(lambda p, s: Samples(images[20 * s : 20 * s + 20], p, 1.0), seeds=1)
-    real = Moments.of(TOY(pictures(60)))
+    real = Moments.from_features(TOY(pictures(60)))
     assert found["fid"] == pytest.approx(FID(TOY, real)(Samples(images, []))["fd"], rel=1e-6)
     assert {"fid_bias", "kid", "kid_std", "vendi"} < set(found)
     assert found["protocol"] == "mine" and found["images_per_s"] == pytest.approx(20)
@@ -226,7 +227,7 @@ BASE = {
         ({"metrics": {"kid": {"features": "digits", "prepare": "crop"}}}, "prepare 'crop'"),
         (
             {"metrics": {"kid": {"features": "digits", "prepare": "centre_patch"}}},
-            "centre_patch is to which size",
+            "centre_patch needs a size",
         ),
         ({"metrics": {"clip_score": {"source": "x/y"}}}, "it lacks revision"),
         ({"metrics": {"kid": {"features": "digits", "size": 9}}}, "option 'size' is unknown"),
@@ -274,7 +275,7 @@ def test_genevals_folders_are_those_that_its_scorer_walks(tmp_path):
         ]
     with Image.open(tmp_path / "00001" / "samples" / "00001.png") as f:
         assert f.getpixel((1, 2)) == tuple(images[2, :, 2, 1].tolist())
-    with pytest.raises(MetricError, match="no picture of 'a cow'"):
+    with pytest.raises(MetricError, match="no image of 'a cow'"):
         geneval(Samples(images[:1], ["a bench"]), lines, tmp_path)
 
 
@@ -285,7 +286,7 @@ def test_dpgs_grids_hold_four_pictures_row_by_row(tmp_path):
         boxes = [(0, 0, 4, 4), (4, 0, 8, 4), (0, 4, 4, 8), (4, 4, 8, 8)]  # its scorer's crops
         for image, box in zip(images, boxes):
             assert f.crop(box).getpixel((3, 1)) == tuple(image[:, 1, 3].tolist())
-    with pytest.raises(MetricError, match="3 pictures of partiprompts12"):
+    with pytest.raises(MetricError, match="3 images of partiprompts12"):
         dpg(Samples(images[:3], ["long text"] * 3), {"partiprompts12": "long text"}, tmp_path)
     with pytest.raises(MetricError, match="'other' is none of its prompts"):
         dpg(Samples(images, ["long text"] * 3 + ["other"]), {"p": "long text"}, tmp_path)

@@ -14,10 +14,10 @@ from eval.errors import MetricError
 from eval.metrics.fid import FID, Moments
 from eval.metrics.mmd import KID
 from eval.protocols import measure as protocols
-from eval.protocols.collect import Gathering
+from eval.protocols.collect import Measurement
 from eval.protocols.measure import Protocol
 from eval.samples import Samples
-from eval.stream import LANES, Lanes, Processes, Reservoir, Tally
+from eval.stream import LANES, LaneCollectors, MomentSums, Processes, Reservoir
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -33,10 +33,10 @@ def pictures(n, seed):
 
 def test_moments_in_chunks_are_numpys_however_far_the_mean():
     x = torch.randn(1000, 6, dtype=torch.double) + 1e6
-    tally = Tally()
+    tally = MomentSums()
     for i, part in enumerate(x.split([1, 7, 500, 492])):
         tally.add(part, i)
-    found = Moments.counted(tally)
+    found = Moments.from_sums(tally)
     assert found.n == 1000
     np.testing.assert_allclose(found.mean, x.numpy().mean(0), rtol=1e-14)
     np.testing.assert_allclose(found.cov, np.cov(x.numpy(), rowvar=False), atol=1e-8)
@@ -44,20 +44,20 @@ def test_moments_in_chunks_are_numpys_however_far_the_mean():
 
 def test_joined_moments_are_those_of_all_samples():
     x = torch.randn(300, 5)
-    a, b, empty = Tally(), Tally(), Tally()
+    a, b, empty = MomentSums(), MomentSums(), MomentSums()
     a.add(x[:80], 0)
     b.add(x[80:], 80)
     empty.merge(a)
     empty.merge(b)
-    found, whole = Moments.counted(empty), Moments.of(x)
+    found, whole = Moments.from_sums(empty), Moments.from_features(x)
     torch.testing.assert_close(found.cov, whole.cov, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(found.mean, whole.mean, rtol=1e-12, atol=1e-14)
 
 
 def test_moments_in_one_go_are_torchs_to_the_bit():
     x = torch.randn(500, 64)
-    assert torch.equal(Moments.of(x).cov, torch.cov(x.double().T))
-    assert torch.equal(Moments.of(x).mean, x.double().mean(0))
+    assert torch.equal(Moments.from_features(x).cov, torch.cov(x.double().T))
+    assert torch.equal(Moments.from_features(x).mean, x.double().mean(0))
 
 
 @pytest.mark.parametrize("cuts", [[1000], [400, 600], [1, 2, 997], [250] * 4])
@@ -70,8 +70,8 @@ def test_a_reservoir_keeps_the_same_samples_for_all_chunks(cuts):
     backwards = Reservoir(100)
     for i in reversed(range(10)):
         backwards.add(x[100 * i : 100 * i + 100], 100 * i)
-    assert torch.equal(found.kept, backwards.kept)
-    assert torch.equal(found.kept[:, 0].long(), found.numbers)
+    assert torch.equal(found.features, backwards.features)
+    assert torch.equal(found.features[:, 0].long(), found.numbers)
 
 
 def test_a_reservoir_chooses_evenly_and_by_its_seed():
@@ -79,7 +79,7 @@ def test_a_reservoir_chooses_evenly_and_by_its_seed():
     for seed in range(200):
         reservoir = Reservoir(100, seed)
         reservoir.add(torch.arange(1000.0)[:, None], 0)
-        assert len(reservoir.kept.unique()) == 100
+        assert len(reservoir.features.unique()) == 100
         found[reservoir.numbers] += 1
     # counts of each are binomial (200, 0.1): mean 20, variance 18
     assert found.var() == pytest.approx(18, rel=0.2)
@@ -92,21 +92,21 @@ def test_a_reservoir_that_is_not_full_is_all_samples_in_order():
     found = Reservoir(100)
     found.add(x[20:], 20)
     found.add(x[:20], 0)
-    assert torch.equal(found.kept, x)
+    assert torch.equal(found.features, x)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16])
 def test_lanes_put_together_are_the_same_bits_for_any_number_of_processes(count):
-    """Without processes: each one's lanes are made here, and joined as `Lanes.joined` does."""
+    """Without processes: each one's lanes are made here, and merged as `merged` does."""
     x = torch.randn(40 * 10, 6)
 
     def joined(count):
-        whole = Tally()
-        lanes = [Lanes(Tally) for _ in range(count)]
+        whole = MomentSums()
+        lanes = [LaneCollectors(MomentSums) for _ in range(count)]
         for rank, mine in enumerate(lanes):
             for chunk in range(40):
-                if Processes(rank, count).mine(chunk):
-                    mine.of(chunk).add(x[10 * chunk : 10 * chunk + 10], 10 * chunk)
+                if Processes(rank, count).owns(chunk):
+                    mine.collector(chunk).add(x[10 * chunk : 10 * chunk + 10], 10 * chunk)
         for lane in range(LANES):
             whole.merge(lanes[lane % count].lanes[lane])
         return whole
@@ -118,10 +118,10 @@ def test_lanes_put_together_are_the_same_bits_for_any_number_of_processes(count)
 
 def test_every_chunk_is_one_processs_and_too_many_processes_are_refused():
     for count in (1, 3, 16):
-        owners = [sum(Processes(r, count).mine(c) for r in range(count)) for c in range(50)]
+        owners = [sum(Processes(r, count).owns(c) for r in range(count)) for c in range(50)]
         assert owners == [1] * 50
-    with pytest.raises(MetricError, match="17 processes; at most 16"):
-        Processes(0, 17).mine(0)
+    with pytest.raises(MetricError, match="17 processes; start at most 16"):
+        Processes(0, 17).owns(0)
 
 
 def protocol(chunk):
@@ -139,7 +139,7 @@ def draw(prompts, seed):
 
 
 def measure(metrics, chunks):
-    found = Gathering(metrics)
+    found = Measurement(metrics)
     for chunk in chunks:
         found.add(*chunk)
     return found.figures()
@@ -158,12 +158,12 @@ def cut_at(wanted, drawn):
 
 
 def test_a_seed_that_was_cut_off_goes_on_at_its_next_chunk_to_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(protocols, "EVERY", -1.0)
+    monkeypatch.setattr(protocols, "SAVE_EVERY", -1.0)
     drawn, told, keep = [], [], tmp_path / "kept"
-    whole = protocol(40).once(draw, 1)
+    whole = protocol(40).measure_seed(draw, 1)
     with pytest.raises(KeyboardInterrupt):
-        protocol(40).once(cut_at(20, drawn), 1, keep=keep)
-    again = protocol(40).once(cut_at(None, drawn), 1, keep=keep, told=told.append)
+        protocol(40).measure_seed(cut_at(20, drawn), 1, state=keep)
+    again = protocol(40).measure_seed(cut_at(None, drawn), 1, state=keep, progress=told.append)
     assert again == whole
     assert whole["evaluations"] == pytest.approx(1.5)
     assert drawn == list(range(15, 30))
@@ -173,19 +173,19 @@ def test_a_seed_that_was_cut_off_goes_on_at_its_next_chunk_to_the_same_bits(tmp_
 
 @pytest.mark.parametrize("spoil", ["other", "damaged", "cut"])
 def test_what_was_collected_of_something_else_counts_for_nothing(tmp_path, monkeypatch, spoil):
-    monkeypatch.setattr(protocols, "EVERY", -1.0)
+    monkeypatch.setattr(protocols, "SAVE_EVERY", -1.0)
     drawn, keep = [], tmp_path / "kept"
     with pytest.raises(KeyboardInterrupt):
-        protocol(100).once(cut_at(3, drawn), 0, keep=keep, about={"steps": 1})
+        protocol(100).measure_seed(cut_at(3, drawn), 0, state=keep, identity={"steps": 1})
     (file,) = tmp_path.iterdir()
     if spoil == "damaged":
         file.write_bytes(b"x" * 100)
     if spoil == "cut":
         file.write_bytes(file.read_bytes()[:-200])
     about = {"steps": 2 if spoil == "other" else 1}
-    found = protocol(100).once(cut_at(None, drawn), 0, keep=keep, about=about)
+    found = protocol(100).measure_seed(cut_at(None, drawn), 0, state=keep, identity=about)
     assert drawn == [0, 1, 2, 0, 1, 2, 3, 4, 5]
-    assert found == protocol(100).once(draw, 0)
+    assert found == protocol(100).measure_seed(draw, 0)
 
 
 def test_figures_in_chunks_are_those_of_all_samples_at_once():
@@ -249,11 +249,14 @@ def test_features_that_are_not_numbers_are_refused():
         return features(images).where(torch.arange(9) > 0, torch.nan)
 
     with pytest.raises(MetricError, match="of 20 of 20 images hold NaN"):
-        measure([FID(broken, Moments.of(torch.randn(20, 9)))], [(0, 0, draw(["x"] * 20, 0))])
+        measure(
+            [FID(broken, Moments.from_features(torch.randn(20, 9)))], [(0, 0, draw(["x"] * 20, 0))]
+        )
 
 
 @pytest.mark.slow
 def test_three_processes_give_the_bits_of_one(tmp_path):
+    """Every figure of three processes is one process's, to the bit."""
     found = []
     for count in (1, 3):
         out = tmp_path / f"{count}.json"

@@ -10,14 +10,15 @@ import torch
 
 from distill import __main__ as cli
 from distill.evaluation import subject
-from distill.evaluation.results_file import Figures
+from distill.evaluation.results_file import ResultsFile
 from distill.evaluation.subject import Subject, agreement, evaluate
 from distill.sampling.student_sampler import check_protocol
-from eval.protocols.measure import headline, protocol
+from eval.catalogue import headline
+from eval.protocols.measure import protocol
 from eval.samples import Samples
 from teachers.catalogue.loading import load
-from teachers.errors import UserError
 from teachers.teacher import EMBEDDED
+from tests.helpers.refusals import refused
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_a_call_that_was_cut_off_goes_on_at_the_seed_that_was_not_done(digits, t
 def test_a_file_of_figures_keeps_what_it_holds(digits, tmp_path):
     measure, path, drawn = protocol("digits"), tmp_path / "f.json", []
     for steps, seeds in (([1], 1), ([2], 1), ([1, 2], 2)):
-        file = Figures(path, {"source": "grey"})
+        file = ResultsFile(path, {"source": "grey"})
         file.open()
         found = grey(digits, drawn=drawn)
         rows = evaluate(found, measure, steps, seeds, record=file.record("seeds"))
@@ -65,7 +66,7 @@ def test_a_file_of_figures_keeps_what_it_holds(digits, tmp_path):
     tree = json.loads(path.read_text())
     assert {k: v["seeds"] for k, v in tree["student"].items()} == {"1": 2, "2": 2}
     assert list(tmp_path.iterdir()) == [path]
-    file = Figures(path, {"source": "grey"})
+    file = ResultsFile(path, {"source": "grey"})
     file.open()
     rows = evaluate(grey(digits, 101, drawn=drawn), measure, [1], 1, record=file.record("seeds"))
     file.close({"protocol": "digits", "student": rows})  # of other weights: nothing is kept
@@ -73,16 +74,16 @@ def test_a_file_of_figures_keeps_what_it_holds(digits, tmp_path):
 
 
 @pytest.mark.parametrize(("holds", "line"), [
-    ("no json", "no figures of distill eval"),
-    ('{"student": {}}', "no figures of distill eval"),
-    ('{"of": {"source": "grey"}, "kept": 3}', "no figures of distill eval"),
-    ('{"of": {"source": "white"}}', "figures of source 'white', not 'grey'"),
+    ("no json", ("--json", "figures")),
+    ('{"student": {}}', ("--json", "figures")),
+    ('{"of": {"source": "grey"}, "kept": 3}', ("--json", "figures")),
+    ('{"of": {"source": "white"}}', ("--json", "white", "grey")),
 ])  # fmt: skip
 def test_a_file_of_anything_else_is_left_alone(tmp_path, holds, line):
     path = tmp_path / "f.json"
     path.write_text(holds)
-    with pytest.raises(UserError, match=line):
-        Figures(path, {"source": "grey"})
+    with refused(*line):
+        ResultsFile(path, {"source": "grey"})
     assert path.read_text() == holds
 
 
@@ -98,7 +99,7 @@ def test_a_student_is_measured_by_the_protocol_of_its_run(tmp_path):
     assert subject.usual_protocol("digits") == "digits"
     sidecar.write_text(json.dumps({"teacher": "o/m"}))
     for source in (str(tmp_path), "owner/model"):
-        with pytest.raises(UserError, match="--protocol is missing"):
+        with refused("--protocol"):
             subject.usual_protocol(source)
 
 
@@ -114,8 +115,8 @@ def test_what_was_kept_of_something_else_does_not_count(digits, tmp_path, spoil)
 
 def test_means_and_spreads_are_over_the_seeds(digits):
     measure = protocol("digits")
-    runs = [measure.once(grey(digits).draw([], 1, None), seed) for seed in (0, 1)]
-    row = measure.over(runs)
+    runs = [measure.measure_seed(grey(digits).sampler([], 1, None), seed) for seed in (0, 1)]
+    row = measure.average(runs)
     assert row["fd"] == pytest.approx((runs[0]["fd"] + runs[1]["fd"]) / 2)
     assert row["spread"]["fd"] == pytest.approx(abs(runs[0]["fd"] - runs[1]["fd"]) / 2)
 
@@ -145,7 +146,7 @@ def test_figures_of_a_teacher_say_what_its_pictures_cost():
     assert row["search_evaluations"] == 32 * 64  # it is found once, and told with each seed
     assert row["spread"]["evaluations"] == 0
     assert 2 < row["evaluations"] < 3
-    names = subject.shown(found, {"3": row, "1": {}})
+    names = subject.table_rows(found, {"3": row, "1": {}})
     assert list(names) == [
         f"teacher, {k} of ddim, GITS, DeepCache 2" for k in ("3 steps", "1 step")
     ]
@@ -153,15 +154,15 @@ def test_figures_of_a_teacher_say_what_its_pictures_cost():
 
 
 def test_counts_that_a_student_was_not_trained_for_are_refused(digits):
-    with pytest.raises(UserError, match=r"--steps 3: this student was trained for 1, 2"):
+    with refused("--steps", "3", "1", "2"):
         grey(digits, counts=(1, 2)).check([1, 3])
 
 
 def test_protocols_are_refused_where_pictures_or_prompts_do_not_fit(digits):
-    with pytest.raises(UserError, match="it draws by captions, and the teacher by labels"):
+    with refused("protocol shapes", "10"):
         check_protocol(protocol("shapes"), digits)
     wide = replace(protocol("digits"), side=16)
-    with pytest.raises(UserError, match="1 channels and 16×16, the teacher's are 1×8×8"):
+    with refused("protocol digits", "16×16", "8"):
         check_protocol(wide, digits)
     check_protocol(protocol("digits"), digits)
 
@@ -174,37 +175,39 @@ def test_the_figure_that_counts_is_the_first_distance_there_is():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["digits", "--solver", "hein"], "did you mean 'heun'"),
-        (["digits", "--solver", "UniPCMultistepScheduler"], "not of its process"),
-        (["digits", "--schedule", "gitz"], "--schedule: expected 'own', 'ays', 'gits' or"),
-        (["digits", "--schedule", "ays"], "its authors publish none"),
-        (["digits", "--schedule", "gits", "--steps", "4,65"], "--steps 65: its times are chosen"),
-        (["digits", "--adaptive", "0.9"], "guidance is 1, and there is nothing to stop"),
-        (["digits", "--adaptive", "2"], "--adaptive: expected"),
+        (["digits", "--solver", "hein"], ("--solver", "heun")),
+        (["digits", "--solver", "UniPCMultistepScheduler"], ("eval", "digits")),
+        (["digits", "--schedule", "gitz"], ("--schedule", "'own'", "'ays'", "gits")),
+        (["digits", "--schedule", "ays"], ("eval", "digits")),
+        (["digits", "--schedule", "gits", "--steps", "4,65"], ("--steps", "65")),
+        (["digits", "--adaptive", "0.9"], ("eval", "1")),
+        (["digits", "--adaptive", "2"], ("--adaptive", "1", "2.0")),
         (
             ["digits", "--adaptive", "0.9", "--guidance", "2", "--cache", "2"],
-            "cache: 1, as adaptive",
+            ("eval", "1"),
         ),
-        (["digits", "--steps", "0"], "--steps 0: expected whole numbers"),
-        (["digits", "--steps", "1,two"], "--steps 1,two: expected"),
-        (["digits", "--steps", "1,,2"], "--steps 1,,2: expected"),
-        (["digits", "--against-steps", "5"], "--against-steps: it is for --against"),
-        (["digits", "--speed", "--seeds", "2"], "--seeds: it is for --protocol"),
-        (["nowhere/at/all"], "nowhere/at/all"),
-        (["digits", "--against", "shapes"], "its pictures are 3×32×32, not 1×8×8"),
-        (["digits", "--against", "nowhere/at/all"], "nowhere/at/all"),
-        (["digits", "--json", "nowhere/f.json"], "does not exist"),
+        (["digits", "--steps", "0"], ("--steps", "0")),
+        (["digits", "--steps", "1,two"], ("--steps", "1,two")),
+        (["digits", "--steps", "1,,2"], ("--steps", "1", "2")),
+        (["digits", "--against-steps", "5"], ("--against-steps", "--against")),
+        (["digits", "--speed", "--seeds", "2"], ("--seeds", "--protocol")),
+        (["nowhere/at/all"], ("nowhere/at/all", "digits", "shapes")),
+        (["digits", "--against", "shapes"], ("--against", "3×32×32", "1", "8")),
+        (["digits", "--against", "nowhere/at/all"], ("teacher 'nowhere/at/all'", "OWNER/NAME")),
+        (["digits", "--json", "nowhere/f.json"], ("--json", "exist")),
     ],
 )
 def test_mistakes_are_said_before_anything_is_drawn(words, said):
-    with pytest.raises(UserError, match=said):
+    with refused(*said):
         cli.app(["eval", *words], standalone_mode=False)
 
 
 def test_a_students_measurement_has_no_teachers_options():
-    subject.refuse({"schedule": "own", "adaptive": None, "cache": 1}, "no such choice")
-    with pytest.raises(UserError, match="--null-label: no such choice"):
-        subject.refuse({"solver": "heun", "null_label": 3}, "no such choice")
+    subject.refuse_options({"schedule": "own", "adaptive": None, "cache": 1}, "no such choice")
+    with refused("--null-label", "students"):
+        subject.refuse_options(
+            {"solver": "heun", "null_label": 3}, "students have none; leave it out"
+        )
 
 
 def test_what_was_kept_of_a_local_teacher_counts_while_its_files_are_the_same(tmp_path):

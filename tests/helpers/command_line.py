@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +29,19 @@ def called(capsys, *words):
         patch.setattr(sys, "argv", ["distill", *map(str, words)])
         cli.main()
     return stopped.value.code, *capsys.readouterr()
+
+
+def launched(recipe: Path, out: Path, *words: str) -> subprocess.Popen[str]:
+    """`distill run` in a process of its own, which goes on by itself."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "distill", "run", str(recipe), *words, "--out", str(out)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, pattern: str, seconds: float = 120) -> None:
+    """Wait until the folder holds a file of this pattern."""
+    until = time.monotonic() + seconds
+    while not list(path.glob(pattern)):
+        assert time.monotonic() < until, f"no {pattern} in {path}"
+        time.sleep(0.02)

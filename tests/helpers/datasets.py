@@ -11,7 +11,7 @@ from torch import nn
 from distill.config.recipe import Recipe
 from teachers.denoiser import Denoiser
 from teachers.process import Karras
-from teachers.teacher import Pixels, Teacher
+from teachers.teacher import Codec, Pixels, Teacher
 
 
 class Words(nn.Module):
@@ -26,7 +26,7 @@ class Words(nn.Module):
         return self.mix(self.letters(torch.tensor(codes))).tanh()
 
 
-class Toy:
+class Toy(Codec):
     """A text-to-image codec: letters in, and a convolution that halves each side."""
 
     def __init__(self, negative: str = "") -> None:

@@ -158,9 +158,9 @@ def save(
     if case["kind"] == "Precond":
         content = EasyDict(content)
         if case["arguments"]["img_channels"] == 4:
-            std = np.float32([4.17, 4.62, 3.71, 3.28])
+            std = np.array([4.17, 4.62, 3.71, 3.28], np.float32)
             scale = np.float32(0.5) / std
-            bias = -np.float32([5.81, 3.25, 0.12, -2.15]) * scale
+            bias = -np.array([5.81, 3.25, 0.12, -2.15], np.float32) * scale
             parts = {"vae_name": "a/vae", "scale": scale, "bias": bias, "_vae": None}
             content["encoder"] = Persistent("StabilityVAEEncoder", parts)
         else:

@@ -212,7 +212,7 @@ class _Autocast(torch.autocast):
 @contextmanager
 def installed(monkeypatch: Any) -> Iterator[None]:
     """The fake GPU is there, and is what Accelerate picks; optimisers have their kernels on it."""
-    from torch.optim import optimizer
+    import torch.optim.optimizer as optimizer
     from torch.utils import _foreach_utils
 
     from distill.data import stream

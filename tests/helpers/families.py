@@ -36,32 +36,36 @@ def clip_config(tokenizer: Any, **more: Any) -> Any:
 
 
 def kl_vae(channels: int = 4, **more: Any) -> Any:
+    blocks: dict[str, Any] = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), in_channels=3, out_channels=3, latent_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4, sample_size=32, **more,
+        in_channels=3, out_channels=3, latent_channels=channels, norm_num_groups=4, sample_size=32,
+        **blocks, **more,
     ).eval()  # fmt: skip
 
 
-UNET = {
+UNET: dict[str, Any] = {
     "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }  # fmt: skip
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def stable(root: Path, prediction: str = "epsilon") -> None:
     """Stable Diffusion 1.x (epsilon) and 2.x (v_prediction)."""
     tokenizer = clip_tokenizer(root / "scratch")
+    options: dict[str, Any] = {**BETAS, "prediction_type": prediction}
+    scheduler: Any = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, **options)
     diffusers.StableDiffusionPipeline(
         vae=kl_vae(scaling_factor=0.18215),
         text_encoder=transformers.CLIPTextModel(clip_config(tokenizer)),
         tokenizer=tokenizer,
         unet=diffusers.UNet2DConditionModel(cross_attention_dim=32, attention_head_dim=8, **UNET),
-        scheduler=diffusers.PNDMScheduler(
-            **BETAS, prediction_type=prediction, skip_prk_steps=True, steps_offset=1
-        ),
+        scheduler=scheduler,
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
@@ -71,6 +75,8 @@ def stable(root: Path, prediction: str = "epsilon") -> None:
 def sdxl(root: Path) -> None:
     tokenizer = clip_tokenizer(root / "scratch")
     second = transformers.CLIPTextModelWithProjection(clip_config(tokenizer, hidden_act="gelu"))
+    scheduler: Any = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading")
+    depths: dict[str, Any] = {"attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2)}
     diffusers.StableDiffusionXLPipeline(
         vae=kl_vae(scaling_factor=0.13025),
         text_encoder=transformers.CLIPTextModel(clip_config(tokenizer)),
@@ -79,15 +85,14 @@ def sdxl(root: Path) -> None:
         tokenizer_2=tokenizer,
         unet=diffusers.UNet2DConditionModel(
             cross_attention_dim=64,
-            attention_head_dim=(2, 4),
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 32,
-            transformer_layers_per_block=(1, 2),
+            **depths,
             **UNET,
         ),
-        scheduler=diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading"),
+        scheduler=scheduler,
     ).save_pretrained(root)
 
 

@@ -52,11 +52,14 @@ LANGUAGE: dict[str, Any] = {
 
 
 def kl_vae(levels: int, **more: Any) -> Any:
+    blocks: dict[str, Any] = {
+        "block_out_channels": (8,) * levels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
     return diffusers.AutoencoderKL(
-        block_out_channels=(8,) * levels, latent_channels=4, norm_num_groups=4, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels, scaling_factor=0.36, shift_factor=0.12,
-        **more,
+        latent_channels=4, norm_num_groups=4, sample_size=32, scaling_factor=0.36,
+        shift_factor=0.12, **blocks, **more,
     ).eval()  # fmt: skip
 
 

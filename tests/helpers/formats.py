@@ -1,6 +1,7 @@
 """Small pipelines of Stable Diffusion and SDXL."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -34,10 +35,12 @@ def text_config(width, act, **more):
 
 
 def vae():
-    return AutoencoderKL(
-        block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
+    blocks: dict[str, Any] = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    return AutoencoderKL(latent_channels=4, norm_num_groups=4, sample_size=16, **blocks)
 
 
 def sd15(folder):
@@ -45,27 +48,32 @@ def sd15(folder):
         sample_size=8, block_out_channels=(8, 16, 16, 16), layers_per_block=2, norm_num_groups=4,
         cross_attention_dim=16, attention_head_dim=2,
     )  # fmt: skip
+    rest: dict[str, Any] = {
+        "scheduler": DDIMScheduler(), "safety_checker": None, "feature_extractor": None
+    }  # fmt: skip
     return StableDiffusionPipeline(
         vae=vae(), text_encoder=CLIPTextModel(text_config(16, "quick_gelu")), unet=unet,
-        tokenizer=tokenizer(folder / "tok"), scheduler=DDIMScheduler(), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        tokenizer=tokenizer(folder / "tok"), requires_safety_checker=False, **rest,
     )  # fmt: skip
 
 
 def sdxl(folder):
+    depths: dict[str, Any] = {
+        "attention_head_dim": (1, 2, 2), "transformer_layers_per_block": (1, 1, 2)
+    }  # fmt: skip
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4,
-        cross_attention_dim=48, attention_head_dim=(1, 2, 2), use_linear_projection=True,
-        transformer_layers_per_block=(1, 1, 2), addition_embed_type="text_time",
-        addition_time_embed_dim=4, projection_class_embeddings_input_dim=24 + 32,
+        cross_attention_dim=48, use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=24 + 32, **depths,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
+    scheduler: Any = EulerDiscreteScheduler()
     return StableDiffusionXLPipeline(
         vae=vae(), text_encoder=CLIPTextModel(text_config(16, "quick_gelu")),
         text_encoder_2=CLIPTextModelWithProjection(text_config(32, "gelu", projection_dim=32)),
         unet=unet, tokenizer=tokenizer(folder / "tok"), tokenizer_2=tokenizer(folder / "tok"),
-        scheduler=EulerDiscreteScheduler(), force_zeros_for_empty_prompt=True,
+        scheduler=scheduler, force_zeros_for_empty_prompt=True,
     )  # fmt: skip
 
 

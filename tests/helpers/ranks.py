@@ -7,7 +7,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 
-from distill.__main__ import leave_group
+from distill.__main__ import destroy_process_group
 from distill.config.recipe import Recipe
 from distill.training import build
 from tests.helpers.toys import FIVE, recipe_tree
@@ -30,7 +30,7 @@ def main(teacher: str, folder: Path) -> None:
             for i, p in enumerate(q.params)
         }
         save_file(state, folder / f"{name}-{rank}.safetensors")
-    leave_group()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

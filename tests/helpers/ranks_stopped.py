@@ -4,11 +4,12 @@ import json
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from distill.__main__ import leave_group
+from distill.__main__ import destroy_process_group
 from distill.config.recipe import Recipe
 from distill.training import build
 from distill.training.engine import Stopped
@@ -23,7 +24,7 @@ def main(teacher: str, folder: Path) -> None:
         AcceleratorState._reset_state()
         GradientState._reset_state()
         tree = recipe_tree("consistency", teacher, steps=STEPS, log_every=STEPS, save_every=STEPS)
-        engine = build.build(Recipe.check(tree), folder / str(when)).engine
+        engine: Any = build.build(Recipe.check(tree), folder / str(when)).engine
         play, rank = engine.play, engine.accelerator.process_index
 
         def signalled(*args, engine=engine, play=play, rank=rank, when=when):
@@ -39,7 +40,7 @@ def main(teacher: str, folder: Path) -> None:
             found = str(stopped)
         report = {"signal": found, "step": engine.step}
         (folder / f"{when}-{rank}.json").write_text(json.dumps(report))
-    leave_group()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

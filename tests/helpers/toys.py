@@ -33,7 +33,7 @@ def save_pipeline(kind: str, path: Path) -> Path:
     torch.manual_seed(KINDS.index(kind))
     classes = None if kind == "unconditional" else 11 if kind == "edm" else 10
     unet = d.UNet2DModel(**SMALL, num_class_embeds=classes)
-    predicts = {"eps": "epsilon", "v": "v_prediction", "sample": "sample"}
+    predicts: dict[str, Any] = {"eps": "epsilon", "v": "v_prediction", "sample": "sample"}
     if kind == "edm":
         scheduler: Any = d.EDMEulerScheduler()
     elif kind == "cm":

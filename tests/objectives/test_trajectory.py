@@ -10,6 +10,7 @@ from distill.objectives.progressive import Progressive
 from students.generator import Generator
 from teachers.analytic import Finite, Gaussian
 from teachers.process import Karras, Trig
+from tests.helpers.refusals import refused
 from tests.helpers.toys import Affine, Slopes
 
 D = torch.float64
@@ -248,9 +249,8 @@ def test_the_loss_is_the_larger_of_the_errors_of_x_and_eps():
 
 
 def test_grids_that_do_not_halve_to_the_students_are_refused():
-    from teachers.errors import UserError
 
-    with pytest.raises(UserError, match=r"objective\.initial_steps"):
+    with refused("objective.initial_steps", "3", "1"):
         progressive(3)
 
 

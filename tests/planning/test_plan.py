@@ -13,6 +13,7 @@ from distill.planning import forecast
 from distill.planning.plan import GPUS, Plan, advice
 from distill.training import build
 from tests.helpers.engines import stream
+from tests.helpers.refusals import refused
 from tests.helpers.toys import SMALL, recipe_tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer")
@@ -107,14 +108,13 @@ def test_a_plan_that_does_not_fit_says_which_keys_to_change(pipelines):
 
 
 def test_an_unknown_card_is_named(tmp_path):
-    from teachers import UserError
-
-    with pytest.raises(UserError, match="did you mean 'rtx-4090'"):
+    with refused("--gpu", "rtx-4090"):
         app(["plan", "digits/sid", "--gpu", "rtx4090"], standalone_mode=False)
 
 
 @pytest.mark.slow
 def test_sdxl_under_adapters_holds_at_most_three_and_a_half_bytes_a_parameter(tmp_path):
+    """SDXL's plan: 2.87 bytes a base parameter when last looked at, 12.3 GB with CUDA's own."""
     file = tmp_path / "plan.json"
     app(["plan", "sdxl/dmd2-lora", "--json", str(file)], standalone_mode=False)
     plan = json.loads(file.read_text())

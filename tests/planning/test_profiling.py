@@ -11,7 +11,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from distill.profiling import Meter, fused
+from distill.profiling import FusedAttention, Meter
 
 WAVES = 4  # sines in a block, each of which keeps its input for the backward pass
 
@@ -62,7 +62,7 @@ def test_fused_attentions_flops_are_those_of_torchs_own_counter(again):
         out = checkpoint(attend, q, k, v, use_reentrant=False) if again else attend(q, k, v)
         out.sum().backward()
 
-    with Meter(set()) as meter, fused(meter):
+    with Meter(set()) as meter, FusedAttention(meter):
         step()
     # torch's own formulas, which its counter applies to the kernels of GPUs alone
     forward = sdpa_flop_count(q.shape, k.shape, v.shape)

@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_plain_install_runs_to_the_end(folder):
+    """What pip installs by itself today runs recipes of digits and shapes to their end."""
     plain = folder / "plain"
     environments.run_all(plain, environments.environment(plain, []))
 
@@ -40,6 +41,7 @@ def test_a_plain_install_runs_to_the_end(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_oldest_versions_run_to_the_end_and_share_students_with_the_newest(folder):
+    """So do the lowest versions of all dependencies; each draws the students of both."""
     plain, oldest = folder / "plain", folder / "oldest"
     newest = environments.environment(plain, [])
     programs = environments.environment(oldest, environments.floors())
@@ -48,7 +50,7 @@ def test_the_oldest_versions_run_to_the_end_and_share_students_with_the_newest(f
         *environments.run_all(plain, newest).values(),
     ]
     for run in students:
-        gap = environments.apart((plain, newest), (oldest, programs), run / "student")
+        gap = environments.largest_gap((plain, newest), (oldest, programs), run / "student")
         assert gap < 1e-3, run
 
 

@@ -32,7 +32,7 @@ MAY: dict[str, set[str]] = {
     "eval.shapes": {"eval"},
     "eval.metrics": {"eval", "eval.digits", "eval.shapes"},
     "eval.protocols": {"eval", "eval.digits", "eval.shapes", "eval.metrics"},
-    "distill": {"teachers", "teachers.storage"},
+    "distill": {"teachers", "teachers.storage", "eval"},
     "distill.objectives": {"distill", "students", "teachers"},
     "distill.config": {
         "distill", "distill.objectives", "students", "teachers", "teachers.storage",
@@ -45,17 +45,17 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.config", "distill.data", "students", "students.export", "teachers",
         "teachers.families", "teachers.catalogue", "eval", "eval.protocols",
     },
-    "distill.publish": {"students.export", "teachers", "teachers.storage"},
-    "distill.report": {"distill", "distill.config", "distill.publish", "teachers"},
+    "distill.publish": {"distill", "students.export", "teachers", "teachers.storage", "eval"},
+    "distill.report": {"distill", "distill.config", "distill.publish", "teachers", "eval"},
     "distill.training": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
         "distill.publish", "distill.report", "students", "students.export", "teachers",
-        "teachers.storage", "eval.shapes", "eval.protocols",
+        "teachers.storage", "eval", "eval.shapes", "eval.protocols",
     },
     "distill.planning": {
-        "distill", "distill.objectives", "distill.config", "distill.data", "distill.training",
-        "students", "teachers", "teachers.storage", "teachers.families", "teachers.catalogue",
-        "teachers.diagnosis", "eval",
+        "distill", "distill.objectives", "distill.config", "distill.training", "students",
+        "students.export", "teachers", "teachers.storage", "teachers.families",
+        "teachers.catalogue", "teachers.diagnosis", "eval",
     },
     "distill.evaluation": {
         "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",
@@ -70,8 +70,8 @@ MAY: dict[str, set[str]] = {
     },
     "distill.benchmark": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
-        "distill.training", "distill.planning", "distill.evaluation", "students", "teachers",
-        "eval.protocols",
+        "distill.training", "distill.evaluation", "students", "students.export", "teachers",
+        "eval", "eval.protocols",
     },
     "distill.cli": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",

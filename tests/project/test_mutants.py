@@ -93,7 +93,7 @@ def test_one_may_be_tried_alone_and_the_others_results_stay(project, capsys):
     assert tool.main(words, faults, project) == 2
     assert "out.json holds no result of 'thrice'; leave out --only once" in capsys.readouterr().err
     rows = [tool.Result(m.name, m.file, "survived", "", 0.0) for m in faults]
-    file.write_text(tool.written(rows))
+    file.write_text(tool.to_json(rows))
     assert tool.main(words, faults, project) == 1
     found = json.loads(file.read_text())["mutants"]
     assert [(m["name"], m["status"]) for m in found] == [
@@ -105,7 +105,7 @@ def test_one_may_be_tried_alone_and_the_others_results_stay(project, capsys):
 def test_a_fault_that_hangs_its_tests_is_caught(project, monkeypatch):
     monkeypatch.setattr(tool, "TIMEOUT", 3)
     hangs = mutant("hangs", "a + b", "a * b", "test_it.py::test_ends")
-    assert tool.tried(hangs, project)[2:4] == ("caught", "a timeout")
+    assert tool.try_fault(hangs, project)[2:4] == ("caught", "a timeout")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from distill.sampling import baselines
 from distill.sampling.baselines import Baseline
 from distill.sampling.teacher_sampler import pipeline
 from eval.samples import to_uint8
-from teachers import UserError, load
+from teachers import load
 from tests.helpers import families
+from tests.helpers.refusals import refused
 
 LABELS = [str(i % 10) for i in range(12)]
 CAPTIONS = ["a red circle", "two blue squares"]
@@ -37,7 +38,7 @@ def shapes():
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_our_solvers_draw_the_pictures_of_diffusers_schedulers(digits, solver, scheduler, steps):
     a, b = (
-        v.draw(recipe("digits"), digits, LABELS, steps)(LABELS, 5)
+        v.sampler(recipe("digits"), digits, LABELS, steps)(LABELS, 5)
         for v in (Baseline(solver=solver), Baseline(scheduler=scheduler))
     )
     gap = (a.images.int() - b.images.int()).abs()
@@ -50,7 +51,7 @@ def test_weights_of_half_precision_are_drawn_from_by_stock_schedulers_as_by_our_
     half = load("shapes", precision="bf16")
     stock, own = Baseline(scheduler="DDIMScheduler"), Baseline(solver="ddim")
     a, b, c, d = (
-        kind.draw(recipe("shapes"), teacher, CAPTIONS, 4)(CAPTIONS, 7).images.float()
+        kind.sampler(recipe("shapes"), teacher, CAPTIONS, 4)(CAPTIONS, 7).images.float()
         for kind in (stock, own)
         for teacher in (half, shapes)
     )
@@ -63,8 +64,8 @@ def test_weights_of_half_precision_are_drawn_from_by_stock_schedulers_as_by_our_
 def test_a_baseline_is_the_teachers_pipeline_with_that_scheduler(shapes, scheduler):
     import diffusers
 
-    draw = Baseline(scheduler=scheduler).draw(recipe("shapes", 3.0), shapes, CAPTIONS, 4)
-    found = draw(CAPTIONS, 7)
+    sampler = Baseline(scheduler=scheduler).sampler(recipe("shapes", 3.0), shapes, CAPTIONS, 4)
+    found = sampler(CAPTIONS, 7)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained("teachers/shapes")
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -83,7 +84,7 @@ def test_the_teachers_own_scheduler_is_left_as_it_was(shapes):
 
 
 def test_a_schedule_that_nobody_published_is_refused(digits):
-    with pytest.raises(UserError, match="its authors publish none for 'digits'; use schedule: git"):
+    with refused("baselines", "digits"):
         Baseline(solver="ddim", schedule="ays").check(recipe("digits"), digits)
 
 
@@ -91,20 +92,20 @@ def test_a_schedule_that_nobody_published_is_refused(digits):
     ("source", "scheduler"), [("digits", "DDIMScheduler"), ("shapes", "EDMEulerScheduler")]
 )
 def test_a_scheduler_of_another_process_is_refused(source, scheduler, request):
-    with pytest.raises(UserError, match="is not of its process; known: "):
+    with refused("baselines", "process"):
         Baseline(scheduler=scheduler).check(recipe(source), request.getfixturevalue(source))
 
 
 def test_guidance_that_no_stock_pipeline_has_is_refused(digits, shapes):
-    with pytest.raises(UserError, match="labels has no guidance"):
+    with refused("baselines", "guidance"):
         Baseline(scheduler="EDMEulerScheduler").check(recipe("digits", 2.0), digits)
     apg = recipe("shapes", {"scale": 3, "kind": "apg"})
-    with pytest.raises(UserError, match="guide by kind cfg alone"):
+    with refused("baselines", "guidance"):
         Baseline(scheduler="DDIMScheduler").check(apg, shapes)
 
 
 def cost(baseline, recipe, teacher, prompts, steps):
-    return baseline.draw(recipe, teacher, prompts, steps)(prompts, 0).costs
+    return baseline.sampler(recipe, teacher, prompts, steps)(prompts, 0).costs
 
 
 @pytest.mark.parametrize(
@@ -147,8 +148,8 @@ def test_adaptive_guidance_costs_what_it_has_evaluated(digits, monkeypatch):
 
 
 def test_a_threshold_that_no_pair_reaches_is_guidance_in_all_steps(digits, monkeypatch):
-    full = Baseline(solver="ddim").draw(recipe("digits", 3.0), digits, LABELS, 3)
-    same = Baseline(solver="ddim", guidance="adaptive").draw(
+    full = Baseline(solver="ddim").sampler(recipe("digits", 3.0), digits, LABELS, 3)
+    same = Baseline(solver="ddim", guidance="adaptive").sampler(
         recipe("digits", 3.0), digits, LABELS, 3
     )
     same.threshold = 2.0
@@ -169,26 +170,28 @@ def test_a_threshold_that_no_pair_reaches_is_guidance_in_all_steps(digits, monke
 def test_shallow_evaluations_count_for_their_part_of_the_work(
     digits, words, guidance, whole, shallow
 ):
-    draw = Baseline(**words).draw(recipe("digits", guidance), digits, LABELS, 5)
-    found = draw(LABELS, 0).costs
+    sampler = Baseline(**words).sampler(recipe("digits", guidance), digits, LABELS, 5)
+    found = sampler(LABELS, 0).costs
     assert (found["whole_evaluations"], found["shallow_evaluations"]) == (whole, shallow)
-    assert 0.2 < draw.part < 0.6
-    assert found["evaluations"] == pytest.approx(whole + draw.part * shallow)
+    assert 0.2 < sampler.shallow_share < 0.6
+    assert found["evaluations"] == pytest.approx(whole + sampler.shallow_share * shallow)
 
 
 def test_every_walk_begins_with_a_whole_evaluation(digits, monkeypatch):
     """What one batch kept is not read in the next: the pictures do not depend on the batch size."""
-    draw = Baseline(solver="ddim", cache=2).draw(recipe("digits"), digits, LABELS, 3)
-    whole = draw(LABELS, 0).images
+    sampler = Baseline(solver="ddim", cache=2).sampler(recipe("digits"), digits, LABELS, 3)
+    whole = sampler(LABELS, 0).images
     monkeypatch.setattr("distill.sampling.student_sampler.BATCH", 5)
-    assert (draw(LABELS, 0).images.int() - whole.int()).abs().max() <= 1
+    assert (sampler(LABELS, 0).images.int() - whole.int()).abs().max() <= 1
 
 
 def test_the_cost_of_a_search_is_told_and_bounded(digits, monkeypatch):
     monkeypatch.setattr("distill.sampling.timesteps.GENERATIONS", 2)
-    draw = Baseline(solver="ddim", schedule="searched").draw(recipe("digits"), digits, LABELS, 3)
+    sampler = Baseline(solver="ddim", schedule="searched").sampler(
+        recipe("digits"), digits, LABELS, 3
+    )
     some, most = len(LABELS), (12 + 2 * 8) * 3
-    found = draw(LABELS, 0).costs
+    found = sampler(LABELS, 0).costs
     assert found["evaluations"] == 3
     fine = 2 * 64 * some  # the paths that GITS is found on, and what all are compared with
     assert fine + 2 * 3 * some < found["search_evaluations"] <= fine + most * some
@@ -197,32 +200,37 @@ def test_the_cost_of_a_search_is_told_and_bounded(digits, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "source", "guidance", "line"),
     [
-        ({"solver": "ddim", "guidance": "adaptive"}, "digits", 1.0, "guidance is 1, and there is"),
+        ({"solver": "ddim", "guidance": "adaptive"}, "digits", 1.0, ("baselines", "1")),
         (
             {"solver": "ddim", "guidance": "adaptive"},
             "digits",
             {"scale": 2, "interval": [0, 1]},
-            "kind cfg or apg, without an interval",
+            ("baselines", "interval"),
         ),
         (
             {"solver": "ddim", "cache": 2},
             "digits",
             {"scale": 2, "kind": "skip", "blocks": ["backbone.mid_block"]},
-            "kind cfg or apg, without an interval",
+            ("baselines", "interval"),
         ),
-        ({"solver": "ddim", "schedule": "searched", "steps": [2, 65]}, "digits", 1.0, "65 steps"),
-        ({"solver": "ddim", "schedule": "gits", "steps": [70]}, "digits", 1.0, "more than the 64"),
+        (
+            {"solver": "ddim", "schedule": "searched", "steps": [2, 65]},
+            "digits",
+            1.0,
+            ("baselines", "65"),
+        ),
+        ({"solver": "ddim", "schedule": "gits", "steps": [70]}, "digits", 1.0, ("baselines", "64")),
     ],
 )
 def test_what_cannot_be_sampled_so_is_refused(words, source, guidance, line, request):
-    with pytest.raises(UserError, match=line) as said:
+    with refused(*line) as said:
         Baseline(**words).check(recipe(source, guidance), request.getfixturevalue(source))
     assert str(said.value).startswith("baselines: ddim")
 
 
 def test_a_transformer_has_no_deep_part(tmp_path):
     teacher = load(str(families.build("dit", tmp_path)))
-    with pytest.raises(UserError, match=r"DiTTransformer2DModel is no UNet.*; leave cache out"):
+    with refused("baselines", "DiTTransformer2DModel", "UNet"):
         Baseline(solver="ddim", cache=2).check(recipe(teacher.source), teacher)
 
 
@@ -252,5 +260,5 @@ def test_a_baselines_figures_are_the_protocols_of_its_pictures(digits):
     kept, b = Kept(), Baseline(solver="heun")
     found = b.measure(recipe("digits"), digits, kept, 3, 2)
     assert found == {"fd": 1.0}
-    want = b.draw(recipe("digits"), digits, LABELS, 3)(LABELS, 1).images
+    want = b.sampler(recipe("digits"), digits, LABELS, 3)(LABELS, 1).images
     assert torch.equal(kept.seen[1], want) and not torch.equal(kept.seen[0], want)

@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from distill.data.encode import Work, held
+from distill.data.encode import EncodingJob, encode_in_memory
 from distill.data.listing import Item, Listing
 from distill.grids import save_grid
 from teachers import load
@@ -27,7 +27,7 @@ def test_prompts_that_are_cut_are_counted_in_one_line_with_the_first_of_them(cap
     assert teacher.codec.pipe.tokenizer.model_max_length == 16
     prompts = ["one red circle on the left", "word " * 40, "two blue squares at the top"]
     listing = Listing("data.prompts: 'p.txt'", [Item(p, p) for p in prompts])
-    held(Work(teacher, listing, [(0, 0)], with_data=False), 0, 0.0)
+    encode_in_memory(EncodingJob(teacher, listing, [(0, 0)], with_data=False), 0, 0.0)
     out, err = capfd.readouterr()
     assert out == ""
     said = (

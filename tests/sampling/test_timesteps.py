@@ -9,17 +9,18 @@ import torch
 
 from distill.sampling.timesteps import (
     align_your_steps,
-    begun,
-    cheapest,
-    child,
+    cheapest_path,
     energy_distance,
-    evolved,
+    evolve,
     gits,
+    initial_state,
+    offspring,
     searched,
 )
-from teachers import UserError, load
+from teachers import load
 from teachers.analytic import Gaussian, Mixture, ring
 from teachers.solver import SOLVERS, ddim
+from tests.helpers.refusals import refused
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +44,18 @@ def test_align_your_steps_are_the_published_noise_levels(shapes):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
-def test_the_cheapest_walk_is_the_one_that_trying_all_finds(steps):
+def test_the_cheapest_path_is_the_one_that_trying_all_finds(steps):
     n = 8
     cost = torch.rand(n, n + 1, dtype=torch.float64)
     cost[torch.ones(n, n + 1).tril().bool()] = torch.inf  # nowhere back, nor to itself
-    walks = [(0, *inner, n) for inner in combinations(range(1, n), steps - 1)]
-    best = min(walks, key=lambda w: sum(cost[i, j] for i, j in zip(w, w[1:], strict=False)))
-    assert cheapest(cost, steps) == list(best[:-1])
+    paths = [(0, *inner, n) for inner in combinations(range(1, n), steps - 1)]
+    best = min(paths, key=lambda p: sum(cost[i, j] for i, j in zip(p, p[1:], strict=False)))
+    assert cheapest_path(cost, steps) == list(best[:-1])
 
 
 def test_all_times_are_taken_where_there_are_as_many_steps():
     teacher = Gaussian(torch.zeros(2), torch.tensor([1.0, 0.25]))
-    found = gits(teacher, torch.randn(8, 2), 12, fine=12)
+    found = gits(teacher, torch.randn(8, 2), 12, fine_steps=12)
     torch.testing.assert_close(found, teacher.process.grid(12))
 
 
@@ -62,7 +63,7 @@ def test_all_times_are_taken_where_there_are_as_many_steps():
 def test_found_times_land_nearer_to_the_true_path_than_the_teachers_own(steps):
     teacher = Gaussian(torch.zeros(2), torch.tensor([1.0, 0.25]))
     z = torch.randn(64, 2)
-    x_t = begun(teacher, z, torch.tensor([1.0]))
+    x_t = initial_state(teacher, z, torch.tensor([1.0]))
     one = torch.ones(64)
     end = teacher.flow(x_t, one, torch.full_like(one, -0.0))
 
@@ -74,24 +75,24 @@ def test_found_times_land_nearer_to_the_true_path_than_the_teachers_own(steps):
     assert error(times) < 0.8 * error(teacher.process.grid(steps))
 
 
-def walked(solver, teacher, z, times):
+def sampled(solver, teacher, z, times):
     torch.manual_seed(0)
-    return solver(teacher, begun(teacher, z, times), times)
+    return solver(teacher, initial_state(teacher, z, times), times)
 
 
 @pytest.mark.parametrize("name", ["ddim", "heun", "dpmpp_2m", "ancestral"])
 @pytest.mark.parametrize("steps", [2, 5])
 def test_a_searched_schedule_is_never_worse_than_the_own_and_gits(name, steps):
     teacher, z, solver = Mixture(ring(), 0.12), torch.randn(48, 2), SOLVERS[name]
-    goal = walked(solver, teacher, z, teacher.process.grid(64))
+    goal = sampled(solver, teacher, z, teacher.process.grid(64))
 
-    def far(times):
-        return energy_distance(walked(solver, teacher, z, times), goal)
+    def error(times):
+        return energy_distance(sampled(solver, teacher, z, times), goal)
 
     found = searched(solver, teacher, z, steps)
     own, other = teacher.process.grid(steps), gits(teacher, z[:32], steps)
-    assert far(found) <= min(far(own), far(other))
-    assert far(found) < far(own)
+    assert error(found) <= min(error(own), error(other))
+    assert error(found) < error(own)
     assert found[0] == 1 and (found.diff() < 0).all() and len(found) == steps
     assert torch.equal(found, searched(solver, teacher, z, steps))
 
@@ -100,14 +101,14 @@ def test_a_search_leaves_the_random_state_alone():
     teacher, z = Mixture(ring(), 0.12), torch.randn(8, 2)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    searched(SOLVERS["ancestral"], teacher, z, 2, fine=8)
+    searched(SOLVERS["ancestral"], teacher, z, 2, fine_steps=8)
     assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("find", [gits, lambda *a: searched(ddim, *a)])
 def test_more_steps_than_times_are_refused(find):
     teacher = Gaussian(torch.zeros(2), torch.ones(2))
-    with pytest.raises(UserError, match="65 steps are more than the 64 times to choose from"):
+    with refused("baselines", "65", "64"):
         find(teacher, torch.randn(2, 2), 65)
 
 
@@ -120,16 +121,16 @@ def test_evolution_finds_the_best_where_distances_are_plain():
         return sum((a - b) ** 2 for a, b in zip(nodes, best, strict=True))
 
     founders = [(0, 16, 32, 48), (0, 5, 20, 50)]
-    found = evolved(distance, founders, 64)
+    found = evolve(distance, founders, 64)
     assert distance(found) <= 3 and distance(found) < min(map(distance, founders))
     assert len(calls[:-4]) <= 12 + 10 * 8
     assert len(set(calls[:-4])) == len(calls[:-4])  # none is measured twice
 
 
-def test_a_child_is_a_walk_of_its_parents_nodes_but_for_one():
+def test_offspring_is_a_subset_of_its_parents_nodes_but_for_one():
     rng, a, b = Random(1), (0, 3, 9, 14), (0, 4, 9, 12)
     for _ in range(200):
-        nodes = child(a, b, 16, rng)
+        nodes = offspring(a, b, 16, rng)
         assert nodes[0] == 0 and len(nodes) == 4
         assert list(nodes) == sorted(set(nodes)) and nodes[-1] < 16
         assert len(set(nodes) - {*a, *b}) <= 1

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from distill.objectives.losses import critic_loss
-from students.critic import Critic, Tokens, picture
+from students.critic import Critic, Tokens, image_stream
 from teachers.denoiser import Network
 from teachers.process import Linear
 
@@ -62,9 +62,9 @@ def test_a_head_of_tokens_starts_as_their_average_whatever_their_number(n):
 
 def test_of_two_streams_the_pictures_is_read():
     text, image = torch.zeros(1, 2, 3), torch.ones(1, 4, 3)
-    assert picture((text, image)) is image
-    assert picture((image, None)) is image
-    assert picture(image) is image
+    assert image_stream((text, image)) is image
+    assert image_stream((image, None)) is image
+    assert image_stream(image) is image
 
 
 def test_training_raises_the_logits_of_data_above_those_of_fakes():

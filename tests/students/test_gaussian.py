@@ -11,9 +11,11 @@ from distill.config.recipe import Recipe
 from distill.evaluation.finish import finish, finished
 from distill.training.build import build
 from students import gaussian
-from teachers import UserError, load
+from students.export.forms import form_of
+from teachers import load
 from teachers.analytic import Gaussian
 from teachers.process import Karras, Linear, Trig
+from tests.helpers.refusals import refused
 
 TREE = {
     "teacher": {"source": "analytic:gaussian"},
@@ -37,7 +39,7 @@ def test_a_score_is_the_exact_denoiser_of_its_mean_and_covariance(process):
 
 
 def test_one_step_of_a_linear_student_is_m_plus_r_z():
-    student = gaussian.student(load("analytic:gaussian"))
+    student = form_of(load("analytic:gaussian")).student(1, None, True, None)
     with torch.no_grad():
         student.denoiser.root.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     z = torch.randn(8, 2)
@@ -64,21 +66,24 @@ def test_a_student_of_a_gaussian_comes_near_its_law_and_its_distance_is_exact(tm
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"objective": {"name": "progressive"}, "data": {"source": "digits"}}, "with a fake score"),
-        ({"adapters": {"rank": 2}}, "adapters: its students are linear; remove the section"),
+        (
+            {"objective": {"name": "progressive"}, "data": {"source": "digits"}},
+            ("teacher 'analytic:gaussian'", "score"),
+        ),
+        ({"adapters": {"rank": 2}}, ("teacher 'analytic:gaussian'", "adapters")),
         (
             {"objective": {"name": "dmd2"}, "critic": {}, "data": {"source": "digits"}},
-            "critic: its",
+            ("teacher 'analytic:gaussian'", "critic"),
         ),
-        ({"student": {"steps": 2}}, "student.steps: its students are linear and take 1"),
-        ({"train": {"steps": 1}}, "train.sample_every: it has no pictures to show; set it to 0"),
+        ({"student": {"steps": 2}}, ("teacher 'analytic:gaussian'", "student.steps", "1")),
+        ({"train": {"steps": 1}}, ("teacher 'analytic:gaussian'", "train.sample_every", "0")),
     ],
 )
 def test_what_a_linear_student_has_not_is_refused(change, line, tmp_path):
     tree = {**TREE, **change}
     if "data" in change:
         tree["players"] = {}
-    with pytest.raises(UserError, match=line):
+    with refused(*line):
         build(Recipe.check(tree), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

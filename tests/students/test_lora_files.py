@@ -18,6 +18,7 @@ from tests.helpers.disturbed import disturbed
      "flux-schnell"],
 )  # fmt: skip
 def test_a_lora_file_draws_the_students_pictures(name, tmp_path):
+    """The LoRA files of SDXL and SD3 draw what the student draws."""
     folder = families.build(name, tmp_path / "teacher")
     teacher = load(str(folder), **families.OPTIONS.get(name, {}))
     student = disturbed(
@@ -34,6 +35,7 @@ def test_a_lora_file_draws_the_students_pictures(name, tmp_path):
 
 @pytest.mark.slow
 def test_a_file_that_is_another_students_is_never_named(tmp_path):
+    """A LoRA file that draws other pictures than the student is not kept."""
     teacher = load(str(families.build("sd", tmp_path / "teacher")))
     student = disturbed(schedulers.student(teacher, 1, None, True, Adapter(rank=4))).eval()
     export(student, teacher, tmp_path / "student", {})

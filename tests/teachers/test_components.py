@@ -13,11 +13,12 @@ from students import schedulers
 from students.export.folder import export
 from students.export.portable import make_portable, older_rope
 from students.lora import Adapter
-from teachers import UserError, load
+from teachers import load
 from teachers.storage import components
 from teachers.storage.components import variant_of
 from teachers.teacher import EMBEDDED
 from tests.helpers import families
+from tests.helpers.refusals import refused
 
 SHAPES = EMBEDDED["shapes"]
 
@@ -65,16 +66,23 @@ def test_the_shapes_vocabularies_agree():
 @pytest.mark.parametrize(
     ("part", "change", "says"),
     [
-        ("text_encoder", lambda k: f"odd.{k}", r"text_encoder.*missing, and 3\d more; .* instead"),
-        ("unet", lambda k: f"odd.{k}", "unet.*missing"),
-        ("text_encoder", lambda k: k.replace("layers.1", "layers.9"), "text_encoder.*missing"),
+        (
+            "text_encoder",
+            lambda k: f"odd.{k}",
+            ("teacher '*/t'", "text_encoder", "3"),
+        ),
+        ("unet", lambda k: f"odd.{k}", ("teacher '*/t'", "207")),
+        (
+            "text_encoder",
+            lambda k: k.replace("layers.1", "layers.9"),
+            ("teacher '*/t'", "text_encoder"),
+        ),
     ],
 )
 def test_weights_under_other_names_are_refused_with_their_part(copy, part, change, says):
     renamed(next((copy / part).glob("*.safetensors")), change)
-    with pytest.raises(UserError, match=says) as error:
+    with refused(*says):
         load(str(copy))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
@@ -82,7 +90,7 @@ def test_weights_of_which_the_config_knows_nothing_are_refused(copy, part):
     file = next((copy / part).glob("*.safetensors"))
     weights = load_file(file) | {"another.layer.weight": torch.zeros(2)}
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=rf"{part} hold {part}\.another\.layer\.weight, of which"):
+    with refused("teacher '*/t'", "another.layer.weight", part, part):
         load(str(copy))
 
 
@@ -99,7 +107,7 @@ def test_a_unet_of_pixels_is_read_whole_or_refused(pipelines, tmp_path, change):
     """Diffusers would draw what is missing at random."""
     copy = shutil.copytree(pipelines["edm"], tmp_path / "t")
     renamed(copy / "unet" / "diffusion_pytorch_model.safetensors", change)
-    with pytest.raises(UserError, match=r"unet are not whole: .* is missing"):
+    with refused("teacher '*/t'", "whole"):
         load(str(copy))
 
 
@@ -107,9 +115,8 @@ def test_a_tokenizer_that_cannot_be_read_is_named(copy):
     (copy / "tokenizer" / "tokenizer.json").write_text("{")
     for name in ("vocab.json", "merges.txt"):
         (copy / "tokenizer" / name).unlink(missing_ok=True)
-    with pytest.raises(UserError, match="tokenizer cannot be read as a CLIPTokenizer") as error:
+    with refused("teacher '*/t'", "CLIPTokenizer"):
         load(str(copy))
-    assert "\n" not in str(error.value)
 
 
 def test_a_tokenizer_that_its_class_cannot_read_is_read_by_its_fast_form(sd, monkeypatch):
@@ -140,7 +147,7 @@ def test_rotary_settings_that_the_installed_version_does_not_read_are_refused(
     monkeypatch.setattr(components, "installed", lambda: "5.0.0")
     components.check_rope(tmp_path, "teacher 'x'")
     monkeypatch.setattr(components, "installed", lambda: "4.57.6")
-    with pytest.raises(UserError, match=r"rope_parameters, which transformers 4\.57\.6 does not"):
+    with refused("teacher 'x'", "rope_parameters", "4.57.6"):
         components.check_rope(tmp_path, "teacher 'x'")
     assert older_rope(tree)
     (tmp_path / "config.json").write_text(json.dumps(tree))

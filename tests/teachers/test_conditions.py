@@ -34,3 +34,11 @@ def test_no_condition_stays_none():
 def test_moving_reaches_every_entry_and_copies_none_that_is_there():
     assert conditions.moved(COND, "cpu")["a"] is COND["a"]
     assert {v.device.type for v in conditions.moved(COND, "meta").values()} == {"meta"}
+
+
+def test_an_entry_is_taken_out_and_the_others_stay():
+    entry, rest = conditions.without(COND, "b")
+    assert entry is COND["b"] and list(rest) == ["a"] and len(COND) == 2
+    assert conditions.without(COND, "c") == (None, COND)
+    assert conditions.without(None, "a") == (None, None)
+    assert conditions.without({"b": COND["b"]}, "b")[1] is None

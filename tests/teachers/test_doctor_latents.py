@@ -32,6 +32,7 @@ SLOW = pytest.mark.slow
     ],
 )
 def test_every_family_passes_on_structure(name, tmp_path):
+    """The doctor finds nothing wrong with the structure of any family."""
     teacher = load(str(families.build(name, tmp_path)), **families.OPTIONS.get(name, {}))
     checks = diagnose(teacher, pictures_for(teacher, None), structure_only=True)
     assert {c.verdict for c in checks} == {"ok", "left out"}, first_broken(checks)
@@ -116,6 +117,7 @@ def wrong():
 
 @pytest.mark.parametrize("time", ["t", pytest.param("999 * (1 - t)", marks=SLOW)])
 def test_a_wrong_time_unit_in_an_adapter_is_named(tmp_path, pictures, capsys, time):
+    """An adapter that gives its network times in another unit is named."""
     (tmp_path / "mine.py").write_text(OWN.format(folder=str(EMBEDDED["shapes"]), time=time))
     code, _, err = examined(capsys, f"{tmp_path / 'mine.py'}:wrong", pictures)
     assert code == 2 and "time units: fed with 1000 t the network does better" in err
@@ -198,6 +200,7 @@ def test_a_mistake_in_a_flow_models_configs_is_named(tmp_path, part, values, lin
     "wrong", ["v", pytest.param("eps", marks=SLOW), pytest.param("x", marks=SLOW)]
 )
 def test_a_flow_model_read_as_another_prediction_is_named(tmp_path, wrong):
+    """A flow model read as one of v, ε or x is named."""
     teacher = flow(tmp_path / "t")
     teacher.denoiser.coefficients = PREDICTIONS[wrong]
     assert "but flow_prediction explains the network better" in said(teacher)

@@ -8,7 +8,7 @@ import torch
 from distill.__main__ import main
 from distill.config.recipe import Recipe
 from distill.data import cache, from_recipe
-from distill.data.encode import counting, tell
+from distill.data.encode import counting, print_cuts
 from distill.sampling import guided_teacher
 from students import schedulers
 from students.export.folder import export
@@ -74,7 +74,7 @@ def test_negative_prompts_are_counted_when_they_are_encoded(folders, capfd):
         "objective": {"name": "dmd2"},
         "train": {"steps": 2, "batch": 2},
     }
-    guided_teacher.load_teacher(Recipe.check(tree))
+    guided_teacher.load_teacher(Recipe.check(tree).teacher)
     err = capfd.readouterr().err
     assert err == (
         "distill: teacher.negative_prompt: 1 of 1 prompt is longer than the encoder's 40 tokens "
@@ -100,7 +100,7 @@ def test_a_run_says_it_and_one_from_a_cache_says_it_too(folders, tmp_path, capfd
     said = []
     for place in ("memory", "made", "kept"):
         if place == "made":
-            cache.fill(from_recipe.work_of(recipe, teacher), recipe.data)
+            cache.fill(from_recipe.encoding_job(recipe, teacher), recipe.data)
             capfd.readouterr()
         from_recipe.source_of(recipe, teacher)
         said.append(capfd.readouterr().err)
@@ -115,10 +115,10 @@ def test_a_run_says_it_and_one_from_a_cache_says_it_too(folders, tmp_path, capfd
 def test_one_process_of_several_says_it(folders, monkeypatch, capfd):
     cuts = Cuts(3, {"text_encoder (X)": Cut(7, 1, "long")})
     monkeypatch.setenv("RANK", "1")
-    tell(cuts, "data.prompts")
+    print_cuts(cuts, "data.prompts")
     assert capfd.readouterr().err == ""
     monkeypatch.setenv("RANK", "0")
-    tell(cuts, "data.prompts")
+    print_cuts(cuts, "data.prompts")
     assert "1 of 3 prompts is longer than the encoder's 7 tokens" in capfd.readouterr().err
 
 

@@ -9,13 +9,15 @@ from torch import nn
 from distill.config.recipe import Recipe
 from distill.training import build
 from students import schedulers
+from students.checkpointing import checkpointing
 from students.export.folder import export, load_student, rehearse
 from students.export.unquantised import unquantised
-from students.lora import Adapter, adapted, checkpointing, unwrap
-from teachers import UserError, load
+from students.lora import Adapter, adapt, unwrap
+from teachers import load
 from teachers.quantised import BLOCK, FORMS, NF4, Quantised, decode, encode, parameters, quantise
 from tests.helpers import families
 from tests.helpers.disturbed import disturbed
+from tests.helpers.refusals import refused
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def test_a_quantised_teacher_says_nearly_what_the_whole_one_says(folder, form, g
 def test_adapters_on_quantised_weights_have_the_gradients_of_those_on_the_decoded(folder, form):
     def gradients(teacher, recompute):
         torch.manual_seed(2)
-        student = adapted(teacher, Adapter(rank=2), "student")
+        student = adapt(teacher, Adapter(rank=2), "student")
         with torch.no_grad():
             for p in student.parameters():
                 p.copy_(0.1 * torch.randn_like(p))
@@ -165,6 +167,7 @@ def test_a_student_is_merged_into_the_weights_of_the_files_and_not_into_codes(fo
 
 @pytest.mark.slow
 def test_a_student_on_quantised_weights_is_rehearsed_and_exported_whole(folder, tmp_path):
+    """A student that learnt on quantised weights is exported on the exact ones."""
     teacher = load(folder, precision="nf4")
     student = disturbed(schedulers.student(teacher, 2, None, True, Adapter(rank=4))).eval()
     rehearse(student, teacher)
@@ -183,9 +186,9 @@ def test_a_student_of_whole_weights_is_restored_as_it_is(folder):
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        ({}, "add 'adapters: {}'"),
-        ({"adapters": {"players": ["student"]}}, "fake is a copy; name it in adapters.players"),
-        ({"adapters": {"kind": "dora"}}, "set adapters.kind to lora"),
+        ({}, ("teacher.precision", "adapters: {}")),
+        ({"adapters": {"players": ["student"]}}, ("teacher.precision", "adapters.players")),
+        ({"adapters": {"kind": "dora"}}, ("teacher.precision", "adapters.kind")),
     ],
 )
 def test_quantised_weights_that_would_have_to_learn_are_refused(folder, more, line):
@@ -194,7 +197,7 @@ def test_quantised_weights_that_would_have_to_learn_are_refused(folder, more, li
         "objective": {"name": "sid"},
         "train": {"steps": 1},
     }
-    with pytest.raises(UserError, match=line):
+    with refused(*line):
         Recipe.check({**tree, **more})
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from teachers.analytic import Gaussian
-from teachers.errors import UserError
 from teachers.process import Karras, Linear, Tabulated, Trig
 from teachers.solver import SOLVERS, heun_step, solve
+from tests.helpers.refusals import refused
 
 C = 0.5
 
@@ -81,7 +81,7 @@ def test_solvers_call_their_network_as_often_as_they_say():
 
 
 def test_an_unknown_solver_is_refused_by_name():
-    with pytest.raises(UserError, match="did you mean 'heun'"):
+    with refused("solver 'huen'", "heun"):
         solve(gaussian(Karras()), torch.ones(1, 1), 2, "huen")
 
 

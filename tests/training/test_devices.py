@@ -96,16 +96,16 @@ def test_guidance_follows_the_device_and_does_not_wait(kind, pipelines, gpu):
     source = "digits" if kind == "auto" else str(pipelines["edm"])
     told = {"source": source, "guidance": GUIDANCE[kind], "null_label": 10}
     recipe = Recipe.check({"teacher": told, "objective": {"name": "sid"}, "train": {"steps": 1}})
-    teacher = load_teacher(recipe)
+    teacher = load_teacher(recipe.teacher)
     z, t, cond = (
         torch.randn(3, 1, 8, 8),
         torch.tensor([0.2, 0.5, 0.9]),
         teacher.codec.condition([1, 2, 3]),
     )
     with torch.no_grad():
-        here = guided(recipe, teacher)(z, t, cond)
+        here = guided(recipe.teacher, teacher)(z, t, cond)
         teacher.denoiser.to(gpu)
-        denoiser = guided(recipe, teacher)
+        denoiser = guided(recipe.teacher, teacher)
         inputs = z.to(gpu), t.to(gpu), {k: v.to(gpu) for k, v in cond.items()}
         there = denoiser(*inputs)
         torch.testing.assert_close(there.cpu(), here, atol=1e-4, rtol=1e-4)
@@ -143,7 +143,7 @@ def test_a_teachers_pictures_are_the_hosts(how, gpu):
     pairs = []
     for device in (torch.device("cpu"), gpu):
         found = subject.teacher("digits", device, **DRAWN[how])
-        pairs.append(found.draw([3, 7], 3, None)([3, 7], 0).images)
+        pairs.append(found.sampler([3, 7], 3, None)([3, 7], 0).images)
     assert pairs[0].device == pairs[1].device == torch.device("cpu")
     chosen = how in ("adaptive guidance", "GITS")  # by comparisons that rounding may turn
     if not (chosen and gpu.type == "cuda"):

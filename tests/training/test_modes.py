@@ -9,11 +9,12 @@ from safetensors.torch import save_file
 
 from distill.data import cache
 from distill.training import checkpoint
-from eval.protocols.collect import Gathering
+from eval.protocols.collect import Measurement
 from eval.protocols.reference import Moments, Reference
-from students import gaussian, schedulers
+from students import schedulers
 from students.export import folder as exporting
 from students.export import formats, lora_files
+from students.export.forms import form_of
 from students.lora import Adapter
 from teachers import load
 from teachers.edm import checkpoints
@@ -52,12 +53,13 @@ def test_checkpoints_caches_and_references_are_open(tmp_path, umask):
     out = tmp_path / "out"
     out.mkdir()
     checkpoint.save({"x": torch.zeros(2)}, out / "checkpoint", {"step": 1})
-    notes = cache.Notes([], [], Cuts())
+    notes = cache.ShardNotes([], [], Cuts())
     cache._write(out / "shard.safetensors", {"x": torch.zeros(2)}, notes)
     moments = Moments(torch.zeros(2).double(), torch.eye(2).double(), 3)
     Reference("name", "rule", "content", moments, torch.zeros(3, 2)).save(out / "r.safetensors")
-    Gathering(()).save(out / "g.safetensors", "about")
-    gaussian.save(gaussian.student(load("analytic:gaussian")), out / "linear")
+    Measurement(()).save(out / "g.safetensors", "about")
+    form = form_of(load("analytic:gaussian"))
+    form.export(form.student(1, None, True, None), out / "linear", {})
     assert_open(out, umask)
 
 

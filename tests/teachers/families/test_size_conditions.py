@@ -1,6 +1,7 @@
 """What a network is told of a picture's height and width is the bucket's own, for every family."""
 
 import json
+import re
 from inspect import signature
 
 import diffusers
@@ -14,10 +15,10 @@ from students.export.folder import request
 from students.schedulers import student
 from teachers import load
 from teachers.denoiser import Guided
-from teachers.errors import UserError
 from teachers.process import Linear
 from tests.helpers import families
 from tests.helpers.datasets import folder_of, recipe
+from tests.helpers.refusals import refused
 
 WIDE = [name for name in families.FAMILIES if name != "dit"]  # whose pipeline draws squares alone
 
@@ -210,7 +211,7 @@ def test_buckets_must_fill_the_networks_patches(opened, tmp_path):
     assert teacher.denoiser.per_latent == 2
     folder_of(tmp_path / "a", 4)
     for data, key in (({"buckets": {"multiple": 6}}, "buckets.multiple"), ({"size": 22}, "size")):
-        with pytest.raises(UserError, match=rf"data\.{key}: \d+ is no multiple of 4, as the net"):
+        with refused(re.compile(r"data\.buckets\.multiple|data\.size"), "4", key):
             from_recipe.source_of(recipe(source=str(tmp_path / "a"), **data), teacher)
 
 
@@ -218,7 +219,7 @@ def test_a_pipeline_of_squares_is_given_no_buckets(opened, tmp_path):
     folder_of(tmp_path / "a/0", 4)
     teacher = opened("dit")
     data = {"source": str(tmp_path / "a"), "buckets": {"multiple": 4}}
-    with pytest.raises(UserError, match=r"data\.buckets: DiTPipeline draws squares alone"):
+    with refused("data.buckets", "DiTPipeline"):
         from_recipe.source_of(recipe(**data), teacher)
 
 
@@ -236,3 +237,47 @@ def test_a_network_that_is_told_of_guidance_is_told_of_none_as_its_pipeline_tell
     side = teacher.codec.size[-1]
     told = check(teacher, side, side, monkeypatch)
     assert told[".timestep_cond"].tolist() == [[0, 0, 0, 1, 1, 1]] * 2
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@torch.no_grad()
+def test_a_network_with_a_guidance_input_reads_each_samples_scale(folders, name, tmp_path):
+    """As latent consistency models embed it: sines and cosines of 1000 (g - 1)."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folders(name))
+    torch.manual_seed(0)
+    pipe.unet = diffusers.UNet2DConditionModel.from_config(
+        {**pipe.unet.config, "time_cond_proj_dim": 7}
+    )
+    pipe.save_pretrained(tmp_path / "t")
+    teacher = load(str(tmp_path / "t"))
+    x_t, t, scales = torch.randn(3, *teacher.shape), torch.rand(3), torch.tensor([1.0, 4.5, 8.0])
+    cond, seen = teacher.codec.condition(["a", "b", "c"]), []
+    own = {**cond, "guidance_scale": scales}
+    hook = teacher.denoiser.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["timestep_cond"]), with_kwargs=True
+    )
+    x, plain = teacher.denoiser(x_t, t, own), teacher.denoiser(x_t, t, cond)
+    embed = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    assert torch.equal(seen[0], embed(None, scales - 1, 7))
+    assert torch.equal(seen[0][0], seen[1][0])  # g = 1 is what it reads where nothing is said
+    torch.testing.assert_close(x[:1], plain[:1])
+    assert all((x[i] - plain[i]).abs().max() > 1e-5 for i in (1, 2))
+    for i in range(3):
+        one = {k: v[i : i + 1] for k, v in own.items()}
+        alone = teacher.denoiser(x_t[i : i + 1], t[i : i + 1], one)
+        torch.testing.assert_close(x[i : i + 1], alone, atol=1e-5, rtol=1e-4)
+    seen.clear()
+    Guided(teacher.denoiser, 2.0, teacher.codec.null)(x_t, t, own)
+    hook.remove()
+    assert torch.equal(seen[0], embed(None, torch.zeros(6), 7))  # guided from outside: x̂ of g = 1
+
+
+def test_a_network_without_one_ignores_a_guidance_scale(opened):
+    teacher = opened("sd")
+    x_t, t, cond = (
+        torch.randn(2, *teacher.shape),
+        torch.rand(2),
+        teacher.codec.condition(["a", "b"]),
+    )
+    own = {**cond, "guidance_scale": torch.tensor([2.0, 3.0])}
+    assert torch.equal(teacher.denoiser(x_t, t, own), teacher.denoiser(x_t, t, cond))

@@ -1,0 +1,290 @@
+"""Rules on several keys of a recipe at once. A new rule is a function here and a line in RULES.
+
+Each rule is named after the mistake that it finds. It takes a recipe whose keys are each valid and
+returns the message, `KEY.PATH: what is wrong; what to do`, or None where the recipe is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from distill.config.objective_schema import network_types, networks_of
+from distill.config.schema import GuidanceSection
+from teachers.denoiser import Denoiser
+from teachers.errors import cut, nearest
+from teachers.quantised import FORMS
+
+if TYPE_CHECKING:
+    from distill.config.recipe import Recipe
+
+
+def broken_rule(recipe: Recipe) -> str | None:
+    """The message of the first rule that the recipe breaks, or None."""
+    messages = (rule(recipe) for rule in RULES)
+    return next((message for message in messages if message is not None), None)
+
+
+# ---- players, adapters, the critic
+
+
+def unknown_player(recipe: Recipe) -> str | None:
+    players = _players(recipe)
+    for player in recipe.players:
+        if player not in players:
+            return (
+                f"players.{cut(player)}: {_objective(recipe)} has no such player; "
+                f"{nearest(player, players)}"
+            )
+    return None
+
+
+def no_adapted_players(recipe: Recipe) -> str | None:
+    if recipe.adapters is not None and recipe.adapters.players == ():
+        return "adapters.players: the list is empty; name a player, or remove the section"
+    return None
+
+
+def unknown_adapted_player(recipe: Recipe) -> str | None:
+    copies = _copies(recipe)
+    for player in _adapted_players(recipe):
+        if player not in copies:
+            return (
+                f"adapters.players: {_objective(recipe)} has no such network as {player!r}; "
+                f"{nearest(player, copies)}"
+            )
+    return None
+
+
+def trained_quantised_weights(recipe: Recipe) -> str | None:
+    if recipe.teacher.precision in FORMS and (recipe.adapters is None or not recipe.kind.few_step):
+        return (
+            f"{_quantised(recipe)} cannot be trained; add 'adapters: {{}}' to an objective that "
+            "distils, or set teacher.precision to bf16"
+        )
+    return None
+
+
+def copied_quantised_weights(recipe: Recipe) -> str | None:
+    if recipe.teacher.precision not in FORMS:
+        return None
+    adapted = _adapted_players(recipe) or _copies(recipe)
+    for player in _copies(recipe):
+        if player not in adapted:
+            return (
+                f"{_quantised(recipe)} cannot be trained, and {player} is a copy; name it in "
+                "adapters.players, or set teacher.precision to bf16"
+            )
+    return None
+
+
+def dora_on_quantised_weights(recipe: Recipe) -> str | None:
+    if recipe.teacher.precision not in FORMS or recipe.adapters is None:
+        return None
+    if recipe.adapters.kind == "dora":
+        return (
+            f"{_quantised(recipe)} have other norms than the full-precision weights that DoRA is "
+            "merged into; set adapters.kind to lora"
+        )
+    return None
+
+
+def useless_critic(recipe: Recipe) -> str | None:
+    if recipe.critic is not None and "critic" not in networks_of(recipe.kind):
+        return f"critic: {_objective(recipe)} has no critic; remove the section"
+    return None
+
+
+def missing_critic(recipe: Recipe) -> str | None:
+    if recipe.critic is None and networks_of(recipe.kind).get("critic"):
+        return f"critic: {_objective(recipe)} needs one; add the section 'critic: {{}}'"
+    return None
+
+
+# ---- data
+
+
+def missing_data(recipe: Recipe) -> str | None:
+    if not recipe.needs_data or recipe.data.source is not None:
+        return None
+    reason, remedy = "it learns from", ""
+    if recipe.kind.needs_data == "critic":
+        reason = "its critic compares with"
+        if not networks_of(recipe.kind)["critic"]:
+            remedy = ", or remove the critic section"
+    return (
+        f"data.source: missing; {_objective(recipe)} needs real data, which {reason}; set "
+        f"data.source to 'digits' or a folder of images{remedy}"
+    )
+
+
+def prompts_beside_images(recipe: Recipe) -> str | None:
+    if recipe.data.prompts is not None and recipe.data.source is not None:
+        return (
+            "data.prompts: the images of data.source have their own captions; remove one of the two"
+        )
+    return None
+
+
+def buckets_without_images(recipe: Recipe) -> str | None:
+    if recipe.data.buckets is not None and recipe.data.source in (None, "digits"):
+        return "data.buckets: there are no images to sort; remove it"
+    return None
+
+
+# ---- the student's step counts
+
+
+_NO_COUNTS = {  # by the objective's `learns`
+    "chains": "student.counts is missing, so there is one count",
+    "all-times": "this objective trains all times equally",
+    "one-chain": "the last stage of this objective trains one count",
+}
+
+
+def weights_without_counts(recipe: Recipe) -> str | None:
+    student, learns = recipe.student, recipe.kind.learns
+    if student.weights is not None and (learns != "chains" or student.counts is None):
+        return f"student.weights: nothing to weight, because {_NO_COUNTS[learns]}; remove it"
+    return None
+
+
+def weights_for_other_counts(recipe: Recipe) -> str | None:
+    weights, counts = recipe.student.weights, recipe.student.counts
+    if weights is not None and counts is not None and len(weights) != len(counts):
+        return (
+            f"student.weights: {len(weights)} weights for {len(counts)} counts; "
+            "give one weight for each of student.counts"
+        )
+    return None
+
+
+def counts_that_do_not_divide(recipe: Recipe) -> str | None:
+    steps = recipe.student.steps
+    for count in recipe.student.counts or ():
+        if steps % count:
+            return (
+                f"student.counts: {count} does not divide student.steps, which is {steps}; a "
+                "shorter chain takes every second, third, … time of the longest"
+            )
+    return None
+
+
+def counts_without_steps(recipe: Recipe) -> str | None:
+    steps, counts = recipe.student.steps, recipe.student.counts
+    if counts is not None and (steps not in counts or len(set(counts)) < len(counts)):
+        return (
+            f"student.counts: {list(counts)} must contain student.steps, {steps}, and no count "
+            "twice; correct the list"
+        )
+    return None
+
+
+def counts_of_one_chain(recipe: Recipe) -> str | None:
+    student, learns = recipe.student, recipe.kind.learns
+    if learns == "one-chain" and student.counts not in (None, (student.steps,)):
+        return f"student.counts: {_NO_COUNTS[learns]}; remove it, or train a student for each count"
+    return None
+
+
+# ---- guidance
+
+
+_KINDS = {"eta": "apg", "threshold": "apg", "blocks": "skip", "weaker": "auto"}  # by key
+_REQUIRED = ("blocks", "weaker")  # keys that their kind of guidance cannot do without
+
+
+def guidance_key_of_another_kind(recipe: Recipe) -> str | None:
+    guidance = recipe.teacher.guidance
+    if not isinstance(guidance, GuidanceSection):
+        return None
+    for key, kind in _KINDS.items():
+        if kind != guidance.kind and getattr(guidance, key) not in (None, ()):
+            return f"teacher.guidance.{key}: only kind {kind!r} has it; remove it"
+    return None
+
+
+def missing_guidance_key(recipe: Recipe) -> str | None:
+    guidance = recipe.teacher.guidance
+    if not isinstance(guidance, GuidanceSection):
+        return None
+    for key in _REQUIRED:
+        if _KINDS[key] == guidance.kind and getattr(guidance, key) in (None, ()):
+            return f"teacher.guidance.{key}: kind {guidance.kind!r} needs it; add the key"
+    return None
+
+
+def empty_guidance_interval(recipe: Recipe) -> str | None:
+    guidance = recipe.teacher.guidance
+    if not isinstance(guidance, GuidanceSection) or guidance.interval is None:
+        return None
+    low, high = guidance.interval
+    if low >= high:
+        return (
+            f"teacher.guidance.interval: low, {low:g}, is not below high, {high:g}; "
+            "write it as [low, high]"
+        )
+    return None
+
+
+# ---- training
+
+
+def batch_that_does_not_divide(recipe: Recipe) -> str | None:
+    batch, parts = recipe.train.batch, recipe.train.accumulate
+    if batch % parts:
+        return (
+            f"train.batch: {batch} does not divide into train.accumulate = {parts} equal parts; "
+            "set batch to a multiple of accumulate"
+        )
+    return None
+
+
+RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
+    unknown_player,
+    no_adapted_players,
+    unknown_adapted_player,
+    trained_quantised_weights,
+    copied_quantised_weights,
+    dora_on_quantised_weights,
+    useless_critic,
+    missing_critic,
+    missing_data,
+    weights_without_counts,
+    weights_for_other_counts,
+    counts_that_do_not_divide,
+    counts_without_steps,
+    counts_of_one_chain,
+    guidance_key_of_another_kind,
+    missing_guidance_key,
+    empty_guidance_interval,
+    prompts_beside_images,
+    buckets_without_images,
+    batch_that_does_not_divide,
+)
+
+
+def _objective(recipe: Recipe) -> str:
+    return recipe.objective["name"]
+
+
+def _players(recipe: Recipe) -> list[str]:
+    """The networks that the objective trains; their names are the keys of `players`."""
+    networks = networks_of(recipe.kind)
+    return ["student", *(name for name in networks if name not in ("teacher", "student"))]
+
+
+def _copies(recipe: Recipe) -> list[str]:
+    """The players that have the teacher's architecture, and so can be adapters on its weights."""
+    denoisers = network_types(recipe.kind, Denoiser)
+    return ["student", *(name for name in denoisers if name != "teacher")]
+
+
+def _adapted_players(recipe: Recipe) -> tuple[str, ...]:
+    """The players that `adapters.players` names."""
+    return () if recipe.adapters is None else recipe.adapters.players or ()
+
+
+def _quantised(recipe: Recipe) -> str:
+    """Begins a message about a teacher with quantised weights."""
+    return f"teacher.precision: weights in {recipe.teacher.precision}"

@@ -1,0 +1,95 @@
+"""The forms of students, and which one a teacher's students have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from students import schedulers
+from students.export import folder as folders
+from students.export.unquantised import unquantised
+from students.form import StudentForm, StudentRequest
+from students.gaussian import GaussianForm
+from students.generator import Generator
+from students.lora import Adapter, to_float32
+from teachers.analytic import Gaussian
+from teachers.denoiser import Denoiser
+from teachers.errors import UserError
+from teachers.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class StockForm(StudentForm):
+    """Few-step students that stock diffusers pipelines sample (`students/schedulers.py`).
+
+    scheduler: The scheduler form of all its students; None computes it for each.
+    """
+
+    scheduler: schedulers.SchedulerForm | None = None
+
+    leaves_pipeline = True
+    adapts = True
+
+    def fixed(self, steps: int, start: float | None, renoise: bool) -> StockForm:
+        """This form with the scheduler computed now: it takes values, which fake tensors lack."""
+        source = schedulers.source_of(self.teacher)
+        return replace(self, scheduler=schedulers.form(source, steps, start, renoise))
+
+    def student(
+        self, steps: int, start: float | None, renoise: bool, adapter: Adapter | None
+    ) -> Generator:
+        form = self.scheduler or self.fixed(steps, start, renoise).scheduler
+        assert form is not None
+        return schedulers.student_in(form, self.teacher, adapter)
+
+    def network(self) -> Denoiser:
+        return copied(self.teacher)
+
+    def rehearse(self, student: Generator) -> None:
+        folders.rehearse(student, self.teacher)
+
+    def export(self, student: Generator, folder: Path, recipe: Mapping[str, Any]) -> Generator:
+        student = unquantised(student, self.teacher)
+        folders.export(student, self.teacher, folder, recipe)
+        return student
+
+
+class NetworkForm(StudentForm):
+    """The teacher's own network under training: a teacher is made, and no few-step student."""
+
+    def check(self, request: StudentRequest) -> None:
+        if request.steps != 1:
+            raise UserError(
+                f"student.steps: {request.objective} makes a teacher, which takes as many as its "
+                "sampler; remove it"
+            )
+
+    def student(
+        self, steps: int, start: float | None, renoise: bool, adapter: Adapter | None
+    ) -> Generator:
+        return Generator(deepcopy(self.teacher.denoiser).requires_grad_(True))
+
+    def network(self) -> Denoiser:
+        return copied(self.teacher)
+
+    def export(self, student: Generator, folder: Path, recipe: Mapping[str, Any]) -> Generator:
+        raise NotImplementedError("`distill teach` saves the network in a pipeline of its own")
+
+
+def copied(teacher: Teacher) -> Denoiser:
+    """A trainable copy of the teacher's network, in float32, as what learns is kept."""
+    return to_float32(deepcopy(teacher.denoiser)).requires_grad_(True)
+
+
+def form_of(teacher: Teacher, few_step: bool = True) -> StudentForm:
+    """The form of a teacher's students.
+
+    Args:
+        few_step: Whether few-step students are trained, and not the network as it is.
+    """
+    if not few_step:
+        return NetworkForm(teacher)
+    return (GaussianForm if isinstance(teacher.denoiser, Gaussian) else StockForm)(teacher)

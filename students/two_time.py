@@ -1,0 +1,216 @@
+"""Students of two times: the network reads where its step lands, beside where it starts.
+
+Flow maps need it: CTM (arXiv:2310.02279), shortcut models (arXiv:2410.12557), MeanFlow
+(arXiv:2505.13447), AYF (arXiv:2506.14603). An embedding of the landing time s is added to the
+network's own embedding of t. Its last layer starts at zero, so the student starts as its teacher,
+bit for bit.
+
+Stock pipelines hand a network one time. A student that always lands at 0 needs no other:
+`stock_backbone` adds the embedding of s = 0 to the bias of the time embedding, which gives a stock
+network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from students.generator import Generator
+from students.lora import adapter_of, base_layer, merged_backbone, unwrap, using
+from teachers.denoiser import Cond, Denoiser, Wrapper
+from teachers.errors import UserError
+from teachers.families.base import Pretrained
+
+FASTEST = 100.0  # radians per unit of s of the fastest sinusoid; the slowest has one
+
+
+class Shifts(NamedTuple):
+    """What is added to the outputs of a backbone's time layers while it runs.
+
+    layers: the modules that `Pretrained.TIME` matches.
+    values: for each of them, (B, channels).
+    """
+
+    layers: Sequence[nn.Module]
+    values: Sequence[Tensor]
+
+
+_SHIFTS: WeakKeyDictionary[nn.Module, Shifts] = WeakKeyDictionary()  # by backbone, while it runs
+
+
+class TwoTime(Wrapper):
+    """A denoiser whose network reads the landing time s (B,); without s it lands at 0.
+
+    Args:
+        denoiser: A pretrained network, or an adapter on one.
+
+    Raises:
+        UserError: its family names no time embedding.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__(denoiser)
+        network = unwrap(denoiser)
+        self.names = time_layers(network)
+        layers = [network.backbone.get_submodule(name) for name in self.names]
+        self.embedding = LandingEmbedding([channels(layer) for layer in layers])
+        self.embedding.to(next(network.backbone.parameters()).device)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        s = torch.zeros_like(t) if s is None else s
+        with shifted(unwrap(self).backbone, self.shifts(s)):
+            return self.denoiser(x_t, t, cond, s)
+
+    def shifts(self, s: Tensor) -> Shifts:
+        """What the landing times s (B,) add to the time layers of the backbone."""
+        backbone = unwrap(self).backbone
+        layers = [backbone.get_submodule(name) for name in self.names]
+        return Shifts(layers, self.embedding(s))
+
+    @property
+    def zero(self) -> Tensor:
+        """The landing time 0, (1,), on the network's device."""
+        return torch.zeros(1, device=self.embedding.out.weight.device)
+
+
+class LandingEmbedding(nn.Module):
+    """An embedding of s for each of a network's time layers, zero at first.
+
+    Args:
+        widths: The number of output channels of each of the layers.
+    """
+
+    def __init__(self, widths: Sequence[int], sinusoids: int = 128, hidden: int = 256) -> None:
+        super().__init__()
+        self.widths, self.sinusoids = list(widths), sinusoids
+        self.hidden = nn.Linear(2 * sinusoids, hidden)
+        self.out = nn.Linear(hidden, sum(widths))
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, s: Tensor) -> tuple[Tensor, ...]:
+        """For each layer (B, channels), of s (B,)."""
+        weight = self.hidden.weight
+        powers = torch.linspace(0, 1, self.sinusoids, device=s.device)
+        angle = s.float()[:, None] * FASTEST**powers
+        features = torch.cat([angle.cos(), angle.sin()], 1).to(weight.dtype)
+        return self.out(nn.functional.silu(self.hidden(features))).split(self.widths, 1)
+
+
+def two_time(generator: Generator) -> Generator:
+    """Have a student read its landing times, in place: the student.
+
+    Raises:
+        UserError: the student is no pretrained network, or its family names no time embedding.
+    """
+    generator.denoiser = TwoTime(generator.denoiser)
+    return generator
+
+
+def time_layers(network: Pretrained) -> list[str]:
+    """The names of the layers whose outputs are the network's embedding of its time, in order.
+
+    Raises:
+        UserError: there are none.
+    """
+    modules = dict(network.backbone.named_modules())
+    names = [name for name in modules if re.fullmatch(network.TIME, name)]
+    if not (network.TIME and names):
+        raise UserError(
+            f"student: {type(network).__name__} names no time embedding, so it cannot read a "
+            "landing time; set its attribute TIME, or train an objective of one time"
+        )
+    return names
+
+
+def channels(layer: nn.Module) -> int:
+    """How many channels a time layer gives."""
+    base: Any = base_layer(layer)
+    return base.out_features if isinstance(base, nn.Linear) else len(base.weight)
+
+
+@contextmanager
+def shifted(backbone: nn.Module, shifts: Shifts | None) -> Iterator[None]:
+    """Run the backbone with these shifts added to its time layers' outputs; None adds nothing."""
+    if shifts is None:
+        yield
+        return
+
+    def adding(value: Tensor) -> Any:
+        return lambda module, args, out: out + value.to(out.dtype)
+
+    handles = [m.register_forward_hook(adding(v)) for m, v in zip(*shifts, strict=True)]
+    _SHIFTS[backbone] = shifts
+    try:
+        yield
+    finally:
+        _SHIFTS.pop(backbone)
+        for handle in handles:
+            handle.remove()
+
+
+def current_shifts(backbone: nn.Module) -> Shifts | None:
+    """What `shifted` now adds in this backbone, for recomputing a part of it later."""
+    return _SHIFTS.get(backbone)
+
+
+def check_landing(generator: Generator) -> None:
+    """Refuse a student that no stock pipeline can sample: its steps land elsewhere than 0.
+
+    Chains that renoise land at 0 at every step, since they return with fresh noise from there.
+
+    Raises:
+        UserError: the student reads its landing times, and some are not 0.
+    """
+    if not isinstance(generator.denoiser, TwoTime):
+        return
+    if not generator.renoise and max(generator.counts) > 1:
+        raise UserError(
+            "student.renoise: no stock pipeline hands a network the time that its step lands on; "
+            "set it to true, or student.steps to 1"
+        )
+
+
+@contextmanager
+def in_place(denoiser: Denoiser) -> Iterator[None]:
+    """Within it, the backbone called by anyone is this student's, whose steps land at 0."""
+    adapter, backbone = adapter_of(denoiser), unwrap(denoiser).backbone
+    with ExitStack() as stack:
+        if adapter is not None:
+            stack.enter_context(using(adapter.denoiser, adapter.name))
+        if isinstance(denoiser, TwoTime):
+            stack.enter_context(shifted(backbone, denoiser.shifts(denoiser.zero)))
+        yield
+
+
+@torch.no_grad()
+def stock_backbone(denoiser: Denoiser) -> nn.Module:
+    """A student's backbone as stock pipelines call it: its adapter merged, its landing at 0 folded.
+
+    The embedding of s = 0 becomes part of the time layers' biases. Other weights are shared with
+    the student's where it is no adapter.
+
+    Raises:
+        UserError: a time layer has no bias.
+    """
+    backbone = merged_backbone(denoiser.denoiser if isinstance(denoiser, TwoTime) else denoiser)
+    if not isinstance(denoiser, TwoTime):
+        return backbone
+    backbone = deepcopy(backbone, {id(p): p for p in backbone.parameters()})
+    for name, value in zip(denoiser.names, denoiser.embedding(denoiser.zero), strict=True):
+        layer: Any = backbone.get_submodule(name)
+        if not isinstance(layer, nn.Linear) or layer.bias is None:
+            raise UserError(
+                f"student: the time embedding of {type(unwrap(denoiser)).__name__}'s network has "
+                "no bias to fold the landing time into; train an objective of one time"
+            )
+        total = layer.bias + value[0]  # in the wider type of the two
+        layer.bias = nn.Parameter(total.to(layer.bias.dtype))
+    return backbone
