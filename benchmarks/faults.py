@@ -542,8 +542,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "use of an adapter not undone",
         "students/lora.py",
-        "            m._active_adapter, m._disable_adapters = active, disabled",
-        "            m._active_adapter, m._disable_adapters = [], True",
+        "        selection.name = before",
+        "        selection.name = None",
         "students/test_adapters.py::test_an_adapter_used_within_anothers_use_gives_it_back",
     ),
     fault(

@@ -2,9 +2,11 @@
 
 import copy
 import hashlib
+import sys
 
 import pytest
 import torch
+from torch import nn
 
 from distill.config.recipe import Recipe
 from distill.evaluation.finish import finish
@@ -18,6 +20,7 @@ from students.lora import (
     Adapter,
     active_adapter,
     adapt,
+    adapter_layers,
     inject,
     merged_backbone,
     merged_weight,
@@ -25,7 +28,7 @@ from students.lora import (
     using,
     with_schedule,
 )
-from teachers import load
+from teachers import Denoiser, load
 from tests.helpers.engines import stream
 from tests.helpers.refusals import refused
 from tests.helpers.toys import FIVE, recipe_tree
@@ -309,3 +312,39 @@ def test_a_copy_of_an_adapter_is_counted_as_its_original_is():
     with evaluations_of(denoisers_in({"student": student})) as counts, torch.no_grad():
         deepcopy(student)(x, t, teacher.codec.condition(["a red circle"] * 3))
     assert counts == {"student": 3}
+
+
+class Stack(Denoiser):
+    """A denoiser of `depth` linear layers."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.backbone = nn.Sequential(*(nn.Linear(2, 2) for _ in range(depth)))
+
+
+def calls_to_choose(depth):
+    """Python calls that `using` an adapter and leaving it takes, once layers are known."""
+    network = Stack(depth)
+    config = Adapter(rank=1, targets=r".*backbone\.\d+").config("")
+    for name in ("student", "fake"):
+        inject(network, name, config)
+    assert len(adapter_layers(network)) == depth
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    with using(network, "fake"):
+        pass
+    sys.setprofile(count)
+    try:
+        with using(network, "student"):
+            assert active_adapter(network) == "student"
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_choosing_an_adapter_costs_the_same_for_any_number_of_layers():
+    assert calls_to_choose(200) == calls_to_choose(2) < 40
