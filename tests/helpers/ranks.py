@@ -7,7 +7,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 
-from distill.__main__ import destroy_process_group
+from distill.__main__ import destroy_process_group, exit_now
 from distill.config.recipe import Recipe
 from distill.training import build
 from tests.helpers.toys import FIVE, recipe_tree
@@ -31,6 +31,7 @@ def main(teacher: str, folder: Path) -> None:
         }
         save_file(state, folder / f"{name}-{rank}.safetensors")
     destroy_process_group()
+    exit_now(0)
 
 
 if __name__ == "__main__":

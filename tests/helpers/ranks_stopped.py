@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from distill.__main__ import destroy_process_group
+from distill.__main__ import destroy_process_group, exit_now
 from distill.config.recipe import Recipe
 from distill.training import build
 from distill.training.engine import Stopped
@@ -41,6 +41,7 @@ def main(teacher: str, folder: Path) -> None:
         report = {"signal": found, "step": engine.step}
         (folder / f"{when}-{rank}.json").write_text(json.dumps(report))
     destroy_process_group()
+    exit_now(0)
 
 
 if __name__ == "__main__":
