@@ -5,12 +5,24 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distill.objectives.base import Objective
 
 
 def objectives() -> dict[str, str]:
     from distill.objectives import OBJECTIVES
 
-    return {k: f"{description(v)} {NEEDS[v.needs_data]}" for k, v in OBJECTIVES.items()}
+    return {k: f"{description(v)} {NEEDS[data_needs(v)]}" for k, v in OBJECTIVES.items()}
+
+
+def data_needs(kind: type[Objective]) -> str:
+    """The objective's `needs_data`; "always" if it requires a critic, which needs data."""
+    from distill.config.objective_schema import networks_of
+
+    critic_required = networks_of(kind).get("critic", False)
+    return "always" if kind.needs_data == "critic" and critic_required else kind.needs_data
 
 
 NEEDS = {

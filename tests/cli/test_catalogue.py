@@ -58,3 +58,10 @@ def test_a_header_that_runs_over_lines_is_listed_whole():
     lines = KINDS["recipes"]()
     assert lines["shapes/sid-lora"].endswith("as adapters on the teacher's own weights.")
     assert all(v.endswith(".") and v.count(". ") == 0 for v in lines.values()), lines
+
+
+def test_an_objective_that_requires_a_critic_needs_data():
+    lines = catalogue.objectives()
+    assert lines["fdistill"].endswith("Needs data.")
+    assert lines["dmd2"].endswith("Needs data if it has a critic.")
+    assert lines["sid"].endswith("Needs no data.")
