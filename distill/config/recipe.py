@@ -177,6 +177,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """The tree, changed in place, with each "a.b=value" set."""
+    given: dict[str, str] = {}  # the keys as the user wrote them, by their names of today
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip(".") or key.startswith("-"):
@@ -187,7 +188,12 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
             remedy = "write null after the =, or \"''\" for empty text"
             raise UserError(f"override {quoted(text)}: no value; {remedy}")
         node: dict[str, Any] = tree
-        *parents, leaf = current_key(key, tree).split(".")
+        current = current_key(key, tree)
+        if given.setdefault(current, key) != key:
+            raise UserError(
+                f"override {quoted(text)}: {given[current]} and {key} are one key; remove one"
+            )
+        *parents, leaf = current.split(".")
         for depth, parent in enumerate(parents):
             below: Any = node.get(parent)
             if parent == "teacher" and isinstance(below, str):

@@ -31,7 +31,7 @@ from distill.sampling.timesteps import COMPUTED, FINE_STEPS
 from eval.metrics.perceptual import lpips, psnr
 from eval.protocols.measure import PROTOCOLS, Protocol, Sampler
 from eval.stream import ONE_PROCESS, Processes
-from students.export.folder import SIDECAR, load_student
+from students.export.folder import SIDECAR, load_student, refuse_unfinished
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, nearest
 from teachers.quantised import Precision
@@ -85,8 +85,13 @@ class Subject:
 
 
 def is_student(source: str) -> bool:
-    """Whether a folder holds an exported student, or a run that has one."""
+    """Whether a folder holds an exported student, or a run that has one.
+
+    Raises:
+        UserError: it is a run that has not exported its student.
+    """
     folder = home(source)
+    refuse_unfinished(folder)
     return any((folder / name / SIDECAR).is_file() for name in (".", "student"))
 
 
@@ -97,6 +102,7 @@ def usual_protocol(source: str) -> str:
         UserError: the source has none.
     """
     folder, teacher, named = home(source), source, None
+    refuse_unfinished(folder)
     for path in (folder / SIDECAR, folder / "student" / SIDECAR):
         if path.is_file():
             sidecar = read_json(path, f"student {source!r}")

@@ -354,6 +354,20 @@ def sample_student(
     return torch.cat(parts)
 
 
+def refuse_unfinished(folder: Path) -> None:
+    """Refuse the folder of a run that has not exported its student.
+
+    Raises:
+        UserError: it is one.
+    """
+    exported = any((folder / name / SIDECAR).is_file() for name in (".", "student"))
+    if not exported and (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"student {str(folder)!r}: this run has no student yet; wait for its end, or resume "
+            f"it with distill run {folder / 'recipe.yaml'} --out {folder} --resume"
+        )
+
+
 def load_student(folder: Path, precision: Precision | None = None) -> tuple[Generator, Teacher]:
     """An exported student: its generator, and the folder as a teacher, whose codec it uses.
 
@@ -367,11 +381,7 @@ def load_student(folder: Path, precision: Precision | None = None) -> tuple[Gene
         raise UserError(f"student {str(folder)!r}: no such folder")
     if not (folder / SIDECAR).exists() and (folder / "student" / SIDECAR).exists():
         folder = folder / "student"  # a run folder was named
-    if not (folder / SIDECAR).exists() and (folder / "checkpoints").is_dir():
-        raise UserError(
-            f"student {str(folder)!r}: this run has no student yet; wait for its end, or resume "
-            f"it with distill run {folder / 'recipe.yaml'} --out {folder} --resume"
-        )
+    refuse_unfinished(folder)
     sidecar = read_json(folder / SIDECAR, f"student {str(folder)!r}")
     counts: Any = sidecar.get("steps")
     whole = isinstance(counts, list) and counts and all(type(k) is int for k in counts)

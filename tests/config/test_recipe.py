@@ -251,3 +251,12 @@ def test_old_keys_of_a_text_teacher_are_read():
     tree["train"]["vae"]["moves"] = optimizer
     assert renamed.current_names(tree)["train"]["vae"]["optimizer"] == optimizer
     assert renamed.current_key("train.unet.moves.lr", tree) == "train.unet.optimizer.lr"
+
+
+@pytest.mark.usefixtures("_unwarned")
+@pytest.mark.parametrize("keys", [("realism", "gan_weight"), ("gan_weight", "realism")])
+def test_two_names_of_one_key_on_a_command_line_are_refused(keys):
+    words = [f"objective.{key}=0.{i}" for i, key in enumerate(keys, 1)]
+    with refused(f"override '{words[1]}'", *keys):
+        Recipe.load("digits/dmd2", words)
+    assert Recipe.load("digits/dmd2", [words[0], words[0]]).objective["gan_weight"] == 0.1

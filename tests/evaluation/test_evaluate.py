@@ -225,3 +225,11 @@ def test_what_was_kept_of_a_local_teacher_counts_while_its_files_are_the_same(tm
         row = evaluate(found, small, [1], 1, record=record)["1"]
         assert (kept is None) or (row["fd"] == kept) == (scale == 1)
         kept = row["fd"]
+
+
+def test_a_run_without_its_student_is_no_teacher(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "recipe.yaml").write_text("eval: {protocol: digits}")
+    for words in ([], ["--protocol", "digits"], ["--speed", "--steps", "1"]):
+        with refused(f"student '{tmp_path}'", "--resume"):
+            cli.app(["eval", str(tmp_path), *words], standalone_mode=False)
