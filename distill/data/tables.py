@@ -12,7 +12,7 @@ from typing import Any
 
 from distill.config.schema import Column
 from eval.text import csv_rows, decoded, json_rows, json_value, repeated
-from teachers.errors import UserError, clipped, nearest
+from teachers.errors import UserError, clipped, first_line, nearest
 
 TEXTS = {".csv", ".tsv", ".jsonl", ".json"}  # read without any package
 SUFFIXES = TEXTS | {".parquet"}
@@ -232,12 +232,6 @@ def existing_table(column: Column, key: str) -> Column:
     """
     file_of(column.hf, f"{key}: '{column.hf}:{column.column}'")
     return column
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def missing_package(where: str) -> UserError:

@@ -31,7 +31,7 @@ from distill.sampling.timesteps import COMPUTED, FINE_STEPS
 from eval.metrics.perceptual import lpips, psnr
 from eval.protocols.measure import PROTOCOLS, Protocol, Sampler
 from eval.stream import ONE_PROCESS, Processes
-from students.export.folder import SIDECAR, load_student, refuse_unfinished
+from students.export.folder import SIDECAR, has_student, load_student, refuse_unfinished
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, nearest
 from teachers.quantised import Precision
@@ -92,7 +92,7 @@ def is_student(source: str) -> bool:
     """
     folder = home(source)
     refuse_unfinished(folder)
-    return any((folder / name / SIDECAR).is_file() for name in (".", "student"))
+    return has_student(folder)
 
 
 def usual_protocol(source: str) -> str:

@@ -354,14 +354,18 @@ def sample_student(
     return torch.cat(parts)
 
 
+def has_student(folder: Path) -> bool:
+    """Whether a folder is an exported student, or a run that has one."""
+    return any((folder / name / SIDECAR).is_file() for name in (".", "student"))
+
+
 def refuse_unfinished(folder: Path) -> None:
     """Refuse the folder of a run that has not exported its student.
 
     Raises:
         UserError: it is one.
     """
-    exported = any((folder / name / SIDECAR).is_file() for name in (".", "student"))
-    if not exported and (folder / "checkpoints").is_dir():
+    if not has_student(folder) and (folder / "checkpoints").is_dir():
         raise UserError(
             f"student {str(folder)!r}: this run has no student yet; wait for its end, or resume "
             f"it with distill run {folder / 'recipe.yaml'} --out {folder} --resume"

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from teachers.errors import UserError, clipped, note
+from teachers.errors import UserError, clipped, first_line, note
 from teachers.storage.files import read_json
 
 # A weights file as diffusers and transformers name it, with its shard and variant, if any.
@@ -87,7 +87,7 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
             )
     except Exception as error:  # damaged files raise many types
         raise UserError(
-            f"{who}: {folder} cannot be read ({reason(error)}); copy it again"
+            f"{who}: {folder} cannot be read ({first_line(error)}); copy it again"
         ) from None
     where = f"{who}: the weights in {folder}"
     dot = f"{part}." if part else ""
@@ -180,11 +180,6 @@ def more(names: list[str]) -> str:
     return f", and {len(names) - 1} more" * (len(names) > 1)
 
 
-def reason(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
     """Load the pipeline in a folder, from safetensors only, without a safety checker.
 
@@ -229,7 +224,7 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
             )
     except Exception as error:  # as above
         raise UserError(
-            f"{who}: the pipeline in {folder} cannot be read ({reason(error)}); copy it again"
+            f"{who}: the pipeline in {folder} cannot be read ({first_line(error)}); copy it again"
         ) from None
 
 
@@ -257,7 +252,7 @@ def tokenizer(name: str, folder: Path, who: str) -> Any:
                 with quiet():
                     return kind.from_pretrained(folder, local_files_only=True, **words)
             except Exception as error:  # damaged files, sentencepiece missing, …
-                fault = reason(error) if form == name and not words else fault
+                fault = first_line(error) if form == name and not words else fault
     raise UserError(f"{who}: {folder} cannot be read as a {clipped(name)} ({fault}); copy it again")
 
 
