@@ -1,1 +1,1 @@
-"""The emoji: captioned pictures of about 1,400 concepts in five styles, and networks that read them."""
+"""The emoji: captioned pictures of about 1,350 concepts in five styles, and their readers."""

@@ -87,9 +87,7 @@ def render_all(folder: Path, kept: list[Concept]) -> tuple[np.ndarray, list[tupl
     codes["blob"] = codes["noto"]  # version 1 uses the same names
     pictures, cells = [], []
     for j, (style, root) in enumerate(roots.items()):
-        render = (
-            file_renderer(root) if style == "3d" else svg_renderer(root, codes[style], SIDE)
-        )
+        render = file_renderer(root) if style == "3d" else svg_renderer(root, codes[style], SIDE)
         for i, concept in enumerate(kept):
             picture = render(concept.code)
             if picture is not None:

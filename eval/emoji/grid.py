@@ -61,10 +61,8 @@ def load(path: Path | str) -> Grid:
         pages = [np.asarray(Image.open(io.BytesIO(file[k].tobytes()))) for k in names]
     side, columns = text["side"], text["columns"]
     rows = pages[0].shape[0] // side
-    cut = [
-        page.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side)
-        for page in pages
-    ]
+    shape = (rows, side, columns, side, 3)
+    cut = [p.reshape(shape).transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side) for p in pages]
     pictures = torch.from_numpy(np.concatenate(cut)[: len(concept)].copy())
     concepts = [Concept(c, label, tuple(tags), g, m) for c, label, tags, g, m in text["concepts"]]
     mirrors = torch.tensor([c.mirrors for c in concepts])[concept]
@@ -100,8 +98,9 @@ def still(pictures: Tensor, size: int = SIZE) -> Tensor:
 
 
 def place(
-    pictures: Tensor, scale: Tensor, angle: Tensor, dx: Tensor, dy: Tensor, mirror: Tensor, size: int
-) -> Tensor:
+    pictures: Tensor, scale: Tensor, angle: Tensor, dx: Tensor, dy: Tensor, mirror: Tensor,
+    size: int,
+) -> Tensor:  # fmt: skip
     """Pictures scaled, turned by `angle` (radians), moved by (dx, dy) half frames, and mirrored."""
     cos, sin = angle.cos() / scale, angle.sin() / scale
     x = torch.stack([mirror * cos, mirror * sin, -mirror * (cos * dx + sin * dy)], 1)

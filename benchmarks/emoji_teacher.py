@@ -1,0 +1,858 @@
+"""Train the emoji teacher on a GPU for a given time, and assemble it as a pipeline.
+
+python benchmarks/emoji_teacher.py tokens emoji.npz tokens.npz     # caption variants as token ids
+python benchmarks/emoji_teacher.py train emoji.npz tokens.npz OUT --seconds 270
+python benchmarks/emoji_teacher.py assemble emoji.npz OUT TEACHER  # a StableDiffusionPipeline
+
+`train` needs only torch, diffusers, transformers, safetensors and Pillow. Within --seconds it
+trains an AutoencoderKL (64 pixels to latents of 16 x 16 x 8), two networks that read concept and
+style, then a UNet with a CLIP text encoder on latents (arXiv:2112.10752) that predicts v
+(arXiv:2202.00512); the learning rates follow the clock. Meanwhile another process compiles the
+UNet into the cache of kernels. Weights are written at 50, 80 and 100 %: the averages in half
+precision as files of at most 15 MiB in OUT, and the full state in --state, from which the next
+call with the same --state goes on.
+"""
+
+from __future__ import annotations
+
+import time
+
+BEGAN = time.monotonic()
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import os  # noqa: E402
+import random  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import traceback  # noqa: E402
+from collections import Counter  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", "/tmp/emoji-inductor")
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "1")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn.functional import cross_entropy, l1_loss, mse_loss  # noqa: E402
+
+from eval.emoji.grid import Grid, draw, load, still  # noqa: E402
+from eval.emoji.networks import ConvNeXt, Reader, ResNet  # noqa: E402
+
+LENGTH = 24  # tokens of a caption
+VARIANTS = 6  # caption variants of a cell: plain, four with tags, one without style
+SHARD = 15 * 2**20  # bytes
+VAE = {
+    "sample_size": 64,
+    "latent_channels": 8,
+    "block_out_channels": [48, 64, 96],
+    "layers_per_block": 1,
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "norm_num_groups": 16,
+    "mid_block_add_attention": False,
+    "scaling_factor": 1.0,
+}
+TEXT = {
+    "hidden_size": 160,
+    "intermediate_size": 640,
+    "projection_dim": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "max_position_embeddings": LENGTH,
+}
+UNET = {
+    "sample_size": 16,
+    "in_channels": 8,
+    "out_channels": 8,
+    "block_out_channels": [192, 224],
+    "layers_per_block": [1, 2],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+    "attention_head_dim": [3, 7],  # numbers of heads, as in Stable Diffusion's configurations
+    "cross_attention_dim": 160,
+    "norm_num_groups": 32,
+}
+SCHEDULER = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+}
+TINY = {
+    "vae": {"block_out_channels": [16, 16, 16]},
+    "unet": {"block_out_channels": [32, 32], "attention_head_dim": [2, 2]},
+}
+
+
+def elapsed() -> float:
+    """Seconds since the process began."""
+    return time.monotonic() - BEGAN
+
+
+def say(text: str) -> None:
+    print(f"[{elapsed():6.1f} s] {text}", flush=True)  # noqa: T201
+
+
+# --------------------------------------------------------------------------------- captions
+
+
+def words_of(grid: Grid) -> set[str]:
+    """The tokenizer's words: of styles, of labels, and of tags of at least four concepts."""
+    texts = ["style", *grid.styles, *(c.label for c in grid.concepts)]
+    words = {word for text in texts for word in text.replace(",", " ").split()}
+    tags = Counter(w for c in grid.concepts for w in {w for t in c.tags for w in t.split()})
+    return words | {word for word, n in tags.items() if n >= 4}
+
+
+def tokenizer_of(grid: Grid) -> Any:
+    from distill.pretrain.tokenizer import clip_tokenizer
+
+    return clip_tokenizer(sorted(words_of(grid)), LENGTH)
+
+
+def variants(grid: Grid, index: int, words: set[str], rng: random.Random) -> list[str]:
+    """Caption variants of a picture: plain, four with tags in random order, and the label only."""
+    concept = grid.concepts[int(grid.concept[index])]
+    plain, texts = grid.caption(index), []
+    known = [tag for tag in concept.tags if set(tag.split()) <= words]
+    for n in (1, 1, 2, 3):
+        tags = rng.sample(known, min(n, len(known)))
+        texts.append(", ".join([plain, *tags]))
+    return [plain, *texts, concept.label]
+
+
+def write_tokens(grid: Grid, path: Path) -> None:
+    """Write token ids (N, VARIANTS, LENGTH) of all captions, those of "", and special tokens."""
+    tokenizer, words, rng = tokenizer_of(grid), words_of(grid), random.Random(0)
+    texts = [variants(grid, i, words, rng) for i in range(len(grid.concept))]
+    flat = [text for group in texts for text in group]
+    ids = tokenizer(flat, padding="max_length", max_length=LENGTH, truncation=True).input_ids
+    empty = tokenizer([""], padding="max_length", max_length=LENGTH).input_ids
+    lengths = [len(tokenizer(group[0]).input_ids) for group in texts]
+    say(f"{len(tokenizer)} tokens; the longest plain caption has {max(lengths)}")
+    facts = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    np.savez_compressed(
+        path,
+        ids=np.array(ids, np.int16).reshape(len(texts), VARIANTS, LENGTH),
+        empty=np.array(empty[0], np.int16),
+        facts=np.frombuffer(json.dumps(facts).encode(), np.uint8),
+    )
+
+
+# --------------------------------------------------------------------------------- networks
+
+
+def make(facts: dict[str, int], tiny: bool) -> tuple[Any, Any, Any]:
+    """An autoencoder, a text encoder and a UNet with random weights."""
+    import diffusers
+    import transformers
+
+    small: dict[str, Any] = TINY if tiny else {"vae": {}, "unet": {}}
+    vae = diffusers.AutoencoderKL(**{**VAE, **small["vae"]})
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, **facts))
+    unet = diffusers.UNet2DConditionModel(**{**UNET, **small["unet"]})
+    with torch.no_grad():  # the latents' noise starts small, or it would hide their means
+        vae.quant_conv.bias[VAE["latent_channels"] :] = -6.0
+    return vae, text, unet
+
+
+def count(*networks: nn.Module) -> float:
+    """Parameters in millions."""
+    return sum(p.numel() for network in networks for p in network.parameters()) / 1e6
+
+
+class Run:
+    """What all stages share: the device, the data, the clock and the log."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.half = torch.bfloat16
+        self.log: dict[str, Any] = {"args": {k: str(v) for k, v in vars(args).items()}}
+        self.log["configs"] = {
+            "vae": VAE,
+            "text_encoder": TEXT,
+            "unet": UNET,
+            "scheduler": SCHEDULER,
+        }
+        self.log["torch"] = torch.__version__
+        if self.device.type == "cuda":
+            self.log["device"] = torch.cuda.get_device_name()
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
+        torch.manual_seed(args.seed)
+        self.grid = load(args.data).to(self.device)
+        with np.load(args.tokens) as file:
+            self.facts = json.loads(file["facts"].tobytes().decode())
+            self.ids = torch.from_numpy(file["ids"]).long().to(self.device)
+            self.empty = torch.from_numpy(file["empty"]).long().to(self.device)
+        self.train = (~self.grid.held_out).nonzero()[:, 0]
+        self.held = self.grid.held_out.nonzero()[:, 0]
+        self.vae, self.text, self.unet = (n.to(self.device) for n in make(self.facts, args.tiny))
+        sizes = len(self.grid.concepts), len(self.grid.styles)
+        self.readers: dict[str, Reader] = {
+            "a": ResNet(*sizes).to(self.device),
+            "b": ConvNeXt(*sizes).to(self.device),
+        }
+        self.vae, self.unet = (
+            n.to(memory_format=torch.channels_last) for n in (self.vae, self.unet)
+        )
+        self.unet.train(), self.text.train()
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, self.half)
+
+    def pictures(self, index: Tensor) -> Tensor:
+        """Fresh draws of pictures, in channels_last."""
+        x = draw(self.grid.pictures[index], self.grid.mirrors[index])
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def batch(self, index: Tensor, size: int) -> Tensor:
+        """A random choice from `index`."""
+        return index[torch.randint(len(index), (size,), device=self.device)]
+
+    def note(self, stage: str, **values: Any) -> None:
+        values = {k: round(float(torch.as_tensor(v).detach()), 5) for k, v in values.items()}
+        self.log.setdefault("history", []).append(
+            {"stage": stage, "s": round(elapsed(), 1), **values}
+        )
+        say(f"{stage} " + " ".join(f"{k}={v:.4g}" for k, v in values.items()))
+
+
+def attempt(run: Run, stage: Callable[..., None], *args: Any, **options: Any) -> None:
+    """Run a stage that the teacher can do without; its error goes to the log."""
+    try:
+        stage(run, *args, **options)
+    except Exception:
+        run.log.setdefault("errors", []).append(traceback.format_exc()[-1500:])
+        say(f"{stage.__name__} failed: {run.log['errors'][-1]}")
+
+
+class Trainer:
+    """AdamW with an average of the weights and a learning rate that follows the clock.
+
+    Args:
+        end: When the stage ends, in seconds of the process.
+    """
+
+    def __init__(
+        self, networks: list[nn.Module], lr: float, end: float, decay: float, warmup: int = 100,
+        wd: float = 0.01,
+    ) -> None:  # fmt: skip
+        self.params = [p for network in networks for p in network.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            self.params, lr, (0.9, 0.99), weight_decay=wd, fused=self.params[0].is_cuda
+        )
+        self.mean = [p.detach().clone() for p in self.params]
+        self.lr, self.began, self.end, self.decay, self.warmup = lr, elapsed(), end, decay, warmup
+        self.steps = 0
+
+    @property
+    def fraction(self) -> float:
+        """The share of the stage's time that has passed."""
+        return min((elapsed() - self.began) / max(self.end - self.began, 1e-6), 1.0)
+
+    def step(self, loss: Tensor) -> Tensor:
+        """One update; returns the norm of the gradients."""
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.params, 1.0)
+        flat = 0.3  # the share of time at the full rate, before a cosine to zero
+        x = max(self.fraction - flat, 0) / (1 - flat)
+        warmup = min((self.steps + 1) / self.warmup, 1)
+        rate = self.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * x))
+        for group in self.optimizer.param_groups:
+            group["lr"] = max(rate, 1e-3 * self.lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.mean, self.params, 1 - decay)
+        return norm
+
+    @torch.no_grad()
+    def restore(self, values: list[Tensor]) -> None:
+        """Set the weights and their average, and clear the optimizer's state."""
+        for p, mean, value in zip(self.params, self.mean, values, strict=True):
+            p.copy_(value)
+            mean.copy_(value)
+        self.optimizer.state.clear()
+
+
+# --------------------------------------------------------------------------------- stages
+
+
+def edges(x: Tensor) -> Tensor:
+    """Differences of neighbouring pixels, right and below."""
+    return torch.cat([x.diff(dim=2).flatten(1), x.diff(dim=3).flatten(1)], 1)
+
+
+def vae_stage(run: Run, end: float) -> None:
+    """Train the autoencoder on absolute and squared errors of pixels and of their differences."""
+    vae, size = run.vae, run.args.vae_batch
+    vae.train()
+    trainer = Trainer([vae], 2e-3, end, 0.995)
+    while elapsed() < end:
+        x = run.pictures(run.batch(run.train, size))
+        with run.autocast():
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample()).sample.float()
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = (mean**2 + logvar.exp() - 1 - logvar).mean() / 2
+        error = mse_loss(y, x)
+        loss = error + 0.5 * l1_loss(y, x) + 0.5 * l1_loss(edges(y), edges(x)) + 5e-4 * kl
+        norm = trainer.step(loss)
+        if trainer.steps % run.args.every == 1:
+            run.note("vae", step=trainer.steps, loss=loss, mse=error, kl=kl, norm=norm)
+    with torch.no_grad():
+        for p, mean in zip(trainer.params, trainer.mean):
+            p.copy_(mean)
+    vae.eval().requires_grad_(False)
+    whiten(run)
+    x = run.pictures(run.held[:256])
+    error = mse_loss(decode(run, encode(run, x)).clamp(-1, 1), x)
+    run.log["vae"] = {
+        "steps": trainer.steps,
+        "pictures": trainer.steps * size,
+        "parameters_m": count(vae),
+        "held_out_psnr_db": float(10 * torch.log10(4 / error)),
+    }
+    say(f"vae {run.log['vae']}")
+
+
+@torch.no_grad()
+def whiten(run: Run) -> None:
+    """Give latents mean 0 and variance 1 in each channel, inside the autoencoder's 1x1 layers."""
+    vae, n = run.vae, VAE["latent_channels"]
+    parts = [encode(run, run.pictures(part)) for part in run.train[::2].split(500)]
+    z = torch.cat(parts).float()
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    after = vae.post_quant_conv
+    after.bias += after.weight[:, :, 0, 0] @ mean
+    after.weight *= std[:, None, None]
+    before = vae.quant_conv
+    before.bias[:n] = (before.bias[:n] - mean) / std
+    before.weight[:n] /= std[:, None, None, None]
+    before.bias[n:] -= 2 * std.log()
+
+
+@torch.no_grad()
+def encode(run: Run, x: Tensor) -> Tensor:
+    """Latents (N, 8, 16, 16): means of the posteriors."""
+    with run.autocast():
+        return run.vae.encode(x).latent_dist.mean.float()
+
+
+@torch.no_grad()
+def decode(run: Run, z: Tensor) -> Tensor:
+    """Pictures of latents."""
+    with run.autocast():
+        return torch.cat([run.vae.decode(part).sample.float() for part in z.split(512)])
+
+
+def spoil(x: Tensor) -> Tensor:
+    """Changes for the readers: contrast, colour, noise, blur, a grey square, of random strength."""
+    n, device = len(x), x.device
+    u = torch.rand(6, n, 1, 1, 1, device=device)
+    x = 1 - (1 - x) * (0.75 + 0.4 * u[0])
+    tint = 1 - (1 - x) * (1 + 0.3 * (torch.rand(n, 3, 1, 1, device=device) - 0.5))
+    x = torch.where(u[1] < 0.5, tint, x)
+    soft = nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    x = torch.where(u[2] < 0.3, soft, x)
+    x = x + 0.25 * u[3] * (u[3] < 0.5) * torch.randn_like(x)
+    place = torch.arange(x.shape[-1], device=device)
+    corner = torch.randint(-8, 56, (2, n, 1), device=device)
+    inside = (place >= corner) & (place < corner + 18)
+    hole = (inside[0, :, None, :, None] & inside[1, :, None, None, :]) & (u[4] < 0.4)
+    return torch.where(hole, 2 * u[5] - 1, x).clamp(-1.2, 1.2)
+
+
+def reader_stage(run: Run, name: str, end: float) -> None:
+    """Train a network that reads concept and style.
+
+    "a" sees the training cells only. "b" sees all cells in the last 40 % of the time; its figures
+    on held-out cells are taken before.
+    """
+    network = run.readers[name].to(memory_format=torch.channels_last)
+    network.train()
+    every = torch.arange(len(run.grid.concept), device=run.device)
+    trainer = Trainer([network], 3e-3, end, 0.99, 200, 0.05)
+    facts: dict[str, Any] = {"parameters_m": count(network)}
+    while elapsed() < end:
+        late = name == "b" and trainer.fraction > 0.6
+        if late and "held_out_cells" not in facts:
+            facts["held_out_cells"] = read(run, network, run.held)
+            network.train()
+        index = run.batch(every if late else run.train, run.args.reader_batch)
+        with run.autocast():
+            concept, style = network(spoil(run.pictures(index)))
+        loss = cross_entropy(concept.float(), run.grid.concept[index], label_smoothing=0.1)
+        loss = loss + 0.5 * cross_entropy(style.float(), run.grid.style[index])
+        trainer.step(loss)
+        if trainer.steps % run.args.every == 1:
+            run.note(f"reader {name}", step=trainer.steps, loss=loss)
+    with torch.no_grad():
+        for p, mean in zip(trainer.params, trainer.mean):
+            p.copy_(mean)
+    facts.setdefault("held_out_cells", read(run, network, run.held))
+    facts["held_out_cells_at_the_end"] = read(run, network, run.held)
+    facts["train_cells"] = read(run, network, run.train[:1500])
+    facts |= {"steps": trainer.steps, "pictures": trainer.steps * run.args.reader_batch}
+    run.log[f"reader_{name}"] = facts
+    say(f"reader {name} {facts}")
+
+
+@torch.no_grad()
+def read(run: Run, network: Reader, index: Tensor, x: Tensor | None = None) -> dict[str, float]:
+    """Accuracies on draws of pictures, or on pictures `x` for these cells."""
+    network.eval()
+    x = run.pictures(index) if x is None else x
+    with run.autocast():
+        outs = [network(part) for part in x.split(500)]
+    concept, style = (torch.cat([o[k] for o in outs]).float() for k in (0, 1))
+    target = run.grid.concept[index]
+    top = concept.topk(5, 1).indices == target[:, None]
+    return {
+        "concept": top[:, 0].float().mean().item(),
+        "concept_top5": top.any(1).float().mean().item(),
+        "style": (style.argmax(1) == run.grid.style[index]).float().mean().item(),
+    }
+
+
+class Latents:
+    """Latents of several draws of each training picture, of which some are replaced each step."""
+
+    def __init__(self, run: Run, draws: int) -> None:
+        self.run = run
+        self.cell = run.train.repeat(draws)
+        parts = [encode(run, run.pictures(part)).half() for part in self.cell.split(1000)]
+        self.z = torch.cat(parts).contiguous(memory_format=torch.channels_last)
+
+    def take(self, size: int, fresh: int) -> tuple[Tensor, Tensor]:
+        """Random latents (size, 8, 16, 16), and the indices of their cells; renews `fresh`."""
+        if fresh:
+            old = torch.randint(len(self.z), (fresh,), device=self.z.device)
+            self.z[old] = encode(self.run, self.run.pictures(self.cell[old])).half()
+        row = torch.randint(len(self.z), (size,), device=self.z.device)
+        return self.z[row].float(), self.cell[row]
+
+
+def alphas(device: torch.device) -> tuple[Tensor, Tensor]:
+    """α and σ of every time of the scheduler."""
+    from diffusers import DDIMScheduler
+
+    bar = DDIMScheduler(**SCHEDULER).alphas_cumprod.to(device)
+    return bar.sqrt(), (1 - bar).sqrt()
+
+
+def times(n: int, device: torch.device) -> Tensor:
+    """Times: half uniform, half logit-normal around the middle."""
+    u = torch.rand(n, device=device)
+    middle = torch.sigmoid(torch.randn(n, device=device))
+    u = torch.where(torch.rand(n, device=device) < 0.5, u, middle)
+    return (1000 * u).long().clamp(0, 999)
+
+
+def caption_ids(run: Run, cell: Tensor) -> Tensor:
+    """Token ids: 70 % plain, 14 % with tags, 4 % without style, 12 % empty."""
+    n, u = len(cell), torch.rand(len(cell), device=run.device)
+    tagged = torch.randint(1, VARIANTS - 1, (n,), device=run.device)
+    kind = torch.where(u < 0.14, tagged, torch.where(u < 0.18, VARIANTS - 1, 0))
+    ids = run.ids[cell, kind]
+    return torch.where((u > 0.88)[:, None], run.empty, ids)
+
+
+def denoising_loss(
+    run: Run, network: Any, x: Tensor, ids: Tensor, alpha: Tensor, sigma: Tensor
+) -> Tensor:
+    """Squared error of v at random times."""
+    t, noise = times(len(x), x.device), torch.randn_like(x)
+    a, s = alpha[t][:, None, None, None], sigma[t][:, None, None, None]
+    with run.autocast():
+        text = run.text(ids)[0]
+        x_t = (a * x + s * noise).contiguous(memory_format=torch.channels_last)
+        v = network(x_t, t, text, return_dict=False)[0]
+    return mse_loss(v.float(), a * noise - s * x)
+
+
+def compiled(run: Run) -> Any:
+    """The UNet, compiled; the plain UNet if that fails."""
+    if not run.args.compile:
+        return run.unet
+    try:
+        network = torch.compile(run.unet, dynamic=False)
+        alpha, sigma = alphas(run.device)
+        size = run.args.batch
+        x = torch.randn(size, 8, 16, 16, device=run.device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        denoising_loss(run, network, x, run.empty.expand(size, -1), alpha, sigma).backward()
+        for p in [*run.unet.parameters(), *run.text.parameters()]:
+            p.grad = None
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        return network
+    except Exception:
+        run.log["compile_error"] = traceback.format_exc()[-1500:]
+        say("compilation failed; the UNet runs as it is\n" + run.log["compile_error"])
+        for p in [*run.unet.parameters(), *run.text.parameters()]:
+            p.grad = None
+        return run.unet
+
+
+def unet_stage(run: Run, end: float) -> None:
+    """Train the UNet and the text encoder on latents; write weights at 50, 80 and 100 %."""
+    args, began = run.args, elapsed()
+    latents = Latents(run, args.draws)
+    say(f"{len(latents.z)} latents; their standard deviation is {latents.z.float().std():.3f}")
+    network = compiled(run)
+    sizes = [f"{count(n):.1f} M" for n in (run.unet, run.text)]
+    say(f"UNet of {sizes[0]} parameters, text encoder of {sizes[1]}: ready")
+    trainer = Trainer([run.unet, run.text], args.lr, end, 0.998, 200)
+    alpha, sigma = alphas(run.device)
+    good, since, stages = None, elapsed(), [0.5, 0.8]
+    while elapsed() < end:
+        x, cell = latents.take(args.batch, args.fresh)
+        loss = denoising_loss(run, network, x, caption_ids(run, cell), alpha, sigma)
+        norm = trainer.step(loss)
+        if trainer.steps % args.every == 1:
+            value = loss.item()
+            if not math.isfinite(value):
+                if good is None:
+                    raise SystemExit("the loss is not finite; lower --lr")
+                trainer.restore(good)
+                trainer.lr *= 0.5
+                say("the loss is not finite: back to the last good weights, at half the rate")
+            else:
+                good = [m.clone() for m in trainer.mean]
+            rate = args.batch * (args.every if trainer.steps > 1 else 1) / (elapsed() - since)
+            since = elapsed()
+            run.note("unet", step=trainer.steps, loss=value, norm=norm, per_s=rate)
+        if stages and trainer.fraction >= stages[0]:
+            keep(run, trainer, f"{stages[0]:.0%}", latents, began)
+            if stages.pop(0) == 0.5:
+                attempt(run, contact, run.args.out / "half.png", 3.0, few=True)
+            exchange(run, trainer)
+            since = elapsed()
+    keep(run, trainer, "100%", latents, began)
+
+
+def keep(run: Run, trainer: Trainer, share: str, latents: Latents, began: float) -> None:
+    """Put the averages into the networks, write them, and leave them there for sampling.
+
+    The networks have no dropout, and stay in training mode: a change would compile them again.
+    """
+    exchange(run, trainer)
+    pictures = trainer.steps * run.args.batch
+    run.log["unet"] = {
+        "share": share,
+        "steps": trainer.steps,
+        "pictures": pictures,
+        "epochs": pictures / len(run.train),
+        "seconds": elapsed() - began,
+        "parameters_m": count(run.unet),
+        "text_parameters_m": count(run.text),
+    }
+    write(run, trainer.steps)
+    say(f"weights written at {share}: {run.log['unet']}")
+
+
+@torch.no_grad()
+def exchange(run: Run, trainer: Trainer) -> None:
+    """Swap the weights and their averages; a second call swaps them back."""
+    values = [p.detach().clone() for p in trainer.params]
+    for p, mean, value in zip(trainer.params, trainer.mean, values, strict=True):
+        p.copy_(mean)
+        mean.copy_(value)
+
+
+# --------------------------------------------------------------------------------- files
+
+
+def parts(run: Run) -> dict[str, nn.Module]:
+    return {"vae": run.vae, "text": run.text, "unet": run.unet, **run.readers}
+
+
+def write(run: Run, steps: int = 0) -> None:
+    """Write all weights in half precision to OUT, and in full to --state; each file whole."""
+    out, args = run.args.out, run.args
+    flat = {
+        f"{name}.{key}": value
+        for name, network in parts(run).items()
+        for key, value in network.state_dict().items()
+    }
+    flat["steps"] = torch.tensor(steps)
+    try:
+        args.state.mkdir(parents=True, exist_ok=True)
+        draft = args.state / "draft"
+        save_file({k: v.detach().cpu().contiguous() for k, v in flat.items()}, draft)
+        draft.replace(args.state / "weights.safetensors")
+    except OSError as error:
+        say(f"state not written: {error}")
+    half = {
+        k: v.detach().to("cpu", torch.float16 if v.is_floating_point() else v.dtype).contiguous()
+        for k, v in flat.items()
+    }
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for key, value in half.items():
+        size = 2 * value.numel() + 200
+        if used + size > SHARD:
+            shards.append({})
+            used = 0
+        shards[-1][key] = value
+        used += size
+    for n, shard in enumerate(shards):
+        save_file(shard, out / f".{n}.draft")
+    for n in range(len(shards)):
+        (out / f".{n}.draft").replace(out / f"weights-{n}.safetensors")
+    write_log(run)
+
+
+def write_log(run: Run) -> None:
+    run.log["seconds"] = elapsed()
+    draft = run.args.out / ".log"
+    draft.write_text(json.dumps(run.log, indent=1))
+    draft.replace(run.args.out / "log.json")
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights that a run wrote."""
+    flat: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("weights*.safetensors")):
+        flat |= load_file(path)
+    return flat
+
+
+def restore(network: nn.Module, flat: dict[str, Tensor], name: str) -> None:
+    """Load the part `name` of a run's weights."""
+    own = network.state_dict()
+    state = {k: flat[f"{name}.{k}"].to(v.dtype) for k, v in own.items()}
+    network.load_state_dict(state)
+
+
+# --------------------------------------------------------------------------------- pictures
+
+
+@torch.no_grad()
+def sample(run: Run, ids: Tensor, guidance: float, seed: int, steps: int = 25) -> Tensor:
+    """Pictures (N, 3, 64, 64) in [-1, 1] of captions, with stock DDIM."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(**SCHEDULER)
+    scheduler.set_timesteps(steps, device=run.device)
+    rng = torch.Generator(run.device).manual_seed(seed)
+    z = torch.randn(len(ids), 8, 16, 16, device=run.device, generator=rng)
+    outs = []
+    for part, words in zip(z.split(1024), ids.split(1024)):
+        with run.autocast():
+            text = run.text(words)[0]
+            null = run.text(run.empty[None])[0].expand(len(words), -1, -1)
+        for t in scheduler.timesteps:
+            with run.autocast():
+                v = run.unet(part, t, text, return_dict=False)[0].float()
+                if guidance != 1:
+                    free = run.unet(part, t, null, return_dict=False)[0].float()
+                    v = free + guidance * (v - free)
+            part = scheduler.step(v, t, part).prev_sample
+        outs.append(decode(run, part))
+    return torch.cat(outs).clamp(-1, 1)
+
+
+def page(rows: list[Tensor], path: Path) -> None:
+    """Write rows of pictures (each (N, 3, 64, 64)) as a PNG."""
+    width = max(len(row) for row in rows)
+    sheet = torch.full((len(rows), width, 3, 66, 66), 225, dtype=torch.uint8)
+    for i, row in enumerate(rows):
+        sheet[i, : len(row), :, 1:-1, 1:-1] = ((row + 1) * 127.5).round().to("cpu", torch.uint8)
+    sheet = sheet.permute(0, 3, 1, 4, 2).reshape(len(rows) * 66, width * 66, 3)
+    Image.fromarray(sheet.numpy()).save(path)
+
+
+def contact(run: Run, path: Path, guidance: float, few: bool = False) -> None:
+    """A sheet: concepts in every style, then held-out cells under their real pictures."""
+    rng = torch.Generator().manual_seed(7)
+    full = [
+        i for i in range(len(run.grid.concepts)) if (run.grid.concept[run.train] == i).sum() >= 5
+    ]
+    chosen = [full[k] for k in torch.randperm(len(full), generator=rng)[: 16 if few else 24]]
+    rows: list[Tensor] = []  # ids of rows to sample, or pictures
+    for style in range(len(run.grid.styles)):
+        cells = [
+            ((run.grid.concept == i) & (run.grid.style == style)).nonzero()[0, 0] for i in chosen
+        ]
+        rows.append(run.ids[torch.stack(cells), 0])
+    held = run.held[torch.randperm(len(run.held), generator=rng).to(run.device)]
+    for cells in held[: (1 if few else 4) * len(chosen)].split(len(chosen)):
+        rows += [still(run.grid.pictures[cells]), run.ids[cells, 0]]
+    if not few:  # seeds of a prompt
+        for cell in (run.train[100], run.train[3000], run.held[5], run.held[200]):
+            rows.append(run.ids[cell, 0].expand(len(chosen), -1))
+    wanted = [row for row in rows if row.dtype == torch.long]
+    sampled = iter(sample(run, torch.cat(wanted), guidance, 1).split([len(row) for row in wanted]))
+    rows = [next(sampled) if row.dtype == torch.long else row for row in rows]
+    page(rows, path)
+    say(f"sheet {path}")
+
+
+def measure(run: Run, end: float) -> None:
+    """Concept and style accuracies of samples of train and held-out cells, while time is left."""
+    rng = torch.Generator().manual_seed(3)
+    some = run.train[torch.randperm(len(run.train), generator=rng)[:600].to(run.device)]
+    pairs = ((25, 3.0), (25, 2.0), (25, 1.0), (25, 5.0), (4, 3.0), (8, 3.0), (1, 1.0))
+    for steps, guidance in pairs:
+        if elapsed() > end:
+            break
+        line = {}
+        x = sample(run, run.ids[torch.cat([some, run.held]), 0], guidance, 5, steps)
+        for name, cells, images in (
+            ("train", some, x[: len(some)]),
+            ("held_out", run.held, x[len(some) :]),
+        ):
+            for key, network in run.readers.items():
+                line[f"{name}_{key}"] = read(run, network, cells, images)
+        run.log.setdefault("samples", []).append({"steps": steps, "guidance": guidance, **line})
+        say(f"samples {steps} steps, guidance {guidance}: {json.dumps(line)}")
+
+
+# --------------------------------------------------------------------------------- commands
+
+
+def warm(args: argparse.Namespace) -> None:
+    """Compile the UNet into the cache of kernels, for another process."""
+    run = Run(args)
+    compiled(run)
+    say("warm: " + ("failed" if "compile_error" in run.log else "compiled"))
+
+
+def train(args: argparse.Namespace) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    state = args.state if (args.state / "weights.safetensors").exists() else args.resume
+    helper = None
+    if args.compile and args.warm and not state:
+        command = [sys.executable, *sys.argv]
+        command[command.index("train")] = "warm"
+        helper = subprocess.Popen(command)
+    run = Run(args)
+    sizes = f"{len(run.train)} training cells, {len(run.held)} held out"
+    say(f"{sizes}, on {run.log.get('device', 'cpu')}")
+    total, tail = args.seconds, min(args.tail, 0.1 * args.seconds)
+    if state:
+        flat = read_weights(state)
+        for name, network in parts(run).items():
+            restore(network, flat, name)
+        run.vae.eval().requires_grad_(False)
+        run.log["resumed_at_step"] = int(flat["steps"])
+        if flat["steps"] > 0:
+            args.lr *= 0.6
+        say(f"goes on from {state}, step {int(flat['steps'])}, at a rate of {args.lr:.1e}")
+    else:
+        vae_stage(run, args.vae_share * total)
+        for name in run.readers:
+            attempt(run, reader_stage, name, elapsed() + args.reader_share / 2 * total)
+        write(run)
+    if helper:
+        try:
+            helper.wait(max(0.35 * total - elapsed(), 1))
+        except subprocess.TimeoutExpired:
+            helper.kill()
+            say("the helper's compilation takes too long; compiling here")
+    unet_stage(run, total - tail)
+    attempt(run, contact, args.out / "final.png", 3.0)
+    attempt(run, measure, total + 5)
+    write_log(run)
+    say("done")
+
+
+def assemble(args: argparse.Namespace) -> None:
+    """Write a run's weights as a StableDiffusionPipeline folder."""
+    import diffusers
+
+    from distill.pretrain.text_to_image import make_portable, open_to_readers
+
+    grid, flat = load(args.data), read_weights(args.run)
+    tokenizer = tokenizer_of(grid)
+    facts = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vae, text, unet = make(facts, args.tiny)
+    for name, network in (("vae", vae), ("text", text), ("unet", unet)):
+        restore(network, flat, name)
+        if name != "text":  # transformers keeps the saved type, and diffusers loads float32
+            network.half()
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
+        scheduler=diffusers.DDIMScheduler(**SCHEDULER),
+        safety_checker=None, feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(args.teacher)
+    make_portable(args.teacher)
+    open_to_readers(args.teacher)
+    readers = {k: v for k, v in flat.items() if k[:2] in ("a.", "b.")}
+    save_file(readers, args.teacher.with_name(args.teacher.name + "-readers.safetensors"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("tokens")
+    p.add_argument("data", type=Path)
+    p.add_argument("tokens", type=Path)
+    for name in ("train", "warm"):
+        p = commands.add_parser(name)
+        p.add_argument("data", type=Path)
+        p.add_argument("tokens", type=Path)
+        p.add_argument("out", type=Path)
+        p.add_argument("--seconds", type=float, default=270)
+        p.add_argument("--tail", type=float, default=14, help="seconds for sheets and figures")
+        p.add_argument("--vae-share", type=float, default=0.19)
+        p.add_argument("--reader-share", type=float, default=0.08)
+        p.add_argument("--batch", type=int, default=384)
+        p.add_argument("--vae-batch", type=int, default=128)
+        p.add_argument("--reader-batch", type=int, default=512)
+        p.add_argument("--fresh", type=int, default=48, help="latents renewed in each step")
+        p.add_argument("--draws", type=int, default=4, help="draws of each picture at first")
+        p.add_argument("--lr", type=float, default=8e-4)
+        p.add_argument("--every", type=int, default=100, help="steps between lines of the log")
+        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--state", type=Path, default=Path("/tmp/emoji-state"))
+        p.add_argument("--resume", type=Path, help="a folder of weights to go on from")
+        p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+        p.add_argument("--warm", action=argparse.BooleanOptionalAction, default=True)
+        p.add_argument("--tiny", action="store_true", help="tiny networks, for a test")
+    p = commands.add_parser("assemble")
+    p.add_argument("data", type=Path)
+    p.add_argument("run", type=Path)
+    p.add_argument("teacher", type=Path)
+    p.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    if args.command == "tokens":
+        write_tokens(load(args.data), args.tokens)
+    else:
+        {"train": train, "warm": warm, "assemble": assemble}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
