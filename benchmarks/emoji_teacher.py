@@ -160,13 +160,13 @@ def write_tokens(grid: Grid, path: Path) -> None:
 # --------------------------------------------------------------------------------- networks
 
 
-def make(facts: dict[str, int], tiny: bool) -> tuple[Any, Any, Any]:
+def make(facts: dict[str, Any], tiny: bool) -> tuple[Any, Any, Any]:
     """An autoencoder, a text encoder and a UNet with random weights."""
     import diffusers
     import transformers
 
     small: dict[str, Any] = TINY if tiny else {"vae": {}, "unet": {}}
-    vae = diffusers.AutoencoderKL(**{**VAE, **small["vae"]})
+    vae: Any = diffusers.AutoencoderKL(**{**VAE, **small["vae"]})
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, **facts))
     unet = diffusers.UNet2DConditionModel(**{**UNET, **small["unet"]})
     with torch.no_grad():  # the latents' noise starts small, or it would hide their means
@@ -216,7 +216,8 @@ class Run:
         self.vae, self.unet = (
             n.to(memory_format=torch.channels_last) for n in (self.vae, self.unet)
         )
-        self.unet.train(), self.text.train()
+        self.unet.train()
+        self.text.train()
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, self.half)
@@ -258,7 +259,7 @@ class Trainer:
         self, networks: list[nn.Module], lr: float, end: float, decay: float, warmup: int = 100,
         wd: float = 0.01,
     ) -> None:  # fmt: skip
-        self.params = [p for network in networks for p in network.parameters()]
+        self.params: list[Any] = [p for network in networks for p in network.parameters()]
         self.optimizer = torch.optim.AdamW(
             self.params, lr, (0.9, 0.99), weight_decay=wd, fused=self.params[0].is_cuda
         )
@@ -657,7 +658,7 @@ def sample(run: Run, ids: Tensor, guidance: float, seed: int, steps: int = 25) -
     """Pictures (N, 3, 64, 64) in [-1, 1] of captions, with stock DDIM."""
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(**SCHEDULER)
+    scheduler: Any = DDIMScheduler(**SCHEDULER)
     scheduler.set_timesteps(steps, device=run.device)
     rng = torch.Generator(run.device).manual_seed(seed)
     z = torch.randn(len(ids), 8, 16, 16, device=run.device, generator=rng)
@@ -803,7 +804,7 @@ def assemble(args: argparse.Namespace) -> None:
             network.half()
     pipe = diffusers.StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
-        scheduler=diffusers.DDIMScheduler(**SCHEDULER),
+        scheduler=diffusers.DDIMScheduler(**SCHEDULER),  # pyright: ignore[reportArgumentType]
         safety_checker=None, feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
     )  # fmt: skip
@@ -815,7 +816,7 @@ def assemble(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The emoji teacher.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("tokens")
     p.add_argument("data", type=Path)

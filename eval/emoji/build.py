@@ -96,7 +96,7 @@ def render_all(folder: Path, kept: list[Concept]) -> tuple[np.ndarray, list[tupl
     return np.stack(pictures), cells
 
 
-def distinct(pictures: np.ndarray, cells: list[tuple[int, int]]) -> list[int]:
+def distinct(pictures: np.ndarray) -> list[int]:
     """The indices of pictures that are no exact copy of an earlier picture."""
     seen: set[str] = set()
     keep = []
@@ -174,7 +174,7 @@ def build(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     groups = read_json(root / "meta" / "groups.json")
     kept, dropped = concepts(read_json(root / "en" / "data.json"), groups)
     pictures, cells = render_all(folder, kept)
-    keep = distinct(pictures, cells)
+    keep = distinct(pictures)
     dropped["exact copies of a picture"] = len(cells) - len(keep)
     pictures, cells = pictures[keep], [cells[n] for n in keep]
     used = sorted({i for i, _ in cells})
@@ -202,12 +202,12 @@ def build(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Build the emoji set.")
     parser.add_argument("file", type=Path, help="the .npz to write")
     parser.add_argument("--packages", type=Path, default=cache() / "emoji", help="their folder")
     args = parser.parse_args()
     arrays, facts = build(args.packages)
-    np.savez(args.file, **arrays)
+    np.savez(args.file, **arrays)  # pyright: ignore[reportArgumentType]
     text = json.dumps(facts, indent=1)
     args.file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     sys.stdout.write(text + "\n")

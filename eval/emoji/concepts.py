@@ -61,25 +61,19 @@ def left_out(entry: dict[str, Any], group: str, subgroup: str, codes: set[str]) 
         codes: The codes of all emoji, to find the neutral form of one with a gender.
     """
     label, code = entry["label"], code_of(entry["hexcode"])
-    if group == "flags":
-        return "flags"
-    if group in ("", "component"):
-        return "letters and parts"
-    if subgroup in ("keycap", "alphanum") or label in LETTERED | TEXT:
-        return "letters and digits"
-    if "o’clock" in label or (subgroup == "time" and label.endswith("-thirty")):
-        return "clocks"
-    if code.endswith("-200d-27a1"):
-        return "facing right"
-    if re.search(r"-200d-264[02]$", code) or (
-        re.match(r"1f46[89]-200d-", code) and "1f9d1" + code[5:] in codes
-    ):
-        return "man or woman of a neutral form"
-    if re.match(r"(family|kiss|couple with heart): ", label):
-        return "families and couples"
-    if subgroup == "geometric" and re.search(r"medium|small", label):
-        return "sizes of squares and diamonds"
-    return None
+    gendered = re.match(r"1f46[89]-200d-", code) and "1f9d1" + code[5:] in codes
+    reasons = {
+        "flags": group == "flags",
+        "letters and parts": group in ("", "component"),
+        "letters and digits": subgroup in ("keycap", "alphanum") or label in LETTERED | TEXT,
+        "clocks": "o’clock" in label or (subgroup == "time" and label.endswith("-thirty")),
+        "facing right": code.endswith("-200d-27a1"),
+        "man or woman of a neutral form": gendered or re.search(r"-200d-264[02]$", code),
+        "families and couples": re.match(r"(family|kiss|couple with heart): ", label),
+        "sizes of squares and diamonds": subgroup == "geometric"
+        and re.search(r"medium|small", label),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def concepts(entries: list[dict[str, Any]], meta: dict[str, Any]) -> tuple[list[Concept], Counter]:

@@ -30,6 +30,7 @@ MAY: dict[str, set[str]] = {
     "eval": set(),
     "eval.digits": {"eval"},
     "eval.shapes": {"eval"},
+    "eval.emoji": {"eval"},
     "eval.metrics": {"eval", "eval.digits", "eval.shapes"},
     "eval.protocols": {"eval", "eval.digits", "eval.shapes", "eval.metrics"},
     "distill": {"teachers", "teachers.storage", "eval"},
