@@ -109,7 +109,7 @@ def test_the_file_gives_back_pictures_and_captions(tmp_path):
         tmp_path / "emoji.npz",
         concept=np.arange(n), style=np.arange(n) % 2, held_out=np.arange(n) == 5,
         text=np.frombuffer(text.encode(), np.uint8),
-        **{f"sheet{i}": np.frombuffer(s, np.uint8) for i, s in enumerate(sheets(pictures))},
+        **{f"sheet{i}": np.frombuffer(s, np.uint8) for i, s in enumerate(sheets(pictures))},  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     grid = load(tmp_path / "emoji.npz")
     assert torch.equal(grid.pictures, torch.from_numpy(pictures).permute(0, 3, 1, 2))
@@ -136,8 +136,9 @@ def test_a_picture_is_scaled_moved_turned_and_mirrored():
     one, zero = torch.ones(1), torch.zeros(1)
 
     def at(scale=1.0, angle=0.0, dx=0.0, dy=0.0, mirror=1.0):
-        parts = [one * v for v in (scale, angle, dx, dy, mirror)]
-        return centre(place(corner(), *parts, 64))
+        return centre(
+            place(corner(), one * scale, one * angle, one * dx, one * dy, one * mirror, 64)
+        )
 
     assert at() == pytest.approx((-0.5, -0.5), abs=0.01)
     assert at(scale=0.8) == pytest.approx((-0.4, -0.4), abs=0.01)
