@@ -6,11 +6,12 @@ python benchmarks/emoji_teacher.py assemble emoji.npz OUT TEACHER  # a StableDif
 
 `train` needs only torch, diffusers, transformers, safetensors and Pillow. Within --seconds it
 trains an AutoencoderKL (64 pixels to latents of 16 x 16 x 8), two networks that read concept and
-style, then a UNet with a CLIP text encoder on latents (arXiv:2112.10752) that predicts v
-(arXiv:2202.00512); the learning rates follow the clock. Meanwhile another process compiles the
-UNet into the cache of kernels. Weights are written at 50, 80 and 100 %: the averages in half
-precision as files of at most 15 MiB in OUT, and the full state in --state, from which the next
-call with the same --state goes on.
+style, a UNet with a CLIP text encoder on latents (arXiv:2112.10752) that predicts v
+(arXiv:2202.00512), and last a small UNet that learns the large one's predictions and is the one
+that ships; the learning rates follow the clock. Meanwhile another process compiles the UNets into
+the cache of kernels. Weights are written as they come: the averages in half precision as files of
+at most 15 MiB in OUT, and the full state in --state, from which the next call with the same
+--state goes on.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ SHARD = 15 * 2**20  # bytes
 VAE = {
     "sample_size": 64,
     "latent_channels": 8,
-    "block_out_channels": [48, 64, 96],
+    "block_out_channels": [32, 48, 64],
     "layers_per_block": 1,
     "down_block_types": ["DownEncoderBlock2D"] * 3,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
@@ -62,11 +63,11 @@ VAE = {
     "scaling_factor": 1.0,
 }
 TEXT = {
-    "hidden_size": 160,
-    "intermediate_size": 640,
-    "projection_dim": 160,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 5,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "projection_dim": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "max_position_embeddings": LENGTH,
 }
 UNET = {
@@ -78,8 +79,16 @@ UNET = {
     "down_block_types": ["CrossAttnDownBlock2D"] * 2,
     "up_block_types": ["CrossAttnUpBlock2D"] * 2,
     "attention_head_dim": [3, 7],  # numbers of heads, as in Stable Diffusion's configurations
-    "cross_attention_dim": 160,
+    "cross_attention_dim": 128,
     "norm_num_groups": 32,
+}
+SMALL = {
+    **UNET,
+    "block_out_channels": [64, 128],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [2, 4],
 }
 SCHEDULER = {
     "beta_schedule": "scaled_linear",
@@ -94,6 +103,7 @@ SCHEDULER = {
 TINY = {
     "vae": {"block_out_channels": [16, 16, 16]},
     "unet": {"block_out_channels": [32, 32], "attention_head_dim": [2, 2]},
+    "small": {"block_out_channels": [32, 32], "attention_head_dim": [2, 2]},
 }
 
 
@@ -160,18 +170,19 @@ def write_tokens(grid: Grid, path: Path) -> None:
 # --------------------------------------------------------------------------------- networks
 
 
-def make(facts: dict[str, Any], tiny: bool) -> tuple[Any, Any, Any]:
-    """An autoencoder, a text encoder and a UNet with random weights."""
+def make(facts: dict[str, Any], tiny: bool) -> tuple[Any, Any, Any, Any]:
+    """An autoencoder, a text encoder, a UNet and a small UNet with random weights."""
     import diffusers
     import transformers
 
-    small: dict[str, Any] = TINY if tiny else {"vae": {}, "unet": {}}
-    vae: Any = diffusers.AutoencoderKL(**{**VAE, **small["vae"]})
+    changes: dict[str, Any] = TINY if tiny else {"vae": {}, "unet": {}, "small": {}}
+    vae: Any = diffusers.AutoencoderKL(**{**VAE, **changes["vae"]})
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, **facts))
-    unet = diffusers.UNet2DConditionModel(**{**UNET, **small["unet"]})
+    unet = diffusers.UNet2DConditionModel(**{**UNET, **changes["unet"]})
+    small = diffusers.UNet2DConditionModel(**{**SMALL, **changes["small"]})
     with torch.no_grad():  # the latents' noise starts small, or it would hide their means
         vae.quant_conv.bias[VAE["latent_channels"] :] = -6.0
-    return vae, text, unet
+    return vae, text, unet, small
 
 
 def count(*networks: nn.Module) -> float:
@@ -183,7 +194,7 @@ class Run:
     """What all stages share: the device, the data, the clock and the log."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+        self.args, self.steps = args, 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.half = torch.bfloat16
         self.log: dict[str, Any] = {"args": {k: str(v) for k, v in vars(args).items()}}
@@ -191,6 +202,7 @@ class Run:
             "vae": VAE,
             "text_encoder": TEXT,
             "unet": UNET,
+            "small": SMALL,
             "scheduler": SCHEDULER,
         }
         self.log["torch"] = torch.__version__
@@ -207,16 +219,18 @@ class Run:
             self.empty = torch.from_numpy(file["empty"]).long().to(self.device)
         self.train = (~self.grid.held_out).nonzero()[:, 0]
         self.held = self.grid.held_out.nonzero()[:, 0]
-        self.vae, self.text, self.unet = (n.to(self.device) for n in make(self.facts, args.tiny))
+        networks = make(self.facts, args.tiny)
+        self.vae, self.text, self.unet, self.small = (n.to(self.device) for n in networks)
         sizes = len(self.grid.concepts), len(self.grid.styles)
         self.readers: dict[str, Reader] = {
             "a": ResNet(*sizes).to(self.device),
             "b": ConvNeXt(*sizes).to(self.device),
         }
-        self.vae, self.unet = (
-            n.to(memory_format=torch.channels_last) for n in (self.vae, self.unet)
+        self.vae, self.unet, self.small = (
+            n.to(memory_format=torch.channels_last) for n in (self.vae, self.unet, self.small)
         )
         self.unet.train()
+        self.small.train()
         self.text.train()
 
     def autocast(self) -> Any:
@@ -482,98 +496,163 @@ def caption_ids(run: Run, cell: Tensor) -> Tensor:
     return torch.where((u > 0.88)[:, None], run.empty, ids)
 
 
+def noised(run: Run, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents with noise at random times, the times, and the v of this noise."""
+    t, noise = times(len(x), x.device), torch.randn_like(x)
+    a, s = alpha[t][:, None, None, None], sigma[t][:, None, None, None]
+    x_t = (a * x + s * noise).contiguous(memory_format=torch.channels_last)
+    return x_t, t, a * noise - s * x
+
+
 def denoising_loss(
     run: Run, network: Any, x: Tensor, ids: Tensor, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
     """Squared error of v at random times."""
-    t, noise = times(len(x), x.device), torch.randn_like(x)
-    a, s = alpha[t][:, None, None, None], sigma[t][:, None, None, None]
+    x_t, t, target = noised(run, x, alpha, sigma)
     with run.autocast():
-        text = run.text(ids)[0]
-        x_t = (a * x + s * noise).contiguous(memory_format=torch.channels_last)
-        v = network(x_t, t, text, return_dict=False)[0]
-    return mse_loss(v.float(), a * noise - s * x)
+        v = network(x_t, t, run.text(ids)[0], return_dict=False)[0]
+    return mse_loss(v.float(), target)
+
+
+def imitation_loss(
+    run: Run, networks: tuple[Any, Any], x: Tensor, ids: Tensor, alpha: Tensor, sigma: Tensor
+) -> Tensor:
+    """Squared distance of the small UNet's v to the large one's, at random times."""
+    large, small = networks
+    x_t, t, _ = noised(run, x, alpha, sigma)
+    with run.autocast(), torch.no_grad():
+        text = run.text(ids)[0].clone()
+        target = large(x_t, t, text, return_dict=False)[0].float()
+    with run.autocast():
+        v = small(x_t, t, text, return_dict=False)[0]
+    return mse_loss(v.float(), target.clone())
+
+
+def clear(*networks: nn.Module) -> None:
+    """Drop the gradients."""
+    for network in networks:
+        for p in network.parameters():
+            p.grad = None
+
+
+def tried(run: Run, network: nn.Module, loss: Callable[[Any], Tensor]) -> Any:
+    """The network compiled and run once forward and back; the plain network if that fails."""
+    if not run.args.compile:
+        return network
+    try:
+        fast = torch.compile(network, dynamic=False)
+        loss(fast).backward()
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        return fast
+    except Exception:
+        run.log["compile_error"] = traceback.format_exc()[-1500:]
+        say("compilation failed; the network runs as it is\n" + run.log["compile_error"])
+        return network
+    finally:
+        clear(run.unet, run.text, run.small)
+
+
+def blank(run: Run, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A batch of noise without captions, and α and σ of all times."""
+    x = torch.randn(size, 8, 16, 16, device=run.device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x, run.empty.expand(size, -1), *alphas(run.device)
 
 
 def compiled(run: Run) -> Any:
-    """The UNet, compiled; the plain UNet if that fails."""
-    if not run.args.compile:
-        return run.unet
-    try:
-        network = torch.compile(run.unet, dynamic=False)
-        alpha, sigma = alphas(run.device)
-        size = run.args.batch
-        x = torch.randn(size, 8, 16, 16, device=run.device)
-        x = x.contiguous(memory_format=torch.channels_last)
-        denoising_loss(run, network, x, run.empty.expand(size, -1), alpha, sigma).backward()
-        for p in [*run.unet.parameters(), *run.text.parameters()]:
-            p.grad = None
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        return network
-    except Exception:
-        run.log["compile_error"] = traceback.format_exc()[-1500:]
-        say("compilation failed; the UNet runs as it is\n" + run.log["compile_error"])
-        for p in [*run.unet.parameters(), *run.text.parameters()]:
-            p.grad = None
-        return run.unet
+    """The large UNet, compiled for its own training."""
+    return tried(run, run.unet, lambda f: denoising_loss(run, f, *blank(run, run.args.batch)))
 
 
-def unet_stage(run: Run, end: float) -> None:
-    """Train the UNet and the text encoder on latents; write weights at 50, 80 and 100 %."""
+def compiled_pair(run: Run) -> tuple[Any, Any]:
+    """The large UNet and the small one, compiled for the imitation; only the small one learns."""
+    run.unet.requires_grad_(False)
+    run.text.requires_grad_(False)
+    batch = blank(run, run.args.small_batch)
+    large = torch.compile(run.unet, dynamic=False) if run.args.compile else run.unet
+    small = tried(run, run.small, lambda f: imitation_loss(run, (large, f), *batch))
+    return (run.unet if small is run.small else large), small
+
+
+def unet_stage(run: Run, latents: Latents, end: float) -> None:
+    """Train the UNet and the text encoder on latents; write weights at 50 and 100 %."""
     args, began = run.args, elapsed()
-    latents = Latents(run, args.draws)
-    say(f"{len(latents.z)} latents; their standard deviation is {latents.z.float().std():.3f}")
     network = compiled(run)
     sizes = [f"{count(n):.1f} M" for n in (run.unet, run.text)]
     say(f"UNet of {sizes[0]} parameters, text encoder of {sizes[1]}: ready")
     trainer = Trainer([run.unet, run.text], args.lr, end, 0.998, 200)
     alpha, sigma = alphas(run.device)
-    good, since, stages = None, elapsed(), [0.5, 0.8]
-    while elapsed() < end:
+
+    def loss() -> Tensor:
         x, cell = latents.take(args.batch, args.fresh)
-        loss = denoising_loss(run, network, x, caption_ids(run, cell), alpha, sigma)
-        norm = trainer.step(loss)
-        if trainer.steps % args.every == 1:
-            value = loss.item()
+        return denoising_loss(run, network, x, caption_ids(run, cell), alpha, sigma)
+
+    until(run, trainer, "unet", loss, args.batch, end, began)
+
+
+def small_stage(run: Run, latents: Latents, end: float) -> None:
+    """Train the small UNet on the large one's predictions, with its text encoder frozen."""
+    args, began = run.args, elapsed()
+    networks = compiled_pair(run)
+    say(f"small UNet of {count(run.small):.1f} M parameters: ready")
+    trainer = Trainer([run.small], args.small_lr, end, 0.998, 200)
+    alpha, sigma = alphas(run.device)
+
+    def loss() -> Tensor:
+        x, cell = latents.take(args.small_batch, 2 * args.fresh)
+        return imitation_loss(run, networks, x, caption_ids(run, cell), alpha, sigma)
+
+    until(run, trainer, "small", loss, args.small_batch, end, began)
+
+
+def until(
+    run: Run, trainer: Trainer, name: str, loss: Callable[[], Tensor], size: int, end: float,
+    began: float,
+) -> None:  # fmt: skip
+    """Train until the time `end`; goes back to good weights if the loss is not finite."""
+    good, since, halfway = None, elapsed(), False
+    while elapsed() < end:
+        error = loss()
+        norm = trainer.step(error)
+        if trainer.steps % run.args.every == 1:
+            value = error.item()
             if not math.isfinite(value):
                 if good is None:
-                    raise SystemExit("the loss is not finite; lower --lr")
+                    raise SystemExit("the loss is not finite; lower the rate")
                 trainer.restore(good)
                 trainer.lr *= 0.5
                 say("the loss is not finite: back to the last good weights, at half the rate")
             else:
                 good = [m.clone() for m in trainer.mean]
-            rate = args.batch * (args.every if trainer.steps > 1 else 1) / (elapsed() - since)
+            rate = size * (run.args.every if trainer.steps > 1 else 1) / (elapsed() - since)
             since = elapsed()
-            run.note("unet", step=trainer.steps, loss=value, norm=norm, per_s=rate)
-        if stages and trainer.fraction >= stages[0]:
-            keep(run, trainer, f"{stages[0]:.0%}", latents, began)
-            if stages.pop(0) == 0.5:
-                attempt(run, contact, run.args.out / "half.png", 3.0, few=True)
+            run.note(name, step=trainer.steps, loss=value, norm=norm, per_s=rate)
+        if not halfway and trainer.fraction >= 0.5:
+            halfway = True
+            keep(run, trainer, name, size, began)
             exchange(run, trainer)
             since = elapsed()
-    keep(run, trainer, "100%", latents, began)
+    keep(run, trainer, name, size, began)
 
 
-def keep(run: Run, trainer: Trainer, share: str, latents: Latents, began: float) -> None:
-    """Put the averages into the networks, write them, and leave them there for sampling.
+def keep(run: Run, trainer: Trainer, name: str, size: int, began: float) -> None:
+    """Put the averages into the networks, write them, and leave them there.
 
     The networks have no dropout, and stay in training mode: a change would compile them again.
     """
     exchange(run, trainer)
-    pictures = trainer.steps * run.args.batch
-    run.log["unet"] = {
-        "share": share,
+    pictures = trainer.steps * size
+    run.log[name] = {
         "steps": trainer.steps,
         "pictures": pictures,
         "epochs": pictures / len(run.train),
         "seconds": elapsed() - began,
-        "parameters_m": count(run.unet),
+        "parameters_m": count(run.unet if name == "unet" else run.small),
         "text_parameters_m": count(run.text),
     }
-    write(run, trainer.steps)
-    say(f"weights written at {share}: {run.log['unet']}")
+    write(run, trainer.steps if name == "unet" else None)
+    say(f"weights written: {name} {run.log[name]}")
 
 
 @torch.no_grad()
@@ -589,10 +668,11 @@ def exchange(run: Run, trainer: Trainer) -> None:
 
 
 def parts(run: Run) -> dict[str, nn.Module]:
-    return {"vae": run.vae, "text": run.text, "unet": run.unet, **run.readers}
+    networks = {"vae": run.vae, "text": run.text, "unet": run.unet, "small": run.small}
+    return {**networks, **run.readers}
 
 
-def write(run: Run, steps: int = 0) -> None:
+def write(run: Run, steps: int | None = None) -> None:
     """Write all weights in half precision to OUT, and in full to --state; each file whole."""
     out, args = run.args.out, run.args
     flat = {
@@ -600,7 +680,8 @@ def write(run: Run, steps: int = 0) -> None:
         for name, network in parts(run).items()
         for key, value in network.state_dict().items()
     }
-    flat["steps"] = torch.tensor(steps)
+    run.steps = run.steps if steps is None else steps
+    flat["steps"] = torch.tensor(run.steps)
     try:
         args.state.mkdir(parents=True, exist_ok=True)
         draft = args.state / "draft"
@@ -654,7 +735,7 @@ def restore(network: nn.Module, flat: dict[str, Tensor], name: str) -> None:
 
 
 @torch.no_grad()
-def sample(run: Run, ids: Tensor, guidance: float, seed: int, steps: int = 25) -> Tensor:
+def sample(run: Run, unet: Any, ids: Tensor, guidance: float, seed: int, steps: int = 25) -> Tensor:
     """Pictures (N, 3, 64, 64) in [-1, 1] of captions, with stock DDIM."""
     from diffusers import DDIMScheduler
 
@@ -669,9 +750,9 @@ def sample(run: Run, ids: Tensor, guidance: float, seed: int, steps: int = 25) -
             null = run.text(run.empty[None])[0].expand(len(words), -1, -1)
         for t in scheduler.timesteps:
             with run.autocast():
-                v = run.unet(part, t, text, return_dict=False)[0].float()
+                v = unet(part, t, text, return_dict=False)[0].float()
                 if guidance != 1:
-                    free = run.unet(part, t, null, return_dict=False)[0].float()
+                    free = unet(part, t, null, return_dict=False)[0].float()
                     v = free + guidance * (v - free)
             part = scheduler.step(v, t, part).prev_sample
         outs.append(decode(run, part))
@@ -685,16 +766,16 @@ def page(rows: list[Tensor], path: Path) -> None:
     for i, row in enumerate(rows):
         sheet[i, : len(row), :, 1:-1, 1:-1] = ((row + 1) * 127.5).round().to("cpu", torch.uint8)
     sheet = sheet.permute(0, 3, 1, 4, 2).reshape(len(rows) * 66, width * 66, 3)
-    Image.fromarray(sheet.numpy()).save(path)
+    Image.fromarray(sheet.numpy()).save(path, quality=88)
 
 
-def contact(run: Run, path: Path, guidance: float, few: bool = False) -> None:
+def contact(run: Run, unet: Any, path: Path, guidance: float) -> None:
     """A sheet: concepts in every style, then held-out cells under their real pictures."""
     rng = torch.Generator().manual_seed(7)
     full = [
         i for i in range(len(run.grid.concepts)) if (run.grid.concept[run.train] == i).sum() >= 5
     ]
-    chosen = [full[k] for k in torch.randperm(len(full), generator=rng)[: 16 if few else 24]]
+    chosen = [full[k] for k in torch.randperm(len(full), generator=rng)[:24]]
     rows: list[Tensor] = []  # ids of rows to sample, or pictures
     for style in range(len(run.grid.styles)):
         cells = [
@@ -702,13 +783,13 @@ def contact(run: Run, path: Path, guidance: float, few: bool = False) -> None:
         ]
         rows.append(run.ids[torch.stack(cells), 0])
     held = run.held[torch.randperm(len(run.held), generator=rng).to(run.device)]
-    for cells in held[: (1 if few else 4) * len(chosen)].split(len(chosen)):
+    for cells in held[: 4 * len(chosen)].split(len(chosen)):
         rows += [still(run.grid.pictures[cells]), run.ids[cells, 0]]
-    if not few:  # seeds of a prompt
-        for cell in (run.train[100], run.train[3000], run.held[5], run.held[200]):
-            rows.append(run.ids[cell, 0].expand(len(chosen), -1))
+    for cell in (run.train[100], run.train[3000], run.held[5], run.held[200]):  # seeds of a prompt
+        rows.append(run.ids[cell, 0].expand(len(chosen), -1))
     wanted = [row for row in rows if row.dtype == torch.long]
-    sampled = iter(sample(run, torch.cat(wanted), guidance, 1).split([len(row) for row in wanted]))
+    sizes = [len(row) for row in wanted]
+    sampled = iter(sample(run, unet, torch.cat(wanted), guidance, 1).split(sizes))
     rows = [next(sampled) if row.dtype == torch.long else row for row in rows]
     page(rows, path)
     say(f"sheet {path}")
@@ -718,20 +799,23 @@ def measure(run: Run, end: float) -> None:
     """Concept and style accuracies of samples of train and held-out cells, while time is left."""
     rng = torch.Generator().manual_seed(3)
     some = run.train[torch.randperm(len(run.train), generator=rng)[:600].to(run.device)]
-    pairs = ((25, 3.0), (25, 2.0), (25, 1.0), (25, 5.0), (4, 3.0), (8, 3.0), (1, 1.0))
-    for steps, guidance in pairs:
+    networks = {"small": run.small, "unet": run.unet}
+    pairs = ((25, 3.0), (25, 2.0), (25, 1.0), (25, 5.0), (8, 3.0), (4, 3.0), (1, 1.0))
+    for (steps, guidance), (name, unet) in ((p, n) for p in pairs for n in networks.items()):
         if elapsed() > end:
             break
-        line = {}
-        x = sample(run, run.ids[torch.cat([some, run.held]), 0], guidance, 5, steps)
-        for name, cells, images in (
-            ("train", some, x[: len(some)]),
-            ("held_out", run.held, x[len(some) :]),
+        line: dict[str, Any] = {}
+        x = sample(run, unet, run.ids[torch.cat([some, run.held]), 0], guidance, 5, steps)
+        for cells, images, kind in (
+            (some, x[: len(some)], "train"),
+            (run.held, x[len(some) :], "held_out"),
         ):
             for key, network in run.readers.items():
-                line[f"{name}_{key}"] = read(run, network, cells, images)
-        run.log.setdefault("samples", []).append({"steps": steps, "guidance": guidance, **line})
-        say(f"samples {steps} steps, guidance {guidance}: {json.dumps(line)}")
+                line[f"{kind}_{key}"] = read(run, network, cells, images)
+        facts = {"network": name, "steps": steps, "guidance": guidance}
+        run.log.setdefault("samples", []).append({**facts, **line})
+        short = {k: [round(x, 3) for x in v.values()] for k, v in line.items()}
+        say(f"samples {name} {steps} steps, guidance {guidance}: {json.dumps(short)}")
 
 
 # --------------------------------------------------------------------------------- commands
@@ -742,6 +826,10 @@ def warm(args: argparse.Namespace) -> None:
     run = Run(args)
     compiled(run)
     say("warm: " + ("failed" if "compile_error" in run.log else "compiled"))
+    args.state.mkdir(parents=True, exist_ok=True)
+    (args.state / "warm").touch()
+    compiled_pair(run)
+    say("warm: " + ("failed" if "compile_error" in run.log else "the pair is compiled"))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -756,6 +844,7 @@ def train(args: argparse.Namespace) -> None:
     sizes = f"{len(run.train)} training cells, {len(run.held)} held out"
     say(f"{sizes}, on {run.log.get('device', 'cpu')}")
     total, tail = args.seconds, min(args.tail, 0.1 * args.seconds)
+    (args.state / "warm").unlink(missing_ok=True)
     if state:
         flat = read_weights(state)
         for name, network in parts(run).items():
@@ -770,15 +859,23 @@ def train(args: argparse.Namespace) -> None:
         for name in run.readers:
             attempt(run, reader_stage, name, elapsed() + args.reader_share / 2 * total)
         write(run)
-    if helper:
-        try:
-            helper.wait(max(0.35 * total - elapsed(), 1))
-        except subprocess.TimeoutExpired:
+    while helper and helper.poll() is None and not (args.state / "warm").exists():
+        if elapsed() > 0.4 * total:
             helper.kill()
             say("the helper's compilation takes too long; compiling here")
-    unet_stage(run, total - tail)
-    attempt(run, contact, args.out / "final.png", 3.0)
-    attempt(run, measure, total + 5)
+            break
+        time.sleep(0.5)
+    latents = Latents(run, args.draws)
+    say(f"{len(latents.z)} latents; their standard deviation is {latents.z.float().std():.3f}")
+    last = total - tail
+    if args.unet_share > 0:
+        unet_stage(run, latents, elapsed() + args.unet_share * (last - elapsed()))
+    attempt(run, small_stage, latents, last)
+    if helper:
+        helper.kill()
+    attempt(run, contact, run.small, args.out / "small.jpg", 3.0)
+    attempt(run, contact, run.unet, args.out / "large.jpg", 3.0)
+    attempt(run, measure, total)
     write_log(run)
     say("done")
 
@@ -797,8 +894,9 @@ def assemble(args: argparse.Namespace) -> None:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    vae, text, unet = make(facts, args.tiny)
-    for name, network in (("vae", vae), ("text", text), ("unet", unet)):
+    vae, text, large, small = make(facts, args.tiny)
+    unet = large if args.large else small
+    for name, network in (("vae", vae), ("text", text), ("unet" if args.large else "small", unet)):
         restore(network, flat, name)
         if name != "text":  # transformers keeps the saved type, and diffusers loads float32
             network.half()
@@ -827,15 +925,19 @@ def main() -> None:
         p.add_argument("tokens", type=Path)
         p.add_argument("out", type=Path)
         p.add_argument("--seconds", type=float, default=270)
-        p.add_argument("--tail", type=float, default=14, help="seconds for sheets and figures")
+        p.add_argument("--tail", type=float, default=25, help="seconds for sheets and figures")
         p.add_argument("--vae-share", type=float, default=0.19)
-        p.add_argument("--reader-share", type=float, default=0.08)
+        p.add_argument("--reader-share", type=float, default=0.06)
+        p.add_argument("--unet-share", type=float, default=0.6, help="of what is left, the rest "
+                       "being the small UNet's")  # fmt: skip
         p.add_argument("--batch", type=int, default=384)
         p.add_argument("--vae-batch", type=int, default=128)
         p.add_argument("--reader-batch", type=int, default=512)
         p.add_argument("--fresh", type=int, default=48, help="latents renewed in each step")
         p.add_argument("--draws", type=int, default=4, help="draws of each picture at first")
-        p.add_argument("--lr", type=float, default=8e-4)
+        p.add_argument("--small-batch", type=int, default=1024)
+        p.add_argument("--lr", type=float, default=7e-4)
+        p.add_argument("--small-lr", type=float, default=1.2e-3)
         p.add_argument("--every", type=int, default=100, help="steps between lines of the log")
         p.add_argument("--seed", type=int, default=0)
         p.add_argument("--state", type=Path, default=Path("/tmp/emoji-state"))
@@ -847,6 +949,7 @@ def main() -> None:
     p.add_argument("data", type=Path)
     p.add_argument("run", type=Path)
     p.add_argument("teacher", type=Path)
+    p.add_argument("--large", action="store_true", help="with the large UNet")
     p.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     if args.command == "tokens":
