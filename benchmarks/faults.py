@@ -541,7 +541,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     fault(
         "use of an adapter not undone",
-        "students/lora.py",
+        "students/adapter_layers.py",
         "        selection.name = before",
         "        selection.name = None",
         "students/test_adapters.py::test_an_adapter_used_within_anothers_use_gives_it_back",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from students.lora import active_adapter, using
+from students.adapter_layers import active_adapter, using
 from students.two_time import Shifts, current_shifts, shifted
 from teachers.errors import UserError
 

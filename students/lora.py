@@ -1,25 +1,27 @@
 """Several networks on one frozen backbone: each player is an adapter on the teacher's weights.
 
-`using` selects the adapter of a forward pass. PEFT's `set_adapter` is never called: it also changes
-requires_grad, and autograd then silently drops gradients of a graph that is already built. Which
-adapter learns is decided by its player alone. All layers of a network with adapters read the
-selection from one shared object, so that selecting costs the same for 5 layers and for 5,000.
+`students.adapter_layers.using` selects the adapter of a forward pass. Which adapter learns is
+decided by its player alone.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from students.adapter_layers import (
+    adapter_layers,
+    adapter_names,
+    forget_layers,
+    share_selection,
+    using,
+)
 from teachers.denoiser import Cond, Denoiser, Wrapper
 from teachers.errors import WORD, UserError, cut, quoted
 from teachers.families.base import Pretrained
@@ -27,44 +29,6 @@ from teachers.storage.diffusers_config import Schedule
 from teachers.teacher import Teacher
 
 Module = TypeVar("Module", bound=nn.Module)
-_LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # with adapters, by module
-_CLASSES: dict[type, type] = {}  # PEFT's layer classes, and their subclasses that read a Selection
-
-
-class Selection:
-    """The adapter that the layers of a network run with; one object for all of them.
-
-    name: The adapter's name; None is the base weights.
-    """
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-
-class _Selecting:
-    """Mixin of PEFT's layer classes: the active adapter is that of a shared `Selection`.
-
-    PEFT sets these two attributes when adapters are created or merged. Its values are ignored,
-    because every forward pass runs inside `using`.
-    """
-
-    _selection: Selection
-
-    @property
-    def _active_adapter(self) -> list[str]:
-        return [] if self._selection.name is None else [self._selection.name]
-
-    @_active_adapter.setter
-    def _active_adapter(self, value: Any) -> None:
-        pass
-
-    @property
-    def _disable_adapters(self) -> bool:
-        return self._selection.name is None
-
-    @_disable_adapters.setter
-    def _disable_adapters(self, value: bool) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -181,7 +145,7 @@ def inject(module: nn.Module, name: str, config: Any) -> None:
         raise UserError(
             f"adapters.rank: an adapter of rank {config.r} cannot be created ({reason}); lower it"
         ) from None
-    _LAYERS.clear()
+    forget_layers()
     for key, p in module.named_parameters():
         if name in key.split("."):
             p.data = p.data.float()  # what learns is float32, whatever the base is
@@ -191,65 +155,12 @@ def inject(module: nn.Module, name: str, config: Any) -> None:
     share_selection(adapter_layers(module))
 
 
-def share_selection(layers: list[Any]) -> None:
-    """Make the layers read one `Selection`: that of the layers which have one, or a new one."""
-    shared = next((m._selection for m in layers if isinstance(m, _Selecting)), None) or Selection()
-    for layer in layers:
-        if isinstance(layer, _Selecting):
-            continue
-        kind = type(layer)
-        if kind not in _CLASSES:
-            _CLASSES[kind] = type(
-                kind.__name__, (_Selecting, kind), {"__module__": kind.__module__}
-            )
-        vars(layer).pop("_active_adapter", None)
-        vars(layer).pop("_disable_adapters", None)
-        layer._selection, layer.__class__ = shared, _CLASSES[kind]
-
-
 def to_float32(module: Module) -> Module:
     """Convert the module's weights and buffers to float32, in place: what learns is float32."""
     for p in [*module.parameters(), *module.buffers()]:
         if p.is_floating_point() and p.dtype != torch.float32:
             p.data = p.data.float()
     return module
-
-
-def adapter_layers(module: nn.Module) -> list[Any]:
-    """The layers in `module` that have adapters; looked up once."""
-    if module not in _LAYERS:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        _LAYERS[module] = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
-    return _LAYERS[module]
-
-
-def adapter_names(layer: Any) -> set[str]:
-    """The names of a layer's adapters."""
-    return {k for n in layer.adapter_layer_names if n in vars(layer)["_modules"]
-            or n in vars(layer)["_parameters"] for k in getattr(layer, n)}  # fmt: skip
-
-
-@contextmanager
-def using(module: nn.Module, name: str | None) -> Iterator[None]:
-    """Run `module` with one adapter (None: without); requires_grad never changes."""
-    selection = selection_of(module)
-    before, selection.name = selection.name, name
-    try:
-        yield
-    finally:
-        selection.name = before
-
-
-def selection_of(module: nn.Module) -> Selection:
-    """The selection that the layers of `module` read; an unused one if it has no adapters."""
-    layers = adapter_layers(module)
-    return layers[0]._selection if layers else Selection()
-
-
-def active_adapter(module: nn.Module) -> str | None:
-    """The adapter that `module` now runs with; None is none."""
-    return selection_of(module).name
 
 
 def unwrap(denoiser: Denoiser) -> Pretrained:
@@ -305,13 +216,6 @@ def merged_backbone(denoiser: Denoiser) -> nn.Module:
     twin.to(device=weight.device)
     twin.load_state_dict(plain, assign=True)  # keeps each weight in its own precision
     return twin.eval()
-
-
-def base_layer(layer: nn.Module) -> nn.Module:
-    """The layer that an adapter's layer wraps; of a plain layer, the layer itself."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 def adapter_of(denoiser: Denoiser) -> AdaptedDenoiser | None:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from students.adapter_layers import adapter_layers, adapter_names
 from students.generator import Generator
-from students.lora import adapter_layers, adapter_names, adapter_of, unwrap, with_schedule
+from students.lora import adapter_of, unwrap, with_schedule
 from students.two_time import TwoTime
 from teachers.catalogue.loading import find
 from teachers.errors import UserError, first_line

@@ -13,19 +13,17 @@ from distill.evaluation.finish import finish
 from distill.profiling import denoisers_in, evaluations_of
 from distill.training import build
 from students import schedulers
+from students.adapter_layers import active_adapter, adapter_layers, using
 from students.checkpointing import checkpointing
 from students.export.folder import load_student
 from students.lora import (
     AdaptedDenoiser,
     Adapter,
-    active_adapter,
     adapt,
-    adapter_layers,
     inject,
     merged_backbone,
     merged_weight,
     unwrap,
-    using,
     with_schedule,
 )
 from teachers import Denoiser, load
