@@ -88,7 +88,8 @@ def is_plain_lora(layer: Any, name: str) -> bool:
 
 def product(layer: Any, x: Tensor) -> Tensor:
     """The output of a linear layer or a convolution, its weights converted to x's type."""
-    weight, bias = (p if p is None else p.to(x.dtype) for p in (layer.weight, layer.bias))
+    weight = layer.weight.to(x.dtype)
+    bias = layer.bias if layer.bias is None else layer.bias.to(x.dtype)
     if isinstance(layer, nn.Linear):
         return nn.functional.linear(x, weight, bias)
     return layer._conv_forward(x, weight, bias)

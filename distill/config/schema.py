@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval, MinLen
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
 
 from distill.field_types import (
     Finite,
@@ -22,6 +22,7 @@ from distill.field_types import (
 )
 from distill.objectives.base import Learns
 from students.lora import Adapter
+from teachers.compiled import Mode
 from teachers.errors import UserError
 from teachers.quantised import Precision
 
@@ -175,6 +176,10 @@ class DataSection(Section):
     skip_share: Fraction = 0.01  # share of items that may be bad; with more, the run stops
 
 
+# YAML reads a bare `off` as false.
+Compile = Annotated[Mode, BeforeValidator(lambda v: "off" if v is False else v)]
+
+
 class TrainSection(Section):
     """Length, batch size, precision, and the intervals of logs and checkpoints."""
 
@@ -189,6 +194,9 @@ class TrainSection(Section):
     sample_every: NonNegativeInt = 500  # steps between image grids, and at the end; 0 means never
     keep: PositiveInt = 2  # number of latest checkpoints to keep; the best is kept as well
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+    # torch.compile on the networks' blocks one by one, on whole networks, or not at all (off). By
+    # default blocks on a GPU and off on a CPU.
+    compile: Compile | None = None
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl
 
 

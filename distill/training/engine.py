@@ -26,7 +26,7 @@ from distill.data.encode import decoder_on
 from distill.data.stream import AHEAD, Source, Stream
 from distill.files import write
 from distill.grids import COLUMNS, save_grid
-from distill.objectives.base import Objective, Turn
+from distill.objectives.base import Batch, Objective, Turn
 from distill.objectives.validate import check_loss, check_turn
 from distill.profiling import EvaluationCounter, denoisers_in
 from distill.seeds import seed_all
@@ -34,6 +34,7 @@ from distill.training import checkpoint
 from distill.training.ema import EMA
 from distill.training.player import Player
 from students.export.folder import sample_student
+from teachers.compiled import running_compiled
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.teacher import Teacher
@@ -175,7 +176,7 @@ class Engine:
     def advance(self, stream: Stream) -> dict[str, Tensor]:
         """Play one step: every turn that the objective yields, then the average. Scalars to log."""
         seed, logs = self.cfg.seed, {}
-        with self.counter:
+        with self.counter, running_compiled():
             seed_all(seed, "turns", self.step, 0)
             for i, turn in enumerate(self.objective.turns(self.step)):
                 logs |= self.play(turn, i, stream)
@@ -431,6 +432,18 @@ def shards_here(shards: int, accelerator: Accelerator) -> range:
     """Which of a batch's parts this process computes."""
     per = shards // accelerator.num_processes
     return range(per * accelerator.process_index, per * (accelerator.process_index + 1))
+
+
+def first_batch(source: Source, train: TrainSection, accelerator: Accelerator) -> Batch:
+    """This process's first part of a run's first batch, on its device."""
+    shards = shards_of(train, accelerator.num_processes)
+    first, size = shards_here(shards, accelerator)[0], train.batch // shards
+    mine = range(first, first + 1)
+    stream = Stream(source, accelerator.device, 0, mine, shards, size, ahead=0)
+    try:
+        return next(stream)
+    finally:
+        stream.close()
 
 
 @torch.no_grad()

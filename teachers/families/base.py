@@ -49,6 +49,9 @@ class Pretrained(Network):
     # Regex of the layers whose output embeds the time; a landing time is added there
     # (students/two_time.py).
     TIME: ClassVar[str] = ""
+    # Regex of the modules that are compiled one by one. Activation checkpointing calls them, or
+    # modules around them: a call of it inside compiled code would not restore the adapter.
+    BLOCKS: ClassVar[str] = r"\w+\.\d+"
     LORA: ClassVar[str] = r".*attn\d?\.(to_q|to_k|to_v|to_out\.0)"  # regex of layers that get LoRA
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, per_latent: int = 1) -> None:

@@ -1,0 +1,264 @@
+"""Compiled networks compute what they compute eagerly, with hooks, adapters and checkpointing.
+
+The backend `aot_eager` traces forward and backward passes as inductor does, and leaves out the
+generation of code, which takes most of the time.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+from distill.config.recipe import Recipe
+from distill.training import build, compilation
+from students.lora import Adapter, adapt, unwrap
+from teachers import compiled, load
+from teachers.compiled import Compiled, blocks_in, compile_modules, counts, running_compiled
+from teachers.features import tapped
+from tests.helpers import families
+from tests.helpers.disturbed import disturbed
+from tests.helpers.engines import assert_same, stream
+from tests.helpers.refusals import refused
+from tests.helpers.toys import recipe_tree
+
+
+@pytest.fixture(autouse=True)
+def quick_backend(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+
+
+def close(a, b):
+    """Within 1e-5 of the largest value, in float32."""
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * max(1, b.abs().max().item()))
+
+
+def some(chosen):
+    """These families in every run, the others in the slow one."""
+    return [
+        name if name in chosen else pytest.param(name, marks=pytest.mark.slow)
+        for name in families.FAMILIES
+    ]
+
+
+def call(denoiser, teacher, n=2):
+    torch.manual_seed(0)
+    x = torch.randn(n, *teacher.shape, requires_grad=True)
+    prompts = range(n) if teacher.codec.classes else ["a", "b c"][:n]
+    out = denoiser(x, torch.linspace(0.3, 0.7, n), teacher.codec.condition(list(prompts)))
+    return out, torch.autograd.grad(out.square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("name", some({"sd", "dit", "flux-dev"}))
+def test_each_familys_blocks_compute_the_same_compiled(folders, name):
+    teacher = load(folders(name), **families.OPTIONS.get(name, {}))
+    eager, network, before = call(teacher.denoiser, teacher), unwrap(teacher.denoiser), counts()
+    blocks = blocks_in(network.backbone, network.BLOCKS)
+    assert compile_modules(blocks) == len(blocks) > 1
+    with running_compiled():
+        for a, b in zip(call(teacher.denoiser, teacher), eager, strict=True):
+            close(a, b)
+    after = counts()
+    assert after.graphs > before.graphs and after.breaks == before.breaks
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adapters_take_turns_on_compiled_blocks(folders, kind, precision):
+    teacher = load(folders("dit"), precision=precision)
+    adapters = [disturbed(adapt(teacher, Adapter(kind, rank=2), n)) for n in ("student", "fake")]
+    networks = [*adapters, teacher.denoiser]
+    eager = [call(n, teacher) for n in networks]
+    network = unwrap(teacher.denoiser)
+    compile_modules(blocks_in(network.backbone, network.BLOCKS))
+    with running_compiled():
+        for _ in range(2):
+            graphs = counts().graphs
+            for denoiser, expected in zip(networks, eager, strict=True):
+                for a, b in zip(call(denoiser, teacher), expected, strict=True):
+                    if precision == "fp32":
+                        close(a, b)
+                    else:
+                        torch.testing.assert_close(a, b, rtol=0, atol=0.02 * b.abs().max().item())
+    assert counts().graphs == graphs  # nothing is compiled for the second round
+
+
+def test_a_hook_inside_a_compiled_module_runs_and_the_module_then_runs_eagerly(folders):
+    teacher = load(folders("sd"))
+    network = unwrap(teacher.denoiser)
+    names = ["backbone.mid_block", "backbone.down_blocks.0.resnets.0"]
+    with tapped(teacher.denoiser, names) as eager:
+        call(teacher.denoiser, teacher)
+    compile_modules([network.backbone])
+    with running_compiled():
+        expected = call(teacher.denoiser, teacher)
+        graphs = counts().graphs
+        with tapped(teacher.denoiser, names) as outputs:
+            out = call(teacher.denoiser, teacher)
+        assert counts().graphs == graphs
+    close(out[0], expected[0])
+    for name in names:
+        close(outputs[name], eager[name])
+
+
+def test_a_hook_on_a_compiled_block_leaves_it_compiled(folders, monkeypatch):
+    teacher = load(folders("sd"))
+    network = unwrap(teacher.denoiser)
+    compile_modules(blocks_in(network.backbone, network.BLOCKS))
+    name = "backbone.down_blocks.0.resnets.0"
+    block = network.get_submodule(name)
+    monkeypatch.setattr(vars(block)["forward"], "original", None)  # an eager call would fail
+    with running_compiled(), tapped(teacher.denoiser, [name]) as outputs:
+        call(teacher.denoiser, teacher)
+    assert outputs[name].requires_grad
+
+
+def test_outside_of_training_compiled_modules_run_eagerly(folders):
+    teacher = load(folders("sd"))
+    network, graphs = unwrap(teacher.denoiser), counts().graphs
+    compile_modules([network.backbone])
+    call(teacher.denoiser, teacher)
+    assert counts().graphs == graphs
+
+
+def test_a_copy_of_a_compiled_module_is_compiled_with_its_own_weights():
+    from copy import deepcopy
+
+    layer = torch.nn.Linear(2, 2)
+    compile_modules([layer])
+    twin = deepcopy(torch.nn.Sequential(layer))[0]
+    torch.nn.init.zeros_(twin.weight), torch.nn.init.zeros_(twin.bias)
+    with running_compiled():
+        assert twin(torch.ones(1, 2)).abs().sum() == 0 < layer(torch.ones(1, 2)).abs().sum()
+    assert isinstance(vars(twin)["forward"], Compiled) and twin.state_dict().keys() == {
+        "weight",
+        "bias",
+    }
+
+
+def engine_of(out, name, source, resume=False, **sections):
+    tree = recipe_tree(name, source)
+    for key, section in sections.items():
+        tree[key] = {**tree.get(key, {}), **section}
+    return build.build(Recipe.check(tree), out, resume).engine
+
+
+RUNS = {
+    "critic": ("dmd2", {}),
+    "adapters": (
+        "dmd2",
+        {"adapters": {"rank": 2, "targets": ".*conv1"}, "train": {"checkpointing": True}},
+    ),
+    "skip": (
+        "sid",
+        {
+            "teacher": {
+                "guidance": {"scale": 2, "kind": "skip", "blocks": ["backbone.mid_block.resnets.0"]}
+            }
+        },
+    ),
+    "cfg": ("consistency", {"teacher": {"guidance": 2}}),
+    "progressive": ("progressive", {}),
+}
+
+
+def weights_of(engine):
+    return [p.detach() for player in engine.players.values() for p in player.params]
+
+
+def played(engine, steps=5):
+    """Play steps; how many graphs there were after each."""
+    batches, graphs = stream(engine), []
+    for _ in range(steps):
+        engine.advance(batches)
+        graphs.append(counts().graphs)
+    batches.close()
+    return graphs
+
+
+QUICK = {("critic", "blocks"), ("skip", "full"), ("progressive", "full")}
+
+
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [
+        pytest.param(case, mode, marks=() if (case, mode) in QUICK else pytest.mark.slow)
+        for case in RUNS
+        for mode in ("blocks", "full")
+    ],
+)
+def test_a_compiled_run_is_the_eager_run_and_compiles_nothing_after_the_third_step(
+    pipelines, tmp_path, case, mode
+):
+    name, sections = RUNS[case]
+    source, graphs, states = pipelines["edm"], {}, {}
+    for how in ("off", mode):
+        train = {**sections.get("train", {}), "compile": how, "steps": 8}
+        engine = engine_of(tmp_path / how, name, source, **{**sections, "train": train})
+        graphs[how] = played(engine)
+        states[how] = weights_of(engine)
+    assert graphs["off"][0] == graphs["off"][-1]
+    assert graphs[mode][2] == graphs[mode][-1] > graphs["off"][-1]
+    for a, b in zip(states[mode], states["off"], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+def test_a_compiled_run_is_resumed_bit_for_bit(pipelines, tmp_path):
+    source, train = pipelines["edm"], {"compile": "blocks", "steps": 4, "save_every": 2}
+    whole = engine_of(tmp_path / "whole", "dmd2", source, train=train)
+    whole.train()
+    part = engine_of(tmp_path / "part", "dmd2", source, train=train)
+    played(part, 2)
+    part.save()
+    again = engine_of(tmp_path / "part", "dmd2", source, resume=True, train=train)
+    again.train()
+    assert_same(again, whole)
+
+
+def pictures(folder):
+    """A folder of pictures with captions."""
+    folder.mkdir()
+    for i in range(8):
+        save_image(torch.rand(3, 16, 16), folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    return folder
+
+
+@pytest.mark.slow
+def test_checkpointed_blocks_are_recomputed_under_their_adapter(folders, tmp_path):
+    """SDXL's recipe in small: two adapters on one compiled, recomputed base in 16 bits."""
+    data = {"source": str(pictures(tmp_path / "data")), "cache": str(tmp_path / "cache")}
+    tree = {
+        "data": data,
+        "teacher": {"source": folders("sdxl"), "precision": "bf16", "guidance": 2},
+        "objective": {"name": "dmd2", "student_every": 2},
+        "student": {"steps": 2},
+        "adapters": {"rank": 2},
+        "critic": {},
+    }
+    states = {}
+    for how in ("off", "blocks"):
+        train = {"steps": 2, "batch": 4, "accumulate": 2, "precision": "bf16", "compile": how,
+                 "checkpointing": True, "sample_every": 0}  # fmt: skip
+        recipe = Recipe.check({**tree, "train": train})
+        engine = build.build(recipe, tmp_path / how).engine
+        graphs = played(engine, 2)
+        states[how] = weights_of(engine)
+    assert graphs[0] == graphs[1]
+    for a, b in zip(states["blocks"], states["off"], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-4)
+
+
+def test_a_machine_that_cannot_compile_is_one_line_before_anything_is_written(
+    pipelines, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compilation, "why_not_compiled", lambda device: "no compiler")
+    with refused("train.compile", "no compiler", "off"):
+        engine_of(tmp_path / "run", "sid", pipelines["edm"], train={"compile": "blocks"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_off_is_off_as_yaml_reads_it():
+    tree = recipe_tree("sid", "digits", compile=False)
+    assert Recipe.check(tree).train.compile == "off"
