@@ -1,0 +1,521 @@
+"""What `gpu.py` measures of a row: the engine's steps, and the bare networks that they need."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_rows import Row, source_of, teacher_of
+from torch import Tensor, nn
+
+from distill.config.recipe import Recipe
+from distill.data.stream import Stream
+from distill.objectives.base import Batch, Turn
+from distill.planning.forecast import plan
+from distill.profiling import FusedAttention, Meter, unique
+from distill.seeds import seed_all
+from distill.training import build
+from distill.training.engine import Engine
+from distill.training.networks import objective_of
+from students.checkpointing import checkpointing
+from students.critic import Critic
+from students.lora import unwrap
+from teachers import conditions
+from teachers.denoiser import computes
+from teachers.families.base import Pretrained
+from teachers.features import tapped
+
+GB = 1e9
+SECONDS = 8.0  # that the timed cycles of a row take at most, where one cycle takes less
+
+
+class Clock:
+    """Marks points in the device's queue, and gives the milliseconds between two of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ms(self, first: Any, last: Any) -> float:
+        """Call `wait` before."""
+        if isinstance(first, float):
+            return 1e3 * (last - first)
+        return first.elapsed_time(last)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def time(self, run: Callable[[], Any], times: int = 5, warm: int = 2) -> float:
+        """The median milliseconds of a call, each timed alone."""
+        for _ in range(warm):
+            run()
+        spans = []
+        for _ in range(times):
+            self.wait()
+            start = time.perf_counter()
+            run()
+            self.wait()
+            spans.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(spans)
+
+
+def release() -> None:
+    """Free what nothing refers to any more, on the device too; forget all compiled code."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ---- the engine
+
+
+def engine_of(row: Row, recipe: Recipe, small: bool, out: Path, device: torch.device) -> Engine:
+    """The engine of a run of this recipe, by the functions of `distill.training`.
+
+    What `build.build` does beside these needs files: it loads the teacher, encodes the data and
+    rehearses the export.
+    """
+    accelerator = build.accelerator_of(recipe.train, out)
+    seed_all(recipe.train.seed, "init")
+    teacher = teacher_of(row, recipe, small, device)
+    objective = objective_of(recipe, teacher, accelerator.device)
+    players = build.players_of(objective, recipe.players, recipe.train.steps, accelerator)
+    source = source_of(recipe, teacher, small)
+    return Engine(objective, players, source, teacher, recipe.train, accelerator, out)
+
+
+def stream_of(engine: Engine) -> Stream:
+    device, shards = engine.accelerator.device, engine.shards
+    size = engine.cfg.batch // shards
+    return Stream(engine.source, device, engine.draws, range(shards), shards, size)
+
+
+class Constant:
+    """A stream that gives one batch, which lies on the device."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.mine, self.batch = stream.mine, next(stream)
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+
+class Calls:
+    """Records what each network evaluation of an engine was, while `active`.
+
+    counts: Samples, by kind: "forward", without a gradient; "input", whose gradient goes to the
+        input alone; "full", whose gradient goes to the network's weights; and the same with
+        "critic ", where the pass ends at the critic's block.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.counts: Counter[str] = Counter()
+        self.active = False
+        self._critic: Tensor | None = None
+        self._known = {m for v in vars(engine.objective).values() if isinstance(v, nn.Module)
+                       for m in v.modules()}  # fmt: skip
+        for module in self._known:
+            if isinstance(module, Critic):
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave)
+            elif computes(module):
+                module.register_forward_hook(self._hook)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._critic = args[0]
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        (denoiser,) = module._denoiser  # pyright: ignore
+        self._count("critic ", denoiser, len(args[0]), output, args[0])
+        self._critic = None
+
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # A twin with another schedule shares the teacher's hooks; its adapter's denoiser counts it.
+        # Calls by a critic end early and do not come here.
+        if module in self._known and self._critic is None:
+            self._count("", module, len(output), output, None)
+
+    def _count(self, who: str, module: nn.Module, n: int, output: Tensor, x: Any) -> None:
+        if not self.active:
+            return
+        learns = any(p.requires_grad for p in module.parameters())
+        # a critic's heads learn even where nothing behind them does
+        grad = output.requires_grad and (x is None or learns or x.requires_grad)
+        self.counts[f"{who}{('full' if learns else 'input') if grad else 'forward'}"] += n
+
+
+class Watch:
+    """Times the turns and the steps of an engine, and records its network evaluations."""
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self.engine, self.clock, self.calls = engine, clock, Calls(engine)
+        self.spans: list[tuple[str, Any, Any]] = []
+        self._play = engine.play
+        engine.play = self._timed  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _timed(self, turn: Turn, place: int, stream: Stream) -> dict[str, Tensor]:
+        start = self.clock.mark()
+        logs = self._play(turn, place, stream)
+        self.spans.append(("+".join(turn.players), start, self.clock.mark()))
+        return logs
+
+    def run(self, stream: Any, steps: int) -> float:
+        """Play steps; the milliseconds that they took together."""
+        self.clock.wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.engine.advance(stream)
+        self.clock.wait()
+        return 1e3 * (time.perf_counter() - start)
+
+    def turns(self) -> dict[str, float]:
+        """The mean milliseconds of a turn, by its players."""
+        spans: dict[str, list[float]] = {}
+        for name, first, last in self.spans:
+            spans.setdefault(name, []).append(self.clock.ms(first, last))
+        return {name: statistics.mean(v) for name, v in spans.items()}
+
+
+def graphs() -> Counter[str]:
+    """What torch.compile has done so far: graphs, those of code that already had one, breaks."""
+    from torch._dynamo import utils
+
+    ids = [str(m.compile_id) for m in utils.get_compilation_metrics()]
+    return Counter(
+        graphs=utils.counters["stats"]["unique_graphs"],
+        recompiles=sum(not name.endswith("/0") for name in ids if "/" in name),
+        breaks=sum(utils.counters["graph_break"].values()),
+    )
+
+
+def fresh_graphs() -> None:
+    """Forget all compiled code and its counts."""
+    import torch._dynamo
+    from torch._dynamo import utils
+
+    torch._dynamo.reset()
+    utils.counters.clear()
+    utils.set_compilation_metrics_limit(100_000)  # by default the last 64
+    utils.clear_compilation_metrics()
+
+
+def state_gb(engine: Engine) -> float:
+    """GB of weights, moments and the average, as `distill plan` counts them."""
+    networks = [v for v in vars(engine.objective).values() if isinstance(v, nn.Module)]
+    tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
+    moments = [v for q in engine.players.values() for s in q.optimizer.state.values()
+               for v in s.values() if isinstance(v, Tensor) and v.dim()]  # fmt: skip
+    return unique([*tensors, *moments, *engine.ema.mean]) / GB
+
+
+def syncs_in(watch: Watch, stream: Any, steps: int) -> tuple[int, list[str]]:
+    """How often the host waits for the device in so many steps, and where: at most four lines."""
+    watch.clock.wait()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for _ in range(steps):
+                watch.engine.advance(stream)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [w for w in caught if "synchroniz" in str(w.message)]
+    places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in waits)
+    return len(waits), [f"{place} × {n}" for place, n in places.most_common(4)]
+
+
+def engine_figures(watch: Watch, steps: int | None) -> dict[str, Any]:
+    """What the engine's steps take: time, memory, waits, compilation, the share of the data.
+
+    Args:
+        steps: How many are timed at least, in whole cycles; None chooses by their time.
+    """
+    engine, clock = watch.engine, watch.clock
+    cycle = int(getattr(engine.objective, "student_every", 2))
+    cuda = clock.device.type == "cuda"
+    stream = stream_of(engine)
+    try:
+        fresh_graphs()
+        early = min(3, cycle)
+        first = watch.run(stream, early)
+        after_three = graphs()
+        first += watch.run(stream, cycle - early)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start, watch.spans, watch.calls.active = engine.step, [], True
+        times = [watch.run(stream, cycle)]
+        wanted = max(1, round(SECONDS * 1e3 / times[0])) if steps is None else -(-steps // cycle)
+        times += [watch.run(stream, cycle) for _ in range(min(wanted, 8) - 1)]
+        watch.calls.active = False
+        played = cycle * len(times)
+        step = sum(times) / played
+        figures = {
+            "cycle": cycle,
+            "steps": played,
+            "step_ms": step,
+            "turns_ms": watch.turns(),
+            "first_cycle_s": first / 1e3,
+            "compile_s": max(0.0, (first - cycle * step) / 1e3),
+            "state_gb": state_gb(engine),
+            "peak_gb": torch.cuda.max_memory_allocated() / GB if cuda else None,
+            "samples": {k: v / played for k, v in watch.calls.counts.items()},
+        }
+        if cuda:
+            figures["syncs"], figures["syncs_at"] = syncs_in(watch, stream, cycle)
+        else:
+            figures["syncs"] = None
+        figures["data_share"] = data_share(watch, stream, start, cycle, times)
+        late = graphs()
+        figures["graphs"], figures["graph_breaks"] = late["graphs"], late["breaks"]
+        figures["recompiles"] = late["recompiles"]
+        figures["recompiles_late"] = late["graphs"] - after_three["graphs"]
+    finally:
+        stream.close()
+    return figures
+
+
+def data_share(watch: Watch, stream: Stream, start: int, cycle: int, times: list[float]) -> float:
+    """The share of a step's time that goes away when every batch is one that lies on the device.
+
+    The same steps are played again, as steps are seeded by their number.
+    """
+    constant = Constant(stream)
+    watch.engine.step = start
+    again = [watch.run(constant, cycle) for _ in times[:3]]
+    real = sum(times[: len(again)])
+    return (real - sum(again)) / real
+
+
+# ---- the bare networks
+
+
+def inputs(teacher: Any, n: int, device: torch.device) -> tuple[Tensor, Tensor, Any]:
+    """Random x_t (n, ...), times (n,) from 0.05 to 0.95, and a condition."""
+    rng = torch.Generator().manual_seed(2)
+    x = torch.randn(n, *teacher.shape, generator=rng).to(device)
+    t = torch.linspace(0.95, 0.05, n).to(device)
+    return x, t, conditions.moved(teacher.codec.condition([0] * n), device)
+
+
+def as_dtype(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the weights in place; codes of quantised layers stay as they are."""
+    network.to(dtype)
+
+
+@torch.no_grad()
+def errors_of(network: Pretrained, args: tuple[Any, ...]) -> dict[str, float]:
+    """‖F - F in float32‖ / ‖F in float32‖ of the bare network's output, for each way to run it.
+
+    The network is left in bfloat16, where the last way works.
+    """
+    device = args[0].device
+    precise = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    as_dtype(network, torch.float32)
+    truth = network.call(*args, None).float()
+    torch.backends.cudnn.allow_tf32 = precise
+
+    def error(output: Tensor) -> float:
+        return float((output.float() - truth).norm() / truth.norm().clamp(min=1e-30))
+
+    errors = {}
+    halves = {"bf16_autocast": torch.bfloat16, "fp16_autocast": torch.float16}
+    for name, dtype in halves.items():
+        with torch.autocast(device.type, dtype, cache_enabled=False):
+            errors[name] = error(network.call(*args, None))
+    as_dtype(network, torch.bfloat16)
+    errors["bf16_native"] = error(network.call(*args, None))
+    return errors
+
+
+@contextmanager
+def cast(native: bool, precision: str, device: torch.device) -> Iterator[None]:
+    """Autocast where the weights are not in the type to compute in."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if native or dtype is None:
+        yield
+    else:
+        with torch.autocast(device.type, dtype, cache_enabled=False):
+            yield
+
+
+def compiled_names(engine: Engine) -> dict[str, Any]:
+    """The modules of the teacher's network that are compiled, by name: "" is the whole network."""
+    backbone = unwrap(engine.objective.teacher).backbone
+    return {k: None for k, m in backbone.named_modules() if m._compiled_call_impl is not None}
+
+
+def bare_of(row: Row, recipe: Recipe, small: bool, device: torch.device) -> Any:
+    """The bare teacher: no adapter, no guidance, no average."""
+    return teacher_of(row, recipe, small, device)
+
+
+def bare_figures(
+    row: Row, recipe: Recipe, small: bool, clock: Clock, compiled: dict[str, Any]
+) -> dict[str, Any]:
+    """Milliseconds of the bare network's passes at the row's batch, in its native type.
+
+    Args:
+        compiled: Which of its modules are compiled, as the engine's are.
+
+    Returns:
+        "errors"; "bare_ms" of a "forward" pass, and of a forward and a backward pass to the input
+        or to the weights; "bare_type", the type of its weights.
+    """
+    device = clock.device
+    teacher = bare_of(row, recipe, small, device)
+    network: Any = teacher.denoiser
+    n = recipe.train.batch // recipe.train.accumulate
+    args = inputs(teacher, n, device)
+    figures: dict[str, Any] = {"errors": errors_of(network, args), "bare_batch": n}
+    native = recipe.train.precision == "bf16"
+    if not native:
+        as_dtype(network, torch.float32)
+    figures["bare_type"] = str(next(network.backbone.parameters()).dtype).removeprefix("torch.")
+    if recipe.train.checkpointing:
+        checkpointing(network.backbone)
+    for name in compiled:
+        network.backbone.get_submodule(name).compile()
+    full = recipe.adapters is None
+    x, t, cond = args
+
+    def forward() -> Tensor:
+        with cast(native, recipe.train.precision, device):
+            return network.call(x, t, cond, None)
+
+    def backward() -> None:
+        forward().float().sum().backward()
+        x.grad = None
+        for p in network.parameters():
+            p.grad = None
+
+    with torch.no_grad():
+        times = {"forward": clock.time(forward)}
+    if full:
+        network.requires_grad_(True)
+    else:
+        x.requires_grad_(True)
+    times["full" if full else "input"] = clock.time(backward)
+    if full:  # the backward pass to the input alone has half of the products
+        times["input"] = (times["forward"] + times["full"]) / 2
+    figures["bare_ms"] = {k: round(v, 3) for k, v in times.items()}
+    return figures
+
+
+def bound_of(figures: dict[str, Any], critic: float) -> float:
+    """Milliseconds of the bare passes that an average step needs.
+
+    Args:
+        critic: The share of the forward pass's FLOPs that a critic's pass has.
+    """
+    bare, n = figures["bare_ms"], figures["bare_batch"]
+    total = 0.0
+    for kind, samples in figures["samples"].items():
+        share = critic if kind.startswith("critic ") else 1.0
+        pass_ = kind.removeprefix("critic ")
+        cost = bare.get(pass_, bare["input"])  # adapters' weights: as to the input
+        total += share * cost * samples / n
+    return total
+
+
+# ---- losses in other precisions
+
+
+def loss_distances(
+    row: Row, recipe: Recipe, small: bool, out: Path, device: torch.device, steps: int = 2
+) -> dict[str, float]:
+    """The largest |loss - loss in float32| / |loss in float32| of the first turns, by precision.
+
+    The same seeds and weights, without compilation.
+    """
+    losses: dict[str, list[float]] = {}
+    for precision in ("fp32", "bf16", *(("fp16",) if device.type == "cuda" else ())):
+        keys = {**recipe.tree()["train"], "precision": precision}
+        if "compile" in keys:
+            keys["compile"] = "off"
+        other = Recipe.check({**recipe.tree(), "train": keys})
+        engine = engine_of(row, other, small, out, device)
+        stream = stream_of(engine)
+        logs = [engine.advance(stream) for _ in range(steps)]
+        stream.close()
+        losses[precision] = [
+            float(v) for log in logs for k, v in log.items() if k.endswith("/loss")
+        ]
+        del engine, logs
+        release()
+    truth = losses.pop("fp32")
+    return {
+        f"loss_{name}": max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(v, truth, strict=True))
+        for name, v in losses.items()
+    }
+
+
+# ---- plans and FLOPs, on fake tensors
+
+
+def planned(row: Row, recipe: Recipe, small: bool) -> dict[str, Any]:
+    """What `distill plan` says of the row, and the FLOPs of the bare network's passes a sample."""
+    warnings.filterwarnings("ignore")
+    found = plan(recipe, lambda fake: teacher_of(row, recipe, small, fake))
+    state = found.weights + found.optimizer + found.average
+    return {
+        "plan_gb": found.peak,
+        "plan_state_gb": state / GB,
+        "plan_tflop": found.flops / 1e12,
+        "plan_evaluations": found.evaluations,
+        "flops": flops_of(row, recipe, small),
+    }
+
+
+def flops_of(row: Row, recipe: Recipe, small: bool) -> dict[str, float]:
+    """FLOPs of one sample through the bare network, for each kind of `Calls`."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    teacher = teacher_of(row, recipe, small, fake)
+    network: Any = teacher.denoiser
+    if recipe.train.checkpointing:
+        checkpointing(network.backbone)
+    costs = {}
+    with fake:
+        x, t = torch.zeros(1, *teacher.shape), torch.full((1,), 0.5)
+        cond = conditions.each(teacher.codec.condition([0]), torch.clone)
+    for who in ("", "critic ") if recipe.critic is not None else ("",):
+        for kind in ("forward", "input", "full"):
+            if kind == "full" and recipe.adapters is not None:
+                costs[f"{who}full"] = costs[f"{who}input"]
+                continue
+            network.requires_grad_(kind == "full")
+            with fake:
+                x = x.detach().requires_grad_(kind == "input")
+            run = nullcontext() if kind != "forward" else torch.no_grad()
+            with fake, run, Meter(set()) as meter, FusedAttention(meter):
+                block = network.middle
+                if who:
+                    with tapped(network, (block,), stop=True) as outputs:
+                        network(x, t, cond)
+                    output = outputs[block]
+                else:
+                    output = network(x, t, cond)
+                if kind != "forward":
+                    output.float().sum().backward()
+            costs[f"{who}{kind}"] = float(meter.flops)
+    return costs
