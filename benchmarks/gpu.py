@@ -101,10 +101,10 @@ def rates(clock: Clock, small: bool) -> dict[str, Any]:
     matrix = {}
     for name, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items():
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        matrix[name] = 2 * n**3 / clock.time(lambda a=a, b=b: a @ b, 10, 3) / 1e9
+        matrix[name] = 2 * n**3 / clock.time(lambda a=a, b=b: a @ b, 10) / 1e9
     source = torch.empty(2**24 if small else 2**31, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    gbs = 2 * len(source) / clock.time(lambda: target.copy_(source), 10, 3) / 1e6
+    gbs = 2 * len(source) / clock.time(lambda: target.copy_(source), 10) / 1e6
     return {"matrix_tflops": matrix, "copy_gbs": gbs}
 
 
@@ -149,7 +149,7 @@ def measure(
     recipe = row.settings(small, options.set)
     result = about(row, recipe, small)
     report.tree["rows"].append(result)
-    compiled: dict[str, Any] = {}
+    compiled: list[str] = []
 
     def engine() -> dict[str, Any]:
         if not small:
@@ -162,7 +162,7 @@ def measure(
             "build_gb": None if small else torch.cuda.max_memory_allocated() / GB,
             "parameters": sum(p.numel() for p in made.players["student"].params),
         }
-        compiled.update(compiled_names(made))
+        compiled.extend(compiled_names(made))
         return {**built, **engine_figures(Watch(made, clock), options.steps)}
 
     stage(result, "error", engine)
@@ -211,7 +211,8 @@ def line(result: dict[str, Any]) -> str:
              "build_gb": "build {:.1f}", "plan_gb": "plan {:.1f}", "syncs": "syncs {}",
              "tflops": "{:.3g} TFLOP/s", "share": "share {:.3f}",
              "compile_s": "compile {:.0f} s", "recompiles_late": "late recompiles {}",
-             "graph_breaks": "breaks {}", "data_share": "data {:.3f}"}  # fmt: skip
+             "graph_breaks": "breaks {}", "limit_hits": "limit hits {}",
+             "data_share": "data {:.3f}"}  # fmt: skip
     parts += [text.format(v) for k, text in shown.items() if (v := result.get(k)) is not None]
     parts += [f"{k}: {result[k]}" for k in result if k.endswith("_error")]
     return ", ".join(parts)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_measure import Clock, as_dtype, cast, fresh_graphs, inputs, release
+from gpu_measure import Clock, as_dtype, cast, fresh_graphs, inputs, many_shapes, release
 from gpu_rows import ROWS, source_of, teacher_of
 from torch import Tensor, nn
 
@@ -66,8 +66,7 @@ def optimiser(clock: Clock, small: bool) -> dict[str, Any]:
     """Separate tensors against one flat buffer, for EDM's weights and for SDXL's adapters."""
     figures = {}
     for name in ("edm-cifar-dmd2", "sdxl-dmd2-lora"):
-        with torch.device("meta"):
-            _, network, recipe = network_of(name, small, torch.device("meta"))
+        _, network, recipe = network_of(name, small, torch.device("meta"))
         params = list(network.parameters())
         if recipe.adapters is not None:
             adapter: Adapter = recipe.adapters.adapter
@@ -208,6 +207,7 @@ def run(
     left: Callable[[], float],
 ) -> None:
     """Run the experiments in order, each into the results, while there are seconds left."""
+    many_shapes()
     for name, experiment in EXPERIMENTS.items():
         if left() <= 0:
             results[name] = {"not_run": "the budget is over"}

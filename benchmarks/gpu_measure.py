@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import statistics
 import sys
 import time
@@ -61,9 +62,11 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def time(self, run: Callable[[], Any], times: int = 5, warm: int = 2) -> float:
-        """The median milliseconds of a call, each timed alone."""
-        for _ in range(warm):
+    def time(self, run: Callable[[], Any], times: int = 0) -> float:
+        """The median milliseconds of a call, each timed alone after calls that do not count."""
+        cuda = self.device.type == "cuda"
+        times = times or (5 if cuda else 3)
+        for _ in range(3 if cuda else 1):
             run()
         spans = []
         for _ in range(times):
@@ -79,8 +82,8 @@ def release() -> None:
     """Free what nothing refers to any more, on the device too; forget all compiled code."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -194,6 +197,21 @@ class Watch:
         return {name: statistics.mean(v) for name, v in spans.items()}
 
 
+class LimitHits(logging.Handler):
+    """Counts the functions that torch.compile gives up on: it runs them eagerly from then on."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.count = 0
+        logging.getLogger("torch._dynamo.convert_frame").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += "recompile_limit" in record.getMessage()
+
+
+LIMIT_HITS = LimitHits()
+
+
 def graphs() -> Counter[str]:
     """What torch.compile has done so far: graphs, those of code that already had one, breaks."""
     from torch._dynamo import utils
@@ -203,6 +221,7 @@ def graphs() -> Counter[str]:
         graphs=utils.counters["stats"]["unique_graphs"],
         recompiles=sum(not name.endswith("/0") for name in ids if "/" in name),
         breaks=sum(utils.counters["graph_break"].values()),
+        limits=LIMIT_HITS.count,
     )
 
 
@@ -213,6 +232,7 @@ def fresh_graphs() -> None:
 
     torch._dynamo.reset()
     utils.counters.clear()
+    LIMIT_HITS.count = 0
     utils.set_compilation_metrics_limit(100_000)  # by default the last 64
     utils.clear_compilation_metrics()
 
@@ -285,7 +305,7 @@ def engine_figures(watch: Watch, steps: int | None) -> dict[str, Any]:
         figures["data_share"] = data_share(watch, stream, start, cycle, times)
         late = graphs()
         figures["graphs"], figures["graph_breaks"] = late["graphs"], late["breaks"]
-        figures["recompiles"] = late["recompiles"]
+        figures["recompiles"], figures["limit_hits"] = late["recompiles"], late["limits"]
         figures["recompiles_late"] = late["graphs"] - after_three["graphs"]
     finally:
         stream.close()
@@ -357,10 +377,17 @@ def cast(native: bool, precision: str, device: torch.device) -> Iterator[None]:
             yield
 
 
-def compiled_names(engine: Engine) -> dict[str, Any]:
+def many_shapes() -> None:
+    """Let torch.compile keep a graph for each of a network's kinds of blocks: 8 by default."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 64
+
+
+def compiled_names(engine: Engine) -> list[str]:
     """The modules of the teacher's network that are compiled, by name: "" is the whole network."""
     backbone = unwrap(engine.objective.teacher).backbone
-    return {k: None for k, m in backbone.named_modules() if m._compiled_call_impl is not None}
+    return [k for k, m in backbone.named_modules() if m._compiled_call_impl is not None]
 
 
 def bare_of(row: Row, recipe: Recipe, small: bool, device: torch.device) -> Any:
@@ -369,7 +396,7 @@ def bare_of(row: Row, recipe: Recipe, small: bool, device: torch.device) -> Any:
 
 
 def bare_figures(
-    row: Row, recipe: Recipe, small: bool, clock: Clock, compiled: dict[str, Any]
+    row: Row, recipe: Recipe, small: bool, clock: Clock, compiled: list[str]
 ) -> dict[str, Any]:
     """Milliseconds of the bare network's passes at the row's batch, in its native type.
 
@@ -392,6 +419,8 @@ def bare_figures(
     figures["bare_type"] = str(next(network.backbone.parameters()).dtype).removeprefix("torch.")
     if recipe.train.checkpointing:
         checkpointing(network.backbone)
+    if compiled:
+        many_shapes()
     for name in compiled:
         network.backbone.get_submodule(name).compile()
     full = recipe.adapters is None

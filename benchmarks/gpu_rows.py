@@ -52,7 +52,9 @@ SMALL_ADM = adm.config(
     {"img_resolution": 16, "img_channels": 3, "label_dim": 10, "model_channels": 128,
      "channel_mult": [1, 1], "channel_mult_emb": 1, "num_blocks": 1, "attn_resolutions": [8]}
 )  # fmt: skip
-UNET_SMALL = {"sample_size": 8, "norm_num_groups": 8, "attention_head_dim": 2}
+UNET_SMALL = {
+    "sample_size": 8, "norm_num_groups": 8, "attention_head_dim": 2, "layers_per_block": 1,
+}  # fmt: skip
 HEADS_SMALL = {"num_attention_heads": 2, "attention_head_dim": 16}
 
 
@@ -112,8 +114,10 @@ ROWS = (
     Row(
         "sdxl-dmd2-lora", "sdxl", outlines.SDXL, "sdxl/dmd2-lora",
         small={
-            **UNET_SMALL, "block_out_channels": [16, 32, 32], "cross_attention_dim": 16,
-            "transformer_layers_per_block": [1, 1, 2], "attention_head_dim": [2, 2, 2],
+            **UNET_SMALL, "block_out_channels": [16, 32], "cross_attention_dim": 16,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2], "attention_head_dim": [2, 2],
             "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64,
         },
         small_shape=(4, 8, 8), small_cond={"text": (7, 16), "pooled": (16,)},
@@ -122,7 +126,11 @@ ROWS = (
         "sd15-dmd2", "sd15", outlines.SD15, "sd15/dmd2",
         ("train.batch=32", "train.accumulate=2", "objective.student_every=5",
          "players.student.optimizer=adamw", "players.fake.optimizer=adamw"),
-        small={**UNET_SMALL, "block_out_channels": [16, 16, 32, 32], "cross_attention_dim": 16},
+        small={
+            **UNET_SMALL, "block_out_channels": [16, 16], "cross_attention_dim": 16,
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        },
         small_shape=(4, 8, 8), small_cond={"text": (7, 16)},
     ),
     Row(
