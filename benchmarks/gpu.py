@@ -200,6 +200,22 @@ def ratios(result: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
+def faults(result: dict[str, Any]) -> list[str]:
+    """What a row shows to be broken, as error lines."""
+    name, found = result["name"], []
+    if "error" in result:
+        return [f"{name}: {result['error']}"]
+    if result["recompiles_late"]:
+        found.append(f"{name}: {result['recompiles_late']} graphs compiled after the third step")
+    if result["syncs"]:
+        where = ", ".join(result["syncs_at"])
+        found.append(f"{name}: the host waits {result['syncs']} times in a cycle: {where}")
+    state, expected = result["state_gb"], result.get("plan_state_gb")
+    if expected is not None and abs(state - expected) > 0.01 * expected:
+        found.append(f"{name}: {state:.5g} GB of weights and moments; planned {expected:.5g}")
+    return found
+
+
 def line(result: dict[str, Any]) -> str:
     """A row as one line of text."""
     if "error" in result:
@@ -282,6 +298,8 @@ def run_rows(options: argparse.Namespace, report: Report, clock: Clock, start: f
 def main() -> int:
     start, options = time.perf_counter(), parsed()
     device = torch.device("cpu" if options.cpu else "cuda")
+    if options.cpu:  # for Accelerate, where torch was imported before
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     clock = Clock(device)
     report = Report(path_of(options, device), device, options.cpu)
     report.tree |= rates(clock, options.cpu)
@@ -301,6 +319,7 @@ def main() -> int:
         if "checks" in options.names:
             broken = gpu_checks.run(report.tree["checks"], say)
     report.save()
+    broken = [fault for row in report.tree["rows"] for fault in faults(row)] + broken
     for fault in broken:
         sys.stderr.write(f"{fault}\n")
     return 1 if broken else 0

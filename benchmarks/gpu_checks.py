@@ -35,7 +35,7 @@ def adapted(depth: int) -> tuple[nn.Module, int]:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2, depth),  # pyright: ignore
         cross_attention_dim=64,
-        attention_head_dim=(2, 4, 8),
+        attention_head_dim=(2, 4, 8),  # pyright: ignore
         use_linear_projection=True,
     )
     inject(network, "student", Adapter(rank=2, targets=TARGETS).config(""))
@@ -58,15 +58,16 @@ def a_pass(network: nn.Module) -> Callable[[], None]:
     return run
 
 
-def seconds(run: Callable[[], Any], times: int = 3) -> float:
-    """The least time of a call, after one that does not count."""
-    run()
-    spans = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        spans.append(time.perf_counter() - start)
-    return min(spans)
+def least(runs: list[Callable[[], Any]], times: int = 4) -> list[float]:
+    """The least seconds of each call. They alternate, since a shared machine's speed drifts."""
+    best = [float("inf")] * len(runs)
+    for round_ in range(times + 1):
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            if round_:  # round 0 warms up
+                best[i] = min(best[i], time.perf_counter() - start)
+    return best
 
 
 def python_calls(run: Callable[[], Any]) -> int:
@@ -103,9 +104,10 @@ def run(results: dict[str, Any], say: Callable[[str], None]) -> list[str]:
     many, many_layers = adapted(10)
     calls = [choice_calls(few), choice_calls(many)]
     results["choice_calls"] = {str(few_layers): calls[0], str(many_layers): calls[1]}
-    plain = seconds(a_pass(many))
-    checkpointing(many)
-    ratio = seconds(a_pass(many)) / plain
+    checkpointed, _ = adapted(10)
+    checkpointing(checkpointed)
+    plain, recomputed = least([a_pass(many), a_pass(checkpointed)])
+    ratio = recomputed / plain
     results["checkpointed"] = {"layers": many_layers, "plain_ms": 1e3 * plain, "ratio": ratio}
     say(
         f"choosing an adapter: {calls[0]} calls at {few_layers} layers, {calls[1]} at {many_layers}"

@@ -215,9 +215,11 @@ def teacher_of(row: Row, recipe: Recipe, small: bool, without: Any) -> Teacher:
     precision = recipe.teacher.precision or "fp32"
     fake = not isinstance(without, torch.device)
     if known.network == "EDMModel":
-        return edm_teacher(known, source, without, fake)
-    teacher = outlines.outlined(known, source, without, None, precision)
+        teacher = edm_teacher(known, source, without, fake)
+    else:
+        teacher = outlines.outlined(known, source, without, None, precision)
     if not fake:
+        teacher.denoiser.to(without)  # filters and tables that are made on the host
         assert isinstance(teacher.codec, OutlineCodec)
         teacher.codec = RandomCodec(known, teacher.codec.size)
     return teacher
@@ -237,9 +239,7 @@ def edm_teacher(
     assert isinstance(backbone, EDMModel)
     network = EDM(backbone, schedule).eval().requires_grad_(False)
     size = (known.shape[-2], known.shape[-1])
-    return Teacher(
-        network, (OutlineCodec if fake else RandomCodec)(known, size), known.shape, source
-    )
+    return Teacher(network, OutlineCodec(known, size), known.shape, source)
 
 
 def source_of(recipe: Recipe, teacher: Teacher, small: bool) -> Source:
