@@ -29,23 +29,11 @@ from typing import Any
 if "--cpu" in sys.argv:  # before torch looks
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import gpu_checks
-import gpu_experiments
 import torch
-from gpu_measure import (
-    GB,
-    Clock,
-    Watch,
-    bare_figures,
-    bound_of,
-    compiled_names,
-    engine_figures,
-    engine_of,
-    loss_distances,
-    planned,
-    release,
-)
-from gpu_rows import ROWS, Row, compile_of
+from gpu_parts import checks, experiments
+from gpu_parts.bare import bare_figures, bound_of, compiled_names, loss_distances, planned
+from gpu_parts.engine import GB, Clock, Watch, engine_figures, engine_of, release
+from gpu_parts.rows import ROWS, Row, compile_of
 
 from distill.attempts import one_line
 from distill.files import write
@@ -118,7 +106,8 @@ def about(row: Row, recipe: Any, small: bool) -> dict[str, Any]:
         "name": row.name,
         "family": row.family,
         "objective": recipe.objective["name"],
-        "adapter": f"{adapters.kind}-{adapters.rank}" if adapters else "full",
+        "adapter": adapters.kind if adapters else "full",
+        "rank": adapters.rank if adapters else None,
         "precision": train.precision,
         "teacher_precision": recipe.teacher.precision or "fp32",
         "compile": compile_of(train),
@@ -313,11 +302,9 @@ def main() -> int:
         run_rows(options, report, clock, start)
         if "experiments" in options.names:
             left = lambda: options.budget - (time.perf_counter() - start)  # noqa: E731
-            gpu_experiments.run(
-                clock, options.cpu, report.tree["experiments"], report.save, say, left
-            )
+            experiments.run(clock, options.cpu, report.tree["experiments"], report.save, say, left)
         if "checks" in options.names:
-            broken = gpu_checks.run(report.tree["checks"], say)
+            broken = checks.run(report.tree["checks"], say)
     report.save()
     broken = [fault for row in report.tree["rows"] for fault in faults(row)] + broken
     for fault in broken:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from boards import caption_accuracy, students, untrained
-from gpu_tables import gpus
+from gpu_parts.tables import gpus
 
 from eval import catalogue
 from teachers.errors import plural

@@ -10,8 +10,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
-import gpu_checks  # noqa: E402
-import gpu_tables  # noqa: E402
+from gpu_parts import checks, tables  # noqa: E402
 
 FIELDS = {
     "name", "family", "objective", "adapter", "precision", "compile", "batch", "resolution",
@@ -101,8 +100,8 @@ def test_an_unknown_row_is_refused(run, capsys):
 
 
 def test_choosing_an_adapter_takes_as_many_calls_for_any_number_of_layers():
-    (few, n), (many, m) = gpu_checks.adapted(1), gpu_checks.adapted(2)
-    assert m > n and gpu_checks.choice_calls(few) == gpu_checks.choice_calls(many)
+    (few, n), (many, m) = checks.adapted(1), checks.adapted(2)
+    assert m > n and checks.choice_calls(few) == checks.choice_calls(many)
 
 
 def test_late_graphs_waits_and_unplanned_memory_are_faults():
@@ -113,14 +112,14 @@ def test_late_graphs_waits_and_unplanned_memory_are_faults():
 
 
 def test_the_tables_hold_the_figures(measured, tmp_path):
-    assert gpu_tables.gpus(tmp_path) == gpu_tables.NOTHING
+    assert tables.gpus(tmp_path) == tables.NOTHING
     tree = measured[1]
     row = {**tree["rows"][0], "step_ms": 260.4, "bound_ms": 200.0, "ratio": 1.302, "share": 0.21}
     failed = {"name": "sdxl-dmd2-lora", "error": "OutOfMemoryError: CUDA out of memory."}
     results = {**tree, "rows": [row, failed], "not_run": ["sd15-dmd2"],
                "experiments": {"data": {"128": {"host_ms": 1.5}}}}  # fmt: skip
     (tmp_path / "card.json").write_text(json.dumps(results))
-    text = gpu_tables.gpus(tmp_path)
+    text = tables.gpus(tmp_path)
     assert "| `edm-cifar-dmd2` | edm, 8 px | full | off | 2 | 260 |" in text
     assert "| 200 | 1.30 |" in text and "| 21 % |" in text
     assert "- `sdxl-dmd2-lora` failed: OutOfMemoryError: CUDA out of memory." in text

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_measure import Clock, as_dtype, cast, fresh_graphs, inputs, many_shapes, release
-from gpu_rows import ROWS, source_of, teacher_of
 from torch import Tensor, nn
 
 from distill.attempts import one_line
 from distill.training.ema import EMA
+from gpu_parts.bare import cast, inputs, many_shapes
+from gpu_parts.engine import Clock, fresh_graphs, release
+from gpu_parts.rows import ROWS, source_of, teacher_of
 from students.lora import Adapter, inject
 from teachers.edm.networks import Block
 
@@ -115,7 +116,7 @@ def sdxl(clock: Clock, small: bool) -> dict[str, Any]:
     running in one batch.
     """
     teacher, network, _ = network_of("sdxl-dmd2-lora", small, clock.device)
-    as_dtype(network, torch.bfloat16)
+    network.to(torch.bfloat16)
     figures: dict[str, Any] = {}
 
     @torch.no_grad()
@@ -153,7 +154,7 @@ def compiled_edm(clock: Clock, small: bool) -> dict[str, Any]:
 
 def _edm(clock: Clock, small: bool, kind: str, layout: str, mode: str | None = None) -> Any:
     teacher, network, recipe = network_of("edm-cifar-dmd2", small, clock.device)
-    as_dtype(network, torch.bfloat16)
+    network.to(torch.bfloat16)
     x, t, cond = inputs(teacher, recipe.train.batch, clock.device)
     if layout == "channels_last":
         network.to(memory_format=torch.channels_last)
@@ -178,7 +179,7 @@ def cuda_graphs(clock: Clock, small: bool) -> dict[str, Any]:
         fresh_graphs()
         teacher = load("digits")
         network: Any = teacher.denoiser.to(clock.device)
-        as_dtype(network, torch.bfloat16)
+        network.to(torch.bfloat16)
         network.backbone.compile(dynamic=False, mode=mode)
         args = inputs(teacher, 64, clock.device)
         figures[f"digits, {mode or 'default'}"] = passes(clock, network, args)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent.parent / "docs" / "results" / "gpu"
+FOLDER = Path(__file__).parent.parent.parent / "docs" / "results" / "gpu"
 NOTHING = "No GPU is measured yet. `python benchmarks/gpu.py` measures the one of this machine."
 
 Cell = Callable[[dict[str, Any]], str]
@@ -37,7 +37,7 @@ def network(row: dict[str, Any]) -> str:
 TIME: dict[str, Cell] = {
     "row": lambda row: f"`{row['name']}`",
     "network": network,
-    "trains": lambda row: row["adapter"],
+    "trains": lambda row: f"{row['adapter']} {row['rank'] or ''}".strip(),
     "compile": lambda row: row["compile"],
     "batch": batch,
     "step, ms": number("step_ms", "{:,.0f}"),
