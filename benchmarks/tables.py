@@ -2,8 +2,9 @@
 
     python benchmarks/tables.py [--check]
 
-All numbers in the tables come from summary.json of a run or from a leaderboard. `--check` writes
-nothing: its exit code is the number of files that are out of date.
+All numbers in the tables come from summary.json of a run, from a leaderboard, or from what
+`gpu.py` measured. `--check` writes nothing: its exit code is the number of files that are out of
+date.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from boards import caption_accuracy, students, untrained
+from gpu_parts.tables import gpus
 
 from eval import catalogue
 from teachers.errors import plural
@@ -244,6 +246,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {  # by file and marker, the fu
         "shapes": partial(students, "shapes", caption_accuracy),
         "shapes-untrained": partial(untrained, "shapes", caption_accuracy),
     },
+    "docs/performance.md": {"gpus": gpus},
 }
 
 

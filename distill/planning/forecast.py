@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,8 +30,12 @@ from teachers.storage.files import home
 from teachers.teacher import Codec, Teacher
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
     """What a run of this recipe takes on one device, without allocating its memory.
+
+    Args:
+        shape: Makes the teacher of fake tensors in the FakeTensorMode that it is given; by default
+            it is the recipe's.
 
     Raises:
         UserError: the teacher has no files here, and its outline is not known.
@@ -39,7 +43,7 @@ def plan(recipe: Recipe) -> Plan:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    teacher = shape_of(recipe.teacher, fake)
+    teacher = shape_of(recipe.teacher, fake) if shape is None else shape(fake)
     train, parts = recipe.train, recipe.train.accumulate
     n = train.batch // parts
     base = parameters(unwrap(teacher.denoiser).backbone)  # before adapters are on it

@@ -194,14 +194,24 @@ def outline(
     Raises:
         UserError: it is not among OUTLINES.
     """
-    import diffusers
-
     if source not in OUTLINES:
         raise UserError(
             f"{teacher_at(source)}: not on this machine, and no known outline; download it first, "
             f"or name a known one: {nearest(source, OUTLINES)}"
         )
-    known = OUTLINES[source]
+    return outlined(OUTLINES[source], source, without, size, precision)
+
+
+def outlined(
+    known: Outline,
+    source: str,
+    without: AbstractContextManager[Any],
+    size: int | None = None,
+    precision: Precision = "fp32",
+) -> Teacher:
+    """The teacher of an outline; arguments as for `outline`."""
+    import diffusers
+
     # the loaders of these two are functions of their own, which do not name the class
     special = next((k for k in (UNet, Flux) if known.pipeline in k.PIPELINES), None)
     kind = special or families()[known.pipeline].args[0]
