@@ -32,8 +32,8 @@ if "--cpu" in sys.argv:  # before torch looks
 import torch
 from gpu_parts import checks, experiments
 from gpu_parts.bare import bare_figures, bound_of, compiled_names, loss_distances, planned
-from gpu_parts.engine import GB, Clock, Watch, engine_figures, engine_of, release
-from gpu_parts.rows import ROWS, Row, compile_of
+from gpu_parts.engine import GB, Clock, Watch, compiled, engine_figures, engine_of, release
+from gpu_parts.rows import ROWS, Row
 
 from distill.attempts import one_line
 from distill.files import write
@@ -110,7 +110,6 @@ def about(row: Row, recipe: Any, small: bool) -> dict[str, Any]:
         "rank": adapters.rank if adapters else None,
         "precision": train.precision,
         "teacher_precision": recipe.teacher.precision or "fp32",
-        "compile": compile_of(train),
         "batch": train.batch,
         "accumulate": train.accumulate,
         "checkpointing": train.checkpointing,
@@ -138,7 +137,7 @@ def measure(
     recipe = row.settings(small, options.set)
     result = about(row, recipe, small)
     report.tree["rows"].append(result)
-    compiled: list[str] = []
+    names: list[str] = []
 
     def engine() -> dict[str, Any]:
         if not small:
@@ -151,13 +150,16 @@ def measure(
             "build_gb": None if small else torch.cuda.max_memory_allocated() / GB,
             "parameters": sum(p.numel() for p in made.players["student"].params),
         }
-        compiled.extend(compiled_names(made))
-        return {**built, **engine_figures(Watch(made, clock), options.steps)}
+        built |= compiled(made, recipe)
+        names.extend(compiled_names(made))
+        figures = engine_figures(Watch(made, clock), options.steps)
+        figures["compile_s"] += built["chains_s"]
+        return {**built, **figures}
 
     stage(result, "error", engine)
     report.save()
     if "error" not in result:
-        stage(result, "bare_error", lambda: bare_figures(row, recipe, small, clock, compiled))
+        stage(result, "bare_error", lambda: bare_figures(row, recipe, small, clock, names))
         if row.compares and recipe.train.precision != "fp32":
             losses = lambda: loss_distances(row, recipe, small, Path(options.folder), device)  # noqa: E731
             stage(result, "losses_error", lambda: {"losses": losses()})

@@ -96,6 +96,17 @@ def why_not_compiled(device: torch.device) -> str | None:
 
 def compile_modules(modules: Iterable[nn.Module], dynamic: bool | None = False) -> int:
     """Compile the forward of each module, in place; how many there are."""
+    raise_limits()
+    count = 0
+    for module in modules:
+        if compiled_forward(module) is None:
+            module.forward = Compiled(module, dynamic)
+            count += 1
+    return count
+
+
+def raise_limits() -> None:
+    """Let PyTorch keep as many graphs of one code as a network's blocks need."""
     config: Any = torch._dynamo.config
     names = (
         ("recompile_limit", "cache_size_limit"),
@@ -106,12 +117,6 @@ def compile_modules(modules: Iterable[nn.Module], dynamic: bool | None = False) 
     )
     for (new, old), limit in zip(names, (GRAPHS, 8 * GRAPHS), strict=True):
         setattr(config, new if hasattr(config, new) else old, limit)
-    count = 0
-    for module in modules:
-        if compiled_forward(module) is None:
-            module.forward = Compiled(module, dynamic)
-            count += 1
-    return count
 
 
 def compiled_forward(module: nn.Module) -> Compiled | None:

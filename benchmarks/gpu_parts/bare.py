@@ -20,6 +20,7 @@ from gpu_parts.rows import Row, teacher_of
 from students.checkpointing import checkpointing
 from students.lora import unwrap
 from teachers import conditions
+from teachers.compiled import compile_modules, compiled_forward, running_compiled
 from teachers.features import tapped
 
 
@@ -68,17 +69,10 @@ def cast(native: bool, precision: str, device: torch.device) -> Iterator[None]:
             yield
 
 
-def many_shapes() -> None:
-    """Let torch.compile keep a graph for each of a network's kinds of blocks: 8 by default."""
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = 64
-
-
 def compiled_names(engine: Engine) -> list[str]:
     """The modules of the teacher's network that are compiled, by name: "" is the whole network."""
     backbone = unwrap(engine.objective.teacher).backbone
-    return [k for k, m in backbone.named_modules() if m._compiled_call_impl is not None]
+    return [k for k, m in backbone.named_modules() if compiled_forward(m) is not None]
 
 
 def bare_figures(
@@ -105,10 +99,7 @@ def bare_figures(
     figures["bare_type"] = str(next(network.backbone.parameters()).dtype).removeprefix("torch.")
     if recipe.train.checkpointing:
         checkpointing(network.backbone)
-    if compiled:
-        many_shapes()
-    for name in compiled:
-        network.backbone.get_submodule(name).compile()
+    compile_modules(network.backbone.get_submodule(name) for name in compiled)
     full = recipe.adapters is None
     x, t, cond = args
 
@@ -122,13 +113,14 @@ def bare_figures(
         for p in network.parameters():
             p.grad = None
 
-    with torch.no_grad():
-        times = {"forward": clock.time(forward)}
-    if full:
-        network.requires_grad_(True)
-    else:
-        x.requires_grad_(True)
-    times["full" if full else "input"] = clock.time(backward)
+    with running_compiled():
+        with torch.no_grad():
+            times = {"forward": clock.time(forward)}
+        if full:
+            network.requires_grad_(True)
+        else:
+            x.requires_grad_(True)
+        times["full" if full else "input"] = clock.time(backward)
     if full:  # the backward pass to the input alone has half of the products
         times["input"] = (times["forward"] + times["full"]) / 2
     figures["bare_ms"] = {k: round(v, 3) for k, v in times.items()}

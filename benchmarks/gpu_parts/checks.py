@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from students.adapter_layers import using
 from students.checkpointing import checkpointing
-from students.lora import Adapter, inject, using
+from students.lora import Adapter, inject
 
 CHECKPOINTED = 1.6  # the most that a checkpointed pass may cost, as a multiple of one that is not
 TARGETS = r".*attn\d\.(to_q|to_k|to_v|to_out\.0)"

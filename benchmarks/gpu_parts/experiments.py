@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from distill.attempts import one_line
 from distill.training.ema import EMA
-from gpu_parts.bare import cast, inputs, many_shapes
+from gpu_parts.bare import cast, inputs
 from gpu_parts.engine import Clock, fresh_graphs, release
 from gpu_parts.rows import ROWS, source_of, teacher_of
 from students.lora import Adapter, inject
+from teachers.compiled import raise_limits
 from teachers.edm.networks import Block
 
 Experiment = Callable[[Clock, bool], dict[str, Any]]
@@ -208,7 +209,7 @@ def run(
     left: Callable[[], float],
 ) -> None:
     """Run the experiments in order, each into the results, while there are seconds left."""
-    many_shapes()
+    raise_limits()
     for name, experiment in EXPERIMENTS.items():
         if left() <= 0:
             results[name] = {"not_run": "the budget is over"}

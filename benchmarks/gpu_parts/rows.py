@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from distill.config.recipe import Recipe
-from distill.config.schema import TrainSection
 from distill.data.stream import Source
 from teachers.catalogue import outlines
 from teachers.catalogue.outlines import Outline, OutlineCodec, dtype_of_new
@@ -180,11 +179,6 @@ ROWS = (
         (16, 8, 8), {"text": (7, 32), "pooled": (16,)},
     ),
 )  # fmt: skip
-
-
-def compile_of(train: TrainSection) -> str:
-    """The recipe's `train.compile`; "off" where there is no such key."""
-    return str(getattr(train, "compile", "off"))
 
 
 class RandomCodec(OutlineCodec):

@@ -21,15 +21,15 @@ from distill.data.from_recipe import encoding_job, source_of
 from distill.data.listing import check_labels, write_report
 from distill.data.prompts import list_prompts
 from distill.data.stream import Source
-from distill.objectives.base import Objective, networks_in
+from distill.objectives.base import Objective
 from distill.objectives.validate import check_first
 from distill.publish.licence import check_licence
 from distill.sampling.guided_teacher import guidance_of, load_teacher
 from distill.sampling.student_sampler import check_protocol, evaluate_student
 from distill.seeds import seed_all
 from distill.training import custom_objective, optimizers
-from distill.training.compilation import compile_chains, compile_networks, mode_of
-from distill.training.engine import Engine, check_memory, first_batch, shards_of
+from distill.training.compilation import compile_run, mode_of
+from distill.training.engine import Engine, check_memory, shards_of
 from distill.training.networks import check_form, objective_of, player_networks
 from distill.training.player import Player
 from distill.training.preflight import rehearse_end
@@ -144,10 +144,7 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     players = players_of(objective, recipe.players, recipe.train.steps, accelerator)
     if custom_objective.file_of(recipe) is not None:
         custom_objective.rehearse(objective, players, source, recipe.train, accelerator)
-    if mode != "off":
-        compile_networks(recipe, networks_in(objective), mode)
-        batch = first_batch(source, recipe.train, accelerator)
-        compile_chains(objective.student, players["student"], batch, accelerator)
+    compile_run(recipe, objective, players["student"], source, accelerator, mode)
     return Parts(teacher, source, measure, accelerator, objective, players)
 
 

@@ -10,7 +10,9 @@ from torch import nn
 
 from distill.config.recipe import Recipe
 from distill.console import print_notice
-from distill.objectives.base import Batch
+from distill.data.stream import Source
+from distill.objectives.base import Batch, Objective, networks_in
+from distill.training.engine import first_batch
 from distill.training.player import Player
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, unwrap
@@ -42,6 +44,25 @@ def mode_of(recipe: Recipe, device: torch.device) -> Mode:
         print_notice(f"train.compile: off, since this machine cannot compile: {reason}")
         return "off"
     raise UserError(f"train.compile: this machine cannot compile: {reason}; set it to off")
+
+
+def compile_run(
+    recipe: Recipe,
+    objective: Objective,
+    player: Player,
+    source: Source,
+    accelerator: Accelerator,
+    mode: Mode,
+) -> None:
+    """Compile an objective's networks, and call its student so that all its graphs are made.
+
+    Args:
+        player: The student's.
+    """
+    if mode != "off":
+        compile_networks(recipe, networks_in(objective), mode)
+        batch = first_batch(source, recipe.train, accelerator)
+        compile_chains(objective.student, player, batch, accelerator)
 
 
 def compile_networks(
