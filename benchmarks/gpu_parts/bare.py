@@ -99,7 +99,9 @@ def bare_figures(
     figures["bare_type"] = str(next(network.backbone.parameters()).dtype).removeprefix("torch.")
     if recipe.train.checkpointing:
         checkpointing(network.backbone)
-    compile_modules(network.backbone.get_submodule(name) for name in compiled)
+    if compiled:
+        modules = [network.backbone.get_submodule(name) for name in compiled]
+        compile_modules(network.backbone, modules)
     full = recipe.adapters is None
     x, t, cond = args
 

@@ -265,7 +265,7 @@ def syncs_in(watch: Watch, stream: Any, steps: int) -> tuple[int, list[str]]:
                 watch.engine.advance(stream)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [w for w in caught if "synchroniz" in str(w.message)]
+    waits = [w for w in caught if "called a synchronizing" in str(w.message)]
     places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in waits)
     return len(waits), [f"{place} × {n}" for place, n in places.most_common(4)]
 

@@ -85,7 +85,7 @@ def compile_networks(
         if mode == "blocks":
             pattern = network.BLOCKS if isinstance(network, Pretrained) else ANY_BLOCK
             modules = blocks_in(network.backbone, pattern) or modules
-        compile_modules(modules, dynamic)
+        compile_modules(network.backbone, modules, dynamic)
 
 
 def needs_blocks(recipe: Recipe, networks: dict[str, nn.Module]) -> str | None:
