@@ -194,6 +194,13 @@ def peak_memory(device: torch.device) -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts in bytes
 
 
+def start_peak(device: torch.device) -> None:
+    """Return a GPU's unused memory to it, and measure `peak_memory` from now on."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's, or the machine's type where it has none."""
     if device.type == "cuda":

@@ -112,7 +112,7 @@ def plan(
         json_file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     if remedies := advice(checked, estimate, card):
         raise UserError(
-            f"plan: {estimate.peak + RESERVE:.1f} GB do not fit on {gpu} ({card.memory:g} GB); "
+            f"plan: {estimate.most + RESERVE:.1f} GB do not fit on {gpu} ({card.memory:g} GB); "
             + "; ".join(remedies)
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,9 +14,10 @@ from torch import nn
 from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe
 from distill.config.schema import TeacherSection
+from distill.data.encode import at_once
 from distill.objectives.base import Batch
 from distill.planning.plan import Plan, play
-from distill.profiling import unique
+from distill.profiling import FusedAttention, Meter, unique
 from distill.training.networks import assembled, build_networks, player_networks
 from distill.training.optimizers import optimizer_bytes
 from students.export.forms import StockForm, form_of
@@ -62,17 +63,19 @@ def plan(recipe: Recipe) -> Plan:
         )
     networks = [v for v in vars(objective).values() if isinstance(v, nn.Module)]
     tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
+    weights = unique(tensors)
     moments = [
         optimizer_bytes(recipe.players.get(name, OptimizerConfig()).optimizer, moving)
         for name, moving in movers.items()
     ]
     return Plan(
-        weights=unique(tensors),
+        weights=weights,
         gradients=gradients,
         optimizer=sum(device for device, _ in moments),
         average=4 * sum(p.numel() for p in movers["student"]) if train.ema else 0,
         activations=most,
         beside=encoders(teacher),
+        build=before_training(recipe, teacher, weights, fake),
         base=base,
         batch=train.batch,
         precision=train.precision
@@ -127,6 +130,77 @@ class FakeCodec(Codec):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
+
+
+def before_training(recipe: Recipe, teacher: Teacher, weights: int, fake: Any) -> int:
+    """The most bytes on the device before step 0, without the activations of text encoders.
+
+    First prompts and images are encoded, before any network of the objective is there; then the
+    export is rehearsed, with the VAE beside the weights, which decodes one image at a time.
+
+    Args:
+        weights: Bytes of every network.
+        fake: The FakeTensorMode of the teacher's weights.
+    """
+    if (vae := fake_vae(teacher, fake)) is None:
+        return max(weights, encoders(teacher))
+    side = pixels_per_latent(teacher)
+    size = (teacher.shape[-2] * side, teacher.shape[-1] * side)
+    channels, frames = teacher.shape[0], teacher.shape[1:-2]
+    encoding = 0
+    framed = (1,) if getattr(unwrap(teacher.denoiser), "FRAMED", False) else ()
+    with fake, torch.no_grad():
+        if recipe.needs_data and not frames:
+            n = at_once(*size)
+            encoding = most_bytes(vae.encode, torch.zeros(n, 3, *framed, *size))
+        latent = torch.zeros(1, channels, *(frames or framed), *teacher.shape[-2:])
+        decoding = most_bytes(vae.decode, latent)
+    own = unique((*vae.parameters(), *vae.buffers()))
+    return max(encoders(teacher) + encoding, weights + own + decoding)
+
+
+def most_bytes(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> int:
+    """The most bytes that a call holds at one time, with x."""
+    with Meter(set()) as meter, FusedAttention(meter):
+        function(x.clone())
+    return meter.most
+
+
+def fake_vae(teacher: Teacher, fake: Any) -> Any:
+    """The VAE of a teacher's pipeline, of fake tensors in float32; None if it has none.
+
+    An outline's has the usual network of its kind: Stable Diffusion's, or DC-AE for 32 pixels to a
+    latent.
+    """
+    import diffusers
+
+    codec: Any = teacher.codec
+    if isinstance(codec, OutlineCodec):
+        kinds = {8: diffusers.AutoencoderKL, 32: diffusers.AutoencoderDC}
+        kind, config = kinds.get(codec.outline.factor), {}
+        if kind is diffusers.AutoencoderKL:
+            widths = (128, 256, 512, 512)
+            config = {
+                "block_out_channels": widths, "layers_per_block": 2,
+                "down_block_types": ("DownEncoderBlock2D",) * 4,
+                "up_block_types": ("UpDecoderBlock2D",) * 4,
+                "latent_channels": teacher.shape[0],
+            }  # fmt: skip
+    else:
+        vae = getattr(codec.pipe, "vae", None)
+        kind, config = (None, {}) if vae is None else (type(vae), vae.config)
+    if kind is None:
+        return None
+    with fake, dtype_of_new(torch.float32):
+        return kind.from_config(config).eval()
+
+
+def pixels_per_latent(teacher: Teacher) -> int:
+    """Pixels per latent along one side."""
+    codec: Any = teacher.codec
+    if isinstance(codec, OutlineCodec):
+        return codec.outline.factor
+    return unwrap(teacher.denoiser).per_latent
 
 
 def encoders(teacher: Teacher) -> int:

@@ -59,6 +59,7 @@ class Plan:
         evaluations: Samples through each network in one step, on average.
         flops: Of one step, on average.
         host: Moments in host memory.
+        build: The most before step 0: while data are encoded and the export is rehearsed.
     """
 
     weights: int
@@ -73,6 +74,7 @@ class Plan:
     evaluations: dict[str, float] = field(default_factory=dict)
     flops: float = 0.0
     host: int = 0
+    build: int = 0
 
     @property
     def parts(self) -> dict[str, float]:
@@ -84,6 +86,11 @@ class Plan:
     def peak(self) -> float:
         """Peak memory in GB, without CUDA's own."""
         return sum(self.parts.values())
+
+    @property
+    def most(self) -> float:
+        """The same, before step 0 as well."""
+        return max(self.peak, self.build / GB)
 
     @property
     def bytes_per_base_param(self) -> float:
@@ -101,10 +108,11 @@ class Plan:
         return {
             "gpu": name,
             "peak_gb": self.peak,
-            "fits": self.peak + RESERVE <= gpu.memory,
+            "fits": self.most + RESERVE <= gpu.memory,
             "bytes_per_base_param": self.bytes_per_base_param,
             "parts_gb": self.parts,
             "encoders_gb": self.beside / GB,
+            "build_gb": self.build / GB,
             "host_gb": self.host / GB,
             "base_params": self.base,
             "batch": self.batch,
@@ -204,8 +212,10 @@ def _cost(
 
 def advice(recipe: Recipe, plan: Plan, gpu: Gpu) -> list[str]:
     """Which keys to change when the plan does not fit, those that save most first."""
-    if plan.peak + RESERVE <= gpu.memory:
+    if plan.most + RESERVE <= gpu.memory:
         return []
+    if plan.peak + RESERVE <= gpu.memory:
+        return ["a larger card: encoding and the rehearsal need it before training, which does not"]
     teacher, train, adapters = recipe.teacher, recipe.train, recipe.adapters
     rank = 0 if adapters is None else adapters.rank
     parts = train.accumulate

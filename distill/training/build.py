@@ -130,13 +130,14 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         check_labels(out, source.report)
     accelerator = accelerator_of(recipe.train, out)
     check_memory(recipe.train, teacher.shape, shards_of(recipe.train, accelerator.num_processes))
+    rehearse = form.rehearsal(accelerator.device)  # its prompts are encoded before networks move
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
     objective = objective_of(recipe, teacher, accelerator.device)
     if guidance_of(recipe.teacher).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)
     check_finite(objective.teacher, teacher, source, recipe.train, accelerator)
-    form.rehearse(objective.student)
+    rehearse(objective.student)
     if form.leaves_pipeline:
         rehearse_end(recipe, objective.student, teacher)
     players = players_of(objective, recipe.players, recipe.train.steps, accelerator)

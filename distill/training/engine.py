@@ -28,7 +28,7 @@ from distill.files import write
 from distill.grids import COLUMNS, save_grid
 from distill.objectives.base import Objective, Turn
 from distill.objectives.validate import check_loss, check_turn
-from distill.profiling import EvaluationCounter, denoisers_in
+from distill.profiling import EvaluationCounter, denoisers_in, start_peak
 from distill.seeds import seed_all
 from distill.training import checkpoint
 from distill.training.ema import EMA
@@ -138,6 +138,7 @@ class Engine:
             self.extras.clear()
         mine, size = shards_here(self.shards, self.accelerator), self.cfg.batch // self.shards
         device = self.accelerator.device
+        start_peak(device)  # of training alone
         stream = Stream(self.source, device, self.draws, mine, self.shards, size)
         began = time.perf_counter() - self.seconds
         handlers = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
