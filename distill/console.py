@@ -235,7 +235,11 @@ def plan_table(tree: dict[str, Any], memory: float, reserve: float) -> Table:
         reserve: Of that, what CUDA itself takes, in GB.
     """
     title = f"estimate for {tree['gpu']}, batch {tree['batch']}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    note = f"{tree['share_of_peak']:.0%} of the card's rate is {tree['share_source']}"
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE, pad_edge=False,
+        caption=note, caption_justify="left",
+    )  # fmt: skip
     table.add_column("memory, time and cost")
     table.add_column("estimate", justify="right")
     for name, size in tree["parts_gb"].items():
@@ -262,8 +266,8 @@ def plan_table(tree: dict[str, Any], memory: float, reserve: float) -> Table:
     samples = ", ".join(f"{k} {v:g}" for k, v in tree["evaluations_per_step"].items() if v)
     table.add_row("evaluations per step", samples)
     table.add_row("compute per step", f"{tree['tflop_per_step']:.3g} TFLOP")
-    usage = f"if they reach {tree['assumed_share_of_peak']:.0%} of peak FLOP/s"
-    table.add_row(f"1,000 steps, {usage}", f"{tree['hours_per_1k_steps']:.2g} h")
+    share = f"{tree['share_of_peak']:.0%} of the card's rate"
+    table.add_row(f"1,000 steps at {share}", f"{tree['hours_per_1k_steps']:.2g} h")
     table.add_row("rent of 1,000 steps", f"${tree['dollars_per_1k_steps']:.2f}")
     return table
 

@@ -18,6 +18,7 @@ from distill.data.encode import at_once
 from distill.objectives.base import Batch
 from distill.planning.plan import Plan, play
 from distill.profiling import FusedAttention, Meter, unique
+from distill.rates import family_of
 from distill.training.networks import assembled, build_networks, player_networks
 from distill.training.optimizers import optimizer_bytes
 from students.export.forms import StockForm, form_of
@@ -76,6 +77,8 @@ def plan(recipe: Recipe) -> Plan:
         activations=most,
         beside=encoders(teacher),
         build=before_training(recipe, teacher, weights, fake),
+        family=family_of(unwrap(teacher.denoiser)),
+        adapter="full" if recipe.adapters is None else recipe.adapters.kind,
         base=base,
         batch=train.batch,
         precision=train.precision

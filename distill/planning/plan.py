@@ -15,32 +15,12 @@ from torch import Tensor, nn
 from distill.config.recipe import Recipe
 from distill.objectives.base import Batch, Objective, Turn
 from distill.profiling import FusedAttention, Meter, denoisers_in, evaluations_of, unique
+from distill.rates import GPUS, Gpu, Share, share_of
+
+__all__ = ["GPUS", "RESERVE", "Gpu", "Plan", "advice", "play"]
 
 GB = 1e9
-BUSY = 0.4  # the share of a GPU's peak FLOP/s that training reaches; assumed, not measured
 RESERVE = 1.0  # GB that CUDA's context and libraries take
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A card: memory in GB, dense bf16 and fp32 TFLOP/s, and dollars an hour to rent."""
-
-    memory: float
-    bf16: float
-    fp32: float
-    price: float
-
-
-GPUS = {
-    "rtx-3090": Gpu(24, 71, 36, 0.30),
-    "rtx-4090": Gpu(24, 165, 83, 0.45),
-    "rtx-5090": Gpu(32, 210, 105, 0.70),
-    "l40s": Gpu(48, 362, 92, 1.00),
-    "a100-40gb": Gpu(40, 312, 19.5, 1.20),
-    "a100-80gb": Gpu(80, 312, 19.5, 1.60),
-    "h100": Gpu(80, 989, 67, 2.50),
-    "h200": Gpu(141, 989, 67, 3.30),
-}
 
 
 @dataclass
@@ -60,6 +40,7 @@ class Plan:
         flops: Of one step, on average.
         host: Moments in host memory.
         build: The most before step 0: while data are encoded and the export is rehearsed.
+        family, adapter: Of the networks, as measured rates name them; adapter is "full" or a kind.
     """
 
     weights: int
@@ -75,6 +56,8 @@ class Plan:
     flops: float = 0.0
     host: int = 0
     build: int = 0
+    family: str = ""
+    adapter: str = "full"
 
     @property
     def parts(self) -> dict[str, float]:
@@ -97,14 +80,18 @@ class Plan:
         """Bytes of weights and optimiser state; 28 for three copies in fp32 under Adam."""
         return (self.weights + self.optimizer) / self.base
 
-    def seconds(self, gpu: Gpu) -> float:
-        """Of one step, at the share BUSY of the card's peak."""
-        rate = gpu.fp32 if self.precision == "fp32" else gpu.bf16
-        return self.flops / (rate * 1e12 * BUSY)
+    def share(self, name: str) -> Share:
+        """The share of the rate of a card in GPUS that training is expected to reach."""
+        return share_of(name, self.family, self.adapter, self.precision)
+
+    def seconds(self, share: Share) -> float:
+        """Of one step."""
+        return self.flops / (share.tflops * 1e12 * share.value)
 
     def tree(self, name: str, gpu: Gpu) -> dict[str, Any]:
         """As plain data, for --json."""
-        hours = self.seconds(gpu) * 1000 / 3600
+        share = self.share(name)
+        hours = self.seconds(share) * 1000 / 3600
         return {
             "gpu": name,
             "peak_gb": self.peak,
@@ -120,7 +107,9 @@ class Plan:
             "tflop_per_step": self.flops / 1e12,
             "hours_per_1k_steps": hours,
             "dollars_per_1k_steps": hours * gpu.price,
-            "assumed_share_of_peak": BUSY,
+            "share_of_peak": share.value,
+            "share_source": share.source or "assumed",
+            **({} if share.source else {"assumed_share_of_peak": share.value}),
         }
 
 
