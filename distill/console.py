@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 from rich import box
 from rich import progress as bars
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from distill.speed import Speed
 from eval import catalogue
 
 T = TypeVar("T")
@@ -107,6 +108,17 @@ def time_left(seconds: float) -> str:
     return f"about {seconds / size:.0f} {unit} left"
 
 
+class TrainingBar(bars.Progress):
+    """A bar, and the figures of the last logged step below it."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.figures:
+            yield Text(self.figures, style="dim")
+
+
 class Progress:
     """The progress of training: a bar on a terminal, else a line at each logged step.
 
@@ -119,19 +131,17 @@ class Progress:
     def __init__(self, steps: int, done: int, shown: bool) -> None:
         self.steps, self.shown, self.live = steps, shown, shown and out.is_terminal
         self.first, self.start = done, time.monotonic()
-        self.bar = bars.Progress(
+        self.bar = TrainingBar(
             bars.TextColumn("{task.description}"),
             bars.BarColumn(),
             bars.MofNCompleteColumn(),
             bars.TimeElapsedColumn(),
-            bars.TextColumn("left"),
-            bars.TimeRemainingColumn(),
-            bars.TextColumn("{task.fields[losses]}", style="dim"),
+            bars.TextColumn("{task.fields[left]}"),
             console=out,
             disable=not self.live,
             refresh_per_second=4,
         )
-        self.task = self.bar.add_task("training", total=steps, completed=done, losses="")
+        self.task = self.bar.add_task("training", total=steps, completed=done, left="")
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -144,23 +154,29 @@ class Progress:
         if self.live:
             self.bar.update(self.task, completed=step)
 
-    def show(self, step: int, values: dict[str, float]) -> None:
-        """Show the losses of this step."""
-        losses = "  ".join(
-            f"{k.split('/')[0]} {v:.4g}" for k, v in values.items() if k.endswith("/loss")
-        )
+    def show(self, step: int, values: dict[str, float], speed: Speed | None = None) -> None:
+        """Show the losses of this step, and the speed where it is known."""
+        losses = [f"{k.split('/')[0]} {v:.4g}" for k, v in values.items() if k.endswith("/loss")]
+        figures = "  ".join([*losses, *([] if speed is None else [speed.text()])])
+        left = self.left(step, None if speed is None else speed.seconds)
         if self.live:
-            self.bar.update(self.task, completed=step, losses=losses)
+            self.bar.figures = figures
+            self.bar.update(self.task, completed=step, left=left)
         elif self.shown:
-            line = f"step {step:>{len(str(self.steps))}}/{self.steps}  {losses}{self.left(step)}"
-            out.print(line, soft_wrap=True)
+            line = f"step {step:>{len(str(self.steps))}}/{self.steps}  {figures}"
+            out.print("  ".join(filter(None, [line, left])), soft_wrap=True)
 
-    def left(self, step: int) -> str:
-        """How long the remaining steps take at the average rate so far; empty if unknown."""
+    def left(self, step: int, seconds_per_step: float | None = None) -> str:
+        """How long the remaining steps take; empty if unknown.
+
+        Args:
+            seconds_per_step: By default the average so far.
+        """
         if not self.first < step < self.steps:
             return ""
-        seconds_per_step = (time.monotonic() - self.start) / (step - self.first)
-        return f"  {time_left(seconds_per_step * (self.steps - step))}"
+        if seconds_per_step is None:
+            seconds_per_step = (time.monotonic() - self.start) / (step - self.first)
+        return time_left(seconds_per_step * (self.steps - step))
 
     def print_above(self, line: str) -> None:
         """Print a line above the bar."""

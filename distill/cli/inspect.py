@@ -103,9 +103,10 @@ def plan(
     waits = "distill: simulating a step on tensors without data (up to a minute)"
     with spinner(waits), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fake tensors have no addresses, which torch warns about
-        from distill.planning import forecast
+        from distill.planning import forecast, kept
 
         estimate = forecast.plan(checked)
+        kept.keep(checked, estimate)
     tree = estimate.tree(gpu, card)
     console.print(plan_table(tree, card.memory, RESERVE))
     if json_file is not None:
