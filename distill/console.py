@@ -263,9 +263,11 @@ def plan_table(tree: dict[str, Any], memory: float, reserve: float) -> Table:
     table.add_section()
     peak, verdict = tree["peak_gb"], "fits" if tree["fits"] else "does not fit"
     table.add_row("peak", f"{peak:.2f} GB")
-    if tree["build_gb"] > peak:
-        peak = tree["build_gb"]
-        table.add_row("peak before step 0: encoders and a rehearsal", f"{peak:.2f} GB")
+    if tree["build_gb"] > tree["peak_gb"]:
+        table.add_row("peak before step 0: encoders and a rehearsal", f"{tree['build_gb']:.2f} GB")
+    if tree["grids_gb"] > tree["peak_gb"]:
+        table.add_row("peak between steps: sample grids", f"{tree['grids_gb']:.2f} GB")
+    peak = max(tree[key] for key in ("peak_gb", "build_gb", "grids_gb"))
     table.add_row(
         f"peak, and {reserve:g} GB for CUDA itself",
         f"{peak + reserve:.2f} of {memory:g} GB: {verdict}",

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -69,14 +69,19 @@ def plan(recipe: Recipe) -> Plan:
         optimizer_bytes(recipe.players.get(name, OptimizerConfig()).optimizer, moving)
         for name, moving in movers.items()
     ]
+    held = sum(device for device, _ in moments)
+    average = 4 * sum(p.numel() for p in movers["student"]) if train.ema else 0
+    beside, codes = encoders(teacher), coding(recipe, teacher, fake)
+    grids = train.sample_every and form.leaves_pipeline
     return Plan(
         weights=weights,
         gradients=gradients,
-        optimizer=sum(device for device, _ in moments),
-        average=4 * sum(p.numel() for p in movers["student"]) if train.ema else 0,
+        optimizer=held,
+        average=average,
         activations=most,
-        beside=encoders(teacher),
-        build=before_training(recipe, teacher, weights, fake),
+        beside=beside,
+        build=max(beside + codes.encoding, weights + codes.decoding),
+        grids=weights + held + 2 * average + codes.decoding if grids else 0,
         family=family_of(unwrap(teacher.denoiser)),
         adapter="full" if recipe.adapters is None else recipe.adapters.kind,
         base=base,
@@ -135,31 +140,36 @@ class FakeCodec(Codec):
         return latents
 
 
-def before_training(recipe: Recipe, teacher: Teacher, weights: int, fake: Any) -> int:
-    """The most bytes on the device before step 0, without the activations of text encoders.
+class Coding(NamedTuple):
+    """Bytes on the device beside the other networks, while images are encoded or decoded.
 
-    First prompts and images are encoded, before any network of the objective is there; then the
-    export is rehearsed, with the VAE beside the weights, which decodes one image at a time.
+    encoding: The activations of the VAE, of as many images as it encodes at one time.
+    decoding: The VAE and its activations, of one image.
+    """
+
+    encoding: int = 0
+    decoding: int = 0
+
+
+def coding(recipe: Recipe, teacher: Teacher, fake: Any) -> Coding:
+    """What the VAE of a teacher's pipeline takes.
 
     Args:
-        weights: Bytes of every network.
         fake: The FakeTensorMode of the teacher's weights.
     """
     if (vae := fake_vae(teacher, fake)) is None:
-        return max(weights, encoders(teacher))
+        return Coding()
     side = pixels_per_latent(teacher)
     size = (teacher.shape[-2] * side, teacher.shape[-1] * side)
     channels, frames = teacher.shape[0], teacher.shape[1:-2]
-    encoding = 0
     framed = (1,) if getattr(unwrap(teacher.denoiser), "FRAMED", False) else ()
+    encoding = 0
     with fake, torch.no_grad():
         if recipe.needs_data and not frames:
-            n = at_once(*size)
-            encoding = most_bytes(vae.encode, torch.zeros(n, 3, *framed, *size))
+            encoding = most_bytes(vae.encode, torch.zeros(at_once(*size), 3, *framed, *size))
         latent = torch.zeros(1, channels, *(frames or framed), *teacher.shape[-2:])
         decoding = most_bytes(vae.decode, latent)
-    own = unique((*vae.parameters(), *vae.buffers()))
-    return max(encoders(teacher) + encoding, weights + own + decoding)
+    return Coding(encoding, unique((*vae.parameters(), *vae.buffers())) + decoding)
 
 
 def most_bytes(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> int:
@@ -195,7 +205,8 @@ def fake_vae(teacher: Teacher, fake: Any) -> Any:
     if kind is None:
         return None
     with fake, dtype_of_new(torch.float32):
-        return kind.from_config(config).eval()
+        vae: Any = kind.from_config(config)
+    return vae.eval()
 
 
 def pixels_per_latent(teacher: Teacher) -> int:

@@ -39,7 +39,10 @@ class Plan:
         evaluations: Samples through each network in one step, on average.
         flops: Of one step, on average.
         host: Moments in host memory.
-        build: The most before step 0: while data are encoded and the export is rehearsed.
+        build: The most before step 0: first while data are encoded, before the objective's networks
+            are there; then in the export's rehearsal, with the VAE beside them. The activations of
+            text encoders are not counted.
+        grids: The most while sample grids are drawn; the averaged weights are there twice then.
         family, adapter: Of the networks, as measured rates name them; adapter is "full" or a kind.
     """
 
@@ -56,6 +59,7 @@ class Plan:
     flops: float = 0.0
     host: int = 0
     build: int = 0
+    grids: int = 0
     family: str = ""
     adapter: str = "full"
 
@@ -72,8 +76,8 @@ class Plan:
 
     @property
     def most(self) -> float:
-        """The same, before step 0 as well."""
-        return max(self.peak, self.build / GB)
+        """The same, before step 0 and between steps as well."""
+        return max(self.peak, self.build / GB, self.grids / GB)
 
     @property
     def bytes_per_base_param(self) -> float:
@@ -100,6 +104,7 @@ class Plan:
             "parts_gb": self.parts,
             "encoders_gb": self.beside / GB,
             "build_gb": self.build / GB,
+            "grids_gb": self.grids / GB,
             "host_gb": self.host / GB,
             "base_params": self.base,
             "batch": self.batch,
@@ -204,6 +209,8 @@ def advice(recipe: Recipe, plan: Plan, gpu: Gpu) -> list[str]:
     if plan.most + RESERVE <= gpu.memory:
         return []
     if plan.peak + RESERVE <= gpu.memory:
+        if plan.build / GB + RESERVE <= gpu.memory:
+            return ["train.sample_every: 0 draws no grids in training"]
         return ["a larger card: encoding and the rehearsal need it before training, which does not"]
     teacher, train, adapters = recipe.teacher, recipe.train, recipe.adapters
     rank = 0 if adapters is None else adapters.rank

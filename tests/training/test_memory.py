@@ -1,11 +1,16 @@
 """Memory on the device before step 0: no more than training takes, and than the plan states."""
 
+import dataclasses
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distill import console
 from distill.config.recipe import Recipe
 from distill.data.encode import PIXELS, TOGETHER, images_at_once
 from distill.planning import forecast
+from distill.planning.plan import GPUS, Plan, advice
 from distill.training import build
 from students import schedulers
 from students.export.encoders import RecordedEncoders
@@ -112,6 +117,55 @@ def test_large_images_are_encoded_a_few_at_a_time(sdxl):
     assert images_at_once(teacher, 2048, 1024) == 1
     pixels = Teacher(teacher.denoiser, Pixels(), (3, 2048, 2048), "")
     assert images_at_once(pixels, 2048, 2048) == TOGETHER
+
+
+def test_a_plan_counts_the_grids_that_are_drawn_between_steps(sdxl, tmp_path, monkeypatch):
+    recipe = recipe_of(sdxl, tmp_path / "prompts.txt", sample_every=1)
+    plan = forecast.plan(recipe)
+    decoding = plan.build - plan.weights
+    assert plan.grids == plan.weights + plan.optimizer + 2 * plan.average + decoding
+    assert plan.most == pytest.approx(max(plan.peak, plan.build / 1e9, plan.grids / 1e9))
+    with fake_gpu.installed(monkeypatch), fake_gpu.MemoryMeter() as meter:
+        engine = build.build(recipe, tmp_path / "run").engine
+        engine.train()
+        meter.most = meter.now
+        engine.sample()
+        assert meter.most == pytest.approx(plan.grids, rel=0.1)
+
+
+def test_a_plan_that_fits_but_for_its_build_or_its_grids_says_so(sdxl, tmp_path, capsys):
+    recipe = recipe_of(sdxl, tmp_path / "prompts.txt")
+    card = GPUS["rtx-4090"]
+    grids = Plan(int(9e9), 0, 0, 0, int(9e9), 0, 10**9, 8, "bf16", {}, 1e12, grids=int(24e9))
+    early = dataclasses.replace(grids, build=int(25e9))
+    assert "sample_every" in advice(recipe, grids, card)[0]
+    assert "larger card" in advice(recipe, early, card)[0]
+    for plan, line in ((grids, "between steps"), (early, "before step 0")):
+        tree = plan.tree("rtx-4090", card)
+        assert not tree["fits"]
+        console.out.print(console.plan_table(tree, card.memory, 1))
+        assert line in capsys.readouterr().out
+    fitting = dataclasses.replace(grids, grids=0).tree("rtx-4090", card)
+    assert fitting["fits"]
+    console.out.print(console.plan_table(fitting, card.memory, 1))
+    assert "step 0" not in capsys.readouterr().out
+
+
+FAMILIES = ("sd", "dit", "sd3", "flux-dev", "sana", "qwen", "wan")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_kind_of_vae_is_planned(name, tmp_path):
+    options = families.OPTIONS.get(name, {})
+    source = {"source": str(families.build(name, tmp_path / name)), **options}
+    tree = {"teacher": source, "objective": {"name": "consistency"}, "train": {"steps": 1}}
+    recipe = Recipe.check({**tree, "data": {"source": str(tmp_path)}})
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    teacher = forecast.shape_of(recipe.teacher, fake)
+    vae = sum(p.nbytes for p in forecast.fake_vae(teacher, fake).parameters())
+    found = forecast.coding(recipe, teacher, fake)
+    assert found.decoding > vae
+    assert (found.encoding > 0) == (len(teacher.shape) == 3)  # videos are not encoded
 
 
 @pytest.mark.slow
