@@ -65,11 +65,7 @@ def plan(recipe: Recipe) -> Plan:
     networks = [v for v in vars(objective).values() if isinstance(v, nn.Module)]
     tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
     weights = unique(tensors)
-    moments = [
-        optimizer_bytes(recipe.players.get(name, OptimizerConfig()).optimizer, moving)
-        for name, moving in movers.items()
-    ]
-    held = sum(device for device, _ in moments)
+    held, host = moments_of(recipe, movers)
     average = 4 * sum(p.numel() for p in movers["student"]) if train.ema else 0
     beside, codes = encoders(teacher), coding(recipe, teacher, fake)
     grids = train.sample_every and form.leaves_pipeline
@@ -91,7 +87,7 @@ def plan(recipe: Recipe) -> Plan:
         else recipe.teacher.precision or "fp32",
         evaluations=evaluations,
         flops=flops,
-        host=sum(host for _, host in moments),
+        host=host,
     )
 
 
@@ -138,6 +134,15 @@ class FakeCodec(Codec):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
+
+
+def moments_of(recipe: Recipe, movers: dict[str, list[nn.Parameter]]) -> tuple[int, int]:
+    """Bytes of all optimisers' moments: on the device, and in host memory."""
+    sizes = [
+        optimizer_bytes(recipe.players.get(name, OptimizerConfig()).optimizer, moving)
+        for name, moving in movers.items()
+    ]
+    return sum(device for device, _ in sizes), sum(host for _, host in sizes)
 
 
 class Coding(NamedTuple):
