@@ -18,7 +18,7 @@ def row(tree: dict[str, Any], matrix: dict[str, float]) -> dict[str, Any] | None
     The FLOPs are those of `distill plan`, which divides them by this share, or else the script's
     own.
     """
-    share, kind = tree.get("share"), "fp32" if tree["precision"] == "fp32" else "bf16"
+    share, kind = tree.get("share"), "fp32" if tree.get("precision") == "fp32" else "bf16"
     if tree.get("plan_tflop") and tree.get("step_ms") and kind in matrix:
         share = tree["plan_tflop"] / (tree["step_ms"] / 1000) / matrix[kind]
     if not share:

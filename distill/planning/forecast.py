@@ -68,7 +68,7 @@ def plan(recipe: Recipe) -> Plan:
     held, host = moments_of(recipe, movers)
     average = 4 * sum(p.numel() for p in movers["student"]) if train.ema else 0
     beside, codes = encoders(teacher), coding(recipe, teacher, fake)
-    grids = train.sample_every and form.leaves_pipeline
+    drawing = weights + held + 2 * average + codes.decoding
     return Plan(
         weights=weights,
         gradients=gradients,
@@ -77,14 +77,12 @@ def plan(recipe: Recipe) -> Plan:
         activations=most,
         beside=beside,
         build=max(beside + codes.encoding, weights + codes.decoding),
-        grids=weights + held + 2 * average + codes.decoding if grids else 0,
+        grids=drawing if train.sample_every and form.leaves_pipeline else 0,
         family=family_of(unwrap(teacher.denoiser)),
         adapter="full" if recipe.adapters is None else recipe.adapters.kind,
         base=base,
         batch=train.batch,
-        precision=train.precision
-        if train.precision != "fp32"
-        else recipe.teacher.precision or "fp32",
+        precision=precision_of(recipe),
         evaluations=evaluations,
         flops=flops,
         host=host,
@@ -134,6 +132,13 @@ class FakeCodec(Codec):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
+
+
+def precision_of(recipe: Recipe) -> str:
+    """The precision of most products: the teacher's where autocast is off."""
+    if recipe.train.precision != "fp32":
+        return recipe.train.precision
+    return recipe.teacher.precision or "fp32"
 
 
 def moments_of(recipe: Recipe, movers: dict[str, list[nn.Parameter]]) -> tuple[int, int]:
