@@ -131,6 +131,7 @@ class Progress:
     def __init__(self, steps: int, done: int, shown: bool) -> None:
         self.steps, self.shown, self.live = steps, shown, shown and out.is_terminal
         self.first, self.start = done, time.monotonic()
+        self.pace: float | None = None  # seconds of a step, once training is steady
         self.bar = TrainingBar(
             bars.TextColumn("{task.description}"),
             bars.BarColumn(),
@@ -152,13 +153,14 @@ class Progress:
 
     def advance(self, step: int) -> None:
         if self.live:
-            self.bar.update(self.task, completed=step)
+            self.bar.update(self.task, completed=step, left=self.left(step))
 
     def show(self, step: int, values: dict[str, float], speed: Speed | None = None) -> None:
         """Show the losses of this step, and the speed where it is known."""
         losses = [f"{k.split('/')[0]} {v:.4g}" for k, v in values.items() if k.endswith("/loss")]
         figures = "  ".join([*losses, *([] if speed is None else [speed.text()])])
-        left = self.left(step, None if speed is None else speed.seconds)
+        self.pace = None if speed is None else speed.seconds
+        left = self.left(step)
         if self.live:
             self.bar.figures = figures
             self.bar.update(self.task, completed=step, left=left)
@@ -166,17 +168,15 @@ class Progress:
             line = f"step {step:>{len(str(self.steps))}}/{self.steps}  {figures}"
             out.print("  ".join(filter(None, [line, left])), soft_wrap=True)
 
-    def left(self, step: int, seconds_per_step: float | None = None) -> str:
-        """How long the remaining steps take; empty if unknown.
+    def left(self, step: int) -> str:
+        """How long the remaining steps take, at the last known speed or else the average so far.
 
-        Args:
-            seconds_per_step: By default the average so far.
+        Empty if unknown.
         """
         if not self.first < step < self.steps:
             return ""
-        if seconds_per_step is None:
-            seconds_per_step = (time.monotonic() - self.start) / (step - self.first)
-        return time_left(seconds_per_step * (self.steps - step))
+        pace = self.pace or (time.monotonic() - self.start) / (step - self.first)
+        return time_left(pace * (self.steps - step))
 
     def print_above(self, line: str) -> None:
         """Print a line above the bar."""
