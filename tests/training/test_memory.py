@@ -4,11 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distill import console
 from distill.config.recipe import Recipe
+from distill.data import encode
+from distill.data.cache import Cache
 from distill.data.encode import PIXELS, TOGETHER, images_at_once
+from distill.data.from_recipe import encoding_job
 from distill.planning import forecast
 from distill.planning.plan import GPUS, Plan, advice
 from distill.training import build
@@ -117,6 +121,32 @@ def test_large_images_are_encoded_a_few_at_a_time(sdxl):
     assert images_at_once(teacher, 2048, 1024) == 1
     pixels = Teacher(teacher.denoiser, Pixels(), (3, 2048, 2048), "")
     assert images_at_once(pixels, 2048, 2048) == TOGETHER
+
+
+def test_latents_of_images_that_are_encoded_in_pieces_have_a_cache_of_their_own(
+    sdxl, tmp_path, monkeypatch
+):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(5):
+        Image.new("RGB", (16, 16), (40 * i, 90, 200)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text("a cat")
+    tree = {"teacher": {"source": str(sdxl), "size": 16}, "objective": {"name": "consistency"},
+            "data": {"source": str(images), "cache": str(tmp_path / "cache")},
+            "train": {"steps": 1}}  # fmt: skip
+    recipe, teacher = Recipe.check(tree), load(str(sdxl), size=16)
+    sizes, encode_once = [], teacher.codec.encode
+    monkeypatch.setattr(teacher.codec, "encode", lambda x: sizes.append(len(x)) or encode_once(x))
+    whole = encoding_job(recipe, teacher)
+    one = whole.encode(whole.listing.items).tensors["x"]
+    monkeypatch.setattr(encode, "PIXELS", 2 * 16 * 16)
+    pieces = encoding_job(recipe, teacher)
+    assert torch.allclose(pieces.encode(pieces.listing.items).tensors["x"], one, atol=1e-5)
+    assert sizes == [1, 5, 1, 2, 2, 1]  # each job first encodes a grey image
+    cache = Cache(pieces, tmp_path / "cache")
+    assert cache.about["images_at_once"] == [2]
+    monkeypatch.undo()
+    assert "images_at_once" not in Cache(whole, tmp_path / "cache").about
 
 
 def test_a_plan_counts_the_grids_that_are_drawn_between_steps(sdxl, tmp_path, monkeypatch):
