@@ -3,8 +3,8 @@
     python benchmarks/tables.py [--check]
 
 All numbers in the tables come from summary.json of a run, from a leaderboard, or from what
-`gpu.py` measured. `--check` writes nothing: its exit code is the number of files that are out of
-date.
+`gpu.py` measured. It also writes distill/rates.json from docs/results/gpu. `--check` writes
+nothing: its exit code is the number of files that are out of date.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from boards import caption_accuracy, students, untrained
 from gpu_parts.tables import gpus
+from rates import rates
 
 from eval import catalogue
 from teachers.errors import plural
@@ -250,14 +251,21 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {  # by file and marker, the fu
 }
 
 
+def written() -> dict[str, str]:
+    """The text of every file, by name."""
+    texts = {"distill/rates.json": rates()}
+    for name, tables in PAGES.items():
+        texts[name] = (ROOT / name).read_text()
+        for marker, table in tables.items():
+            texts[name] = insert(texts[name], marker, table())
+    return texts
+
+
 def main() -> int:
     stale = 0
-    for name, tables in PAGES.items():
+    for name, text in written().items():
         path = ROOT / name
-        text = path.read_text()
-        for marker, table in tables.items():
-            text = insert(text, marker, table())
-        if text != path.read_text():
+        if not path.exists() or text != path.read_text():
             stale += 1
             if "--check" not in sys.argv:
                 path.write_text(text)

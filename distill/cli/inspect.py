@@ -103,16 +103,17 @@ def plan(
     waits = "distill: simulating a step on tensors without data (up to a minute)"
     with spinner(waits), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fake tensors have no addresses, which torch warns about
-        from distill.planning import forecast
+        from distill.planning import forecast, kept
 
         estimate = forecast.plan(checked)
+        kept.keep(checked, estimate)
     tree = estimate.tree(gpu, card)
     console.print(plan_table(tree, card.memory, RESERVE))
     if json_file is not None:
         json_file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     if remedies := advice(checked, estimate, card):
         raise UserError(
-            f"plan: {estimate.peak + RESERVE:.1f} GB do not fit on {gpu} ({card.memory:g} GB); "
+            f"plan: {estimate.most + RESERVE:.1f} GB do not fit on {gpu} ({card.memory:g} GB); "
             + "; ".join(remedies)
         )
 

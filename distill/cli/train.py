@@ -64,6 +64,7 @@ def run(
     main = new_run.engine.accelerator.is_main_process
     if main:
         print_header(new_run)
+        use_plan(new_run)
     new_run.engine.train()
     if main and new_run.protocol:
         console.print("exporting and measuring")
@@ -86,6 +87,15 @@ def print_header(new_run: Any) -> None:
         f"to a student of {step_counts(new_run.student)}, in {new_run.out}",
         soft_wrap=True,
     )
+
+
+def use_plan(new_run: Any) -> None:
+    """Let progress lines compare memory with the plan that `distill plan` made of this recipe."""
+    from distill.planning import kept
+
+    engine, recipe = new_run.engine, new_run.recipe
+    if engine.accelerator.device.type == "cuda" and engine.shards == recipe.train.accumulate:
+        engine.speed.planned_gb = kept.peak_gb(recipe)
 
 
 def complete(out: Path) -> bool:

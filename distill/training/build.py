@@ -68,7 +68,10 @@ class Run:
 
 @dataclass
 class Parts:
-    """The parts of a run before its folder is opened; nothing is written yet."""
+    """The parts of a run before its folder is opened; nothing is written yet.
+
+    flops: Of one sample through the teacher's network.
+    """
 
     teacher: Teacher
     source: Source
@@ -76,6 +79,7 @@ class Parts:
     accelerator: Accelerator
     objective: Objective
     players: dict[str, Player]
+    flops: float | None
 
 
 def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
@@ -132,20 +136,21 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         check_labels(out, source.report)
     accelerator = accelerator_of(recipe.train, out)
     check_memory(recipe.train, teacher.shape, shards_of(recipe.train, accelerator.num_processes))
+    rehearse = form.rehearsal(accelerator.device)  # its prompts are encoded before networks move
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
     objective = objective_of(recipe, teacher, accelerator.device)
     if guidance_of(recipe.teacher).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)
-    check_finite(objective.teacher, teacher, source, recipe.train, accelerator)
-    form.rehearse(objective.student)
+    flops = check_finite(objective.teacher, teacher, source, recipe.train, accelerator)
+    rehearse(objective.student)
     if form.leaves_pipeline:
         rehearse_end(recipe, objective.student, teacher)
     players = players_of(objective, recipe.players, recipe.train.steps, accelerator)
     if custom_objective.file_of(recipe) is not None:
         custom_objective.rehearse(objective, players, source, recipe.train, accelerator)
     compile_run(recipe, objective, players["student"], source, accelerator, mode)
-    return Parts(teacher, source, measure, accelerator, objective, players)
+    return Parts(teacher, source, measure, accelerator, objective, players, flops)
 
 
 def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
@@ -178,6 +183,7 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
         evaluate=None if measure is None else evaluate,
         evaluate_every=recipe.eval.every,
         shown=grid_prompts(recipe, teacher),
+        sample_flops=parts.flops,
     )
     resumed = engine.resume() if resume else False
     if accelerator.is_main_process:  # once the checkpoint is known to be good

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +27,16 @@ from distill.data.encode import decoder_on
 from distill.data.stream import AHEAD, Source, Stream
 from distill.files import write
 from distill.grids import COLUMNS, save_grid
-from distill.objectives.base import Batch, Objective, Turn
+from distill.objectives.base import Batch, Objective, Turn, networks_in
 from distill.objectives.validate import check_loss, check_turn
-from distill.profiling import EvaluationCounter, denoisers_in
+from distill.profiling import EvaluationCounter, denoisers_in, start_peak
 from distill.seeds import seed_all
+from distill.speed import Speed, Speedometer, Work
 from distill.training import checkpoint
 from distill.training.ema import EMA
 from distill.training.player import Player
 from students.export.folder import sample_student
+from students.lora import AdaptedDenoiser
 from teachers.compiled import running_compiled
 from teachers.denoiser import Cond
 from teachers.errors import UserError
@@ -81,6 +84,7 @@ class Engine:
         evaluate: Measures the student with its present weights, every `evaluate_every` steps; the
             best one has a checkpoint.
         shown: Labels or prompts of the sample grids.
+        sample_flops: FLOPs of one sample through the teacher's network, for the speed.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Engine:
         evaluate: Evaluate | None = None,
         evaluate_every: int = 0,
         shown: Sequence[Any] = (0,) * 80,
+        sample_flops: float | None = None,
     ) -> None:
         self.objective, self.players = objective, players
         self.source, self.teacher = source, teacher
@@ -106,9 +111,14 @@ class Engine:
         self.step = self.draws = 0
         self.seconds, self.best = 0.0, math.inf
         self.latest: dict[str, Tensor] = {}  # each turn's last scalars, some of earlier steps
-        networks = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}
-        self.counter = EvaluationCounter(denoisers_in(networks))
+        self.counter = EvaluationCounter(denoisers_in(networks_in(objective)))
         self.shards = shards_of(train, accelerator.num_processes)
+        self.speed = Speedometer(
+            accelerator.device,
+            train.batch,
+            train.precision,
+            None if sample_flops is None else partial(self._flops, sample_flops),
+        )
         self._first: dict[str, Tensor] = {}  # the loss of this process's first turn
         self._checked: set[tuple[Any, ...]] = set()
         self._stop = 0
@@ -139,6 +149,7 @@ class Engine:
             self.extras.clear()
         mine, size = shards_here(self.shards, self.accelerator), self.cfg.batch // self.shards
         device = self.accelerator.device
+        start_peak(device)  # of training alone
         stream = Stream(self.source, device, self.draws, mine, self.shards, size)
         began = time.perf_counter() - self.seconds
         handlers = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -148,6 +159,7 @@ class Engine:
                     self.latest |= self.advance(stream)
                     self.seconds = time.perf_counter() - began
                     progress.advance(self.step)
+                    self.speed.advance(self.step)
                     self._after_step(progress)
         finally:
             stream.close()
@@ -157,15 +169,18 @@ class Engine:
     def _after_step(self, progress: Progress) -> None:
         """Log, sample, evaluate and save where it is time to, and stop on a signal."""
         if self._due(self.cfg.log_every):
-            progress.show(self.step, self._log(self.latest))
+            progress.show(self.step, *self._log(self.latest))
         if self._due(self.cfg.sample_every):
-            self.sample()
+            with self.speed.paused():
+                self.sample()
         if self.evaluate_every and self.step % self.evaluate_every == 0:
-            progress.print_above(self._evaluate())
+            with self.speed.paused():
+                progress.print_above(self._evaluate())
         stop = self._should_stop()
         if stop or self._due(self.cfg.save_every):
-            self._check(self.latest)  # a bad checkpoint would have the good ones pruned
-            self.save()
+            with self.speed.paused():
+                self._check(self.latest)  # a bad checkpoint would have the good ones pruned
+                self.save()
         if stop:
             raise Stopped(stop)
 
@@ -333,18 +348,41 @@ class Engine:
             checkpoint.save(state, self.root / "best", {"step": self.step, headline: self.best})
         return "  ".join(f"{k} {metrics[k]:.3f}" for k in shown) + f" at {steps} step"
 
-    def _log(self, logs: dict[str, Tensor]) -> dict[str, float]:
-        """Average the scalars over processes, fetch them in one transfer, and log them."""
+    def _log(self, logs: dict[str, Tensor]) -> tuple[dict[str, float], Speed | None]:
+        """Average the scalars over processes, fetch them in one transfer, and log them.
+
+        The speed is measured just after the transfer, which waited for the device.
+        """
         # With the first loss among them: it may be NaN on another process alone.
         first = {f"first {k}": v for k, v in self._first.items()}
         means = self._over_processes({**logs, **first})
         self._first = dict.fromkeys(self._first, means[-1])
         values = dict(zip(logs, means.tolist()))
+        speed = self.speed.measure(self.step)
         for name, player in self.players.items():
             values[f"{name}/lr"] = player.rate(self.step - 1)
-        self.accelerator.log({"seconds": self.seconds, **values}, step=self.step)
+        columns = {} if speed is None else speed.columns()
+        self.accelerator.log({"seconds": self.seconds, **values, **columns}, step=self.step)
         self._check(values)
-        return values
+        return values, speed
+
+    def _flops(self, sample: float) -> float:
+        """The FLOPs of this process until now, roughly: all networks are taken to be the teacher's.
+
+        A backward pass through adapters or frozen weights costs as much as a forward pass, through
+        weights that learn twice as much, and one forward pass more where activations are
+        recomputed.
+
+        Args:
+            sample: FLOPs of one sample through the network.
+        """
+        again = 1.0 if self.cfg.checkpointing else 0.0
+        backward = {
+            name: again + (1.0 if name not in self.players or has_adapters(network) else 2.0)
+            for name, network in networks_in(self.objective).items()
+        }
+        work = Work(sample, backward)
+        return work.flops(self.evaluations, self.counter.with_gradients)
 
     def _over_processes(self, logs: Mapping[str, Tensor]) -> Tensor:
         """The scalars (N,), averaged over processes."""
@@ -411,6 +449,11 @@ class Engine:
 def _players(key: str) -> list[str]:
     """The players of a turn, from the key of a scalar that it logs."""
     return key.split("/")[0].split("+")
+
+
+def has_adapters(network: nn.Module) -> bool:
+    """Whether a network learns in adapters, on frozen weights."""
+    return any(isinstance(m, AdaptedDenoiser) for m in network.modules())
 
 
 def shards_of(train: TrainSection, processes: int) -> int:

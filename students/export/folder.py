@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from students import schedulers
+from students.export.encoders import RecordedEncoders
 from students.export.portable import make_portable
 from students.generator import Generator
 from students.lora import adapter_of, unwrap
@@ -167,17 +168,20 @@ def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
 
 def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str, Any]]:
     """What checks of a student sample: prompts, and the stock pipeline's arguments for them."""
-    kind = type(unwrap(generator.denoiser))
-    if classes := teacher.codec.classes:
-        prompts: list[Any] = [i % classes for i in range(4)]
-    else:
-        prompts = ["a red circle", "two boats on a lake"]
+    kind, prompts = type(unwrap(generator.denoiser)), prompts_of(teacher)
     if isinstance(teacher.codec, Prompted):
         return prompts, teacher.codec.arguments([*prompts])
     arguments = kind.arguments([*prompts], teacher.shape[-2:])
-    if issubclass(kind, UNet) and not classes:
+    if issubclass(kind, UNet) and not teacher.codec.classes:
         arguments["class_labels"] = None
     return prompts, arguments
+
+
+def prompts_of(teacher: Teacher) -> list[Any]:
+    """The labels or prompts that checks of its students sample."""
+    if classes := teacher.codec.classes:
+        return [i % classes for i in range(4)]
+    return ["a red circle", "two boats on a lake"]
 
 
 def absent_parts(teacher: Teacher) -> list[str]:
@@ -252,28 +256,42 @@ def pixel_difference(ours: Tensor, theirs: Tensor, generator: Generator) -> str:
     )
 
 
-def pictures(generator: Generator, teacher: Teacher, steps: int, prompts: list[Any]) -> Tensor:
-    """The student's pictures for seed 0, as a stock pipeline's "pt" output: in [0, 1]."""
-    x = sample_student(generator.at(steps), teacher, prompts, seed=0)
+def pictures(
+    generator: Generator, teacher: Teacher, steps: int, prompts: list[Any], cond: Cond = None
+) -> Tensor:
+    """The student's pictures for seed 0, as a stock pipeline's "pt" output: in [0, 1].
+
+    Args:
+        cond: The prompts' condition, if it is known already.
+    """
+    x = sample_student(generator.at(steps), teacher, prompts, seed=0, cond=cond)
     images = (teacher.codec.decode(x) / 2 + 0.5).clamp(0, 1).cpu()
     return images.movedim(1, 2) if images.ndim == 5 else images  # videos have their frames first
 
 
 @torch.no_grad()
-def rehearse(generator: Generator, teacher: Teacher) -> None:
+def rehearse(
+    generator: Generator, teacher: Teacher, encoders: RecordedEncoders | None = None
+) -> None:
     """Before training, compare the stock pipeline's samples, in this process, with the student's.
+
+    On the device beside the student are only the VAE, which decodes one image at a time, and a text
+    encoder while it encodes prompts that `encoders` has not recorded.
 
     Raises:
         UserError: they differ, or the pipeline fails, and so would the export after training.
     """
     who = f"teacher {teacher.source!r}: no stock pipeline samples its students"
-    prompts, _ = request(generator, teacher)
+    prompts = prompts_of(teacher)
     network = unwrap(generator.denoiser)
     device = next(generator.parameters()).device
     half = network.dtype != torch.float32
+    encoders = encoders or RecordedEncoders(teacher, device)
     try:
+        cond = encoders.condition(prompts)
         with (
-            codec_on_device(teacher, device),
+            encoders.on_host(device),
+            decoding_singly(teacher, device),
             torch.autocast(device.type, network.dtype, enabled=half),
         ):
             pipe = pipeline(generator, teacher, merge=isinstance(network, UNet))
@@ -289,7 +307,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
                     out = pipe(
                         num_inference_steps=steps, generator=rng, output_type="pt", **arguments
                     )
-                ours = pictures(generator, teacher, steps, prompts)
+                ours = pictures(generator, teacher, steps, prompts, cond)
                 if difference := pixel_difference(ours, images_of(out), generator):
                     raise UserError(f"{who}: at {steps} steps it {difference}")
     except UserError:
@@ -299,16 +317,22 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
 
 
 @contextmanager
-def codec_on_device(teacher: Teacher, device: torch.device) -> Iterator[None]:
-    """Move the codec's text encoders and VAE to the device, and back to the CPU at the end."""
-    if not isinstance(teacher.codec, Prompted):
+def decoding_singly(teacher: Teacher, device: torch.device) -> Iterator[None]:
+    """Within it, the codec's VAE is on the device and decodes one image at a time."""
+    vae: Any = teacher.codec.vae
+    if vae is None:
         yield
         return
-    teacher.codec.to(device)
+    sliced = getattr(vae, "use_slicing", None)  # a setting of most of diffusers' VAEs
+    vae.to(device)
     try:
+        if sliced is not None:
+            vae.use_slicing = True
         yield
     finally:
-        teacher.codec.to(torch.device("cpu"))
+        if sliced is not None:
+            vae.use_slicing = sliced
+        vae.to(torch.device("cpu"))
 
 
 def child_environment() -> dict[str, str]:

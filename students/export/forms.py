@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from students import schedulers
 from students.export import folder as folders
+from students.export.encoders import RecordedEncoders
 from students.export.unquantised import unquantised
 from students.form import StudentForm, StudentRequest
 from students.gaussian import GaussianForm
@@ -48,8 +53,11 @@ class StockForm(StudentForm):
     def network(self) -> Denoiser:
         return copied(self.teacher)
 
-    def rehearse(self, student: Generator) -> None:
-        folders.rehearse(student, self.teacher)
+    def rehearsal(self, device: torch.device) -> Callable[[Generator], None]:
+        encoders = RecordedEncoders(self.teacher, device)
+        with suppress(Exception):  # the rehearsal encodes them again, and names the fault
+            encoders.condition(folders.prompts_of(self.teacher))
+        return partial(folders.rehearse, teacher=self.teacher, encoders=encoders)
 
     def export(self, student: Generator, folder: Path, recipe: Mapping[str, Any]) -> Generator:
         student = unquantised(student, self.teacher)

@@ -355,7 +355,7 @@ def test_a_signal_stops_in_good_order(recipe, tmp_path):
 def test_lines_of_losses_say_how_long_the_rest_takes(monkeypatch, seconds, left):
     progress = console.Progress(20, 10, shown=False)
     monkeypatch.setattr(progress, "start", console.time.monotonic() - seconds)
-    assert progress.left(11) == f"  about {left} left"
+    assert progress.left(11) == f"about {left} left"
     assert progress.left(10) == progress.left(20) == ""
 
 

@@ -53,8 +53,8 @@ MAY: dict[str, set[str]] = {
         "teachers.storage", "eval", "eval.shapes", "eval.protocols",
     },
     "distill.planning": {
-        "distill", "distill.objectives", "distill.config", "distill.training", "students",
-        "students.export", "teachers", "teachers.storage", "teachers.families",
+        "distill", "distill.objectives", "distill.config", "distill.data", "distill.training",
+        "students", "students.export", "teachers", "teachers.storage", "teachers.families",
         "teachers.catalogue", "teachers.diagnosis", "eval",
     },
     "distill.evaluation": {
