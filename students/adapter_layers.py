@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # with adapters, by module
+_PARAMETERS: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
 _CLASSES: dict[type, type] = {}  # PEFT's layer classes, and their subclasses that read a Selection
 
 
@@ -136,9 +137,17 @@ def adapter_names(layer: Any) -> set[str]:
             or n in vars(layer)["_parameters"] for k in getattr(layer, n)}  # fmt: skip
 
 
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """The module's weights, adapters' included; looked up once, until `forget_layers`."""
+    if module not in _PARAMETERS:
+        _PARAMETERS[module] = list(module.parameters())
+    return _PARAMETERS[module]
+
+
 def forget_layers() -> None:
-    """Look every module's layers with adapters up again, since one has been given new ones."""
+    """Look layers and weights up again, since a module has been given new adapters."""
     _LAYERS.clear()
+    _PARAMETERS.clear()
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from functools import update_wrapper
 from types import MethodType
 from typing import Any, Literal, NamedTuple
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +25,6 @@ BACKEND = "inductor"
 # How many graphs of one block's code are kept: one for each of its shapes, adapters and modes of
 # differentiation. PyTorch's own limit of 8 runs the rest eagerly.
 GRAPHS = 512
-
-
-_NETWORKS: WeakSet[nn.Module] = WeakSet()  # those with compiled modules
 
 
 class Compiled:
@@ -98,11 +94,8 @@ def why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
-def compile_modules(
-    network: nn.Module, modules: Iterable[nn.Module], dynamic: bool | None = False
-) -> int:
-    """Compile the forward of each of a network's modules, in place; how many there are."""
-    _NETWORKS.add(network)
+def compile_modules(modules: Iterable[nn.Module], dynamic: bool | None = False) -> int:
+    """Compile the forward of each module, in place; how many there are."""
     raise_limits()
     count = 0
     for module in modules:
@@ -124,11 +117,6 @@ def raise_limits() -> None:
     )
     for (new, old), limit in zip(names, (GRAPHS, 8 * GRAPHS), strict=True):
         setattr(config, new if hasattr(config, new) else old, limit)
-
-
-def runs_compiled(network: nn.Module) -> bool:
-    """Whether a call of this network now runs compiled code."""
-    return Compiled.running and network in _NETWORKS
 
 
 def compiled_forward(module: nn.Module) -> Compiled | None:

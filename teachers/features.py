@@ -27,6 +27,9 @@ from teachers.errors import UserError, nearest
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 
+_HOOKED: list[nn.Module] = []
+
+
 class _Complete(Exception):
     """Every tapped block has run, so the rest of the forward pass is not needed."""
 
@@ -111,6 +114,11 @@ def changed(
     check_ran(blocks, ran, key)
 
 
+def hooked_modules() -> list[nn.Module]:
+    """The modules that have hooks of this file now."""
+    return _HOOKED
+
+
 @contextmanager
 def hooked(
     block: nn.Module,
@@ -124,6 +132,8 @@ def hooked(
         always: Call `after` also when the module raises an exception.
     """
     with ExitStack() as hooks:
+        _HOOKED.append(block)
+        hooks.callback(_HOOKED.remove, block)
         if before is not None:
             hooks.callback(block.register_forward_pre_hook(before).remove)
         hook = block.register_forward_hook(after, with_kwargs=True, always_call=always)

@@ -99,9 +99,7 @@ def bare_figures(
     figures["bare_type"] = str(next(network.backbone.parameters()).dtype).removeprefix("torch.")
     if recipe.train.checkpointing:
         checkpointing(network.backbone)
-    if compiled:
-        modules = [network.backbone.get_submodule(name) for name in compiled]
-        compile_modules(network.backbone, modules)
+    compile_modules(network.backbone.get_submodule(name) for name in compiled)
     full = recipe.adapters is None
     x, t, cond = args
 

@@ -27,6 +27,7 @@ from distill.publish.licence import check_licence
 from distill.sampling.guided_teacher import guidance_of, load_teacher
 from distill.sampling.student_sampler import check_protocol, evaluate_student
 from distill.seeds import seed_all
+from distill.trackers import trackers
 from distill.training import custom_objective, optimizers
 from distill.training.compilation import compile_run, mode_of
 from distill.training.engine import Engine, check_memory, shards_of
@@ -35,7 +36,6 @@ from distill.training.player import Player
 from distill.training.preflight import rehearse_end
 from distill.training.rehearsal import check_finite
 from distill.training.run_folder import check_checkpoints, check_folder, hold, write_recipe
-from distill.training.trackers import trackers
 from eval import shapes
 from eval.catalogue import headline
 from eval.protocols.measure import Protocol, protocol

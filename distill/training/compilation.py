@@ -21,7 +21,6 @@ from teachers import conditions
 from teachers.compiled import Mode, blocks_in, compile_modules, running_compiled, why_not_compiled
 from teachers.denoiser import Network
 from teachers.errors import UserError
-from teachers.families.base import Pretrained
 from teachers.guidance import SkipLayerGuided
 
 ANY_BLOCK = r"\w+\.\d+"  # of a network of the user's own: the items of its lists
@@ -83,9 +82,9 @@ def compile_networks(
     for network in pretrained_in(networks):
         modules = [network.backbone]
         if mode == "blocks":
-            pattern = network.BLOCKS if isinstance(network, Pretrained) else ANY_BLOCK
+            pattern = getattr(network, "BLOCKS", ANY_BLOCK)
             modules = blocks_in(network.backbone, pattern) or modules
-        compile_modules(network.backbone, modules, dynamic)
+        compile_modules(modules, dynamic)
 
 
 def needs_blocks(recipe: Recipe, networks: dict[str, nn.Module]) -> str | None:

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from teachers.compiled import runs_compiled
 from teachers.denoiser import Cond, Network, coefficients
 from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.prompt_limits import Cuts
@@ -53,7 +52,6 @@ class Pretrained(Network):
     # Regex of the modules that are compiled one by one. Activation checkpointing calls them, or
     # modules around them: a call of it inside compiled code would not restore the adapter.
     BLOCKS: ClassVar[str] = r"\w+\.\d+"
-    CONVOLUTIONAL: ClassVar[bool] = False  # its blocks are convolutions of images (B, C, H, W)
     LORA: ClassVar[str] = r".*attn\d?\.(to_q|to_k|to_v|to_out\.0)"  # regex of layers that get LoRA
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, per_latent: int = 1) -> None:
@@ -61,9 +59,6 @@ class Pretrained(Network):
         self.schedule, self.per_latent = schedule, per_latent
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
-        if self.CONVOLUTIONAL and runs_compiled(self.backbone):
-            # The layout of compiled convolutions: otherwise every block converts to it and back.
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
         with native(x_t.device, self.dtype):
             return super().forward(x_t, t, cond, s)
 

@@ -17,7 +17,6 @@ class StableDiffusion(Pretrained):
 
     PIPELINES = ("StableDiffusionPipeline",)
     PART, SEEDED, FLOWS = "unet", True, False
-    CONVOLUTIONAL = True
     BLOCKS = r".*(resnets|transformer_blocks)\.\d+"
     TIME = r"time_embedding\.linear_2"
     LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|proj_in|proj_out)"

@@ -25,7 +25,6 @@ class UNet(Pretrained):
 
     PIPELINES = ("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline", "PNDMPipeline")
     PART, SEEDED, SCALED, FLOWS = "unet", True, True, False
-    CONVOLUTIONAL = True
     BLOCKS = r".*(resnets|attentions)\.\d+"
     TIME = r"time_embedding\.linear_2"
     LORA = r".*(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut|time_emb_proj)"
