@@ -9,6 +9,7 @@ runs such a module eagerly, by `eagerly`, while it hooks something inside.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
@@ -79,9 +80,35 @@ class Counts(NamedTuple):
 
 def counts() -> Counts:
     """What has been compiled so far."""
+    if "torch._dynamo" not in sys.modules:  # which takes seconds to import
+        return Counts(0, 0)
     from torch._dynamo.utils import counters
 
     return Counts(counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+
+
+class GraphReport:
+    """Says what has been compiled since it was last asked. It is made where training begins."""
+
+    def __init__(self) -> None:
+        self.start = self.last = counts()
+
+    def columns(self) -> dict[str, float]:
+        """As columns of metrics.jsonl: graphs and breaks since the start, where there are any."""
+        now = counts()
+        if now == self.start:
+            return {}
+        breaks = now.breaks - self.start.breaks
+        return {"compile/graphs": now.graphs - self.start.graphs, "compile/breaks": breaks}
+
+    def line(self, step: int) -> str | None:
+        """What was compiled since the last line, at a step; None if nothing was."""
+        before, self.last = self.last, counts()
+        graphs, breaks = (a - b for a, b in zip(self.last, before))
+        if not graphs:
+            return None
+        again = "compiled" if before == self.start else "train.compile: compiled again:"
+        return f"{again} {graphs} graphs with {breaks} breaks, up to step {step}"
 
 
 def why_not_compiled(device: torch.device) -> str | None:

@@ -109,7 +109,6 @@ class Row:
 SHARED = ("train.batch=128", "train.accumulate=1", "objective.student_every=5")
 CIFAR_SHAPE: dict[str, Any] = {"small": SMALL_CIFAR, "small_shape": (3, 8, 8)}
 ROWS = (
-    Row("edm-cifar-dmd2", "edm", EDM_CIFAR, "edm/dmd2", SHARED, compares=True, **CIFAR_SHAPE),
     Row(
         "sdxl-dmd2-lora", "sdxl", outlines.SDXL, "sdxl/dmd2-lora",
         small={
@@ -121,6 +120,7 @@ ROWS = (
         },
         small_shape=(4, 8, 8), small_cond={"text": (7, 16), "pooled": (16,)},
     ),
+    Row("edm-cifar-dmd2", "edm", EDM_CIFAR, "edm/dmd2", SHARED, compares=True, **CIFAR_SHAPE),
     Row(
         "sd15-dmd2", "sd15", outlines.SD15, "sd15/dmd2",
         ("train.batch=32", "train.accumulate=2", "objective.student_every=5",

@@ -116,7 +116,8 @@ def device(result: dict[str, Any]) -> str:
         parts += [table(TIME, rows), table(MEMORY, rows)]
     if any(row.get("errors") for row in rows):
         parts.append(errors(rows))
-    lines = [
+    lines = [f"- {note}" for note in result.get("notes", ())]
+    lines += [
         f"- `{row['name']}` failed: {row['error']}" for row in result["rows"] if "error" in row
     ]
     lines += [f"- `{name}` was not run: the time was over." for name in result["not_run"]]

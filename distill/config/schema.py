@@ -195,7 +195,7 @@ class TrainSection(Section):
     keep: PositiveInt = 2  # number of latest checkpoints to keep; the best is kept as well
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     # torch.compile on the networks' blocks one by one, on whole networks, or not at all (off). By
-    # default blocks on a GPU and off on a CPU.
+    # default blocks in runs of 2,000 steps or more on a GPU, and else off.
     compile: Compile | None = None
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl
 

@@ -37,7 +37,7 @@ from distill.training.ema import EMA
 from distill.training.player import Player
 from students.export.folder import sample_student
 from students.lora import AdaptedDenoiser
-from teachers.compiled import running_compiled
+from teachers.compiled import GraphReport, running_compiled
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.teacher import Teacher
@@ -119,6 +119,7 @@ class Engine:
             train.precision,
             None if sample_flops is None else partial(self._flops, sample_flops),
         )
+        self.graphs = GraphReport()
         self._first: dict[str, Tensor] = {}  # the loss of this process's first turn
         self._checked: set[tuple[Any, ...]] = set()
         self._stop = 0
@@ -170,6 +171,8 @@ class Engine:
         """Log, sample, evaluate and save where it is time to, and stop on a signal."""
         if self._due(self.cfg.log_every):
             progress.show(self.step, *self._log(self.latest))
+            if (line := self.graphs.line(self.step)) is not None:
+                progress.print_above(line)
         if self._due(self.cfg.sample_every):
             with self.speed.paused():
                 self.sample()
@@ -361,7 +364,7 @@ class Engine:
         speed = self.speed.measure(self.step)
         for name, player in self.players.items():
             values[f"{name}/lr"] = player.rate(self.step - 1)
-        columns = {} if speed is None else speed.columns()
+        columns = self.graphs.columns() | ({} if speed is None else speed.columns())
         self.accelerator.log({"seconds": self.seconds, **values, **columns}, step=self.step)
         self._check(values)
         return values, speed

@@ -96,7 +96,7 @@ def test_an_unknown_row_is_refused(run, capsys):
     with pytest.raises(SystemExit) as stopped:
         run("--only", "sdxxl")
     assert stopped.value.code == 2
-    assert "'sdxxl' is none of edm-cifar-dmd2" in capsys.readouterr().err
+    assert "'sdxxl' is none of sdxl-dmd2-lora" in capsys.readouterr().err
 
 
 def test_choosing_an_adapter_takes_as_many_calls_for_any_number_of_layers():

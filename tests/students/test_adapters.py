@@ -27,6 +27,7 @@ from students.lora import (
     with_schedule,
 )
 from teachers import Denoiser, load
+from teachers.features import hooked
 from tests.helpers.engines import stream
 from tests.helpers.refusals import refused
 from tests.helpers.toys import FIVE, recipe_tree
@@ -346,3 +347,65 @@ def calls_to_choose(depth):
 
 def test_choosing_an_adapter_costs_the_same_for_any_number_of_layers():
     assert calls_to_choose(200) == calls_to_choose(2) < 40
+
+
+class Drawing(torch.nn.Module):
+    """A block that draws from the generator, and computes in autocast's type."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x, options):
+        return self.linear(x) * torch.rand_like(x) * options["gain"], None
+
+
+class Recomputing(torch.nn.Module):
+    """A backbone of one block that takes diffusers' hook for checkpointing."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.call = Drawing(), None
+
+    def enable_gradient_checkpointing(self, call):
+        self.call = call
+
+    def forward(self, x, gain):
+        options = {"gain": gain}
+        out, _ = self.call(self.block, x, options) if self.call else self.block(x, options)
+        return out
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "autocast"])
+def test_a_recomputed_block_draws_and_rounds_as_it_did(half):
+    network, x = Recomputing(), torch.randn(3, 4, requires_grad=True)
+    gain = torch.randn(4, requires_grad=True)
+    sources, gradients = [x, gain, *network.parameters()], []
+    for recompute in (False, True):
+        if recompute:
+            checkpointing(network)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = network(x, gain).float().square().sum()
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(loss, sources))
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+def test_a_hook_inside_a_recomputed_block_sees_a_graph():
+    network = Recomputing()
+    checkpointing(network)
+    with hooked(network.block.linear, lambda block, args, kwargs, output: outputs.append(output)):
+        outputs = []
+        network(torch.randn(2, 4), torch.ones(4))
+    (gradient,) = torch.autograd.grad(outputs[0].sum(), network.block.linear.bias)
+    assert torch.equal(gradient, torch.full((4,), 2.0))
+
+
+def test_a_recomputed_block_calls_its_own_hooks_once():
+    network, calls = Recomputing(), []
+    checkpointing(network)
+    network.block.register_forward_hook(lambda *_: calls.append(1))
+    network(torch.randn(2, 4), torch.ones(4)).sum().backward()
+    assert calls == [1]
