@@ -20,7 +20,7 @@ from students.two_time import TwoTime
 from teachers import conditions
 from teachers.compiled import Mode, blocks_in, compile_modules, running_compiled, why_not_compiled
 from teachers.denoiser import Network
-from teachers.errors import UserError
+from teachers.errors import UserError, plural
 from teachers.guidance import SkipLayerGuided
 
 # Steps from which compilation pays: on an H200 it took EDM's CIFAR-10 network 179 s at first, and a
@@ -84,12 +84,14 @@ def compile_networks(
         print_notice(f"train.compile: blocks and not full, since {reason}")
         mode = "blocks"
     dynamic = None if recipe.data.buckets is not None else False
+    count = 0
     for network in pretrained_in(networks):
         modules = [network.backbone]
         if mode == "blocks":
             pattern = getattr(network, "BLOCKS", ANY_BLOCK)
             modules = blocks_in(network.backbone, pattern) or modules
-        compile_modules(modules, dynamic)
+        count += compile_modules(modules, dynamic)
+    print_notice(f"compiling {count} {plural(count, 'module')}: the first step takes minutes")
 
 
 def needs_blocks(recipe: Recipe, networks: dict[str, nn.Module]) -> str | None:
