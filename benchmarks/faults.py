@@ -549,15 +549,15 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "adapters recomputed under no adapter",
         "students/checkpointing.py",
-        "replayed(self.backbone, self.adapter, self.shifts)",
-        "replayed(self.backbone, None, self.shifts)",
+        "using(self.backbone, self.adapter)",
+        "using(self.backbone, None)",
         "students/test_adapters.py::test_shared_gradients_are_those_of_separate_merged_copies",
     ),
     fault(
         "landing times forgotten when blocks are recomputed",
         "students/checkpointing.py",
-        "replayed(self.backbone, self.adapter, self.shifts)",
-        "replayed(self.backbone, self.adapter, None)",
+        "replayed(backbone, name, shifts)",
+        "replayed(backbone, name, None)",
         "students/test_two_time.py::test_checkpointed_blocks_are_recomputed_under_their_own_landing",
     ),
     fault(

@@ -66,7 +66,7 @@ class Call(NamedTuple):
     """A call of a block, to be repeated.
 
     forward: Of the block, without its hooks, which run once and outside.
-    backbone, adapter, shifts: What the backbone runs under.
+    backbone, adapter: The network, and the adapter that it runs with.
     spec: How the block's arguments are built from the flat list.
     count: The length of that list, which the learning weights follow.
     """
@@ -74,7 +74,6 @@ class Call(NamedTuple):
     forward: Any
     backbone: nn.Module
     adapter: str | None
-    shifts: Shifts | None
     spec: TreeSpec
     count: int
 
@@ -83,18 +82,18 @@ class Call(NamedTuple):
         return tree_flatten(self.forward(*tree_unflatten(list(values), self.spec)))
 
     def backbone_as_then(self) -> AbstractContextManager[None]:
-        """The context that the backbone ran in."""
-        return replayed(self.backbone, self.adapter, self.shifts)
+        """The context that the backbone ran in; landing times are added outside of the block."""
+        return using(self.backbone, self.adapter)
 
 
 def recomputed(block: nn.Module, backbone: nn.Module, args: tuple[Any, ...]) -> Any:
     """The block's outputs; the backward pass computes them again."""
     learning = [p for p in parameters_of(block) if p.requires_grad]
-    forward, name, shifts = block.forward, active_adapter(backbone), current_shifts(backbone)
+    forward, name = block.forward, active_adapter(backbone)
 
     def keep_inputs(*args: Any) -> Any:
         values, spec = tree_flatten(args)
-        call = Call(forward, backbone, name, shifts, spec, len(values))
+        call = Call(forward, backbone, name, spec, len(values))
         out: list[TreeSpec] = []
         outputs = _Recomputed.apply(call, out, *values, *learning)
         return tree_unflatten(list(outputs), out[0])  # pyright: ignore
