@@ -60,8 +60,10 @@ class Quantised(nn.Linear):
         codes, scales = encode(linear.weight.detach(), form)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
-        pairs = level_pairs(codes.device) if form == "nf4" else None
-        self.register_buffer("pairs", pairs, persistent=False)
+        if form == "nf4":
+            self.register_buffer("pairs", level_pairs(codes.device), persistent=False)
+        else:
+            self.pairs = None
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore
@@ -77,10 +79,12 @@ class Quantised(nn.Linear):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         x = input.to(dtype)
-        if torch.compiler.is_compiling():
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            out: Any = product(x, *self.parts)
+        elif torch.compiler.is_compiling():
             # The compiler would keep the weight of an autograd function for its backward pass. In
             # a checkpoint it does not, and it fuses the steps of the decoding.
-            out: Any = checkpoint(product, x, *self.parts, use_reentrant=False)
+            out = checkpoint(product, x, *self.parts, use_reentrant=False)
         else:
             out = _Product.apply(x, *self.parts)
         return out if self.bias is None else out + self.bias.to(out.dtype)

@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distill.config.recipe import Recipe
+from distill.objectives.tangent import tangent
 from distill.training import build
 from students import schedulers
 from students.checkpointing import checkpointing
@@ -126,7 +127,17 @@ def test_a_product_has_the_bits_of_the_formula(form, dtype, inside):
     weight = by_formula(layer, kind)
     assert torch.equal(layer.weight, by_formula(layer, torch.float32))
     assert torch.equal(out, F.linear(x.to(kind), weight) + layer.bias.to(kind))
+    with torch.autocast("cpu", inside, enabled=inside is not None), torch.no_grad():
+        assert torch.equal(layer(x), out)
     assert torch.equal(x.grad, (grad.to(kind) @ weight).to(dtype))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_product_has_a_forward_mode(form):
+    layer, x, v = Quantised(nn.Linear(64, 8), form), torch.randn(2, 64), torch.randn(2, 64)
+    out, slope = tangent(layer, (x,), (v,))
+    torch.testing.assert_close(out, layer(x))
+    torch.testing.assert_close(slope, v @ layer.weight.mT)
 
 
 @pytest.mark.parametrize("form", FORMS)
