@@ -121,7 +121,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
-        return grad @ decode(*ctx.saved_tensors, ctx.shape, grad.dtype), None, None, None, None
+        codes, scales, pairs = ctx.saved_tensors
+        return grad @ decode(codes, scales, pairs, ctx.shape, grad.dtype), None, None, None, None
 
 
 def encode(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
