@@ -78,7 +78,9 @@ class TeacherSection(Section):
     frames: PositiveInt | None = None  # frames of a video; by default the checkpoint's
     embedded_guidance: Positive | None = None  # scale that FLUX.1-dev reads; by default 3.5
     vae: Name | None = None  # folder of the autoencoder for EDM2's latents
-    adapters: tuple[AdapterFile, ...] = ()  # LoRA files that become part of the model; order is free
+    adapters: tuple[
+        AdapterFile, ...
+    ] = ()  # LoRA files that become part of the model; order is free
 
     def options(self) -> dict[str, Any]:
         """The arguments of `teachers.load` after the source."""

@@ -144,6 +144,7 @@ def kohya_name(module: str, names: Mapping[str, str] | None) -> str:
 
 # ---- LDM's names, which single files use
 
+
 def unet_to_ldm(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> State:
     """A UNet2DConditionModel's weights by LDM's names."""
     names = ldm_names(state, config)
@@ -294,6 +295,7 @@ class File:
     path: Path
     state: State
     whole: bool = False
+    metadata: Mapping[str, str] | None = None  # of the header
 
 
 # What pictures are compared on, unless the family asks for other arguments.
@@ -324,7 +326,8 @@ def write(
     drafts = [f.path.with_name(f".draft-{f.path.name}") for f in files]
     try:
         for file, draft in zip(files, drafts, strict=True):
-            save_tensors({k: v.contiguous() for k, v in file.state.items()}, draft)
+            state = {k: v.contiguous() for k, v in file.state.items()}
+            save_tensors(state, draft, file.metadata)
         jobs = [(f.whole, str(d.resolve())) for f, d in zip(files, drafts, strict=True)]
         theirs = drawn_elsewhere(jobs, type(student).__name__, folder, counts, arguments)
         student.set_progress_bar_config(disable=True)

@@ -127,9 +127,11 @@ def read(
     tensors, settings = _content(path, where)
     layers, strange = _layers(tensors)
     if not layers:
+        first = clipped(min(tensors, default="none"))
+        kind = next((v for k, v in REFUSED.items() if k in first), "no down and up matrices")
         raise UserError(
-            f"{where} is in no LoRA format that is known; its first key is "
-            f"{clipped(min(tensors, default='missing'))}; give a LoRA with down and up matrices"
+            f"{where} is in no LoRA format that is known: it holds {kind} (first key: {first}); "
+            "give a plain LoRA"
         )
     half = [raw.key for raw in layers.values() if raw.down is None or raw.up is None]
     count, known = len(layers), {part: places(part, module) for part, module in networks.items()}
@@ -151,10 +153,8 @@ def read(
         scale = _scale(raw, part, rest, settings, where)
         pairs += _fitted(raw, part, place, scale, networks[part], where)
     if strange or half:
-        fit = sum(r.down is not None and r.up is not None for r in layers.values()) - len(
-            {k for k in strange if WEIGHT.fullmatch(k)}
-        )
-        raise UserError(_half_loaded(where, fit, len(layers), half, strange))
+        fit = len(layers) - len(half) - sum(WEIGHT.fullmatch(k) is not None for k in strange)
+        raise UserError(_half_loaded(where, f"{fit} of {len(layers)} pairs fit", half, strange))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return LoRAFile(path, key, strength, digest, tuple(pairs), count)
 
@@ -162,7 +162,7 @@ def read(
 def _converted(
     pipeline: Any, tensors: Mapping[str, Tensor], count: int
 ) -> tuple[dict[str, Raw], list[str]] | None:
-    """The layers of a file by diffusers' names, by its own converter; None if it has none for it."""
+    """The layers of a file that a pipeline's own converter renames; None if it cannot."""
     if not hasattr(pipeline, "lora_state_dict"):
         return None
     try:
@@ -177,30 +177,25 @@ def _converted(
     return (layers, strange) if len(layers) >= count and not strange else None
 
 
-def _half_loaded(
-    where: str, fit: int, count: int, half: list[str], strange: list[str]
-) -> str:
+def _half_loaded(where: str, fit: str, half: list[str], strange: list[str]) -> str:
     """The message about a file that does not fit as a whole."""
     keys = sorted(strange) or sorted(half)
-    fault = "belongs to no layer of this model" if strange else "has no counterpart"
-    if strange and (why := next((v for k, v in REFUSED.items() if k in keys[0]), None)):
-        fault = why
+    fault = "keys of no layer of this model" if strange else "keys without their counterpart"
+    fault = next((v for part, v in REFUSED.items() if strange and part in keys[0]), fault)
     shown = ", ".join(clipped(k) for k in keys[:SHOWN])
     rest = f", and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return (
-        f"{where}: {fit} of {count} pairs; {shown}{rest} {fault}; give a plain LoRA of this base"
-    )
+    return f"{where}: {fit}; {fault}: {shown}{rest}; give a plain LoRA of this base, with all keys"
 
 
-REFUSED = {  # what a key says that cannot be read here
-    "dora_scale": "is of a DoRA, which is no low-rank change alone",
-    "magnitude": "is of a DoRA, which is no low-rank change alone",
-    "hada_": "is of a LoHa",
-    "lokr_": "is of a LoKr",
-    "lora_mid": "is of a Tucker decomposition",
-    ".diff": "is a change of full rank",
-    ".set_weight": "replaces a weight",
-    "bias": "changes a bias",
+REFUSED = {  # what a part of a key means that cannot be read here
+    "dora_scale": "keys of a DoRA",
+    "magnitude": "keys of a DoRA",
+    "hada_": "keys of a LoHa",
+    "lokr_": "keys of a LoKr",
+    "lora_mid": "keys of a Tucker decomposition",
+    ".diff": "changes of full rank",
+    ".set_weight": "replaced weights",
+    "bias": "changes of biases",
 }
 
 
@@ -288,8 +283,8 @@ def _fitted(
     """
     down, up = raw.down, raw.up
     assert down is not None and up is not None
-    weights = [network.get_submodule(m).weight for m in place.modules]
-    rows = [len(w) for w in weights]  # pyright: ignore[reportArgumentType]
+    weights: list[Any] = [network.get_submodule(m).weight for m in place.modules]
+    rows = [len(w) for w in weights]
     rank, inner = len(down), {tuple(w.shape[1:]) for w in weights}
     sizes = {math.prod(s) for s in inner}
     if up.numel() != sum(rows) * rank or sizes != {down[0].numel()} or len(up) != sum(rows):
@@ -302,7 +297,7 @@ def _fitted(
         up = cat([*reversed(up.chunk(2))])
     pairs = []
     for module, weight, piece in zip(place.modules, weights, up.split(rows), strict=True):
-        ones = (1,) * (weight.ndim - 2)  # pyright: ignore
-        shaped = down.reshape(rank, *weight.shape[1:])  # pyright: ignore
+        ones = (1,) * (weight.ndim - 2)
+        shaped = down.reshape(rank, *weight.shape[1:])
         pairs.append(Pair(part, module, shaped, piece.reshape(len(piece), rank, *ones), scale))
     return pairs

@@ -23,7 +23,8 @@ def load(source: str, **options: Any) -> Teacher:
         options: Those of the family. UNet2D pipelines: `null_label`, the class that means no class.
             EDM and EDM2: that and `vae`, the folder of the AutoencoderKL of their latents. All
             others: `negative_prompt`, `size` (pixels), `precision` (fp32, bf16, fp16, fp8, nf4) and
-            `adapters` (LoRA files that become part of the weights); videos also `frames`, and FLUX.1-dev also `embedded_guidance`.
+            `adapters` (LoRA files that become part of the weights); videos also `frames`, and
+            FLUX.1-dev also `embedded_guidance`.
 
     Raises:
         UserError: there is no such source, its files are damaged, its family is not supported, or

@@ -18,14 +18,17 @@ OBJECTIVES = [p for p in sorted((ROOT / "distill/objectives").glob("*.py")) if p
 MAY: dict[str, set[str]] = {
     "teachers": set(),
     "teachers.storage": {"teachers"},
-    "teachers.families": {"teachers", "teachers.storage"},
+    "teachers.adapters": {"teachers", "teachers.storage"},
+    "teachers.families": {"teachers", "teachers.storage", "teachers.adapters"},
     "teachers.edm": {"teachers", "teachers.storage", "teachers.families"},
-    "teachers.catalogue": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
+    "teachers.catalogue": {
+        "teachers", "teachers.storage", "teachers.adapters", "teachers.families", "teachers.edm",
+    },
     "teachers.diagnosis": {"teachers"},
     "students": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
     "students.export": {
-        "students", "teachers", "teachers.storage", "teachers.families", "teachers.edm",
-        "teachers.catalogue",
+        "students", "teachers", "teachers.storage", "teachers.adapters", "teachers.families",
+        "teachers.edm", "teachers.catalogue",
     },
     "eval": set(),
     "eval.digits": {"eval"},
