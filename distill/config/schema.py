@@ -178,7 +178,9 @@ class DataSection(Section):
     prompts: Place | None = None  # a text file, "pack:starter" (default), or "DATASET:COLUMN"
     # Captions of images: "txt" or "json:KEY" for files beside them, "folder" for the folder's name,
     # "metadata:COLUMN" for the folder's table, or a column of the dataset. By default a folder's
-    # table if there is one, else .txt, else .json.
+    # table if there is one, else .txt, else .json. Without `source`: a folder of .txt files, or a
+    # text file, of 20 to 200 captions that are expanded into prompts; `prompts` are then neutral
+    # ones, without the captions' trigger, that are mixed in.
     captions: Name | None = None
     size: PositiveInt | None = None  # side of the images in pixels; by default the teacher's
     buckets: Bucketing | None = None  # several aspect ratios of one area; by default one size

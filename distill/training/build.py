@@ -17,7 +17,8 @@ from distill.config.recipe import Recipe
 from distill.config.schema import TrainSection
 from distill.data import cache
 from distill.data.encode import device
-from distill.data.from_recipe import encoding_job, source_of
+from distill.data.expansion.captions import write_prompts
+from distill.data.from_recipe import encoding_job, expansion_of, source_of
 from distill.data.listing import check_labels, write_report
 from distill.data.prompts import list_prompts
 from distill.data.stream import Source
@@ -192,6 +193,8 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
         write_recipe(recipe, out)
         if parts.source.report is not None:
             write_report(out, parts.source.report)
+        if (prompts := expansion_of(recipe)) is not None:
+            write_prompts(prompts, out)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("fewstep")
     return Run(recipe, teacher, engine, measure, out)
@@ -256,6 +259,8 @@ def grid_prompts(recipe: Recipe, teacher: Teacher) -> list[Any]:
         return [0] * 80
     if "shapes" in (recipe.eval.protocol, recipe.data.source):
         return shapes.captions(40, seed=0)
+    if (prompts := expansion_of(recipe)) is not None:
+        return (prompts.expansion.captions or prompts.prompts)[:10]
     return [item.prompt for item in list_prompts(recipe.data.prompts or "pack:starter").items[:10]]
 
 

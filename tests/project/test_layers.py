@@ -40,9 +40,10 @@ MAY: dict[str, set[str]] = {
     "distill.config": {
         "distill", "distill.objectives", "students", "teachers", "teachers.storage",
     },
+    "distill.data.expansion": {"distill", "teachers", "teachers.storage", "eval"},
     "distill.data": {
-        "distill", "distill.objectives", "distill.config", "teachers", "teachers.storage",
-        "teachers.families", "eval", "eval.digits", "eval.shapes",
+        "distill", "distill.data.expansion", "distill.objectives", "distill.config", "teachers",
+        "teachers.storage", "teachers.families", "eval", "eval.digits", "eval.shapes",
     },
     "distill.sampling": {
         "distill", "distill.config", "distill.data", "students", "students.export", "teachers",
@@ -51,9 +52,10 @@ MAY: dict[str, set[str]] = {
     "distill.publish": {"distill", "students.export", "teachers", "teachers.storage", "eval"},
     "distill.report": {"distill", "distill.config", "distill.publish", "teachers", "eval"},
     "distill.training": {
-        "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
-        "distill.publish", "distill.report", "students", "students.export", "teachers",
-        "teachers.storage", "eval", "eval.shapes", "eval.protocols",
+        "distill", "distill.objectives", "distill.config", "distill.data",
+        "distill.data.expansion", "distill.sampling", "distill.publish", "distill.report",
+        "students", "students.export", "teachers", "teachers.storage", "eval", "eval.shapes",
+        "eval.protocols",
     },
     "distill.planning": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.training",
