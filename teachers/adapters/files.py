@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, cat, nn
 
 from teachers.adapters.names import Place, places, split
-from teachers.errors import UserError, clipped, first_line
+from teachers.errors import WORD, UserError, clipped, cut, first_line
 from teachers.storage.components import quiet
 from teachers.storage.files import home, read_json
 
@@ -182,7 +182,7 @@ def _half_loaded(where: str, fit: str, half: list[str], strange: list[str]) -> s
     keys = sorted(strange) or sorted(half)
     fault = "keys of no layer of this model" if strange else "keys without their counterpart"
     fault = next((v for part, v in REFUSED.items() if strange and part in keys[0]), fault)
-    shown = ", ".join(clipped(k) for k in keys[:SHOWN])
+    shown = ", ".join(cut(k, WORD) for k in keys[:SHOWN])
     rest = f", and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     return f"{where}: {fit}; {fault}: {shown}{rest}; give a plain LoRA of this base, with all keys"
 
@@ -290,7 +290,7 @@ def _fitted(
     if up.numel() != sum(rows) * rank or sizes != {down[0].numel()} or len(up) != sum(rows):
         theirs = f"{down[0].numel()} → {len(up)} of rank {rank}"
         raise UserError(
-            f"{where}: {clipped(raw.key)} is {theirs}; {place.modules[0]} of this model is "
+            f"{where}: {cut(raw.key, WORD)} is {theirs}; {place.modules[0]} of this model is "
             f"{min(sizes)} → {sum(rows)}; give a LoRA of this base"
         )
     if place.swapped:
