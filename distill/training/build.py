@@ -36,7 +36,13 @@ from distill.training.networks import check_form, objective_of, player_networks
 from distill.training.player import Player
 from distill.training.preflight import rehearse_end
 from distill.training.rehearsal import check_finite
-from distill.training.run_folder import check_checkpoints, check_folder, hold, write_recipe
+from distill.training.run_folder import (
+    check_checkpoints,
+    check_folder,
+    hold,
+    keep_adapters,
+    write_recipe,
+)
 from eval import shapes
 from eval.catalogue import headline
 from eval.protocols.measure import Protocol, protocol
@@ -190,6 +196,7 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
     if accelerator.is_main_process:  # once the checkpoint is known to be good
         if not resumed:  # a run may have been killed before its first checkpoint
             (out / "metrics.jsonl").unlink(missing_ok=True)
+        keep_adapters(parts.teacher.fusion, out)
         write_recipe(recipe, out)
         if parts.source.report is not None:
             write_report(out, parts.source.report)

@@ -1,6 +1,7 @@
 """LoRA files of a student whose teacher has LoRA files in its weights."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from tests.helpers.disturbed import disturbed
 def user_file(folder, tmp_path, name):
     """A LoRA file for the network and, of Stable Diffusion, its text encoder."""
     plain = load(str(folder), **families.OPTIONS.get(name, {}))
-    network = plain.denoiser.backbone
-    part = plain.denoiser.PART
+    network: Any = plain.denoiser.backbone
+    part: Any = plain.denoiser.PART
     layers = lora_formats.layers_of(network, r".*attn\d?\.(to_q|to_v)")
     state = lora_formats.peft(lora_formats.factors(network, layers), part)
     if part == "unet":
@@ -53,7 +54,7 @@ def test_both_files_draw_in_stock_diffusers(name, tmp_path):
 
     both = load_file(tmp_path / "lora" / DIFFUSERS)
     alone = load_file(tmp_path / "lora" / TURBO[DIFFUSERS])
-    part = teacher.denoiser.PART
+    part: Any = teacher.denoiser.PART
     ranks = {len(v) for k, v in both.items() if k.startswith(part) and ".lora_A." in k}
     assert ranks == {6} and {len(v) for k, v in alone.items() if ".lora_A." in k} == {4}
     assert any(k.startswith("text_encoder.") for k in both) == (part == "unet")
@@ -91,6 +92,8 @@ def test_a_quantised_teachers_student_is_merged_into_weights_with_the_users_lora
     student = schedulers.student(teacher, 1, None, True, Adapter(rank=2)).eval()
     from students.export.unquantised import unquantised
 
-    made = unquantised(student, teacher).denoiser.backbone.state_dict()
-    for name, weight in whole.denoiser.backbone.state_dict().items():
+    network: Any = unquantised(student, teacher).denoiser
+    exact: Any = whole.denoiser
+    made = network.backbone.state_dict()
+    for name, weight in exact.backbone.state_dict().items():
         assert torch.equal(made[name], weight.to(made[name].dtype)), name

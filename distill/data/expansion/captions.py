@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,7 +114,9 @@ def _filled(values: Sequence[str], count: int, rng: random.Random) -> list[str]:
 
 
 def print_summary(prompts: Prompts) -> None:
-    """Print their numbers, and a notice where the captions are unusually few or many."""
+    """Print their numbers, and a notice where captions are few or many; in the first process."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     print_notice(prompts.summary())
     low, high = USUAL
     if not low <= prompts.captions <= high:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 SETTINGS = ("in", "on", "at", "under", "over", "by", "near", "behind", "beside")
 ATTRIBUTES = ("with", "of", "wearing", "holding")
@@ -98,7 +99,9 @@ def _without_trigger(captions: list[str]) -> tuple[str, str, list[str]]:
         if len(set(words)) > 1 or len(captions) < 2:
             break
         common.append(words[0])
-    if any(word.strip(",").lower() not in ARTICLES for word in common):
+    while common and common[-1].lower() in ARTICLES:
+        common.pop()
+    if common:
         lead = " ".join(common)
         rests = [c[len(lead) :].strip(" ,") for c in captions]
         return lead.rstrip(","), ", " if lead.endswith(",") else " ", rests
@@ -150,7 +153,7 @@ def expand(captions: Sequence[str], count: int, seed: int, tests: int = 64) -> E
     return Expansion(grammar, made, every, found)
 
 
-def _distinct(make, count: int, good=bool) -> list[str]:
+def _distinct(make: Callable[[], str], count: int, good: Callable[[str], Any] = bool) -> list[str]:
     """Up to `count` distinct values that are good; it ends when `make` gives no new ones."""
     made: dict[str, None] = {}
     for _ in range(TRIES * count):
