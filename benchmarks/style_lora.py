@@ -36,10 +36,10 @@ from eval.shapes import all_captions, parse, read, scenes
 from students.export.folder import load_student
 from teachers.teacher import EMBEDDED, Teacher
 
-WORD, STANDS_FOR = "orange", "yellow"  # the new word, and that of the grammar whose place it takes
+WORD, STANDS_FOR = "z", "yellow"  # a token without a meaning, and the word whose place it takes
 COLOUR = np.array((240.0, 140.0, 50.0))
 CAPTIONS = Path("recipes/shapes/orange/captions.txt")
-RANK, STEPS, BATCH, RATE, OWN = 8, 700, 32, 1e-3, 0.5
+RANK, STEPS, BATCH, RATE, OWN = 4, 500, 32, 1e-3, 0.5
 TARGETS = [
     "to_q",
     "to_k",

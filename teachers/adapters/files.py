@@ -154,7 +154,10 @@ def read(
         pairs += _fitted(raw, part, place, scale, networks[part], where)
     if strange or half:
         fit = len(layers) - len(half) - sum(WEIGHT.fullmatch(k) is not None for k in strange)
-        raise UserError(_half_loaded(where, f"{fit} of {len(layers)} pairs fit", half, strange))
+        raise UserError(
+            f"{where}: {fit} of {len(layers)} pairs fit; {_unfit(half, strange)}; give a plain "
+            "LoRA of this base, with all its keys"
+        )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return LoRAFile(path, key, strength, digest, tuple(pairs), count)
 
@@ -177,14 +180,14 @@ def _converted(
     return (layers, strange) if len(layers) >= count and not strange else None
 
 
-def _half_loaded(where: str, fit: str, half: list[str], strange: list[str]) -> str:
-    """The message about a file that does not fit as a whole."""
+def _unfit(half: list[str], strange: list[str]) -> str:
+    """What does not fit of a file, for a message: the kind of the keys, and the first of them."""
     keys = sorted(strange) or sorted(half)
     fault = "keys of no layer of this model" if strange else "keys without their counterpart"
     fault = next((v for part, v in REFUSED.items() if strange and part in keys[0]), fault)
     shown = ", ".join(cut(k, WORD) for k in keys[:SHOWN])
     rest = f", and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return f"{where}: {fit}; {fault}: {shown}{rest}; give a plain LoRA of this base, with all keys"
+    return f"{fault}: {shown}{rest}"
 
 
 REFUSED = {  # what a part of a key means that cannot be read here
