@@ -59,6 +59,13 @@ Guidance = Annotated[
 ]
 
 
+class AdapterFile(Section):
+    """A LoRA file that becomes part of the teacher's frozen weights."""
+
+    file: Name  # a .safetensors file
+    strength: Annotated[float, *Finite] = 1.0  # what its change is multiplied by
+
+
 class TeacherSection(Section):
     """The model to distil."""
 
@@ -71,12 +78,17 @@ class TeacherSection(Section):
     frames: PositiveInt | None = None  # frames of a video; by default the checkpoint's
     embedded_guidance: Positive | None = None  # scale that FLUX.1-dev reads; by default 3.5
     vae: Name | None = None  # folder of the autoencoder for EDM2's latents
+    adapters: tuple[
+        AdapterFile, ...
+    ] = ()  # LoRA files that become part of the model; order is free
 
     def options(self) -> dict[str, Any]:
         """The arguments of `teachers.load` after the source."""
         names = ("null_label", "negative_prompt", "size", "precision", "frames",
                  "embedded_guidance", "vae")  # fmt: skip
-        return {k: v for k in names if (v := getattr(self, k)) is not None}
+        given = {k: v for k in names if (v := getattr(self, k)) is not None}
+        adapters = [entry.model_dump() for entry in self.adapters]
+        return {**given, "adapters": adapters} if adapters else given
 
 
 class StudentSection(Section):
@@ -166,7 +178,9 @@ class DataSection(Section):
     prompts: Place | None = None  # a text file, "pack:starter" (default), or "DATASET:COLUMN"
     # Captions of images: "txt" or "json:KEY" for files beside them, "folder" for the folder's name,
     # "metadata:COLUMN" for the folder's table, or a column of the dataset. By default a folder's
-    # table if there is one, else .txt, else .json.
+    # table if there is one, else .txt, else .json. Without `source`: a folder of .txt files, or a
+    # text file, of 20 to 200 captions that are expanded into prompts; `prompts` are then neutral
+    # ones, without the captions' trigger, that are mixed in.
     captions: Name | None = None
     size: PositiveInt | None = None  # side of the images in pixels; by default the teacher's
     buckets: Bucketing | None = None  # several aspect ratios of one area; by default one size

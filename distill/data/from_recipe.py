@@ -9,8 +9,9 @@ from torch import Tensor
 from distill.config.recipe import Recipe
 from distill.data import cache
 from distill.data.encode import COND, EncodingJob, check_finite, picture_shape
+from distill.data.expansion.captions import Prompts, expanded, print_summary, read_captions
 from distill.data.images import list_images, place_of_images
-from distill.data.listing import Listing
+from distill.data.listing import Item, Listing
 from distill.data.pictures import into_buckets, sizes_of
 from distill.data.prompts import list_prompts, place_of_prompts
 from distill.data.stream import Source
@@ -137,6 +138,8 @@ def check_places(recipe: Recipe, teacher: Teacher) -> None:
         place_of_images(data.source)
     if data.prompts is not None:
         place_of_prompts(data.prompts)
+    if data.source is None and data.captions is not None:
+        read_captions(data.captions)
 
 
 def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
@@ -162,11 +165,37 @@ def _listing(recipe: Recipe, teacher: Teacher) -> Listing | None:
     reads_text = not classes and teacher.codec.condition([""]) is not None
     if data.source is not None:
         return list_images(data.source, data.captions, classes, reads_text)
+    if data.captions is not None and not reads_text:
+        raise UserError(
+            f"data.captions: {teacher.source!r} takes no prompts to expand them into; remove it"
+        )
+    if data.captions is not None:
+        return _expanded(recipe)
     if data.prompts is not None and not classes and not reads_text:
         raise UserError(f"data.prompts: {teacher.source!r} takes no prompts; remove it")
     if data.prompts is not None or reads_text:
         return list_prompts(data.prompts or "pack:starter", "label" if classes else "caption")
     return None
+
+
+def expansion_of(recipe: Recipe) -> Prompts | None:
+    """The prompts that a recipe's captions are expanded into; None if it expands none."""
+    data = recipe.data
+    if data.source is not None or data.captions is None:
+        return None
+    neutral = list_prompts(data.prompts or "pack:starter")
+    neutral.check(neutral.bad, neutral.total, data.skip_share)
+    return expanded(data.captions, [i.prompt for i in neutral.items], recipe.train.seed)
+
+
+def _expanded(recipe: Recipe) -> Listing:
+    """The prompts that captions are expanded into; prints their numbers."""
+    prompts = expansion_of(recipe)
+    assert prompts is not None
+    print_summary(prompts)
+    listing = Listing(f"data.captions: {recipe.data.captions!r}")
+    listing.items = [Item(f"prompt {i}", p) for i, p in enumerate(prompts.prompts)]
+    return listing
 
 
 def sizes_for(recipe: Recipe, teacher: Teacher) -> list[tuple[int, int]]:

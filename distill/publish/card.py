@@ -298,10 +298,12 @@ def training(facts: Facts) -> str:
     """The section on teacher, guidance, data, duration and cost."""
     g = facts.guidance
     scale = "unguided (g = 1)" if g == 1 else f"guidance scale g = {g:g} (g = 1 + w; 1 is unguided)"
-    source = facts.setting("data", "source") or facts.setting("data", "prompts")
+    places = [facts.setting("data", key) for key in ("source", "captions", "prompts")]
+    source = next(filter(None, places), None)
     data = f"`{Path(str(source)).name if folder_of(str(source)) else source}`" if source else "none"
     lines = [
         f"- **Teacher**: {teacher_name(facts)}, {scale}. The student is sampled without guidance.",
+        *lora_lines(facts),
         f"- **Data**: {data}.",
     ]
     if summary := facts.summary:
@@ -312,6 +314,18 @@ def training(facts: Facts) -> str:
             f"- **Cost**: {cost(summary)}.",
         ]
     return "## Training\n\n" + "\n".join(lines)
+
+
+def lora_lines(facts: Facts) -> list[str]:
+    """What the card says of LoRA files in the teacher's weights."""
+    adapters = facts.setting("teacher", "adapters") or []
+    if not adapters:
+        return []
+    names = ", ".join(f"`{Path(str(a['file'])).name}` at {a['strength']:g}" for a in adapters)
+    return [
+        f"- **LoRA files in the teacher**: {names}. They are in the student too; their licences "
+        "apply to it."
+    ]
 
 
 def cost(summary: Mapping[str, Any]) -> str:

@@ -17,7 +17,8 @@ from distill.config.recipe import Recipe
 from distill.config.schema import TrainSection
 from distill.data import cache
 from distill.data.encode import device
-from distill.data.from_recipe import encoding_job, source_of
+from distill.data.expansion.captions import write_prompts
+from distill.data.from_recipe import encoding_job, expansion_of, source_of
 from distill.data.listing import check_labels, write_report
 from distill.data.prompts import list_prompts
 from distill.data.stream import Source
@@ -35,7 +36,13 @@ from distill.training.networks import check_form, objective_of, player_networks
 from distill.training.player import Player
 from distill.training.preflight import rehearse_end
 from distill.training.rehearsal import check_finite
-from distill.training.run_folder import check_checkpoints, check_folder, hold, write_recipe
+from distill.training.run_folder import (
+    check_checkpoints,
+    check_folder,
+    hold,
+    keep_adapters,
+    write_recipe,
+)
 from eval import shapes
 from eval.catalogue import headline
 from eval.protocols.measure import Protocol, protocol
@@ -189,9 +196,12 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
     if accelerator.is_main_process:  # once the checkpoint is known to be good
         if not resumed:  # a run may have been killed before its first checkpoint
             (out / "metrics.jsonl").unlink(missing_ok=True)
+        keep_adapters(parts.teacher.fusion, out)
         write_recipe(recipe, out)
         if parts.source.report is not None:
             write_report(out, parts.source.report)
+        if (prompts := expansion_of(recipe)) is not None:
+            write_prompts(prompts, out)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("fewstep")
     return Run(recipe, teacher, engine, measure, out)
@@ -256,6 +266,8 @@ def grid_prompts(recipe: Recipe, teacher: Teacher) -> list[Any]:
         return [0] * 80
     if "shapes" in (recipe.eval.protocol, recipe.data.source):
         return shapes.captions(40, seed=0)
+    if (prompts := expansion_of(recipe)) is not None:
+        return (prompts.expansion.captions or prompts.prompts)[:10]
     return [item.prompt for item in list_prompts(recipe.data.prompts or "pack:starter").items[:10]]
 
 

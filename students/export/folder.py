@@ -125,6 +125,7 @@ def sidecar(generator: Generator, teacher: Teacher, recipe: Mapping[str, Any]) -
         "renoise": generator.renoise,
         "teacher": teacher.source,
         "options": {k: v for k, v in teacher.options.items() if k in SHAPING},
+        "adapters": [] if teacher.fusion is None else teacher.fusion.contents(),
         "recipe": dict(recipe),
     }
 

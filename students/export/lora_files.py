@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
@@ -11,20 +12,25 @@ from typing import Any
 
 import torch
 
+from students.export.combined import joined, kohya_encoders
 from students.export.folder import pipeline, request
 from students.export.formats import File, State, diffusers_lora, ldm_names, to_kohya, write
-from students.export.unquantised import with_file_weights
+from students.export.unquantised import folder_of, with_file_weights
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, unwrap
-from teachers.catalogue.loading import find
 from teachers.errors import UserError
-from teachers.families.base import Prompted, quiet
+from teachers.families.base import Pretrained, Prompted, quiet
 from teachers.families.stable_diffusion import SDXL
 from teachers.quantised import is_quantised
-from teachers.teacher import EMBEDDED, Teacher
+from teachers.storage.components import module
+from teachers.teacher import Teacher
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 KOHYA = "comfyui_lora.safetensors"
+# Of a teacher with LoRA files in its weights, the two files above hold those files as well. These
+# are the student's adapter alone.
+TURBO = {DIFFUSERS: "turbo_only_lora.safetensors", KOHYA: "turbo_only_comfyui_lora.safetensors"}
+CONTAINS = "turbo.contains"  # of the header: the LoRA files that are in a file, as JSON
 
 
 def possible(generator: Generator, teacher: Teacher) -> bool:
@@ -49,7 +55,9 @@ def export_lora(
     """Write the adapter's files to `out`, with the scheduler that it was trained for.
 
     Stock diffusers samples with each file in another process, on the teacher's own weights at
-    strength 1.0; the files appear only if the pictures equal the student's.
+    strength 1.0; the files appear only if the pictures equal the student's. The weights on which it
+    samples are without the LoRA files of `teacher.adapters`: one file of each form has these in it,
+    and one is the adapter alone, whose pictures are compared with the adapter's on these weights.
 
     Args:
         student: The folder of the exported student, whose other parts and scheduler are used.
@@ -60,24 +68,50 @@ def export_lora(
         ExportError: stock diffusers cannot load a file, or its pictures differ.
     """
     states, _ = forms(generator, teacher)
-    files = [File(out / name, state) for name, state in states.items()]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    network = unwrap(generator.denoiser)
-    source = EMBEDDED.get(teacher.source) or find(teacher.source)
+    fusion = teacher.fusion
+    metadata = None if fusion is None else {CONTAINS: json.dumps(fusion.contents())}
+    whole = [File(out / k, v, metadata=metadata) for k, v in states.items() if k in TURBO]
+    alone = [File(out / k, v, metadata={CONTAINS: "[]"}) for k, v in states.items()
+             if k not in TURBO]  # fmt: skip
+    for files, fused in ((whole, True), (alone, False)):
+        if files:
+            write_on_base(files, generator, teacher, student, fused, failed)
+    shutil.copytree(student / "scheduler", out / "scheduler")
+
+
+def write_on_base(
+    files: list[File],
+    generator: Generator,
+    teacher: Teacher,
+    student: Path,
+    fused: bool,
+    failed: Callable[[str, Exception], None] | None,
+) -> None:
+    """Write files, once stock diffusers draws from them, on the plain base, what they are.
+
+    Args:
+        student, failed: As in `export_lora`.
+        fused: Whether the files hold the LoRA files in the teacher's weights, and so are the
+            student; otherwise they are its adapter alone.
+    """
+    network, source = unwrap(generator.denoiser), folder_of(teacher)
+    encoders = set() if teacher.fusion is None else teacher.fusion.parts() - {network.PART}
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch)
-        for part in student.iterdir():  # everything but the network is the student's
-            (base / part.name).symlink_to(part.resolve())
-        (base / network.PART).unlink()
-        (base / network.PART).symlink_to((source / network.PART).resolve())
+        for part in student.iterdir():  # everything else is the student's
+            plain = part.name in {network.PART, *encoders}
+            (base / part.name).symlink_to((source / part.name if plain else part).resolve())
         _, arguments = request(generator, teacher)
-        exact = generator
-        if next(network.backbone.parameters()).dtype != torch.float32 or is_quantised(network):
+        exact, rounded = generator, next(network.backbone.parameters()).dtype != torch.float32
+        if rounded or is_quantised(network) or not fused:
             # stock diffusers adds the file to the weights on the disk, read as float32
-            exact = with_file_weights(generator, teacher, torch.float32)
+            exact = with_file_weights(generator, teacher, torch.float32, fused)
         # the network is a copy, and the encoders are on the CPU already
         pipe = pipeline(exact, teacher).to("cpu")
+        if not fused:
+            pipe.register_modules(**{k: plain_encoder(pipe, source, k) for k in encoders})
 
         def write_checked(some: list[File]) -> None:
             write(some, pipe, base, generator.counts, arguments)
@@ -86,7 +120,12 @@ def export_lora(
             write_checked(files)
         else:
             write_each(files, write_checked, failed)
-    shutil.copytree(student / "scheduler", out / "scheduler")
+
+
+def plain_encoder(pipe: Any, source: Path, part: str) -> Any:
+    """A text encoder without the LoRA files that the teacher's has in its weights."""
+    kind = type(getattr(pipe, part))
+    return module(kind, source / part, "export", part, torch_dtype=torch.float32).eval()
 
 
 def write_each(
@@ -116,17 +155,36 @@ def forms(generator: Generator, teacher: Teacher) -> tuple[dict[str, State], dic
     network = unwrap(adapter)
     scale = adapter.config.lora_alpha / adapter.config.r
     state = {k.removeprefix("backbone."): v.detach().cpu() for k, v in adapter.trainable().items()}
-    plain = diffusers_lora(state, scale, network.PART)
+    turbo = diffusers_lora(state, scale, network.PART)
+    if teacher.fusion is None:
+        return keyed(turbo, network)
+    alone, without = keyed(turbo, network)
+    states = {TURBO[name]: v for name, v in alone.items()}
+    without = {TURBO[name]: why for name, why in without.items()}
+    pipe: Any = teacher.codec.pipe
+    try:
+        whole, lacking = keyed(joined(turbo, teacher.fusion, pipe, network.PART), network)
+    except UserError as error:
+        return states, {**without, DIFFUSERS: str(error)}
+    return {**whole, **states}, {**without, **lacking}
+
+
+def keyed(lora: State, network: Pretrained) -> tuple[dict[str, State], dict[str, str]]:
+    """A diffusers LoRA with the keys of each program, and why one is left out, by file name."""
     if network.PART != "unet":
-        return {DIFFUSERS: plain}, {}
+        return {DIFFUSERS: lora}, {}
     backbone: Any = network.backbone
-    modules = [k.removeprefix("unet.").split(".lora_")[0] for k in plain]
+    unet = {k: v for k, v in lora.items() if k.startswith("unet.")}
+    modules = [k.removeprefix("unet.").split(".lora_")[0] for k in unet]
+    sdxl = isinstance(network, SDXL)
     try:
         # SDXL is known by LDM's names, SD 1.x and 2.x by diffusers' own
-        names = ldm_names(modules, backbone.config) if isinstance(network, SDXL) else None
-        return {DIFFUSERS: plain, KOHYA: to_kohya(plain, names)}, {}
+        names = ldm_names(modules, backbone.config) if sdxl else None
+        encoders = {k: v for k, v in lora.items() if k not in unet}
+        kohya = {**to_kohya(unet, names), **kohya_encoders(encoders, sdxl)}
+        return {DIFFUSERS: lora, KOHYA: kohya}, {}
     except UserError as error:  # the UNet has blocks that LDM's lacks
-        return {DIFFUSERS: plain}, {KOHYA: str(error)}
+        return {DIFFUSERS: lora}, {KOHYA: str(error)}
 
 
 def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
@@ -141,7 +199,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
     states, without = forms(generator, teacher)
     kind = type(teacher.codec.pipe)  # pyright: ignore[reportAttributeAccessIssue]
     config = getattr(unwrap(generator.denoiser).backbone, "config", None)
-    unet = {"unet_config": config} if KOHYA in states else {}
+    unet = {"unet_config": config} if {KOHYA, TURBO[KOHYA]} & states.keys() else {}
     for name, state in states.items():
         try:
             with quiet():
@@ -151,7 +209,8 @@ def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
                 f"lora/{name}: diffusers cannot read it ({line(error)}); use student/"
             ) from None
         read = found[0] if isinstance(found, tuple) else found
-        if odd := {newer(key) for key in read} ^ states[DIFFUSERS].keys():
+        plain = DIFFUSERS if name in TURBO else TURBO[DIFFUSERS]
+        if odd := {newer(key) for key in read} ^ states[plain].keys():
             raise UserError(
                 f"lora/{name}: diffusers reads other layers of it, as {min(odd)}; use student/"
             )
@@ -162,6 +221,8 @@ def newer(key: str) -> str:
     """PEFT's name of a weight that diffusers read from kohya's file under its pre-PEFT name."""
     key = re.sub(r"\.processor\.to_out_lora\.", ".to_out.0.lora.", key)
     key = re.sub(r"\.processor\.(to_\w+)_lora\.", r".\1.lora.", key)
+    key = re.sub(r"\.self_attn\.to_([qkv]|out)_lora\.", r".self_attn.\1_proj.lora.", key)
+    key = key.replace(".lora_linear_layer.", ".lora.")
     return key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
 
 

@@ -7,6 +7,7 @@ are never exported, and their rounding is no part of the student.
 from __future__ import annotations
 
 from copy import copy, deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +38,13 @@ def unquantised(generator: Generator, teacher: Teacher) -> Generator:
     return with_file_weights(generator, teacher, torch.bfloat16)
 
 
-def with_file_weights(generator: Generator, teacher: Teacher, dtype: torch.dtype) -> Generator:
+def with_file_weights(
+    generator: Generator, teacher: Teacher, dtype: torch.dtype, fused: bool = True
+) -> Generator:
     """An adapter merged into the weights in its teacher's files, as `dtype` and in host memory.
+
+    Args:
+        fused: With the LoRA files of the user that the teacher has in its weights.
 
     Raises:
         UserError: the teacher's files are no longer there.
@@ -46,6 +52,8 @@ def with_file_weights(generator: Generator, teacher: Teacher, dtype: torch.dtype
     network, adapter = unwrap(generator.denoiser), adapter_of(generator.denoiser)
     assert adapter is not None and adapter.name is not None
     backbone = read_backbone(network, teacher, dtype)
+    if fused and teacher.fusion is not None:
+        teacher.fusion.apply(network.PART, backbone, folder_of(teacher) / network.PART)
     merge(network.backbone, adapter.name, backbone)
     view = with_schedule(network, network.schedule)
     view.backbone = backbone.requires_grad_(False).eval()
@@ -63,7 +71,7 @@ def read_backbone(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> 
     Raises:
         UserError: they cannot be read.
     """
-    folder = EMBEDDED.get(teacher.source) or find(teacher.source)
+    folder = folder_of(teacher)
     kind: Any = type(network.backbone)
     try:
         return module(kind, folder / network.PART, "export", network.PART, torch_dtype=dtype)
@@ -73,6 +81,11 @@ def read_backbone(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> 
             f"export: the adapter is merged into the weights of {teacher.source!r}, which cannot "
             f"be read ({reason}); restore them and resume the run"
         ) from None
+
+
+def folder_of(teacher: Teacher) -> Path:
+    """The pipeline's folder that a teacher was loaded from."""
+    return EMBEDDED.get(teacher.source) or find(teacher.source)
 
 
 @torch.no_grad()

@@ -22,13 +22,15 @@ def load(source: str, **options: Any) -> Teacher:
             "path/to/file.py:function" for a function that returns a Teacher.
         options: Those of the family. UNet2D pipelines: `null_label`, the class that means no class.
             EDM and EDM2: that and `vae`, the folder of the AutoencoderKL of their latents. All
-            others: `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16, fp8, nf4);
-            videos also `frames`, and FLUX.1-dev also `embedded_guidance`.
+            others: `negative_prompt`, `size` (pixels), `precision` (fp32, bf16, fp16, fp8, nf4) and
+            `adapters` (LoRA files that become part of the weights); videos also `frames`, and
+            FLUX.1-dev also `embedded_guidance`.
 
     Raises:
         UserError: there is no such source, its files are damaged, its family is not supported, or
             the family has no such option.
     """
+    _check_adapters(source, options)
     if source.startswith("analytic:"):
         if options:
             raise UserError(f"{teacher_at(source)}: it takes no options; leave out {min(options)}")
@@ -44,6 +46,8 @@ def load(source: str, **options: Any) -> Teacher:
     folder = EMBEDDED.get(source) or locate(source)
     family, loader = loader_of(folder, source)
     known = list(signature(loader).parameters)[2:]
+    if "adapters" in options and "adapters" not in known:
+        raise _no_pipeline(source)
     if unknown := sorted(options.keys() - set(known)):
         raise UserError(
             f"{teacher_at(source)}: {family} has no option {clipped(unknown[0])!r}; "
@@ -53,6 +57,29 @@ def load(source: str, **options: Any) -> Teacher:
     teacher.options = options
     teacher.denoiser.eval().requires_grad_(False)
     return teacher
+
+
+def _check_adapters(source: str, options: dict[str, Any]) -> None:
+    """Refuse LoRA files that are missing, or for a teacher that is no pipeline; before all else.
+
+    Raises:
+        UserError: naming the key.
+    """
+    from teachers.adapters.files import check
+
+    if not options.get("adapters"):
+        options.pop("adapters", None)
+        return
+    if source.startswith("analytic:") or source.rpartition(":")[0].endswith(".py"):
+        raise _no_pipeline(source)
+    check(options["adapters"])
+
+
+def _no_pipeline(source: str) -> UserError:
+    return UserError(
+        f"teacher.adapters: {clipped(source)} is no diffusers pipeline to which LoRA files "
+        "could be added; remove them, or give a pipeline's folder or Hub id"
+    )
 
 
 def loader_of(path: Path, source: str) -> tuple[str, Any]:

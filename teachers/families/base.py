@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from teachers.adapters.fuse import fuse
 from teachers.denoiser import Cond, Network, coefficients
 from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.prompt_limits import Cuts
@@ -361,6 +362,7 @@ def load(
     negative_prompt: str = "",
     size: int | None = None,
     precision: Precision = "fp32",
+    adapters: Sequence[Any] = (),
 ) -> Teacher:
     """Load a pipeline folder as a teacher.
 
@@ -368,6 +370,7 @@ def load(
         negative_prompt: The prompt that guidance moves away from.
         size: Image side in pixels; by default the checkpoint's own.
         precision: Storage of the network's frozen weights; fp8 and nf4 allow adapters only.
+        adapters: LoRA files that become part of the weights, as {"file": …, "strength": …}.
 
     Raises:
         UserError: a file is missing or damaged, the scheduler is not supported, or the family does
@@ -379,6 +382,7 @@ def load(
     check_parts(folder, who)
     pipe = stock(folder, who, {kind.PART: DTYPES[precision], "default": torch.float32})
     backbone = getattr(pipe, kind.PART)
+    fusion = fuse(pipe, kind.PART, adapters, folder)
     if precision in FORMS:
         quantise(backbone, precision)
     if size is not None and (size <= 0 or size % kind.grain(pipe)):
@@ -396,7 +400,7 @@ def load(
         raise UserError(f"{who}: negative_prompt: this model takes class labels; remove it")
     codec = Prompted(pipe, kind, kind.pixels(pipe, shape), classes or negative_prompt, classes)
     codec.folder = folder
-    return Teacher(network, codec, shape, source)
+    return Teacher(network, codec, shape, source, fusion=fusion)
 
 
 def shape_of(kind: type[Pretrained], pipe: Any, size: int | None, who: str) -> tuple[int, ...]:

@@ -18,14 +18,17 @@ OBJECTIVES = [p for p in sorted((ROOT / "distill/objectives").glob("*.py")) if p
 MAY: dict[str, set[str]] = {
     "teachers": set(),
     "teachers.storage": {"teachers"},
-    "teachers.families": {"teachers", "teachers.storage"},
+    "teachers.adapters": {"teachers", "teachers.storage"},
+    "teachers.families": {"teachers", "teachers.storage", "teachers.adapters"},
     "teachers.edm": {"teachers", "teachers.storage", "teachers.families"},
-    "teachers.catalogue": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
+    "teachers.catalogue": {
+        "teachers", "teachers.storage", "teachers.adapters", "teachers.families", "teachers.edm",
+    },
     "teachers.diagnosis": {"teachers"},
     "students": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
     "students.export": {
-        "students", "teachers", "teachers.storage", "teachers.families", "teachers.edm",
-        "teachers.catalogue",
+        "students", "teachers", "teachers.storage", "teachers.adapters", "teachers.families",
+        "teachers.edm", "teachers.catalogue",
     },
     "eval": set(),
     "eval.digits": {"eval"},
@@ -37,9 +40,10 @@ MAY: dict[str, set[str]] = {
     "distill.config": {
         "distill", "distill.objectives", "students", "teachers", "teachers.storage",
     },
+    "distill.data.expansion": {"distill", "teachers", "teachers.storage", "eval"},
     "distill.data": {
-        "distill", "distill.objectives", "distill.config", "teachers", "teachers.storage",
-        "teachers.families", "eval", "eval.digits", "eval.shapes",
+        "distill", "distill.data.expansion", "distill.objectives", "distill.config", "teachers",
+        "teachers.storage", "teachers.families", "eval", "eval.digits", "eval.shapes",
     },
     "distill.sampling": {
         "distill", "distill.config", "distill.data", "students", "students.export", "teachers",
@@ -48,9 +52,10 @@ MAY: dict[str, set[str]] = {
     "distill.publish": {"distill", "students.export", "teachers", "teachers.storage", "eval"},
     "distill.report": {"distill", "distill.config", "distill.publish", "teachers", "eval"},
     "distill.training": {
-        "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
-        "distill.publish", "distill.report", "students", "students.export", "teachers",
-        "teachers.storage", "eval", "eval.shapes", "eval.protocols",
+        "distill", "distill.objectives", "distill.config", "distill.data",
+        "distill.data.expansion", "distill.sampling", "distill.publish", "distill.report",
+        "students", "students.export", "teachers", "teachers.storage", "eval", "eval.shapes",
+        "eval.protocols",
     },
     "distill.planning": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.training",
