@@ -12,16 +12,20 @@ from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.storage.files import home, read_json
 from teachers.teacher import EMBEDDED, Pixels, Teacher
 
+SINGLE = {".pt", ".pth", ".safetensors"}  # ends of the files that are a whole network
+
 
 def load(source: str, **options: Any) -> Teacher:
     """The teacher at `source`, frozen and in eval mode.
 
     Args:
         source: "digits" or "shapes" (embedded), "analytic:NAME" (closed form), a diffusers folder,
-            a Hub id, a published EDM or EDM2 .pkl, the folder that it was converted to, or
-            "path/to/file.py:function" for a function that returns a Teacher.
+            a Hub id, a published EDM or EDM2 .pkl, the folder that it was converted to, a file of
+            SiT's, LightningDiT's or U-ViT's, or "path/to/file.py:function" for a function that
+            returns a Teacher.
         options: Those of the family. UNet2D pipelines: `null_label`, the class that means no class.
-            EDM and EDM2: that and `vae`, the folder of the AutoencoderKL of their latents. All
+            EDM and EDM2: that and `vae`, the folder of the AutoencoderKL of their latents. SiT,
+            LightningDiT and U-ViT: `vae`, `precision`, `shift`, `interpolant` and `heads`. All
             others: `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16, fp8, nf4);
             videos also `frames`, and FLUX.1-dev also `embedded_guidance`.
 
@@ -39,8 +43,9 @@ def load(source: str, **options: Any) -> Teacher:
         return _from_function(source)
     if source == "digits":
         options.setdefault("null_label", 10)
-    pickled = source.endswith(".pkl")
-    locate = partial(home, who="teacher") if pickled else find
+    path = home(source, "teacher")
+    single = path.suffix in SINGLE and isfile(path)
+    locate = partial(home, who="teacher") if single or source.endswith(".pkl") else find
     folder = EMBEDDED.get(source) or locate(source)
     family, loader = loader_of(folder, source)
     known = list(signature(loader).parameters)[2:]
@@ -56,7 +61,11 @@ def load(source: str, **options: Any) -> Teacher:
 
 
 def loader_of(path: Path, source: str) -> tuple[str, Any]:
-    """The family of a folder or pickle, by name, and its loader."""
+    """The family of a folder or file, by name, and its loader."""
+    if path.suffix in SINGLE and path.is_file():
+        from teachers.imagenet import checkpoints as imagenet
+
+        return "an ImageNet transformer", imagenet.load
     if path.suffix == ".pkl" or (path / "config.json").is_file():
         from teachers.edm import checkpoints
 
@@ -65,6 +74,11 @@ def loader_of(path: Path, source: str) -> tuple[str, Any]:
     index = read_json(path / "model_index.json", teacher_at(source))
     family = str(index.get("_class_name", "a nameless class"))
     known = families()
+    if family == "DiTPipeline":
+        from teachers.imagenet import checkpoints as imagenet
+
+        if imagenet.is_folder(path, index):
+            return family, imagenet.load_folder
     if family not in known:
         raise UserError(
             f"{teacher_at(source)}: {clipped(family)} is not supported; {nearest(family, known)}"

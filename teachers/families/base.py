@@ -147,6 +147,11 @@ class Pretrained(Network):
         return shape[-1] * shape[-2] // 4
 
     @staticmethod
+    def stock_scheduler(scheduler: Any) -> Any:
+        """A student's stock scheduler in the form that the pipeline calls."""
+        return scheduler
+
+    @staticmethod
     def unguided(backbone: Any) -> None:
         """Configure a student's network so that its pipeline applies no guidance, where it can.
 

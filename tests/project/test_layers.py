@@ -20,12 +20,15 @@ MAY: dict[str, set[str]] = {
     "teachers.storage": {"teachers"},
     "teachers.families": {"teachers", "teachers.storage"},
     "teachers.edm": {"teachers", "teachers.storage", "teachers.families"},
-    "teachers.catalogue": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
+    "teachers.imagenet": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
+    "teachers.catalogue": {
+        "teachers", "teachers.storage", "teachers.families", "teachers.edm", "teachers.imagenet",
+    },
     "teachers.diagnosis": {"teachers"},
     "students": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
     "students.export": {
         "students", "teachers", "teachers.storage", "teachers.families", "teachers.edm",
-        "teachers.catalogue",
+        "teachers.imagenet", "teachers.catalogue",
     },
     "eval": set(),
     "eval.digits": {"eval"},
