@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,22 @@ def open_file(path: Path, who: str) -> dict[str, Any]:
             )
     except Exception as error:  # damaged files raise many types
         raise UserError(
-            f"{who}: {path} cannot be read as tensors and plain data "
-            f"({clipped(first_line(error), 120)}); copy it again, or save its weights alone as "
-            "safetensors"
+            f"{who}: {path} cannot be read as tensors and plain data ({reason(error)}); copy it "
+            "again, or save its weights alone as safetensors"
         ) from None
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise UserError(f"{who}: {path} holds a {kind}; expected weights by name")
     return content
+
+
+def reason(error: Exception) -> str:
+    """Why torch's reader refuses a file, in a few words; its own message is many lines."""
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it holds a {clipped(named[1])}"
+    if "Weights only" in str(error):
+        return "it is damaged, or no file of PyTorch's"
+    return clipped(first_line(error), 120)
 
 
 def pick(content: Any, who: str) -> dict[str, Tensor]:
