@@ -208,9 +208,9 @@ def fake_vae(teacher: Teacher, fake: Any) -> Any:
         }  # fmt: skip
         kind, config = kinds.get(codec.outline.factor), {}
         if kind is diffusers.AutoencoderKL:
-            widths = (
-                (128, 256, 512, 512) if codec.outline.factor == 8 else (128, 128, 256, 256, 512)
-            )
+            widths = (128, 256, 512, 512)
+            if codec.outline.factor == 16:
+                widths = (128, 128, 256, 256, 512)
             config = {
                 "block_out_channels": widths, "layers_per_block": 2,
                 "down_block_types": ("DownEncoderBlock2D",) * len(widths),

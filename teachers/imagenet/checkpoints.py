@@ -29,7 +29,7 @@ from teachers.families.base import Prompted, quiet
 from teachers.imagenet import vae as autoencoders
 from teachers.imagenet.files import open_file, pick, settings
 from teachers.imagenet.model import MODELS
-from teachers.imagenet.names import SIT, UVIT, Names, ours, without_variance
+from teachers.imagenet.names import ROPE, SIT, UVIT, Names, ours, without_variance
 from teachers.imagenet.schedule import FlowEuler
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.storage import components
@@ -214,31 +214,30 @@ def config_of(kind: str, weights: dict[str, Tensor], heads: int | None, who: str
 
 
 def sizes(kind: str, weights: dict[str, Tensor], heads: int | None, who: str) -> dict[str, Any]:
+    """The config of a network; KeyError or ValueError where the weights are not whole."""
     flat = kind == "UViTModel"
     patches = weights["patch_embed.proj.weight" if flat else "x_embedder.proj.weight"]
     width, channels, patch, _ = patches.shape
-    classes = len(weights["label_emb.weight" if flat else "y_embedder.embedding_table.weight"]) - 1
-    extras = 2 if flat else 0
-    tokens = weights["pos_embed"].shape[1] - extras
+    labels = weights["label_emb.weight" if flat else "y_embedder.embedding_table.weight"]
+    tokens = weights["pos_embed"].shape[1] - (2 if flat else 0)
     side = math.isqrt(tokens)
-    if side**2 != tokens or classes < 1:
-        raise ValueError(f"{tokens} positions, {classes} classes")
+    if side**2 != tokens or len(labels) < 2:
+        raise ValueError(f"{tokens} positions, {len(labels)} labels")
     blocks = "in_blocks" if flat else "blocks"
     depth = len({k.split(".")[1] for k in weights if re.match(rf"{blocks}\.\d+\.", k)})
     first = f"{blocks}.0."
-    gated = f"{first}mlp.w3.weight" in weights
-    hidden = weights[f"{first}mlp.w3.weight"].shape[1] if gated else (
-        weights[f"{first}mlp.fc1.weight"].shape[0]
-    )  # fmt: skip
-    turn = weights.get("feat_rope.freqs_cos")
+    turn = weights.get(ROPE[0])
     if heads is None:
-        heads = width // (turn.shape[-1] if turn is not None else 72 if width == 1152 else 64)
+        each = 72 if width == 1152 else 64
+        heads = width // (each if turn is None else turn.shape[-1])
     if heads < 1 or width % heads:
         raise UserError(f"{who}: heads: {heads} do not divide {width} channels; give heads")
+    gated = f"{first}mlp.w3.weight" in weights
+    hidden = weights[f"{first}mlp.w3.weight"].T if gated else weights[f"{first}mlp.fc1.weight"]
     config: dict[str, Any] = {
         "sample_size": side * patch, "patch_size": patch, "in_channels": channels,
-        "out_channels": channels, "width": width, "heads": heads, "mlp_width": hidden,
-        "num_classes": classes, "depth": 2 * depth + 1 if flat else depth,
+        "out_channels": channels, "width": width, "depth": depth, "heads": heads,
+        "mlp_width": len(hidden), "num_classes": len(labels) - 1,
     }  # fmt: skip
     if kind == "LightningDiTModel":
         config |= {
@@ -248,17 +247,24 @@ def sizes(kind: str, weights: dict[str, Tensor], heads: int | None, who: str) ->
             "qk_norm": f"{first}attn.q_norm.weight" in weights,
             "shifts": len(weights[f"{first}adaLN_modulation.1.bias"]) == 6 * width,
         }
-    if flat:
-        conv = "final_layer.weight" in weights
-        config |= {
-            "time_mlp": "time_embed.0.weight" in weights,
-            "qkv_bias": f"{first}attn.qkv.bias" in weights,
-            "final_conv": conv,
-            "time_scale": 0.999 if conv else 1.0,
-        }
-        if channels == 3:
-            raise UserError(f"{who}: this U-ViT is of pixels; only those of latents are supported")
-    return config
+    return config | uvit_sizes(config, weights, who) if flat else config
+
+
+def uvit_sizes(config: dict[str, Any], weights: dict[str, Tensor], who: str) -> dict[str, Any]:
+    """The part of a config that only U-ViT has."""
+    if config["in_channels"] == 3:
+        raise UserError(
+            f"{who}: this U-ViT is of pixels, which is not supported; give one of latents "
+            "(ImageNet 256 or 512)"
+        )
+    conv = "final_layer.weight" in weights
+    return {
+        "depth": 2 * config["depth"] + 1,
+        "time_mlp": "time_embed.0.weight" in weights,
+        "qkv_bias": "in_blocks.0.attn.qkv.bias" in weights,
+        "final_conv": conv,
+        "time_scale": 0.999 if conv else 1.0,
+    }
 
 
 def unknown(weights: dict[str, Tensor]) -> str:

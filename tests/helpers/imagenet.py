@@ -119,9 +119,8 @@ def uvit(conv: bool = False, time_mlp: bool = False, hidden: int = 64, depth: in
     if conv:
         shapes |= {"final_layer.weight": (4, 4, 3, 3), "final_layer.bias": (4,)}
     if time_mlp:
-        shapes |= linear("time_embed.0", WIDTH, 4 * WIDTH) | linear(
-            "time_embed.2", 4 * WIDTH, WIDTH
-        )
+        shapes |= linear("time_embed.0", WIDTH, 4 * WIDTH)
+        shapes |= linear("time_embed.2", 4 * WIDTH, WIDTH)
     return drawn(shapes, 2)
 
 
