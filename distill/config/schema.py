@@ -74,6 +74,7 @@ class TeacherSection(Section):
     # The autoencoder of EDM2's latents, a folder; or of SiT, LightningDiT and U-ViT: a Hub id, a
     # folder, or VA-VAE's file.
     vae: Name | None = None
+    config: Name | None = None  # single files: a folder or Hub id of the family; by default known
     shift: Positive | None = None  # of SiT's and LightningDiT's noise levels; by default published
     interpolant: Literal["linear", "gvp"] | None = None  # SiT's path; by default its file's
     heads: PositiveInt | None = None  # attention heads of the three; by default as published
@@ -81,7 +82,7 @@ class TeacherSection(Section):
     def options(self) -> dict[str, Any]:
         """The arguments of `teachers.load` after the source."""
         names = ("null_label", "negative_prompt", "size", "precision", "frames",
-                 "embedded_guidance", "vae", "shift", "interpolant", "heads")  # fmt: skip
+                 "embedded_guidance", "vae", "config", "shift", "interpolant", "heads")  # fmt: skip
         return {k: v for k in names if (v := getattr(self, k)) is not None}
 
 

@@ -140,7 +140,7 @@ class LightningDiTModel(ModelMixin, ConfigMixin):
         cond = self.time(sinusoids(1 - sigma, SINUSOIDS).to(dtype)) + self.labels(class_labels)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, cond, self.turn)
+                x = self._gradient_checkpointing_func(block, x, cond, self.turn)  # pyright: ignore
             else:
                 x = block(x, cond, self.turn)
         shift, scale = self.modulation(nn.functional.silu(cond)).chunk(2, 1)

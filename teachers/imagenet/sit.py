@@ -93,7 +93,7 @@ class SiTModel(ModelMixin, ConfigMixin):
         cond = self.time(sinusoids(t, SINUSOIDS).to(dtype)) + self.labels(labels)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, cond)
+                tokens = self._gradient_checkpointing_func(block, tokens, cond)  # pyright: ignore
             else:
                 tokens = block(tokens, cond)
         shift, scale = self.modulation(nn.functional.silu(cond)).chunk(2, 1)

@@ -95,7 +95,7 @@ class UViTModel(ModelMixin, ConfigMixin):
     def run(self, block: nn.Module, *tokens: Tensor) -> Tensor:
         """A block's output; its activations are recomputed where that is asked for."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, *tokens)
+            return self._gradient_checkpointing_func(block, *tokens)  # pyright: ignore
         return block(*tokens)
 
     def forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from os.path import isdir, isfile
 from pathlib import Path, PurePosixPath
@@ -19,8 +19,11 @@ SETTINGS = {".json", ".txt", ".model", ".jinja"}  # configs, vocabularies and ch
 SINGLE = {".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf"}  # how single files end
 
 
-def fetch(source: str) -> Path:
+def fetch(source: str, keep: Callable[[str], bool] = lambda path: True) -> Path:
     """Download a Hub repository to the cache and return its folder.
+
+    Args:
+        keep: Whether one of the files that a pipeline is loaded from is needed.
 
     Raises:
         UserError: it does not exist, is not accessible, or holds no pipeline in safetensors.
@@ -38,7 +41,7 @@ def fetch(source: str) -> Path:
             return Path(snapshot_download(source, local_files_only=True))
         except Exception:  # not in the cache: report the Hub's error
             raise UserError(f"{who}: {nowhere(source)}; {refused(source, error)}") from None
-    files = wanted(index, names, who)
+    files = [name for name in wanted(index, names, who) if keep(name)]
     try:
         return Path(snapshot_download(source, allow_patterns=[escaped(name) for name in files]))
     except Exception as error:  # as above
