@@ -144,20 +144,25 @@ def refused(source: str, error: Exception) -> str:
 
 
 def single(file: str = "FILE.safetensors") -> str:
-    """How to convert a single-file checkpoint to a folder."""
+    """What to do with a single-file checkpoint that is not read as it is."""
     return (
-        "convert a single file once, in Python: StableDiffusionPipeline (or the pipeline of its "
+        "give the path of a .safetensors file on this machine, or convert the file once, in "
+        "Python: StableDiffusionPipeline (or the pipeline of its "
         f"family).from_single_file({clipped(file)!r}).save_pretrained('FOLDER'), and give FOLDER"
     )
 
 
 def refuse_file(source: str, who: str) -> None:
-    """Refuse a single-file checkpoint: a teacher is a folder.
+    """Refuse a single file of a kind that is not read, and one that is not there.
 
     Raises:
         UserError: the source has the suffix of a weights file.
     """
     path = home(source, "teacher")
-    if path.suffix.lower() in SINGLE and not isdir(path):
-        what = "is a single file" if isfile(path) else "is a single file that does not exist"
-        raise UserError(f"{who}: it {what}; give a diffusers folder: {single(source)}")
+    if path.suffix.lower() not in SINGLE or isdir(path):
+        return
+    if not isfile(path):
+        raise UserError(f"{who}: this file does not exist; give the path of one that does")
+    raise UserError(
+        f"{who}: {path.suffix} is a single file of a kind that is not read; {single(source)}"
+    )
