@@ -48,6 +48,7 @@ class GuidanceSection(Section):
     rescale: Fraction = 0.0  # return to the unguided standard deviation: 0 not at all, 1 fully
     eta: NonNegative | None = None  # apg: share kept of the component along x̂; by default 0
     threshold: Positive | None = None  # apg: largest norm of x̂ - negative; by default no limit
+    channels: PositiveInt | None = None  # guided, the first of x̂; by default all
     blocks: tuple[str, ...] = ()  # skip: names of the blocks to skip
     weaker: Name | None = None  # auto: source of the weaker teacher
 
@@ -77,7 +78,13 @@ class TeacherSection(Section):
     precision: Precision | None = None  # of the frozen weights; by default the checkpoint's
     frames: PositiveInt | None = None  # frames of a video; by default the checkpoint's
     embedded_guidance: Positive | None = None  # scale that FLUX.1-dev reads; by default 3.5
-    vae: Name | None = None  # folder of the autoencoder for EDM2's latents
+    # The autoencoder of EDM2's latents, a folder; or of SiT, LightningDiT and U-ViT: a Hub id, a
+    # folder, or VA-VAE's file.
+    vae: Name | None = None
+    config: Name | None = None  # single files: a folder or Hub id of the family; by default known
+    shift: Positive | None = None  # of SiT's and LightningDiT's noise levels; by default published
+    interpolant: Literal["linear", "gvp"] | None = None  # SiT's path; by default its file's
+    heads: PositiveInt | None = None  # attention heads of the three; by default as published
     adapters: tuple[
         AdapterFile, ...
     ] = ()  # LoRA files that become part of the model; order is free
@@ -85,7 +92,7 @@ class TeacherSection(Section):
     def options(self) -> dict[str, Any]:
         """The arguments of `teachers.load` after the source."""
         names = ("null_label", "negative_prompt", "size", "precision", "frames",
-                 "embedded_guidance", "vae")  # fmt: skip
+                 "embedded_guidance", "vae", "config", "shift", "interpolant", "heads")  # fmt: skip
         given = {k: v for k in names if (v := getattr(self, k)) is not None}
         adapters = [entry.model_dump() for entry in self.adapters]
         return {**given, "adapters": adapters} if adapters else given

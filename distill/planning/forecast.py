@@ -196,21 +196,25 @@ def most_bytes(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> int:
 def fake_vae(teacher: Teacher, fake: Any) -> Any:
     """The VAE of a teacher's pipeline, of fake tensors in float32; None if it has none.
 
-    An outline's has the usual network of its kind: Stable Diffusion's, or DC-AE for 32 pixels to a
-    latent.
+    An outline's has the usual network of its kind: Stable Diffusion's, VA-VAE for 16 pixels to a
+    latent, or DC-AE for 32.
     """
     import diffusers
 
     codec: Any = teacher.codec
     if isinstance(codec, OutlineCodec):
-        kinds = {8: diffusers.AutoencoderKL, 32: diffusers.AutoencoderDC}
+        kinds = {
+            8: diffusers.AutoencoderKL, 16: diffusers.AutoencoderKL, 32: diffusers.AutoencoderDC,
+        }  # fmt: skip
         kind, config = kinds.get(codec.outline.factor), {}
         if kind is diffusers.AutoencoderKL:
             widths = (128, 256, 512, 512)
+            if codec.outline.factor == 16:
+                widths = (128, 128, 256, 256, 512)
             config = {
                 "block_out_channels": widths, "layers_per_block": 2,
-                "down_block_types": ("DownEncoderBlock2D",) * 4,
-                "up_block_types": ("UpDecoderBlock2D",) * 4,
+                "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+                "up_block_types": ("UpDecoderBlock2D",) * len(widths),
                 "latent_channels": teacher.shape[0],
             }  # fmt: skip
     else:

@@ -29,7 +29,7 @@ from teachers import conditions
 from teachers.catalogue.loading import load
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
-from teachers.families.base import Prompted, images_of, quiet
+from teachers.families.base import Pretrained, Prompted, images_of, quiet
 from teachers.families.unet import UNet
 from teachers.quantised import Precision
 from teachers.storage.files import open_to_readers, read_json
@@ -105,9 +105,7 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
         make_portable(draft, teacher.codec.folder)
         open_to_readers(draft)
         if brings_source(network):
-            from students.export import edm_source
-
-            edm_source.write(draft, getattr(pipe, network.PART))
+            write_source(draft, network, pipe)
         about = sidecar(generator, teacher, recipe)
         (draft / SIDECAR).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         verify(draft, generator, teacher)
@@ -131,10 +129,19 @@ def sidecar(generator: Generator, teacher: Teacher, recipe: Mapping[str, Any]) -
 
 
 def brings_source(network: Denoiser) -> bool:
-    """Whether the export includes the network's source: EDM's own, unknown to diffusers."""
+    """Whether the export includes the network's source, because diffusers has no such class."""
     from teachers.edm.model import EDM  # slow: it imports diffusers' models
+    from teachers.imagenet.model import SiT
 
-    return isinstance(network, EDM)
+    return isinstance(network, EDM | SiT)
+
+
+def write_source(folder: Path, network: Pretrained, pipe: Any) -> None:
+    """Add the source of a network that brings it to the folder of its pipeline."""
+    from students.export import edm_source, imagenet_source
+
+    source: Any = edm_source if network.PART == "unet" else imagenet_source
+    source.write(folder, pipe)
 
 
 def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:

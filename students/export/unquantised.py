@@ -17,11 +17,12 @@ from students.adapter_layers import adapter_layers, adapter_names
 from students.generator import Generator
 from students.lora import adapter_of, unwrap, with_schedule
 from students.two_time import TwoTime
-from teachers.catalogue.loading import find
+from teachers.catalogue.loading import find, load
 from teachers.errors import UserError, first_line
 from teachers.families.base import Pretrained
 from teachers.quantised import is_quantised
 from teachers.storage.components import module
+from teachers.storage.files import home
 from teachers.teacher import EMBEDDED, Teacher
 
 
@@ -71,10 +72,16 @@ def read_backbone(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> 
     Raises:
         UserError: they cannot be read.
     """
-    folder = folder_of(teacher)
     kind: Any = type(network.backbone)
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    precision = next(k for k, v in names.items() if v is dtype)
     try:
-        return module(kind, folder / network.PART, "export", network.PART, torch_dtype=dtype)
+        if home(teacher.source, "teacher").is_file():
+            again = load(teacher.source, **{**teacher.options, "precision": precision})
+            return unwrap(again.denoiser).backbone
+        return module(
+            kind, folder_of(teacher) / network.PART, "export", network.PART, torch_dtype=dtype
+        )
     except (OSError, UserError) as error:
         reason = first_line(error).removeprefix("export: ")
         raise UserError(

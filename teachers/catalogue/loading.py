@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from inspect import signature
+from inspect import Signature, signature
 from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
 from teachers.errors import UserError, clipped, nearest, teacher_at
+from teachers.storage import single_files
 from teachers.storage.files import home, read_json
 from teachers.teacher import EMBEDDED, Pixels, Teacher
+
+SINGLE = {".pt", ".pth", ".safetensors"}  # ends of the files that are a whole network
 
 
 def load(source: str, **options: Any) -> Teacher:
@@ -18,13 +21,16 @@ def load(source: str, **options: Any) -> Teacher:
 
     Args:
         source: "digits" or "shapes" (embedded), "analytic:NAME" (closed form), a diffusers folder,
-            a Hub id, a published EDM or EDM2 .pkl, the folder that it was converted to, or
-            "path/to/file.py:function" for a function that returns a Teacher.
+            a Hub id, a published EDM or EDM2 .pkl, the folder that it was converted to, a file of
+            SiT's, LightningDiT's or U-ViT's, a single .safetensors file of SD, SDXL, SD3 or FLUX,
+            or "path/to/file.py:function" for a function that returns a Teacher.
         options: Those of the family. UNet2D pipelines: `null_label`, the class that means no class.
-            EDM and EDM2: that and `vae`, the folder of the AutoencoderKL of their latents. All
-            others: `negative_prompt`, `size` (pixels), `precision` (fp32, bf16, fp16, fp8, nf4) and
-            `adapters` (LoRA files that become part of the weights); videos also `frames`, and
-            FLUX.1-dev also `embedded_guidance`.
+            EDM and EDM2: that and `vae`, the folder of the AutoencoderKL of their latents. SiT,
+            LightningDiT and U-ViT: `vae`, `precision`, `shift`, `interpolant` and `heads`. All
+            others: `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16, fp8, nf4)
+            and `adapters` (LoRA files that become part of the weights);
+            single files also `config`, a diffusers folder or Hub id of the same family;
+            videos also `frames`, and FLUX.1-dev also `embedded_guidance`.
 
     Raises:
         UserError: there is no such source, its files are damaged, its family is not supported, or
@@ -41,11 +47,13 @@ def load(source: str, **options: Any) -> Teacher:
         return _from_function(source)
     if source == "digits":
         options.setdefault("null_label", 10)
-    pickled = source.endswith(".pkl")
-    locate = partial(home, who="teacher") if pickled else find
-    folder = EMBEDDED.get(source) or locate(source)
-    family, loader = loader_of(folder, source)
-    known = list(signature(loader).parameters)[2:]
+    path = EMBEDDED.get(source) or home(source, "teacher")
+    if path.suffix in SINGLE and isfile(path):
+        family, loader = file_loader(path, source, options.get("config"))
+    else:
+        path = path if source.endswith(".pkl") or source in EMBEDDED else find(source)
+        family, loader = loader_of(path, source)
+    known = [name for name in list(signature(loader).parameters)[2:] if name != "file"]
     if "adapters" in options and "adapters" not in known:
         raise _no_pipeline(source)
     if unknown := sorted(options.keys() - set(known)):
@@ -53,7 +61,7 @@ def load(source: str, **options: Any) -> Teacher:
             f"{teacher_at(source)}: {family} has no option {clipped(unknown[0])!r}; "
             f"{nearest(unknown[0], known)}"
         )
-    teacher = loader(folder, source, **options)
+    teacher = loader(path, source, **options)
     teacher.options = options
     teacher.denoiser.eval().requires_grad_(False)
     return teacher
@@ -82,6 +90,32 @@ def _no_pipeline(source: str) -> UserError:
     )
 
 
+def file_loader(file: Path, source: str, config: str | None) -> tuple[str, Any]:
+    """The family of a single file of weights, by name, and its loader.
+
+    Args:
+        config: The folder or Hub id that says what a diffusion pipeline's file does not.
+    """
+    from teachers.imagenet import checkpoints as imagenet
+
+    who = teacher_at(source)
+    if file.suffix != ".safetensors" or imagenet.kind_of(single_files.names_of(file, who)):
+        return "an ImageNet transformer", imagenet.load
+    folder = single_files.settings(file, config, who)
+    family, loader = loader_of(folder, source)
+    if "file" not in signature(loader).parameters:
+        raise UserError(f"{who}: single files of {family} are not supported; give a folder")
+
+    def load_file(path: Path, source: str, config: str | None = None, **options: Any) -> Teacher:
+        return loader(folder, source, file=path, **options)
+
+    own = [p for p in signature(load_file).parameters.values() if p.name != "options"]
+    theirs = [p for k, p in signature(loader).parameters.items() if k not in ("folder", "source")]
+    keyed = [p.replace(kind=p.KEYWORD_ONLY) for p in theirs if p.default is not p.empty]
+    load_file.__signature__ = Signature([*own, *keyed])  # pyright: ignore
+    return family, load_file
+
+
 def loader_of(path: Path, source: str) -> tuple[str, Any]:
     """The family of a folder or pickle, by name, and its loader."""
     if path.suffix == ".pkl" or (path / "config.json").is_file():
@@ -92,6 +126,11 @@ def loader_of(path: Path, source: str) -> tuple[str, Any]:
     index = read_json(path / "model_index.json", teacher_at(source))
     family = str(index.get("_class_name", "a nameless class"))
     known = families()
+    if family == "DiTPipeline":
+        from teachers.imagenet import checkpoints as imagenet
+
+        if imagenet.is_folder(path, index):
+            return family, imagenet.load_folder
     if family not in known:
         raise UserError(
             f"{teacher_at(source)}: {clipped(family)} is not supported; {nearest(family, known)}"

@@ -20,6 +20,8 @@ from teachers.edm import adm
 from teachers.errors import UserError, nearest, teacher_at
 from teachers.families.flux import Flux
 from teachers.families.unet import UNet
+from teachers.imagenet.checkpoints import LIGHTNING_SHIFT, betas
+from teachers.imagenet.model import MODELS
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.storage.diffusers_config import CM, read
 from teachers.teacher import Codec, Teacher
@@ -140,7 +142,45 @@ EDM_IN64 = Outline(
     integers=("class_labels",),
 )
 
+SIT_XL = Outline(
+    "DiTPipeline",
+    "SiTModel",
+    {},
+    (4, 32, 32),
+    {"class_labels": ()},
+    ("FlowMatchEulerDiscreteScheduler", {}),
+    83_700_000,
+    classes=1000,
+    integers=("class_labels",),
+)
+LIGHTNINGDIT_XL = Outline(
+    "DiTPipeline",
+    "LightningDiTModel",
+    {},
+    (32, 16, 16),
+    {"class_labels": ()},
+    ("FlowMatchEulerDiscreteScheduler", {"shift": LIGHTNING_SHIFT}),
+    69_900_000,
+    factor=16,
+    classes=1000,
+    integers=("class_labels",),
+)
+UVIT_H = Outline(
+    "DiTPipeline",
+    "UViTModel",
+    {},
+    (4, 32, 32),
+    {"class_labels": ()},
+    ("DDIMScheduler", betas(continuous=False)),
+    83_700_000,
+    classes=1000,
+    integers=("class_labels",),
+)
+
 OUTLINES = {
+    "SiT-XL-2-256x256.pt": SIT_XL,
+    "lightningdit-xl-imagenet256-800ep.pt": LIGHTNINGDIT_XL,
+    "imagenet256_uvit_huge.pth": UVIT_H,
     "edm-imagenet-64x64-cond-adm.pkl": EDM_IN64,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
@@ -214,14 +254,15 @@ def outlined(
 
     # the loaders of these two are functions of their own, which do not name the class
     special = next((k for k in (UNet, Flux) if known.pipeline in k.PIPELINES), None)
-    kind = special or families()[known.pipeline].args[0]
+    kind, made = MODELS.get(known.network, (special, None))
+    kind = kind or families()[known.pipeline].args[0]
     shape = known.shape
     if size is not None:
         shape = (shape[0], size // known.factor, size // known.factor)
     name, config = known.scheduler
     schedule = read(name, config, teacher_at(source), kind.tokens(shape))
     with without, dtype_of_new(DTYPES[precision]):
-        backbone = getattr(diffusers, known.network).from_config(known.config)
+        backbone = (made or getattr(diffusers, known.network)).from_config(known.config)
         if precision in FORMS:
             quantise(backbone, precision)
     network = kind(backbone, schedule, known.factor)

@@ -20,6 +20,7 @@ from teachers.denoiser import Cond, Network, coefficients
 from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.prompt_limits import Cuts
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
+from teachers.storage import single_files
 from teachers.storage.components import check_parts, check_vocabulary, quiet, stock
 from teachers.storage.diffusers_config import Schedule, read
 from teachers.teacher import PLAIN, Codec, Teacher, is_tokenizer, labels_of, prefixed
@@ -146,6 +147,11 @@ class Pretrained(Network):
     def tokens(shape: tuple[int, ...]) -> int:
         """The sequence length for the scheduler's dynamic shift: number of 2×2 patches."""
         return shape[-1] * shape[-2] // 4
+
+    @staticmethod
+    def stock_scheduler(scheduler: Any) -> Any:
+        """A student's stock scheduler in the form that the pipeline calls."""
+        return scheduler
 
     @staticmethod
     def unguided(backbone: Any) -> None:
@@ -363,10 +369,12 @@ def load(
     size: int | None = None,
     precision: Precision = "fp32",
     adapters: Sequence[Any] = (),
+    file: Path | None = None,
 ) -> Teacher:
     """Load a pipeline folder as a teacher.
 
     Args:
+        file: A single file of weights; the folder then says what the file does not.
         negative_prompt: The prompt that guidance moves away from.
         size: Image side in pixels; by default the checkpoint's own.
         precision: Storage of the network's frozen weights; fp8 and nf4 allow adapters only.
@@ -380,7 +388,11 @@ def load(
     if precision not in DTYPES:
         raise UserError(f"{who}: precision {precision!r}: {nearest(precision, DTYPES)}")
     check_parts(folder, who)
-    pipe = stock(folder, who, {kind.PART: DTYPES[precision], "default": torch.float32})
+    dtypes = {kind.PART: DTYPES[precision], "default": torch.float32}
+    if file is None:
+        pipe = stock(folder, who, dtypes)
+    else:
+        pipe = single_files.stock(file, folder, who, dtypes)
     backbone = getattr(pipe, kind.PART)
     fusion = fuse(pipe, kind.PART, adapters, folder)
     if precision in FORMS:

@@ -113,18 +113,19 @@ def load(
     precision: Precision = "fp32",
     embedded_guidance: float | None = None,
     adapters: Sequence[Any] = (),
+    file: Path | None = None,
 ) -> Teacher:
     """Load a FLUX.1 folder as a teacher.
 
     Args:
-        negative_prompt, size, precision, adapters: As in `teachers.families.base.load`.
+        negative_prompt, size, precision, adapters, file: As in `teachers.families.base.load`.
         embedded_guidance: The guidance input of a guidance-distilled network; by default 3.5, as in
             the stock pipeline. This is not classifier-free guidance.
 
     Raises:
         UserError: as in `teachers.families.base.load`; or the network has no guidance input.
     """
-    teacher = base.load(Flux, folder, source, negative_prompt, size, precision, adapters)
+    teacher = base.load(Flux, folder, source, negative_prompt, size, precision, adapters, file)
     assert isinstance(teacher.codec, Prompted)
     if teacher.codec.pipe.transformer.config.guidance_embeds:
         teacher.codec = GuidanceCodec(
