@@ -78,16 +78,14 @@ class TeacherSection(Section):
     frames: PositiveInt | None = None  # frames of a video; by default the checkpoint's
     embedded_guidance: Positive | None = None  # scale that FLUX.1-dev reads; by default 3.5
     vae: Name | None = None  # folder of the autoencoder for EDM2's latents
-    adapters: tuple[
-        AdapterFile, ...
-    ] = ()  # LoRA files that become part of the model; order is free
+    adapters: tuple[AdapterFile, ...] | None = None  # LoRA files that become part of the model
 
     def options(self) -> dict[str, Any]:
         """The arguments of `teachers.load` after the source."""
         names = ("null_label", "negative_prompt", "size", "precision", "frames",
                  "embedded_guidance", "vae")  # fmt: skip
         given = {k: v for k in names if (v := getattr(self, k)) is not None}
-        adapters = [entry.model_dump() for entry in self.adapters]
+        adapters = [entry.model_dump() for entry in self.adapters or ()]
         return {**given, "adapters": adapters} if adapters else given
 
 
