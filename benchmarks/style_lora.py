@@ -183,7 +183,7 @@ def measure(runs: Sequence[Path]) -> None:
     for run in runs:
         recipe = Recipe.load(run / "recipe.yaml")
         teacher, steps = load_teacher(recipe.teacher), recipe.eval.teacher_steps
-        plain = load_teacher(recipe.teacher.model_copy(update={"adapters": ()}))
+        plain = load_teacher(recipe.teacher.model_copy(update={"adapters": None}))
         told("teacher without the LoRA", recipe_sampler(recipe, plain, steps), plain)
         told("teacher", recipe_sampler(recipe, teacher, steps), teacher)
         student, of_student = load_student(run)

@@ -85,16 +85,14 @@ class TeacherSection(Section):
     shift: Positive | None = None  # of SiT's and LightningDiT's noise levels; by default published
     interpolant: Literal["linear", "gvp"] | None = None  # SiT's path; by default its file's
     heads: PositiveInt | None = None  # attention heads of the three; by default as published
-    adapters: tuple[
-        AdapterFile, ...
-    ] = ()  # LoRA files that become part of the model; order is free
+    adapters: tuple[AdapterFile, ...] | None = None  # LoRA files that become part of the model
 
     def options(self) -> dict[str, Any]:
         """The arguments of `teachers.load` after the source."""
         names = ("null_label", "negative_prompt", "size", "precision", "frames",
                  "embedded_guidance", "vae", "config", "shift", "interpolant", "heads")  # fmt: skip
         given = {k: v for k in names if (v := getattr(self, k)) is not None}
-        adapters = [entry.model_dump() for entry in self.adapters]
+        adapters = [entry.model_dump() for entry in self.adapters or ()]
         return {**given, "adapters": adapters} if adapters else given
 
 

@@ -23,7 +23,8 @@ MAY: dict[str, set[str]] = {
     "teachers.edm": {"teachers", "teachers.storage", "teachers.families"},
     "teachers.imagenet": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
     "teachers.catalogue": {
-        "teachers", "teachers.storage", "teachers.adapters", "teachers.families", "teachers.edm", "teachers.imagenet",
+        "teachers", "teachers.storage", "teachers.adapters", "teachers.families", "teachers.edm",
+        "teachers.imagenet",
     },
     "teachers.diagnosis": {"teachers"},
     "students": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},

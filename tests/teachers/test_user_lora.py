@@ -257,7 +257,7 @@ def test_changes_are_added_in_float32_and_rounded_once(sd):
     assert layers
     for name, layer in layers:
         weight = whole.get_submodule(name).weight.bfloat16()
-        expected = decode(*encode(weight, "nf4"), tuple(weight.shape), torch.bfloat16)
+        expected = decode(*encode(weight, "nf4"), layer.pairs, tuple(weight.shape), torch.bfloat16)
         assert torch.equal(layer.weight, expected), name
 
 
