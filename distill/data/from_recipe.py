@@ -15,8 +15,9 @@ from distill.data.pictures import into_buckets, sizes_of
 from distill.data.prompts import list_prompts, place_of_prompts
 from distill.data.stream import Source
 from eval import digits, shapes
-from teachers.errors import UserError
+from teachers.errors import UserError, clipped
 from teachers.families.base import Prompted
+from teachers.storage.plugin import called, function_at, is_function
 from teachers.teacher import EMBEDDED, Teacher
 
 
@@ -29,6 +30,8 @@ def source_of(recipe: Recipe, teacher: Teacher) -> Source:
     seed, codec = recipe.train.seed, teacher.codec
     if recipe.data.source in EMBEDDED:
         return embedded_source(recipe, teacher)
+    if is_function(recipe.data.source):
+        return own_source(recipe, teacher)
     if (job := encoding_job(recipe, teacher)) is not None:
         return cache.source(job, recipe.data, seed)
     labels = list(range(teacher.codec.classes)) or [0]
@@ -101,6 +104,39 @@ def _check_shape(x: Tensor, teacher: Teacher, name: str) -> None:
         )
 
 
+# ---- data of the user's own
+
+
+def own_source(recipe: Recipe, teacher: Teacher) -> Source:
+    """What a function in the user's file returns: data (N, ...), alone or with N labels or prompts.
+
+    Data are as the network takes them: the codec does not encode them.
+
+    Raises:
+        UserError: it raises an exception, or returns something else.
+    """
+    place = str(recipe.data.source)
+    key = f"data.source: {clipped(place)!r}"
+    result = called(place, "data.source")
+    x, prompts = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not isinstance(x, Tensor) or x.shape[1:] != teacher.shape or not len(x):
+        got = "×".join(map(str, x.shape)) if isinstance(x, Tensor) else type(x).__name__
+        want = "×".join(map(str, teacher.shape))
+        raise UserError(f"{key} returned {got}; return a tensor N×{want}, or that and N labels")
+    names = [f"item {i}" for i in range(len(x))]
+    if prompts is None:
+        prompts = [0] * len(x)
+        if teacher.codec.classes or teacher.codec.condition([0]) is not None:
+            raise UserError(f"{key} returned data alone; return them with N labels or prompts")
+    prompts = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
+    if len(prompts) != len(x):
+        raise UserError(f"{key}: {len(x)} data and {len(prompts)} labels; return as many of each")
+    cond = teacher.codec.condition(prompts)
+    x = x.detach().float()
+    check_finite({f"{COND}{k}": v for k, v in (cond or {}).items()} | {"x": x}, names, teacher, key)
+    return Source(teacher.shape, x if recipe.needs_data else None, cond, recipe.train.seed, len(x))
+
+
 def examples(name: str) -> tuple[Tensor, list[Any]]:
     """Some images of an embedded data set, in [-1, 1], and their labels or captions."""
     if name == "digits":
@@ -133,7 +169,9 @@ def check_places(recipe: Recipe, teacher: Teacher) -> None:
     """
     refuse_videos(recipe, teacher)
     data = recipe.data
-    if data.source is not None and data.source not in EMBEDDED:
+    if is_function(data.source):
+        function_at(str(data.source), "data.source")
+    elif data.source is not None and data.source not in EMBEDDED:
         place_of_images(data.source)
     if data.prompts is not None:
         place_of_prompts(data.prompts)
@@ -143,7 +181,9 @@ def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
     """The items to encode; None for embedded data, or if labels are the only data."""
     refuse_videos(recipe, teacher)
     data = recipe.data
-    if data.source in EMBEDDED or (listing := _listing(recipe, teacher)) is None:
+    if data.source in EMBEDDED or is_function(data.source):
+        return None
+    if (listing := _listing(recipe, teacher)) is None:
         return None
     listing.check(listing.bad, listing.total, data.skip_share)
     if classes := teacher.codec.classes:
