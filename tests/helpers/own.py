@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 # The flow of N(mean, 0.5²) and a linear map of x_t. At t = 1 a student can say x̂ = mean + 0.5 z.
-FLOW = '''
+FLOW = """
 import torch
 from torch import nn
 
@@ -49,11 +49,12 @@ def data():
 
 
 def score(samples, reference):
-    return {"mean": (samples.mean(0) - reference.mean(0)).norm(), "std": (samples.std(0) - 0.5).norm()}
-'''
+    gap = samples.mean(0) - reference.mean(0)
+    return {"mean": gap.norm(), "std": (samples.std(0) - 0.5).norm()}
+"""
 
 # Convolutions of 1, 2 or 3 dimensions, labels, and a call of its own.
-CONV = '''
+CONV = """
 import torch
 from torch import nn
 
@@ -112,7 +113,7 @@ def three():
 def data():
     x = torch.randn(30, 2, 8, generator=torch.Generator().manual_seed(0))
     return x, [i % 3 for i in range(30)]
-'''
+"""
 
 
 def write(folder: Path, text: str = FLOW) -> Path:
@@ -122,14 +123,14 @@ def write(folder: Path, text: str = FLOW) -> Path:
     return path
 
 
-def recipe_tree(file: Path, objective: str, teacher: str = "teacher", **changes: Any) -> dict:
+def recipe_tree(file: Path, name: str, teacher: str = "teacher", **changes: Any) -> dict:
     """A recipe of a few steps."""
     players = {"student": {"lr": 1e-2}}
-    if objective in ("dmd2", "sid", "fdistill"):
+    if name in ("dmd2", "sid", "fdistill"):
         players["fake"] = {"lr": 1e-2}
     tree: dict[str, Any] = {
         "teacher": f"{file}:{teacher}",
-        "objective": {"name": objective},
+        "objective": {"name": name},
         "players": players,
         "train": {"steps": 4, "batch": 8, "save_every": 2, "log_every": 2},
     }
