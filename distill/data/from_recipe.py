@@ -115,26 +115,36 @@ def own_source(recipe: Recipe, teacher: Teacher) -> Source:
     Raises:
         UserError: it raises an exception, or returns something else.
     """
-    place = str(recipe.data.source)
+    place, codec = str(recipe.data.source), teacher.codec
     key = f"data.source: {clipped(place)!r}"
     result = called(place, "data.source")
     x, prompts = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-    if not isinstance(x, Tensor) or x.shape[1:] != teacher.shape or not len(x):
-        got = "×".join(map(str, x.shape)) if isinstance(x, Tensor) else type(x).__name__
-        want = "×".join(map(str, teacher.shape))
-        raise UserError(f"{key} returned {got}; return a tensor N×{want}, or that and N labels")
-    names = [f"item {i}" for i in range(len(x))]
+    x = data_of(x, teacher, key)
     if prompts is None:
         prompts = [0] * len(x)
-        if teacher.codec.classes or teacher.codec.condition([0]) is not None:
+        if codec.classes or codec.condition([0]) is not None:
             raise UserError(f"{key} returned data alone; return them with N labels or prompts")
     prompts = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
     if len(prompts) != len(x):
         raise UserError(f"{key}: {len(x)} data and {len(prompts)} labels; return as many of each")
-    cond = teacher.codec.condition(prompts)
-    x = x.detach().float()
-    check_finite({f"{COND}{k}": v for k, v in (cond or {}).items()} | {"x": x}, names, teacher, key)
-    return Source(teacher.shape, x if recipe.needs_data else None, cond, recipe.train.seed, len(x))
+    cond = codec.condition(prompts)
+    tensors = {f"{COND}{k}": v for k, v in (cond or {}).items()} | {"x": x}
+    check_finite(tensors, [f"item {i}" for i in range(len(x))], teacher, key)
+    used = x if recipe.needs_data else None
+    return Source(teacher.shape, used, cond, recipe.train.seed, len(x))
+
+
+def data_of(x: Any, teacher: Teacher, key: str) -> Tensor:
+    """Data (N, ...) in float32.
+
+    Raises:
+        UserError: they are no tensor of the teacher's shape.
+    """
+    if not isinstance(x, Tensor) or x.shape[1:] != teacher.shape or not len(x):
+        got = "×".join(map(str, x.shape)) if isinstance(x, Tensor) else type(x).__name__
+        want = "×".join(map(str, teacher.shape))
+        raise UserError(f"{key} returned {got}; return a tensor N×{want}, or that and N labels")
+    return x.detach().float()
 
 
 def examples(name: str) -> tuple[Tensor, list[Any]]:

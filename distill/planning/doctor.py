@@ -88,7 +88,7 @@ def pictures_for(teacher: Teacher, path: Path | None) -> Tensor:
         UserError: the path has no readable picture, or the codec takes none.
     """
     denoiser = teacher.denoiser
-    if is_exact(teacher):
+    if isinstance(denoiser, Gaussian | Mixture | Finite):
         if path is not None:
             raise UserError("--image: a teacher in closed form has its own data; remove the option")
         if isinstance(denoiser, Finite):

@@ -187,7 +187,7 @@ def skeleton(
     process = guess.process.partition("(")[0].partition(".")[0]
     imports = "from safetensors.torch import load_file\n\n" if weights else "\n"
     size = "...  # TODO: the shape of one datum" if shape is None else repr(shape)
-    comment = "  # TODO: what it reads as cond" if cond else ""
+    comment = "  # TODO: what it reads as cond; Pixels() gives None" if cond else ""
     return f'''"""{kind.__name__} of {path.name} as a teacher; written by `distill wrap`."""
 
 from {path.stem} import {kind.__name__}
@@ -226,7 +226,7 @@ def adapter(
     trained = network is not None and weights is not None
     guess = best_guess(network, x) if trained and network is not None else Guess()
     file = "" if weights is None else str(weights.resolve())
-    complete = network is not None and shape is not None and len(arguments_of(kind)) < 3
+    complete = network is not None and shape is not None and output(network, shape) is not None
     return skeleton(path, kind, guess, shape, file), complete
 
 

@@ -23,6 +23,7 @@ def read_module(path):
     """The module in a file, which may import the files beside it."""
     name = f"_{path.stem}_{abs(hash(str(path)))}"
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))
     try:
@@ -77,14 +78,15 @@ def sample(folder, n, steps=None, seed=0, cond=None, device="cpu"):
     draw = torch.Generator().manual_seed(seed)  # on the CPU, so that every device has its noise
     noise = lambda: torch.randn(n, *config["shape"], generator=draw).to(device)  # noqa: E731
     chain, renoise = config["chains"][str(steps)], config["renoise"]
-    x_t = noise() * chain[0]["start"]
+    x = x_t = noise() * chain[0]["start"]
     for now, then in zip(chain, [*chain[1:], None]):
         t = torch.full((n,), now["t"], device=device)
         s = torch.full_like(t, 0.0 if renoise or then is None else then["t"])
         x = now["c_skip"] * x_t + now["c_out"] * network(x_t, t, cond, s).float()
         if then is None:
-            return x
+            break
         if renoise:
             x_t = then["alpha"] * x + then["noise"] * noise()
         else:
             x_t = then["alpha"] * x + then["sigma"] * ((x_t - now["alpha"] * x) / now["sigma"])
+    return x
