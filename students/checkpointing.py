@@ -34,6 +34,12 @@ def checkpointing(backbone: Any) -> None:
     Raises:
         UserError: the backbone's class does not support checkpointing.
     """
+    if not hasattr(backbone, "enable_gradient_checkpointing"):
+        raise UserError(
+            f"train.checkpointing: {type(backbone).__name__} has no method "
+            "enable_gradient_checkpointing(function), by which its blocks are called as "
+            "function(block, *inputs); add it, or set the key to false"
+        )
 
     def run_block(block: Any, *args: Any) -> Any:
         name, shifts = active_adapter(backbone), current_shifts(backbone)

@@ -52,6 +52,11 @@ class StudentForm:
     # Whether networks can be adapters on the teacher's weights.
     adapts: ClassVar[bool] = False
 
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether grids of images can be drawn of its samples."""
+        return True
+
     def check(self, request: StudentRequest) -> None:
         """Refuse what students of this form cannot be, before any work.
 

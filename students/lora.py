@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -18,17 +18,19 @@ from torch import Tensor, nn
 from students.adapter_layers import (
     adapter_layers,
     adapter_names,
+    base_layer,
     forget_layers,
     share_selection,
     using,
 )
-from teachers.denoiser import Cond, Denoiser, Wrapper
+from teachers.denoiser import Cond, Denoiser, Network, Wrapper
 from teachers.errors import WORD, UserError, cut, quoted
 from teachers.families.base import Pretrained
 from teachers.storage.diffusers_config import Schedule
 from teachers.teacher import Teacher
 
 Module = TypeVar("Module", bound=nn.Module)
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 @dataclass(frozen=True)
@@ -163,36 +165,107 @@ def to_float32(module: Module) -> Module:
     return module
 
 
+def innermost(denoiser: Denoiser) -> Denoiser:
+    """The denoiser inside all wrappers and adapters."""
+    while isinstance(denoiser, AdaptedDenoiser | Wrapper):
+        denoiser = denoiser.denoiser
+    return denoiser
+
+
+def network_of(denoiser: Denoiser) -> Network:
+    """The network inside a teacher, a student or a fake score: pretrained, or the user's own.
+
+    Raises:
+        UserError: there is none: it is a closed form.
+    """
+    network = innermost(denoiser)
+    if not isinstance(network, Network):
+        raise UserError(
+            f"teacher: a {type(network).__name__} has no weights that a pipeline could load; give "
+            "a diffusers folder, an EDM file, or a function that returns a Teacher of a Network"
+        )
+    return network
+
+
 def unwrap(denoiser: Denoiser) -> Pretrained:
     """The pretrained network inside a teacher, a student or a fake score.
 
     Raises:
         UserError: there is none: it is a closed form, or the user's own network.
     """
-    while isinstance(denoiser, AdaptedDenoiser | Wrapper):
-        denoiser = denoiser.denoiser
-    if not isinstance(denoiser, Pretrained):
+    network = network_of(denoiser)
+    if not isinstance(network, Pretrained):
         raise UserError(
-            f"teacher: a {type(denoiser).__name__} has no weights that a pipeline could load; give "
-            "a diffusers folder or an EDM file"
+            f"teacher: a {type(network).__name__} is a network of your own, which no pipeline "
+            "loads; give a diffusers folder or an EDM file for this"
         )
-    return denoiser
+    return network
 
 
 def adapt(teacher: Teacher, adapter: Adapter, name: str) -> AdaptedDenoiser:
     """A new adapter on the teacher's weights, read by the teacher's own schedule."""
-    source = unwrap(teacher.denoiser)
-    return AdaptedDenoiser(
-        with_schedule(source, source.schedule), name, adapter.config(source.LORA)
-    )
+    source = network_of(teacher.denoiser)
+    if isinstance(source, Pretrained):
+        view = with_schedule(source, source.schedule)
+        return AdaptedDenoiser(view, name, adapter.config(source.LORA))
+    return AdaptedDenoiser(view_of(source), name, config_by_layers(adapter, source))
+
+
+def config_by_layers(adapter: Adapter, network: Network) -> Any:
+    """PEFT's config for a network of the user's own: `targets` names linear layers, convolutions.
+
+    `targets` is matched with whole names, which may begin with "backbone."; None matches all.
+
+    Raises:
+        UserError: it matches none, or is no regular expression.
+    """
+    names = [name.removeprefix("backbone.") for name in adaptable_layers(network)]
+    pattern = adapter.targets or ".*"
+    try:
+        chosen = [n for n in names if any(re.fullmatch(pattern, k) for k in (n, f"backbone.{n}"))]
+    except re.error as error:
+        raise UserError(
+            f"adapters.targets: {quoted(pattern)} is no regular expression ({error}); correct it"
+        ) from None
+    if not chosen:
+        known = f"such as {', '.join(names[:3])}" if names else "and it has none"
+        raise UserError(
+            f"adapters.targets: {quoted(pattern)} matches no linear layer and no convolution of "
+            f"the network, {known}; name other layers"
+        )
+    exact = "|".join(re.escape(name) for name in chosen)
+    return replace(adapter, targets=rf"backbone\.({exact})").config("")
+
+
+def adaptable_layers(network: Network) -> list[str]:
+    """The names of a network's linear layers and convolutions, with adapters or without.
+
+    `nn.MultiheadAttention` reads the weight of the layer inside it and does not call it.
+    """
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    names, hidden = [], tuple[str, ...]()
+    for name, module in network.named_modules():
+        if hidden and name.startswith(hidden):
+            continue
+        layer = base_layer(module)
+        if layer is not module or isinstance(module, nn.MultiheadAttention):
+            hidden += (f"{name}.",)
+        if isinstance(layer, kinds):
+            names.append(name)
+    return names
+
+
+def view_of(network: AnyNetwork) -> AnyNetwork:
+    """A network that shares this one's backbone; calls of the two are counted apart."""
+    twin = copy(network)
+    twin._modules = dict(network._modules)
+    twin._forward_pre_hooks = type(network._forward_pre_hooks)()
+    return twin
 
 
 def with_schedule(network: Pretrained, schedule: Schedule) -> Pretrained:
     """A network that shares this one's backbone and reads it by another schedule."""
-    twin = copy(network)
-    twin._modules = dict(network._modules)
-    twin._forward_pre_hooks = type(network._forward_pre_hooks)()
-    return twin.adopt(schedule)
+    return view_of(network).adopt(schedule)
 
 
 @torch.no_grad()

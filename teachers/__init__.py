@@ -4,7 +4,7 @@ from teachers.catalogue.loading import load
 from teachers.denoiser import Cond, Denoiser, Guided, Network, Reparametrised
 from teachers.errors import UserError
 from teachers.process import Karras, Linear, Process, Tabulated, Trig
-from teachers.teacher import Codec, Teacher
+from teachers.teacher import Codec, Pixels, Teacher
 
 __all__ = [
     "Codec",
@@ -14,6 +14,7 @@ __all__ = [
     "Karras",
     "Linear",
     "Network",
+    "Pixels",
     "Process",
     "Reparametrised",
     "Tabulated",

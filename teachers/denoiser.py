@@ -5,6 +5,7 @@ Throughout, t and s are (B,), x and x_t are (B, ...); x̂ and its coefficients a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -84,6 +85,7 @@ class Network(Denoiser):
     """A backbone F, turned into a denoiser by what it predicts.
 
     Args:
+        backbone: F(x_t, t), or F(x_t, t, cond) where its third argument has the name cond.
         predicts: A key of PREDICTIONS, or a function of (α, σ) such as `edm(sigma_data)` makes.
     """
 
@@ -91,10 +93,11 @@ class Network(Denoiser):
         super().__init__()
         self.backbone, self.process = backbone, process
         self.coefficients = coefficients(predicts)
+        self.reads_cond = list(inspect.signature(backbone.forward).parameters)[2:3] == ["cond"]
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
         """The backbone's raw output; subclasses match its signature and its time units."""
-        return self.backbone(x_t, t)
+        return self.backbone(x_t, t, cond) if self.reads_cond else self.backbone(x_t, t)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
         c_skip, c_out = self.coefficients(*self.process.at(t, x_t))

@@ -44,7 +44,7 @@ def doctor(
     from distill.console import out as console
     from distill.data.encode import device
     from distill.data.from_recipe import examples
-    from distill.planning.doctor import diagnose, pictures_for, table, verdict
+    from distill.planning.doctor import diagnose, has_pictures, pictures_for, table, verdict
     from teachers.catalogue.loading import load
     from teachers.errors import UserError
     from teachers.teacher import EMBEDDED
@@ -59,6 +59,8 @@ def doctor(
         images, prompts = pictures_for(loaded, image), None
     if prompt is not None:
         prompts = [prompt] * len(images)
+    if image is None and not has_pictures(loaded):
+        structure_only = True  # no data of its kind are at hand
     checks = diagnose(loaded, images, prompts, structure_only)
     console.print(table(teacher, checks))
     if json_file is not None:
@@ -69,6 +71,47 @@ def doctor(
     console.print(verdict(checks))
     if failed := [c for c in checks if c.verdict in ("broken", "untrained?")]:
         raise UserError(f"doctor {teacher!r}: {failed[0].remedy}")
+
+
+def wrap(
+    network: Annotated[
+        str, typer.Argument(help="FILE.py or FILE.py:CLASS, a class with forward(x, t[, cond]).")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(help="FILE.py:FUNCTION, which returns data (N, ...) like those it learned."),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(callback=expand_home, help="Its trained weights, a .safetensors file."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(callback=expand_home, help="The file to write.", show_default="FILE_teacher"),
+    ] = None,
+):
+    """Write the file that makes a network of your own a teacher, and check it with the doctor.
+
+    With --data and --weights, what the network predicts, its process and its time are guessed.
+    """
+    from distill.console import out as console
+    from distill.planning import wrap as wrapping
+    from teachers.errors import UserError
+
+    path, kind = wrapping.network_class(network)
+    out = out or path.with_name(f"{path.stem}_teacher.py")
+    if out.exists():
+        raise UserError(f"--out {out}: it exists; give another file, or remove it")
+    check_writable(out, "--out")
+    text, complete = wrapping.adapter(path, kind, data, weights)
+    out.write_text(text, encoding="utf-8")
+    console.print(f"wrote {out}", soft_wrap=True, markup=False)
+    if not complete:
+        console.print("fill in what is marked TODO, and then run: distill doctor "
+                      f"{out}:teacher", soft_wrap=True, markup=False)  # fmt: skip
+        return
+    image = None if data is None else Path(data)
+    doctor(f"{out}:teacher", image, structure_only=weights is None or data is None)
 
 
 def plan(

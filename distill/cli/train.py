@@ -145,7 +145,12 @@ def show(out: Path) -> None:
     from distill.publish.results_table import rows_of
 
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    if metrics := summary["metrics"]:
+    metrics = summary["metrics"]
+    if "metric" in metrics:  # one of the user's own
+        from distill.sampling.own_metric import table_of
+
+        console.print(table_of(metrics))
+    elif metrics:
         rows = rows_of(metrics)
         teachers = [row for row in rows if not row.is_student]
         table = {v.name: {**v.figures, "evaluations": v.evaluations} for v in [*teachers, *rows]}
@@ -158,11 +163,11 @@ def show(out: Path) -> None:
     elif FIGURES in summary.get("failed", {}):
         console.print("not measured: the measurement failed")
     else:
-        console.print("not measured: the recipe has no eval.protocol")
+        console.print("not measured: the recipe has no eval.protocol and no eval.metric")
     console.print(
         f"{summary['steps']} steps in {summary['wall_s']:.0f} s, "
-        f"{summary['network_evaluations']:,} network evaluations; student in {out / 'student'}, "
-        f"report in {out / 'report.html'}",
+        f"{summary['network_evaluations']:,} network evaluations; student in {out / 'student'}"
+        + (f", report in {out / 'report.html'}" if (out / "report.html").exists() else ""),
         soft_wrap=True,
     )
 

@@ -240,6 +240,15 @@ def batch_that_does_not_divide(recipe: Recipe) -> str | None:
     return None
 
 
+# ---- evaluation
+
+
+def two_measures(recipe: Recipe) -> str | None:
+    if recipe.eval.metric is not None and recipe.eval.protocol is not None:
+        return "eval.metric: eval.protocol measures as well; remove one of the two"
+    return None
+
+
 RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     unknown_player,
     no_adapted_players,
@@ -261,6 +270,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     prompts_beside_images,
     buckets_without_images,
     batch_that_does_not_divide,
+    two_measures,
 )
 
 

@@ -228,6 +228,8 @@ class EvalSection(Section):
     """Measurements of the student and the teacher."""
 
     protocol: Known | None = None  # by default the run is not measured
+    metric: Name | None = None  # "file.py:function", a metric of your own (docs/teachers.md)
+    samples: PositiveInt = 256  # number of samples that `metric` is given
     every: NonNegativeInt = 0  # steps between evaluations in training; 0 means only at the end
     seeds: PositiveInt = 3  # number of seeds that the student's results are averaged over
     teacher_seeds: NonNegativeInt = 1  # the same for the teacher; 0 means it is not measured

@@ -21,6 +21,7 @@ from distill.publish.card import draft
 from distill.publish.results_table import many
 from distill.report.page import PICTURES, report
 from distill.sampling.guided_teacher import guided
+from distill.sampling.own_metric import page_of
 from distill.sampling.student_sampler import evaluate_student, student_samples
 from distill.sampling.teacher_sampler import evaluate_teacher, recipe_sampler
 from distill.training.build import Run
@@ -135,6 +136,12 @@ def measure_all(run: Run, student: Generator) -> dict[str, Any]:
     """The exported student at every count, teacher at its full and few steps; empty unmeasured."""
     if (distributions := run.form.distributions(student)) is not None:
         return {"student": {"1": closed_form_distance(*distributions)}}
+    if run.metric is not None:
+        metrics = run.metric.measure(student)
+        if not run.form.leaves_pipeline:
+            page = run.out / "student" / "README.md"
+            write(page, page.read_text(encoding="utf-8") + page_of(metrics))
+        return metrics
     if (measure := run.protocol) is None:
         return {}
     cfg = run.recipe.eval

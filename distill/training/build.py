@@ -26,6 +26,7 @@ from distill.objectives.base import Objective
 from distill.objectives.validate import check_first
 from distill.publish.licence import check_licence
 from distill.sampling.guided_teacher import guidance_of, load_teacher
+from distill.sampling.own_metric import OwnMetric
 from distill.sampling.student_sampler import check_protocol, evaluate_student
 from distill.seeds import seed_all
 from distill.trackers import trackers
@@ -51,6 +52,7 @@ from students.form import StudentForm
 from students.generator import Generator
 from teachers import conditions
 from teachers.errors import UserError
+from teachers.storage.plugin import function_at
 from teachers.teacher import Teacher
 
 
@@ -63,6 +65,7 @@ class Run:
     engine: Engine
     protocol: Protocol | None
     out: Path
+    metric: OwnMetric | None = None
 
     @property
     def student(self) -> Generator:
@@ -87,6 +90,7 @@ class Parts:
     objective: Objective
     players: dict[str, Player]
     flops: float | None
+    metric: OwnMetric | None
 
 
 def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
@@ -122,6 +126,8 @@ def check(recipe: Recipe, out: Path, resume: bool) -> None:
     trackers(recipe.train.trackers, out)
     if recipe.eval.protocol:
         protocol(recipe.eval.protocol)
+    if recipe.eval.metric:
+        function_at(recipe.eval.metric, "eval.metric")
 
 
 def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
@@ -139,6 +145,7 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         measure.check()
     check_form(recipe, form)
     source = source_of(recipe, teacher)
+    metric = OwnMetric(recipe, teacher, source) if recipe.eval.metric else None
     if resume and source.report is not None:
         check_labels(out, source.report)
     accelerator = accelerator_of(recipe.train, out)
@@ -157,7 +164,7 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     if custom_objective.file_of(recipe) is not None:
         custom_objective.rehearse(objective, players, source, recipe.train, accelerator)
     compile_run(recipe, objective, players["student"], source, accelerator, mode)
-    return Parts(teacher, source, measure, accelerator, objective, players, flops)
+    return Parts(teacher, source, measure, accelerator, objective, players, flops, metric)
 
 
 def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
@@ -174,20 +181,29 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
     accelerator.wait_for_everyone()
     student, teacher = parts.objective.student, parts.teacher
 
+    metric = parts.metric
+
     def evaluate(steps: int) -> dict[str, Any]:
+        if metric is not None:
+            metrics = metric.student(student.at(steps), seeds=1)
+            first = next(iter(metrics["spread"]))
+            return {**metrics, "headline": first if metric.lower_is_better else None}
         assert measure is not None
         metrics = evaluate_student(student.at(steps), teacher, measure, seeds=1)
         return {**metrics, "headline": headline(metrics)}
 
+    train = recipe.train
+    if not form_of(teacher, recipe.kind.few_step).draws_pictures:
+        train = train.model_copy(update={"sample_every": 0})
     engine = Engine(
         parts.objective,
         parts.players,
         parts.source,
         teacher,
-        recipe.train,
+        train,
         accelerator,
         out,
-        evaluate=None if measure is None else evaluate,
+        evaluate=None if measure is None and metric is None else evaluate,
         evaluate_every=recipe.eval.every,
         shown=grid_prompts(recipe, teacher),
         sample_flops=parts.flops,
@@ -204,7 +220,7 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
             write_prompts(prompts, out)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("fewstep")
-    return Run(recipe, teacher, engine, measure, out)
+    return Run(recipe, teacher, engine, measure, out, metric)
 
 
 def accelerator_of(train: TrainSection, out: Path) -> Accelerator:

@@ -15,7 +15,7 @@ from distill.objectives.base import Batch, Objective, networks_in
 from distill.training.engine import first_batch
 from distill.training.player import Player
 from students.generator import Generator
-from students.lora import AdaptedDenoiser, unwrap
+from students.lora import AdaptedDenoiser, network_of
 from students.two_time import TwoTime
 from teachers import conditions
 from teachers.compiled import Mode, blocks_in, compile_modules, running_compiled, why_not_compiled
@@ -114,7 +114,7 @@ def pretrained_in(networks: dict[str, nn.Module]) -> list[Network]:
     for network in networks.values():
         for module in network.modules():
             if isinstance(module, AdaptedDenoiser | Network):
-                inner = unwrap(module) if isinstance(module, AdaptedDenoiser) else module
+                inner = network_of(module) if isinstance(module, AdaptedDenoiser) else module
                 found.setdefault(inner.backbone, inner)
     return list(found.values())
 

@@ -17,7 +17,8 @@ from students.checkpointing import checkpointing
 from students.critic import Critic
 from students.export.forms import form_of
 from students.form import StudentForm, StudentRequest
-from students.lora import AdaptedDenoiser, Adapter, adapt, unwrap
+from students.lora import AdaptedDenoiser, Adapter, adapt, network_of
+from students.own_network import middle_of
 from students.two_time import two_time
 from teachers.denoiser import Denoiser, Network
 from teachers.teacher import Teacher
@@ -86,7 +87,7 @@ def critic_of(section: CriticSection, fake: Any, teacher: Teacher) -> Critic:
     Raises:
         UserError: the fake score has no such blocks.
     """
-    blocks = (unwrap(fake).middle,) if section.blocks is None else section.blocks
+    blocks = (middle_of(network_of(fake)),) if section.blocks is None else section.blocks
     return Critic(fake, teacher.shape, teacher.codec.condition([0]), blocks)
 
 
@@ -122,7 +123,7 @@ def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
     for network in networks.values():
         for module in network.modules():
             if isinstance(module, AdaptedDenoiser | Network):
-                shared.append(unwrap(module).backbone)
+                shared.append(network_of(module).backbone)
     return list(dict.fromkeys(shared))
 
 

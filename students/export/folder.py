@@ -23,7 +23,7 @@ from students import schedulers
 from students.export.encoders import RecordedEncoders
 from students.export.portable import make_portable
 from students.generator import Generator
-from students.lora import adapter_of, unwrap
+from students.lora import adapter_of, network_of, unwrap
 from students.two_time import check_landing, in_place, stock_backbone
 from teachers import conditions
 from teachers.catalogue.loading import load
@@ -368,9 +368,11 @@ def sample_student(
     Args:
         cond: The labels' condition, if it is known already.
     """
-    kind = type(unwrap(generator.denoiser))
+    network = network_of(generator.denoiser)
+    own = not isinstance(network, Pretrained)  # `sampler_file.py` has one generator
+    kind = Pretrained if own else type(network)
     rng = torch.Generator().manual_seed(seed)
-    again = rng if kind.SEEDED else torch.Generator().manual_seed(seed + 1)
+    again = rng if own or kind.SEEDED else torch.Generator().manual_seed(seed + 1)
     steps, n = len(generator.times), len(labels)
     noise = [torch.randn(n, *teacher.shape, generator=rng)]
     layout = kind.pack(noise[0]).shape

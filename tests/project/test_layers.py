@@ -49,7 +49,7 @@ MAY: dict[str, set[str]] = {
     },
     "distill.sampling": {
         "distill", "distill.config", "distill.data", "students", "students.export", "teachers",
-        "teachers.families", "teachers.catalogue", "eval", "eval.protocols",
+        "teachers.storage", "teachers.families", "teachers.catalogue", "eval", "eval.protocols",
     },
     "distill.publish": {"distill", "students.export", "teachers", "teachers.storage", "eval"},
     "distill.report": {"distill", "distill.config", "distill.publish", "teachers", "eval"},
