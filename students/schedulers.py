@@ -14,8 +14,8 @@ scheduler of diffusers, chosen here before training:
 
 Students of pixels run in `ConsistencyModelPipeline`, which passes labels to a UNet2DModel; others
 run in their teacher's own pipeline. EDM's networks that are no UNet2DModel run in the former as
-well, with their own source beside their weights (`edm_source.py`). SiT, LightningDiT and U-ViT run
-in `DiTPipeline`, with theirs (`imagenet_source.py`).
+well, with their own source beside their weights (`export/sources/edm.py`). SiT, LightningDiT and
+U-ViT run in `DiTPipeline`, with theirs (`export/sources/imagenet.py`).
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def data_of(x: Any, teacher: Teacher, key: str) -> Tensor:
     if not isinstance(x, Tensor) or x.shape[1:] != teacher.shape or not len(x):
         got = "×".join(map(str, x.shape)) if isinstance(x, Tensor) else type(x).__name__
         want = "×".join(map(str, teacher.shape))
-        raise UserError(f"{key} returned {got}; return a tensor N×{want}, or that and N labels")
+        raise UserError(f"{key}: it returned {got}; return a tensor N×{want}, or that and N labels")
     return x.detach().float()
 
 

@@ -138,9 +138,9 @@ def brings_source(network: Denoiser) -> bool:
 
 def write_source(folder: Path, network: Pretrained, pipe: Any) -> None:
     """Add the source of a network that brings it to the folder of its pipeline."""
-    from students.export import edm_source, imagenet_source
+    from students.export.sources import edm, imagenet
 
-    source: Any = edm_source if network.PART == "unet" else imagenet_source
+    source: Any = edm if network.PART == "unet" else imagenet
     source.write(folder, pipe)
 
 

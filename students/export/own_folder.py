@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from students.adapter_layers import adapter_layers, adapter_names
 from students.export import sampler_file
 from students.export.folder import ExportError, child_environment, sample_student
-from students.export.user_source import sources_of
+from students.export.sources.user import sources_of
 from students.generator import Generator
 from students.lora import adapter_of, merged_weight, network_of, view_of
 from students.own_network import arguments_of, example_condition

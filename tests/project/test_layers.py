@@ -28,9 +28,13 @@ MAY: dict[str, set[str]] = {
     },
     "teachers.diagnosis": {"teachers"},
     "students": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
+    "students.export.sources": {
+        "students", "teachers", "teachers.edm", "teachers.imagenet",
+    },
     "students.export": {
-        "students", "teachers", "teachers.storage", "teachers.adapters", "teachers.families",
-        "teachers.edm", "teachers.imagenet", "teachers.catalogue",
+        "students", "students.export.sources", "teachers", "teachers.storage",
+        "teachers.adapters", "teachers.families", "teachers.edm", "teachers.imagenet",
+        "teachers.catalogue",
     },
     "eval": set(),
     "eval.digits": {"eval"},

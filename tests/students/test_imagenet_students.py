@@ -9,8 +9,8 @@ from distill.config.recipe import Recipe
 from distill.planning import forecast
 from distill.training import build
 from students import schedulers
-from students.export import imagenet_source
 from students.export.folder import export, load_student, rehearse
+from students.export.sources import imagenet as imagenet_source
 from students.lora import Adapter
 from teachers import load
 from teachers.diagnosis.structure import examine

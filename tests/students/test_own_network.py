@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from students import own_network
-from students.export import own_folder, user_source
+from students.export import own_folder
 from students.export.folder import ExportError, sample_student
 from students.export.forms import OwnForm, form_of
+from students.export.sources import user as user_source
 from students.lora import Adapter, network_of
 from teachers import Linear, Network, Pixels, Teacher, UserError, load
 from teachers.denoiser import edm

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from students.export.edm_source import body
+from students.export.sources.edm import body
 from teachers.imagenet import parts, schedule
 
 HEADER = '''"""{what} of a few-step student ({paper}); Apache-2.0.
