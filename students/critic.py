@@ -55,7 +55,10 @@ class Critic(nn.Module):
         with torch.no_grad():
             outputs = self._outputs(x, x.new_ones(1), conditions.moved(cond, x.device))
         modules = blocks_of(denoiser, blocks, KEY)
-        heads = [head_for(name, f, channels_first(modules[name])) for name, f in outputs.items()]
+        heads = [
+            head_for(name, f, channels_first(modules[name]), vectors=len(shape) == 1)
+            for name, f in outputs.items()
+        ]
         self.heads = nn.ModuleList(heads).to(x.device)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> list[Tensor]:
@@ -78,11 +81,14 @@ class Critic(nn.Module):
         return torch.stack(logits).mean(0).float()
 
 
-def head_for(name: str, feature: Any, channels_first: bool = False) -> nn.Module:
+def head_for(
+    name: str, feature: Any, channels_first: bool = False, vectors: bool = False
+) -> nn.Module:
     """A new head for a block's output.
 
     Args:
         channels_first: An output of three dimensions is (B, C, L), and not tokens (B, N, C).
+        vectors: Outputs (B, C) are features, as data are vectors; else they embed a time.
 
     Raises:
         UserError: the output is of another kind.
@@ -91,7 +97,7 @@ def head_for(name: str, feature: Any, channels_first: bool = False) -> nn.Module
         return Tokens(feature.shape[-1])
     if isinstance(feature, Tensor) and feature.ndim == 4:
         return head(feature.shape[1], (feature.shape[2], feature.shape[3]))
-    if isinstance(feature, Tensor) and feature.ndim in (2, 3, 5):
+    if isinstance(feature, Tensor) and feature.ndim in ((2, 3, 5) if vectors else (3, 5)):
         return nn.Sequential(Places(), Tokens(feature.shape[1]))
     raise UserError(
         f"{KEY}: block {name!r} returns neither a feature map (B, C, H, W) nor tokens (B, N, C); "

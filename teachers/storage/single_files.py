@@ -98,8 +98,9 @@ def usual(names: dict[str, tuple[int, ...]], file: Path, who: str) -> str:
     known = any(holds(names, part) for part in ("unet", "transformer"))
     if not known:
         raise UserError(
-            f"{who}: {file} holds no network of Stable Diffusion, SDXL, SD3 or FLUX "
-            f"({clipped(next(iter(names), 'nothing'))}, …); give another file"
+            f"{who}: {file} holds no network of Stable Diffusion, SDXL, SD3, FLUX, "
+            f"SiT, LightningDiT or U-ViT ({clipped(next(iter(names), 'nothing'))}, …); "
+            "give another file"
         )
     outline: Any = {k: torch.empty(v, device="meta") for k, v in names.items()}
     return fetch_diffusers_config(outline)["pretrained_model_name_or_path"]
