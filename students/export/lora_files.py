@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 
-from students.export.folder import pipeline, request
+from students.export.folder import SIDECAR, pipeline, request
 from students.export.formats import File, State, diffusers_lora, ldm_names, to_kohya, write
 from students.export.unquantised import with_file_weights
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, unwrap
+from students.metadata import turbo as metadata
 from teachers.catalogue.loading import find
 from teachers.errors import UserError
 from teachers.families.base import Prompted, quiet
 from teachers.families.stable_diffusion import SDXL
 from teachers.quantised import is_quantised
+from teachers.storage.files import read_json
 from teachers.teacher import EMBEDDED, Teacher
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
@@ -45,6 +47,7 @@ def export_lora(
     student: Path,
     out: Path,
     failed: Callable[[str, Exception], None] | None = None,
+    licence: str = "",
 ) -> None:
     """Write the adapter's files to `out`, with the scheduler that it was trained for.
 
@@ -55,16 +58,19 @@ def export_lora(
         student: The folder of the exported student, whose other parts and scheduler are used.
         failed: Called with the name and the error of each file that fails; the others are written.
             None raises the first error, and no file appears.
+        licence: The name of the licence that the student inherits, for the files' headers.
 
     Raises:
         ExportError: stock diffusers cannot load a file, or its pictures differ.
     """
     states, _ = forms(generator, teacher)
-    files = [File(out / name, state) for name, state in states.items()]
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
     network = unwrap(generator.denoiser)
     source = EMBEDDED.get(teacher.source) or find(teacher.source)
+    recipe = read_json(student / SIDECAR, f"student {str(student)!r}").get("recipe") or {}
+    turbo = metadata.describe(generator, teacher, recipe, licence, source)
+    files = [described(out / name, state, turbo, states) for name, state in states.items()]
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch)
         for part in student.iterdir():  # everything but the network is the student's
@@ -87,6 +93,23 @@ def export_lora(
         else:
             write_each(files, write_checked, failed)
     shutil.copytree(student / "scheduler", out / "scheduler")
+
+
+def described(path: Path, state: State, turbo: metadata.Turbo, states: dict[str, State]) -> File:
+    """A LoRA file with its header, its ComfyUI graph and the notes that Forge reads.
+
+    Of a UNet's two files, ComfyUI maps the one with kohya's keys whole; both have its graph.
+    """
+    unet = any(key.startswith("unet.") for key in states[DIFFUSERS])
+    if unet and KOHYA not in states:
+        graph = None
+    else:
+        graph = turbo.graph(KOHYA if unet else DIFFUSERS, lora=True)
+    header = metadata.header(turbo, path.name, graph, lora=True) | metadata.lora_fields(state)
+    beside = {f"{path.stem}.json": metadata.forge_notes(turbo)}
+    if graph is not None:
+        beside[f"{path.stem}.comfyui.json"] = metadata.graph_file(graph)
+    return File(path, state, metadata=header, beside=beside)
 
 
 def write_each(
@@ -139,6 +162,9 @@ def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
         UserError: a file cannot be read, or its keys are mapped to other layers.
     """
     states, without = forms(generator, teacher)
+    turbo = metadata.describe(generator, teacher, {})
+    for name, state in states.items():
+        described(Path(name), state, turbo, states)
     kind = type(teacher.codec.pipe)  # pyright: ignore[reportAttributeAccessIssue]
     config = getattr(unwrap(generator.denoiser).backbone, "config", None)
     unet = {"unet_config": config} if KOHYA in states else {}
