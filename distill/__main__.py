@@ -56,6 +56,7 @@ COMMANDS = {
     "card": (publish.card, "Write the model card of a finished run."),
     "push": (publish.push, "Upload a finished run's student to the Hub."),
     "convert": (publish.convert, "Convert an EDM network or a student."),
+    "show": (inspect.show, "Show how a few-step file is to be sampled."),
     "doctor": (inspect.doctor, "Check a teacher before training from it."),
     "plan": (inspect.plan, "Estimate a run's memory, time and cost."),
     "cache": (train.cache, "Encode prompts and images before training."),

@@ -53,7 +53,9 @@ def check_header(path: Path, used: Mapping[int, Times]) -> None:
     timesteps = json.loads(metadata.get("turbo.timesteps", "null"))
     for steps, times in used.items():
         check_sigmas("turbo.sigmas", sigmas.get(str(steps), []), [*times.sigmas, 0.0], steps)
-        if timesteps is not None and timesteps.get(str(steps)) != [round(t) for t in times.timesteps]:
+        if timesteps is not None and timesteps.get(str(steps)) != [
+            round(t) for t in times.timesteps
+        ]:
             raise ValueError(
                 f"turbo.timesteps at {steps} steps is {timesteps.get(str(steps))}, and the stock "
                 f"pipeline used {[round(t) for t in times.timesteps]}"
@@ -66,9 +68,7 @@ def check_header(path: Path, used: Mapping[int, Times]) -> None:
         check_sigmas("its ComfyUI graph", comfyui.graph_sigmas(graph), wanted, most)
 
 
-def check_sigmas(
-    what: str, stated: Sequence[float], wanted: Sequence[float], steps: int
-) -> None:
+def check_sigmas(what: str, stated: Sequence[float], wanted: Sequence[float], steps: int) -> None:
     """Compare two lists of σ.
 
     Raises:

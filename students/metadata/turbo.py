@@ -306,7 +306,8 @@ def as_string(value: Any) -> str:
 
 def hint(turbo: Turbo, lora: bool) -> str:
     """How to sample, in a few words."""
-    counts = " or ".join(str(k) for k in sorted(turbo.steps))
+    *rest, last = map(str, sorted(turbo.steps))
+    counts = f"{', '.join(rest)} or {last}" if rest else last
     parts = [
         f"{counts} {'step' if turbo.steps == [1] else 'steps'}",
         "cfg 1",
