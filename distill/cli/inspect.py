@@ -1,4 +1,4 @@
-"""`distill doctor`, `plan`, `list`, `show`: checks and estimates, and what files say of themselves."""
+"""`distill doctor`, `plan`, `list`, `show`: checks, estimates, and what files say of themselves."""
 
 from __future__ import annotations
 

@@ -374,8 +374,8 @@ def figure(row: Mapping[str, Any], key: str) -> str:
 def limitations(facts: Facts) -> str:
     prompts = " and negative prompts have no effect" if facts.text else " has no effect"
     one = "" if not facts.stretched or 1 in facts.counts else (
-        "- It has no schedule of one step: at `num_inference_steps=1` the stock pipeline stops with "
-        "an IndexError.\n"
+        "- It has no schedule of one step: at `num_inference_steps=1` the stock pipeline stops "
+        "with an IndexError.\n"
     )  # fmt: skip
     return (
         "## Limitations\n\n"

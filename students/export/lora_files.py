@@ -16,7 +16,8 @@ from students.export.formats import File, State, diffusers_lora, ldm_names, to_k
 from students.export.unquantised import with_file_weights
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, unwrap
-from students.metadata import turbo as metadata
+from students.metadata import keys
+from students.metadata.turbo import Turbo, describe
 from teachers.catalogue.loading import find
 from teachers.errors import UserError
 from teachers.families.base import Prompted, quiet
@@ -67,7 +68,7 @@ def export_lora(
     network = unwrap(generator.denoiser)
     source = EMBEDDED.get(teacher.source) or find(teacher.source)
     recipe = read_json(student / SIDECAR, f"student {str(student)!r}").get("recipe") or {}
-    turbo = metadata.describe(generator, teacher, recipe, licence, source)
+    turbo = describe(generator, teacher, recipe, licence, source)
     files = [described(out / name, state, turbo, states) for name, state in states.items()]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -95,7 +96,7 @@ def export_lora(
     shutil.copytree(student / "scheduler", out / "scheduler")
 
 
-def described(path: Path, state: State, turbo: metadata.Turbo, states: dict[str, State]) -> File:
+def described(path: Path, state: State, turbo: Turbo, states: dict[str, State]) -> File:
     """A LoRA file with its header, its ComfyUI graph and the notes that Forge reads.
 
     Of a UNet's two files, ComfyUI maps the one with kohya's keys whole; both have its graph.
@@ -105,10 +106,10 @@ def described(path: Path, state: State, turbo: metadata.Turbo, states: dict[str,
         graph = None
     else:
         graph = turbo.graph(KOHYA if unet else DIFFUSERS, lora=True)
-    header = metadata.header(turbo, path.name, graph, lora=True) | metadata.lora_fields(state)
-    beside = {f"{path.stem}.json": metadata.forge_notes(turbo)}
+    header = keys.header(turbo, path.name, graph, lora=True) | keys.lora_fields(state)
+    beside = {f"{path.stem}.json": keys.forge_notes(turbo)}
     if graph is not None:
-        beside[f"{path.stem}.comfyui.json"] = metadata.graph_file(graph)
+        beside[f"{path.stem}.comfyui.json"] = keys.graph_file(graph)
     return File(path, state, metadata=header, beside=beside)
 
 
@@ -162,7 +163,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
         UserError: a file cannot be read, or its keys are mapped to other layers.
     """
     states, without = forms(generator, teacher)
-    turbo = metadata.describe(generator, teacher, {})
+    turbo = describe(generator, teacher, {})
     for name, state in states.items():
         described(Path(name), state, turbo, states)
     kind = type(teacher.codec.pipe)  # pyright: ignore[reportAttributeAccessIssue]

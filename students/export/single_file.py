@@ -12,7 +12,8 @@ from students.export.folder import SIDECAR, load_student, pipeline, request
 from students.export.formats import File, single_file, write
 from students.generator import Generator
 from students.lora import unwrap
-from students.metadata import turbo
+from students.metadata import keys
+from students.metadata.turbo import Turbo, base_of, describe
 from teachers.errors import UserError
 from teachers.storage.files import home, read_json
 from teachers.teacher import EMBEDDED, Teacher
@@ -48,8 +49,8 @@ def export_single(student: Path, out: Path, licence: Callable[[str], str] = lamb
         pipe.unet.save_config(base / "unet")
         described = metadata_of(student, folder, generator, teacher, licence)
         graph = described.graph(out.name, lora=False)
-        header = turbo.header(described, out.name, graph, lora=False)
-        beside = {f"{out.stem}.comfyui.json": turbo.graph_file(graph)} if graph else {}
+        header = keys.header(described, out.name, graph, lora=False)
+        beside = {f"{out.stem}.comfyui.json": keys.graph_file(graph)} if graph else {}
         file = File(out, state, whole=True, metadata=header, beside=beside)
         write([file], pipe, base, generator.counts, {**arguments, "guidance_scale": 1.0})
 
@@ -60,7 +61,7 @@ def metadata_of(
     generator: Generator,
     teacher: Teacher,
     licence: Callable[[str], str],
-) -> turbo.Turbo:
+) -> Turbo:
     """The facts of an exported student, whose base is the teacher that it was distilled from.
 
     Args:
@@ -70,8 +71,8 @@ def metadata_of(
     """
     about = read_json(folder / SIDECAR, f"student {str(student)!r}")
     source = str(about.get("teacher") or teacher.source)
-    described = turbo.describe(generator, teacher, about.get("recipe") or {}, licence(source))
-    base = turbo.base_of(unwrap(generator.denoiser), source, on_disk(source))
+    described = describe(generator, teacher, about.get("recipe") or {}, licence(source))
+    base = base_of(unwrap(generator.denoiser), source, on_disk(source))
     return replace(described, base=base)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from students.metadata import comfyui
 from students.metadata.header import data_sha256, read_header, replace_metadata
-from students.metadata.turbo import HASH, VERIFIED
+from students.metadata.keys import HASH, VERIFIED
 
 MOST = 4 << 20  # bytes of a header that ComfyUI's front end reads
 SIGMA = 1e-6  # the largest difference of two σ, absolute below 1 and relative above

@@ -5,7 +5,7 @@ The names of nodes and inputs are from ComfyUI's source. A graph holds the stude
 
 | family | loaders | latent | more |
 |---|---|---|---|
-| SD 1.x, 2.x, SDXL | checkpoint | EmptyLatentImage | ModelSamplingDiscrete, if v or x is predicted |
+| SD 1.x, 2.x, SDXL | checkpoint | EmptyLatentImage | ModelSamplingDiscrete, for v and x |
 | SD 3 | checkpoint, two or three CLIPs | EmptySD3LatentImage | |
 | FLUX.1 | UNET, two CLIPs, VAE | EmptySD3LatentImage | FluxGuidance, if the network reads it |
 | Qwen-Image, Z-Image | UNET, CLIP, VAE | EmptySD3LatentImage | |
@@ -43,7 +43,9 @@ NODES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "UNETLoader": ({"unet_name": TEXT, "weight_dtype": TEXT}, ("MODEL",)),
     "CLIPLoader": ({"clip_name": TEXT, "type": TEXT}, ("CLIP",)),
     "DualCLIPLoader": ({"clip_name1": TEXT, "clip_name2": TEXT, "type": TEXT}, ("CLIP",)),
-    "TripleCLIPLoader": (dict.fromkeys(("clip_name1", "clip_name2", "clip_name3"), TEXT), ("CLIP",)),
+    "TripleCLIPLoader": (
+        {"clip_name1": TEXT, "clip_name2": TEXT, "clip_name3": TEXT}, ("CLIP",)
+    ),
     "VAELoader": ({"vae_name": TEXT}, ("VAE",)),
     "LoraLoaderModelOnly": (
         {"model": "MODEL", "lora_name": TEXT, "strength_model": REAL}, ("MODEL",)
@@ -215,7 +217,7 @@ def loaders(build: Builder, family: Family, request: Request) -> tuple[Link, Lin
         clips = clips[:2]
     if not clips:
         return model, [model[0], 1], vae
-    names = {f"clip_name{i}": name for i, name in enumerate(clips, 1)}
+    names: dict[str, Any] = {f"clip_name{i}": name for i, name in enumerate(clips, 1)}
     if len(clips) == 1:
         return model, build.add("CLIPLoader", clip_name=clips[0], type=family.kind), vae
     if len(clips) == 2:

@@ -1,4 +1,4 @@
-"""What `distill show FILE` prints of a turbo file: facts, where each is from, and what is unknown."""
+"""What `distill show FILE` prints: facts of a file, where each is from, and what is unknown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from students.metadata.foreign import recognise
+from students.metadata.foreign import Method, recognise
 from students.metadata.header import Header, read_header
 from students.metadata.layers import Layers, read_layers
 from teachers.errors import UserError, clipped
@@ -17,7 +17,7 @@ from teachers.errors import UserError, clipped
 HEADER, TENSORS, CARD = "the header", "the tensors", "its authors' model card"
 LONGEST = 400  # characters of a value that is shown
 MARK = "turbo.version"
-FIELDS = ("steps", "sampler", "sigmas", "timesteps", "cfg", "strength", "base")
+SAMPLING = ("steps", "sampler", "sigmas", "timesteps", "cfg", "strength")
 # Keys of the header that other trainers write, by the fact that they state.
 STATED = {
     "title": "modelspec.title",
@@ -135,22 +135,36 @@ def check_own(path: Path, values: Mapping[str, Any]) -> None:
     for key in ("steps", "sampler", "sigmas", "base"):
         if key not in values:
             raise damaged(path, f"turbo.{key}", "missing")
-    steps, sigmas, timesteps = values["steps"], values["sigmas"], values.get("timesteps")
-    if not isinstance(steps, list) or not steps or not all(type(k) is int and k > 0 for k in steps):
-        raise damaged(path, "turbo.steps", "not a list of step counts")
+    check_schedules(path, values)
     if values["sampler"] not in ("renoise", "ode"):
         raise damaged(path, "turbo.sampler", "neither renoise nor ode")
     if not isinstance(values["base"], dict):
         raise damaged(path, "turbo.base", "not an object")
     if not isinstance(values.get("scheduler") or {}, dict):
         raise damaged(path, "turbo.scheduler", "not an object")
+
+
+def check_schedules(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse step counts, σ and indices that do not belong together.
+
+    Raises:
+        UserError: they do not.
+    """
+    steps = values["steps"]
+    if not isinstance(steps, list) or not steps or not all(type(k) is int and k > 0 for k in steps):
+        raise damaged(path, "turbo.steps", "not a list of step counts")
+    sigmas, timesteps = values["sigmas"], values.get("timesteps")
     for k in steps:
-        levels = sigmas.get(str(k)) if isinstance(sigmas, dict) else None
-        if not is_schedule(levels, k):
+        if not is_schedule(entry(sigmas, k), k):
             raise damaged(path, "turbo.sigmas", f"at {k} steps not {k} falling σ and a final 0")
-        indices = timesteps.get(str(k)) if isinstance(timesteps, dict) else None
+        indices = entry(timesteps, k)
         if timesteps is not None and not (isinstance(indices, list) and len(indices) == k):
             raise damaged(path, "turbo.timesteps", f"at {k} steps not {k} indices")
+
+
+def entry(tree: Any, steps: int) -> Any:
+    """What a map by step counts has for one of them; None if it is no map."""
+    return tree.get(str(steps)) if isinstance(tree, dict) else None
 
 
 def is_schedule(levels: Any, steps: int) -> bool:
@@ -169,46 +183,57 @@ def damaged(path: Path, key: str, why: str) -> UserError:
 def add_foreign(found: Report, path: Path, header: Header, layers: Layers) -> None:
     """Add what can be known of a file of other people, and say what cannot."""
     known = recognise(path, header.metadata)
-    method = known.method
     if known.steps:
         found.add("steps", list(known.steps), known.by)
-    if method is None:
-        missing = "the header does not say, and no name of a known method is in the file's name"
-        found.unknown |= dict.fromkeys(FIELDS[:6], missing)
-        if known.steps:
-            found.unknown.pop("steps")
-        if layers.like_distillation:
-            found.add(
-                "method",
-                "unknown; it adapts convolutions and time embeddings, as distillation scripts do",
-                TENSORS,
-            )
-        if layers.reads_guidance:
-            found.add("guidance_input", "the network reads the guidance scale, as LCM's", TENSORS)
+    if known.method is None:
+        add_unrecognised(found, layers)
     else:
-        found.add("method", method.name, known.by)
-        found.add("sampler", method.sampler, CARD)
-        found.add("cfg", method.cfg, CARD)
-        if layers.lora:
-            found.add("strength", method.strength, CARD)
-        found.add("note", method.note, CARD)
-        if not known.steps:
-            found.add("steps", method.steps, CARD)
-        exact = (method.timesteps or {}).get(known.steps[0] if len(known.steps) == 1 else 0)
-        found.add("timesteps", list(exact or ()), CARD)
-        if exact:
-            found.add("sigmas", sigmas_of(exact), "these timesteps, under Stable Diffusion's betas")
-        if "steps" not in found.facts:
-            found.unknown["steps"] = "neither the header nor the file's name says"
-        if "sigmas" not in found.facts:
-            found.unknown["sigmas"] = "the header has none; the sampler's own have to be right"
+        found.add("method", known.method.name, known.by)
+        add_method(found, known.method, known.steps, layers)
+    missing = {
+        "base": "the header names no base model",
+        "resolution": "the header does not say",
+        "licence": "the header does not say",
+    }
+    found.unknown |= {name: why for name, why in missing.items() if name not in found.facts}
     if not layers.lora:
         found.unknown.pop("strength", None)
-    if "base" not in found.facts:
-        found.unknown["base"] = "the header names no base model"
-    for name in ("resolution", "licence"):
-        if name not in found.facts:
-            found.unknown[name] = "the header does not say"
+
+
+def add_unrecognised(found: Report, layers: Layers) -> None:
+    """Add what the tensors say of a file whose method is unknown."""
+    missing = "the header does not say, and the file's name has no known method in it"
+    found.unknown |= {name: missing for name in SAMPLING if name not in found.facts}
+    if layers.like_distillation:
+        found.add(
+            "method",
+            "unknown; it adapts convolutions and time embeddings, as distillation scripts do",
+            TENSORS,
+        )
+    if layers.reads_guidance:
+        found.add("guidance_input", "the network reads the guidance scale, as LCM's", TENSORS)
+
+
+def add_method(found: Report, method: Method, steps: Sequence[int], layers: Layers) -> None:
+    """Add what the authors of a method say.
+
+    Args:
+        steps: The step counts that the file's name says.
+    """
+    found.add("sampler", method.sampler, CARD)
+    found.add("cfg", method.cfg, CARD)
+    found.add("strength", method.strength if layers.lora else "", CARD)
+    found.add("note", method.note, CARD)
+    if not steps:
+        found.add("steps", method.steps, CARD)
+    exact = (method.timesteps or {}).get(steps[0]) if len(steps) == 1 else None
+    if exact:
+        found.add("timesteps", list(exact), CARD)
+        found.add("sigmas", sigmas_of(exact), "these timesteps, under Stable Diffusion's betas")
+    else:
+        found.unknown["sigmas"] = "the header has none; the sampler's own have to be right"
+    if "steps" not in found.facts:
+        found.unknown["steps"] = "neither the header nor the file's name says"
 
 
 def sigmas_of(timesteps: Sequence[int]) -> list[float]:

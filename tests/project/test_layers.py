@@ -23,9 +23,10 @@ MAY: dict[str, set[str]] = {
     "teachers.catalogue": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
     "teachers.diagnosis": {"teachers"},
     "students": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
+    "students.metadata": {"students", "teachers", "teachers.storage", "teachers.families"},
     "students.export": {
-        "students", "teachers", "teachers.storage", "teachers.families", "teachers.edm",
-        "teachers.catalogue",
+        "students", "students.metadata", "teachers", "teachers.storage", "teachers.families",
+        "teachers.edm", "teachers.catalogue",
     },
     "eval": set(),
     "eval.digits": {"eval"},
@@ -77,7 +78,7 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
         "distill.publish", "distill.report", "distill.training", "distill.planning",
         "distill.evaluation", "distill.pretrain", "distill.benchmark", "students",
-        "students.export", "teachers", "teachers.storage", "teachers.edm", "teachers.catalogue",
+        "students.metadata", "students.export", "teachers", "teachers.storage", "teachers.edm", "teachers.catalogue",
         "eval", "eval.protocols",
     },
 }  # fmt: skip
