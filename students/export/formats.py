@@ -5,13 +5,15 @@
 | diffusers LoRA | `unet.….lora_A.weight`, `transformer.….lora_A.weight` |
 | kohya LoRA of SD 1.x, 2.x | `lora_unet_down_blocks_0_….lora_down.weight`, `.alpha` |
 | kohya LoRA of SDXL | `lora_unet_input_blocks_4_….lora_down.weight`, `.alpha` |
+| ComfyUI LoRA of Wan | `diffusion_model.blocks.0.self_attn.q.lora_A.weight` |
 | single file of SD 1.x, SDXL | LDM's, such as `model.diffusion_model.input_blocks.…` |
 
-Diffusers reads all of them; ComfyUI the last three, and the first of a transformer it knows.
+Diffusers reads all of them; ComfyUI the last four, and the first of SD3, FLUX, Qwen-Image and
+Z-Image.
 Kohya's own trainer names SD 1.x by diffusers' blocks and SDXL by LDM's, and so do we: diffusers
 0.42 mistakes LDM's input block 1 for 10 and 11, which SDXL does not have, and knows SDXL's added
-embedding by LDM's name only. A transformer (SD3, FLUX, Z-Image, Qwen-Image, …) has no other form
-than diffusers' here.
+embedding by LDM's name only. Other transformers (SD3, FLUX, Z-Image, Qwen-Image, …) have no other
+form than diffusers' here.
 
 Every LoRA file is made so that strength 1.0 is the student: W + B A, with kohya's alpha = rank.
 All conversions are pure functions on dicts of tensors.
@@ -140,6 +142,37 @@ def from_kohya(
 
 def kohya_name(module: str, names: Mapping[str, str] | None) -> str:
     return "lora_unet_" + (module if names is None else names[module]).replace(".", "_")
+
+
+# The parts of a Wan transformer by its authors' names, which ComfyUI uses.
+WAN = {
+    "attn1.to_q": "self_attn.q",
+    "attn1.to_k": "self_attn.k",
+    "attn1.to_v": "self_attn.v",
+    "attn1.to_out.0": "self_attn.o",
+    "attn2.to_q": "cross_attn.q",
+    "attn2.to_k": "cross_attn.k",
+    "attn2.to_v": "cross_attn.v",
+    "attn2.to_out.0": "cross_attn.o",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+
+
+def to_wan(lora: Mapping[str, Tensor]) -> State:
+    """A Wan transformer's diffusers LoRA by its authors' names, which ComfyUI and diffusers read.
+
+    Raises:
+        UserError: it holds a layer that has no such name here.
+    """
+    made: State = {}
+    for key, value in lora.items():
+        module, kind = parts(key)
+        match = re.fullmatch(r"transformer\.(blocks\.\d+)\.(.+)", module)
+        if match is None or match[2] not in WAN:
+            raise UserError(f"LoRA: {key!r} has no name in ComfyUI's Wan; use diffusers' LoRA")
+        made[f"diffusion_model.{match[1]}.{WAN[match[2]]}.lora_{kind}.weight"] = value
+    return made
 
 
 # ---- LDM's names, which single files use

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from students.export.folder import SIDECAR, pipeline, request
-from students.export.formats import File, State, diffusers_lora, ldm_names, to_kohya, write
+from students.export.formats import File, State, diffusers_lora, ldm_names, to_kohya, to_wan, write
 from students.export.unquantised import with_file_weights
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, unwrap
@@ -22,12 +22,13 @@ from teachers.catalogue.loading import find
 from teachers.errors import UserError
 from teachers.families.base import Prompted, quiet
 from teachers.families.stable_diffusion import SDXL
+from teachers.families.wan import Wan
 from teachers.quantised import is_quantised
 from teachers.storage.files import read_json
 from teachers.teacher import EMBEDDED, Teacher
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
-KOHYA = "comfyui_lora.safetensors"
+KOHYA = COMFYUI = "comfyui_lora.safetensors"  # a UNet's has kohya's keys
 
 
 def possible(generator: Generator, teacher: Teacher) -> bool:
@@ -99,13 +100,12 @@ def export_lora(
 def described(path: Path, state: State, turbo: Turbo, states: dict[str, State]) -> File:
     """A LoRA file with its header, its ComfyUI graph and the notes that Forge reads.
 
-    Of a UNet's two files, ComfyUI maps the one with kohya's keys whole; both have its graph.
+    Where there are two files, ComfyUI maps the whole of its own only; both have the graph of that.
     """
-    unet = any(key.startswith("unet.") for key in states[DIFFUSERS])
-    if unet and KOHYA not in states:
-        graph = None
-    else:
-        graph = turbo.graph(KOHYA if unet else DIFFUSERS, lora=True)
+    own = turbo.family in ("StableDiffusion", "SDXL", "Wan")
+    graph = None
+    if COMFYUI in states or not own:
+        graph = turbo.graph(COMFYUI if own else DIFFUSERS, lora=True)
     header = keys.header(turbo, path.name, graph, lora=True) | keys.lora_fields(state)
     beside = {f"{path.stem}.json": keys.forge_notes(turbo)}
     if graph is not None:
@@ -141,6 +141,11 @@ def forms(generator: Generator, teacher: Teacher) -> tuple[dict[str, State], dic
     scale = adapter.config.lora_alpha / adapter.config.r
     state = {k.removeprefix("backbone."): v.detach().cpu() for k, v in adapter.trainable().items()}
     plain = diffusers_lora(state, scale, network.PART)
+    if isinstance(network, Wan):
+        try:
+            return {DIFFUSERS: plain, COMFYUI: to_wan(plain)}, {}
+        except UserError as error:
+            return {DIFFUSERS: plain}, {COMFYUI: str(error)}
     if network.PART != "unet":
         return {DIFFUSERS: plain}, {}
     backbone: Any = network.backbone
@@ -168,7 +173,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
         described(Path(name), state, turbo, states)
     kind = type(teacher.codec.pipe)  # pyright: ignore[reportAttributeAccessIssue]
     config = getattr(unwrap(generator.denoiser).backbone, "config", None)
-    unet = {"unet_config": config} if KOHYA in states else {}
+    unet = {"unet_config": config} if any(k.startswith("unet.") for k in states[DIFFUSERS]) else {}
     for name, state in states.items():
         try:
             with quiet():

@@ -9,10 +9,10 @@ The names of nodes and inputs are from ComfyUI's source. A graph holds the stude
 | SD 3 | checkpoint, two or three CLIPs | EmptySD3LatentImage | |
 | FLUX.1 | UNET, two CLIPs, VAE | EmptySD3LatentImage | FluxGuidance, if the network reads it |
 | Qwen-Image, Z-Image | UNET, CLIP, VAE | EmptySD3LatentImage | |
-| Lumina 2 | UNET, CLIP, VAE | EmptySD3LatentImage | CLIPTextEncodeLumina2 |
 | Wan | UNET, CLIP, VAE | EmptyHunyuanLatentVideo | SaveAnimatedWEBP |
 
-SANA has no nodes in ComfyUI's core, so its students have no graph.
+Students of SANA and Lumina 2 have no graph: ComfyUI's core has no SANA, and its Lumina 2 keeps
+query, key and value in one matrix, so that it maps none of the LoRA's keys to it.
 """
 
 from __future__ import annotations
@@ -52,9 +52,6 @@ NODES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     ),
     "ModelSamplingDiscrete": ({"model": "MODEL", "sampling": TEXT, "zsnr": YES}, ("MODEL",)),
     "CLIPTextEncode": ({"text": TEXT, "clip": "CLIP"}, ("CONDITIONING",)),
-    "CLIPTextEncodeLumina2": (
-        {"system_prompt": TEXT, "user_prompt": TEXT, "clip": "CLIP"}, ("CONDITIONING",)
-    ),
     "FluxGuidance": ({"conditioning": "CONDITIONING", "guidance": REAL}, ("CONDITIONING",)),
     "BasicGuider": ({"model": "MODEL", "conditioning": "CONDITIONING"}, ("GUIDER",)),
     "KSamplerSelect": ({"sampler_name": TEXT}, ("SAMPLER",)),
@@ -87,14 +84,12 @@ class Family:
         kind: The type that the CLIP loader is given.
         vae: The VAE's file; empty: it is in the checkpoint, as the network is.
         latent: The node of the empty latent.
-        encode: The node that encodes the prompt.
     """
 
     clips: tuple[str, ...] = ()
     kind: str = ""
     vae: str = ""
     latent: str = "EmptySD3LatentImage"
-    encode: str = "CLIPTextEncode"
 
 
 SD3_CLIPS = ("clip_g.safetensors", "clip_l.safetensors", "t5xxl_fp16.safetensors")
@@ -108,10 +103,6 @@ FAMILIES = {
         ("qwen_2.5_vl_7b_fp8_scaled.safetensors",), "qwen_image", "qwen_image_vae.safetensors"
     ),
     "ZImage": Family(("qwen_3_4b.safetensors",), "lumina2", "ae.safetensors"),
-    "Lumina2": Family(
-        ("gemma_2_2b_fp16.safetensors",), "lumina2", "ae.safetensors",
-        encode="CLIPTextEncodeLumina2",
-    ),
     "Wan": Family(
         ("umt5_xxl_fp8_e4m3fn_scaled.safetensors",), "wan", "wan_2.1_vae.safetensors",
         "EmptyHunyuanLatentVideo",
@@ -176,11 +167,7 @@ def graph(request: Request) -> Graph:
             sampling=PREDICTIONS[request.predicts],
             zsnr=request.zero_snr,
         )
-    if family.encode == "CLIPTextEncodeLumina2":
-        # the system prompt that diffusers' pipeline takes by default
-        text = build.add(family.encode, system_prompt="superior", user_prompt=PROMPT, clip=clip)
-    else:
-        text = build.add(family.encode, text=PROMPT, clip=clip)
+    text = build.add("CLIPTextEncode", text=PROMPT, clip=clip)
     if request.guidance is not None:
         text = build.add("FluxGuidance", conditioning=text, guidance=float(request.guidance))
     *frames, height, width = request.size

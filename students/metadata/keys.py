@@ -98,8 +98,8 @@ def hint(turbo: Turbo, lora: bool) -> str:
 def lora_fields(state: Mapping[str, Tensor]) -> dict[str, str]:
     """The metadata that depends on a LoRA's tensors, of which alpha is the rank.
 
-    A diffusers file gets `lora_adapter_metadata`. A kohya file does not: it has `.alpha` tensors,
-    and diffusers refuses a file with both.
+    A file with diffusers' keys gets `lora_adapter_metadata`. A kohya file does not: it has `.alpha`
+    tensors, and diffusers refuses a file with both.
     """
     down = {k: v for k, v in state.items() if k.endswith((".lora_A.weight", ".lora_down.weight"))}
     ranks = {k.rpartition(".lora_")[0]: len(v) for k, v in down.items()}
@@ -109,7 +109,7 @@ def lora_fields(state: Mapping[str, Tensor]) -> dict[str, str]:
         "ss_network_dim": one,
         "ss_network_alpha": one,
     }
-    if not any(k.endswith(".alpha") for k in state):
+    if all(k.startswith(("unet.", "transformer.")) for k in state):
         fields["lora_adapter_metadata"] = json.dumps(adapter_metadata(ranks))
     return fields
 

@@ -78,8 +78,8 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
         "distill.publish", "distill.report", "distill.training", "distill.planning",
         "distill.evaluation", "distill.pretrain", "distill.benchmark", "students",
-        "students.metadata", "students.export", "teachers", "teachers.storage", "teachers.edm", "teachers.catalogue",
-        "eval", "eval.protocols",
+        "students.metadata", "students.export", "teachers", "teachers.storage", "teachers.edm",
+        "teachers.catalogue", "eval", "eval.protocols",
     },
 }  # fmt: skip
 # What others call: names gathered for them, and the command. Nothing of ours imports these.

@@ -8,9 +8,11 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 
 from students import schedulers
+from students.export import folder as exporting
 from students.export import lora_files
 from students.export.folder import ExportError, load_student, request
 from students.export.lora_files import DIFFUSERS, KOHYA, export_lora
@@ -24,6 +26,7 @@ from teachers import load
 from teachers.process import Tabulated
 from tests.helpers import exports, families
 from tests.helpers.disturbed import disturbed
+from tests.helpers.formats import sd15
 
 # name: (renoise, architecture, steps, σ at the largest count, loaders of its graph)
 STUDENTS = {
@@ -89,7 +92,7 @@ def test_a_lora_file_says_how_it_is_sampled(name, made):
     assert head["modelspec.license"] == "mit"
     assert head["modelspec.usage_hint"].endswith("strength 1")
     assert head["modelspec.hash_sha256"] == "0x" + hashlib.sha256(data).hexdigest()
-    assert head["modelspec.resolution"] == "x".join([str(teacher_side(folder))] * 2)
+    assert head["modelspec.resolution"] == "x".join([str(teacher_side(folder, name))] * 2)
     assert (
         head["turbo.recipe"]
         == hashlib.sha256(json.dumps(exports.RECIPE, sort_keys=True).encode()).hexdigest()
@@ -102,9 +105,9 @@ def test_a_lora_file_says_how_it_is_sampled(name, made):
     assert ("prompt" in head) == (loaders is not None)
 
 
-def teacher_side(folder):
+def teacher_side(folder, name):
     """The side in pixels of the teacher's images."""
-    return load(str(folder / "teacher")).codec.size[0]
+    return load(str(folder / "teacher"), **families.OPTIONS.get(name, {})).codec.size[0]
 
 
 def test_the_base_is_named_without_its_path_and_hashed_without_its_header(made):
@@ -122,8 +125,6 @@ def test_peft_reads_the_rank_and_the_layers_of_a_diffusers_file(made):
     layers = {name.split(".lora_")[0] for name in read_header(path).tensors}
     assert (fields["unet.r"], fields["unet.lora_alpha"]) == (4, 4)
     assert {f"unet.{name}" for name in fields["unet.target_modules"]} == layers
-    from peft import LoraConfig
-
     LoraConfig(**{k.removeprefix("unet."): v for k, v in fields.items()})  # it knows every field
     kohya = read_header(path.with_name(KOHYA)).metadata  # diffusers refuses alphas beside it
     assert "lora_adapter_metadata" not in kohya and kohya["ss_network_dim"] == "4"
@@ -161,7 +162,7 @@ def test_the_graph_of_every_family_is_one_that_comfyui_takes(name, renoise, tmp_
     student = schedulers.student(teacher, 2, None, renoise, Adapter(rank=2))
     facts = describe(student, teacher, {})
     graph = facts.graph("mine.safetensors", lora=True)
-    assert (graph is None) == (name == "sana")
+    assert (graph is None) == (name in ("sana", "lumina"))
     if graph is None:
         return
     assert comfyui.faults(graph) == []
@@ -344,6 +345,18 @@ def test_comfyuis_simple_schedule_is_diffusers_lcm_and_sgm_uniform_is_not(made):
         assert ((ours - theirs).abs().max() < 1e-3) == same
 
 
+def test_one_step_of_a_stretched_schedule_is_an_index_error_of_the_stock_scheduler(made):
+    """As the card of such a student says; no scheduler of diffusers refuses a step count."""
+    stock = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
+        made("sd3") / "lora/scheduler"
+    )
+    stock.set_timesteps(4)
+    assert len(stock.timesteps) == 4
+    stock.set_timesteps(1)
+    with pytest.raises(IndexError):
+        stock.step(torch.zeros(1), stock.timesteps[0], torch.zeros(1))
+
+
 # ---- a wrong header is no file
 
 
@@ -396,16 +409,12 @@ def test_a_graph_with_a_wrong_sigma_or_link_is_refused(made, tmp_path):
 
 
 def test_a_single_file_says_the_same_and_its_graph_loads_it_whole(tmp_path):
-    from tests.helpers.formats import sd15
-
     torch.manual_seed(0)
     sd15(tmp_path / "scratch").save_pretrained(tmp_path / "teacher")
     teacher = load(str(tmp_path / "teacher"))
     student = disturbed(schedulers.student(teacher, 2)).eval()
     with exports.in_this_process():
-        from students.export import folder
-
-        folder.export(student, teacher, tmp_path / "student", exports.RECIPE)
+        exporting.export(student, teacher, tmp_path / "student", exports.RECIPE)
         export_single(tmp_path / "student", tmp_path / "one.safetensors", lambda _: "mit")
     tree, data = raw_header(tmp_path / "one.safetensors")
     head = tree["__metadata__"]
