@@ -41,6 +41,8 @@ STUDENTS = {
     "flux-dev": (False, "flux-1-dev/lora", [4, 2, 1], [1.0, 0.82655, 0.613669, 0.346185, 0],
                  {"UNETLoader", "DualCLIPLoader", "VAELoader"}),
     "sana": (True, "sana/lora", [4, 2], [1, 0.928205, 0.799283, 0.5, 0], None),
+    "wan": (True, "wan-2.1/lora", [4, 2], [1, 0.928205, 0.799283, 0.5, 0],
+            {"UNETLoader", "CLIPLoader", "VAELoader"}),
 }  # fmt: skip
 
 
@@ -107,7 +109,7 @@ def test_a_lora_file_says_how_it_is_sampled(name, made):
 
 def teacher_side(folder, name):
     """The side in pixels of the teacher's images."""
-    return load(str(folder / "teacher"), **families.OPTIONS.get(name, {})).codec.size[0]
+    return load(str(folder / "teacher"), **families.OPTIONS.get(name, {})).codec.size[-1]
 
 
 def test_the_base_is_named_without_its_path_and_hashed_without_its_header(made):
