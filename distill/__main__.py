@@ -57,6 +57,7 @@ COMMANDS = {
     "push": (publish.push, "Upload a finished run's student to the Hub."),
     "convert": (publish.convert, "Convert an EDM network or a student."),
     "wrap": (inspect.wrap, "Make a network of your own a teacher."),
+    "show": (inspect.show, "Show how a few-step file is to be sampled."),
     "doctor": (inspect.doctor, "Check a teacher before training from it."),
     "plan": (inspect.plan, "Estimate a run's memory, time and cost."),
     "cache": (train.cache, "Encode prompts and images before training."),

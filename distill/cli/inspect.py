@@ -1,4 +1,4 @@
-"""`distill doctor`, `plan`, `list`: checks and estimates before any training."""
+"""`distill doctor`, `plan`, `list`, `show`: checks, estimates, and what files say of themselves."""
 
 from __future__ import annotations
 
@@ -183,3 +183,51 @@ def listing(
         if not what:
             console.print(kind, style="bold")
         console.print(table)
+
+
+def show(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            callback=expand_home, help="A .safetensors file: a LoRA or all weights of a model."
+        ),
+    ],
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", callback=expand_home, help="Write the facts to this JSON file; - for stdout."
+        ),
+    ] = None,
+):
+    """Show what a few-step file says of itself: steps, times, sampler, guidance, base, licence.
+
+    Also of files of others, as far as their names, headers and tensors tell. Only the header is
+    read.
+    """
+    import json
+    import sys
+
+    from distill.console import out as console
+    from students.metadata.show import report, shown
+
+    to_stdout = json_file is not None and str(json_file) == "-"
+    if json_file is not None and not to_stdout:
+        check_writable(json_file, "--json")
+    found = report(file)
+    text = json.dumps(found.tree(), indent=2, ensure_ascii=True) + "\n"
+    if to_stdout:
+        sys.stdout.write(text)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for head in ("", "value", "known from"):
+        table.add_column(head, overflow="fold")
+    for name, (value, origin) in found.facts.items():
+        table.add_row(name.replace("_", " "), Text(shown(value)), origin)
+    console.print(table)
+    for name, why in found.unknown.items():
+        console.print(f"not known: {name.replace('_', ' ')} ({why})", soft_wrap=True, markup=False)
+    if json_file is not None:
+        json_file.write_text(text, encoding="utf-8")

@@ -18,6 +18,7 @@ from distill.files import write
 from distill.grids import COLUMNS, save_grid
 from distill.profiling import device_name, peak_memory
 from distill.publish.card import draft
+from distill.publish.licence import licence_of
 from distill.publish.results_table import many
 from distill.report.page import PICTURES, report
 from distill.sampling.guided_teacher import guided
@@ -108,6 +109,7 @@ def write_extras(run: Run, student: Generator) -> None:
                 folder,
                 run.out / "lora",
                 failed=lambda name, error: extras.record(f"lora/{name}", error),
+                licence=licence_of(run.teacher.source).label,
             )
 
 

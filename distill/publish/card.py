@@ -47,6 +47,8 @@ class Facts:
         override: Why the student may be shared although the teacher's licence forbids it.
         has_code: Whether the folder holds its network's source, which diffusers runs only with
             trust_remote_code.
+        stretched: Whether its scheduler stretches the times to a last one (`shift_terminal`), for
+            which a schedule needs two steps.
     """
 
     index: dict[str, Any]
@@ -59,6 +61,7 @@ class Facts:
     grid: bool = False
     override: str = ""
     has_code: bool = False
+    stretched: bool = False
 
     def setting(self, section: str, key: str, default: Any = None) -> Any:
         """A value of the recipe; the default if the recipe does not have it."""
@@ -171,7 +174,19 @@ def facts_of(
     lora = (folder / "pytorch_lora_weights.safetensors").is_file()
     index = read_json(folder / "model_index.json", who)
     has_code = any(folder.glob("*/*.py"))
-    return Facts(index, sidecar, summary, where, revision, classes, lora, has_code=has_code)
+    path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(path, who) if path.is_file() else {}
+    return Facts(
+        index,
+        sidecar,
+        summary,
+        where,
+        revision,
+        classes,
+        lora,
+        has_code=has_code,
+        stretched=bool(scheduler.get("shift_terminal")),
+    )
 
 
 def is_valid(sidecar: dict[str, Any]) -> bool:
@@ -372,14 +387,25 @@ def figure(row: Mapping[str, Any], key: str) -> str:
 
 def limitations(facts: Facts) -> str:
     prompts = " and negative prompts have no effect" if facts.text else " has no effect"
+    one = "" if not facts.stretched or 1 in facts.counts else (
+        "- It has no schedule of one step: at `num_inference_steps=1` the stock pipeline stops "
+        "with an IndexError.\n"
+    )  # fmt: skip
     return (
         "## Limitations\n\n"
-        "- Other step counts and other schedulers give poor images.\n"
+        f"- Other step counts than {numbers(facts.counts)} and other schedulers give poor images.\n"
+        f"{one}"
         f"- Guidance is built in; a guidance scale{prompts}.\n"
         "- It has the biases and gaps of its teacher, and usually less diversity: compare recall "
         "and coverage, if they are given above.\n"
         "- It is trained at its teacher's resolution and not tested at others."
     )
+
+
+def numbers(counts: Sequence[int]) -> str:
+    """Step counts in words: "1, 2 and 4"."""
+    *rest, last = map(str, sorted(counts))
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def licence_section(facts: Facts, licence: Licence) -> str:

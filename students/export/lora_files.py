@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from students.export.combined import joined, kohya_encoders
-from students.export.folder import pipeline, request
-from students.export.formats import File, State, diffusers_lora, ldm_names, to_kohya, write
+from students.export.folder import SIDECAR, pipeline, request
+from students.export.formats import File, State, diffusers_lora, ldm_names, to_kohya, to_wan, write
 from students.export.unquantised import folder_of, with_file_weights
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, unwrap
+from students.metadata import keys
+from students.metadata.turbo import Turbo, describe
 from teachers.errors import UserError
 from teachers.families.base import Pretrained, Prompted, quiet
 from teachers.families.stable_diffusion import SDXL
+from teachers.families.wan import Wan
 from teachers.quantised import is_quantised
 from teachers.storage.components import module
+from teachers.storage.files import read_json
 from teachers.teacher import Teacher
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
-KOHYA = "comfyui_lora.safetensors"
+COMFYUI = "comfyui_lora.safetensors"  # a UNet's has kohya's keys
 # Of a teacher with LoRA files in its weights, the two files above hold those files as well. These
 # are the student's adapter alone.
-TURBO = {DIFFUSERS: "turbo_only_lora.safetensors", KOHYA: "turbo_only_comfyui_lora.safetensors"}
-CONTAINS = "turbo.contains"  # of the header: the LoRA files that are in a file, as JSON
+TURBO = {DIFFUSERS: "turbo_only_lora.safetensors", COMFYUI: "turbo_only_comfyui_lora.safetensors"}
 
 
 def possible(generator: Generator, teacher: Teacher) -> bool:
@@ -51,6 +54,7 @@ def export_lora(
     student: Path,
     out: Path,
     failed: Callable[[str, Exception], None] | None = None,
+    licence: str = "",
 ) -> None:
     """Write the adapter's files to `out`, with the scheduler that it was trained for.
 
@@ -63,21 +67,21 @@ def export_lora(
         student: The folder of the exported student, whose other parts and scheduler are used.
         failed: Called with the name and the error of each file that fails; the others are written.
             None raises the first error, and no file appears.
+        licence: The name of the licence that the student inherits, for the files' headers.
 
     Raises:
         ExportError: stock diffusers cannot load a file, or its pictures differ.
     """
     states, _ = forms(generator, teacher)
+    recipe = read_json(student / SIDECAR, f"student {str(student)!r}").get("recipe") or {}
+    turbo = describe(generator, teacher, recipe, licence, folder_of(teacher))
+    files = [described(out / name, state, turbo, states) for name, state in states.items()]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    fusion = teacher.fusion
-    metadata = None if fusion is None else {CONTAINS: json.dumps(fusion.contents())}
-    whole = [File(out / k, v, metadata=metadata) for k, v in states.items() if k in TURBO]
-    alone = [File(out / k, v, metadata={CONTAINS: "[]"}) for k, v in states.items()
-             if k not in TURBO]  # fmt: skip
-    for files, fused in ((whole, True), (alone, False)):
-        if files:
-            write_on_base(files, generator, teacher, student, fused, failed)
+    for fused in (True, False):
+        some = [f for f in files if (f.path.name in TURBO) is fused]
+        if some:
+            write_on_base(some, generator, teacher, student, fused, failed)
     shutil.copytree(student / "scheduler", out / "scheduler")
 
 
@@ -128,6 +132,27 @@ def plain_encoder(pipe: Any, source: Path, part: str) -> Any:
     return module(kind, source / part, "export", part, torch_dtype=torch.float32).eval()
 
 
+def described(path: Path, state: State, turbo: Turbo, states: dict[str, State]) -> File:
+    """A LoRA file with its header, its ComfyUI graph and the notes that Forge reads.
+
+    Where there are two files of one content, ComfyUI maps the whole of its own only; both have the
+    graph of that.
+    """
+    names = {DIFFUSERS: DIFFUSERS, COMFYUI: COMFYUI}
+    if path.name in TURBO.values():
+        names, turbo = TURBO, replace(turbo, contains=())
+    own = turbo.family in ("StableDiffusion", "SDXL", "Wan")
+    graph = None
+    if names[COMFYUI] in states or not own:
+        encoders = any(k.startswith(("text_encoder", "lora_te")) for k in state)
+        graph = turbo.graph(names[COMFYUI if own else DIFFUSERS], lora=True, encoders=encoders)
+    header = keys.header(turbo, path.name, graph, lora=True) | keys.lora_fields(state)
+    beside = {f"{path.stem}.json": keys.forge_notes(turbo)}
+    if graph is not None:
+        beside[f"{path.stem}.comfyui.json"] = keys.graph_file(graph)
+    return File(path, state, metadata=header, beside=beside)
+
+
 def write_each(
     files: list[File],
     write_checked: Callable[[list[File]], None],
@@ -171,6 +196,11 @@ def forms(generator: Generator, teacher: Teacher) -> tuple[dict[str, State], dic
 
 def keyed(lora: State, network: Pretrained) -> tuple[dict[str, State], dict[str, str]]:
     """A diffusers LoRA with the keys of each program, and why one is left out, by file name."""
+    if isinstance(network, Wan):
+        try:
+            return {DIFFUSERS: lora, COMFYUI: to_wan(lora)}, {}
+        except UserError as error:
+            return {DIFFUSERS: lora}, {COMFYUI: str(error)}
     if network.PART != "unet":
         return {DIFFUSERS: lora}, {}
     backbone: Any = network.backbone
@@ -182,9 +212,9 @@ def keyed(lora: State, network: Pretrained) -> tuple[dict[str, State], dict[str,
         names = ldm_names(modules, backbone.config) if sdxl else None
         encoders = {k: v for k, v in lora.items() if k not in unet}
         kohya = {**to_kohya(unet, names), **kohya_encoders(encoders, sdxl)}
-        return {DIFFUSERS: lora, KOHYA: kohya}, {}
+        return {DIFFUSERS: lora, COMFYUI: kohya}, {}
     except UserError as error:  # the UNet has blocks that LDM's lacks
-        return {DIFFUSERS: lora}, {KOHYA: str(error)}
+        return {DIFFUSERS: lora}, {COMFYUI: str(error)}
 
 
 def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
@@ -197,9 +227,13 @@ def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
         UserError: a file cannot be read, or its keys are mapped to other layers.
     """
     states, without = forms(generator, teacher)
+    turbo = describe(generator, teacher, {})
+    for name, state in states.items():
+        described(Path(name), state, turbo, states)
     kind = type(teacher.codec.pipe)  # pyright: ignore[reportAttributeAccessIssue]
     config = getattr(unwrap(generator.denoiser).backbone, "config", None)
-    unet = {"unet_config": config} if {KOHYA, TURBO[KOHYA]} & states.keys() else {}
+    unets = any(k.startswith("unet.") for state in states.values() for k in state)
+    unet = {"unet_config": config} if unets else {}
     for name, state in states.items():
         try:
             with quiet():

@@ -28,13 +28,14 @@ MAY: dict[str, set[str]] = {
     },
     "teachers.diagnosis": {"teachers"},
     "students": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
+    "students.metadata": {"students", "teachers", "teachers.storage", "teachers.families"},
     "students.export.sources": {
         "students", "teachers", "teachers.edm", "teachers.imagenet",
     },
     "students.export": {
-        "students", "students.export.sources", "teachers", "teachers.storage",
-        "teachers.adapters", "teachers.families", "teachers.edm", "teachers.imagenet",
-        "teachers.catalogue",
+        "students", "students.export.sources", "students.metadata", "teachers",
+        "teachers.storage", "teachers.adapters", "teachers.families", "teachers.edm",
+        "teachers.imagenet", "teachers.catalogue",
     },
     "eval": set(),
     "eval.digits": {"eval"},
@@ -88,8 +89,8 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
         "distill.publish", "distill.report", "distill.training", "distill.planning",
         "distill.evaluation", "distill.pretrain", "distill.benchmark", "students",
-        "students.export", "teachers", "teachers.storage", "teachers.edm", "teachers.catalogue",
-        "eval", "eval.protocols",
+        "students.metadata", "students.export", "teachers", "teachers.storage", "teachers.edm",
+        "teachers.catalogue", "eval", "eval.protocols",
     },
 }  # fmt: skip
 # What others call: names gathered for them, and the command. Nothing of ours imports these.

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from students import schedulers
 from students.export.folder import ExportError, export
-from students.export.lora_files import CONTAINS, DIFFUSERS, KOHYA, TURBO, export_lora, rehearse
+from students.export.lora_files import COMFYUI, DIFFUSERS, TURBO, export_lora, rehearse
 from students.lora import Adapter
+from students.metadata import comfyui
 from teachers import load
 from tests.helpers import families, lora_formats
 from tests.helpers.disturbed import disturbed
@@ -49,7 +50,7 @@ def test_both_files_draw_in_stock_diffusers(name, tmp_path):
     export(student, teacher, tmp_path / "student", {})
     export_lora(student, teacher, tmp_path / "student", tmp_path / "lora")
     names = {p.name for p in (tmp_path / "lora").glob("*.safetensors")}
-    forms = {DIFFUSERS, KOHYA} if name in ("sd", "sdxl") else {DIFFUSERS}
+    forms = {DIFFUSERS, COMFYUI} if name in ("sd", "sdxl") else {DIFFUSERS}
     assert names == forms | {TURBO[k] for k in forms}
 
     both = load_file(tmp_path / "lora" / DIFFUSERS)
@@ -61,8 +62,16 @@ def test_both_files_draw_in_stock_diffusers(name, tmp_path):
     assert not any(k.startswith("text_encoder.") for k in alone)
     for file, contents in ((DIFFUSERS, ["style.safetensors"]), (TURBO[DIFFUSERS], [])):
         with safe_open(tmp_path / "lora" / file, "pt") as opened:
-            told = json.loads(opened.metadata()[CONTAINS])
+            told = json.loads(opened.metadata()["turbo.contains"])
+            graph = json.loads(opened.metadata()["prompt"])
         assert [t["file"] for t in told] == contents
+        assert not comfyui.faults(graph)
+        (node,) = (n for n in graph.values() if n["class_type"].startswith("LoraLoader"))
+        # a text encoder's part is drawn with only by the loader of both
+        encoders = file == DIFFUSERS and part == "unet"
+        assert node["class_type"] == ("LoraLoader" if encoders else "LoraLoaderModelOnly")
+        own = COMFYUI if part == "unet" else DIFFUSERS
+        assert node["inputs"]["lora_name"] == (own if file == DIFFUSERS else TURBO[own])
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from distill.config.recipe import Recipe
 from distill.evaluation.finish import finish
 from distill.training.build import build
 from distill.training.run_folder import ADAPTERS
-from students.export.lora_files import DIFFUSERS, KOHYA, TURBO
+from students.export.lora_files import COMFYUI, DIFFUSERS, TURBO
 from teachers.errors import UserError
 from tests.helpers import families
 from tests.helpers import lora_formats as formats
@@ -58,7 +58,7 @@ def test_a_run_ends_with_a_file_of_both_and_one_of_the_turbo_alone(tree, tmp_pat
     assert summary["failed"] == {}
     lora = tmp_path / "run" / "lora"
     names = {p.name for p in lora.glob("*.safetensors")}
-    assert names == {DIFFUSERS, KOHYA, *TURBO.values()}
+    assert names == {DIFFUSERS, COMFYUI, *TURBO.values()}
     both, alone = load_file(lora / DIFFUSERS), load_file(lora / TURBO[DIFFUSERS])
     assert both.keys() == alone.keys() and both.keys()
     err = capsys.readouterr().err
