@@ -78,7 +78,7 @@ METHODS = (
     ),
     Method(
         "Trajectory consistency (TCD)", r"(?<![a-z])tcd(?![a-z])", "TCD (diffusers: TCDScheduler)",
-        steps="4 to 8, as its card says",
+        steps="4 and more", note="eta 0.3 at four steps, more at more steps",
     ),
     Method(
         "Phased consistency (PCM)", r"(?<![a-z])pcm(?![a-z])",
