@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -126,6 +127,7 @@ class _Recomputed(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable  # a gradient of this gradient would leave out the block, in silence
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore
         call, learning = ctx.call, ctx.learning
         saved = [v if v is None else v.detach() for v in ctx.saved_tensors]

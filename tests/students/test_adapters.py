@@ -409,3 +409,13 @@ def test_a_recomputed_block_calls_its_own_hooks_once():
     network.block.register_forward_hook(lambda *_: calls.append(1))
     network(torch.randn(2, 4), torch.ones(4)).sum().backward()
     assert calls == [1]
+
+
+def test_a_second_gradient_through_a_recomputed_block_is_an_error():
+    """It would be that of the rest of the network, without a word."""
+    network, x = Recomputing(), torch.randn(2, 4, requires_grad=True)
+    checkpointing(network)
+    out = network(x, torch.ones(4)).square().sum()
+    (slope,) = torch.autograd.grad(out, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
