@@ -227,7 +227,8 @@ def show(
     for name, (value, origin) in found.facts.items():
         table.add_row(name.replace("_", " "), Text(shown(value)), origin)
     console.print(table)
-    for name, why in found.unknown.items():
-        console.print(f"not known: {name.replace('_', ' ')} ({why})", soft_wrap=True, markup=False)
+    for why in dict.fromkeys(found.unknown.values()):
+        names = ", ".join(k.replace("_", " ") for k, v in found.unknown.items() if v == why)
+        console.print(f"not known: {names}; {why}", soft_wrap=True, markup=False)
     if json_file is not None:
         json_file.write_text(text, encoding="utf-8")

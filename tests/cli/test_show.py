@@ -170,7 +170,7 @@ def test_what_cannot_be_known_is_said_and_not_guessed(capsys, tmp_path):
     assert {"steps", "sampler", "sigmas", "timesteps", "cfg", "strength"} <= found["unknown"].keys()
     assert found["facts"]["base"]["value"] == "sd_xl_base_1.0"
     assert found["facts"]["licence"]["value"] == "openrail++"
-    assert "not known: steps (" in shown(capsys, path)
+    assert "not known: steps, sampler, sigmas, timesteps, cfg, strength; the" in shown(capsys, path)
 
 
 def test_the_layers_of_distillation_scripts_are_a_hint_and_no_verdict(capsys, tmp_path):
