@@ -45,7 +45,7 @@ class Speed(NamedTuple):
     Args:
         steps_per_s, images_per_s: Without the time of grids, measurements and checkpoints.
         share: Of the card's rate of matrix products; None where FLOPs or the rate are unknown.
-        seconds: Of one step, with everything.
+        seconds: Of one step, with its share of the pauses since the warm-up.
         peak_gb: The most memory since training began.
         memory: For the terminal; empty on a CPU.
     """
@@ -81,15 +81,9 @@ def short(value: float) -> str:
 
 
 class Mark(NamedTuple):
-    """A step, when it was finished, and the work until then.
-
-    Args:
-        wall: In seconds.
-        busy: The same without pauses.
-    """
+    """A step, when it was finished in seconds without pauses, and the work until then."""
 
     step: int
-    wall: float
     busy: float
     flops: float
 
@@ -115,13 +109,14 @@ class Speedometer:
         self.planned_gb: float | None = None
         self._marks: list[Mark] = []
         self._paused = 0.0
-        self._steps = 0
+        self._steps = self._start = 0
 
     def advance(self, step: int) -> None:
         """Count a step; at the end of the warm-up, wait for the device and start to measure."""
         self._steps += 1
         if self._steps == WARM_UP:
             self._wait()
+            self._paused, self._start = 0.0, step
             self._marks = [self._mark(step)]
 
     def measure(self, step: int) -> Speed | None:
@@ -141,7 +136,7 @@ class Speedometer:
             steps / busy,
             steps * self.batch / busy,
             share,
-            (last.wall - first.wall) / steps,
+            busy / steps + self._paused / (step - self._start),
             peak,
             self._memory(peak),
         )
@@ -156,8 +151,8 @@ class Speedometer:
         self._paused += time.perf_counter() - began
 
     def _mark(self, step: int) -> Mark:
-        now = time.perf_counter()
-        return Mark(step, now, now - self._paused, self.flops() if self.flops else 0.0)
+        busy = time.perf_counter() - self._paused
+        return Mark(step, busy, self.flops() if self.flops else 0.0)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

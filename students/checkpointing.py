@@ -3,8 +3,8 @@
 PyTorch's own checkpoint (`use_reentrant=False`) calls Python twice for every tensor that autograd
 keeps. In a network with hundreds of small layers that costs more than the recomputation. Here one
 autograd function stands for a block: the forward pass keeps the block's inputs alone, and the
-backward pass runs it again with gradients. PyTorch's runs where that is not enough: a closure hides
-the weights that it uses, and hooks inside a block read values with a graph.
+backward pass runs it again with gradients. PyTorch's runs where that is not enough: a closure or an
+object hides the tensors that it holds, and hooks inside a block read values with a graph.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,13 @@ from students.adapter_layers import active_adapter, parameters_of, using
 from students.two_time import Shifts, current_shifts, shifted
 from teachers.errors import UserError
 from teachers.features import hooked_modules, replaced
+
+PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size,
+         type(None))  # fmt: skip
+# Keywords of PyTorch's checkpoint, which backbones written for it may pass.
+KEYWORDS = ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug",
+            "early_stop")  # fmt: skip
+_CHECKED: WeakSet[nn.Module] = WeakSet()  # blocks whose graph `check_sources` has walked
 
 
 def checkpointing(backbone: Any) -> None:
@@ -42,13 +50,16 @@ def checkpointing(backbone: Any) -> None:
             "function(block, *inputs); add it, or set the key to false"
         )
 
-    def run_block(block: Any, *args: Any) -> Any:
+    def run_block(block: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {k: v for k, v in kwargs.items() if k not in KEYWORDS}
         name, shifts = active_adapter(backbone), current_shifts(backbone)
         if isinstance(block, nn.Module) and not hooked_inside(block, shifts):
-            return recomputed(block, backbone, args)
+            values, spec = tree_flatten((args, kwargs))
+            if all(isinstance(v, PLAIN) for v in values):
+                return recomputed(block, backbone, values, spec)
         call = block.__call__ if isinstance(block, nn.Module) else block
         contexts = lambda: (nullcontext(), replayed(backbone, name, shifts))  # noqa: E731
-        return checkpoint(call, *args, use_reentrant=False, context_fn=contexts)
+        return checkpoint(partial(call, **kwargs), *args, use_reentrant=False, context_fn=contexts)
 
     try:
         backbone.enable_gradient_checkpointing(run_block)
@@ -72,12 +83,14 @@ def replayed(backbone: nn.Module, adapter: str | None, shifts: Shifts | None) ->
 class Call(NamedTuple):
     """A call of a block, to be repeated.
 
+    block: The module that is called.
     forward: Of the block, without its hooks, which run once and outside.
     backbone, adapter: The network, and the adapter that it runs with.
     spec: How the block's arguments are built from the flat list.
     count: The length of that list, which the learning weights follow.
     """
 
+    block: nn.Module
     forward: Any
     backbone: nn.Module
     adapter: str | None
@@ -86,27 +99,33 @@ class Call(NamedTuple):
 
     def run(self, values: Sequence[Any]) -> tuple[list[Any], TreeSpec]:
         """The flat outputs, and how they are put together."""
-        return tree_flatten(self.forward(*tree_unflatten(list(values), self.spec)))
+        args, kwargs = tree_unflatten(list(values), self.spec)
+        return tree_flatten(self.forward(*args, **kwargs))
 
     def backbone_as_then(self) -> AbstractContextManager[None]:
         """The context that the backbone ran in; landing times are added outside of the block."""
         return using(self.backbone, self.adapter)
 
 
-def recomputed(block: nn.Module, backbone: nn.Module, args: tuple[Any, ...]) -> Any:
-    """The block's outputs; the backward pass computes them again."""
+def recomputed(block: nn.Module, backbone: nn.Module, values: list[Any], spec: TreeSpec) -> Any:
+    """The block's outputs; the backward pass computes them again.
+
+    Args:
+        values, spec: The positional and keyword arguments, as a flat list of `PLAIN` values.
+    """
     learning = [p for p in parameters_of(block) if p.requires_grad]
     forward, name = block.forward, active_adapter(backbone)
 
-    def keep_inputs(*args: Any) -> Any:
-        values, spec = tree_flatten(args)
-        call = Call(forward, backbone, name, spec, len(values))
+    def keep_inputs(*args: Any, **kwargs: Any) -> Any:  # a hook may have changed them
+        values, spec = tree_flatten((args, kwargs))
+        call = Call(block, forward, backbone, name, spec, len(values))
         out: list[TreeSpec] = []
         outputs = _Recomputed.apply(call, out, *values, *learning)
         return tree_unflatten(list(outputs), out[0])  # pyright: ignore
 
+    args, kwargs = tree_unflatten(values, spec)
     with replaced(block, keep_inputs):
-        return block(*args)
+        return block(*args, **kwargs)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -136,6 +155,7 @@ class _Recomputed(torch.autograd.Function):
         values = [o if v is None else v for v, o in zip(saved, ctx.others, strict=True)]
         with torch.enable_grad(), ctx.autocast(), ctx.random.restored(), call.backbone_as_then():
             outputs, _ = call.run(values)
+        check_sources(call.block, outputs, sources)
         learned = [isinstance(o, Tensor) and o.requires_grad for o in outputs]
         pairs = [(o, g) for o, g, learns in zip(outputs, grads, learned) if learns]
         found = torch.autograd.grad(
@@ -144,6 +164,35 @@ class _Recomputed(torch.autograd.Function):
         gradients = iter(found)
         to_inputs = [next(gradients) if v is not None and n else None for v, n in zip(saved, needs)]
         return None, None, *to_inputs, *gradients
+
+
+def check_sources(block: nn.Module, outputs: Sequence[Any], sources: Sequence[Tensor]) -> None:
+    """Refuse a block that computes with what is neither its own nor among its inputs.
+
+    Recomputing it would lose the gradients of that. Each block is checked once.
+
+    Raises:
+        UserError: naming the block's class.
+    """
+    if block in _CHECKED:
+        return
+    _CHECKED.add(block)
+    known = {id(v) for v in (*sources, *block.parameters())}
+    nodes = [v.grad_fn for v in outputs if isinstance(v, Tensor)]
+    seen = set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # only nodes of leaves have it
+        if isinstance(leaf, Tensor) and id(leaf) not in known:
+            raise UserError(
+                f"train.checkpointing: a {type(block).__name__} computes with weights or tensors "
+                "that are neither its own nor among its arguments, and recomputing it would lose "
+                "their gradients; pass them to the block as arguments, or set the key to false"
+            )
+        nodes += [source for source, _ in node.next_functions]
 
 
 def autocast_now(kind: str) -> Callable[[], AbstractContextManager[Any]]:

@@ -113,20 +113,27 @@ class GraphReport:
 
 def why_not_compiled(device: torch.device) -> str | None:
     """Why this machine cannot compile, found by compiling one sum; None if it can."""
-    double: Callable[[Tensor], Tensor] = torch.compile(lambda x: x + x, backend=BACKEND)
     try:
+        double: Callable[[Tensor], Tensor] = torch.compile(lambda x: x + x, backend=BACKEND)
         double(torch.ones(2, device=device))
-    except Exception as error:  # no C++ compiler, no Triton, an unknown card
-        return first_line(error)
+    except (
+        Exception
+    ) as error:  # no C++ compiler, no Triton, no folder to write to
+        # PyTorch's own error may only name the backend; it holds what that raised.
+        return first_line(getattr(error, "inner_exception", error))
     return None
 
 
 def compile_modules(modules: Iterable[nn.Module], dynamic: bool | None = False) -> int:
-    """Compile the forward of each module, in place; how many there are."""
+    """Compile the forward of each module, in place; how many there are.
+
+    A module with a `forward` of its own, beside its class's, is left as it is: what that does is
+    not known, and it would be lost.
+    """
     raise_limits()
     count = 0
     for module in modules:
-        if compiled_forward(module) is None:
+        if "forward" not in vars(module):
             module.forward = Compiled(module, dynamic)
             count += 1
     return count
@@ -150,6 +157,22 @@ def compiled_forward(module: nn.Module) -> Compiled | None:
     """The compiled forward of a module, or None."""
     forward = vars(module).get("forward")
     return forward if isinstance(forward, Compiled) else None
+
+
+def listed_blocks(network: nn.Module) -> list[nn.Module]:
+    """The items of the network's lists and dicts of modules, without those inside another item.
+
+    PyTorch's own layers, such as a list of linear ones, are not worth a graph each.
+    """
+    blocks: list[nn.Module] = []
+    for child in network.children():
+        listed = isinstance(network, nn.ModuleList | nn.ModuleDict)
+        own = next(child.children(), None) is not None or not type(child).__module__.startswith(
+            "torch."
+        )
+        callable_ = type(child).forward is not nn.Module.forward
+        blocks += [child] if listed and own and callable_ else listed_blocks(child)
+    return list(dict.fromkeys(blocks))
 
 
 def blocks_in(network: nn.Module, pattern: str) -> list[nn.Module]:

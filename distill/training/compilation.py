@@ -18,15 +18,22 @@ from students.generator import Generator
 from students.lora import AdaptedDenoiser, network_of
 from students.two_time import TwoTime
 from teachers import conditions
-from teachers.compiled import Mode, blocks_in, compile_modules, running_compiled, why_not_compiled
+from teachers.compiled import (
+    Mode,
+    blocks_in,
+    compile_modules,
+    listed_blocks,
+    running_compiled,
+    why_not_compiled,
+)
 from teachers.denoiser import Network
 from teachers.errors import UserError, plural
+from teachers.families.base import Pretrained
 from teachers.guidance import SkipLayerGuided
 
 # Steps from which compilation pays: on an H200 it took EDM's CIFAR-10 network 179 s at first, and a
 # step of DMD2 0.175 s and not 0.26 s from then on.
 PAYS = 2000
-ANY_BLOCK = r"\w+\.\d+"  # of a network of the user's own: the items of its lists
 
 
 def mode_of(recipe: Recipe, device: torch.device) -> Mode:
@@ -88,10 +95,16 @@ def compile_networks(
     for network in pretrained_in(networks):
         modules = [network.backbone]
         if mode == "blocks":
-            pattern = getattr(network, "BLOCKS", ANY_BLOCK)
-            modules = blocks_in(network.backbone, pattern) or modules
+            modules = blocks_of(network) or modules
         count += compile_modules(modules, dynamic)
     print_notice(f"compiling {count} {plural(count, 'module')}: the first step takes minutes")
+
+
+def blocks_of(network: Network) -> list[nn.Module]:
+    """The modules that are compiled one by one; of a network of the user's own, its lists' items."""
+    if isinstance(network, Pretrained):
+        return blocks_in(network.backbone, network.BLOCKS)
+    return listed_blocks(network.backbone)
 
 
 def needs_blocks(recipe: Recipe, networks: dict[str, nn.Module]) -> str | None:

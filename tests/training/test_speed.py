@@ -87,6 +87,18 @@ def test_grids_and_checkpoints_do_not_count_but_the_time_left_has_them(clock):
     assert found.steps_per_s == pytest.approx(1) and found.seconds == pytest.approx(10)
 
 
+def test_a_pause_counts_for_all_steps_in_the_time_left_and_not_for_the_last_few(clock):
+    """An evaluation of ten minutes after 1,000 steps does not make the remaining ones longer."""
+    meter = Speedometer(torch.device("cpu"), 8)
+    play(meter, clock, 1, WARM_UP, 1.0)
+    play(meter, clock, WARM_UP + 1, WARM_UP + 1000, 1.0)
+    meter.measure(WARM_UP + 1000)
+    with meter.paused():
+        clock.now += 600
+    play(meter, clock, WARM_UP + 1001, WARM_UP + 1200, 1.0)
+    assert meter.measure(WARM_UP + 1200).seconds == pytest.approx(1.5)
+
+
 def test_a_figure_is_of_the_last_steps_and_of_no_fewer_than_the_window(clock):
     meter = Speedometer(torch.device("cpu"), 8)
     play(meter, clock, 1, 100, 1.0)
