@@ -5,7 +5,8 @@
 
 Networks have random weights and published shapes, so nothing is downloaded. Each row is a shipped
 recipe, played by the engine; a line is printed as soon as the row is measured, and the JSON is
-written after each. The default file is docs/results/gpu/DEVICE.json; docs/performance.md explains
+written after each. The default file is docs/results/gpu/DEVICE.json; there is none with `--only` or
+`--set`, as it holds the figures of all recipes as they are shipped. docs/performance.md explains
 the columns. `--only` also takes `experiments`, which times single pieces, and `checks`. `--cpu`
 runs narrow networks and checks the ratios that a CPU can show.
 """
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 if "--cpu" in sys.argv:  # before torch looks
@@ -237,9 +238,15 @@ def line(result: dict[str, Any]) -> str:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--cpu", action="store_true", help="narrow networks, on the CPU")
-    parser.add_argument("--json", type=Path, help="by default docs/results/gpu/DEVICE.json")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="by default docs/results/gpu/DEVICE.json, if all rows run as shipped",
+    )
     names = ", ".join([*(row.name for row in ROWS), *EXTRAS])
     parser.add_argument("--only", help=f"some of {names}")
     parser.add_argument("--steps", type=int, help="timed steps, rounded up to whole cycles")
@@ -247,22 +254,52 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="a key of all recipes, as train.compile=blocks")  # fmt: skip
     options = parser.parse_args()
-    options.names = options.only.split(",") if options.only else [row.name for row in ROWS]
+    chosen = [row.name for row in ROWS] if options.only is None else options.only.split(",")
+    options.names = [name.strip() for name in chosen]
     known = {*(row.name for row in ROWS), *EXTRAS}
     if unknown := [name for name in options.names if name not in known]:
         parser.error(f"--only: {unknown[0]!r} is none of {names}")
     if not options.cpu and not torch.cuda.is_available():
         parser.error("there is no GPU here; --cpu runs narrow networks")
-    if not options.only:
+    check_options(options, parser)
+    if options.only is None:
         options.names += ["checks"] if options.cpu else ["experiments"]
     options.steps = options.steps or (2 if options.cpu else None)
     return options
 
 
+def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End the command, before anything is measured, where an option cannot be carried out."""
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps: {options.steps} is less than 1")
+    if options.json is not None:
+        try:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=options.json.parent):
+                pass
+        except OSError as error:
+            parser.error(f"--json: {options.json} cannot be written: {error.strerror}")
+        if options.json.is_dir():
+            parser.error(f"--json: {options.json} is a folder; give a file in it")
+    for row in ROWS:
+        if row.name in options.names:
+            try:
+                row.settings(options.cpu, options.set)
+            except UserError as error:
+                parser.error(f"--set: {error}")
+
+
 def path_of(options: argparse.Namespace, device: torch.device) -> Path | None:
-    """The JSON file; none by default on a CPU, whose figures are no device's."""
+    """The JSON file.
+
+    By default none on a CPU, whose figures are no device's, and none of some rows or changed
+    recipes: the file holds the figures of all recipes as they are shipped.
+    """
     if options.json is not None or options.cpu:
         return options.json
+    if options.only is not None or options.set:
+        say("no file is written with --only or --set; give one by --json")
+        return None
     return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', device_name(device).lower()).strip('-')}.json"
 
 
@@ -286,10 +323,7 @@ def run_rows(options: argparse.Namespace, report: Report, clock: Clock, start: f
             report.tree["not_run"].append(row.name)
             say(f"{row.name:20} not run: --budget {options.budget:.0f} is over")
             continue
-        try:
-            measure(row, options, report, clock, plans.get(row.name))
-        except UserError as error:  # of --set
-            raise SystemExit(f"{row.name}: {error}") from None
+        measure(row, options, report, clock, plans.get(row.name))
     if pool is not None:
         pool.shutdown(cancel_futures=True)
     for row in rows:  # after all steps are timed, since it takes longer

@@ -116,9 +116,7 @@ def why_not_compiled(device: torch.device) -> str | None:
     try:
         double: Callable[[Tensor], Tensor] = torch.compile(lambda x: x + x, backend=BACKEND)
         double(torch.ones(2, device=device))
-    except (
-        Exception
-    ) as error:  # no C++ compiler, no Triton, no folder to write to
+    except Exception as error:  # no C++ compiler, no Triton, no folder to write to
         # PyTorch's own error may only name the backend; it holds what that raised.
         return first_line(getattr(error, "inner_exception", error))
     return None

@@ -101,7 +101,7 @@ def compile_networks(
 
 
 def blocks_of(network: Network) -> list[nn.Module]:
-    """The modules that are compiled one by one; of a network of the user's own, its lists' items."""
+    """What is compiled one by one: a family's blocks, or the items of an own network's lists."""
     if isinstance(network, Pretrained):
         return blocks_in(network.backbone, network.BLOCKS)
     return listed_blocks(network.backbone)

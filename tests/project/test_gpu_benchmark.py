@@ -1,5 +1,6 @@
 """benchmarks/gpu.py: what it counts, what it records of a failure, and its tables."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -97,6 +98,36 @@ def test_an_unknown_row_is_refused(run, capsys):
         run("--only", "sdxxl")
     assert stopped.value.code == 2
     assert "'sdxxl' is none of sdxl-dmd2-lora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--json", "/dev/null/x/cpu.json"), "--json: /dev/null/x/cpu.json cannot be written"),
+        (("--json", "/"), "--json: / "),
+        (("--steps", "0"), "--steps: 0"),
+        (("--only", ""), "--only: '' is none of"),
+        (("--only", "edm-cifar-ect", "--set", "train.bacht=4"), "--set: "),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_measured(
+    run, capsys, monkeypatch, options, part
+):
+    monkeypatch.setattr(gpu, "rates", None)
+    with pytest.raises(SystemExit) as stopped:
+        run(*options)
+    assert stopped.value.code == 2 and part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "file"),
+    [({}, "nvidia-h200.json"), ({"only": "edm-cifar-ect"}, None), ({"set": ["a=1"]}, None)],
+)
+def test_some_rows_or_changed_recipes_do_not_replace_the_devices_file(changes, file, monkeypatch):
+    monkeypatch.setattr(gpu, "device_name", lambda device: "NVIDIA H200")
+    defaults = {"json": None, "cpu": False, "only": None, "set": []}
+    path = gpu.path_of(argparse.Namespace(**{**defaults, **changes}), None)
+    assert (path and path.name) == file
 
 
 def test_choosing_an_adapter_takes_as_many_calls_for_any_number_of_layers():

@@ -419,3 +419,49 @@ def test_a_second_gradient_through_a_recomputed_block_is_an_error():
     (slope,) = torch.autograd.grad(out, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.square().sum().backward()
+
+
+class Gain:
+    """An argument that is an object with a tensor."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Scaling(torch.nn.Module):
+    """A block whose gain is an argument, inside an object or not, or a tensor of someone else's."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.gain = torch.nn.Linear(4, 4), None
+
+    def forward(self, x, gain=None):
+        gain = self.gain if gain is None else gain
+        return self.linear(x) * (gain.value if isinstance(gain, Gain) else gain)
+
+
+WAYS_IN = {
+    "object": lambda call, block, x, gain: call(block, x, Gain(gain)),
+    "keyword": lambda call, block, x, gain: call(block, x, gain=gain, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_tensors_in_objects_and_keywords_of_a_recomputed_block_keep_their_gradients(way):
+    """Hooks of PyTorch's checkpoint are accepted, which backbones of one's own may pass."""
+    network, gain = Recomputing(), torch.randn(4, requires_grad=True)
+    network.block = Scaling()
+    checkpointing(network)
+    x = torch.randn(2, 4)
+    WAYS_IN[way](network.call, network.block, x, gain).sum().backward()
+    torch.testing.assert_close(gain.grad, network.block.linear(x).detach().sum(0))
+
+
+def test_a_recomputed_block_that_computes_with_what_is_not_given_to_it_is_refused():
+    """Its gradients would be missing, without a word."""
+    network, outside = Recomputing(), torch.nn.Linear(4, 4)
+    network.block = Scaling()
+    checkpointing(network)
+    network.block.gain = outside(torch.ones(4))
+    with refused("train.checkpointing", "Scaling", "arguments"):
+        network.call(network.block, torch.randn(2, 4, requires_grad=True)).sum().backward()

@@ -6,6 +6,8 @@ generation of code, which takes most of the time.
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torchvision.utils import save_image
@@ -14,7 +16,15 @@ from distill.config.recipe import Recipe
 from distill.training import build, compilation
 from students.lora import Adapter, adapt, unwrap
 from teachers import compiled, load
-from teachers.compiled import Compiled, blocks_in, compile_modules, counts, running_compiled
+from teachers.compiled import (
+    Compiled,
+    blocks_in,
+    compile_modules,
+    counts,
+    listed_blocks,
+    running_compiled,
+    why_not_compiled,
+)
 from teachers.features import tapped
 from tests.helpers import families
 from tests.helpers.disturbed import disturbed
@@ -124,8 +134,6 @@ def test_outside_of_training_compiled_modules_run_eagerly(folders):
 
 
 def test_a_copy_of_a_compiled_module_is_compiled_with_its_own_weights():
-    from copy import deepcopy
-
     layer = torch.nn.Linear(2, 2)
     compile_modules([layer])
     twin = deepcopy(torch.nn.Sequential(layer))[0]
@@ -222,6 +230,17 @@ def test_a_compiled_run_is_resumed_bit_for_bit(pipelines, tmp_path):
     assert_same(again, whole)
 
 
+@pytest.mark.parametrize("later", ["off", "full"])
+def test_a_run_goes_on_with_another_mode(later, pipelines, tmp_path):
+    """A machine that cannot compile says to set it to off, which must be possible."""
+    source, train = pipelines["edm"], {"compile": "blocks", "steps": 2, "save_every": 2}
+    engine_of(tmp_path / "run", "sid", source, train=train).train()
+    train |= {"compile": later, "steps": 4}
+    again = engine_of(tmp_path / "run", "sid", source, resume=True, train=train)
+    assert again.step == 2
+    again.train()
+
+
 def pictures(folder):
     """A folder of pictures with captions."""
     folder.mkdir()
@@ -268,3 +287,28 @@ def test_a_machine_that_cannot_compile_is_one_line_before_anything_is_written(
 def test_off_is_off_as_yaml_reads_it():
     tree = recipe_tree("sid", "digits", compile=False)
     assert Recipe.check(tree).train.compile == "off"
+
+
+def test_a_module_with_a_forward_of_its_own_is_left_as_it_is():
+    layer = torch.nn.Linear(2, 2)
+    layer.forward = torch.zeros_like
+    assert compile_modules([layer]) == 0
+    with running_compiled():
+        assert layer(torch.ones(1, 2)).sum() == 0
+
+
+def test_blocks_of_ones_own_network_are_found_in_lists_of_lists_and_in_dicts():
+    block = torch.nn.TransformerEncoderLayer(4, 1)
+    stages = torch.nn.ModuleList(torch.nn.ModuleList([deepcopy(block)]) for _ in range(2))
+    named = torch.nn.ModuleDict({"last": block})
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), stages, named, layers)
+    assert listed_blocks(network) == [stages[0][0], stages[1][0], block]
+
+
+def test_why_a_machine_cannot_compile_is_what_the_backend_says(monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    assert why_not_compiled(torch.device("cpu")) == "no compiler"
