@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from teachers.errors import plural
+
 FILE = Path(__file__).with_suffix(".json")
 BUSY = 0.4  # the share of a GPU's peak FLOP/s that training reaches; assumed where not measured
 # By a network's class, the family that benchmarks/gpu.py names; of other classes, the class itself.
@@ -91,7 +93,7 @@ class Card:
         near = [r for r in rows if (r["family"], adapter_of(r)) == (family, adapter)]
         text = f"{family}, {ADAPTERS.get(adapter, adapter)}"
         if not near:
-            near, text = rows, f"mean of {len(rows)} recipes"
+            near, text = rows, f"mean of {len(rows)} other {plural(len(rows), 'recipe')}"
         return sum(r["share"] for r in near) / len(near), text
 
 

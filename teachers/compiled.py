@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from teachers.errors import first_line
+from teachers.errors import UserError, first_line
 
 Mode = Literal["off", "blocks", "full"]
 BACKEND = "inductor"
@@ -117,9 +117,37 @@ def why_not_compiled(device: torch.device) -> str | None:
         double: Callable[[Tensor], Tensor] = torch.compile(lambda x: x + x, backend=BACKEND)
         double(torch.ones(2, device=device))
     except Exception as error:  # no C++ compiler, no Triton, no folder to write to
-        # PyTorch's own error may only name the backend; it holds what that raised.
-        return first_line(getattr(error, "inner_exception", error))
+        return reason_of(error)
     return None
+
+
+def reason_of(error: Exception) -> str:
+    """Why compilation failed, in a line.
+
+    PyTorch's own error may only name the backend; it holds what the backend raised.
+    """
+    return first_line(getattr(error, "inner_exception", error))
+
+
+class CompileError(UserError):
+    """PyTorch could not compile a network."""
+
+
+@contextmanager
+def compile_errors() -> Iterator[None]:
+    """Raise PyTorch's errors of compilation, from inside this context, as one line.
+
+    Raises:
+        CompileError: naming the recipe's key.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        raise CompileError(
+            f"train.compile: compiling a network failed: {reason_of(error)}; set it to off"
+        ) from error
 
 
 def compile_modules(modules: Iterable[nn.Module], dynamic: bool | None = False) -> int:

@@ -21,6 +21,7 @@ from teachers import conditions
 from teachers.compiled import (
     Mode,
     blocks_in,
+    compile_errors,
     compile_modules,
     listed_blocks,
     running_compiled,
@@ -148,7 +149,7 @@ def compile_chains(
     chains = [student.at(count) for count in student.counts]
     size = len(batch.noise)
     left = {n for c in chains for k in range(len(c.times)) for n in c.remaining(size, k)[:-1]}
-    with running_compiled(), accelerator.autocast():
+    with compile_errors(), running_compiled(), accelerator.autocast():
         for n in sorted({min(n, 2) for n in left if n}):
             for learns in (False, True):
                 player.requires_grad_(learns)

@@ -37,7 +37,7 @@ from distill.training.ema import EMA
 from distill.training.player import Player
 from students.export.folder import sample_student
 from students.lora import AdaptedDenoiser
-from teachers.compiled import GraphReport, running_compiled
+from teachers.compiled import CompileError, GraphReport, compile_errors, running_compiled
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.teacher import Teacher
@@ -46,11 +46,14 @@ Evaluate = Callable[[int], dict[str, Any]]  # student steps -> metrics, for the 
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; the step was finished and saved."""
+    """A signal asked the run to stop; the step was finished and saved.
 
-    def __init__(self, number: int) -> None:
+    saved: False where it was not, since the signal also ended the compilers that it waited for.
+    """
+
+    def __init__(self, number: int, saved: bool = True) -> None:
         super().__init__(signal.Signals(number).name)
-        self.number = number
+        self.number, self.saved = number, saved
 
 
 class StopVote(NamedTuple):
@@ -144,7 +147,7 @@ class Engine:
 
         Raises:
             Stopped: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
-            UserError: a loss is no longer a finite number.
+            UserError: a loss is no longer a finite number, or a network could not be compiled.
         """
         if self.accelerator.is_main_process:
             self.extras.clear()
@@ -157,7 +160,7 @@ class Engine:
         try:
             with Progress(self.cfg.steps, self.step, self.accelerator.is_main_process) as progress:
                 while self.step < self.cfg.steps:
-                    self.latest |= self.advance(stream)
+                    self.latest |= self._compiled_step(stream)
                     self.seconds = time.perf_counter() - began
                     progress.advance(self.step)
                     self.speed.advance(self.step)
@@ -166,6 +169,21 @@ class Engine:
             stream.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _compiled_step(self, stream: Stream) -> dict[str, Tensor]:
+        """Play a step, in which networks may be compiled; scalars to log.
+
+        Raises:
+            Stopped: a signal came to all processes of a terminal, and so ended a compiler.
+            UserError: a network could not be compiled.
+        """
+        try:
+            with compile_errors():
+                return self.advance(stream)
+        except CompileError:
+            if self._stop:
+                raise Stopped(self._stop, saved=False) from None
+            raise
 
     def _after_step(self, progress: Progress) -> None:
         """Log, sample, evaluate and save where it is time to, and stop on a signal."""

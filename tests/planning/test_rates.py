@@ -58,7 +58,11 @@ NEAREST = {
     ("sdxl", "lora", "bf16"): (0.3, 700.0, "measured on NVIDIA H200 (sdxl, LoRA)"),
     ("edm", "full", "fp16"): (0.1, 700.0, "measured on NVIDIA H200 (edm, all weights)"),
     ("edm", "full", "fp32"): (0.6, 50.0, "measured on NVIDIA H200 (edm, all weights)"),
-    ("sana", "lora", "bf16"): (0.2, 700.0, "measured on NVIDIA H200 (mean of 2 recipes)"),
+    ("sana", "lora", "bf16"): (
+        0.2,
+        700.0,
+        "measured on NVIDIA H200 (mean of 2 other recipes)",
+    ),
 }
 
 

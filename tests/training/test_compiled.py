@@ -6,14 +6,17 @@ generation of code, which takes most of the time.
 
 from __future__ import annotations
 
+import signal
 from copy import deepcopy
 
 import pytest
 import torch
 from torchvision.utils import save_image
 
+from distill.cli.errors import signal_exit_code
 from distill.config.recipe import Recipe
 from distill.training import build, compilation
+from distill.training.engine import Stopped
 from students.lora import Adapter, adapt, unwrap
 from teachers import compiled, load
 from teachers.compiled import (
@@ -312,3 +315,36 @@ def test_why_a_machine_cannot_compile_is_what_the_backend_says(monkeypatch):
 
     monkeypatch.setattr(compiled, "BACKEND", backend)
     assert why_not_compiled(torch.device("cpu")) == "no compiler"
+
+
+def failing(monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("no space left\non the disk")
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    monkeypatch.setattr(compilation, "why_not_compiled", lambda device: None)
+
+
+def test_a_network_that_cannot_be_compiled_is_one_line(pipelines, tmp_path, monkeypatch):
+    failing(monkeypatch)
+    engine = engine_of(tmp_path / "run", "sid", pipelines["edm"], train={"compile": "blocks"})
+    with refused("train.compile", "no space left", "off"):
+        engine.train()
+
+
+def test_a_signal_that_ends_a_compiler_too_stops_the_run(pipelines, tmp_path, monkeypatch, capsys):
+    """Ctrl-C reaches the compilers of the terminal's group."""
+    failing(monkeypatch)
+    engine = engine_of(tmp_path / "run", "sid", pipelines["edm"], train={"compile": "blocks"})
+    real = engine.advance
+
+    def interrupted(stream):
+        signal.raise_signal(signal.SIGINT)
+        return real(stream)
+
+    monkeypatch.setattr(engine, "advance", interrupted)
+    with pytest.raises(Stopped) as stopped:
+        engine.train()
+    assert not stopped.value.saved and signal_exit_code(stopped.value) == 130
+    line = capsys.readouterr().err
+    assert "compiling" in line and "--resume" in line and line.count("\n") == 1

@@ -136,6 +136,20 @@ def test_a_share_is_of_the_cards_rate_and_memory_beside_the_plan(clock, card):
     }
 
 
+@pytest.mark.parametrize(
+    ("precision", "tf32", "share"), [("fp32", True, None), ("fp32", False, 1), ("bf16", True, 1)]
+)
+def test_there_is_no_share_where_convolutions_run_in_tf32(
+    precision, tf32, share, clock, card, monkeypatch
+):
+    """It would be several times the whole card: float32's rate is that of other products."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    rate = rates.GPUS["h200"].fp32 if precision == "fp32" else rates.GPUS["h200"].bf16
+    meter = Speedometer(CUDA, 8, precision, lambda: clock.now * rate * 1e12)
+    play(meter, clock, 1, 20, 1.0)
+    assert meter.measure(20).share == (share and pytest.approx(share))
+
+
 def test_work_is_counted_by_passes_of_samples():
     work = Work(10.0, {"student": 3.0})
     assert work.flops({"student": 4, "fake": 6}, {"student": 2, "fake": 1}) == 10 * (10 + 6 + 1)
