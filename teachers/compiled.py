@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from teachers.errors import UserError, first_line
+from teachers.errors import UserError, first_line, plural
 
 Mode = Literal["off", "blocks", "full"]
 BACKEND = "inductor"
@@ -108,7 +108,8 @@ class GraphReport:
         if not graphs:
             return None
         again = "compiled" if before == self.start else "train.compile: compiled again:"
-        return f"{again} {graphs} graphs with {breaks} breaks, up to step {step}"
+        made = f"{graphs} {plural(graphs, 'graph')} with {breaks} {plural(breaks, 'break')}"
+        return f"{again} {made}, up to step {step}"
 
 
 def why_not_compiled(device: torch.device) -> str | None:

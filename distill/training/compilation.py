@@ -98,6 +98,9 @@ def compile_networks(
         if mode == "blocks":
             modules = blocks_of(network) or modules
         count += compile_modules(modules, dynamic)
+    if not count:
+        print_notice("train.compile: off, since no network here has a module to compile")
+        return
     print_notice(f"compiling {count} {plural(count, 'module')}: the first step takes minutes")
 
 

@@ -348,3 +348,10 @@ def test_a_signal_that_ends_a_compiler_too_stops_the_run(pipelines, tmp_path, mo
     assert not stopped.value.saved and signal_exit_code(stopped.value) == 130
     line = capsys.readouterr().err
     assert "compiling" in line and "--resume" in line and line.count("\n") == 1
+
+
+def test_a_run_without_a_network_has_nothing_to_compile(tmp_path, capsys):
+    build.build(
+        Recipe.check(recipe_tree("sid", "analytic:gaussian", compile="blocks")), tmp_path / "run"
+    )
+    assert "train.compile: off" in capsys.readouterr().err
