@@ -144,10 +144,12 @@ def compile_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        # Of a second gradient through compiled code, PyTorch says so in a plain RuntimeError.
+        ours = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if not ours and not str(error).startswith("torch.compile "):
             raise
         raise CompileError(
-            f"train.compile: compiling a network failed: {reason_of(error)}; set it to off"
+            f"train.compile: a network cannot be compiled: {reason_of(error)}; set it to off"
         ) from error
 
 
