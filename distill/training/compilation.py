@@ -29,7 +29,6 @@ from teachers.compiled import (
 )
 from teachers.denoiser import Network
 from teachers.errors import UserError, plural
-from teachers.families.base import Pretrained
 from teachers.guidance import SkipLayerGuided
 
 # Steps from which compilation pays: on an H200 it took EDM's CIFAR-10 network 179 s at first, and a
@@ -106,9 +105,10 @@ def compile_networks(
 
 def blocks_of(network: Network) -> list[nn.Module]:
     """What is compiled one by one: a family's blocks, or the items of an own network's lists."""
-    if isinstance(network, Pretrained):
-        return blocks_in(network.backbone, network.BLOCKS)
-    return listed_blocks(network.backbone)
+    pattern = getattr(network, "BLOCKS", None)
+    if pattern is None:
+        return listed_blocks(network.backbone)
+    return blocks_in(network.backbone, pattern)
 
 
 def needs_blocks(recipe: Recipe, networks: dict[str, nn.Module]) -> str | None:

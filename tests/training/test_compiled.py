@@ -352,7 +352,8 @@ def test_a_signal_that_ends_a_compiler_too_stops_the_run(pipelines, tmp_path, mo
 
 
 def test_a_run_without_a_network_has_nothing_to_compile(tmp_path, capsys):
-    tree = {**recipe_tree("sid", "", compile="blocks"), "teacher": {"source": "analytic:gaussian"}}
+    tree = {"teacher": {"source": "analytic:gaussian"}, "objective": {"name": "dmd2"},
+            "train": {"steps": 2, "batch": 8, "compile": "blocks"}}  # fmt: skip
     build.build(Recipe.check(tree), tmp_path / "run")
     assert "train.compile: off" in capsys.readouterr().err
 
