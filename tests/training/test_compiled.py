@@ -351,10 +351,8 @@ def test_a_signal_that_ends_a_compiler_too_stops_the_run(pipelines, tmp_path, mo
     assert "SIGINT: stopped while compiling" in line and "--resume" in line
 
 
-def test_a_run_without_a_network_has_nothing_to_compile(tmp_path, capsys):
-    tree = {"teacher": {"source": "analytic:gaussian"}, "objective": {"name": "dmd2"},
-            "train": {"steps": 2, "batch": 8, "compile": "blocks"}}  # fmt: skip
-    build.build(Recipe.check(tree), tmp_path / "run")
+def test_a_run_without_a_network_has_nothing_to_compile(capsys):
+    compilation.compile_networks(Recipe.check(recipe_tree("sid", "digits")), {}, "blocks")
     assert "train.compile: off" in capsys.readouterr().err
 
 
