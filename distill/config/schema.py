@@ -229,7 +229,7 @@ Known = Literal["digits", "shapes", "cifar10-50k", "imagenet64-50k", "coco2014-3
 class FlatSection(Section):
     """When the evaluations in training have become flat; `{}` takes the defaults."""
 
-    window: Annotated[PositiveInt, Ge(2)] = 3  # evaluations; their median is compared
+    window: Annotated[PositiveInt, Ge(2)] = 5  # evaluations; their median is compared
     # The least improvement over the median of as many evaluations before, as a share of it.
     tolerance: Fraction = 0.02
 

@@ -17,9 +17,9 @@ FALLING = [10 * 0.97**n for n in range(40)]  # 9 % in three evaluations
 SLOWLY = [10 * 0.995**n for n in range(40)]  # 1.5 %
 
 
-def end_of(values, **section):
+def end_of(values, window=3, tolerance=0.02):
     """How many values are read until the rule says that they are flat; None if it never does."""
-    rule = FlatSection(**section)
+    rule = FlatSection(window=window, tolerance=tolerance)
     return next((n for n in range(len(values) + 1) if rule.reached(values[:n])), None)
 
 

@@ -1,0 +1,114 @@
+"""What `distill auto` knows of the model: its teacher, its family, and whether its weights are here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.data.from_recipe import examples
+from distill.planning.doctor import diagnose, has_pictures, is_exact, pictures_for, verdict
+from distill.rates import family_of
+from students.lora import unwrap
+from teachers.adapters.files import check, read
+from teachers.catalogue.loading import load
+from teachers.catalogue.outlines import OUTLINES, outline
+from teachers.errors import UserError
+from teachers.quantised import parameters
+from teachers.storage.files import home
+from teachers.teacher import EMBEDDED, Teacher
+
+FOLDERS = {"adm": "edm"}  # of recipes, by the family of a network where the names differ
+SMALL = 20e6  # parameters, below which the embedded teachers' settings fit better than large ones'
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model to distil.
+
+    Args:
+        weights: Whether its weights are here; else its shapes alone are known.
+        family: The folder of its family's recipes.
+        kind: What its samples are asked for by: "text", "labels" or "none".
+        parameters: Of its network.
+        adapters: LoRA files that become part of it, as a recipe has them.
+    """
+
+    source: str
+    teacher: Teacher
+    weights: bool
+    family: str
+    kind: str
+    parameters: int
+    adapters: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def small(self) -> bool:
+        return self.parameters < SMALL
+
+    @property
+    def flows(self) -> bool:
+        """Whether its process is a rectified flow."""
+        return type(self.teacher.denoiser.process).__name__ == "Linear"
+
+
+def subject_of(source: str, adapters: Sequence[dict[str, Any]] = ()) -> Subject:
+    """The model at `source`, with these LoRA files in it.
+
+    Raises:
+        UserError: it cannot be loaded, or a LoRA file does not fit it.
+    """
+    weights = source not in OUTLINES or home(source, "MODEL").exists()
+    if weights:
+        options = {"adapters": list(adapters)} if adapters else {}
+        teacher = load(source, **options)
+    else:
+        teacher = outline(source, torch.device("meta"), precision="bf16")
+        fit(teacher, adapters)
+    network: Any = unwrap(teacher.denoiser)
+    count = parameters(network.backbone) if hasattr(network, "backbone") else 0
+    family = family_of(network)
+    return Subject(
+        source, teacher, weights, FOLDERS.get(family, family), kind_of(teacher), count,
+        tuple(adapters),
+    )  # fmt: skip
+
+
+def kind_of(teacher: Teacher) -> str:
+    """What its samples are asked for by."""
+    if teacher.codec.classes:
+        return "labels"
+    return "none" if teacher.codec.condition([""]) is None else "text"
+
+
+def fit(teacher: Teacher, adapters: Sequence[dict[str, Any]]) -> None:
+    """Fit LoRA files to a network without values.
+
+    Raises:
+        UserError: one does not fit.
+    """
+    network: Any = unwrap(teacher.denoiser)
+    parts: dict[str, nn.Module] = {network.PART: network.backbone}
+    for key, path, strength in check(adapters):
+        read(path, key, strength, network.PART, parts)
+
+
+def examine(subject: Subject) -> str:
+    """The doctor's verdict on a teacher whose weights are here.
+
+    Raises:
+        UserError: a check failed.
+    """
+    teacher, prompts = subject.teacher, None
+    if subject.source in EMBEDDED:
+        images, prompts = examples(subject.source)
+    else:
+        images = pictures_for(teacher, None)
+    structure = not (is_exact(teacher) or has_pictures(teacher))
+    checks = diagnose(teacher, images, prompts, structure)
+    if failed := [c for c in checks if c.verdict in ("broken", "untrained?")]:
+        raise UserError(f"doctor {subject.source!r}: {failed[0].remedy}")
+    return verdict(checks)
