@@ -13,7 +13,7 @@ SMALLEST = 64  # samples of an update, below which no recipe's batch is cut
 LARGEST = 128  # to which the batch of a recipe that was never run may grow: DMD2's on SDXL
 FEWEST = 50  # training steps that are worth a run
 KEPT = 0.1  # share of the hours for building, exporting and saving
-MEASURED = 0.2  # and for evaluations
+MEASURED = 0.3  # and for evaluations
 
 
 @dataclass(frozen=True)

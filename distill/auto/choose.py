@@ -16,7 +16,9 @@ from distill.benchmark.spec import laid_over
 from distill.config.recipe import Recipe
 from teachers.errors import plural
 
-EVALUATIONS = 20  # in training
+EVALUATIONS = 12  # in training
+WINDOW = 3  # of them, that are compared with as many before: a quarter of the run
+TOLERANCE = 0.02
 COMPILED = 2000  # training steps from which compiling pays on a GPU: decision 11
 
 
@@ -79,10 +81,10 @@ def choose(
     usable = 3600 * hours * (1 - KEPT - MEASURED * measures)
     per_sample = machine.seconds(fit.plan) / own.get("batch", 64)
     budget = budget_of(tree["train"], usable, per_sample, grows=start.unrun)
-    tree = laid_over(spent(tree, budget), {"train": {"hours": whole(hours)}})
+    tree = laid_over(spent(tree, budget), {"train": {"hours": whole(round(hours * (1 - KEPT), 3))}})
     if measures:
         every = max(1, budget.steps // EVALUATIONS)
-        section = {"every": every, "stop_when_flat": {"window": 5, "tolerance": 0.02}}
+        section = {"every": every, "stop_when_flat": {"window": WINDOW, "tolerance": TOLERANCE}}
         tree = laid_over(tree, {"eval": section})
     if machine.is_gpu:
         mode = "blocks" if budget.steps >= COMPILED else "off"
@@ -135,8 +137,8 @@ def reasons(
         section = tree["eval"]
         value = f"every {section['every']} steps"
         why = (
-            f"{EVALUATIONS} in all; training ends when the median of 5 is not 2 % better than that "
-            "of the 5 before, which is a quarter of the run"
+            f"{EVALUATIONS} in all; training ends early when the median of {WINDOW} is not "
+            f"{100 * TOLERANCE:g} % better than that of the {WINDOW} before"
         )
         found.append(Reason("eval", "evaluation", value, why))
     return found
@@ -179,7 +181,7 @@ def why_form(machine: Machine, fit: Fit) -> tuple[str, str]:
 
 def why_rates(tree: dict[str, Any], start: Start, budget: Budget) -> tuple[str, str]:
     rates = {k: v["lr"] for k, v in tree.get("players", {}).items() if "lr" in v}
-    value = ", ".join(f"{k} {v:g}" for k, v in rates.items()) or "1e-4"
+    value = ", ".join(f"{k} {rate_text(v)}" for k, v in rates.items()) or "1e-4"
     if "adapters" in tree and "adapters" not in start.tree:
         why = "those of the LoRA recipes, sdxl/dmd2-lora and others"
     else:
@@ -189,11 +191,19 @@ def why_rates(tree: dict[str, Any], start: Start, budget: Budget) -> tuple[str, 
     return value, why
 
 
+def rate_text(rate: float) -> str:
+    """Such as 5e-4."""
+    mantissa, exponent = f"{rate:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 def why_length(own: dict[str, Any], budget: Budget, hours: float) -> str:
     steps = own["train"]["steps"]
     if budget.share == 1:
-        return f"all of the recipe's; they fit in {hours_text(hours)}"
-    return f"what {hours_text(hours)} can buy; the recipe has {steps:,}"
+        why = f"all of the recipe's, which fit in {hours_text(hours)}"
+    else:
+        why = f"what {hours_text(hours)} can buy; the recipe has {steps:,}"
+    return f"{why}; training ends after {(1 - KEPT) * hours:.3g} h at the latest"
 
 
 def whole(value: float) -> float | int:

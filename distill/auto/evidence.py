@@ -81,8 +81,8 @@ def rows(path: Path = FILE) -> tuple[Evidence, ...]:
 def best(found: Iterable[Evidence]) -> list[Evidence]:
     """The best row first, then those that differ from it by no more than the larger spread.
 
-    Of these ties the one of fewest steps of sampling comes first, then the one of lower distance,
-    then the one that took fewer evaluations.
+    Of these ties the one of fewest steps of sampling comes first; then a recipe as it is shipped,
+    then the one of lower distance, and then the one that took fewer evaluations.
     """
     found = list(found)
     if not found:
@@ -95,7 +95,11 @@ def best(found: Iterable[Evidence]) -> list[Evidence]:
         return row.loss(key) - top.loss(key) <= spread
 
     ties = [row for row in found if is_tie(row)]
-    return sorted(ties, key=lambda row: (row.steps, row.figures["fd"][0], row.evaluations))
+
+    def order(row: Evidence) -> tuple[int, bool, float, int]:
+        return row.steps, bool(row.changes), row.figures["fd"][0], row.evaluations
+
+    return sorted(ties, key=order)
 
 
 def of_model(model: str, steps: int | None = None) -> list[Evidence]:

@@ -184,14 +184,15 @@ def least(tree: dict[str, Any], subject: Subject) -> float:
 def name_of(tree: dict[str, Any]) -> str:
     """Such as "LoRA of rank 64 on nf4 weights, activations recomputed, 1 sample at a time"."""
     adapters, train = tree.get("adapters"), tree["train"]
-    precision = tree["teacher"].get("precision") or "the checkpoint's own"
+    precision = tree["teacher"].get("precision")
     if adapters is None:
         moments = {v.get("optimizer", "adamw") for v in tree.get("players", {}).values()}
         text = "all weights" + (", moments on the host" if "adamw-offloaded" in moments else "")
     else:
         kind = adapters.get("kind", "lora")
         kind = {"lora": "LoRA", "dora": "DoRA"}.get(kind, kind)
-        text = f"{kind} of rank {adapters.get('rank', 64)} on {precision} weights"
+        text = f"{kind} of rank {adapters.get('rank', 64)}"
+        text += f" on {precision} weights" if precision else ""
     if train.get("checkpointing", False):
         text += ", activations recomputed"
     at_once = train.get("batch", 64) // train.get("accumulate", 1)

@@ -178,7 +178,7 @@ def adapted(
     if not own:
         tree.pop("eval", None)
     tree["data"] = data_of(tree, subject, data, own)
-    return {k: v for k, v in tree.items() if v}
+    return {k: v for k, v in tree.items() if v or k != "data"}
 
 
 def data_of(
