@@ -109,6 +109,6 @@ def evidence() -> str:
     }
     rows = [row for name in BENCHES for row in bench_rows(name)]
     rows += [row for stem, recipe in runs.items() for row in run_rows(stem, recipe)]
-    ranked = json.dumps({model: key for model, key in BENCHES.values()})
+    ranked = json.dumps(dict(BENCHES.values()))
     lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
     return f'{{\n "ranked_by": {ranked},\n "rows": [\n  {lines}\n ]\n}}\n'

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from boards import caption_accuracy, students, untrained
-from gpu_parts.tables import gpus
 from evidence import evidence
+from gpu_parts.tables import gpus
 from rates import rates
 
 from eval import catalogue

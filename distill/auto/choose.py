@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from distill.auto.budget import KEPT, MEASURED, Budget, budget_of, spent
 from distill.auto.evidence import Evidence
 from distill.auto.ladder import Fit, PlanOf, ladder_of
 from distill.auto.machine import Machine
-from distill.auto.start import PROMPTS, Start, start_of
+from distill.auto.start import PROMPTS, Start, header, start_of
 from distill.auto.subject import Subject
 from distill.benchmark.spec import laid_over
 from distill.config.recipe import Recipe
@@ -19,6 +20,7 @@ from teachers.errors import plural
 EVALUATIONS = 12  # in training
 WINDOW = 3  # of them, that are compared with as many before: a quarter of the run
 TOLERANCE = 0.02
+EXPECTS = re.compile(r"We expect.+?\.(?= |$)")
 COMPILED = 2000  # training steps from which compiling pays on a GPU: decision 11
 
 
@@ -174,8 +176,8 @@ def why_form(machine: Machine, fit: Fit) -> tuple[str, str]:
     name = fit.form.name
     why = f"{fit.need:.1f} of {machine.memory:.3g} GB (distill plan)"
     if fit.larger is not None:
-        name_of_larger, gb = fit.larger
-        why += f"; {name_of_larger}: at least {gb:.1f} GB"
+        larger, gb = fit.larger
+        why += f"; {larger.partition(',')[0]} takes at least {gb:.1f} GB"
     return name, why
 
 
@@ -230,6 +232,13 @@ def why_batch(own: dict[str, Any], budget: Budget, start: Start) -> str:
     return f"the hours allow more than the recipe's {before}; DMD2's on SDXL is 128"
 
 
+def expectation(name: str) -> str:
+    """What a recipe's header expects of it; empty where it says nothing."""
+    text = " ".join(line.lstrip("# ") for line in header(name).splitlines())
+    found = EXPECTS.search(text)
+    return f"Its header: {found[0]}" if found else ""
+
+
 def unknowns(
     subject: Subject, machine: Machine, start: Start, fit: Fit, budget: Budget, choice: Choice
 ) -> list[str]:
@@ -238,11 +247,13 @@ def unknowns(
     if start.relation != "measured":
         found.append(f"No bench has this model's family ({subject.family}).")
     if start.unrun:
-        found.append(f"The recipe {start.name} was never run at full scale.")
+        found.append(f"The recipe was never run at full scale. {expectation(start.name)}".strip())
     if not subject.weights:
         found.append("The weights are not here: the doctor checked nothing.")
     if not machine.rate and not fit.plan.share(machine.name).source:
         found.append(f"No training was measured on {machine.name}: its speed is assumed.")
+    if subject.small and not machine.rate:
+        found.append("Starting kernels takes longer than so small a network computes.")
     if budget.share < 1:
         found.append(f"No student of {budget.share:.0%} of the recipe's training was measured.")
     if "eval" not in choice.tree:

@@ -20,7 +20,11 @@ from teachers.errors import UserError
 PlanOf = Callable[[Recipe], Plan]
 BYTES = {None: 4.0, "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "nf4": 0.53}  # of a weight
 ROOM = 3  # times a form's memory that must be there before a faster one is planned
-LORA_RATES = {"student": 5e-5, "fake": 1e-4, "critic": 1e-4}  # of every LoRA recipe of a large model
+LORA_RATES = {
+    "student": 5e-5,
+    "fake": 1e-4,
+    "critic": 1e-4,
+}  # of the LoRA recipes of large models
 
 
 @dataclass(frozen=True)

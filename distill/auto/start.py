@@ -1,4 +1,4 @@
-"""Where a recipe starts from: the evidence of this model, a recipe of its family, or the nearest."""
+"""Where a recipe starts from: this model's evidence, a recipe of its family, or the nearest."""
 
 from __future__ import annotations
 
@@ -105,24 +105,16 @@ def measured(
     """The best row of a model's evidence, or of that of the embedded model like it."""
     if subject.adapters:
         rows = [row for row in rows if "adapters" in tree_of(row)] or rows
-    counts = {row.steps for row in rows}
-    at = steps if steps in counts else None
-    if steps is not None and at is None:
-        at = min(counts, key=lambda k: (abs(k - steps), k))
+    at = None
+    if steps is not None:
+        at = min({row.steps for row in rows}, key=lambda k: (abs(k - steps), k))
     ranked = best(row for row in rows if at in (None, row.steps))
-    row = ranked[0]
+    row, top = ranked[0], min(ranked, key=lambda v: v.loss(v.ranked_by))
     own = row.model == subject.source
-    tree = tree_of(row) if own else adapted(tree_of(row), subject, data, False)
-    if own:
-        teacher = tree["teacher"]
-        tree["teacher"] = dict(teacher) if isinstance(teacher, dict) else {"source": teacher}
-        tree = laid_over(tree, {"data": dict(data)} if data else {})
-        if subject.adapters:
-            tree["teacher"]["adapters"] = [dict(v) for v in subject.adapters]
-    tree = with_steps(tree, steps if steps is not None else row.steps)
+    tree = adapted(tree_of(row), subject, data, own)
+    tree = with_steps(tree, row.steps if steps is None else steps)
     relation = "measured" if own and steps in (None, row.steps) else "like"
     evidence = row if relation == "measured" else None
-    top = min(ranked, key=lambda v: v.loss(v.ranked_by))
     return Start(row.recipe or row.name, tree, relation, evidence, row, top, len(ranked) - 1)
 
 
@@ -156,21 +148,15 @@ def sources(name: str) -> str:
 def adapted(
     tree: dict[str, Any], subject: Subject, data: Mapping[str, Any], same_family: bool
 ) -> dict[str, Any]:
-    """A recipe's keys for another model: its teacher, and data that it can read."""
+    """A recipe's keys for this model: its teacher, and data that it can read."""
     tree = deepcopy(tree)
     teacher = tree["teacher"]
     before: dict[str, Any] = teacher if isinstance(teacher, dict) else {"source": teacher}
-    if same_family:
-        kept = {k: v for k, v in before.items() if k != "adapters"}
-    else:
-        guidance = before.get("guidance", 1)
-        scale = guidance["scale"] if isinstance(guidance, dict) else guidance
-        kept = {"guidance": 1 if subject.kind == "none" else scale}
-        if not subject.small and subject.family not in ("adm", "edm"):
-            kept["precision"] = "bf16"
-        if "adapters" in tree:
-            tree["adapters"].pop("targets", None)
     own = before.get("source") == subject.source
+    kept = {k: v for k, v in before.items() if k != "adapters"} if same_family else {}
+    if not same_family:
+        kept = settings_of_another(before, subject)
+        tree.get("adapters", {}).pop("targets", None)
     tree["teacher"] = {**kept, "source": subject.source}
     if subject.adapters:
         tree["teacher"]["adapters"] = [dict(v) for v in subject.adapters]
@@ -179,6 +165,15 @@ def adapted(
         tree.pop("eval", None)
     tree["data"] = data_of(tree, subject, data, own)
     return {k: v for k, v in tree.items() if v or k != "data"}
+
+
+def settings_of_another(teacher: Mapping[str, Any], subject: Subject) -> dict[str, Any]:
+    """The teacher's section from a recipe of another family: guidance and precision."""
+    guidance = teacher.get("guidance", 1)
+    scale = guidance["scale"] if isinstance(guidance, dict) else guidance
+    kept = {"guidance": 1 if subject.kind == "none" else scale}
+    quantisable = not subject.small and subject.family not in ("adm", "edm")
+    return {**kept, **({"precision": "bf16"} if quantisable else {})}
 
 
 def data_of(

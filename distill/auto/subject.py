@@ -1,4 +1,4 @@
-"""What `distill auto` knows of the model: its teacher, its family, and whether its weights are here."""
+"""What `distill auto` knows of the model: its teacher, its family, its size, its LoRA files."""
 
 from __future__ import annotations
 

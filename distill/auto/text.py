@@ -10,12 +10,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from distill.auto.choose import Choice
+from distill.auto.choose import Choice, hours_text
 from distill.auto.machine import Machine
 from teachers.errors import plural
 
 WIDTH = 100  # of a comment
-ORDER = ("teacher", "student", "objective", "critic", "adapters", "players", "data", "train", "eval")
+ORDER = (
+    "teacher", "student", "objective", "critic", "adapters", "players", "data", "train", "eval",
+)  # fmt: skip
 
 
 def recipe_text(choice: Choice, command: str, machine: Machine) -> str:
@@ -47,7 +49,7 @@ def section_text(key: str, value: object) -> str:
 def expected(choice: Choice, machine: Machine) -> str:
     """One line: time, memory, cost, and the figure of the evidence."""
     parts = [time_text(choice.hours), f"{choice.gb:.1f} of {machine.memory:.3g} GB"]
-    if choice.dollars:
+    if choice.dollars >= 0.01:
         parts.append(f"${choice.dollars:.2f}")
     if choice.figure:
         parts.append(choice.figure)
@@ -59,7 +61,12 @@ def time_text(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 2 else f"{max(1, round(60 * hours))} min"
 
 
-def shown(choice: Choice, title: str, machine: Machine) -> Group:
+def title(model: str, machine: Machine, hours: float) -> str:
+    """What was asked for, in one line."""
+    return f"{model} on {machine.name} ({machine.memory:.3g} GB), at most {hours_text(hours)}"
+
+
+def shown(choice: Choice, head: str, machine: Machine) -> Group:
     """What the terminal shows: the choices with their reasons, the cost, and what was not known."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("choice", no_wrap=True)
@@ -68,7 +75,7 @@ def shown(choice: Choice, title: str, machine: Machine) -> Group:
     for reason in choice.reasons:
         table.add_row(reason.what, Text(reason.value, "green"), reason.why)
     table.expand = True
-    return Group(Text(title, "bold"), "", table, "", Text(expected(choice, machine)),
+    return Group(Text(head, "bold"), "", table, "", Text(expected(choice, machine)),
                  *unknown_lines(choice))  # fmt: skip
 
 

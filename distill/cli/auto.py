@@ -41,60 +41,80 @@ def auto(
             show_default="runs/auto-MODEL",
         ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Run the recipe without asking.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Run the recipe without asking.")
+    ] = False,
 ):
     """Choose a recipe for a model, with the reason for every choice, and run it on yes.
 
-    The choices come from the model's shapes, the card's memory and speed, what this project's
-    benches measured, and the recipe of the model's family. Nothing runs without --yes or an answer.
+    It considers the model's shapes, the card, what this project's benches measured, and the recipe
+    of the model's family.
     """
-    from distill.console import err, spinner
+    adapters = [adapter_of(text) for text in lora or []]
+    out = out or Path("runs") / f"auto-{Path(model).stem}"
+    section = checked(gpu, hours, data, bool(adapters), out, yes)
+    choice, machine, verdict = choice_for(model, gpu, hours, adapters, steps, section)
+    from distill.auto import text
     from distill.console import out as console
 
-    adapters = [adapter_of(text, i) for i, text in enumerate(lora or [])]
-    if not math.isfinite(hours) or hours <= 0:
-        from teachers.errors import UserError
+    recipe = text.recipe_text(choice, command_of(), machine)
+    if str(out) == "-":
+        sys.stdout.write(recipe)
+        return
+    console.print(text.shown(choice, text.title(model, machine, hours), machine))
+    console.print(verdict, soft_wrap=True)
+    file = saved(recipe, out)
+    command = f"distill run {file} --out {out / 'run'}"
+    if yes or confirmed():
+        console.print(f"wrote {file}; {command}", soft_wrap=True)
+        from distill.cli.train import run
 
+        run(str(file), [], out / "run")
+    else:
+        console.print(f"wrote {file}; run it with\n  {command}", soft_wrap=True)
+
+
+def checked(
+    gpu: str | None, hours: float, data: str | None, adapters: bool, out: Path, yes: bool
+) -> dict[str, Any]:
+    """The recipe's section of data; what can be refused before a model is loaded is refused.
+
+    Raises:
+        UserError: naming the option.
+    """
+    from distill.console import spinner
+    from teachers.errors import UserError
+
+    if not math.isfinite(hours) or hours <= 0:
         raise UserError(f"--hours {hours:g}: expected hours above 0, such as 8")
-    out = out or Path("runs") / f"auto-{Path(model).stem}"
     with spinner("distill: preparing"):  # the imports take seconds
         from distill.auto.machine import check_gpu
         from distill.auto.start import names_data
 
         check_gpu(gpu)
-        section = {} if data is None else names_data(data, bool(adapters))
-        if printed := str(out) == "-":
-            if yes:
-                raise typer.BadParameter("--out - prints the recipe, and --yes runs it")
-        else:
+        section = {} if data is None else names_data(data, adapters)
+        if str(out) != "-":
             check_new(out)
-    choice, machine, verdict = choice_for(model, gpu, hours, adapters, steps, section)
-    from distill.auto import text
+        elif yes:
+            raise UserError("--out -: it prints the recipe alone; leave out --yes")
+    return section
 
-    whole = text.recipe_text(choice, command_of(), machine)
-    if printed:
-        sys.stdout.write(whole)
-        return
-    limit = f"{hours:g} {'hour' if hours == 1 else 'hours'}"
-    title = f"{model} on {machine.name} ({machine.memory:.3g} GB), at most {limit}"
-    console.print(text.shown(choice, title, machine))
-    console.print(verdict, soft_wrap=True)
+
+def saved(recipe: str, out: Path) -> Path:
+    """Write the recipe into the folder, and return its file."""
     from distill.files import write
 
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "recipe.yaml"
-    write(file, whole)
-    command = f"distill run {file} --out {out / 'run'}"
-    if not (yes or (sys.stdin.isatty() and err.is_terminal and typer.confirm("Run it now?"))):
-        console.print(f"wrote {file}; run it with\n  {command}", soft_wrap=True)
-        return
-    console.print(f"wrote {file}; {command}", soft_wrap=True)
-    from distill.cli.train import run
-
-    run(str(file), [], out / "run")
+    write(out / "recipe.yaml", recipe)
+    return out / "recipe.yaml"
 
 
-def adapter_of(text: str, number: int) -> dict[str, Any]:
+def confirmed() -> bool:
+    """Whether the user answers yes; no without a terminal."""
+    return sys.stdin.isatty() and sys.stdout.isatty() and typer.confirm("Run it now?")
+
+
+def adapter_of(text: str) -> dict[str, Any]:
     """A LoRA file and its strength, from FILE[:STRENGTH].
 
     Raises:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 # Keys that may change when a run is resumed: none of them changes the weights so far.
-FREE = {"train.steps", "train.hours", "train.log_every", "train.save_every", "train.sample_every", "train.keep",
-        "train.trackers", "train.accumulate", "data.cache", "data.cache_limit_gb",
-        "data.in_memory_gb", "data.skip_share"}  # fmt: skip
+FREE = {"train.steps", "train.hours", "train.log_every", "train.save_every",
+        "train.sample_every", "train.keep", "train.trackers", "train.accumulate",
+        "data.cache", "data.cache_limit_gb", "data.in_memory_gb", "data.skip_share"}  # fmt: skip
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -188,7 +188,7 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
             metrics = metric.student(student.at(steps), seeds=1)
             first = next(iter(metrics["spread"]))
             lower = metric.lower_is_better
-            return {**metrics, **{"headline" if lower else "raised": first}}
+            return {**metrics, "headline" if lower else "raised": first}
         assert measure is not None
         metrics = evaluate_student(student.at(steps), teacher, measure, seeds=1)
         return {**metrics, "headline": headline(metrics)}

@@ -389,8 +389,7 @@ class Engine:
         return line
 
     def _keep_best(self, evaluate: Evaluate, steps: int) -> tuple[str, float]:
-        """A line to show, and the metric with the sign that training lowers; NaN if there is none.
-        """
+        """A line to show, and the metric with the sign that training lowers; NaN without one."""
         with self.ema.swapped():
             metrics = evaluate(steps)
         values = {f"eval/{k}": v for k, v in metrics.items() if isinstance(v, float)}

@@ -4,12 +4,11 @@ import json
 import math
 
 import pytest
-from typer.testing import CliRunner
 
 from distill.cli.train import goes_on
 from distill.config.recipe import Recipe
 from distill.config.schema import FlatSection
-from distill.training import build, checkpoint
+from distill.training import checkpoint
 from tests.helpers.engines import assert_same, made
 from tests.helpers.refusals import refused
 
