@@ -20,7 +20,7 @@ from teachers.errors import plural
 EVALUATIONS = 12  # in training
 WINDOW = 3  # of them, that are compared with as many before: a quarter of the run
 TOLERANCE = 0.02
-EXPECTS = re.compile(r"We expect.+?\.(?= |$)")
+SENTENCE = re.compile(r"(?<=\.) (?=[A-Z])")
 COMPILED = 2000  # training steps from which compiling pays on a GPU: decision 11
 
 
@@ -151,17 +151,19 @@ def why_start(subject: Subject, start: Start) -> str:
         return f"measured on {subject.source} itself"
     if start.relation == "family":
         return f"the recipe of this family ({subject.family}), with its papers' settings"
-    size = f"{subject.parameters / 1e6:.3g} million parameters"
-    return f"no recipe of the family {subject.family!r}; the nearest by prompts and size ({size})"
+    if subject.small:
+        size = f"{subject.parameters / 1e6:.3g} million parameters"
+        return f"of {size}, as the embedded teachers, whose best student this is"
+    return f"no recipe of the family {subject.family!r}; the nearest by its prompts and process"
 
 
 def why_objective(start: Start) -> str:
     if (row := start.evidence) is not None:
-        text, top = row_text(row), start.top
+        place = row.source.removeprefix("docs/results/")
+        text, top = f"{row_text(row)} ({place})", start.top
         if top is None or top == row:
-            return f"{text} ({row.source}), the best measured"
-        rank = f"within the spread of the best, {top.objective}: {row_text(top)}"
-        return f"{text} ({row.source}), {rank}"
+            return f"{text}, the best measured"
+        return f"{text}, within the spread of the best, {top.objective}: {row_text(top)}"
     text = f"{start.name}'s"
     if (near := start.near) is not None:
         text += f"; the best on {near.model} is {near.objective}: {row_text(near)}"
@@ -235,8 +237,8 @@ def why_batch(own: dict[str, Any], budget: Budget, start: Start) -> str:
 def expectation(name: str) -> str:
     """What a recipe's header expects of it; empty where it says nothing."""
     text = " ".join(line.lstrip("# ") for line in header(name).splitlines())
-    found = EXPECTS.search(text)
-    return f"Its header: {found[0]}" if found else ""
+    found = [s for s in SENTENCE.split(text) if "we expect" in s.lower()]
+    return " ".join(["Its header says:", *found]) if found else ""
 
 
 def unknowns(
@@ -245,7 +247,7 @@ def unknowns(
     """What was not known."""
     found = []
     if start.relation != "measured":
-        found.append(f"No bench has this model's family ({subject.family}).")
+        found.append("No bench measured this model.")
     if start.unrun:
         found.append(f"The recipe was never run at full scale. {expectation(start.name)}".strip())
     if not subject.weights:

@@ -68,9 +68,10 @@ def start_of(subject: Subject, steps: int | None, data: Mapping[str, Any]) -> St
     Raises:
         UserError: every recipe of the family needs data, and there are none.
     """
-    rows = of_model(subject.source)
+    rows, embedded = of_model(subject.source), not data
     if not rows and subject.small:
-        rows = [row for row in of_model(of_kind(subject.kind)) if data or not needs_data(row)]
+        rows, embedded = of_model(of_kind(subject.kind)), False
+    rows = [row for row in rows if embedded or "source" in data or not needs_data(row)]
     if rows:
         return measured(subject, rows, steps, data)
     names = family(subject)

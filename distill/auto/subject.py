@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from distill.data.from_recipe import examples
-from distill.planning.doctor import diagnose, has_pictures, is_exact, pictures_for, verdict
+from distill.planning.doctor import diagnose, has_pictures, pictures_for, verdict
 from distill.rates import family_of
 from students.lora import unwrap
 from teachers.adapters.files import check, read
@@ -96,19 +97,32 @@ def fit(teacher: Teacher, adapters: Sequence[dict[str, Any]]) -> None:
         read(path, key, strength, network.PART, parts)
 
 
-def examine(subject: Subject) -> str:
-    """The doctor's verdict on a teacher whose weights are here.
+def examine(subject: Subject, images: Path | None = None) -> tuple[str, str]:
+    """The doctor's verdict on a teacher whose weights are here, and what it doubts.
+
+    Args:
+        images: The user's own; without them a failed check may be the synthetic pictures' fault, so
+            it is a doubt and no error.
 
     Raises:
-        UserError: a check failed.
+        UserError: a check failed on embedded or own data.
     """
     teacher, prompts = subject.teacher, None
+    synthetic = images is None and subject.source not in EMBEDDED
     if subject.source in EMBEDDED:
-        images, prompts = examples(subject.source)
+        pictures, prompts = examples(subject.source)
     else:
-        images = pictures_for(teacher, None)
-    structure = not (is_exact(teacher) or has_pictures(teacher))
-    checks = diagnose(teacher, images, prompts, structure)
-    if failed := [c for c in checks if c.verdict in ("broken", "untrained?")]:
+        pictures = pictures_for(teacher, images)
+    structure = images is None and not has_pictures(teacher)
+    checks = diagnose(teacher, pictures, prompts, structure)
+    failed = [c for c in checks if c.verdict in ("broken", "untrained?")]
+    if failed and not synthetic:
         raise UserError(f"doctor {subject.source!r}: {failed[0].remedy}")
-    return verdict(checks)
+    doubt = f"The doctor doubts it, on synthetic pictures: {failed[0].remedy}." if failed else ""
+    return verdict(checks), doubt
+
+
+def pictures_in(data: Mapping[str, Any]) -> Path | None:
+    """The folder of images in a recipe's section of data, if it names one."""
+    place = data.get("source")
+    return Path(place) if isinstance(place, str) and Path(place).is_dir() else None

@@ -51,7 +51,7 @@ def auto(
     of the model's family.
     """
     adapters = [adapter_of(text) for text in lora or []]
-    out = out or Path("runs") / f"auto-{Path(model).stem}"
+    out = out or Path("runs") / f"auto-{name_of(model)}"
     section = checked(gpu, hours, data, bool(adapters), out, yes)
     choice, machine, verdict = choice_for(model, gpu, hours, adapters, steps, section)
     from distill.auto import text
@@ -98,6 +98,12 @@ def checked(
         elif yes:
             raise UserError("--out -: it prints the recipe alone; leave out --yes")
     return section
+
+
+def name_of(model: str) -> str:
+    """A model's name for a folder: the last part of its path, without the suffix of a file."""
+    path = Path(model.partition(":")[0])
+    return path.stem if path.suffix in (".safetensors", ".pt", ".pth", ".pkl", ".py") else path.name
 
 
 def saved(recipe: str, out: Path) -> Path:
@@ -162,19 +168,20 @@ def choice_for(
         warnings.simplefilter("ignore")  # fake tensors have no addresses, which torch warns about
         from distill.auto.choose import choose
         from distill.auto.machine import machine_of
-        from distill.auto.subject import examine, subject_of
+        from distill.auto.subject import examine, pictures_in, subject_of
         from distill.planning import forecast
 
         subject = subject_of(model, adapters)
-        verdict = "doctor: not asked, since the weights are not here"
+        verdict, doubt = "not asked, since the weights are not here", ""
         if subject.weights:
-            verdict = f"doctor: {examine(subject)}"
+            verdict, doubt = examine(subject, pictures_in(data))
         machine = machine_of(gpu, subject.teacher, subject.weights)
     waits = "distill: planning (up to a minute for each form that may fit)"
     with spinner(waits), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         choice = choose(subject, machine, hours, steps, data, forecast.plan)
-    return choice, machine, verdict
+    choice.unknown += [doubt] if doubt else []
+    return choice, machine, f"doctor: {verdict}"
 
 
 def command_of() -> str:

@@ -234,7 +234,7 @@ class Engine:
         if self._hosts is None:
             return value
         shared = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(shared, 0, self._hosts)
+        dist.broadcast(shared, 0, self._hosts)  # pyright: ignore[reportArgumentType]
         return float(shared)
 
     def advance(self, stream: Stream) -> dict[str, Tensor]:

@@ -284,8 +284,11 @@ def test_a_family_without_a_recipe_starts_from_the_nearest_and_says_so():
     assert start.tree["teacher"] == {"guidance": 4.5, "precision": "bf16", "source": "me/mine"}
     assert start.tree["data"] == {"prompts": "mine.txt"}
     small = dataclasses.replace(mine, parameters=1_000_000)
-    assert start_of(small, None, {}).name.startswith("shapes/")
-    assert "eval" not in start_of(small, None, {}).tree
+    for data in ({}, {"captions": "mine"}, {"source": "photos"}):
+        tree = start_of(small, None, data).tree
+        assert tree["data"] == (data or {"prompts": "pack:starter"})
+        assert "eval" not in tree
+        assert Recipe.check(tree).needs_data <= ("source" in data)
 
 
 def test_a_lora_makes_the_student_an_adapter():
@@ -318,7 +321,7 @@ def test_the_written_recipe_is_the_chosen_one_and_has_every_reason(name, tmp_pat
 
 def test_what_is_not_known_is_said():
     lines = " ".join(chosen("sdxl", hours=1).unknown)
-    for part in ("No bench has this model's family (sdxl)", "was never run at full scale",
+    for part in ("No bench measured this model", "was never run at full scale",
                  "the doctor checked nothing", "No training was measured on rtx-4090",
                  "of the recipe's training", "cannot end early", "pack:starter"):  # fmt: skip
         assert part in lines
