@@ -168,7 +168,7 @@ class Engine:
         device = self.accelerator.device
         start_peak(device)  # of training alone
         stream = Stream(self.source, device, self.draws, mine, self.shards, size)
-        self.ended = self._early_end()
+        self.ended = "" if self.step >= self.cfg.steps else self._early_end()
         began = time.perf_counter() - self.seconds
         handlers = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
