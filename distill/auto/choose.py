@@ -15,6 +15,7 @@ from distill.auto.start import PROMPTS, Start, header, start_of
 from distill.auto.subject import Subject
 from distill.benchmark.spec import laid_over
 from distill.config.recipe import Recipe
+from distill.planning.plan import Plan
 from teachers.errors import plural
 
 EVALUATIONS = 12  # in training
@@ -77,18 +78,18 @@ def choose(
         UserError: no form fits in memory, or the hours buy no run.
     """
     start = start_of(subject, steps, data)
-    fit = ladder_of(start.tree, subject, machine.is_gpu, plan_of).fitting(machine)
-    tree, own = fit.form.tree, start.tree["train"]
+    fit = ladder_of(start.tree, subject, machine.gpu, plan_of).fitting(machine)
+    tree = fit.form.tree
     measures = "protocol" in tree.get("eval", {})
     usable = 3600 * hours * (1 - KEPT - MEASURED * measures)
-    per_sample = machine.seconds(fit.plan) / own.get("batch", 64)
+    per_sample = machine.seconds(fit.plan) / fit.plan.batch
     budget = budget_of(tree["train"], usable, per_sample, grows=start.unrun)
     tree = laid_over(spent(tree, budget), {"train": {"hours": whole(round(hours * (1 - KEPT), 3))}})
     if measures:
         every = max(1, budget.steps // EVALUATIONS)
         section = {"every": every, "stop_when_flat": {"window": WINDOW, "tolerance": TOLERANCE}}
         tree = laid_over(tree, {"eval": section})
-    if machine.is_gpu:
+    if machine.gpu:
         mode = "blocks" if budget.steps >= COMPILED else "off"
         tree = laid_over(tree, {"train": {"compile": mode}})
     train_hours = per_sample * budget.batch * budget.steps / 3600
@@ -128,7 +129,12 @@ def reasons(
         Reason("student", "sampling steps", str(count), why_steps),
         Reason("adapters" if "adapters" in tree else "train", "form", *why_form(machine, fit)),
         Reason("players", "learning rates", *why_rates(tree, start, budget)),
-        Reason("train", "training steps", f"{budget.steps:,}", why_length(own, budget, hours)),
+        Reason(
+            "train",
+            "training steps",
+            f"{budget.steps:,}",
+            why_length(own, budget, hours, step_text(machine, fit.plan, budget)),
+        ),
         Reason("train", "batch", batch_text(budget), why_batch(own, budget, start)),
         Reason("train", "precision", train.get("precision", "fp32"), f"{start.name}'s"),
     ]
@@ -201,12 +207,19 @@ def rate_text(rate: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def why_length(own: dict[str, Any], budget: Budget, hours: float) -> str:
+def step_text(machine: Machine, plan: Plan, budget: Budget) -> str:
+    """Such as "8.1 s each, at 40% of the card's rate, assumed"."""
+    seconds = machine.seconds(plan) / plan.batch * budget.batch
+    each = f"{seconds:.2g} s" if seconds >= 0.1 else f"{1000 * seconds:.2g} ms"
+    return f"{each} each, {machine.speed_text(plan)}"
+
+
+def why_length(own: dict[str, Any], budget: Budget, hours: float, each: str) -> str:
     steps = own["train"]["steps"]
     if budget.share == 1:
-        why = f"all of the recipe's, which fit in {hours_text(hours)}"
+        why = f"all of the recipe's: {each}"
     else:
-        why = f"what {hours_text(hours)} can buy; the recipe has {steps:,}"
+        why = f"what {hours_text(hours)} can buy of the recipe's {steps:,}: {each}"
     return f"{why}; training ends after {(1 - KEPT) * hours:.3g} h at the latest"
 
 

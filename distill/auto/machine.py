@@ -11,13 +11,13 @@ import torch
 
 from distill.planning.plan import Plan
 from distill.profiling import FlopMeter, device_name
-from distill.rates import GPUS, key_of
+from distill.rates import BUSY, GPUS, key_of
 from students.lora import unwrap
 from teachers import conditions
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
-STEP = 1.5  # a training step's seconds over those of its FLOPs in a forward pass, measured on CPUs
+STEP = 1.2  # a step's seconds over those of its FLOPs in a forward pass: of digits and of shapes
 SAMPLES = 32  # of the forward pass that is timed
 MATRIX = 2048  # side of the matrices that are multiplied where there are no weights
 
@@ -31,18 +31,14 @@ class Machine:
         memory: In GB.
         price: Dollars an hour; 0 where it is not rented.
         rate: FLOP/s, as timed here; 0 of a known card, whose rates are in `distill.rates`.
-        timed: How the rate was timed.
+        gpu: Whether it is a GPU.
     """
 
     name: str
     memory: float
     price: float = 0.0
     rate: float = 0.0
-    timed: str = ""
-
-    @property
-    def is_gpu(self) -> bool:
-        return self.name in GPUS or "CPU" not in self.name
+    gpu: bool = True
 
     def seconds(self, plan: Plan) -> float:
         """Of one training step."""
@@ -50,13 +46,13 @@ class Machine:
             return STEP * plan.flops / self.rate
         return plan.seconds(plan.share(self.name))
 
-    def source(self, plan: Plan) -> str:
+    def speed_text(self, plan: Plan) -> str:
         """Where the seconds come from."""
         if self.rate:
-            return f"{self.rate / 1e12:.2g} TFLOP/s, {self.timed}"
+            return "as timed here"
         share = plan.share(self.name)
-        text = share.source or "assumed, not measured"
-        return f"{share.value:.0%} of {share.tflops:,.0f} TFLOP/s, {text}"
+        kind = "measured" if share.source else "assumed"
+        return f"at {share.value:.0%} of the card's rate, {kind}"
 
 
 def check_gpu(gpu: str | None) -> None:
@@ -87,10 +83,10 @@ def machine_of(gpu: str | None, teacher: Teacher, weights: bool) -> Machine:
         name = name.removesuffix("s") if torch.get_num_threads() == 1 else name
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if weights and next(teacher.denoiser.parameters(), None) is not None:
-        rate, timed = network_rate(teacher, device), "timed here on the teacher's network"
+        rate = network_rate(teacher, device)
     else:
-        rate, timed = matrix_rate(device) * 0.4, "40 % of what products of matrices reach here"
-    return Machine(name, memory / 1e9, 0.0, rate, timed)
+        rate = matrix_rate(device) * BUSY
+    return Machine(name, memory / 1e9, 0.0, rate, device.type == "cuda")
 
 
 @torch.no_grad()

@@ -18,11 +18,13 @@ from teachers.adapters.files import check, read
 from teachers.catalogue.loading import load
 from teachers.catalogue.outlines import OUTLINES, outline
 from teachers.errors import UserError
+from teachers.process import Linear
 from teachers.quantised import parameters
 from teachers.storage.files import home
 from teachers.teacher import EMBEDDED, Teacher
 
 FOLDERS = {"adm": "edm"}  # of recipes, by the family of a network where the names differ
+ENCODERS = ("lora_te", "text_encoder", "text_model")  # in the keys of a LoRA's text-encoder part
 SMALL = 20e6  # parameters, below which the embedded teachers' settings fit better than large ones'
 
 
@@ -53,7 +55,7 @@ class Subject:
     @property
     def flows(self) -> bool:
         """Whether its process is a rectified flow."""
-        return type(self.teacher.denoiser.process).__name__ == "Linear"
+        return isinstance(self.teacher.denoiser.process, Linear)
 
 
 def subject_of(source: str, adapters: Sequence[dict[str, Any]] = ()) -> Subject:
@@ -94,7 +96,15 @@ def fit(teacher: Teacher, adapters: Sequence[dict[str, Any]]) -> None:
     network: Any = unwrap(teacher.denoiser)
     parts: dict[str, nn.Module] = {network.PART: network.backbone}
     for key, path, strength in check(adapters):
-        read(path, key, strength, network.PART, parts)
+        try:
+            read(path, key, strength, network.PART, parts)
+        except UserError as error:
+            if not any(name in str(error) for name in ENCODERS):
+                raise
+            raise UserError(
+                f"--lora {path.name}: it changes text encoders, and these are not on this machine "
+                "to be checked; download the model, and give its folder"
+            ) from None
 
 
 def examine(subject: Subject, images: Path | None = None) -> tuple[str, str]:

@@ -113,13 +113,21 @@ def test_too_little_memory_says_what_the_smallest_form_needs(place, capsys, monk
     assert list(place.iterdir()) == []
 
 
-def test_a_lora_of_another_model_is_refused(place, capsys):
-    name = "transformer.blocks.0.attn.to_q.lora_A.weight"
-    other = {name: torch.zeros(2, 8), name.replace("lora_A", "lora_B"): torch.zeros(8, 2)}
-    save_file(other, "other.safetensors")
+LORAS = {  # the first key of a file, the place that is named, and a value of the line
+    "another model's": ("transformer.blocks.0.to_q", "teacher.adapters.0.file", "0 of 1 pairs"),
+    "of an encoder": ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "--lora",
+                      "text encoders"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LORAS)
+def test_a_lora_that_does_not_fit_is_refused(case, place, capsys):
+    layer, key, value = LORAS[case]
+    pair = {"lora_A": torch.zeros(2, 8), "lora_B": torch.zeros(8, 2)}
+    save_file({f"{layer}.{k}.weight": v for k, v in pair.items()}, "other.safetensors")
     code, _, err = called(capsys, "auto", SDXL, "--gpu", "rtx-4090", "--lora", "other.safetensors")
     assert code == 2
-    refused_line(err, "teacher.adapters.0.file", "other.safetensors", "0 of 1 pairs")
+    refused_line(err, key, "other.safetensors", value)
     assert [p.name for p in place.iterdir()] == ["other.safetensors"]
 
 
