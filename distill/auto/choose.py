@@ -171,7 +171,9 @@ def why_objective(start: Start) -> str:
             return f"{text}, the best measured"
         return f"{text}, within the spread of the best, {top.objective}: {row_text(top)}"
     text = f"{start.name}'s"
-    if (near := start.near) is not None:
+    if (near := start.near) is not None and near.recipe == start.name:
+        text += f", which has {row_text(near)} on {near.model}"
+    elif near is not None:
         text += f"; the best on {near.model} is {near.objective}: {row_text(near)}"
     return text
 

@@ -158,6 +158,8 @@ def adapted(
     if not same_family:
         kept = settings_of_another(before, subject)
         tree.get("adapters", {}).pop("targets", None)
+        if not subject.chooses_start:
+            tree.get("student", {}).pop("start", None)
     tree["teacher"] = {**kept, "source": subject.source}
     if subject.adapters:
         tree["teacher"]["adapters"] = [dict(v) for v in subject.adapters]

@@ -18,7 +18,7 @@ from teachers.adapters.files import check, read
 from teachers.catalogue.loading import load
 from teachers.catalogue.outlines import OUTLINES, outline
 from teachers.errors import UserError
-from teachers.process import Linear
+from teachers.process import Karras, Linear
 from teachers.quantised import parameters
 from teachers.storage.files import home
 from teachers.teacher import EMBEDDED, Teacher
@@ -56,6 +56,11 @@ class Subject:
     def flows(self) -> bool:
         """Whether its process is a rectified flow."""
         return isinstance(self.teacher.denoiser.process, Linear)
+
+    @property
+    def chooses_start(self) -> bool:
+        """Whether its students choose the noise level that they start at, as those of EDM do."""
+        return isinstance(self.teacher.denoiser.process, Karras)
 
 
 def subject_of(source: str, adapters: Sequence[dict[str, Any]] = ()) -> Subject:
@@ -128,7 +133,10 @@ def examine(subject: Subject, images: Path | None = None) -> tuple[str, str]:
     failed = [c for c in checks if c.verdict in ("broken", "untrained?")]
     if failed and not synthetic:
         raise UserError(f"doctor {subject.source!r}: {failed[0].remedy}")
-    doubt = f"The doctor doubts it, on synthetic pictures: {failed[0].remedy}." if failed else ""
+    doubt = ""
+    if failed:
+        remedy = failed[0].remedy.replace("give --image", "give distill doctor --image")
+        doubt = f"The doctor doubts it, on synthetic pictures: {remedy}."
     return verdict(checks), doubt
 
 

@@ -21,7 +21,7 @@ from distill.auto.subject import Subject
 from distill.auto.text import expected, recipe_text
 from distill.config.recipe import Recipe, read_yaml
 from distill.planning.plan import GB, RESERVE, Plan
-from teachers.process import Linear
+from teachers.process import Karras, Linear
 from tests.helpers.refusals import refused
 
 ROOT = Path(__file__).parent.parent.parent
@@ -289,6 +289,19 @@ def test_a_family_without_a_recipe_starts_from_the_nearest_and_says_so():
         assert tree["data"] == (data or {"prompts": "pack:starter"})
         assert "eval" not in tree
         assert Recipe.check(tree).needs_data <= ("source" in data)
+
+
+@pytest.mark.parametrize(("process", "student"), [
+    (Karras(), {"steps": 1, "start": 2.5}), (Linear(), {"steps": 1}),
+])  # fmt: skip
+def test_a_small_model_of_labels_starts_from_digits_at_a_level_that_it_can_have(process, student):
+    teacher: Any = SimpleNamespace(denoiser=SimpleNamespace(process=process))
+    mine = Subject("mine", teacher, True, "edm", "labels", 600_000)
+    start = start_of(mine, 1, {})
+    assert (start.name, start.relation) == ("digits/sid", "like")  # the best that needs no data
+    assert start.tree["student"] == student
+    assert start.tree["teacher"] == {"guidance": 1, "source": "mine"}
+    assert start_of(mine, 1, IMAGES).name == "digits/dmd2"
 
 
 def test_a_lora_makes_the_student_an_adapter():
