@@ -195,6 +195,7 @@ class Engine:
         if (logged or evaluated) and self.step < self.cfg.steps:
             self.ended = self._early_end()
             if self.ended:  # this is the last step after all
+                progress.steps = self.step
                 progress.print_above(f"step {self.step}: training ends: {ENDS[self.ended]}")
                 last = self.cfg.sample_every > 0
                 self._report(progress, not logged, last and not sampled)

@@ -74,7 +74,9 @@ def test_a_run_ends_at_the_step_at_which_its_evaluations_are_flat(pipelines, tmp
     assert list((tmp_path / "run/samples").glob("step-000006-*"))  # as at any last step
     lines = [json.loads(v) for v in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [v["step"] for v in lines if "student/loss" in v] == [4, 6]
-    assert "step 6: training ends: its evaluations improve no more" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "step 6: training ends: its evaluations improve no more" in out
+    assert "step 6/6  student" in out and "left" not in out.split("training ends")[1]
 
 
 def test_a_run_that_is_stopped_and_resumed_ends_at_the_same_step_with_the_same_weights(
