@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from boards import caption_accuracy, students, untrained
+from evidence import evidence
 from gpu_parts.tables import gpus
 from rates import rates
 
@@ -253,7 +254,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {  # by file and marker, the fu
 
 def written() -> dict[str, str]:
     """The text of every file, by name."""
-    texts = {"distill/rates.json": rates()}
+    texts = {"distill/rates.json": rates(), "distill/auto/evidence.json": evidence()}
     for name, tables in PAGES.items():
         texts[name] = (ROOT / name).read_text()
         for marker, table in tables.items():

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from distill import __version__
-from distill.cli import evaluate, inspect, publish, train
+from distill.cli import auto, evaluate, inspect, publish, train
 
 app = typer.Typer(
     add_completion=False,
@@ -46,6 +46,7 @@ def options(
 # In the order of --help: training and sampling, measuring, publishing, and what comes before a run.
 # Each with a summary short enough for one line of 80 columns.
 COMMANDS = {
+    "auto": (auto.auto, "Choose a recipe for a model and a card; run it on yes."),
     "run": (train.run, "Train a few-step student, export it and measure it."),
     "sample": (evaluate.sample, "Generate images with a student."),
     "eval": (evaluate.evaluate, "Measure or time a student or a teacher."),

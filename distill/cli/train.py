@@ -50,7 +50,7 @@ def run(
 
         new_run = None
         with intact(out / "summary.json"):
-            done = resume and complete(out) and not more_steps(out, checked.train.steps)
+            done = resume and complete(out) and not goes_on(out, checked)
         if done:
             run_folder.check_folder(checked, out, resume)
         else:
@@ -128,11 +128,21 @@ def report_failures(failed: dict[str, str], out: Path) -> None:
         raise typer.Exit(1)
 
 
-def more_steps(out: Path, steps: int) -> bool:
-    """Whether the recipe now has more steps than the finished run trained for."""
+def goes_on(out: Path, recipe: Any) -> bool:
+    """Whether the recipe now trains for longer than the finished run did.
+
+    A run that ended before its last step goes on once the rule that ended it is gone or, of hours,
+    has more of them.
+    """
     import json
 
-    return json.loads((out / "summary.json").read_text(encoding="utf-8"))["steps"] < steps
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    ended, hours = summary.get("ended"), recipe.train.hours
+    over = {
+        "flat": recipe.eval.stop_when_flat is not None,
+        "hours": hours is not None and summary["wall_s"] >= 3600 * hours,
+    }
+    return summary["steps"] < recipe.train.steps and not over.get(ended, False)
 
 
 def show(out: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 # Keys that may change when a run is resumed: none of them changes the weights so far. Compiled code
 # computes the same with other rounding, and a machine that cannot compile must be able to go on.
-FREE = {"train.compile", "train.steps", "train.log_every", "train.save_every",
+FREE = {"train.compile", "train.steps", "train.hours", "train.log_every", "train.save_every",
         "train.sample_every", "train.keep", "train.trackers", "train.accumulate", "data.cache",
         "data.cache_limit_gb", "data.in_memory_gb", "data.skip_share"}  # fmt: skip
 

@@ -249,6 +249,17 @@ def two_measures(recipe: Recipe) -> str | None:
     return None
 
 
+def flat_without_evaluations(recipe: Recipe) -> str | None:
+    measure = recipe.eval
+    if measure.stop_when_flat is None:
+        return None
+    if measure.protocol is None and measure.metric is None:
+        return "eval.stop_when_flat: nothing is measured; set eval.protocol or eval.metric"
+    if not measure.every:
+        return "eval.stop_when_flat: it needs evaluations in training; set eval.every"
+    return None
+
+
 RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     unknown_player,
     no_adapted_players,
@@ -271,6 +282,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     buckets_without_images,
     batch_that_does_not_divide,
     two_measures,
+    flat_without_evaluations,
 )
 
 

@@ -6,9 +6,10 @@ The comment beside a key explains it to users.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Annotated, Any, Literal
 
-from annotated_types import Interval, MinLen
+from annotated_types import Ge, Interval, MinLen
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
 
 from distill.field_types import (
@@ -205,6 +206,7 @@ class TrainSection(Section):
     steps: PositiveInt  # training steps
     batch: PositiveInt = 64  # samples of an update, over all processes
     accumulate: PositiveInt = 1  # parts of a batch, computed in turn; at least one for each process
+    hours: Positive | None = None  # end training after so many hours, evaluations included
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the computation (autocast)
     ema: Fraction = 0.999  # decay of the student's average, which is exported; 0 means no average
     seed: Seed = 0  # of all random numbers
@@ -224,6 +226,28 @@ Known = Literal["digits", "shapes", "cifar10-50k", "imagenet64-50k", "coco2014-3
                 "sdxl-10k", "mjhq-30k"]  # fmt: skip
 
 
+class FlatSection(Section):
+    """When the evaluations in training have become flat; `{}` takes the defaults."""
+
+    window: Annotated[PositiveInt, Ge(2)] = 5  # evaluations; their median is compared
+    # The least improvement over the median of as many evaluations before, as a share of it.
+    tolerance: Fraction = 0.02
+
+    def reached(self, values: Sequence[float]) -> bool:
+        """Whether the last evaluations are no better than those before them.
+
+        Medians are compared, so that one outlier decides nothing.
+
+        Args:
+            values: Of the metric that training lowers, the oldest first.
+        """
+        n = self.window
+        if len(values) < 2 * n:
+            return False
+        before, last = median(values[-2 * n : -n]), median(values[-n:])
+        return before - last <= self.tolerance * abs(before)
+
+
 class EvalSection(Section):
     """Measurements of the student and the teacher."""
 
@@ -231,6 +255,7 @@ class EvalSection(Section):
     metric: Name | None = None  # "file.py:function", a metric of your own (docs/teachers.md)
     samples: PositiveInt = 256  # number of samples that `metric` is given
     every: NonNegativeInt = 0  # steps between evaluations in training; 0 means only at the end
+    stop_when_flat: FlatSection | None = None  # end training when they improve no more
     seeds: PositiveInt = 3  # number of seeds that the student's results are averaged over
     teacher_seeds: NonNegativeInt = 1  # the same for the teacher; 0 means it is not measured
     teacher_steps: PositiveInt = 18  # solver steps of the teacher

@@ -194,6 +194,7 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     return {
         "objective": run.recipe.objective["name"],
         "steps": engine.step,
+        **({"ended": engine.ended} if engine.ended else {}),
         "seed": run.recipe.train.seed,
         "guidance": describe(guided(run.recipe.teacher, run.teacher)),
         "wall_s": engine.seconds,

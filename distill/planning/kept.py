@@ -16,7 +16,8 @@ from distill.planning.plan import Plan
 from teachers.storage.files import home
 
 FREE = ("eval", "export")  # sections of a recipe that change no step
-FREE_KEYS = ("steps", "seed", "log_every", "save_every", "sample_every", "keep", "trackers")
+FREE_KEYS = ("steps", "hours", "seed", "log_every", "save_every", "sample_every", "keep",
+             "trackers")  # fmt: skip
 
 
 def place_of(recipe: Recipe) -> Path:

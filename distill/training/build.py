@@ -187,7 +187,8 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
         if metric is not None:
             metrics = metric.student(student.at(steps), seeds=1)
             first = next(iter(metrics["spread"]))
-            return {**metrics, "headline": first if metric.lower_is_better else None}
+            lower = metric.lower_is_better
+            return {**metrics, "headline" if lower else "raised": first}
         assert measure is not None
         metrics = evaluate_student(student.at(steps), teacher, measure, seeds=1)
         return {**metrics, "headline": headline(metrics)}
@@ -205,6 +206,7 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
         out,
         evaluate=None if measure is None and metric is None else evaluate,
         evaluate_every=recipe.eval.every,
+        stop_when_flat=recipe.eval.stop_when_flat,
         shown=grid_prompts(recipe, teacher),
         sample_flops=parts.flops,
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from distill.attempts import FIGURES, Attempts
-from distill.config.schema import TrainSection
+from distill.config.schema import FlatSection, TrainSection
 from distill.console import Progress
 from distill.data.encode import decoder_on
 from distill.data.stream import AHEAD, Source, Stream
@@ -43,6 +43,12 @@ from teachers.errors import UserError
 from teachers.teacher import Teacher
 
 Evaluate = Callable[[int], dict[str, Any]]  # student steps -> metrics, for the weights in place
+
+
+ENDS = {  # before the last step
+    "flat": "its evaluations improve no more (eval.stop_when_flat)",
+    "hours": "its time is over (train.hours)",
+}
 
 
 class Stopped(Exception):
@@ -86,6 +92,7 @@ class Engine:
         out: The run's folder.
         evaluate: Measures the student with its present weights, every `evaluate_every` steps; the
             best one has a checkpoint.
+        stop_when_flat: Ends training when these measurements improve no more.
         shown: Labels or prompts of the sample grids.
         sample_flops: FLOPs of one sample through the teacher's network, for the speed.
     """
@@ -101,6 +108,7 @@ class Engine:
         out: Path,
         evaluate: Evaluate | None = None,
         evaluate_every: int = 0,
+        stop_when_flat: FlatSection | None = None,
         shown: Sequence[Any] = (0,) * 80,
         sample_flops: float | None = None,
     ) -> None:
@@ -108,11 +116,14 @@ class Engine:
         self.source, self.teacher = source, teacher
         self.cfg, self.accelerator, self.out = train, accelerator, out
         self.evaluate, self.evaluate_every, self.shown = evaluate, evaluate_every, shown
+        self.stop_when_flat = stop_when_flat
         self.extras = Attempts(out)
         self.ema = EMA(players["student"].params, train.ema)
         self._shown: Cond = None  # the grids' condition, encoded at the first grid
         self.step = self.draws = 0
         self.seconds, self.best = 0.0, math.inf
+        self.curve: list[float] = []  # of all evaluations, the same on all processes
+        self.ended: Literal["", "flat", "hours"] = ""  # why before the last step
         self.latest: dict[str, Tensor] = {}  # each turn's last scalars, some of earlier steps
         self.counter = EvaluationCounter(denoisers_in(networks_in(objective)))
         self.shards = shards_of(train, accelerator.num_processes)
@@ -142,8 +153,13 @@ class Engine:
         """The samples that went through each network while training."""
         return self.counter.counts
 
+    @property
+    def done(self) -> bool:
+        """Whether no step is left to play."""
+        return self.step >= self.cfg.steps or bool(self.ended)
+
     def train(self) -> None:
-        """Play every step that is left.
+        """Play every step that is left, or until an earlier end.
 
         Raises:
             Stopped: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
@@ -155,11 +171,12 @@ class Engine:
         device = self.accelerator.device
         start_peak(device)  # of training alone
         stream = Stream(self.source, device, self.draws, mine, self.shards, size)
+        self.ended = "" if self.step >= self.cfg.steps else self._early_end()
         began = time.perf_counter() - self.seconds
         handlers = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             with Progress(self.cfg.steps, self.step, self.accelerator.is_main_process) as progress:
-                while self.step < self.cfg.steps:
+                while not self.done:
                     self.latest |= self._compiled_step(stream)
                     self.seconds = time.perf_counter() - began
                     progress.advance(self.step)
@@ -187,16 +204,19 @@ class Engine:
 
     def _after_step(self, progress: Progress) -> None:
         """Log, sample, evaluate and save where it is time to, and stop on a signal."""
-        if self._due(self.cfg.log_every):
-            progress.show(self.step, *self._log(self.latest))
-            if (line := self.graphs.line(self.step)) is not None:
-                progress.print_above(line)
-        if self._due(self.cfg.sample_every):
-            with self.speed.paused():
-                self.sample()
-        if self.evaluate_every and self.step % self.evaluate_every == 0:
+        logged, sampled = self._due(self.cfg.log_every), self._due(self.cfg.sample_every)
+        self._report(progress, logged, sampled)
+        evaluated = self.evaluate_every > 0 and self.step % self.evaluate_every == 0
+        if evaluated:
             with self.speed.paused():
                 progress.print_above(self._evaluate())
+        if (logged or evaluated) and self.step < self.cfg.steps:
+            self.ended = self._early_end()
+            if self.ended:  # this is the last step after all
+                progress.steps = self.step
+                progress.print_above(f"step {self.step}: training ends: {ENDS[self.ended]}")
+                last = self.cfg.sample_every > 0
+                self._report(progress, not logged, last and not sampled)
         stop = self._should_stop()
         if stop or self._due(self.cfg.save_every):
             with self.speed.paused():
@@ -205,9 +225,36 @@ class Engine:
         if stop:
             raise Stopped(stop)
 
+    def _report(self, progress: Progress, log: bool, sample: bool) -> None:
+        """Log the last scalars and save grids, either where it is asked for."""
+        if log:
+            progress.show(self.step, *self._log(self.latest))
+            if (line := self.graphs.line(self.step)) is not None:
+                progress.print_above(line)
+        if sample:
+            with self.speed.paused():
+                self.sample()
+
     def _due(self, every: int) -> bool:
         """Whether the step just played is one in `every`, or the last; never where that is 0."""
-        return every > 0 and (self.step % every == 0 or self.step == self.cfg.steps)
+        return every > 0 and (self.step % every == 0 or self.done)
+
+    def _early_end(self) -> Literal["", "flat", "hours"]:
+        """Why training ends at this step, the same on all processes; empty where it goes on."""
+        if self.stop_when_flat is not None and self.stop_when_flat.reached(self.curve):
+            return "flat"
+        hours = self.cfg.hours
+        if hours is not None and self._of_first(self.seconds) >= 3600 * hours:
+            return "hours"
+        return ""
+
+    def _of_first(self, value: float) -> float:
+        """The first process's value, on all."""
+        if self._hosts is None:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(shared, 0, self._hosts)  # pyright: ignore[reportArgumentType]
+        return float(shared)
 
     def advance(self, stream: Stream) -> dict[str, Tensor]:
         """Play one step: every turn that the objective yields, then the average. Scalars to log."""
@@ -320,6 +367,7 @@ class Engine:
             "draws": self.draws,
             "seconds": self.seconds,
             "best": self.best if math.isfinite(self.best) else None,
+            "curve": self.curve,
             "evaluations": self.evaluations,
             "latest": self.latest,
             "players": {name: player.state_dict() for name, player in self.players.items()},
@@ -330,6 +378,7 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.draws, self.seconds = state["step"], state["draws"], state["seconds"]
         self.best = math.inf if state["best"] is None else state["best"]
+        self.curve = list(state.get("curve", ()))  # earlier versions saved none
         self.evaluations.update(state["evaluations"])
         self.latest = {k: v.to(self.accelerator.device) for k, v in state["latest"].items()}
         for name, player in self.players.items():
@@ -349,14 +398,17 @@ class Engine:
 
         A failure is reported, and training goes on.
         """
-        line = ""
+        line, value = "", math.nan
         if self.accelerator.is_main_process and self.evaluate is not None:
             with self.extras.attempt(f"{FIGURES} while training"):
-                line = self._keep_best(self.evaluate, min(self.objective.student.counts))
+                line, value = self._keep_best(self.evaluate, min(self.objective.student.counts))
         self.accelerator.wait_for_everyone()
+        if math.isfinite(value := self._of_first(value)):
+            self.curve.append(value)
         return line
 
-    def _keep_best(self, evaluate: Evaluate, steps: int) -> str:
+    def _keep_best(self, evaluate: Evaluate, steps: int) -> tuple[str, float]:
+        """A line to show, and the metric with the sign that training lowers; NaN without one."""
         with self.ema.swapped():
             metrics = evaluate(steps)
         values = {f"eval/{k}": v for k, v in metrics.items() if isinstance(v, float)}
@@ -367,7 +419,10 @@ class Engine:
             self.best = metrics[headline]
             state = {"ema": self.ema.state_dict(), "step": self.step}
             checkpoint.save(state, self.root / "best", {"step": self.step, headline: self.best})
-        return "  ".join(f"{k} {metrics[k]:.3f}" for k in shown) + f" at {steps} step"
+        line = "  ".join(f"{k} {metrics[k]:.3f}" for k in shown) + f" at {steps} step"
+        raised = metrics.get("raised")  # or of the one that it raises
+        value = metrics[headline] if headline is not None else math.nan
+        return line, -metrics[raised] if raised is not None else value
 
     def _log(self, logs: dict[str, Tensor]) -> tuple[dict[str, float], Speed | None]:
         """Average the scalars over processes, fetch them in one transfer, and log them.
@@ -462,7 +517,7 @@ class Engine:
             return self._stop
         stop = self._vote.answer() if self._vote else 0
         self._vote = None if stop else StopVote.of(self._stop, self._hosts)
-        if self._vote and self.step == self.cfg.steps:  # there is no next step
+        if self._vote and self.done:  # there is no next step
             stop, self._vote = self._vote.answer(), None
         return stop
 

@@ -85,10 +85,15 @@ MAY: dict[str, set[str]] = {
         "distill.training", "distill.evaluation", "students", "students.export", "teachers",
         "eval", "eval.protocols",
     },
+    "distill.auto": {
+        "distill", "distill.config", "distill.data", "distill.planning", "distill.benchmark",
+        "students", "teachers", "teachers.storage", "teachers.adapters", "teachers.catalogue",
+        "eval",
+    },
     "distill.cli": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
         "distill.publish", "distill.report", "distill.training", "distill.planning",
-        "distill.evaluation", "distill.pretrain", "distill.benchmark", "students",
+        "distill.auto", "distill.evaluation", "distill.pretrain", "distill.benchmark", "students",
         "students.metadata", "students.export", "teachers", "teachers.storage", "teachers.edm",
         "teachers.catalogue", "eval", "eval.protocols",
     },

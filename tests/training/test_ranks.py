@@ -77,6 +77,13 @@ def test_a_signal_to_one_process_stops_all_within_a_step(stopped, signalled, hea
     assert kept == [f"step-{heard:06d}"]
 
 
+@pytest.mark.parametrize(("why", "step"), [("flat", 4), ("hours", 2)])
+def test_what_one_process_measures_ends_all_at_the_same_step(stopped, why, step):
+    found = [json.loads((stopped / f"{why}-{r}.json").read_text()) for r in (0, 1)]
+    curve = [1.0] * 4 if why == "flat" else []
+    assert found == [{"ended": why, "step": step, "curve": curve}] * 2
+
+
 def test_two_processes_measure_as_one_and_say_it_once(tmp_path):
     """`distill eval` under a launcher, of a few pictures for each process."""
     tables, figures = [], []
