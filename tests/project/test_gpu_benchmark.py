@@ -80,7 +80,7 @@ def test_a_row_that_fails_is_recorded_and_the_next_one_runs(run, capsys, monkeyp
         return real(row, *rest)
 
     monkeypatch.setattr(gpu, "engine_of", broken)
-    code, tree = run("--only", "edm-cifar-ect,edm-cifar-dmd2", "--steps", "1", "--budget", "60")
+    code, tree = run("--only", "edm-cifar-ect,edm-cifar-dmd2", "--steps", "1", "--budget", "100000")
     first, second = sorted(tree["rows"], key=lambda row: row["name"], reverse=True)
     assert code == 1
     assert first["error"] == "RuntimeError: CUDA out of memory. Tried to allocate"
