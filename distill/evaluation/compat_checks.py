@@ -188,7 +188,7 @@ def refusals(request: Request, first: int = 0) -> Iterator[None]:
                 f"student {clipped(request.student)!r}: its pipeline takes no LoRA files; give a "
                 "student of a text-to-image pipeline or of DiT"
             ) from None
-        raise UserError(f"LORA {match[2]}") from None
+        raise UserError(f"LORA: {match[2]}") from None
 
 
 def step_count(request: Request, counts: Sequence[int]) -> int:

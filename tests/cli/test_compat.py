@@ -131,9 +131,9 @@ def test_the_teacher_keeps_its_guidance_and_the_recipes_own_lora(made, monkeypat
 @pytest.mark.parametrize(
     ("words", "key", "fragment"),
     [
-        (["{root}/half.safetensors"], "LORA half.safetensors", "nowhere"),
+        (["{root}/half.safetensors"], "LORA", "nowhere"),
         (["{root}/nothing.safetensors"], "LORA *", "no such file"),
-        (["{root}/prompts.txt"], "LORA prompts.txt*", "safetensors"),
+        (["{root}/prompts.txt"], "LORA", "prompts.txt cannot be read"),
         (["{style}", "--strengths", "0.5,x"], "--strengths", "0.5,x"),
         (["{style}", "--strengths", "nan"], "--strengths", "nan"),
         (["{style}", "--steps", "3"], "--steps", "3"),
