@@ -147,7 +147,7 @@ def recipe_of(request: Request) -> Recipe:
         evaluation.pop("protocol", None)
         if section["source"] in spec.names():
             evaluation["protocol"] = section["source"]
-    unused = {"objective": {"name": "sid"}, "train": {"steps": 1}}
+    unused = {"objective": {"name": "sid"}, "adapters": {}, "train": {"steps": 1}}
     return Recipe.check({"teacher": section, "eval": evaluation, **unused}, who)
 
 

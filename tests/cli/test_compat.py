@@ -1,6 +1,7 @@
 """`distill compat`: LoRA files in a student and in its teacher, on small pipelines."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,6 +107,20 @@ def test_a_lora_is_added_to_both_as_its_factors_say(made):
         assert not torch.equal(theirs, pictures["student"][None])
 
 
+@contextmanager
+def teacher_section(made, **keys):
+    """Within it, the student's recipe has other keys of its teacher."""
+    sidecar = made.run / "student" / "fewstep.json"
+    before = sidecar.read_text()
+    tree = json.loads(before)
+    tree["recipe"]["teacher"] |= keys
+    sidecar.write_text(json.dumps(tree))
+    try:
+        yield
+    finally:
+        sidecar.write_text(before)
+
+
 def test_the_teacher_keeps_its_guidance_and_the_recipes_own_lora(made, monkeypatch):
     seen = []
     real = compat_module.load_teacher
@@ -115,17 +130,17 @@ def test_the_teacher_keeps_its_guidance_and_the_recipes_own_lora(made, monkeypat
         return real(section)
 
     monkeypatch.setattr(compat_module, "load_teacher", watched)
-    sidecar = made.run / "student" / "fewstep.json"
-    before = sidecar.read_text()
-    tree = json.loads(before)
-    tree["recipe"]["teacher"]["adapters"] = [{"file": str(made.style), "strength": 0.25}]
-    sidecar.write_text(json.dumps(tree))
-    try:
+    with teacher_section(made, adapters=[{"file": str(made.style), "strength": 0.25}]):
         compare(request(made, 1.0, samples=2))
-    finally:
-        sidecar.write_text(before)
     own = ("style.safetensors", 0.25)
     assert seen == [[own], [own, ("style.safetensors", 1.0)]]
+
+
+def test_a_lora_is_added_to_a_teacher_before_it_is_quantised(made):
+    with teacher_section(made, precision="nf4"):
+        tree, _ = compare(request(made, 1.0, samples=2))
+    assert tree["rows"][0]["same_pixels"] == {"teacher": False, "student": False}
+    assert tree["rows"][0]["pairs"] == len(made.pairs)
 
 
 @pytest.mark.parametrize(
