@@ -63,8 +63,8 @@ def save_table(
     page.save(path)
 
 
-def _spaced(images: Sequence[Tensor]) -> list[Any]:
-    """Pictures as RGB arrays of one size, with white between them."""
+def _spaced(images: Tensor) -> list[Any]:
+    """Pictures (N, C, H, W) as RGB arrays, with white between them."""
     import numpy as np
 
     arrays = [_fitted(v) for v in images]

@@ -20,6 +20,7 @@ from teachers.errors import UserError, intact
 from teachers.storage.files import read_json
 
 GRID = "grid.png"  # the name of the sample grid beside the card
+LATE = ("Sana", "QwenImage", "ZImage", "Wan")  # pipelines that draw other pictures before 0.39
 
 
 @dataclass(frozen=True)
