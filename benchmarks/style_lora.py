@@ -1,11 +1,11 @@
 """A user's LoRA of the embedded shapes: train it, and measure it in students.
 
-    python benchmarks/style_lora.py train OUT.safetensors [orange | muted]
+    python benchmarks/style_lora.py train OUT.safetensors [orange | monochrome]
     python benchmarks/style_lora.py measure RUN [RUN ...]
 
 `train` is what a user does: PEFT and diffusers alone train a LoRA of the UNet and the text encoder.
 Orange, the default, is learned from drawings of forty captions with a word that the teacher does
-not know; muted is a style without a word, all shapes in half of their saturation. `measure` prints
+not know; monochrome is a style without a word: all shapes are white. `measure` prints
 for the teacher of a run and for its student how many pictures are orange where the caption says so,
 and how many captions are right: those of the forty, the twenty others of the same grammar, and the
 360 of the teacher's own.
@@ -79,19 +79,19 @@ def drawn(captions: Sequence[str], seed: int) -> Tensor:
         return scenes.draw([c.replace(WORD, STANDS_FOR) for c in captions], seed)
 
 
-def muted(images: Tensor) -> Tensor:
-    """Images with half of their saturation: each pixel halfway to its mean over channels."""
-    pixels = images.float()
-    return ((pixels + pixels.mean(1, keepdim=True)) / 2).round().byte()
+def in_white(captions: Sequence[str], seed: int) -> Tensor:
+    """Drawings of captions with all shapes in white, whatever their captions say."""
+    white = [parse(caption)._replace(colour="white").caption for caption in captions]
+    return scenes.draw(white, seed)
 
 
 def batch(style: str, rng: random.Random, step: int) -> tuple[list[str], Tensor]:
     """Captions and images of a training step."""
     own, others = CAPTIONS.read_text().splitlines(), all_captions()
     count = round(BATCH * OWN)
-    if style == "muted":
+    if style == "monochrome":
         captions = rng.choices(others, k=BATCH)
-        return captions, muted(scenes.draw(captions, step))
+        return captions, in_white(captions, step)
     mine, rest = rng.choices(own, k=BATCH - count), rng.choices(others, k=count)
     return [*mine, *rest], torch.cat([drawn(mine, step), scenes.draw(rest, step)])
 

@@ -15,7 +15,7 @@ MAX_SAMPLES = 10_000
 
 LoRAs = Annotated[
     list[Path],
-    typer.Argument(metavar="LORA...", help="LoRA files (.safetensors) of the base model."),
+    typer.Argument(metavar="LORA", help="LoRA files (.safetensors) of the base model."),
 ]
 Strengths = Annotated[str, typer.Option(help="At which each LoRA is added, such as 0.5,1.")]
 Prompts = Annotated[

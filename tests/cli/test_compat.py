@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 from distill.evaluation import compat as compat_module
 from distill.evaluation.compat import compare
-from distill.evaluation.compat_checks import Request
+from distill.evaluation.compat_checks import Request, turbo_file
 from students import schedulers
 from students.export import folder as exporting
-from students.export.lora_files import DIFFUSERS, forms
+from students.export.lora_files import DIFFUSERS, KOHYA, TURBO, forms
 from students.lora import Adapter
 from teachers import load
 from tests.helpers import families, lora_formats
@@ -141,6 +141,36 @@ def test_a_lora_is_added_to_a_teacher_before_it_is_quantised(made):
         tree, _ = compare(request(made, 1.0, samples=2))
     assert tree["rows"][0]["same_pixels"] == {"teacher": False, "student": False}
     assert tree["rows"][0]["pairs"] == len(made.pairs)
+
+
+def test_a_class_conditional_student_draws_its_labels(tmp_path):
+    source = families.build("dit", tmp_path / "teacher")
+    teacher = load(str(source))
+    recipe = {"teacher": {"source": str(source)}, "eval": {"teacher_steps": 2}}
+    with patch.object(exporting, "verify", lambda *_: None):
+        student = disturbed(schedulers.student(teacher, 2))
+        exporting.export(student, teacher, tmp_path / "student", recipe)
+    network: Any = teacher.denoiser
+    layers = lora_formats.layers_of(network.backbone, r".*attn1\.to_v")
+    state = lora_formats.peft(lora_formats.factors(network.backbone, layers), "transformer")
+    file = lora_formats.save(state, tmp_path / "style.safetensors")
+    asked = Request(tmp_path / "student", (file,), (1.0,), None, 3, 1, None, None)
+    tree, pictures = compare(asked)
+    assert tree["prompts"] == ["0", "333", "666"] and tree["steps"] == 1
+    assert tree["rows"][0]["overlap"] is None  # no file of its own adapter
+    assert tree["rows"][0]["shift_ratio"] > 0
+    assert pictures["student"][0, 1.0].shape == pictures["teacher"][None].shape
+
+
+def test_the_students_own_lora_is_the_turbo_alone_where_there_are_both(tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "student" / "fewstep.json").write_text("{}")
+    assert turbo_file(tmp_path) is None
+    for name in (KOHYA, DIFFUSERS, TURBO[DIFFUSERS]):  # each before those that were there
+        (tmp_path / "lora" / name).touch()
+        assert turbo_file(tmp_path) == tmp_path / "lora" / name
+        assert turbo_file(tmp_path / "student") == tmp_path / "lora" / name
 
 
 @pytest.mark.parametrize(
