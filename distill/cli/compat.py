@@ -74,6 +74,7 @@ def compat(
     from distill.files import write
     from teachers.errors import UserError
 
+    files = tuple(p for path in loras if (p := expand_home(path)) is not None)
     values = strengths_of(strengths)
     folder = out or student.absolute().with_name(f"{student.absolute().name}-compat")
     if folder.exists() and not folder.is_dir():
@@ -83,12 +84,8 @@ def compat(
         from distill.evaluation import compat_page
         from distill.evaluation.compat import compare
         from distill.evaluation.compat_checks import Request
-    tree, pictures = compare(
-        Request(
-            student, tuple(p.expanduser() for p in loras), values, prompts, samples, steps, source,
-            features,
-        )
-    )  # fmt: skip
+    asked = Request(student, files, values, prompts, samples, steps, source, features)
+    tree, pictures = compare(asked)
     folder.mkdir(exist_ok=True)
     write(folder / "compat.json", json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
     compat_page.save(tree, pictures, folder / "compat.png")

@@ -178,6 +178,7 @@ def test_the_students_own_lora_is_the_turbo_alone_where_there_are_both(tmp_path)
     [
         (["{root}/half.safetensors"], "LORA", "nowhere"),
         (["{root}/nothing.safetensors"], "LORA *", "no such file"),
+        (["~nosuch/x.safetensors"], "*nosuch*", "nosuch"),
         (["{root}/prompts.txt"], "LORA", "prompts.txt cannot be read"),
         (["{style}", "--strengths", "0.5,x"], "--strengths", "0.5,x"),
         (["{style}", "--strengths", "nan"], "--strengths", "nan"),
