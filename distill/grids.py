@@ -60,7 +60,7 @@ def save_table(
         pen.text((MARGIN, y + (height - LETTERS) // 2), name, "black", font)
         for j, strip in enumerate(line):
             page.paste(Image.fromarray(strip), (left + j * (width + MARGIN), y))
-    page.save(path)
+    page.save(path, optimize=True)
 
 
 def _spaced(images: Tensor) -> list[Any]:

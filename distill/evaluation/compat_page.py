@@ -68,7 +68,8 @@ def both_of(row: Mapping[str, Any], key: str) -> str:
 
 
 def signed(key: str, value: float) -> str:
-    return f"{100 * value:+.1f}" if key == "clipped" else f"{value:+.3f}"
+    places, value = (1, 100 * value) if key == "clipped" else (3, value)
+    return f"{round(value, places) + 0.0:+.{places}f}"  # without -0.0
 
 
 def number(value: float | None) -> str:
