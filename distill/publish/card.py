@@ -299,7 +299,7 @@ def method(facts: Facts) -> str:
 def since(facts: Facts) -> str:
     """The first diffusers that draws the student's pictures; see docs/sharing.md."""
     kind = str(facts.index.get("_class_name", ""))
-    return "0.39" if facts.has_code or kind.startswith(LATE) else "0.36"
+    return "0.39" if kind.startswith(LATE) else "0.36"
 
 
 def training(facts: Facts) -> str:

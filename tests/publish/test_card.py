@@ -98,18 +98,17 @@ def test_cost_guidance_data_and_method_are_said(run):
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "has_code", "version"),
+    ("pipeline", "version"),
     [
-        ("StableDiffusionXLPipeline", False, "0.36"),
-        ("ConsistencyModelPipeline", False, "0.36"),
-        ("ConsistencyModelPipeline", True, "0.39"),  # its own source is not tried before
-        ("ZImagePipeline", False, "0.39"),
-        ("SanaPipeline", False, "0.39"),
+        ("StableDiffusionXLPipeline", "0.36"),
+        ("ConsistencyModelPipeline", "0.36"),
+        ("ZImagePipeline", "0.39"),
+        ("SanaPipeline", "0.39"),
     ],
 )
-def test_the_first_diffusers_that_draws_it_is_said(pipeline, has_code, version):
+def test_the_first_diffusers_that_draws_it_is_said(pipeline, version):
     sidecar = {"steps": [4], "teacher": "shapes", "recipe": {}}
-    facts = card.Facts({"_class_name": pipeline}, sidecar, has_code=has_code)
+    facts = card.Facts({"_class_name": pipeline}, sidecar)
     assert f"diffusers {version} or later draws it" in card.method(facts)
 
 
