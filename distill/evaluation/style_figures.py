@@ -73,31 +73,38 @@ def overlap(style: Iterable[Pair], turbo: Iterable[Pair]) -> dict[str, Any]:
     """How much of what the student's adapter reads the user's LoRA reads too, by layer.
 
     For the factors A (rank, in) of a layer: ‖P A_turboᵀ‖ / ‖A_turbo‖, where P projects onto the
-    rows of A_style. By chance it is √(rank of A_style / in). No images are needed.
+    rows of A_style. By chance it is √(rank of A_style / in). Rows of A that B scarcely uses count
+    as much as others there, so `change` is the same share of B A. No images are needed.
 
     Returns:
-        The mean over the layers that both change, the mean by chance, the largest and its layer,
-        and the number of such layers; of none, the number alone.
+        The means over the layers that both change: of A, by chance, and of B A; the largest of A
+        and its layer; and the number of such layers. Without a layer, the number alone.
     """
-    theirs = {(p.part, p.module): p.down for p in turbo}
+    theirs = {(p.part, p.module): p for p in turbo}
     rows = []
     for pair in style:
-        a = theirs.get((pair.part, pair.module))
-        if a is not None and a.any() and pair.down.any():
+        other = theirs.get((pair.part, pair.module))
+        if other is not None and other.down.any() and other.up.any() and pair.down.any():
             basis = row_space(pair.down)
-            a = a.flatten(1).double()
-            chance = math.sqrt(basis.shape[1] / basis.shape[0])
-            rows.append(((a @ basis).norm().item() / a.norm().item(), chance, pair.module))
+            shares = [inside(v, basis) for v in (other.down, other.delta())]
+            rows.append((*shares, math.sqrt(basis.shape[1] / basis.shape[0]), pair.module))
     if not rows:
         return {"layers": 0}
-    most, _, layer = max(rows)
+    most, _, _, layer = max(rows)
     return {
         "layers": len(rows),
         "mean": mean(r[0] for r in rows),
-        "by_chance": mean(r[1] for r in rows),
+        "change": mean(r[1] for r in rows),
+        "by_chance": mean(r[2] for r in rows),
         "largest": most,
         "layer": layer,
     }
+
+
+def inside(rows: Tensor, basis: Tensor) -> float:
+    """The share of the norm of rows (N, in, …) that lies in the span of a basis (in, rank)."""
+    flat = rows.flatten(1).double()
+    return (flat @ basis).norm().item() / flat.norm().item()
 
 
 def row_space(down: Tensor) -> Tensor:

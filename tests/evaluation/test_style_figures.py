@@ -75,13 +75,24 @@ def test_overlap_is_the_projected_share_of_the_students_rows(style, turbo, share
     assert found["layer"] == "m" and found["layers"] == 1
 
 
+def test_the_change_counts_what_the_student_uses_of_its_rows():
+    """Its first row, which the style reads, has no weight in B; its second has."""
+    down, up = torch.eye(2, 4), torch.tensor([[0.0, 1.0], [0.0, 2.0]])
+    turbo = Pair("unet", "m", down, up, 1.0)
+    first, second = pair([[1, 0, 0, 0]]), pair([[0, 1, 0, 0]])
+    assert figures.overlap([first], [turbo])["mean"] == pytest.approx(math.sqrt(0.5))
+    assert figures.overlap([first], [turbo])["change"] == 0
+    assert figures.overlap([second], [turbo])["change"] == pytest.approx(1)
+
+
 def test_overlap_by_chance_is_what_random_rows_have():
     rng = torch.Generator().manual_seed(0)
     a, b = torch.randn(8, 256, generator=rng), torch.randn(64, 256, generator=rng)
-    found = figures.overlap(
-        [Pair("unet", "m", a, a, 1.0)], [Pair("unet", "m", b, b, 1.0)]
-    )  # fmt: skip
+    style = Pair("unet", "m", a, torch.ones(4, 8), 1.0)
+    turbo = Pair("unet", "m", b, torch.randn(64, 64, generator=rng), 1.0)
+    found = figures.overlap([style], [turbo])
     assert found["mean"] == pytest.approx(found["by_chance"], rel=0.05)
+    assert found["change"] == pytest.approx(found["by_chance"], rel=0.1)
 
 
 def test_layers_that_only_one_of_them_changes_have_no_overlap():
