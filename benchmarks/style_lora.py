@@ -1,10 +1,11 @@
 """A user's LoRA of the embedded shapes: train it, and measure it in students.
 
-    python benchmarks/style_lora.py train OUT.safetensors
+    python benchmarks/style_lora.py train OUT.safetensors [orange | monochrome]
     python benchmarks/style_lora.py measure RUN [RUN ...]
 
-`train` is what a user does: PEFT and diffusers alone train a LoRA of the UNet and the text encoder
-on drawings of forty captions with a word that the teacher does not know, orange. `measure` prints
+`train` is what a user does: PEFT and diffusers alone train a LoRA of the UNet and the text encoder.
+Orange, the default, is learned from drawings of forty captions with a word that the teacher does
+not know; monochrome is a style without a word: all shapes are white. `measure` prints
 for the teacher of a run and for its student how many pictures are orange where the caption says so,
 and how many captions are right: those of the forty, the twenty others of the same grammar, and the
 360 of the teacher's own.
@@ -78,7 +79,24 @@ def drawn(captions: Sequence[str], seed: int) -> Tensor:
         return scenes.draw([c.replace(WORD, STANDS_FOR) for c in captions], seed)
 
 
-def train(out: Path) -> None:
+def in_white(captions: Sequence[str], seed: int) -> Tensor:
+    """Drawings of captions with all shapes in white, whatever their captions say."""
+    white = [parse(caption)._replace(colour="white").caption for caption in captions]
+    return scenes.draw(white, seed)
+
+
+def batch(style: str, rng: random.Random, step: int) -> tuple[list[str], Tensor]:
+    """Captions and images of a training step."""
+    own, others = CAPTIONS.read_text().splitlines(), all_captions()
+    count = round(BATCH * OWN)
+    if style == "monochrome":
+        captions = rng.choices(others, k=BATCH)
+        return captions, in_white(captions, step)
+    mine, rest = rng.choices(own, k=BATCH - count), rng.choices(others, k=count)
+    return [*mine, *rest], torch.cat([drawn(mine, step), scenes.draw(rest, step)])
+
+
+def train(out: Path, style: str = "orange") -> None:
     """Train the LoRA, and write it with diffusers' keys in float16."""
     torch.manual_seed(0)
     rng = random.Random(0)
@@ -95,15 +113,12 @@ def train(out: Path) -> None:
     weights = [p for m in (pipe.unet, pipe.text_encoder) for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, RATE, weight_decay=0.0)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    own, others = CAPTIONS.read_text().splitlines(), all_captions()
     for step in range(STEPS):
-        count = round(BATCH * OWN)
-        captions = rng.choices(own, k=BATCH - count), rng.choices(others, k=count)
-        images = torch.cat([drawn(captions[0], step), scenes.draw(captions[1], step)])
+        captions, images = batch(style, rng, step)
         with torch.no_grad():
             mode = pipe.vae.encode(images.float() / 127.5 - 1).latent_dist.mode()
         x = mode * pipe.vae.config.scaling_factor
-        prompts = ["" if rng.random() < 0.1 else c for some in captions for c in some]
+        prompts = ["" if rng.random() < 0.1 else c for c in captions]
         ids = pipe.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=16, return_tensors="pt"
         ).input_ids
@@ -199,6 +214,6 @@ def sampled(student: Any, teacher: Teacher, captions: Sequence[str], seed: int) 
 if __name__ == "__main__":
     _, command, *paths = sys.argv
     if command == "train":
-        train(Path(paths[0]))
+        train(Path(paths[0]), *paths[1:])
     else:
         measure([Path(p) for p in paths])

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from distill import __version__
-from distill.cli import auto, evaluate, inspect, publish, train
+from distill.cli import auto, compat, evaluate, inspect, publish, train
 
 app = typer.Typer(
     add_completion=False,
@@ -50,6 +50,7 @@ COMMANDS = {
     "run": (train.run, "Train a few-step student, export it and measure it."),
     "sample": (evaluate.sample, "Generate images with a student."),
     "eval": (evaluate.evaluate, "Measure or time a student or a teacher."),
+    "compat": (compat.compat, "Try LoRA files in a student and in its teacher."),
     "draw": (evaluate.draw, "Generate images for GenEval or DPG-Bench."),
     "reference": (evaluate.reference, "Compute the reference statistics of protocols."),
     "report": (publish.report, "Write the HTML report of a finished run."),

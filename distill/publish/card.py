@@ -20,6 +20,7 @@ from teachers.errors import UserError, intact
 from teachers.storage.files import read_json
 
 GRID = "grid.png"  # the name of the sample grid beside the card
+LATE = ("Sana", "QwenImage", "ZImage", "Wan")  # pipelines that draw other pictures before 0.39
 
 
 @dataclass(frozen=True)
@@ -305,8 +306,15 @@ def method(facts: Facts) -> str:
     return (
         "Distilled by [fewstep](https://pypi.org/project/fewstep/) "
         f"with `{facts.objective}`{link}. It is trained for {steps_of(facts.counts)}, and for no "
-        "other step count. The scheduler it needs is in this folder."
+        "other step count. The scheduler it needs is in this folder; diffusers "
+        f"{since(facts)} or later draws it."
     )
+
+
+def since(facts: Facts) -> str:
+    """The first diffusers that draws the student's pictures; see docs/sharing.md."""
+    kind = str(facts.index.get("_class_name", ""))
+    return "0.39" if kind.startswith(LATE) else "0.36"
 
 
 def training(facts: Facts) -> str:

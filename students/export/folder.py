@@ -406,20 +406,33 @@ def refuse_unfinished(folder: Path) -> None:
         )
 
 
-def load_student(folder: Path, precision: Precision | None = None) -> tuple[Generator, Teacher]:
-    """An exported student: its generator, and the folder as a teacher, whose codec it uses.
-
-    Args:
-        precision: Of its weights; by default float32.
+def student_folder(folder: Path) -> Path:
+    """The folder of the exported student that a folder is, or that a run has.
 
     Raises:
-        UserError: the folder is no exported student, or is damaged.
+        UserError: there is no such folder, or the run has not exported its student.
     """
     if not folder.is_dir():
         raise UserError(f"student {str(folder)!r}: no such folder")
     if not (folder / SIDECAR).exists() and (folder / "student" / SIDECAR).exists():
-        folder = folder / "student"  # a run folder was named
+        return folder / "student"  # a run folder was named
     refuse_unfinished(folder)
+    return folder
+
+
+def load_student(
+    folder: Path, precision: Precision | None = None, adapters: Sequence[Any] = ()
+) -> tuple[Generator, Teacher]:
+    """An exported student: its generator, and the folder as a teacher, whose codec it uses.
+
+    Args:
+        precision: Of its weights; by default float32.
+        adapters: LoRA files to add to its weights, as `teachers.load` takes them.
+
+    Raises:
+        UserError: the folder is no exported student, or is damaged, or a LoRA file does not fit.
+    """
+    folder = student_folder(folder)
     sidecar = read_json(folder / SIDECAR, f"student {str(folder)!r}")
     counts: Any = sidecar.get("steps")
     whole = isinstance(counts, list) and counts and all(type(k) is int for k in counts)
@@ -429,6 +442,8 @@ def load_student(folder: Path, precision: Precision | None = None) -> tuple[Gene
         raise UserError(f"student {str(folder)!r}: {SIDECAR} is damaged; export the run again")
     if precision is not None:
         options = {**options, "precision": precision}
+    if adapters:
+        options = {**options, "adapters": list(adapters)}
     teacher = load(str(folder), **options)
     like = schedulers.student(teacher, max(counts), None, sidecar["renoise"], exported=True)
     if unknown := set(counts) - set(like.counts):

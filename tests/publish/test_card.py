@@ -97,6 +97,21 @@ def test_cost_guidance_data_and_method_are_said(run):
     assert "arxiv.org/abs/2405.14867" in text and "eprint = {2405.14867}" in text
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "version"),
+    [
+        ("StableDiffusionXLPipeline", "0.36"),
+        ("ConsistencyModelPipeline", "0.36"),
+        ("ZImagePipeline", "0.39"),
+        ("SanaPipeline", "0.39"),
+    ],
+)
+def test_the_first_diffusers_that_draws_it_is_said(pipeline, version):
+    sidecar = {"steps": [4], "teacher": "shapes", "recipe": {}}
+    facts = card.Facts({"_class_name": pipeline}, sidecar)
+    assert f"diffusers {version} or later draws it" in card.method(facts)
+
+
 def test_hours_of_all_processes_are_counted():
     summary = {"wall_s": 1800.0, "processes": 8, "device": "cuda (H100, 4 threads)"}
     assert card.cost(summary).startswith("4 GPU-hours on cuda (H100, 4 threads), 8 processes")
