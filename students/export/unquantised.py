@@ -6,6 +6,7 @@ are never exported, and their rounding is no part of the student.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from students.lora import adapter_of, unwrap, with_schedule
 from students.two_time import TwoTime
 from teachers.catalogue.loading import find, load
 from teachers.errors import UserError, first_line
-from teachers.families.base import Pretrained
-from teachers.quantised import is_quantised
+from teachers.families.base import Pretrained, quiet
+from teachers.quantised import Precision, is_quantised
 from teachers.storage.components import module
 from teachers.storage.files import home
 from teachers.teacher import EMBEDDED, Teacher
@@ -54,7 +55,8 @@ def with_file_weights(
     assert adapter is not None and adapter.name is not None
     backbone = read_backbone(network, teacher, dtype)
     if fused and teacher.fusion is not None:
-        teacher.fusion.apply(network.PART, backbone, folder_of(teacher) / network.PART)
+        folder = None if is_file(teacher) else folder_of(teacher) / network.PART
+        teacher.fusion.apply(network.PART, backbone, folder)
     merge(network.backbone, adapter.name, backbone)
     view = with_schedule(network, network.schedule)
     view.backbone = backbone.requires_grad_(False).eval()
@@ -73,12 +75,13 @@ def read_backbone(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> 
         UserError: they cannot be read.
     """
     kind: Any = type(network.backbone)
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    precision = next(k for k, v in names.items() if v is dtype)
+    names: dict[Precision, torch.dtype] = {
+        "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
+    }  # fmt: skip
+    precision: Precision = next(k for k, v in names.items() if v is dtype)
     try:
-        if home(teacher.source, "teacher").is_file():
-            again = load(teacher.source, **{**teacher.options, "precision": precision})
-            return unwrap(again.denoiser).backbone
+        if is_file(teacher):
+            return unwrap(plain(teacher, precision).denoiser).backbone
         return module(
             kind, folder_of(teacher) / network.PART, "export", network.PART, torch_dtype=dtype
         )
@@ -90,9 +93,35 @@ def read_backbone(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> 
         ) from None
 
 
+def is_file(teacher: Teacher) -> bool:
+    """Whether a teacher was loaded from a single file."""
+    return home(teacher.source, "teacher").is_file()
+
+
+def plain(teacher: Teacher, precision: Precision) -> Teacher:
+    """The teacher of a single file, read again without the LoRA files in its weights."""
+    options = {k: v for k, v in teacher.options.items() if k != "adapters"}
+    return load(teacher.source, **{**options, "precision": precision})
+
+
 def folder_of(teacher: Teacher) -> Path:
     """The pipeline's folder that a teacher was loaded from."""
     return EMBEDDED.get(teacher.source) or find(teacher.source)
+
+
+def base_folder(teacher: Teacher, parts: Iterable[str], scratch: Path) -> Path:
+    """A folder with some of a teacher's parts as stock diffusers loads them, without LoRA files.
+
+    Args:
+        scratch: Where the parts of a single file are written, in float32.
+    """
+    if not is_file(teacher):
+        return folder_of(teacher)
+    pipe: Any = plain(teacher, "fp32").codec.pipe
+    with quiet():
+        for part in parts:
+            getattr(pipe, part).save_pretrained(scratch / part)
+    return scratch
 
 
 @torch.no_grad()

@@ -394,7 +394,8 @@ def load(
     else:
         pipe = single_files.stock(file, folder, who, dtypes)
     backbone = getattr(pipe, kind.PART)
-    fusion = fuse(pipe, kind.PART, adapters, folder)
+    # of a single file, the folder's own weights are another model's
+    fusion = fuse(pipe, kind.PART, adapters, folder if file is None else None)
     if precision in FORMS:
         quantise(backbone, precision)
     if size is not None and (size <= 0 or size % kind.grain(pipe)):

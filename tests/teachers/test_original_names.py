@@ -1,0 +1,186 @@
+"""Single files of SD 3 and FLUX.1 by their original names: each is its folder's teacher."""
+
+import pytest
+import torch
+from diffusers.loaders import single_file_utils as diffusers_files
+
+from students import schedulers
+from students.export.folder import rehearse
+from students.lora import Adapter
+from teachers import load
+from teachers.storage import bfl
+from tests.helpers import families, families_a, single_files
+from tests.helpers.disturbed import disturbed
+from tests.helpers.refusals import refused
+from tests.teachers.test_single_files import bare
+
+PIPELINES = {
+    "sd3": lambda root: families_a.sd3(root, False, 40),
+    "sd3.5": lambda root: families_a.sd3(root, True, 40),
+    "flux-dev": lambda root: families_a.flux(root, True),
+    "flux-schnell": lambda root: families_a.flux(root, False),
+}
+OPTIONS = {k: v for k, v in families.OPTIONS.items() if k in PIPELINES}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of each family, and its pipeline."""
+    root = tmp_path_factory.mktemp("names")
+    found = {}
+    for name, build in PIPELINES.items():
+        torch.manual_seed(0)
+        build(root / name)
+        teacher = load(str(root / name), **OPTIONS.get(name, {}))
+        if name.startswith("sd3"):  # Stability's first encoder has no projection of its own
+            width = teacher.codec.pipe.text_encoder.text_projection.weight
+            width.data.copy_(torch.eye(len(width)))
+            teacher.codec.pipe.text_encoder.save_pretrained(root / name / "text_encoder")
+        found[name] = (root / name, teacher)
+    return found
+
+
+def same(ours, theirs, parts=("transformer", "vae", "text_encoder", "text_encoder_2")):
+    for part in (*parts, "text_encoder_3"):
+        one, other = (getattr(t.codec.pipe, part, None) for t in (ours, theirs))
+        assert (one is None) == (other is None), part
+        if other is not None:
+            mine, state = one.state_dict(), other.state_dict()
+            assert mine.keys() == state.keys()
+            for k, v in state.items():
+                torch.testing.assert_close(mine[k], v, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_file_of_all_parts_is_the_teacher_of_its_folder(made, name, tmp_path):
+    """Every weight of every part, from the file alone, and the conditions of captions."""
+    folder, theirs = made[name]
+    vae = "vae." if name.startswith("flux") else "first_stage_model."
+    file = single_files.save(single_files.whole(theirs.codec.pipe, vae), tmp_path / "a.safetensors")
+    settings = bare(folder, tmp_path / "settings")
+    ours = load(file, config=str(settings), **OPTIONS.get(name, {}))
+    same(ours, theirs)
+    assert ours.shape == theirs.shape
+    assert ours.denoiser.process == theirs.denoiser.process
+    for one, other in zip(ours.codec.condition(["cat"]).values(),
+                          theirs.codec.condition(["cat"]).values(), strict=True):  # fmt: skip
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", single_files.NETWORK])
+@pytest.mark.parametrize("name", ["sd3.5", "flux-dev"])
+def test_a_file_of_the_network_alone_takes_the_rest_from_the_folder(made, name, prefix, tmp_path):
+    """With and without the prefix; its student is sampled by the stock pipeline."""
+    folder, theirs = made[name]
+    state = {f"{prefix}{k}": v for k, v in single_files.network(theirs.codec.pipe).items()}
+    file = single_files.save(state, tmp_path / "network.safetensors")
+    ours = load(file, config=str(folder), **OPTIONS.get(name, {}))
+    same(ours, theirs)
+    if prefix:
+        student = schedulers.student(ours, 2, None, True, Adapter(rank=2))
+        rehearse(disturbed(student).eval(), ours)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-schnell"])
+def test_plain_fp8_weights_are_read_as_they_are(made, name, tmp_path):
+    folder, theirs = made[name]
+    state = {
+        f"{single_files.NETWORK}{k}": v.to(torch.float8_e4m3fn)
+        for k, v in single_files.network(theirs.codec.pipe).items()
+    }
+    file = single_files.save(state, tmp_path / "fp8.safetensors")
+    ours = load(file, config=str(folder), precision="bf16", **OPTIONS.get(name, {}))
+    expected = theirs.denoiser.backbone.state_dict()
+    for k, v in ours.denoiser.backbone.state_dict().items():
+        assert torch.equal(v, expected[k].to(torch.float8_e4m3fn).to(v.dtype)), k
+
+
+@pytest.mark.parametrize(("kind", "names"), [("sd3.5", "stability"), ("flux-dev", "bfl")])
+def test_diffusers_converter_gives_the_same_names(made, kind, names):
+    """Of FLUX.1 at its own width, which the converter assumes; one column of each weight."""
+    state = made[kind][1].denoiser.backbone.state_dict()
+    if kind == "flux-dev":
+        state = {k: torch.randn(wide(k, v), *(1,) * (v.ndim - 1)) for k, v in state.items()}
+        convert = diffusers_files.convert_flux_transformer_checkpoint_to_diffusers
+    else:
+        convert = diffusers_files.convert_sd3_transformer_checkpoint_to_diffusers
+    file = getattr(single_files, names)(state)
+    found = convert({f"{single_files.NETWORK}{k}": v for k, v in file.items()})
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[k], v) for k, v in state.items())
+    if kind == "flux-dev":
+        again = bfl.ours({f"{single_files.NETWORK}{k}": v for k, v in file.items()})
+        assert again.keys() == state.keys()
+        assert all(torch.equal(again[k], v) for k, v in state.items())
+
+
+def wide(name, weight):
+    """The rows that a FLUX.1 32 wide has at its own width of 3072; norms of heads keep theirs."""
+    outside = weight.ndim == 1 and ".attn.norm" in name
+    return len(weight) if outside or name.startswith("proj_out") else len(weight) * 96
+
+
+# ---- refusals
+
+
+def changed(made, name, path, change):
+    state = {f"{single_files.NETWORK}{k}": v.clone()
+             for k, v in single_files.network(made[name][1].codec.pipe).items()}  # fmt: skip
+    change(state)
+    return single_files.save(state, path / "changed.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking"),
+    [
+        ("sd3", "joint_blocks.1.x_block.attn.qkv.weight"),
+        ("sd3", "final_layer.linear.bias"),
+        ("flux-dev", "double_blocks.0.img_attn.qkv.weight"),
+        ("flux-dev", "img_in.weight"),
+        ("flux-dev", "single_blocks.1.norm.key_norm.scale"),
+    ],
+)
+def test_a_missing_weight_is_refused(made, name, lacking, tmp_path):
+    file = changed(made, name, tmp_path, lambda s: s.pop(f"{single_files.NETWORK}{lacking}"))
+    with refused("teacher '*'", "changed.safetensors"):
+        load(file, config=str(made[name][0]), **OPTIONS.get(name, {}))
+
+
+def test_weights_of_other_networks_are_refused(made, tmp_path):
+    extra = {f"{single_files.NETWORK}distilled_guidance_layer.norms.0.scale": torch.ones(4)}
+    file = changed(made, "flux-dev", tmp_path, lambda s: s.update(extra))
+    with refused("teacher '*'", "distilled_guidance_layer", "FLUX.1"):
+        load(file, config=str(made["flux-dev"][0]), **OPTIONS["flux-dev"])
+    extra = {f"{single_files.NETWORK}joint_blocks.0.x_block.attn.other.weight": torch.ones(4)}
+    file = changed(made, "sd3", tmp_path, lambda s: s.update(extra))
+    with refused("teacher '*'", "attn.other", "SD 3"):
+        load(file, config=str(made["sd3"][0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "fault"),
+    [
+        ("flux-dev", "flux-schnell", "guidance_embedder"),
+        ("sd3.5", "sd3", "norm_added_k"),
+        ("sd3", "sd3.5", "norm_added_k"),
+        ("flux-dev", "sd3", "single_transformer_blocks"),
+        ("sd3", "flux-dev", "pos_embed"),
+    ],
+)
+def test_a_config_of_another_network_is_refused(made, name, config, fault, tmp_path):
+    """Diffusers drops the weights that the config has no place for."""
+    file = changed(made, name, tmp_path, lambda s: None)
+    with refused("teacher '*'", "config", fault):
+        load(file, config=str(made[config][0]))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev"])
+def test_scaled_weights_are_refused(made, name, tmp_path):
+    """Their scales would be dropped, and the weights be wrong."""
+    key = next(
+        k for k in single_files.network(made[name][1].codec.pipe) if k.endswith("qkv.weight")
+    )
+    scale = {f"{single_files.NETWORK}{key.removesuffix('weight')}scale_weight": torch.ones(())}
+    file = changed(made, name, tmp_path, lambda s: s.update(scale))
+    with refused("teacher '*'", "scale_weight", "precision"):
+        load(file, config=str(made[name][0]), **OPTIONS.get(name, {}))
