@@ -82,6 +82,7 @@ class TeacherSection(Section):
     # folder, or VA-VAE's file.
     vae: Name | None = None
     config: Name | None = None  # single files: a folder or Hub id of the family; by default known
+    variant: Name | None = None  # of a folder's weights, such as fp16; by default plain files
     shift: Positive | None = None  # of SiT's and LightningDiT's noise levels; by default published
     interpolant: Literal["linear", "gvp"] | None = None  # SiT's path; by default its file's
     heads: PositiveInt | None = None  # attention heads of the three; by default as published
@@ -90,7 +91,8 @@ class TeacherSection(Section):
     def options(self) -> dict[str, Any]:
         """The arguments of `teachers.load` after the source."""
         names = ("null_label", "negative_prompt", "size", "precision", "frames",
-                 "embedded_guidance", "vae", "config", "shift", "interpolant", "heads")  # fmt: skip
+                 "embedded_guidance", "vae", "config", "variant", "shift", "interpolant",
+                 "heads")  # fmt: skip
         given = {k: v for k in names if (v := getattr(self, k)) is not None}
         adapters = [entry.model_dump() for entry in self.adapters or ()]
         return {**given, "adapters": adapters} if adapters else given

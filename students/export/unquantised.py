@@ -24,6 +24,7 @@ from teachers.families.base import Pretrained, quiet
 from teachers.quantised import Precision, is_quantised
 from teachers.storage.components import module
 from teachers.storage.files import home
+from teachers.storage.variants import reading, variant_of
 from teachers.teacher import EMBEDDED, Teacher
 
 
@@ -56,7 +57,8 @@ def with_file_weights(
     backbone = read_backbone(network, teacher, dtype)
     if fused and teacher.fusion is not None:
         folder = None if is_file(teacher) else folder_of(teacher) / network.PART
-        teacher.fusion.apply(network.PART, backbone, folder)
+        with reading(teacher.options.get("variant")):
+            teacher.fusion.apply(network.PART, backbone, folder)
     merge(network.backbone, adapter.name, backbone)
     view = with_schedule(network, network.schedule)
     view.backbone = backbone.requires_grad_(False).eval()
@@ -82,9 +84,9 @@ def read_backbone(network: Pretrained, teacher: Teacher, dtype: torch.dtype) -> 
     try:
         if is_file(teacher):
             return unwrap(plain(teacher, precision).denoiser).backbone
-        return module(
-            kind, folder_of(teacher) / network.PART, "export", network.PART, torch_dtype=dtype
-        )
+        with reading(teacher.options.get("variant")):
+            folder = folder_of(teacher) / network.PART
+            return module(kind, folder, "export", network.PART, torch_dtype=dtype)
     except (OSError, UserError) as error:
         reason = first_line(error).removeprefix("export: ")
         raise UserError(
@@ -99,24 +101,29 @@ def is_file(teacher: Teacher) -> bool:
 
 
 def plain(teacher: Teacher, precision: Precision) -> Teacher:
-    """The teacher of a single file, read again without the LoRA files in its weights."""
+    """A teacher read again without the LoRA files in its weights."""
     options = {k: v for k, v in teacher.options.items() if k != "adapters"}
     return load(teacher.source, **{**options, "precision": precision})
 
 
 def folder_of(teacher: Teacher) -> Path:
     """The pipeline's folder that a teacher was loaded from."""
-    return EMBEDDED.get(teacher.source) or find(teacher.source)
+    with reading(teacher.options.get("variant")):
+        return EMBEDDED.get(teacher.source) or find(teacher.source)
 
 
 def base_folder(teacher: Teacher, parts: Iterable[str], scratch: Path) -> Path:
     """A folder with some of a teacher's parts as stock diffusers loads them, without LoRA files.
 
     Args:
-        scratch: Where the parts of a single file are written, in float32.
+        scratch: Where the parts are written in float32, if they are of a single file or a variant.
     """
+    parts = list(parts)
     if not is_file(teacher):
-        return folder_of(teacher)
+        folder = folder_of(teacher)
+        with reading(teacher.options.get("variant")):
+            if all(variant_of(p.name for p in (folder / k).iterdir()) is None for k in parts):
+                return folder
     pipe: Any = plain(teacher, "fp32").codec.pipe
     with quiet():
         for part in parts:

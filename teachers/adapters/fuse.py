@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from teachers.adapters.files import LoRAFile, Pair, check, read
 from teachers.errors import note
-from teachers.storage.components import WEIGHTS, variant_of
+from teachers.storage.variants import WEIGHTS, variant_of
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.storage import single_files
 from teachers.storage.files import home, read_json
+from teachers.storage.variants import check_asked, reading
 from teachers.teacher import EMBEDDED, Pixels, Teacher
 
 SINGLE = {".pt", ".pth", ".safetensors"}  # ends of the files that are a whole network
@@ -30,13 +31,16 @@ def load(source: str, **options: Any) -> Teacher:
             others: `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16, fp8, nf4)
             and `adapters` (LoRA files that become part of the weights);
             single files also `config`, a diffusers folder or Hub id of the same family;
-            videos also `frames`, and FLUX.1-dev also `embedded_guidance`.
+            videos also `frames`, and FLUX.1-dev also `embedded_guidance`. Folders and Hub ids:
+            `variant`, of the weights of every component that has it.
 
     Raises:
         UserError: there is no such source, its files are damaged, its family is not supported, or
             the family has no such option.
     """
     _check_adapters(source, options)
+    if (variant := options.pop("variant", None)) is not None:
+        return _of_variant(source, variant, options)
     if source.startswith("analytic:"):
         if options:
             raise UserError(f"{teacher_at(source)}: it takes no options; leave out {min(options)}")
@@ -64,6 +68,27 @@ def load(source: str, **options: Any) -> Teacher:
     teacher = loader(path, source, **options)
     teacher.options = options
     teacher.denoiser.eval().requires_grad_(False)
+    return teacher
+
+
+def _of_variant(source: str, variant: str, options: dict[str, Any]) -> Teacher:
+    """The teacher of one variant of a folder's weights.
+
+    Raises:
+        UserError: the source has no variants, or no component has this one.
+    """
+    ends = {*SINGLE, ".pkl", ".gguf"}
+    network = source.startswith("analytic:") or source.rpartition(":")[0].endswith(".py")
+    if network or source in EMBEDDED or home(source, "teacher").suffix in ends:
+        raise UserError(
+            f"teacher.variant: {clipped(source)} is no diffusers folder or Hub id, which alone "
+            "have variants; remove it"
+        )
+    with reading(variant):
+        folder = find(source)
+        check_asked(source, (p.name for p in folder.glob("**/*.safetensors")))
+        teacher = load(source, **options)
+    teacher.options["variant"] = variant
     return teacher
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,44 +21,15 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from teachers.errors import UserError, clipped, first_line, note
+from teachers.errors import UserError, clipped, first_line
 from teachers.storage.files import read_json
+from teachers.storage.variants import WEIGHTS, variants
 
-# A weights file as diffusers and transformers name it, with its shard and variant, if any.
-WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?"
-    r"(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d{5}-of-\d{5})?\.safetensors"
-)
 LOADED = ("diffusers", "transformers")  # libraries whose classes are loaded here
 # Components that pipelines can sample without.
 SPARE = {"safety_checker", "feature_extractor", "image_encoder", "transformer_2"}
 SPARE |= {"text_encoder_3", "tokenizer_3"}  # T5: Stable Diffusion 3 uses zeros without it
 TOKENIZERS = ("Tokenizer", "TokenizerFast")  # suffixes of tokenizer class names
-
-
-def variant_of(names: Iterable[str]) -> str | None:
-    """The variant of a component's weights to read; None for plain files, or if there are none.
-
-    Args:
-        names: File names in the component's folder.
-    """
-    choices = {m["variant"] for name in names if (m := WEIGHTS.fullmatch(name))}
-    if not choices or None in choices:
-        return None
-    usual = ("fp16", "bf16")
-    return min(choices, key=lambda v: (usual.index(v) if v in usual else 9, v))
-
-
-def variants(who: str, folders: dict[str, Path]) -> dict[str, str | None]:
-    """The variant to read of each component; prints a notice where there are no plain files."""
-    choices = {part: variant_of(p.name for p in at.iterdir()) for part, at in folders.items()}
-    for variant in sorted({v for v in choices.values() if v is not None}):
-        parts = ", ".join(part for part, v in choices.items() if v == variant and part)
-        note(
-            f"{who}: there are no weights{f' of {parts}' * bool(parts)} but *.{variant}.safetensors"
-            ", and those are read"
-        )
-    return choices
 
 
 def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) -> Any:
