@@ -60,6 +60,13 @@ Guidance = Annotated[
 ]
 
 
+# A number is a factor; a pair is that at t = 0 and that at t = 1.
+Shift = Annotated[
+    Annotated[Positive, Tag("[factor]")] | Annotated[tuple[Positive, Positive], Tag("[pair]")],
+    Discriminator(lambda v: "[pair]" if isinstance(v, list | tuple) else "[factor]"),
+]
+
+
 class AdapterFile(Section):
     """A LoRA file that becomes part of the teacher's frozen weights."""
 
@@ -83,7 +90,8 @@ class TeacherSection(Section):
     vae: Name | None = None
     config: Name | None = None  # single files: a folder or Hub id of the family; by default known
     variant: Name | None = None  # of a folder's weights, such as fp16; by default plain files
-    shift: Positive | None = None  # of SiT's and LightningDiT's noise levels; by default published
+    # Factor of the noise levels σ/α, as of simple diffusion; of flows, instead of the scheduler's.
+    shift: Shift | None = None
     interpolant: Literal["linear", "gvp"] | None = None  # SiT's path; by default its file's
     heads: PositiveInt | None = None  # attention heads of the three; by default as published
     adapters: tuple[AdapterFile, ...] | None = None  # LoRA files that become part of the model
