@@ -22,8 +22,9 @@ from teachers.catalogue.loading import find, load
 from teachers.errors import UserError, first_line
 from teachers.families.base import Pretrained, quiet
 from teachers.quantised import Precision, is_quantised
+from teachers.storage import packed
 from teachers.storage.components import module
-from teachers.storage.files import home
+from teachers.storage.files import home, read_json
 from teachers.storage.variants import reading, variant_of
 from teachers.teacher import EMBEDDED, Teacher
 
@@ -112,17 +113,24 @@ def folder_of(teacher: Teacher) -> Path:
         return EMBEDDED.get(teacher.source) or find(teacher.source)
 
 
+def is_stock(part: Path) -> bool:
+    """Whether stock diffusers reads a component's folder without a word, on every machine."""
+    quantised = packed.KEY in read_json(part / "config.json", "export")
+    return not quantised and variant_of(p.name for p in part.iterdir()) is None
+
+
 def base_folder(teacher: Teacher, parts: Iterable[str], scratch: Path) -> Path:
     """A folder with some of a teacher's parts as stock diffusers loads them, without LoRA files.
 
     Args:
-        scratch: Where the parts are written in float32, if they are of a single file or a variant.
+        scratch: Where the parts are written in float32, if they are of a single file or a variant,
+            or quantised.
     """
     parts = list(parts)
     if not is_file(teacher):
         folder = folder_of(teacher)
         with reading(teacher.options.get("variant")):
-            if all(variant_of(p.name for p in (folder / k).iterdir()) is None for k in parts):
+            if all(is_stock(folder / part) for part in parts):
                 return folder
     pipe: Any = plain(teacher, "fp32").codec.pipe
     with quiet():

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import nn
 
 from teachers.errors import UserError, clipped, first_line
+from teachers.storage import packed
 from teachers.storage.files import read_json
 from teachers.storage.variants import WEIGHTS, variants
 
@@ -42,19 +43,24 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
     Raises:
         UserError: the files are missing or unreadable, or their weights do not match the network.
     """
-    read_json(folder / "config.json", who)  # if missing, from_pretrained would ask the Hub
+    config = read_json(folder / "config.json", who)  # without it, diffusers would ask the Hub
     check_rope(folder, who)
+    form = packed.form(config, who, folder)
     if "variant" not in options:
         options["variant"] = variants(who, {part: folder})[part]
     try:
         with quiet(), silent("diffusers.models.modeling_utils"):
-            made, info = kind.from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                **options,
-            )
+            if form is not None:
+                dtype = options.get("torch_dtype", torch.float32)
+                made, info = packed.load(kind, folder, options["variant"], dtype)
+            else:
+                made, info = kind.from_pretrained(
+                    folder,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    **options,
+                )
     except Exception as error:  # damaged files raise many types
         raise UserError(
             f"{who}: {folder} cannot be read ({first_line(error)}); copy it again"
@@ -84,7 +90,10 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
             f"{where} hold {dot}{clipped(extra[0])}{more(extra)}, which the {kind.__name__} of "
             "config.json does not have; correct config.json"
         )
-    check_floating(made, folder, options["variant"], where)
+    if form is None:
+        check_floating(made, folder, options["variant"], where)
+    else:
+        packed.say(form, part, who)
     return made
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from teachers.errors import UserError, clipped
-from teachers.storage import bfl
+from teachers.storage import bfl, packed
 from teachers.storage.components import more
 
 PREFIX = bfl.PREFIX
 OTHERS = ("first_stage_model.", "vae.", "text_encoders.")  # beginnings of other parts' names
 
 
-def network(file: Path, who: str) -> dict[str, Tensor] | None:
+def network(file: Path, dtype: torch.dtype, who: str) -> dict[str, Tensor] | None:
     """The weights of the network in a file, under diffusers' names; None for other networks.
+
+    Args:
+        dtype: Of quantised weights, which are decoded.
 
     Raises:
         UserError: one is missing, or is of another network.
@@ -23,14 +28,14 @@ def network(file: Path, who: str) -> dict[str, Tensor] | None:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as content:
-        names = list(content.keys())
-        prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
-        mine = [k for k in names if k.startswith(prefix) and (prefix or not k.startswith(OTHERS))]
+        mine = own(content.keys())
         kind = kind_of(mine)
         weights = {} if kind is None else {k: content.get_tensor(k) for k in mine}
     if kind is None:
         return None
     try:
+        if any(map(packed.is_scale, weights)):
+            weights = packed.decoded(weights, dtype)
         ours, unknown = flux(weights) if kind == "FLUX.1" else sd3(weights)
     except KeyError as error:
         raise UserError(
@@ -42,6 +47,14 @@ def network(file: Path, who: str) -> dict[str, Tensor] | None:
             f"does not have; give a file of {kind}"
         )
     return ours
+
+
+def own(names: Iterable[str]) -> list[str]:
+    """The names of a file that are its network's, and not an encoder's or the autoencoder's."""
+    names = list(names)
+    if any(name.startswith(PREFIX) for name in names):
+        return [name for name in names if name.startswith(PREFIX)]
+    return [name for name in names if not name.startswith(OTHERS)]
 
 
 def kind_of(names: list[str]) -> str | None:

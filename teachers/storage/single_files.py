@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from teachers.errors import UserError, clipped, first_line
-from teachers.storage import bfl, download, original
+from teachers.storage import bfl, download, original, packed
 from teachers.storage.components import (
     SPARE,
     TOKENIZERS,
@@ -41,9 +41,6 @@ HELD: dict[str, tuple[str, ...]] = {
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }  # fmt: skip
 T5 = "text_encoders.t5xxl."  # T5 is SD 3's third encoder, and FLUX.1's second
-# The ends of names that come with quantised weights: their scales and their codes' tables.
-SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", "scaled_fp8",
-          ".comfy_quant", ".absmax", ".quant_map", ".SCB")  # fmt: skip
 
 
 def names_of(file: Path, who: str) -> dict[str, tuple[int, ...]]:
@@ -74,12 +71,14 @@ def holds(names: Iterable[str], part: str, kind: str = "") -> bool:
 
 
 def check_plain(names: Iterable[str], file: Path, who: str) -> None:
-    """Refuse quantised weights, whose scales diffusers would drop.
+    """Refuse quantised weights whose scales diffusers would drop: all but FLUX.1's and SD 3's.
 
     Raises:
         UserError: the file has scales.
     """
-    if scale := next((name for name in names if name.endswith(SCALES)), None):
+    mine = original.own(names)
+    decoded = set(mine) if original.kind_of(mine) is not None else set()
+    if scale := next((k for k in names if packed.is_scale(k) and k not in decoded), None):
         raise UserError(
             f"{who}: {file} holds quantised weights ({clipped(scale)}); give a file in fp32, bf16, "
             "fp16 or plain fp8, and teacher.precision nf4 or fp8 for less memory"
@@ -187,7 +186,7 @@ def loaded(
         return {part: beside(kind, folder, part, file, dtype, who)}
     if not hasattr(kind, "from_single_file"):
         return {}
-    content = original.network(file, who) if part == "transformer" else None
+    content = original.network(file, dtype, who) if part == "transformer" else None
     if content is not None:
         check_fits(content, kind, folder / part, file, who)
     words = {"config": str(folder), "subfolder": part, "torch_dtype": dtype}

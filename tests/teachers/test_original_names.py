@@ -9,7 +9,8 @@ from students.export.folder import rehearse
 from students.lora import Adapter
 from teachers import load
 from teachers.storage import bfl
-from tests.helpers import families, families_a, single_files
+from teachers.storage.packed import decoded
+from tests.helpers import families, families_a, packed, single_files
 from tests.helpers.disturbed import disturbed
 from tests.helpers.refusals import refused
 from tests.teachers.test_single_files import bare
@@ -174,13 +175,41 @@ def test_a_config_of_another_network_is_refused(made, name, config, fault, tmp_p
         load(file, config=str(made[config][0]))
 
 
+@pytest.mark.parametrize("key", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize("name", ["sd3", "flux-dev"])
-def test_scaled_weights_are_refused(made, name, tmp_path):
-    """Their scales would be dropped, and the weights be wrong."""
-    key = next(
-        k for k in single_files.network(made[name][1].codec.pipe) if k.endswith("qkv.weight")
-    )
-    scale = {f"{single_files.NETWORK}{key.removesuffix('weight')}scale_weight": torch.ones(())}
-    file = changed(made, name, tmp_path, lambda s: s.update(scale))
+def test_scaled_fp8_is_decoded(made, name, key, tmp_path):
+    """As in ComfyUI's files: a scale for each layer, one for its inputs, and a mark."""
+    folder, theirs = made[name]
+    state = {f"{single_files.NETWORK}scaled_fp8": torch.empty(0)}
+    for k, v in single_files.network(theirs.codec.pipe).items():
+        state[f"{single_files.NETWORK}{k}"] = v
+        if v.ndim == 2:
+            scale, stem = v.abs().max() / 448, f"{single_files.NETWORK}{k.removesuffix('weight')}"
+            state[f"{single_files.NETWORK}{k}"] = (v / scale).to(torch.float8_e4m3fn)
+            state |= {f"{stem}{key}": scale, f"{stem}scale_input": torch.ones(())}
+    file = single_files.save(state, tmp_path / "scaled.safetensors")
+    ours = load(file, config=str(folder), **OPTIONS.get(name, {})).denoiser.backbone.state_dict()
+    for k, v in theirs.denoiser.backbone.state_dict().items():
+        assert (ours[k] - v).norm() <= 0.04 * v.norm(), k
+
+
+def test_four_bits_of_bitsandbytes_are_decoded(made, tmp_path):
+    """A network of FLUX.1 in one file, each layer by bitsandbytes' stored tensors."""
+    folder, theirs = made["flux-dev"]
+    state, exact = {}, {}
+    for k, v in single_files.network(theirs.codec.pipe).items():
+        parts = packed.four_bits(k, v, "nf4", True) if v.ndim == 2 else {k: v}
+        state |= parts
+        exact |= decoded(parts, torch.float32)
+    file = single_files.save(state, tmp_path / "nf4.safetensors")
+    ours = load(file, config=str(folder), **OPTIONS["flux-dev"]).denoiser.backbone.state_dict()
+    assert all(torch.equal(ours[k], v) for k, v in bfl.ours(exact).items())
+
+
+@pytest.mark.parametrize("encoder", ["text_encoders.t5xxl.", "vae."])
+def test_scaled_weights_of_other_parts_are_refused(made, encoder, tmp_path):
+    """Diffusers would drop their scales, and the weights be wrong."""
+    extra = {f"{encoder}transformer.shared.scale_weight": torch.ones(())}
+    file = changed(made, "flux-dev", tmp_path, lambda s: s.update(extra))
     with refused("teacher '*'", "scale_weight", "precision"):
-        load(file, config=str(made[name][0]), **OPTIONS.get(name, {}))
+        load(file, config=str(made["flux-dev"][0]), **OPTIONS["flux-dev"])
