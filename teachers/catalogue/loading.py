@@ -14,7 +14,7 @@ from teachers.storage.files import home, read_json
 from teachers.storage.variants import check_asked, reading
 from teachers.teacher import EMBEDDED, Pixels, Teacher
 
-SINGLE = {".pt", ".pth", ".safetensors"}  # ends of the files that are a whole network
+SINGLE = {".pt", ".pth", ".safetensors", ".gguf"}  # ends of the files that are a whole network
 
 
 def load(source: str, **options: Any) -> Teacher:
@@ -23,8 +23,9 @@ def load(source: str, **options: Any) -> Teacher:
     Args:
         source: "digits" or "shapes" (embedded), "analytic:NAME" (closed form), a diffusers folder,
             a Hub id, a published EDM or EDM2 .pkl, the folder that it was converted to, a file of
-            SiT's, LightningDiT's or U-ViT's, a single .safetensors file of SD, SDXL, SD3 or FLUX,
-            or "path/to/file.py:function" for a function that returns a Teacher.
+            SiT's, LightningDiT's or U-ViT's, a single .safetensors file of SD, SDXL, SD3 or
+            FLUX, a .gguf file of SD3 or FLUX, or "path/to/file.py:function" for a function that
+            returns a Teacher.
         options: Those of the family. UNet2D pipelines: `null_label`, the class that means no class.
             EDM and EDM2: that and `vae`, the folder of the AutoencoderKL of their latents. SiT,
             LightningDiT and U-ViT: `vae`, `precision`, `shift`, `interpolant` and `heads`. All
@@ -77,7 +78,7 @@ def _of_variant(source: str, variant: str, options: dict[str, Any]) -> Teacher:
     Raises:
         UserError: the source has no variants, or no component has this one.
     """
-    ends = {*SINGLE, ".pkl", ".gguf"}
+    ends = {*SINGLE, ".pkl"}
     network = source.startswith("analytic:") or source.rpartition(":")[0].endswith(".py")
     if network or source in EMBEDDED or home(source, "teacher").suffix in ends:
         raise UserError(
@@ -124,7 +125,9 @@ def file_loader(file: Path, source: str, config: str | None) -> tuple[str, Any]:
     from teachers.imagenet import checkpoints as imagenet
 
     who = teacher_at(source)
-    if file.suffix != ".safetensors" or imagenet.kind_of(single_files.names_of(file, who)):
+    if file.suffix in (".pt", ".pth"):
+        return "an ImageNet transformer", imagenet.load
+    if imagenet.kind_of(single_files.names_of(file, who)):
         return "an ImageNet transformer", imagenet.load
     folder = single_files.settings(file, config, who)
     family, loader = loader_of(folder, source)

@@ -168,8 +168,6 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
     Raises:
         UserError: it cannot be read, or a component's weights do not match its network.
     """
-    import diffusers
-
     index = read_json(folder / "model_index.json", who)
     check_index(folder, index, who)
     kinds, parts, classes = dict(networks(index)), {}, {}
@@ -184,6 +182,28 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
         if isinstance(entry, list) and entry[0] == "transformers" and entry[1].endswith(TOKENIZERS):
             parts[part] = tokenizer(entry[1], folder / part, who)
             classes[part] = type(parts[part]).__name__
+    return assembled(folder, index, parts, classes, dtypes, who)
+
+
+def assembled(
+    folder: Path,
+    index: dict[str, Any],
+    parts: dict[str, Any],
+    classes: dict[str, str],
+    dtypes: dict[str, torch.dtype],
+    who: str,
+) -> Any:
+    """The pipeline of loaded components; the others come from its folder.
+
+    Args:
+        classes: The names of tokenizers' classes where they are not those of the index.
+        dtypes: As `stock` has them.
+
+    Raises:
+        UserError: diffusers cannot read it.
+    """
+    import diffusers
+
     # a null component must be passed as None where its class does not call it optional
     absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
     absent += [k for k in index if k == "safety_checker"]
@@ -198,8 +218,7 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
                 use_safetensors=True,
                 local_files_only=True,
                 torch_dtype=dtypes,
-                **dict.fromkeys(absent),
-                **parts,
+                **{**dict.fromkeys(absent), **parts},
             )
     except Exception as error:  # as above
         raise UserError(

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from teachers.errors import UserError, clipped
-from teachers.storage import bfl, packed
+from teachers.storage import bfl, gguf_files, packed
 from teachers.storage.components import more
 
 PREFIX = bfl.PREFIX
@@ -17,7 +18,9 @@ OTHERS = ("first_stage_model.", "vae.", "text_encoders.")  # beginnings of other
 
 
 def network(file: Path, dtype: torch.dtype, who: str) -> dict[str, Tensor] | None:
-    """The weights of the network in a file, under diffusers' names; None for other networks.
+    """The weights of the network in a file, under diffusers' names.
+
+    None for a safetensors file without original names, which diffusers reads by itself.
 
     Args:
         dtype: Of quantised weights, which are decoded.
@@ -25,14 +28,10 @@ def network(file: Path, dtype: torch.dtype, who: str) -> dict[str, Tensor] | Non
     Raises:
         UserError: one is missing, or is of another network.
     """
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as content:
-        mine = own(content.keys())
-        kind = kind_of(mine)
-        weights = {} if kind is None else {k: content.get_tensor(k) for k in mine}
+    kind, weights = opened(file, dtype, who)
     if kind is None:
-        return None
+        bare = {k.removeprefix(PREFIX): v for k, v in weights.items()}
+        return bare or None
     try:
         if any(map(packed.is_scale, weights)):
             weights = packed.decoded(weights, dtype)
@@ -47,6 +46,17 @@ def network(file: Path, dtype: torch.dtype, who: str) -> dict[str, Tensor] | Non
             f"does not have; give a file of {kind}"
         )
     return ours
+
+
+def opened(file: Path, dtype: torch.dtype, who: str) -> tuple[str | None, dict[str, Tensor]]:
+    """Whose names a file's network has, and its weights; of GGUF alone under diffusers' names."""
+    if file.suffix == gguf_files.SUFFIX:
+        weights = gguf_files.read(file, dtype, who)
+        return kind_of(list(weights)), weights
+    with safe_open(file, "pt") as content:
+        mine = own(content.keys())
+        kind = kind_of(mine)
+        return kind, {} if kind is None else {k: content.get_tensor(k) for k in mine}
 
 
 def own(names: Iterable[str]) -> list[str]:

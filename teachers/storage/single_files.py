@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from teachers.errors import UserError, clipped, first_line
-from teachers.storage import bfl, download, original, packed
+from teachers.storage import bfl, download, gguf_files, original, packed
 from teachers.storage.components import (
     SPARE,
     TOKENIZERS,
+    assembled,
     check_vocabulary,
     module,
     more,
@@ -44,13 +45,15 @@ T5 = "text_encoders.t5xxl."  # T5 is SD 3's third encoder, and FLUX.1's second
 
 
 def names_of(file: Path, who: str) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a safetensors file's weights.
+    """The names and shapes of a file's weights.
 
     Raises:
         UserError: it cannot be read.
     """
     from safetensors import safe_open
 
+    if file.suffix == gguf_files.SUFFIX:
+        return gguf_files.names_of(file, who)
     try:
         with safe_open(file, "pt") as content:
             return {k: tuple(content.get_slice(k).get_shape()) for k in content.keys()}  # noqa: SIM118
@@ -157,8 +160,11 @@ def stock(file: Path, folder: Path, who: str, dtypes: dict[str, torch.dtype]) ->
         if isinstance(entry, list) and str(entry[1]).endswith(TOKENIZERS) and part not in parts:
             check_vocabulary(folder / part, who)
             parts[part] = tokenizer(entry[1], folder / part, who)
-    words = {"config": str(folder), "torch_dtype": dtypes["default"], **parts}
-    pipe = converted(getattr(diffusers, index["_class_name"]), str(file), file, who, words)
+    if file.suffix == gguf_files.SUFFIX:  # a network alone, which is converted already
+        pipe = assembled(folder, index, parts, {}, dtypes, who)
+    else:
+        words = {"config": str(folder), "torch_dtype": dtypes["default"], **parts}
+        pipe = converted(getattr(diffusers, index["_class_name"]), str(file), file, who, words)
     for part, _ in networks(index):
         if (made := getattr(pipe, part, None)) is not None:
             if hasattr(made, "tie_weights"):  # T5's embedding has two names, and files have one
@@ -183,6 +189,11 @@ def loaded(
         names: Of the file's weights.
     """
     if not holds(names, part, kind.__name__):
+        if part in ("unet", "transformer"):
+            raise UserError(
+                f"{who}: config: {file} holds no {part}, which the pipeline in {folder} has; give "
+                "a diffusers folder of the file's own family"
+            )
         return {part: beside(kind, folder, part, file, dtype, who)}
     if not hasattr(kind, "from_single_file"):
         return {}
