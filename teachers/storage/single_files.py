@@ -1,7 +1,8 @@
 """Single files: a whole pipeline's weights, or its network's, under the names of other programs.
 
-Diffusers converts the names. What a file does not say, such as the scheduler and the tokenizers,
-comes from a diffusers folder of the same family; so do the parts whose weights it lacks.
+Diffusers converts the names, or `original.py` does. What a file does not say, such as the scheduler
+and the tokenizers, comes from a diffusers folder of the same family; so do the parts whose weights
+it lacks.
 """
 
 from __future__ import annotations
@@ -190,9 +191,10 @@ def loaded(
     """
     if not holds(names, part, kind.__name__):
         if part in ("unet", "transformer"):
+            unread = "; of GGUF, only transformers are read" * (file.suffix == gguf_files.SUFFIX)
             raise UserError(
-                f"{who}: config: {file} holds no {part}, which the pipeline in {folder} has; give "
-                "a diffusers folder of the file's own family"
+                f"{who}: config: {file} holds no {part}, which the pipeline in {folder} has{unread}"
+                "; give a diffusers folder of the file's own family"
             )
         return {part: beside(kind, folder, part, file, dtype, who)}
     if not hasattr(kind, "from_single_file"):

@@ -6,9 +6,11 @@ from diffusers.loaders import single_file_utils as diffusers_files
 
 from students import schedulers
 from students.export.folder import rehearse
+from students.export.formats import vae_to_ldm
 from students.lora import Adapter
 from teachers import load
 from teachers.storage import bfl
+from teachers.storage import single_files as single_file_storage
 from teachers.storage.packed import decoded
 from tests.helpers import families, families_a, packed, single_files
 from tests.helpers.disturbed import disturbed
@@ -121,6 +123,20 @@ def wide(name, weight):
     return len(weight) if outside or name.startswith("proj_out") else len(weight) * 96
 
 
+def test_weights_that_a_file_holds_are_not_downloaded_with_its_settings():
+    """FLUX.1's second encoder is T5, and SDXL's and SD 3's another CLIP."""
+    network, t5, clip_g = ("double_blocks.0.img_attn.qkv.weight",
+                           "text_encoders.t5xxl.transformer.shared.weight",
+                           "text_encoders.clip_g.transformer.text_projection.weight")  # fmt: skip
+    shard = "text_encoder_2/model-00001-of-00002.safetensors"
+    for names, held in (([network, t5], True), ([network], False), ([t5], False),
+                        (["joint_blocks.0.x", t5, clip_g], True)):  # fmt: skip
+        assert single_file_storage.held_weights(shard, names) == held
+        assert not single_file_storage.held_weights("text_encoder_2/config.json", names)
+    index = "transformer/diffusion_pytorch_model.safetensors.index.json"
+    assert single_file_storage.held_weights(index, [network])
+
+
 # ---- refusals
 
 
@@ -156,6 +172,17 @@ def test_weights_of_other_networks_are_refused(made, tmp_path):
     file = changed(made, "sd3", tmp_path, lambda s: s.update(extra))
     with refused("teacher '*'", "attn.other", "SD 3"):
         load(file, config=str(made["sd3"][0]))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev"])
+def test_a_file_without_the_pipelines_network_is_refused(made, name, tmp_path):
+    """The settings' folder has one, which is another model's."""
+    state = {
+        f"vae.{k}": v for k, v in vae_to_ldm(made[name][1].codec.pipe.vae.state_dict()).items()
+    }
+    file = single_files.save(state, tmp_path / "vae.safetensors")
+    with refused("teacher '*/vae.safetensors'", "transformer", "config"):
+        load(file, config=str(made[name][0]), **OPTIONS.get(name, {}))
 
 
 @pytest.mark.parametrize(

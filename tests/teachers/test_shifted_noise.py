@@ -191,3 +191,22 @@ def test_a_unet_of_pixels_with_other_outputs_is_refused(tmp_path, outputs):
     pipe.save_pretrained(tmp_path)
     with refused("teacher '*'", "out_channels", outputs):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_x_is_what_the_scheduler_of_learned_variances_makes_of_it(tmp_path, prediction):
+    """Diffusers' DDPM step takes the same output apart; both halves weigh on its sample."""
+    words = {"variance_type": "learned_range", "prediction_type": prediction, "clip_sample": False}
+    scheduler = diffusers.DDPMScheduler(**words)
+    unet = diffusers.UNet2DModel(**{**SMALL, "out_channels": 2})
+    diffusers.DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path)
+    teacher = load(str(tmp_path))
+    x_t = torch.randn(2, 1, 8, 8)
+    for index in (100, 600, 999):
+        t = torch.full((2,), index / 999)
+        with torch.no_grad():
+            output = teacher.denoiser.backbone(x_t, index).sample
+            found = teacher.denoiser(x_t, t)
+        assert output.shape[1] == 2
+        step = scheduler.step(output, index, x_t)
+        torch.testing.assert_close(found, step.pred_original_sample, atol=2e-4, rtol=1e-3)
