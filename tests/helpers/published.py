@@ -1,4 +1,4 @@
-"""Outputs of the published classes of SiT, LightningDiT and U-ViT, and weights to compare with.
+"""Outputs of the published classes of SiT, LightningDiT with its VA-VAE, and U-ViT, and weights.
 
 `published_outputs.safetensors` beside this file holds what the code of three repositories gives for
 small networks: by case, the outputs and the tables of positions. Its header names the repositories,
@@ -60,6 +60,10 @@ CASES = {
 }
 
 
+VAE = "vae"  # the case of LightningDiT's autoencoder: 4 channels, widths of 32 and 64
+PICTURE, LATENT = (1, 3, 32, 32), (1, 4, 16, 16)
+
+
 def values(name: str, shape: tuple[int, ...]) -> Tensor:
     """Numbers between -√3 and √3 that depend on the name alone, on every machine and version."""
     size = int(np.prod(shape))
@@ -105,6 +109,17 @@ def reference(case: str) -> Reference:
     return Reference(weights, values("input", INPUT), held[case])
 
 
+def vae_reference() -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The autoencoder's published weights, the moments of a picture, and the picture of a latent.
+
+    The picture and the latent are `values("picture", PICTURE)` and `values("latent", LATENT)`.
+    """
+    with safe_open(FILE, "pt") as stored:
+        shapes = json.loads(stored.metadata()[VAE])
+        moments, picture = (stored.get_tensor(f"{VAE}.{k}") for k in ("moments", "picture"))
+    return weights_of({k: tuple(v) for k, v in shapes.items()}), moments, picture
+
+
 def table(name: str, case: str) -> str:
     """A table's name in the file; the same for all networks of one class."""
     return f"{CASES[case].repository}.{name}"
@@ -130,6 +145,14 @@ def main(place: Path) -> None:
         drawn = weights_of({k: tuple(v.shape) for k, v in state.items() if k not in fixed})
         network.load_state_dict({**drawn, **{k: state[k] for k in fixed}})
         tensors[name] = output(network.eval(), case)
+    autoencoder = published_vae(place / "LightningDiT")
+    state = autoencoder.state_dict()
+    header[VAE] = json.dumps({k: list(v.shape) for k, v in state.items()})
+    autoencoder.load_state_dict(weights_of({k: tuple(v.shape) for k, v in state.items()}))
+    with torch.no_grad():
+        posterior = autoencoder.eval().encode(values("picture", PICTURE))
+        tensors[f"{VAE}.moments"] = posterior.parameters
+        tensors[f"{VAE}.picture"] = autoencoder.decode(values("latent", LATENT))
     save_file({k: v.contiguous() for k, v in tensors.items()}, FILE, header)
 
 
@@ -148,6 +171,23 @@ def published(root: Path, case: Case) -> Any:
     finally:
         sys.path.remove(str(root))
     return kind(**case.options)
+
+
+def published_vae(root: Path) -> Any:
+    """LightningDiT's autoencoder, narrower than its own class makes it."""
+    sys.path.insert(0, str(root))
+    try:
+        from tokenizer import autoencoder as code  # pyright: ignore
+    finally:
+        sys.path.remove(str(root))
+    sizes = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "resolution": 32, "z_channels": 4}
+    model = code.AutoencoderKL.__new__(code.AutoencoderKL)
+    torch.nn.Module.__init__(model)
+    model.use_variational = True
+    model.encoder, model.decoder = code.Encoder(**sizes), code.Decoder(**sizes)
+    model.quant_conv = torch.nn.Conv2d(8, 8, 1)
+    model.post_quant_conv = torch.nn.Conv2d(4, 4, 1)
+    return model
 
 
 @torch.no_grad()

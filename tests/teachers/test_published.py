@@ -1,4 +1,4 @@
-"""SiT, LightningDiT and U-ViT against outputs of their published code, which are stored."""
+"""SiT, LightningDiT, VA-VAE and U-ViT against outputs of their published code, which are stored."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from distill.config.schema import GuidanceSection, TeacherSection
 from distill.sampling.guided_teacher import guided
 from teachers import load
+from teachers.imagenet import vae as autoencoders
 from teachers.imagenet.parts import positions, rotation
 from tests.helpers import imagenet, published
 from tests.helpers.published import CASES, LABELS
@@ -80,3 +81,17 @@ def test_the_tables_of_positions_are_the_published_ones():
     torch.testing.assert_close(positions(128, 4), weights["pos_embed"], atol=1e-6, rtol=0)
     turn = torch.stack([weights[k] for k in published.TABLES[1:]])
     torch.testing.assert_close(rotation(64, 4), turn, atol=1e-6, rtol=0)
+
+
+def test_the_autoencoder_gives_what_the_published_code_gives(tmp_path):
+    """Moments of the latents of a picture, and the picture of a latent."""
+    weights, moments, picture = published.vae_reference()
+    save_file(weights, tmp_path / "vae.safetensors")
+    made = autoencoders.load(str(tmp_path / "vae.safetensors"), 4, "teacher")
+    with torch.no_grad():
+        found = made.encode(published.values("picture", published.PICTURE)).latent_dist.parameters
+        drawn = made.decode(published.values("latent", published.LATENT)).sample
+    assert moments.std() > 0.3 < picture.std()
+    torch.testing.assert_close(found[:, :4], moments[:, :4], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[:, 4:], moments[:, 4:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(drawn, picture, atol=1e-5, rtol=1e-5)
