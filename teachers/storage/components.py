@@ -92,7 +92,7 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
         )
     if form is None:
         check_floating(made, folder, options["variant"], where)
-    else:
+    elif who != "export":
         packed.say(form, part, who)
     return made
 

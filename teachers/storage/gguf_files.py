@@ -30,7 +30,7 @@ def read(file: Path, dtype: torch.dtype, who: str) -> dict[str, Tensor]:
     Raises:
         UserError: as `names_of`; or a weight has a form that the package does not decode.
     """
-    from gguf import quants
+    from gguf import quants  # pyright: ignore[reportMissingImports]
 
     weights = {}
     for tensor, shape in _tensors(file, who):
@@ -48,7 +48,7 @@ def read(file: Path, dtype: torch.dtype, who: str) -> dict[str, Tensor]:
 def _tensors(file: Path, who: str) -> Iterator[tuple[Any, tuple[int, ...]]]:
     """The reader's tensors, each with the shape of its weight."""
     try:
-        from gguf import GGUFReader
+        from gguf import GGUFReader  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
             f"{who}: reading GGUF takes the package gguf, which is not installed; "

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,9 @@ def four_bits(weights: Mapping[str, Tensor], name: str, state: dict[str, Any]) -
     return (values[:size] * scales).view(*state["shape"])
 
 
+@cache
 def say(form: str, part: str, who: str) -> None:
-    """Tell that a component's weights are decoded."""
+    """Tell that a component's weights are decoded; once, as a run reads its teacher again."""
     remedy = "; teacher.precision: nf4 keeps its codes" * (form == "nf4" and part in NETWORKS)
     note(f"{who}: {part or 'its network'} is in bitsandbytes' {form}, and is decoded{remedy}")
 

@@ -14,7 +14,7 @@ from students.export.unquantised import base_folder, unquantised, with_file_weig
 from students.lora import Adapter, unwrap
 from teachers import load
 from teachers.quantised import Quantised
-from teachers.storage.packed import decoded
+from teachers.storage.packed import decoded, say
 from tests.helpers import families, packed
 from tests.helpers.disturbed import disturbed
 from tests.helpers.refusals import refused
@@ -52,7 +52,7 @@ def folders(request, tmp_path_factory):
 def test_every_component_is_decoded(folders, capfd):
     """CLIP, T5 and the network; a line says so of each. Rounded to four bits, and no further."""
     plain, copy = folders
-    capfd.readouterr()
+    capfd.readouterr(), say.cache_clear()
     teacher = load(str(copy), **OPTIONS)
     err = capfd.readouterr().err
     assert [form in err for form in PARTS.values()] == [True] * 3 and err.count("\n") == 3
