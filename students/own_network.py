@@ -24,7 +24,7 @@ from students.lora import (
     view_of,
 )
 from teachers import conditions
-from teachers.denoiser import Cond, Denoiser, Network
+from teachers.denoiser import Cond, Denoiser, Network, without_variance
 from teachers.errors import UserError, clipped, first_line, teacher_at
 from teachers.families.base import Pretrained
 from teachers.process import Process
@@ -99,7 +99,7 @@ def check_output(teacher: Teacher, who: str) -> None:
             f"{clipped(first_line(error), 150)} for x_t {shape_of(x_t)}; correct its call, or "
             "Teacher's shape"
         ) from None
-    if not isinstance(out, Tensor) or out.shape != x_t.shape:
+    if not isinstance(out, Tensor) or without_variance(out, x_t).shape != x_t.shape:
         got = shape_of(out) if isinstance(out, Tensor) else type(out).__name__
         raise UserError(
             f"{who}: for x_t {shape_of(x_t)} its network returns {got}; return a tensor shaped "

@@ -3,12 +3,13 @@
 from teachers.catalogue.loading import load
 from teachers.denoiser import Cond, Denoiser, Guided, Network, Reparametrised
 from teachers.errors import UserError
-from teachers.process import Karras, Linear, Process, Tabulated, Trig
+from teachers.process import Cosine, Karras, Linear, Process, Tabulated, Trig
 from teachers.teacher import Codec, Pixels, Teacher
 
 __all__ = [
     "Codec",
     "Cond",
+    "Cosine",
     "Denoiser",
     "Guided",
     "Karras",

@@ -61,6 +61,13 @@ Guidance = Annotated[
 ]
 
 
+# A number is a factor; a pair is that at t = 0 and that at t = 1.
+Shift = Annotated[
+    Annotated[Positive, Tag("[factor]")] | Annotated[tuple[Positive, Positive], Tag("[pair]")],
+    Discriminator(lambda v: "[pair]" if isinstance(v, list | tuple) else "[factor]"),
+]
+
+
 class AdapterFile(Section):
     """A LoRA file that becomes part of the teacher's frozen weights."""
 
@@ -83,7 +90,9 @@ class TeacherSection(Section):
     # folder, or VA-VAE's file.
     vae: Name | None = None
     config: Name | None = None  # single files: a folder or Hub id of the family; by default known
-    shift: Positive | None = None  # of SiT's and LightningDiT's noise levels; by default published
+    variant: Name | None = None  # of a folder's weights, such as fp16; by default plain files
+    # Factor of the noise levels σ/α, as of simple diffusion; of flows, instead of the scheduler's.
+    shift: Shift | None = None
     interpolant: Literal["linear", "gvp"] | None = None  # SiT's path; by default its file's
     heads: PositiveInt | None = None  # attention heads of the three; by default as published
     adapters: tuple[AdapterFile, ...] | None = None  # LoRA files that become part of the model
@@ -91,7 +100,8 @@ class TeacherSection(Section):
     def options(self) -> dict[str, Any]:
         """The arguments of `teachers.load` after the source."""
         names = ("null_label", "negative_prompt", "size", "precision", "frames",
-                 "embedded_guidance", "vae", "config", "shift", "interpolant", "heads")  # fmt: skip
+                 "embedded_guidance", "vae", "config", "variant", "shift", "interpolant",
+                 "heads")  # fmt: skip
         given = {k: v for k in names if (v := getattr(self, k)) is not None}
         adapters = [entry.model_dump() for entry in self.adapters or ()]
         return {**given, "adapters": adapters} if adapters else given

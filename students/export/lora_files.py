@@ -15,7 +15,7 @@ import torch
 from students.export.combined import joined, kohya_encoders
 from students.export.folder import SIDECAR, pipeline, request
 from students.export.formats import File, State, diffusers_lora, ldm_names, to_kohya, to_wan, write
-from students.export.unquantised import folder_of, with_file_weights
+from students.export.unquantised import base_folder, base_path, with_file_weights
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, unwrap
 from students.metadata import keys
@@ -74,7 +74,7 @@ def export_lora(
     """
     states, _ = forms(generator, teacher)
     recipe = read_json(student / SIDECAR, f"student {str(student)!r}").get("recipe") or {}
-    turbo = describe(generator, teacher, recipe, licence, folder_of(teacher))
+    turbo = describe(generator, teacher, recipe, licence, base_path(teacher))
     files = [described(out / name, state, turbo, states) for name, state in states.items()]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -100,10 +100,12 @@ def write_on_base(
         fused: Whether the files hold the LoRA files in the teacher's weights, and so are the
             student; otherwise they are its adapter alone.
     """
-    network, source = unwrap(generator.denoiser), folder_of(teacher)
+    network = unwrap(generator.denoiser)
     encoders = set() if teacher.fusion is None else teacher.fusion.parts() - {network.PART}
     with tempfile.TemporaryDirectory() as scratch:
-        base = Path(scratch)
+        base = Path(scratch, "base")
+        base.mkdir()
+        source = base_folder(teacher, {network.PART, *encoders}, Path(scratch, "parts"))
         for part in student.iterdir():  # everything else is the student's
             plain = part.name in {network.PART, *encoders}
             (base / part.name).symlink_to((source / part.name if plain else part).resolve())

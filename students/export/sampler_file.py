@@ -82,7 +82,8 @@ def sample(folder, n, steps=None, seed=0, cond=None, device="cpu"):
     for now, then in zip(chain, [*chain[1:], None]):
         t = torch.full((n,), now["t"], device=device)
         s = torch.full_like(t, 0.0 if renoise or then is None else then["t"])
-        x = now["c_skip"] * x_t + now["c_out"] * network(x_t, t, cond, s).float()
+        f = network(x_t, t, cond, s).float()[:, : x_t.shape[1]]  # without a learned variance
+        x = now["c_skip"] * x_t + now["c_out"] * f
         if then is None:
             break
         if renoise:

@@ -77,11 +77,11 @@ def metadata_of(
 
 
 def on_disk(source: str) -> Path | None:
-    """A teacher's folder, if this machine has it; nothing is downloaded."""
+    """A teacher's folder or single file, if this machine has it; nothing is downloaded."""
     if source in EMBEDDED:
         return EMBEDDED[source]
-    if (folder := home(source, "teacher")).is_dir():
-        return folder
+    if (path := home(source, "teacher")).exists():
+        return path
     from huggingface_hub import snapshot_download
 
     try:

@@ -102,7 +102,8 @@ class Turbo:
             sigmas, self.timesteps[steps], self.zero_snr
         ):
             return None
-        base = f"{str(self.base['repo']).rpartition('/')[2]}.safetensors"
+        name = str(self.base["repo"]).rpartition("/")[2].removesuffix(".safetensors")
+        base = f"{name}.safetensors"
         return comfyui.graph(
             comfyui.Request(
                 family=self.family,
@@ -132,7 +133,8 @@ def describe(
     Args:
         recipe: The resolved recipe, whose hash is kept.
         licence: The name of the licence that the student inherits.
-        folder: The base's diffusers folder, whose network is hashed; None leaves the hash out.
+        folder: The base's diffusers folder or single file, whose network is hashed; None leaves
+            the hash out.
 
     Raises:
         UserError: its process is neither a flow nor DDPM's, so that LoRA files do not fit it.
@@ -209,13 +211,14 @@ def base_of(network: Pretrained, source: str, folder: Path | None) -> dict[str, 
 
     Args:
         source: The base, as in a recipe's `teacher.source`.
-        folder: Where it lies; None leaves its revision and hash unknown.
+        folder: Where it lies, or a single file; None leaves its revision and hash unknown.
     """
     revision = digest = None
     if folder is not None:
         resolved = folder.resolve()
         revision = resolved.name if resolved.parent.name == "snapshots" else None
-        files = weight_files(folder / network.PART)
+        single = folder.is_file()
+        files = single_weights(folder) if single else weight_files(folder / network.PART)
         digest = data_sha256(files) if files else None
     return {
         "repo": public_name(source),
@@ -227,8 +230,13 @@ def base_of(network: Pretrained, source: str, folder: Path | None) -> dict[str, 
 
 def public_name(source: str) -> str:
     """A Hub id as it is; of a folder, its last name."""
-    local = source in EMBEDDED or Path(source).expanduser().is_dir() or source.count("/") != 1
+    local = source in EMBEDDED or Path(source).expanduser().exists() or source.count("/") != 1
     return Path(source).name if local else source
+
+
+def single_weights(file: Path) -> list[Path]:
+    """A single file, if its data can be hashed as those of safetensors."""
+    return [file] if file.suffix == ".safetensors" else []
 
 
 def weight_files(folder: Path) -> list[Path]:

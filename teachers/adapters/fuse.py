@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from teachers.adapters.files import LoRAFile, Pair, check, read
 from teachers.errors import note
-from teachers.storage.components import WEIGHTS, variant_of
+from teachers.storage.variants import WEIGHTS, variant_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Fusion:
         return (change / weights) ** 0.5 if weights else 0.0
 
 
-def fuse(pipe: Any, network: str, adapters: Iterable[Any], folder: Path) -> Fusion | None:
+def fuse(pipe: Any, network: str, adapters: Iterable[Any], folder: Path | None) -> Fusion | None:
     """Add LoRA files to the weights of a pipeline's network and text encoders; None without files.
 
     Prints for each file how many of its pairs were added.
@@ -81,7 +81,7 @@ def fuse(pipe: Any, network: str, adapters: Iterable[Any], folder: Path) -> Fusi
     Args:
         network: The component that is the denoiser; it is not quantised yet.
         adapters: As `check` takes them.
-        folder: The pipeline's.
+        folder: The pipeline's; None if its weights come from elsewhere.
 
     Raises:
         UserError: a file is missing, of an unknown format or for another base, or fits in part.
@@ -98,7 +98,7 @@ def fuse(pipe: Any, network: str, adapters: Iterable[Any], folder: Path) -> Fusi
         read(path, key, strength, network, networks, type(pipe)) for key, path, strength in entries
     ]
     fusion = Fusion(tuple(sorted(files, key=lambda f: (f.sha256, f.strength))))
-    shares = [fusion.apply(p, networks[p], folder / p) for p in sorted(fusion.parts())]
+    shares = [fusion.apply(p, networks[p], folder and folder / p) for p in sorted(fusion.parts())]
     for file in files:
         note(f"{file.path.name}: {file.count} of {file.count} pairs, strength {file.strength:g}")
     if shares:

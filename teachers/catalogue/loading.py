@@ -11,9 +11,10 @@ from typing import Any
 from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.storage import single_files
 from teachers.storage.files import home, read_json
+from teachers.storage.variants import check_asked, reading
 from teachers.teacher import EMBEDDED, Pixels, Teacher
 
-SINGLE = {".pt", ".pth", ".safetensors"}  # ends of the files that are a whole network
+SINGLE = {".pt", ".pth", ".safetensors", ".gguf"}  # ends of the files that are a whole network
 
 
 def load(source: str, **options: Any) -> Teacher:
@@ -22,21 +23,25 @@ def load(source: str, **options: Any) -> Teacher:
     Args:
         source: "digits" or "shapes" (embedded), "analytic:NAME" (closed form), a diffusers folder,
             a Hub id, a published EDM or EDM2 .pkl, the folder that it was converted to, a file of
-            SiT's, LightningDiT's or U-ViT's, a single .safetensors file of SD, SDXL, SD3 or FLUX,
-            or "path/to/file.py:function" for a function that returns a Teacher.
+            SiT's, LightningDiT's or U-ViT's, a single .safetensors file of SD, SDXL, SD3 or
+            FLUX, a .gguf file of SD3 or FLUX, or "path/to/file.py:function" for a function that
+            returns a Teacher.
         options: Those of the family. UNet2D pipelines: `null_label`, the class that means no class.
             EDM and EDM2: that and `vae`, the folder of the AutoencoderKL of their latents. SiT,
             LightningDiT and U-ViT: `vae`, `precision`, `shift`, `interpolant` and `heads`. All
             others: `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16, fp8, nf4)
             and `adapters` (LoRA files that become part of the weights);
             single files also `config`, a diffusers folder or Hub id of the same family;
-            videos also `frames`, and FLUX.1-dev also `embedded_guidance`.
+            videos also `frames`, and FLUX.1-dev also `embedded_guidance`. Folders and Hub ids:
+            `variant`, of the weights of every component that has it.
 
     Raises:
         UserError: there is no such source, its files are damaged, its family is not supported, or
             the family has no such option.
     """
     _check_adapters(source, options)
+    if (variant := options.pop("variant", None)) is not None:
+        return _of_variant(source, variant, options)
     if source.startswith("analytic:"):
         if options:
             raise UserError(f"{teacher_at(source)}: it takes no options; leave out {min(options)}")
@@ -64,6 +69,27 @@ def load(source: str, **options: Any) -> Teacher:
     teacher = loader(path, source, **options)
     teacher.options = options
     teacher.denoiser.eval().requires_grad_(False)
+    return teacher
+
+
+def _of_variant(source: str, variant: str, options: dict[str, Any]) -> Teacher:
+    """The teacher of one variant of a folder's weights.
+
+    Raises:
+        UserError: the source has no variants, or no component has this one.
+    """
+    ends = {*SINGLE, ".pkl"}
+    network = source.startswith("analytic:") or source.rpartition(":")[0].endswith(".py")
+    if network or source in EMBEDDED or home(source, "teacher").suffix in ends:
+        raise UserError(
+            f"teacher.variant: {clipped(source)} is no diffusers folder or Hub id, which alone "
+            "have variants; remove it"
+        )
+    with reading(variant):
+        folder = find(source)
+        check_asked(source, (p.name for p in folder.glob("**/*.safetensors")))
+        teacher = load(source, **options)
+    teacher.options["variant"] = variant
     return teacher
 
 
@@ -99,7 +125,9 @@ def file_loader(file: Path, source: str, config: str | None) -> tuple[str, Any]:
     from teachers.imagenet import checkpoints as imagenet
 
     who = teacher_at(source)
-    if file.suffix != ".safetensors" or imagenet.kind_of(single_files.names_of(file, who)):
+    if file.suffix in (".pt", ".pth"):
+        return "an ImageNet transformer", imagenet.load
+    if imagenet.kind_of(single_files.names_of(file, who)):
         return "an ImageNet transformer", imagenet.load
     folder = single_files.settings(file, config, who)
     family, loader = loader_of(folder, source)

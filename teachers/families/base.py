@@ -22,7 +22,7 @@ from teachers.prompt_limits import Cuts
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.storage import single_files
 from teachers.storage.components import check_parts, check_vocabulary, quiet, stock
-from teachers.storage.diffusers_config import Schedule, read
+from teachers.storage.diffusers_config import Schedule, Shift, read, shifted
 from teachers.teacher import PLAIN, Codec, Teacher, is_tokenizer, labels_of, prefixed
 
 __all__ = ["Pretrained", "Prompted", "check_vocabulary", "images_of", "load", "quiet", "stock"]
@@ -370,6 +370,7 @@ def load(
     precision: Precision = "fp32",
     adapters: Sequence[Any] = (),
     file: Path | None = None,
+    shift: Shift | None = None,
 ) -> Teacher:
     """Load a pipeline folder as a teacher.
 
@@ -379,6 +380,7 @@ def load(
         size: Image side in pixels; by default the checkpoint's own.
         precision: Storage of the network's frozen weights; fp8 and nf4 allow adapters only.
         adapters: LoRA files that become part of the weights, as {"file": …, "strength": …}.
+        shift: Of the noise levels, see `diffusers_config.shifted`; by default the scheduler's.
 
     Raises:
         UserError: a file is missing or damaged, the scheduler is not supported, or the family does
@@ -394,7 +396,8 @@ def load(
     else:
         pipe = single_files.stock(file, folder, who, dtypes)
     backbone = getattr(pipe, kind.PART)
-    fusion = fuse(pipe, kind.PART, adapters, folder)
+    # of a single file, the folder's own weights are another model's
+    fusion = fuse(pipe, kind.PART, adapters, folder if file is None else None)
     if precision in FORMS:
         quantise(backbone, precision)
     if size is not None and (size <= 0 or size % kind.grain(pipe)):
@@ -404,6 +407,9 @@ def load(
     shape = shape_of(kind, pipe, size, who)
     config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     name = type(pipe.scheduler).__name__
+    if shift is not None:
+        config = shifted(name, config, shift, who)
+        pipe.scheduler = type(pipe.scheduler).from_config(config)
     schedule = read(name, config, who, kind.tokens(shape))
     check_schedule(kind, schedule, type(pipe).__name__, who)
     network = kind(backbone, schedule, kind.factor(pipe))

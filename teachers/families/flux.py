@@ -14,6 +14,7 @@ from teachers.errors import UserError, teacher_at
 from teachers.families import base
 from teachers.families.base import Pretrained, Prompted
 from teachers.quantised import Precision
+from teachers.storage.diffusers_config import Shift
 from teachers.teacher import Teacher
 
 
@@ -114,18 +115,21 @@ def load(
     embedded_guidance: float | None = None,
     adapters: Sequence[Any] = (),
     file: Path | None = None,
+    shift: Shift | None = None,
 ) -> Teacher:
     """Load a FLUX.1 folder as a teacher.
 
     Args:
-        negative_prompt, size, precision, adapters, file: As in `teachers.families.base.load`.
+        negative_prompt, size, precision, adapters, file, shift: As in `base.load`.
         embedded_guidance: The guidance input of a guidance-distilled network; by default 3.5, as in
             the stock pipeline. This is not classifier-free guidance.
 
     Raises:
         UserError: as in `teachers.families.base.load`; or the network has no guidance input.
     """
-    teacher = base.load(Flux, folder, source, negative_prompt, size, precision, adapters, file)
+    teacher = base.load(
+        Flux, folder, source, negative_prompt, size, precision, adapters, file, shift
+    )
     assert isinstance(teacher.codec, Prompted)
     if teacher.codec.pipe.transformer.config.guidance_embeds:
         teacher.codec = GuidanceCodec(

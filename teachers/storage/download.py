@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from teachers.errors import UserError, clipped, nearest, teacher_at
-from teachers.storage.components import LOADED, WEIGHTS, variant_of
+from teachers.storage.components import LOADED
 from teachers.storage.files import home, read_json
+from teachers.storage.variants import WEIGHTS, check_asked, variant_of
 from teachers.teacher import TERMS
 
 INDEX = "model_index.json"
@@ -41,6 +42,7 @@ def fetch(source: str, keep: Callable[[str], bool] = lambda path: True) -> Path:
             return Path(snapshot_download(source, local_files_only=True))
         except Exception:  # not in the cache: report the Hub's error
             raise UserError(f"{who}: {nowhere(source)}; {refused(source, error)}") from None
+    check_asked(source, (PurePosixPath(name).name for name in names))
     files = [name for name in wanted(index, names, who) if keep(name)]
     try:
         return Path(snapshot_download(source, allow_patterns=[escaped(name) for name in files]))
@@ -51,9 +53,9 @@ def fetch(source: str, keep: Callable[[str], bool] = lambda path: True) -> Path:
 def wanted(index: dict[str, Any] | None, names: Iterable[str], who: str) -> list[str]:
     """The files of a repository that its pipeline is loaded from.
 
-    These are the settings and safetensors of each component in `index`: plain safetensors if there
-    are any, else one variant. Pickles, weights of other frameworks, other variants and single-file
-    checkpoints are skipped.
+    These are the settings and safetensors of each component in `index`: one variant, or plain
+    files, as `variants.variant_of` chooses. Pickles, weights of other frameworks, other variants
+    and single-file checkpoints are skipped.
 
     Args:
         index: The content of model_index.json; None if there is no such file.

@@ -165,7 +165,7 @@ def test_a_name_that_was_meant_for_a_folder_beside_is_told_the_nearest(tmp_path,
     assert nowhere("owner/name") == "no such folder here"
 
 
-@pytest.mark.parametrize("name", ["v1-5.ckpt", "sub/model.gguf"])
+@pytest.mark.parametrize("name", ["v1-5.ckpt", "sub/model.bin"])
 def test_single_files_of_other_kinds_are_told_how_to_become_folders(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).parent.mkdir(exist_ok=True)
