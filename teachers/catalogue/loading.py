@@ -155,6 +155,7 @@ def families() -> dict[str, Any]:
         wan,
         zimage,
     )
+    from teachers.pipelines import auraflow, chroma, ernie, flux2, hidream, hunyuan, krea2, longcat
 
     table: dict[str, Any] = dict.fromkeys(
         unet.UNet.PIPELINES, partial(unet.load, {"EDMModel": checkpoints.network})
@@ -170,9 +171,17 @@ def families() -> dict[str, Any]:
         lumina.Lumina2,
         qwen.QwenImage,
         zimage.ZImage,
+        auraflow.AuraFlow,
+        chroma.Chroma,
+        ernie.Ernie,
+        hidream.HiDream,
+        hunyuan.HunyuanDiT,
+        krea2.Krea2,
+        longcat.LongCat,
     ):
         table |= dict.fromkeys(kind.PIPELINES, partial(base.load, kind))
     table |= dict.fromkeys(flux.Flux.PIPELINES, flux.load)
+    table |= dict.fromkeys(flux2.Flux2.PIPELINES, flux2.load)
     return table | dict.fromkeys(wan.Wan.PIPELINES, wan.load)
 
 

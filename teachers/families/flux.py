@@ -102,7 +102,8 @@ class GuidanceCodec(Prompted):
         return {**super().arguments(prompts), "guidance_scale": self.guidance}
 
     def _tell(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {**cond, "guidance": cond["pooled"].new_full((len(cond["pooled"]),), self.guidance)}
+        like = next(iter(cond.values()))
+        return {**cond, "guidance": like.new_full((len(like),), self.guidance)}
 
 
 def load(
