@@ -132,6 +132,10 @@ def loader_of(path: Path, source: str) -> tuple[str, Any]:
         if imagenet.is_folder(path, index):
             return family, imagenet.load_folder
     if family not in known:
+        from teachers.pipelines import unseen
+
+        if (tried := unseen.loader(family, index)) is not None:
+            return family, tried
         raise UserError(
             f"{teacher_at(source)}: {clipped(family)} is not supported; {nearest(family, known)}"
         )

@@ -89,6 +89,11 @@ class Pretrained(Network):
         """The dtype of the weights, to which inputs are cast."""
         return next(self.backbone.parameters()).dtype
 
+    @classmethod
+    def of(cls, pipe: Any, size: int | None, who: str) -> type[Pretrained]:
+        """The family of this pipeline: this one, unless it is found by looking at the pipeline."""
+        return cls
+
     @staticmethod
     def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
         """The condition of N prompts: entries (N, ...), with the same shapes at every call.
@@ -187,8 +192,7 @@ class Pretrained(Network):
 
     @staticmethod
     def moments(vae: Any) -> tuple[Tensor, Tensor] | None:
-        """Mean and deviation (C,) by which the pipeline normalises data; None: those of its config.
-        """
+        """Mean and deviation (C,) by which data are normalised; None: as the VAE's config says."""
         return None
 
     @staticmethod
@@ -422,6 +426,7 @@ def load(
         pipe = single_files.stock(file, folder, who, dtypes)
     backbone = getattr(pipe, kind.PART)
     fusion = fuse(pipe, kind.PART, adapters, folder)
+    kind = kind.of(pipe, size, who)
     if precision in FORMS:
         quantise(backbone, precision)
     if size is not None and (size <= 0 or size % kind.grain(pipe)):

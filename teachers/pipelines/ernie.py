@@ -43,3 +43,7 @@ class Ernie(Cells, Generic):
     @classmethod
     def grain(cls, pipe: Any) -> int:
         return cls.factor(pipe)
+
+    @property
+    def middle(self) -> str:
+        return f"{super().middle}.self_attention"  # its blocks have tokens before samples

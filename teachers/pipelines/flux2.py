@@ -25,10 +25,6 @@ STEPS = 50  # of the stock pipelines; their shift depends on it
 class Cells:
     """Data are 2×2 cells of the VAE's latents, normalised by the VAE's own batch statistics."""
 
-    @classmethod
-    def factor(cls, pipe: Any) -> int:
-        return 2 ** len(pipe.vae.config.block_out_channels)
-
     @staticmethod
     def cells(latents: Tensor) -> Tensor:
         return pixel_unshuffle(latents, 2)
@@ -65,6 +61,10 @@ class Flux2(Cells, Tokens, Generic):
         batched = {k: v.expand(len(x_t), -1, -1) for k, v in places.items()}
         guidance = cond.get("guidance")  # a float32 input in every precision
         return {**super().told(tokens, cond, x_t), **batched, "guidance": guidance}
+
+    @classmethod
+    def factor(cls, pipe: Any) -> int:
+        return 2 * pipe.vae_scale_factor
 
     @classmethod
     def configured(cls, config: dict[str, Any], shape: tuple[int, ...], backbone: Any):

@@ -52,11 +52,14 @@ class Tokens:
 class Generic(Pretrained):
     """A network whose pipeline differs from others in what is declared here, and in little else."""
 
+    INPUT: ClassVar[str] = "hidden_states"  # the argument that is the latents
     ENCODED: ClassVar[dict[str, int]] = {}  # arguments, by their index in encode_prompt's results
+    BOOLEAN: ClassVar[frozenset[str]] = frozenset()  # those of them that are booleans
     LENGTH: ClassVar[int | None] = None  # max_sequence_length, where the pipeline passes its own
-    # The argument that is time, and what the scheduler's index is divided by.
+    # The argument that is time, and what the scheduler's index is divided by; 0: by its last one.
     CLOCK: ClassVar[tuple[str, float]] = ("timestep", 1000.0)
     REVERSED: ClassVar[bool] = False  # time is 1 at data: 1 minus that quotient
+    ROUNDED: ClassVar[bool] = False  # the network wants time in the dtype of its weights
     SIGN: ClassVar[int] = 1  # -1: the pipeline negates the network's output
     PIXELS: ClassVar[int | None] = None  # the pipeline's own image side, where no config has it
     UNGUIDED: ClassVar[float] = 1.0  # the guidance_scale at which the pipeline does not guide
@@ -65,7 +68,9 @@ class Generic(Pretrained):
         _, cond = conditions.without(cond, GUIDANCE_SCALE)
         assert cond is not None
         name, units = self.CLOCK
+        units = units or self.schedule.config["num_train_timesteps"]
         time = (units - self.time(t) if self.REVERSED else self.time(t)) / units
+        time = time.to(self.dtype) if self.ROUNDED else time
         told = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in cond.items()}
         arguments = self.told(self.pack(x_t).to(self.dtype), told, x_t)
         out = self.backbone(**arguments, **{name: time}, return_dict=False)[0]
@@ -80,7 +85,8 @@ class Generic(Pretrained):
             cond: The condition in the network's dtype.
             x_t: (B, C, H, W), for positions that depend on the size.
         """
-        return {"hidden_states": tokens, **cond}
+        masks = {k: cond[k].bool() for k in self.BOOLEAN}
+        return {self.INPUT: tokens, **cond, **masks}
 
     @classmethod
     def embed(cls, pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:

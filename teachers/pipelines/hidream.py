@@ -1,4 +1,4 @@
-"""HiDream-I1 (arXiv:2505.22705): sparse experts, prompted by two CLIPs, T5 and every Llama layer."""
+"""HiDream-I1 (arXiv:2505.22705): sparse experts, prompted by two CLIPs, T5 and Llama."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class HunyuanDiT(Generic):
     """
 
     PIPELINES = ("HunyuanDiTPipeline",)
-    SEEDED, FLOWS = True, False
+    SEEDED, FLOWS, ROUNDED = True, False, True
     CLOCK = ("timestep", 1.0)
     TIME = r"time_extra_emb\.timestep_embedder\.linear_2"
     LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
@@ -41,9 +41,7 @@ class HunyuanDiT(Generic):
         grid = tuple(n // patch for n in x_t.shape[-2:])
         crops = stock.get_resize_crop_region_for_grid(grid, 64 // patch)
         channels = backbone.inner_dim // backbone.num_heads
-        return get_2d_rotary_pos_embed(
-            channels, crops, grid, device=x_t.device, output_type="pt"
-        )  # pyright: ignore[reportReturnType]
+        return get_2d_rotary_pos_embed(channels, crops, grid, device=x_t.device, output_type="pt")  # pyright: ignore[reportReturnType]
 
     @classmethod
     def embed(cls, pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ class Krea2(Patches, Generic):
     PIPELINES = ("Krea2Pipeline",)
     GRID, FRAMED, UNGUIDED = "trailing", True, 0.0
     ENCODED = {"encoder_hidden_states": 0, "encoder_attention_mask": 1}
-    PIXELS = 1024
+    BOOLEAN = frozenset({"encoder_attention_mask"})
+    CLOCK, PIXELS = ("timestep", 0), 1024
     TIME = r"time_embed\.linear_2"
     BLOCKS = r"transformer_blocks\.\d+|text_fusion\.\w+_blocks\.\d+"
     LORA = r".*attn\.(to_q|to_k|to_v|to_gate|to_out\.0)|.*ff\.(gate|up|down)"
@@ -28,7 +29,5 @@ class Krea2(Patches, Generic):
         text = cond["encoder_hidden_states"]
         height, width = x_t.shape[-2:]
         grid = grid_ids(height // 2, width // 2, x_t.device)
-        told = super().told(tokens, cond, x_t)
-        told["encoder_attention_mask"] = cond["encoder_attention_mask"].bool()
-        # the text's positions are all 0
-        return {**told, "position_ids": pad(grid, (0, 0, text.shape[1], 0))}
+        ids = pad(grid, (0, 0, text.shape[1], 0))  # the text's positions are all 0
+        return {**super().told(tokens, cond, x_t), "position_ids": ids}

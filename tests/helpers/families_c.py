@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 
 from tests.helpers import families_a, families_b, vocabularies

@@ -18,7 +18,7 @@ def error(x, exact):
     return ((x - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("name", [*families.FAMILIES, *families.RECENT])
 def test_a_network_in_bf16_is_as_near_as_under_autocast(folders, name):
     options = families.OPTIONS.get(name, {})
     teacher = load(folders(name), **options)
