@@ -226,12 +226,48 @@ def ernie(root: Path) -> None:
     ).save_pretrained(root)  # fmt: skip
 
 
+def hidream(root: Path) -> None:
+    """Its pipeline samples 128 × 128 cells only, so its patches are large and its VAE flat."""
+    tokenizer, encoder = families_a.clip(root / "scratch", True, 128)
+    tokenizer_2, encoder_2 = families_a.clip(root / "scratch", True, 128)
+    tokenizer_3, encoder_3 = families_a.t5()
+    tokenizer_4 = families_b.qwen_tokenizer()
+    sizes = {**LANGUAGE, "hidden_size": 32, "head_dim": 8, "vocab_size": len(tokenizer_4)}
+    llama = transformers.LlamaConfig(**sizes, attn_implementation="eager")
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,), down_block_types=("DownEncoderBlock2D",), latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",), norm_num_groups=2, layers_per_block=1,
+        mid_block_add_attention=False, scaling_factor=0.36, shift_factor=0.12,
+    ).eval()  # fmt: skip
+    network = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=8, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1,
+        caption_channels=[32, 32], text_emb_dim=64, axes_dims_rope=(8, 4, 4), llama_layers=[0, 1],
+        max_resolution=(128, 128), num_routed_experts=2, num_activated_experts=1, **SMALL,
+    )  # fmt: skip
+    diffusers.HiDreamImagePipeline(
+        scheduler=diffusers.UniPCMultistepScheduler(  # pyright: ignore
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=encoder_3,
+        tokenizer_3=tokenizer_3,
+        text_encoder_4=transformers.LlamaForCausalLM(llama).eval(),
+        tokenizer_4=tokenizer_4,
+        transformer=network,
+    ).save_pretrained(root)
+
+
 FAMILIES: dict[str, Callable[[Path], None]] = {
     "auraflow": auraflow,
     "chroma": chroma,
     "ernie": ernie,
     "flux2-dev": flux2_dev,
     "flux2-klein": flux2_klein,
+    "hidream": hidream,
     "hunyuan": hunyuan,
     "krea2": krea2,
     "longcat": longcat,

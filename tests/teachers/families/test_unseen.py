@@ -87,7 +87,6 @@ def test_what_is_read_is_what_the_family_declares(folders, name):
         ("hunyuan", "encode_prompt 2 times"),
         ("qwen", "encoder_hidden_states"),  # as long as the longest
         ("sdxl", "scheduler's sample"),  # scaled for the network
-        ("pixart-sigma", "24 pixels"),  # changed to another size
     ],
 )
 def test_what_is_not_recognised_is_named(folders, name, fault):
