@@ -53,7 +53,7 @@ class Flux2(Cells, Tokens, Generic):
 
     def told(self, tokens: Tensor, cond: dict[str, Any], x_t: Tensor) -> dict[str, Any]:
         text = torch.arange(cond["encoder_hidden_states"].shape[1], device=x_t.device)
-        image = grid_ids(*x_t.shape[-2:], x_t.device).long()
+        image = grid_ids(x_t.shape[-2], x_t.shape[-1], x_t.device).long()
         places = {  # four axes: which image, row, column, and the place in the text
             "txt_ids": torch.stack([*[torch.zeros_like(text)] * 3, text], 1),
             "img_ids": torch.cat([image, torch.zeros_like(image[:, :1])], 1),

@@ -66,7 +66,7 @@ def _run(pipe: Any, part: str, size: int | None, who: str) -> tuple[dict[str, An
             raise refusal(who, f"its __call__ has no argument {name}")
     if getattr(pipe, "vae", None) is None or not hasattr(pipe, "encode_prompt"):
         raise refusal(who, "it has no vae or no encode_prompt")
-    fault = ""
+    faults: list[str] = []
     for scale in (1.0, 0.0):
         guidance = {"guidance_scale": scale, "true_cfg_scale": 1.0}
         unguided = {k: v for k, v in guidance.items() if k in known}
@@ -74,25 +74,26 @@ def _run(pipe: Any, part: str, size: int | None, who: str) -> tuple[dict[str, An
             try:
                 recording = record(pipe, part, {**unguided, **_request(PROMPTS, size)}, widen)
             except Exception as error:  # whatever an unknown pipeline needs
-                fault = fault or f"its run raises {type(error).__name__}: {first_line(error)}"
+                faults.append(f"its run raises {type(error).__name__}: {first_line(error)}")
                 continue
-            x = recording.steps[0][2] if recording.steps else None
-            if x is not None and len(recording.calls) == len(recording.steps):
-                if _batch(recording.calls[0]) == len(PROMPTS):
-                    return unguided, recording
-                fault = "its network is called with several samples for each prompt"
-            else:
-                fault = fault or "its network is not called once for each step of its scheduler"
-    raise refusal(who, fault)
+            if not (fault := _strange(recording)):
+                return unguided, recording
+            faults.append(fault)
+    raise refusal(who, faults[0])
+
+
+def _strange(recording: Recording) -> str:
+    """What is not plain sampling in a run; empty if nothing is."""
+    if not recording.steps or len(recording.calls) != len(recording.steps):
+        return "its network is not called once for each step of its scheduler"
+    samples = len(next(v for v in recording.calls[0].values() if isinstance(v, Tensor)))
+    many = samples != len(PROMPTS)
+    return "its network is called with several samples for each prompt" if many else ""
 
 
 def _request(prompts: list[str], size: int | None) -> dict[str, Any]:
     sides = {} if size is None else {"height": size, "width": size}
     return {"prompt": [*prompts], **sides}
-
-
-def _batch(call: dict[str, Any]) -> int:
-    return len(next(v for v in call.values() if isinstance(v, Tensor)))
 
 
 def _latents(recording: Recording, found: dict[str, Any], who: str) -> Any:
@@ -168,26 +169,32 @@ def _prompts(pipe: Any, recording: Recording, found: dict[str, Any], who: str) -
     if len(recording.encodings) != 1:
         raise refusal(who, f"it calls encode_prompt {len(recording.encodings)} times")
     given, results = recording.encodings[0]
-    name = next((k for k, v in given.items() if v == PROMPTS), None)
+    name = next((k for k, v in given.items() if isinstance(v, list) and v == PROMPTS), None)
     if name is None:
         raise refusal(who, "encode_prompt is not given the prompts as a list")
     found |= {"PROMPT": name, "CALL": {k: v for k, v in given.items() if k != name}}
-    results, first = listed(results), recording.calls[0]
-    encoded: dict[str, int] = {}
-    for key, value in first.items():
-        if isinstance(value, Tensor) and key not in (found["INPUT"], found["CLOCK"][0]):
-            places = [i for i, result in enumerate(results) if same(value, result)]
-            if places and len(value) == len(PROMPTS) and not equal_rows(value):
-                encoded[key] = places[0]
+    results = listed(results)
+    encoded = _encoded(recording.calls[0], results, {found["INPUT"], found["CLOCK"][0]})
     if not encoded:
         raise refusal(who, "no argument of its network is a result of encode_prompt")
     booleans = {k for k, i in encoded.items() if results[i].dtype == torch.bool}
     found |= {"ENCODED": encoded, "BOOLEAN": frozenset(booleans)}
-    call = {**found["CALL"], name: ["a"]}
-    short = listed(pipe.encode_prompt(**call))
+    short = listed(pipe.encode_prompt(**{**found["CALL"], name: ["a"]}))
     for key, i in encoded.items():
         if short[i].shape[1:] != results[i].shape[1:]:
             raise refusal(who, f"{key} is as long as the longest prompt of a batch")
+
+
+def _encoded(call: dict[str, Any], results: list[Any], taken: set[str]) -> dict[str, int]:
+    """The arguments that are results of encode_prompt, by their index, and differ by prompt."""
+    encoded = {}
+    for key, value in call.items():
+        if key in taken or not _is_batched(value, len(PROMPTS)):
+            continue
+        places = [i for i, result in enumerate(results) if same(value, result)]
+        if places and not equal_rows(value):
+            encoded[key] = places[0]
+    return encoded
 
 
 def listed(results: Any) -> list[Any]:

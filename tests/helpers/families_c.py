@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 
 from tests.helpers import families_a, families_b, vocabularies
@@ -21,6 +22,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "krea2": {"size": 32},
     "longcat": {"size": 32},
 }
+ROPE: Any = (8, 4, 4)
+CONFIGS: Any = transformers  # whose configs take settings of any type
 SMALL: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
 LANGUAGE = families_b.LANGUAGE
 
@@ -68,8 +71,8 @@ def flux2_vae() -> Any:
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
         sample_size=32, layers_per_block=1,
     )  # fmt: skip
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2)
+    vae.bn.running_mean = torch.randn(16)
+    vae.bn.running_var = torch.rand(16) + 0.5
     return vae.eval()
 
 
@@ -99,15 +102,15 @@ def flux2_dev(root: Path) -> None:
             "head_dim": 4, "vocab_size": len(tokenizer)}  # fmt: skip
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4,
               "num_attention_heads": 2, "image_size": 8, "patch_size": 4}  # fmt: skip
-    config = transformers.Mistral3Config(
-        text_config=transformers.MistralConfig(**text),
-        vision_config=transformers.PixtralVisionConfig(**vision),
+    config = CONFIGS.Mistral3Config(
+        text_config=CONFIGS.MistralConfig(**text),
+        vision_config=CONFIGS.PixtralVisionConfig(**vision),
     )
     diffusers.Flux2Pipeline(
         scheduler=flow(use_dynamic_shifting=True, shift=3.0),
         vae=flux2_vae(),
         text_encoder=transformers.Mistral3ForConditionalGeneration(config).eval(),
-        tokenizer=processor,
+        tokenizer=processor,  # pyright: ignore
         transformer=flux2_network(8, guided=True),
     ).save_pretrained(root)
 
@@ -116,7 +119,7 @@ def flux2_klein(root: Path) -> None:
     """Its text encoder's layers 9, 18 and 27 are read."""
     tokenizer = families_b.qwen_tokenizer()
     sizes = {**LANGUAGE, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 27}
-    config = transformers.Qwen3Config(**sizes, vocab_size=len(tokenizer), head_dim=4)
+    config = CONFIGS.Qwen3Config(**sizes, vocab_size=len(tokenizer), head_dim=4)
     diffusers.Flux2KleinPipeline(
         scheduler=flow(use_dynamic_shifting=True, shift=3.0),
         vae=flux2_vae(),
@@ -161,7 +164,7 @@ def hunyuan(root: Path) -> None:
 
 def longcat(root: Path) -> None:
     tokenizer = families_b.qwen_tokenizer()
-    processor = transformers.Qwen2_5_VLProcessor(
+    processor = transformers.Qwen2VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(),
         tokenizer=tokenizer,
         video_processor=transformers.Qwen2VLVideoProcessor(),
@@ -182,7 +185,7 @@ def longcat(root: Path) -> None:
 def krea2(root: Path) -> None:
     tokenizer = families_b.qwen_tokenizer()
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    config = transformers.Qwen3VLConfig(
+    config = CONFIGS.Qwen3VLConfig(
         text_config={**LANGUAGE, "vocab_size": len(tokenizer), "head_dim": 8,
                      "rope_parameters": rope},
         vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
@@ -210,9 +213,9 @@ def ernie(root: Path) -> None:
     text = {**LANGUAGE, "head_dim": 8, "vocab_size": len(tokenizer)}
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4,
               "num_attention_heads": 2, "image_size": 8, "patch_size": 4}  # fmt: skip
-    config = transformers.Mistral3Config(
-        text_config=transformers.MistralConfig(**text),
-        vision_config=transformers.PixtralVisionConfig(**vision),
+    config = CONFIGS.Mistral3Config(
+        text_config=CONFIGS.MistralConfig(**text),
+        vision_config=CONFIGS.PixtralVisionConfig(**vision),
     )
     diffusers.ErnieImagePipeline(
         transformer=diffusers.ErnieImageTransformer2DModel(
@@ -233,7 +236,7 @@ def hidream(root: Path) -> None:
     tokenizer_3, encoder_3 = families_a.t5()
     tokenizer_4 = families_b.qwen_tokenizer()
     sizes = {**LANGUAGE, "hidden_size": 32, "head_dim": 8, "vocab_size": len(tokenizer_4)}
-    llama = transformers.LlamaConfig(**sizes, attn_implementation="eager")
+    llama = CONFIGS.LlamaConfig(**sizes, attn_implementation="eager")
     vae = diffusers.AutoencoderKL(
         block_out_channels=(4,), down_block_types=("DownEncoderBlock2D",), latent_channels=4,
         up_block_types=("UpDecoderBlock2D",), norm_num_groups=2, layers_per_block=1,
@@ -241,7 +244,7 @@ def hidream(root: Path) -> None:
     ).eval()  # fmt: skip
     network = diffusers.HiDreamImageTransformer2DModel(
         patch_size=8, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1,
-        caption_channels=[32, 32], text_emb_dim=64, axes_dims_rope=(8, 4, 4), llama_layers=[0, 1],
+        caption_channels=[32, 32], text_emb_dim=64, axes_dims_rope=ROPE, llama_layers=[0, 1],
         max_resolution=(128, 128), num_routed_experts=2, num_activated_experts=1, **SMALL,
     )  # fmt: skip
     diffusers.HiDreamImagePipeline(
