@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from inspect import Signature, signature
 from os.path import isdir, isfile
 from pathlib import Path
@@ -139,7 +140,24 @@ def loader_of(path: Path, source: str) -> tuple[str, Any]:
         raise UserError(
             f"{teacher_at(source)}: {clipped(family)} is not supported; {nearest(family, known)}"
         )
+    _check_backends(family, source)
     return family, known[family]
+
+
+def _check_backends(family: str, source: str) -> None:
+    """Refuse a pipeline in whose place diffusers has an object that only names what it needs.
+
+    Raises:
+        UserError: naming the packages that are not installed.
+    """
+    import diffusers
+
+    needs = getattr(getattr(diffusers, family, None), "_backends", ())
+    if missing := [name for name in needs if find_spec(name) is None]:
+        raise UserError(
+            f"{teacher_at(source)}: {family} needs {' and '.join(missing)}; "
+            f"pip install {' '.join(missing)}"
+        )
 
 
 def families() -> dict[str, Any]:
@@ -149,6 +167,7 @@ def families() -> dict[str, Any]:
         base,
         dit,
         flux,
+        kolors,
         lumina,
         pixart,
         qwen,
@@ -167,6 +186,7 @@ def families() -> dict[str, Any]:
     for kind in (
         stable_diffusion.StableDiffusion,
         stable_diffusion.SDXL,
+        kolors.Kolors,
         dit.DiT,
         pixart.PixArtAlpha,
         pixart.PixArtSigma,

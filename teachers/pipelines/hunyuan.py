@@ -24,8 +24,9 @@ class HunyuanDiT(Generic):
     LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
 
     def told(self, tokens: Tensor, cond: dict[str, Any], x_t: Tensor) -> dict[str, Any]:
+        told = super().told(tokens, cond, x_t)
         return {
-            **super().told(tokens, cond, x_t),
+            **{k: v.contiguous() for k, v in told.items()},  # the network views them
             "image_meta_size": repeated((1024, 1024, *self.seen(x_t), 0, 0), x_t, self.dtype),
             "style": torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device),
             "image_rotary_emb": self.rotary(x_t),

@@ -264,6 +264,47 @@ def hidream(root: Path) -> None:
     ).save_pretrained(root)
 
 
+def kolors(root: Path) -> None:
+    """Not among FAMILIES: its tokenizer needs sentencepiece."""
+    import string
+
+    import sentencepiece
+    from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+
+    from tests.helpers import families
+
+    scratch = root / "scratch"
+    scratch.mkdir(parents=True)
+    letters = string.ascii_letters + string.digits
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"{c} {string.ascii_lowercase}" for c in letters]),
+        model_prefix=str(scratch / "letters"), vocab_size=90, model_type="char",
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    config = ChatGLMConfig(
+        num_layers=2, padded_vocab_size=128, hidden_size=16, ffn_hidden_size=16, kv_channels=8,
+        num_attention_heads=2, seq_length=256, multi_query_attention=True,
+        multi_query_group_num=1, add_qkv_bias=True, original_rope=True,
+    )  # fmt: skip
+    encoder = ChatGLMModel(config).eval()
+    for p in encoder.parameters():  # they are created without values
+        torch.nn.init.normal_(p, std=0.1)
+    depths: dict[str, Any] = {"attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2)}
+    scheduler: Any = diffusers.EulerDiscreteScheduler(**families.BETAS, timestep_spacing="leading")
+    diffusers.KolorsPipeline(
+        vae=families_a.kl_vae(scaling_factor=0.13025),
+        text_encoder=encoder,
+        tokenizer=ChatGLMTokenizer(vocab_file=str(scratch / "letters.model")),
+        unet=diffusers.UNet2DConditionModel(
+            cross_attention_dim=16, encoder_hid_dim=16, encoder_hid_dim_type="text_proj",
+            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 16, **depths, **families.UNET,
+        ),
+        scheduler=scheduler,
+    ).save_pretrained(root)  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[Path], None]] = {
     "auraflow": auraflow,
     "chroma": chroma,
