@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import shutil
 
 import pytest
 import torch
+import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from distill.planning.doctor import diagnose, pictures_for, verdict
@@ -15,10 +17,12 @@ from students import Critic, schedulers
 from students.export.folder import export, load_student, rehearse, request, sample_student
 from students.lora import Adapter
 from teachers import load
+from teachers.catalogue.outlines import outline
 from teachers.denoiser import Guided
 from teachers.process import Linear
 from teachers.solver import ddim
 from tests.helpers import families
+from tests.helpers.command_line import called
 from tests.helpers.disturbed import disturbed
 from tests.helpers.doctor import first_broken
 from tests.helpers.refusals import refused
@@ -262,6 +266,39 @@ def test_times_are_counted_in_the_schedulers_own_units(folders, tmp_path, monkey
 def test_options_that_a_family_cannot_follow_are_refused(folders, name, options, reason):
     with refused(*reason):
         load(folders(name), **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "billions", "tiny"),
+    [("FLUX.2-dev", 32.2, "flux2-dev"), ("FLUX.2-klein-base-4B", 3.88, "flux2-klein")],
+)
+def test_outlines_have_the_published_size_and_the_pipelines_conditions(
+    folders, source, billions, tiny
+):
+    known = outline(f"black-forest-labs/{source}", torch.device("meta"))
+    parameters = sum(p.numel() for p in known.denoiser.parameters())
+    assert parameters == pytest.approx(1e9 * billions, rel=0.005)
+    assert known.denoiser.process.shift == pytest.approx(math.exp(2.0232), rel=1e-3)
+    small = load(folders(tiny), size=32).codec.condition(["a"])
+    assert {k: v.ndim for k, v in known.codec.condition(["a"]).items()} == {
+        k: v.ndim for k, v in small.items()
+    }
+
+
+def test_a_run_is_planned(folders, tmp_path, capsys):
+    recipe = {
+        "teacher": {"source": folders("flux2-klein"), "size": 32},
+        "student": {"steps": 2},
+        "objective": {"name": "dmd2"},
+        "adapters": {"rank": 4},
+        "data": {"prompts": str(tmp_path / "prompts.txt")},
+        "train": {"steps": 5, "batch": 2},
+    }
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, out, err = called(capsys, "plan", tmp_path / "recipe.yaml")
+    assert code == 0, err
+    assert "GB" in out or "MB" in out
 
 
 def test_embedded_guidance_is_what_the_stock_pipeline_takes_by_default(folders):
