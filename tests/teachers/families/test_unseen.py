@@ -13,7 +13,7 @@ import transformers
 
 from distill.planning.doctor import diagnose, pictures_for
 from students import schedulers
-from students.export.folder import rehearse
+from students.export.folder import export, load_student, rehearse, sample_student
 from students.lora import Adapter
 from teachers import load
 from teachers.families import base
@@ -134,3 +134,14 @@ def test_a_class_that_diffusers_has_not_is_refused_as_before(folders, tmp_path):
     (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "NoPipeline"}))
     with refused("teacher '*'", "NoPipeline"):
         load(str(copy))
+
+
+@pytest.mark.slow
+def test_its_students_are_exported_and_read_back(ovis, tmp_path):
+    """A student of a pipeline never seen, in another process of stock diffusers and read by us."""
+    teacher = load(str(ovis), size=32)
+    student = disturbed(schedulers.student(teacher, 2, None, True, Adapter(rank=4))).eval()
+    export(student, teacher, tmp_path / "student", {})
+    again, _ = load_student(tmp_path / "student")
+    mine, theirs = (sample_student(g.at(2), teacher, PROMPTS, 0) for g in (student, again))
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
