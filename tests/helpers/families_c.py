@@ -217,11 +217,14 @@ def ernie(root: Path) -> None:
         text_config=CONFIGS.MistralConfig(**text),
         vision_config=CONFIGS.PixtralVisionConfig(**vision),
     )
+    network = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=32, in_channels=16,
+        out_channels=16, text_in_dim=16, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    for layer in (network.adaLN_modulation[-1], network.final_linear):  # zeros in a new network
+        torch.nn.init.normal_(layer.weight, std=0.05)  # pyright: ignore
     diffusers.ErnieImagePipeline(
-        transformer=diffusers.ErnieImageTransformer2DModel(
-            hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=32, in_channels=16,
-            out_channels=16, text_in_dim=16, rope_axes_dim=(4, 6, 6),
-        ),
+        transformer=network,
         vae=flux2_vae(),
         text_encoder=transformers.Mistral3Model(config).eval(),
         tokenizer=tokenizer,

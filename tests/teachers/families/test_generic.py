@@ -16,6 +16,7 @@ from distill.planning.doctor import diagnose, pictures_for, verdict
 from students import Critic, schedulers
 from students.export.folder import export, load_student, rehearse, request, sample_student
 from students.lora import Adapter
+from students.two_time import channels, time_layers
 from teachers import load
 from teachers.catalogue.outlines import outline
 from teachers.denoiser import Guided
@@ -238,6 +239,17 @@ def test_latents_are_cells_normalised_by_the_batch_norm(opened, name):
     shift, scale = teacher.codec.affine(x)
     raw = teacher.codec.pipe._patchify_latents(teacher.codec.vae.encode(images).latent_dist.mode())
     torch.testing.assert_close((raw - shift) * scale, x, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_landing_times_are_added_to_the_embedding_of_the_time(folders, name):
+    network = load(folders(name), **families.OPTIONS.get(name, {})).denoiser
+    if name == "chroma":  # one small network gives every block its shifts
+        with refused("student", "Chroma"):
+            time_layers(network)
+        return
+    (layer,) = time_layers(network)
+    assert channels(dict(network.backbone.named_modules())[layer]) == 32
 
 
 def test_times_are_counted_in_the_schedulers_own_units(folders, tmp_path, monkeypatch):
