@@ -204,8 +204,8 @@ def families() -> dict[str, Any]:
         longcat.LongCat,
     ):
         table |= dict.fromkeys(kind.PIPELINES, partial(base.load, kind))
-    table |= dict.fromkeys(flux.Flux.PIPELINES, flux.load)
-    table |= dict.fromkeys(flux2.Flux2.PIPELINES, flux2.load)
+    for kind in (flux.Flux, flux2.Flux2):
+        table |= dict.fromkeys(kind.PIPELINES, partial(flux.load, kind))
     return table | dict.fromkeys(wan.Wan.PIPELINES, wan.load)
 
 

@@ -18,11 +18,9 @@ from teachers.catalogue.loading import families
 from teachers.denoiser import Cond
 from teachers.edm import adm
 from teachers.errors import UserError, nearest, teacher_at
-from teachers.families.flux import Flux
 from teachers.families.unet import UNet
 from teachers.imagenet.checkpoints import LIGHTNING_SHIFT, betas
 from teachers.imagenet.model import MODELS
-from teachers.pipelines.flux2 import Flux2
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.storage.diffusers_config import CM, read
 from teachers.teacher import Codec, Teacher
@@ -278,8 +276,8 @@ def outlined(
     """The teacher of an outline; arguments as for `outline`."""
     import diffusers
 
-    # the loaders of these are functions of their own, which do not name the class
-    special = next((k for k in (UNet, Flux, Flux2) if known.pipeline in k.PIPELINES), None)
+    # the loader of UNets is a function of its own, which does not name the class
+    special = UNet if known.pipeline in UNet.PIPELINES else None
     kind, made = MODELS.get(known.network, (special, None))
     kind = kind or families()[known.pipeline].args[0]
     shape = known.shape

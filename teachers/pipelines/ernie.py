@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from teachers.pipelines.flux2 import Cells
-from teachers.pipelines.generic import Generic
+from teachers.pipelines.generic import Cells, Generic
 
 TOKENS = 512  # longer prompts are cut; the stock pipeline cuts where its tokenizer says
 EPSILON = 1e-5  # the pipeline's own, whatever the VAE's config says

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from teachers import conditions
 from teachers.conditions import GUIDANCE_SCALE
@@ -47,6 +48,22 @@ class Tokens:
     @staticmethod
     def unpack(x: Tensor, shape: tuple[int, ...]) -> Tensor:
         return x.transpose(1, 2).unflatten(2, shape[-2:])
+
+
+class Cells:
+    """Data are 2×2 cells of the VAE's latents, normalised by the VAE's own batch statistics."""
+
+    @staticmethod
+    def cells(latents: Tensor) -> Tensor:
+        return pixel_unshuffle(latents, 2)
+
+    @staticmethod
+    def uncelled(x: Tensor) -> Tensor:
+        return pixel_shuffle(x, 2)
+
+    @staticmethod
+    def moments(vae: Any) -> tuple[Tensor, Tensor]:
+        return vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
 
 
 class Generic(Pretrained):

@@ -21,6 +21,7 @@ class HiDream(Generic):
     SIGN, SQUARE = -1, True
     CLOCK = ("timesteps", 1.0)
     NAMES: ClassVar = ("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds")
+    BLOCKS = r"\w+\.\d+\.block\.attn1"  # experts are chosen on the host, which breaks graphs
     TIME = r"t_embedder\.timestep_embedder\.linear_2"
     LORA = r".*\.attn1\.to_(q|k|v|out)(_t)?"
 

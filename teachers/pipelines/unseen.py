@@ -10,8 +10,7 @@ from torch import Tensor
 from teachers.errors import UserError, note
 from teachers.families import base
 from teachers.families.base import Pretrained
-from teachers.pipelines.flux2 import Cells
-from teachers.pipelines.generic import Generic
+from teachers.pipelines.generic import Cells, Generic
 from teachers.pipelines.reading import listed, read_pipeline, refusal, same
 from teachers.pipelines.recording import Recording
 

@@ -271,7 +271,7 @@ def kolors(root: Path) -> None:
     """Not among FAMILIES: its tokenizer needs sentencepiece."""
     import string
 
-    import sentencepiece
+    import sentencepiece  # pyright: ignore[reportMissingImports]
     from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 
