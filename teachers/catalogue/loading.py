@@ -167,7 +167,6 @@ def families() -> dict[str, Any]:
         base,
         dit,
         flux,
-        kolors,
         lumina,
         pixart,
         qwen,
@@ -186,7 +185,7 @@ def families() -> dict[str, Any]:
     for kind in (
         stable_diffusion.StableDiffusion,
         stable_diffusion.SDXL,
-        kolors.Kolors,
+        stable_diffusion.Kolors,
         dit.DiT,
         pixart.PixArtAlpha,
         pixart.PixArtSigma,
