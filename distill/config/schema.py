@@ -85,7 +85,7 @@ class TeacherSection(Section):
     size: PositiveInt | None = None  # side of the images in pixels; by default the checkpoint's
     precision: Precision | None = None  # of the frozen weights; by default the checkpoint's
     frames: PositiveInt | None = None  # frames of a video; by default the checkpoint's
-    embedded_guidance: Positive | None = None  # scale that FLUX.1-dev reads; by default 3.5
+    embedded_guidance: Positive | None = None  # scale that FLUX dev networks read
     # The autoencoder of EDM2's latents, a folder; or of SiT, LightningDiT and U-ViT: a Hub id, a
     # folder, or VA-VAE's file.
     vae: Name | None = None

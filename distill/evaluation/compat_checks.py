@@ -29,7 +29,7 @@ from eval.samples import Samples
 from eval.shapes import all_captions
 from eval.text import decoded, lines
 from students.export.folder import SIDECAR, load_student, student_folder
-from students.export.lora_files import DIFFUSERS, KOHYA, TURBO
+from students.export.lora_files import COMFYUI, DIFFUSERS, TURBO
 from teachers.adapters.files import LoRAFile, Pair
 from teachers.errors import UserError, clipped, nearest, without_notes
 from teachers.quantised import FORMS
@@ -37,7 +37,7 @@ from teachers.storage.files import read_json
 from teachers.teacher import Teacher
 
 OWN = ("teacher_steps", "teacher_solver", "protocol")  # keys of a run's eval section
-TURBO_FILES = (TURBO[DIFFUSERS], DIFFUSERS, TURBO[KOHYA], KOHYA)  # the first there is, is read
+TURBO_FILES = (TURBO[DIFFUSERS], DIFFUSERS, TURBO[COMFYUI], COMFYUI)  # the first there is, is read
 ERROR = re.compile(r"teacher\.adapters(?:\.(\d+)(?:\.file)?)?: (.+)", re.DOTALL)
 
 

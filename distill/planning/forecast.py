@@ -176,13 +176,14 @@ def coding(recipe: Recipe, teacher: Teacher, fake: Any) -> Coding:
     side = pixels_per_latent(teacher)
     size = (teacher.shape[-2] * side, teacher.shape[-1] * side)
     channels, frames = teacher.shape[0], teacher.shape[1:-2]
-    framed = (1,) if getattr(unwrap(teacher.denoiser), "FRAMED", False) else ()
+    network = unwrap(teacher.denoiser)
+    framed = (1,) if getattr(network, "FRAMED", False) else ()
     encoding = 0
     with fake, torch.no_grad():
         if recipe.needs_data and not frames:
             encoding = most_bytes(vae.encode, torch.zeros(at_once(*size), 3, *framed, *size))
         latent = torch.zeros(1, channels, *(frames or framed), *teacher.shape[-2:])
-        decoding = most_bytes(vae.decode, latent)
+        decoding = most_bytes(vae.decode, network.uncelled(latent))
     return Coding(encoding, unique((*vae.parameters(), *vae.buffers())) + decoding)
 
 
@@ -196,8 +197,8 @@ def most_bytes(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> int:
 def fake_vae(teacher: Teacher, fake: Any) -> Any:
     """The VAE of a teacher's pipeline, of fake tensors in float32; None if it has none.
 
-    An outline's has the usual network of its kind: Stable Diffusion's, VA-VAE for 16 pixels to a
-    latent, or DC-AE for 32.
+    An outline's has the usual network of its kind: Stable Diffusion's, FLUX.2's or VA-VAE for 16
+    pixels to a latent, or DC-AE for 32.
     """
     import diffusers
 
@@ -207,7 +208,9 @@ def fake_vae(teacher: Teacher, fake: Any) -> Any:
             8: diffusers.AutoencoderKL, 16: diffusers.AutoencoderKL, 32: diffusers.AutoencoderDC,
         }  # fmt: skip
         kind, config = kinds.get(codec.outline.factor), {}
-        if kind is diffusers.AutoencoderKL:
+        if codec.outline.pipeline.startswith("Flux2"):
+            kind = diffusers.AutoencoderKLFlux2
+        elif kind is diffusers.AutoencoderKL:
             widths = (128, 256, 512, 512)
             if codec.outline.factor == 16:
                 widths = (128, 128, 256, 256, 512)

@@ -19,7 +19,7 @@ from students.metadata.header import data_sha256
 from teachers.errors import UserError
 from teachers.families.base import Pretrained, Prompted
 from teachers.process import Linear, Tabulated
-from teachers.storage.components import WEIGHTS, variant_of
+from teachers.storage.variants import WEIGHTS, variant_of
 from teachers.teacher import EMBEDDED, Teacher
 
 # By family: modelspec's architecture, its implementation, sd-scripts' and A1111's version.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from inspect import Signature, signature
 from os.path import isdir, isfile
 from pathlib import Path
@@ -160,10 +161,31 @@ def loader_of(path: Path, source: str) -> tuple[str, Any]:
         if imagenet.is_folder(path, index):
             return family, imagenet.load_folder
     if family not in known:
+        from teachers.pipelines import unseen
+
+        if (tried := unseen.loader(family, index)) is not None:
+            return family, tried
         raise UserError(
             f"{teacher_at(source)}: {clipped(family)} is not supported; {nearest(family, known)}"
         )
+    _check_backends(family, source)
     return family, known[family]
+
+
+def _check_backends(family: str, source: str) -> None:
+    """Refuse a pipeline in whose place diffusers has an object that only names what it needs.
+
+    Raises:
+        UserError: naming the packages that are not installed.
+    """
+    import diffusers
+
+    needs = getattr(getattr(diffusers, family, None), "_backends", ())
+    if missing := [name for name in needs if find_spec(name) is None]:
+        raise UserError(
+            f"{teacher_at(source)}: {family} needs {' and '.join(missing)}; "
+            f"pip install {' '.join(missing)}"
+        )
 
 
 def families() -> dict[str, Any]:
@@ -183,6 +205,7 @@ def families() -> dict[str, Any]:
         wan,
         zimage,
     )
+    from teachers.pipelines import auraflow, chroma, ernie, flux2, hidream, hunyuan, krea2, longcat
 
     table: dict[str, Any] = dict.fromkeys(
         unet.UNet.PIPELINES, partial(unet.load, {"EDMModel": checkpoints.network})
@@ -190,6 +213,7 @@ def families() -> dict[str, Any]:
     for kind in (
         stable_diffusion.StableDiffusion,
         stable_diffusion.SDXL,
+        stable_diffusion.Kolors,
         dit.DiT,
         pixart.PixArtAlpha,
         pixart.PixArtSigma,
@@ -198,9 +222,17 @@ def families() -> dict[str, Any]:
         lumina.Lumina2,
         qwen.QwenImage,
         zimage.ZImage,
+        auraflow.AuraFlow,
+        chroma.Chroma,
+        ernie.Ernie,
+        hidream.HiDream,
+        hunyuan.HunyuanDiT,
+        krea2.Krea2,
+        longcat.LongCat,
     ):
         table |= dict.fromkeys(kind.PIPELINES, partial(base.load, kind))
-    table |= dict.fromkeys(flux.Flux.PIPELINES, flux.load)
+    for kind in (flux.Flux, flux2.Flux2):
+        table |= dict.fromkeys(kind.PIPELINES, partial(flux.load, kind))
     return table | dict.fromkeys(wan.Wan.PIPELINES, wan.load)
 
 

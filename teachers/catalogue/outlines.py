@@ -18,7 +18,6 @@ from teachers.catalogue.loading import families
 from teachers.denoiser import Cond
 from teachers.edm import adm
 from teachers.errors import UserError, nearest, teacher_at
-from teachers.families.flux import Flux
 from teachers.families.unet import UNet
 from teachers.imagenet.checkpoints import LIGHTNING_SHIFT, betas
 from teachers.imagenet.model import MODELS
@@ -106,6 +105,29 @@ FLUX_DEV = Outline(
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
     4_970_000_000,
 )
+FLUX2_DEV = Outline(
+    "Flux2Pipeline",
+    "Flux2Transformer2DModel",
+    {},
+    (128, 64, 64),
+    {"encoder_hidden_states": (512, 15360), "guidance": ()},
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
+    24_100_000_000,
+    factor=16,
+)
+FLUX2_KLEIN_4B = Outline(
+    "Flux2KleinPipeline",
+    "Flux2Transformer2DModel",
+    {
+        "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
+        "joint_attention_dim": 7680, "guidance_embeds": False,
+    },
+    (128, 64, 64),
+    {"encoder_hidden_states": (512, 7680)},
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
+    4_100_000_000,
+    factor=16,
+)  # fmt: skip
 SANA_1600M = Outline(
     "SanaPipeline",
     "SanaTransformer2DModel",
@@ -186,6 +208,8 @@ OUTLINES = {
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
     "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
     "black-forest-labs/FLUX.1-dev": FLUX_DEV,
+    "black-forest-labs/FLUX.2-dev": FLUX2_DEV,
+    "black-forest-labs/FLUX.2-klein-base-4B": FLUX2_KLEIN_4B,
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": SANA_1600M,
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": PIXART_SIGMA,
 }
@@ -252,14 +276,15 @@ def outlined(
     """The teacher of an outline; arguments as for `outline`."""
     import diffusers
 
-    # the loaders of these two are functions of their own, which do not name the class
-    special = next((k for k in (UNet, Flux) if known.pipeline in k.PIPELINES), None)
+    # the loader of UNets is a function of its own, which does not name the class
+    special = UNet if known.pipeline in UNet.PIPELINES else None
     kind, made = MODELS.get(known.network, (special, None))
     kind = kind or families()[known.pipeline].args[0]
     shape = known.shape
     if size is not None:
         shape = (shape[0], size // known.factor, size // known.factor)
     name, config = known.scheduler
+    config = kind.configured(config, shape, None)
     schedule = read(name, config, teacher_at(source), kind.tokens(shape))
     with without, dtype_of_new(DTYPES[precision]):
         backbone = (made or getattr(diffusers, known.network)).from_config(known.config)

@@ -89,6 +89,11 @@ class Pretrained(Network):
         """The dtype of the weights, to which inputs are cast."""
         return next(self.backbone.parameters()).dtype
 
+    @classmethod
+    def of(cls, pipe: Any, size: int | None, who: str) -> type[Pretrained]:
+        """The family of this pipeline: this one, unless it is found by looking at the pipeline."""
+        return cls
+
     @staticmethod
     def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
         """The condition of N prompts: entries (N, ...), with the same shapes at every call.
@@ -148,6 +153,13 @@ class Pretrained(Network):
         """The sequence length for the scheduler's dynamic shift: number of 2×2 patches."""
         return shape[-1] * shape[-2] // 4
 
+    @classmethod
+    def configured(
+        cls, config: dict[str, Any], shape: tuple[int, ...], backbone: Any
+    ) -> dict[str, Any]:
+        """The scheduler's config, with what the pipeline sets in place of the scheduler's own."""
+        return config
+
     @staticmethod
     def stock_scheduler(scheduler: Any) -> Any:
         """A student's stock scheduler in the form that the pipeline calls."""
@@ -167,6 +179,21 @@ class Pretrained(Network):
         if getattr(backbone, "mid_block", None) is None:  # some UNets have no middle block
             return f"backbone.down_blocks.{len(backbone.down_blocks) - 1}"
         return "backbone.mid_block"
+
+    @staticmethod
+    def cells(latents: Tensor) -> Tensor:
+        """The VAE's latents (B, C, H, W) in the layout of the data."""
+        return latents
+
+    @staticmethod
+    def uncelled(x: Tensor) -> Tensor:
+        """The inverse of `cells`."""
+        return x
+
+    @staticmethod
+    def moments(vae: Any) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation (C,) by which data are normalised; None: as the VAE's config says."""
+        return None
 
     @staticmethod
     def pack(x: Tensor) -> Tensor:
@@ -303,15 +330,16 @@ class Prompted(Codec):
         latent = mode(vae.encode(images.to(vae.dtype).to(vae.device)))
         if self.kind.FRAMED:
             latent = latent.squeeze(2)
-        shift, scale = self.affine(latent.float())
-        return (latent.float() - shift) * scale
+        latent = self.kind.cells(latent.float())
+        shift, scale = self.affine(latent)
+        return (latent - shift) * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] of latents (N, ...)."""
         vae = self.pipe.vae
         shift, scale = self.affine(latents)
-        latents = (latents / scale + shift).to(vae.dtype).to(vae.device)
+        latents = self.kind.uncelled(latents / scale + shift).to(vae.dtype).to(vae.device)
         if self.kind.FRAMED:
             return vae.decode(latents.unsqueeze(2)).sample.float().squeeze(2)
         return vae.decode(latents).sample.float()
@@ -321,6 +349,9 @@ class Prompted(Codec):
         config = self.pipe.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         factor = config.get("scaling_factor") or 1.0
+        if (own := self.kind.moments(self.pipe.vae)) is not None:
+            mean, std = (v.to(like).view(1, -1, 1, 1) for v in own)
+            return mean, 1 / std
         if mean is None or std is None:
             return config.get("shift_factor") or 0.0, factor
         view = (1, -1, *(1,) * (like.ndim - 2))
@@ -398,6 +429,7 @@ def load(
     backbone = getattr(pipe, kind.PART)
     # of a single file, the folder's own weights are another model's
     fusion = fuse(pipe, kind.PART, adapters, folder if file is None else None)
+    kind = kind.of(pipe, size, who)
     if precision in FORMS:
         quantise(backbone, precision)
     if size is not None and (size <= 0 or size % kind.grain(pipe)):
@@ -406,6 +438,7 @@ def load(
         )
     shape = shape_of(kind, pipe, size, who)
     config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
+    config = kind.configured(config, shape, backbone)
     name = type(pipe.scheduler).__name__
     if shift is not None:
         config = shifted(name, config, shift, who)

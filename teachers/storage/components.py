@@ -30,6 +30,7 @@ LOADED = ("diffusers", "transformers")  # libraries whose classes are loaded her
 # Components that pipelines can sample without.
 SPARE = {"safety_checker", "feature_extractor", "image_encoder", "transformer_2"}
 SPARE |= {"text_encoder_3", "tokenizer_3"}  # T5: Stable Diffusion 3 uses zeros without it
+SPARE |= {"pe", "pe_tokenizer"}  # ERNIE-Image's language model that rewrites prompts
 TOKENIZERS = ("Tokenizer", "TokenizerFast")  # suffixes of tokenizer class names
 
 
@@ -315,6 +316,8 @@ def check_index(folder: Path, index: dict[str, Any], who: str) -> None:
     """
     for part, entry in index.items():
         if not isinstance(entry, list) or part == "safety_checker":
+            continue
+        if entry and all(type(v) is int for v in entry):  # a setting, such as Krea 2's layers
             continue
         named = len(entry) == 2 and (entry[0] is None or all(isinstance(v, str) for v in entry))
         if not named:

@@ -18,7 +18,7 @@ from distill.evaluation.compat import compare
 from distill.evaluation.compat_checks import Request, turbo_file
 from students import schedulers
 from students.export import folder as exporting
-from students.export.lora_files import DIFFUSERS, KOHYA, TURBO, forms
+from students.export.lora_files import COMFYUI, DIFFUSERS, TURBO, forms
 from students.lora import Adapter
 from teachers import load
 from tests.helpers import families, lora_formats
@@ -167,7 +167,7 @@ def test_the_students_own_lora_is_the_turbo_alone_where_there_are_both(tmp_path)
     (tmp_path / "lora").mkdir()
     (tmp_path / "student" / "fewstep.json").write_text("{}")
     assert turbo_file(tmp_path) is None
-    for name in (KOHYA, DIFFUSERS, TURBO[DIFFUSERS]):  # each before those that were there
+    for name in (COMFYUI, DIFFUSERS, TURBO[DIFFUSERS]):  # each before those that were there
         (tmp_path / "lora" / name).touch()
         assert turbo_file(tmp_path) == tmp_path / "lora" / name
         assert turbo_file(tmp_path / "student") == tmp_path / "lora" / name

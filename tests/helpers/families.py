@@ -11,7 +11,7 @@ import diffusers
 import torch
 import transformers
 
-from tests.helpers import families_a, families_b
+from tests.helpers import families_a, families_b, families_c
 
 
 def clip_tokenizer(folder: Path, length: int = 40) -> Any:
@@ -109,11 +109,12 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     **families_a.FAMILIES,
     **families_b.FAMILIES,
 }
-OPTIONS = families_a.OPTIONS | families_b.OPTIONS  # what each is loaded with
+RECENT = families_c.FAMILIES  # those of the generic adapter, which have tests of their own
+OPTIONS = families_a.OPTIONS | families_b.OPTIONS | families_c.OPTIONS  # what each is loaded with
 
 
 def build(name: str, root: Path) -> Path:
     """The folder of a small pipeline of this family."""
     torch.manual_seed(0)
-    FAMILIES[name](root)
+    (FAMILIES | RECENT)[name](root)
     return root

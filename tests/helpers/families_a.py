@@ -39,11 +39,11 @@ def kl_vae(channels: int = 4, **more: Any) -> Any:
     return families.kl_vae(channels, **more)
 
 
-def clip(scratch: Path, projection: bool, width: int = 32) -> tuple[Any, Any]:
+def clip(scratch: Path, projection: bool, width: int = 32, length: int = 40) -> tuple[Any, Any]:
     """A CLIP of single characters: tokenizer and text encoder."""
     from tests.helpers import families
 
-    tokenizer = families.clip_tokenizer(scratch)
+    tokenizer = families.clip_tokenizer(scratch, length)
     sizes = {"hidden_size": width, "projection_dim": width}
     config = families.clip_config(tokenizer, hidden_act="gelu", **sizes)
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from students import schedulers
 from students.export.folder import ExportError, export
-from students.export.lora_files import DIFFUSERS, KOHYA, export_lora, possible
+from students.export.lora_files import COMFYUI, DIFFUSERS, export_lora, possible
 from students.lora import Adapter
 from teachers import load
 from tests.helpers import families
@@ -29,7 +29,7 @@ def test_a_lora_file_draws_the_students_pictures(name, tmp_path):
     export_lora(student, teacher, tmp_path / "student", tmp_path / "lora")
     state = load_file(tmp_path / "lora" / DIFFUSERS)
     assert len(state) == len(list(student.parameters()))
-    assert (tmp_path / "lora" / KOHYA).exists() == (name == "sdxl")
+    assert (tmp_path / "lora" / COMFYUI).exists() == (name == "sdxl")
     assert (tmp_path / "lora" / "scheduler" / "scheduler_config.json").exists()
 
 

@@ -52,7 +52,7 @@ def some(chosen):
     """These families in every run, the others in the slow one."""
     return [
         name if name in chosen else pytest.param(name, marks=pytest.mark.slow)
-        for name in families.FAMILIES
+        for name in (*families.FAMILIES, *families.RECENT)
     ]
 
 

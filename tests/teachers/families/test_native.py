@@ -18,7 +18,12 @@ def error(x, exact):
     return ((x - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+# FLUX.2's network rounds the time that it is given to its weights' precision, before its layers
+ROUNDED = {"flux2-dev", "flux2-klein"}
+NAMES = [*families.FAMILIES, *(name for name in families.RECENT if name not in ROUNDED)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_network_in_bf16_is_as_near_as_under_autocast(folders, name):
     options = families.OPTIONS.get(name, {})
     teacher = load(folders(name), **options)
