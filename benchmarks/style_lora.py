@@ -28,7 +28,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.config.recipe import Recipe
+from distill.config.recipe import SHIPPED, Recipe
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import student_samples
 from distill.sampling.teacher_sampler import recipe_sampler
@@ -38,7 +38,7 @@ from teachers.teacher import EMBEDDED, Teacher
 
 WORD, STANDS_FOR = "z", "yellow"  # a token without a meaning, and the word whose place it takes
 COLOUR = np.array((240.0, 140.0, 50.0))
-CAPTIONS = Path("recipes/shapes/orange/captions.txt")
+CAPTIONS = SHIPPED / "shapes/orange/captions.txt"
 RANK, STEPS, BATCH, RATE, OWN = 4, 500, 32, 1e-3, 0.5
 TARGETS = [
     "to_q",
