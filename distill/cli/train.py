@@ -50,7 +50,7 @@ def run(
 
         new_run = None
         with intact(out / "summary.json"):
-            done = resume and complete(out) and not more_steps(out, checked.train.steps)
+            done = resume and complete(out) and not more_steps(out, checked.train)
         if done:
             run_folder.check_folder(checked, out, resume)
         else:
@@ -128,11 +128,16 @@ def report_failures(failed: dict[str, str], out: Path) -> None:
         raise typer.Exit(1)
 
 
-def more_steps(out: Path, steps: int) -> bool:
-    """Whether the recipe now has more steps than the finished run trained for."""
+def more_steps(out: Path, train: Any) -> bool:
+    """Whether a finished run has steps left in the recipe's section `train` of today.
+
+    A run that guards stopped has none, unless the section has no guards any more.
+    """
     import json
 
-    return json.loads((out / "summary.json").read_text(encoding="utf-8"))["steps"] < steps
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    stopped = train.guards is not None and bool(summary.get("guards", {}).get("reason"))
+    return summary["steps"] < train.steps and not stopped
 
 
 def show(out: Path) -> None:

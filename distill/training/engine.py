@@ -25,6 +25,7 @@ from distill.config.schema import TrainSection
 from distill.console import Progress
 from distill.data.encode import decoder_on
 from distill.data.stream import AHEAD, Source, Stream
+from distill.early_stop.guards import Guards
 from distill.files import write
 from distill.grids import COLUMNS, save_grid
 from distill.objectives.base import Batch, Objective, Turn, networks_in
@@ -42,6 +43,7 @@ from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
+GUARDED = "guarded"  # the checkpoint of the best check of guards
 Evaluate = Callable[[int], dict[str, Any]]  # student steps -> metrics, for the weights in place
 
 
@@ -85,6 +87,7 @@ class Engine:
             best one has a checkpoint.
         shown: Labels or prompts of the sample grids.
         sample_flops: FLOPs of one sample through the teacher's network, for the speed.
+        guards: Checks of the student that may stop training; it then has the best check's average.
     """
 
     def __init__(
@@ -100,12 +103,13 @@ class Engine:
         evaluate_every: int = 0,
         shown: Sequence[Any] = (0,) * 80,
         sample_flops: float | None = None,
+        guards: Guards | None = None,
     ) -> None:
         self.objective, self.players = objective, players
         self.source, self.teacher = source, teacher
         self.cfg, self.accelerator, self.out = train, accelerator, out
         self.evaluate, self.evaluate_every, self.shown = evaluate, evaluate_every, shown
-        self.extras = Attempts(out)
+        self.guards, self.extras = guards, Attempts(out)
         self.ema = EMA(players["student"].params, train.ema)
         self._shown: Cond = None  # the grids' condition, encoded at the first grid
         self.step = self.draws = 0
@@ -156,7 +160,7 @@ class Engine:
         handlers = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             with Progress(self.cfg.steps, self.step, self.accelerator.is_main_process) as progress:
-                while self.step < self.cfg.steps:
+                while not self.done:
                     self.latest |= self.advance(stream)
                     self.seconds = time.perf_counter() - began
                     progress.advance(self.step)
@@ -166,9 +170,20 @@ class Engine:
             stream.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        if self.guards is not None and self.guards.stopped:
+            self.ema.load_state_dict(checkpoint.load(self.root / GUARDED)["ema"])
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.step >= self.cfg.steps or (self.guards is not None and self.guards.stopped)
 
     def _after_step(self, progress: Progress) -> None:
-        """Log, sample, evaluate and save where it is time to, and stop on a signal."""
+        """Check, log, sample, evaluate and save where it is time to, and stop on a signal."""
+        if self.guards is not None and self.guards.due(self.step):
+            with self.speed.paused():
+                self._check_guards(self.guards)
+                progress.print_above(self.guards.line())
         if self._due(self.cfg.log_every):
             progress.show(self.step, *self._log(self.latest))
             if (line := self.graphs.line(self.step)) is not None:
@@ -189,7 +204,7 @@ class Engine:
 
     def _due(self, every: int) -> bool:
         """Whether the step just played is one in `every`, or the last; never where that is 0."""
-        return every > 0 and (self.step % every == 0 or self.step == self.cfg.steps)
+        return every > 0 and (self.step % every == 0 or self.done)
 
     def advance(self, stream: Stream) -> dict[str, Tensor]:
         """Play one step: every turn that the objective yields, then the average. Scalars to log."""
@@ -303,6 +318,7 @@ class Engine:
             "seconds": self.seconds,
             "best": self.best if math.isfinite(self.best) else None,
             "evaluations": self.evaluations,
+            "guards": None if self.guards is None else self.guards.state_dict(),
             "latest": self.latest,
             "players": {name: player.state_dict() for name, player in self.players.items()},
             "ema": self.ema.state_dict(),
@@ -313,6 +329,8 @@ class Engine:
         self.step, self.draws, self.seconds = state["step"], state["draws"], state["seconds"]
         self.best = math.inf if state["best"] is None else state["best"]
         self.evaluations.update(state["evaluations"])
+        if self.guards is not None and state.get("guards") is not None:
+            self.guards.load_state_dict(state["guards"])
         self.latest = {k: v.to(self.accelerator.device) for k, v in state["latest"].items()}
         for name, player in self.players.items():
             player.load_state_dict(state["players"][name])
@@ -325,6 +343,20 @@ class Engine:
             counts = torch.tensor(list(self.evaluations.values()), device=self.accelerator.device)
             total = self.accelerator.reduce(counts, reduction="sum").tolist()  # pyright: ignore
             self.evaluations.update(zip(self.evaluations, total, strict=True))
+
+    def _check_guards(self, guards: Guards) -> None:
+        """Check the averaged student, and save it if it is the best so far.
+
+        A failure is reported, and training goes on.
+        """
+        with self.extras.attempt("guards"), self.ema.swapped():
+            best = guards.check(self.step, self.accelerator)
+            values = {f"guards/{k}": v for k, v in guards.scores.items()}
+            self.accelerator.log(values, step=self.step)
+            if best and self.accelerator.is_main_process:
+                state = {"ema": self.ema.state_dict(), "step": self.step}
+                checkpoint.save(state, self.root / GUARDED, {"step": self.step, **guards.scores})
+        self.accelerator.wait_for_everyone()
 
     def _evaluate(self) -> str:
         """Measure the averaged student, and save it if it is the best so far. A line to show.
@@ -444,7 +476,7 @@ class Engine:
             return self._stop
         stop = self._vote.answer() if self._vote else 0
         self._vote = None if stop else StopVote.of(self._stop, self._hosts)
-        if self._vote and self.step == self.cfg.steps:  # there is no next step
+        if self._vote and self.done:  # there is no next step
             stop, self._vote = self._vote.answer(), None
         return stop
 
