@@ -39,7 +39,7 @@ from teachers.teacher import EMBEDDED, Teacher
 WORD, STANDS_FOR = "z", "yellow"  # a token without a meaning, and the word whose place it takes
 COLOUR = np.array((240.0, 140.0, 50.0))
 CAPTIONS = SHIPPED / "shapes/orange/captions.txt"
-RANK, STEPS, BATCH, RATE, OWN = 4, 500, 32, 1e-3, 0.5
+RANK, STEPS, BATCH, RATE, OWN = 4, 1000, 32, 2e-3, 0.5
 TARGETS = [
     "to_q",
     "to_k",

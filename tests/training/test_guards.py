@@ -74,7 +74,7 @@ def test_pictures_of_the_user_lie_beside_captions(tmp_path):
 
 
 def guards(**limits):
-    return Guards(GuardsSection(**limits), lambda: {})
+    return Guards(GuardsSection(**limits), dict)
 
 
 def test_a_score_below_its_share_of_the_best_stops_and_the_best_check_is_kept():
