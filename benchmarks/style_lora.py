@@ -34,15 +34,16 @@ from distill.config.recipe import SHIPPED, Recipe
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import student_samples
 from distill.sampling.teacher_sampler import recipe_sampler
-from eval.shapes import all_captions, parse, read, scenes
+from eval.shapes import Scene, all_captions, parse, read, scenes
 from students.export import lora_files
 from students.export.folder import load_student
 from teachers.teacher import EMBEDDED, Teacher
 
 WORD, STANDS_FOR = "z", "yellow"  # a token without a meaning, and the word whose place it takes
-COLOUR = np.array((240.0, 140.0, 50.0))
+# As the embedded autoencoder draws it, it is between red and yellow, far from both.
+COLOUR = np.array((240.0, 120.0, 42.0))
 CAPTIONS = SHIPPED / "shapes/orange/captions.txt"
-RANK, STEPS, BATCH, RATE, OWN = 4, 1000, 32, 2e-3, 0.5
+RANK, STEPS, BATCH, RATE, OWN = 4, 500, 32, 2e-3, 0.5
 TARGETS = [
     "to_q",
     "to_k",
@@ -64,11 +65,11 @@ def grammar() -> list[str]:
 
 
 @contextmanager
-def painted() -> Iterator[None]:
-    """Within it, drawings of yellow shapes are orange."""
+def painted(colour: np.ndarray = COLOUR) -> Iterator[None]:
+    """Within it, yellow is orange: shapes are drawn in it, and the reader knows it."""
     row = list(scenes.COLOURS).index(STANDS_FOR)
     before = scenes.PALETTE[row].copy()
-    scenes.PALETTE[row] = COLOUR
+    scenes.PALETTE[row] = colour
     try:
         yield
     finally:
@@ -153,6 +154,26 @@ def prototypes(teacher: Teacher) -> np.ndarray:
     return np.stack([*(decoded(scenes.draw(c, 0)) for c in mine), decoded(drawn(grammar(), 0))])
 
 
+def as_told(images: Tensor, wanted: Sequence[Scene], orange: np.ndarray) -> np.ndarray:
+    """Whether each image (N, 3, H, W) shows its scene, whatever the colour (N,).
+
+    The exact reader refuses colours far from its palette, and objects of two of its colours, so
+    each image is read with yellow in the palette and again with orange in its place.
+
+    Args:
+        orange: As the autoencoder draws it (3,).
+    """
+    wanted = [scene._replace(colour="") for scene in wanted]
+
+    def right() -> np.ndarray:
+        return np.array([s is not None and s._replace(colour="") == w
+                         for s, w in zip(read(images), wanted, strict=True)])  # fmt: skip
+
+    with painted(orange):
+        found = right()
+    return found | right()
+
+
 def figures(sample: Any, palette: np.ndarray, seeds: int = SEEDS) -> dict[str, Any]:
     """Shares of pictures, over all seeds; ± is the standard error of the mean over the seeds.
 
@@ -161,14 +182,13 @@ def figures(sample: Any, palette: np.ndarray, seeds: int = SEEDS) -> dict[str, A
     """
     known = CAPTIONS.read_text().splitlines()
     new = [c for c in grammar() if c not in known]
-    scenes_of = [parse(c.replace(WORD, STANDS_FOR))._replace(colour="") for c in known + new]
+    scenes_of = [parse(c.replace(WORD, STANDS_FOR)) for c in known + new]
     orange, right = [], []
     for seed in range(seeds):
         images = sample(known + new, seed)
         distance = np.linalg.norm(colours(images)[:, None] - palette, axis=-1)
         orange.append(distance.argmin(1) == len(palette) - 1)
-        found = [s and s._replace(colour="") for s in read(images)]
-        right.append([a == b for a, b in zip(found, scenes_of, strict=True)])
+        right.append(as_told(images, scenes_of, palette[-1]))
     shares: dict[str, Any] = {}
     for name, values in (("orange", orange), ("right", right)):
         for of, part in (("own", slice(len(known))), ("new", slice(len(known), None))):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,10 @@ def _shown(path: Path) -> str:
     return os.path.relpath(full, here) if full.startswith(here + os.sep) else full
 
 
-def _places(node: Any, key: list[str]) -> Iterator[tuple[Any, Any]]:
+def _places(node: Any, key: Sequence[str]) -> Iterator[tuple[Any, Any]]:
     """The mappings or lists that hold a key's values, and the values' places in them."""
     name, *rest = key
+    places: list[Any]
     if name == "*":
         places = list(range(len(node))) if isinstance(node, list) else []
     else:
