@@ -187,6 +187,8 @@ class DataSection(Section):
     # text file, of 20 to 200 captions that are expanded into prompts; `prompts` are then neutral
     # ones, without the captions' trigger, that are mixed in.
     captions: Name | None = None
+    # Share of the phrases of expanded captions that no prompt has, for tests and `train.guards`.
+    held_out: Fraction = 0.2
     size: PositiveInt | None = None  # side of the images in pixels; by default the teacher's
     buckets: Bucketing | None = None  # several aspect ratios of one area; by default one size
     in_memory_gb: NonNegative = 4.0  # encoded data of more GB are read from a cache

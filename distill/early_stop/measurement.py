@@ -35,15 +35,16 @@ def guards_of(
     """The checks of `train.guards`; None if the recipe has none.
 
     Args:
-        others: Prompts or labels for recipes without captions that have held-out phrases.
+        others: Prompts or labels for recipes without captions.
     """
     train = recipe.train
     if train.guards is None:
         return None
     expansion = expansion_of(recipe)
-    held_out = [] if expansion is None else expansion.expansion.tests
+    if expansion is not None:
+        others = expansion.expansion.tests or expansion.expansion.captions
     batch = max(1, train.batch // train.accumulate)  # fits the device, as training does
-    return Guards(train.guards, Measurement(recipe, teacher, student, held_out or others, batch))
+    return Guards(train.guards, Measurement(recipe, teacher, student, others, batch))
 
 
 class Measurement:
