@@ -234,7 +234,7 @@ def style() -> str:
 
     lines = [
         "| | orange, of the 40 | of the teacher's | right, of the 40 | orange, 20 others | "
-        "right, 20 others | right, 360 without the word |",
+        "right, 20 others | right, without the word |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -248,7 +248,7 @@ def style() -> str:
             share(row["own right"]),
             share(row["new orange"]),
             share(row["new right"]),
-            share(row["360 right"]),
+            share(row["without"]),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
