@@ -12,7 +12,9 @@ from tests.helpers import lora_formats as formats
 from tests.helpers.command_line import called
 
 PAGE = Path(__file__).parent.parent.parent / "docs/sharing.md"
-SECTION = PAGE.read_text(encoding="utf-8").split("## Your model with your LoRA")[1]
+SECTION = (
+    PAGE.read_text(encoding="utf-8").split("## Your model with your LoRA")[1].split("\n### ")[0]
+)
 BLOCKS = dict(re.findall(r"^```(yaml|bash|python)\n(.*?)^```$", SECTION, re.M | re.S))
 MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 SMALL = ("adapters.rank=2", "train.steps=2", "train.batch=2", "train.accumulate=1",
