@@ -1,14 +1,15 @@
 """A user's LoRA of the embedded shapes: train it, and measure it in students.
 
     python benchmarks/style_lora.py train OUT.safetensors [orange | monochrome]
-    python benchmarks/style_lora.py measure RUN [RUN ...]
+    python benchmarks/style_lora.py measure RUN [RUN ...] [--json OUT.json]
 
 `train` is what a user does: PEFT and diffusers alone train a LoRA of the UNet and the text encoder.
 Orange, the default, is learned from drawings of forty captions with a word that the teacher does
-not know; monochrome is a style without a word: all shapes are white. `measure` prints
-for the teacher of a run and for its student how many pictures are orange where the caption says so,
-and how many captions are right: those of the forty, the twenty others of the same grammar, and the
-360 of the teacher's own.
+not know; monochrome is a style without a word: all shapes are white. `measure` counts
+the pictures that are orange where the caption says so, and the captions that are right but for the
+colour: of the forty, of the twenty others of the same grammar, and of the teacher's own, whose
+colour counts. It does so for the teacher of the first run, for each run's student, and for stock
+diffusers with the plain base and each run's LoRA files at guidance 1.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
@@ -29,17 +31,18 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.config.recipe import Recipe
+from distill.config.recipe import SHIPPED, Recipe
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import student_samples
 from distill.sampling.teacher_sampler import recipe_sampler
-from eval.shapes import all_captions, parse, read, scenes
+from eval.shapes import Scene, all_captions, parse, read, scenes
+from students.export import lora_files
 from students.export.folder import load_student
 from teachers.teacher import EMBEDDED, Teacher
 
 WORD, STANDS_FOR = "z", "yellow"  # a token without a meaning, and the word whose place it takes
 COLOUR = np.array((240.0, 140.0, 50.0))
-CAPTIONS = Path("recipes/shapes/orange/captions.txt")
+CAPTIONS = SHIPPED / "shapes/orange/captions.txt"
 RANK, STEPS, BATCH, RATE, OWN = 4, 500, 32, 1e-3, 0.5
 TARGETS = [
     "to_q",
@@ -53,7 +56,8 @@ TARGETS = [
     "conv1",
     "conv2",
 ]
-SEEDS = 3
+SEEDS = 4
+EVERY = 4  # of the teacher's 360 captions, one in so many is drawn
 
 
 def grammar() -> list[str]:
@@ -165,55 +169,111 @@ def prototypes(teacher: Teacher) -> np.ndarray:
     return np.stack([*(decoded(scenes.draw(c, 0)) for c in mine), decoded(drawn(grammar(), 0))])
 
 
-def figures(sample: Any, teacher: Teacher) -> dict[str, float]:
-    """Shares of pictures, over all seeds."""
+def as_told(images: Tensor, wanted: Sequence[Scene]) -> np.ndarray:
+    """Whether each image (N, 3, H, W) shows its scene, whatever the colour (N,).
+
+    The exact reader refuses colours far from its palette and objects of two of its colours, which a
+    colour between two of them often is. So each image is read with a palette of its own colour.
+    """
+    before, right = scenes.PALETTE.copy(), []
+    try:
+        for image, colour, scene in zip(images, colours(images), wanted, strict=True):
+            scenes.PALETTE[:] = colour
+            found = read(image[None])[0]
+            right.append(found is not None and found._replace(colour=scene.colour) == scene)
+    finally:
+        scenes.PALETTE[:] = before
+    return np.array(right)
+
+
+def figures(sample: Any, palette: np.ndarray, seeds: int = SEEDS) -> dict[str, Any]:
+    """Shares of pictures, over all seeds; ± is the standard error of the mean over the seeds.
+
+    Args:
+        sample: Images (N, 3, H, W) in uint8 for captions and a seed.
+    """
     known = CAPTIONS.read_text().splitlines()
-    sets = {"own": known, "new": [c for c in grammar() if c not in known]}
-    palette, found = prototypes(teacher), {}
-    for name, captions in sets.items():
-        style, right = [], []
-        for seed in range(SEEDS):
-            images = sample(captions, seed).images
-            distance = np.linalg.norm(colours(images)[:, None] - palette, axis=-1)
-            style.append(distance.argmin(1) == len(palette) - 1)
-            wanted = [parse(c.replace(WORD, STANDS_FOR)) for c in captions]
-            right += [
-                s is not None and s._replace(colour="") == w._replace(colour="")
-                for s, w in zip(read(images), wanted, strict=True)
-            ]
-        found |= {f"{name} orange": float(np.mean(style)), f"{name} right": float(np.mean(right))}
-    images, captions = sample(all_captions(), 0).images, all_captions()
-    hits = [s == parse(c) for s, c in zip(read(images), captions, strict=True)]
-    return {**found, "360 right": float(np.mean(hits))}
+    new = [c for c in grammar() if c not in known]
+    scenes_of = [parse(c.replace(WORD, STANDS_FOR)) for c in known + new]
+    orange, right = [], []
+    for seed in range(seeds):
+        images = sample(known + new, seed)
+        distance = np.linalg.norm(colours(images)[:, None] - palette, axis=-1)
+        orange.append(distance.argmin(1) == len(palette) - 1)
+        right.append(as_told(images, scenes_of))
+    shares: dict[str, Any] = {}
+    for name, values in (("orange", orange), ("right", right)):
+        for of, part in (("own", slice(len(known))), ("new", slice(len(known), None))):
+            means = np.array(values)[:, part].mean(1)
+            error = means.std(ddof=1) / seeds**0.5 if seeds > 1 else 0.0
+            shares[f"{of} {name}"] = [round(float(means.mean()), 4), round(float(error), 4)]
+    every = all_captions()[::EVERY]
+    hits = [s == parse(c) for s, c in zip(read(sample(every, 0)), every, strict=True)]
+    return {**shares, "without": round(float(np.mean(hits)), 4)}
 
 
-def measure(runs: Sequence[Path]) -> None:
-    """Print the figures of each run's teacher and student, one JSON object a line."""
+def stock(run: Path, file: str, steps: int) -> Any:
+    """A sampler of stock diffusers: the plain base, a LoRA file of the run, guidance 1."""
+    pipe: Any = StableDiffusionPipeline.from_pretrained(EMBEDDED["shapes"])
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(run / "lora", weight_name=file)
+    config = json.loads((run / "lora/scheduler/scheduler_config.json").read_text())
+    kind = getattr(diffusers, config["_class_name"])
+    pipe.scheduler = kind.from_pretrained(run / "lora/scheduler")
 
-    def told(name: str, sample: Any, teacher: Teacher) -> None:
-        shares = {k: round(v, 4) for k, v in figures(sample, teacher).items()}
-        sys.stdout.write(json.dumps({"of": name, **shares}) + "\n")
+    def sample(captions: Sequence[str], seed: int) -> Tensor:
+        rng = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed + 1)
+        images = pipe(
+            list(captions), num_inference_steps=steps, guidance_scale=1.0, generator=rng,
+            output_type="pt",
+        ).images  # fmt: skip
+        return (images * 255).round().byte()
+
+    return sample
+
+
+@torch.no_grad()
+def measure(runs: Sequence[Path], out: Path | None) -> None:
+    """Print the figures of the first run's teacher and of each run's student, a line each."""
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, sample: Any, **about: Any) -> None:
+        rows.append({"of": name, **about, **figures(sample, palette)})
+        sys.stdout.write(json.dumps(rows[-1]) + "\n")
         sys.stdout.flush()
 
+    recipe = Recipe.load(runs[0] / "recipe.yaml")
+    teacher, steps = load_teacher(recipe.teacher), recipe.eval.teacher_steps
+    palette = prototypes(teacher)
+    sampler = recipe_sampler(recipe, teacher, steps)
+    add("teacher with the LoRA", lambda captions, seed: sampler(captions, seed).images)
     for run in runs:
-        recipe = Recipe.load(run / "recipe.yaml")
-        teacher, steps = load_teacher(recipe.teacher), recipe.eval.teacher_steps
-        plain = load_teacher(recipe.teacher.model_copy(update={"adapters": None}))
-        told("teacher without the LoRA", recipe_sampler(recipe, plain, steps), plain)
-        told("teacher", recipe_sampler(recipe, teacher, steps), teacher)
         student, of_student = load_student(run)
+        summary = json.loads((run / "summary.json").read_text())
+        about = {"run": run.name, "seed": summary["seed"], "training_s": summary["wall_s"]}
         for count in student.counts:
             sample = partial(sampled, student.at(count), of_student)
-            told(f"{run.name}, {count} steps", sample, teacher)
+            add("student", sample, steps=count, **about)
+        longest = max(student.counts)
+        for file, name in (
+            (lora_files.DIFFUSERS, "both"),
+            (lora_files.TURBO[lora_files.DIFFUSERS], "turbo alone"),
+        ):
+            add(f"stock diffusers, {name}", stock(run, file, longest), steps=longest, **about)
+    if out is not None:
+        out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def sampled(student: Any, teacher: Teacher, captions: Sequence[str], seed: int) -> Any:
-    return student_samples(student, teacher, list(captions), seed)
+def sampled(student: Any, teacher: Teacher, captions: Sequence[str], seed: int) -> Tensor:
+    return student_samples(student, teacher, list(captions), seed).images
 
 
 if __name__ == "__main__":
-    _, command, *paths = sys.argv
+    _, command, *words = sys.argv
     if command == "train":
-        train(Path(paths[0]), *paths[1:])
+        train(Path(words[0]), *words[1:])
     else:
-        measure([Path(p) for p in paths])
+        last = Path(words[words.index("--json") + 1]) if "--json" in words else None
+        runs = words[: words.index("--json")] if "--json" in words else words
+        measure([Path(p) for p in runs], last)

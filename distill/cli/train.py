@@ -142,7 +142,8 @@ def goes_on(out: Path, recipe: Any) -> bool:
         "flat": recipe.eval.stop_when_flat is not None,
         "hours": hours is not None and summary["wall_s"] >= 3600 * hours,
     }
-    return summary["steps"] < recipe.train.steps and not over.get(ended, False)
+    guarded = recipe.train.guards is not None and bool(summary.get("guards", {}).get("reason"))
+    return summary["steps"] < recipe.train.steps and not (guarded or over.get(ended, False))
 
 
 def show(out: Path) -> None:

@@ -240,6 +240,15 @@ def batch_that_does_not_divide(recipe: Recipe) -> str | None:
     return None
 
 
+def guards_without_an_average(recipe: Recipe) -> str | None:
+    if recipe.train.guards is not None and not recipe.train.ema:
+        return (
+            "train.guards: they keep the average of the student's weights, and train.ema is 0; set "
+            "it to 0.97 or so"
+        )
+    return None
+
+
 # ---- evaluation
 
 
@@ -281,6 +290,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     prompts_beside_images,
     buckets_without_images,
     batch_that_does_not_divide,
+    guards_without_an_average,
     two_measures,
     flat_without_evaluations,
 )

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Interval, MinLen
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Strict, Tag
 
 from distill.field_types import (
     Finite,
@@ -198,12 +198,32 @@ class DataSection(Section):
     # text file, of 20 to 200 captions that are expanded into prompts; `prompts` are then neutral
     # ones, without the captions' trigger, that are mixed in.
     captions: Name | None = None
+    # Share of the phrases of expanded captions that no prompt has, for tests and `train.guards`.
+    held_out: Fraction = 0.2
     size: PositiveInt | None = None  # side of the images in pixels; by default the teacher's
     buckets: Bucketing | None = None  # several aspect ratios of one area; by default one size
     in_memory_gb: NonNegative = 4.0  # encoded data of more GB are read from a cache
     cache: Name = "~/.cache/fewstep"  # folder of all caches
     cache_limit_gb: NonNegative = 100.0  # largest size of one cache in GB
     skip_share: Fraction = 0.01  # share of items that may be bad; with more, the run stops
+
+
+class GuardsSection(Section):
+    """Checks during training of the student against its teacher, which may stop training early.
+
+    The prompts are those with held-out phrases of `data.captions`; without it, the sample grids'.
+    """
+
+    every: PositiveInt = 50  # steps between checks
+    start: NonNegativeInt = 0  # no check before this step
+    # Training stops where a score falls below this share of its best so far, and the student of the
+    # best check is exported; 0 means the score is only logged. A score of 1 is as good as the
+    # teacher.
+    diversity: Fraction = 0.9  # variety of a prompt's samples
+    matching: Fraction = 0.9  # how near the distributions of a prompt's samples are
+    nearest: Fraction = 0.9  # distance to the nearest of the pictures beside `data.captions`
+    prompts: PositiveInt = 16  # number of prompts
+    samples: Annotated[int, Strict(), Interval(ge=2, le=1000)] = 4  # of each prompt
 
 
 # YAML reads a bare `off` as false.
@@ -223,6 +243,7 @@ class TrainSection(Section):
     log_every: PositiveInt = 50  # steps between lines of metrics.jsonl
     save_every: PositiveInt = 500  # steps between checkpoints
     sample_every: NonNegativeInt = 500  # steps between image grids, and at the end; 0 means never
+    guards: GuardsSection | None = None  # early stop; `{}` takes the defaults. By default none
     keep: PositiveInt = 2  # number of latest checkpoints to keep; the best is kept as well
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     # torch.compile on the networks' blocks one by one, on whole networks, or not at all (off). By

@@ -235,7 +235,8 @@ def expansion_of(recipe: Recipe) -> Prompts | None:
         return None
     neutral = list_prompts(data.prompts or "pack:starter")
     neutral.check(neutral.bad, neutral.total, data.skip_share)
-    return expanded(data.captions, [i.prompt for i in neutral.items], recipe.train.seed)
+    prompts = [i.prompt for i in neutral.items]
+    return expanded(data.captions, prompts, recipe.train.seed, data.held_out)
 
 
 def _expanded(recipe: Recipe) -> Listing:

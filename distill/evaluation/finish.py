@@ -200,6 +200,7 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         "wall_s": engine.seconds,
         "network_evaluations": sum(engine.evaluations.values()),
         "network_evaluations_by_network": engine.evaluations,
+        **({} if engine.guards is None else {"guards": engine.guards.state_dict()}),
         "peak_memory_gb": peak_memory(device),
         "metrics": metrics,
         "device": f"{device.type} ({device_name(device)}, {many(threads, 'thread')})",

@@ -22,6 +22,7 @@ from distill.data.from_recipe import encoding_job, expansion_of, source_of
 from distill.data.listing import check_labels, write_report
 from distill.data.prompts import list_prompts
 from distill.data.stream import Source
+from distill.early_stop.measurement import guards_of
 from distill.objectives.base import Objective
 from distill.objectives.validate import check_first
 from distill.publish.licence import check_licence
@@ -209,6 +210,7 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
         stop_when_flat=recipe.eval.stop_when_flat,
         shown=grid_prompts(recipe, teacher),
         sample_flops=parts.flops,
+        guards=guards_of(recipe, teacher, student, grid_prompts(recipe, teacher)),
     )
     resumed = engine.resume() if resume else False
     if accelerator.is_main_process:  # once the checkpoint is known to be good

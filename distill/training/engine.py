@@ -25,6 +25,7 @@ from distill.config.schema import FlatSection, TrainSection
 from distill.console import Progress
 from distill.data.encode import decoder_on
 from distill.data.stream import AHEAD, Source, Stream
+from distill.early_stop.guards import Guards
 from distill.files import write
 from distill.grids import COLUMNS, save_grid
 from distill.objectives.base import Batch, Objective, Turn, networks_in
@@ -42,6 +43,7 @@ from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
+GUARDED = "guarded"  # the checkpoint of the best check of guards
 Evaluate = Callable[[int], dict[str, Any]]  # student steps -> metrics, for the weights in place
 
 
@@ -95,6 +97,7 @@ class Engine:
         stop_when_flat: Ends training when these measurements improve no more.
         shown: Labels or prompts of the sample grids.
         sample_flops: FLOPs of one sample through the teacher's network, for the speed.
+        guards: Checks of the student that may stop training; it then has the best check's average.
     """
 
     def __init__(
@@ -111,13 +114,14 @@ class Engine:
         stop_when_flat: FlatSection | None = None,
         shown: Sequence[Any] = (0,) * 80,
         sample_flops: float | None = None,
+        guards: Guards | None = None,
     ) -> None:
         self.objective, self.players = objective, players
         self.source, self.teacher = source, teacher
         self.cfg, self.accelerator, self.out = train, accelerator, out
         self.evaluate, self.evaluate_every, self.shown = evaluate, evaluate_every, shown
         self.stop_when_flat = stop_when_flat
-        self.extras = Attempts(out)
+        self.guards, self.extras = guards, Attempts(out)
         self.ema = EMA(players["student"].params, train.ema)
         self._shown: Cond = None  # the grids' condition, encoded at the first grid
         self.step = self.draws = 0
@@ -156,7 +160,8 @@ class Engine:
     @property
     def done(self) -> bool:
         """Whether no step is left to play."""
-        return self.step >= self.cfg.steps or bool(self.ended)
+        guarded = self.guards is not None and self.guards.stopped
+        return self.step >= self.cfg.steps or bool(self.ended) or guarded
 
     def train(self) -> None:
         """Play every step that is left, or until an earlier end.
@@ -186,6 +191,8 @@ class Engine:
             stream.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        if self.guards is not None and self.guards.stopped:
+            self.ema.load_state_dict(checkpoint.load(self.root / GUARDED)["ema"])
 
     def _compiled_step(self, stream: Stream) -> dict[str, Tensor]:
         """Play a step, in which networks may be compiled; scalars to log.
@@ -203,14 +210,18 @@ class Engine:
             raise
 
     def _after_step(self, progress: Progress) -> None:
-        """Log, sample, evaluate and save where it is time to, and stop on a signal."""
+        """Check, log, sample, evaluate and save where it is time to, and stop on a signal."""
+        if self.guards is not None and self.guards.due(self.step):
+            with self.speed.paused():
+                self._check_guards(self.guards)
+                progress.print_above(self.guards.line())
         logged, sampled = self._due(self.cfg.log_every), self._due(self.cfg.sample_every)
         self._report(progress, logged, sampled)
         evaluated = self.evaluate_every > 0 and self.step % self.evaluate_every == 0
         if evaluated:
             with self.speed.paused():
                 progress.print_above(self._evaluate())
-        if (logged or evaluated) and self.step < self.cfg.steps:
+        if (logged or evaluated) and not self.done:
             self.ended = self._early_end()
             if self.ended:  # this is the last step after all
                 progress.steps = self.step
@@ -369,6 +380,7 @@ class Engine:
             "best": self.best if math.isfinite(self.best) else None,
             "curve": self.curve,
             "evaluations": self.evaluations,
+            "guards": None if self.guards is None else self.guards.state_dict(),
             "latest": self.latest,
             "players": {name: player.state_dict() for name, player in self.players.items()},
             "ema": self.ema.state_dict(),
@@ -380,6 +392,8 @@ class Engine:
         self.best = math.inf if state["best"] is None else state["best"]
         self.curve = list(state.get("curve", ()))  # earlier versions saved none
         self.evaluations.update(state["evaluations"])
+        if self.guards is not None and state.get("guards") is not None:
+            self.guards.load_state_dict(state["guards"])
         self.latest = {k: v.to(self.accelerator.device) for k, v in state["latest"].items()}
         for name, player in self.players.items():
             player.load_state_dict(state["players"][name])
@@ -392,6 +406,20 @@ class Engine:
             counts = torch.tensor(list(self.evaluations.values()), device=self.accelerator.device)
             total = self.accelerator.reduce(counts, reduction="sum").tolist()  # pyright: ignore
             self.evaluations.update(zip(self.evaluations, total, strict=True))
+
+    def _check_guards(self, guards: Guards) -> None:
+        """Check the averaged student, and save it if it is the best so far.
+
+        A failure is reported, and training goes on.
+        """
+        with self.extras.attempt("guards"), self.ema.swapped():
+            best = guards.check(self.step, self.accelerator)
+            values = {f"guards/{k}": v for k, v in guards.scores.items()}
+            self.accelerator.log(values, step=self.step)
+            if best and self.accelerator.is_main_process:
+                state = {"ema": self.ema.state_dict(), "step": self.step}
+                checkpoint.save(state, self.root / GUARDED, {"step": self.step, **guards.scores})
+        self.accelerator.wait_for_everyone()
 
     def _evaluate(self) -> str:
         """Measure the averaged student, and save it if it is the best so far. A line to show.

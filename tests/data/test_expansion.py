@@ -83,6 +83,17 @@ def test_held_out_phrases_are_in_no_prompt_and_in_every_test():
     assert made.tests and all(any(p in c for p in made.held_out) for c in made.tests)
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.5, 8), (0.2, 3)])
+def test_the_share_of_held_out_phrases_is_the_recipes(share, count, tmp_path):
+    (tmp_path / "list").write_text("\n".join(CAPTIONS))
+    made = expanded(str(tmp_path / "list"), NEUTRALS, 0, share).expansion
+    assert len(made.held_out) == count
+    phrases = sum(map(len, made.grammar.pools.values()))
+    used = {p for pool in made.grammar.pools.values() for p in pool
+            if any(p in c for c in made.captions)}  # fmt: skip
+    assert len(used) == phrases - count
+
+
 def test_prompts_depend_on_captions_and_seed_alone(tmp_path):
     (tmp_path / "c.txt").write_text("\n".join(CAPTIONS))
     for i, caption in enumerate(CAPTIONS):

@@ -57,12 +57,17 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.config", "distill.data", "students", "students.export", "teachers",
         "teachers.storage", "teachers.families", "teachers.catalogue", "eval", "eval.protocols",
     },
+    "distill.early_stop": {
+        "distill", "distill.config", "distill.data", "distill.sampling", "students",
+        "students.export", "teachers", "teachers.storage",
+    },
     "distill.publish": {"distill", "students.export", "teachers", "teachers.storage", "eval"},
     "distill.report": {"distill", "distill.config", "distill.publish", "teachers", "eval"},
     "distill.training": {
         "distill", "distill.objectives", "distill.config", "distill.data",
-        "distill.data.expansion", "distill.sampling", "distill.publish", "distill.report",
-        "students", "students.export", "teachers", "teachers.storage", "eval", "eval.shapes",
+        "distill.data.expansion", "distill.sampling", "distill.early_stop", "distill.publish",
+        "distill.report", "students", "students.export", "teachers", "teachers.storage", "eval",
+        "eval.shapes",
         "eval.protocols",
     },
     "distill.planning": {

@@ -58,6 +58,15 @@ def test_ranks_agree_to_the_bit(name, trained):
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
+def test_guards_stop_all_processes_at_one_step_with_the_best_student(trained):
+    one = load_file(trained[1] / "guarded-0.safetensors")
+    first, second = (load_file(trained[2] / f"guarded-{rank}.safetensors") for rank in (0, 1))
+    assert first["steps"].tolist() == second["steps"].tolist() == [3, 2]
+    for key, value in first.items():
+        assert torch.equal(value, second[key])
+        torch.testing.assert_close(value, one[key], atol=1e-5, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def stopped(pipelines, tmp_path_factory) -> Path:
     """What two processes did when one of them, and not the other, was asked to stop."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.console import print_notice
-from distill.data.expansion.grammar import CAPTION_DROPOUT, Expansion, expand
+from distill.data.expansion.grammar import CAPTION_DROPOUT, HELD_OUT, Expansion, expand
 from distill.files import write
 from distill.seeds import seed_of
 from eval.text import decoded, lines
@@ -51,18 +51,20 @@ class Prompts:
         )
 
 
-def expanded(place: str, neutral: Sequence[str], seed: int) -> Prompts:
+def expanded(place: str, neutral: Sequence[str], seed: int, held_out: float = HELD_OUT) -> Prompts:
     """The prompts of a run from captions; prints nothing.
 
     Args:
         place: The value of `data.captions`: a folder of .txt files, or a text file.
         neutral: Prompts without the trigger, which keep the rest of the model as it is.
+        held_out: The share of the phrases of each kind that no prompt has.
 
     Raises:
         UserError: there are no captions.
     """
     captions = read_captions(place)
-    expansion = expand(captions, round(COUNT * (1 - NEUTRAL)), seed_of(seed, "captions"))
+    count, captions_seed = round(COUNT * (1 - NEUTRAL)), seed_of(seed, "captions")
+    expansion = expand(captions, count, captions_seed, held_out=held_out)
     rng = random.Random(seed_of(seed, "prompts"))
     own = _filled(expansion.captions, round(COUNT * (1 - NEUTRAL)), rng)
     own = ["" if rng.random() < CAPTION_DROPOUT else c for c in own]

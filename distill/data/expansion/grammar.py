@@ -129,18 +129,21 @@ class Expansion:
     tests: list[str]
 
 
-def expand(captions: Sequence[str], count: int, seed: int, tests: int = 64) -> Expansion:
+def expand(
+    captions: Sequence[str], count: int, seed: int, tests: int = 64, held_out: float = HELD_OUT
+) -> Expansion:
     """New captions from the phrases of some, deterministic in the arguments.
 
     Args:
         count: The largest number of new captions; there are fewer if the phrases allow no more.
         tests: The largest number of captions with held-out phrases.
+        held_out: The share of the phrases of each kind that no new caption has.
     """
     grammar, rng = Grammar.of(captions), random.Random(seed)
     kept, held = {}, {}
     for kind, phrases in grammar.pools.items():
         shuffled = rng.sample(phrases, len(phrases))
-        number = round(HELD_OUT * len(phrases)) if len(phrases) >= LEAST else 0
+        number = round(held_out * len(phrases)) if len(phrases) >= LEAST else 0
         held[kind], kept[kind] = sorted(shuffled[:number]), sorted(shuffled[number:])
     made = _distinct(lambda: grammar.caption(rng, kept, PHRASE_DROPOUT), count)
     every = sorted(p for phrases in held.values() for p in phrases)
