@@ -5,6 +5,7 @@ from distill.objectives.consistency import Consistency, ConsistencyTuning
 from distill.objectives.diffusion import Diffusion
 from distill.objectives.dmd2 import DMD2
 from distill.objectives.fdistill import FDistill
+from distill.objectives.finetune import FineTuning
 from distill.objectives.progressive import Progressive
 from distill.objectives.sid import SiD
 
@@ -14,6 +15,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dmd2": DMD2,
     "ect": ConsistencyTuning,
     "fdistill": FDistill,
+    "finetune": FineTuning,
     "progressive": Progressive,
     "sid": SiD,
 }

@@ -54,6 +54,12 @@ PAPERS = {
         2025,
         "2502.15681",
     ),
+    "finetune": Paper(
+        "Denoising Diffusion Probabilistic Models",
+        "Ho, Jonathan and Jain, Ajay and Abbeel, Pieter",
+        2020,
+        "2006.11239",
+    ),
     "progressive": Paper(
         "Progressive Distillation for Fast Sampling of Diffusion Models",
         "Salimans, Tim and Ho, Jonathan",

@@ -15,6 +15,7 @@ from distill.objectives.base import Auxiliary, Objective
 from distill.sampling.guided_teacher import guided
 from students.checkpointing import checkpointing
 from students.critic import Critic
+from students.export import earlier
 from students.export.forms import form_of
 from students.form import StudentForm, StudentRequest
 from students.lora import AdaptedDenoiser, Adapter, adapt, network_of
@@ -40,18 +41,23 @@ def build_networks(
     """The networks that the objective's fields name, by field.
 
     Args:
-        form: The form of the teacher's students; by default the one that it has.
+        form: The form of the teacher's students; by default the one that it has. With one, no
+            weights of an earlier student are read: it is a plan's, of networks without values.
 
     Raises:
         UserError: the teacher, the student, the adapters or the critic do not go together.
     """
+    planned = form is not None
     form = form or form_of(teacher, recipe.kind.few_step)
     names = [n for n in network_types(recipe.kind, Denoiser) if n != "teacher"]
     adapters = shared_weights(recipe.adapters, names) if form.adapts else {}
     # copies first: a copy that is made after the adapters would contain them
     networks: dict[str, nn.Module] = {n: form.network() for n in names if n not in adapters}
     s = recipe.student
-    student = form.student(s.steps, s.start, s.renoise, adapters.get("student"))
+    if s.source is None or planned:
+        student = form.student(s.steps, s.start, s.renoise, adapters.get("student"))
+    else:
+        student = earlier.student(s.source, form, s.steps, s.renoise, adapters.get("student"))
     counts = s.trained(recipe.kind.learns, student.counts)
     student = student.keep(*counts, weights=list(counts.values()))
     networks["student"] = two_time(student) if recipe.kind.two_times else student
@@ -112,6 +118,8 @@ def assembled(recipe: Recipe, networks: dict[str, nn.Module], device: torch.devi
     """The recipe's objective with its networks, all on the device and in eval mode."""
     for network in networks.values():
         network.to(device).eval()  # dropout would differ between teacher, fake and student
+    for backbone in backbones(networks):
+        backbone.to(device)  # adapters do not hold theirs
     keys = {k: v for k, v in recipe.objective.items() if k != "name"}
     schema = recipe.keys_schema().model_validate(keys)
     return recipe.kind(**networks, **{k: getattr(schema, k) for k in keys})  # pyright: ignore

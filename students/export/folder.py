@@ -406,11 +406,14 @@ def refuse_unfinished(folder: Path) -> None:
         )
 
 
-def load_student(folder: Path, precision: Precision | None = None) -> tuple[Generator, Teacher]:
+def load_student(
+    folder: Path, precision: Precision | None = None, adapters: Sequence[Any] = ()
+) -> tuple[Generator, Teacher]:
     """An exported student: its generator, and the folder as a teacher, whose codec it uses.
 
     Args:
         precision: Of its weights; by default float32.
+        adapters: LoRA files that are added to its weights, as in `teacher.adapters`.
 
     Raises:
         UserError: the folder is no exported student, or is damaged.
@@ -429,6 +432,8 @@ def load_student(folder: Path, precision: Precision | None = None) -> tuple[Gene
         raise UserError(f"student {str(folder)!r}: {SIDECAR} is damaged; export the run again")
     if precision is not None:
         options = {**options, "precision": precision}
+    if adapters:
+        options = {**options, "adapters": list(adapters)}
     teacher = load(str(folder), **options)
     like = schedulers.student(teacher, max(counts), None, sidecar["renoise"], exported=True)
     if unknown := set(counts) - set(like.counts):

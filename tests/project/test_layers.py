@@ -79,6 +79,11 @@ MAY: dict[str, set[str]] = {
         "teachers.storage", "teachers.families", "teachers.catalogue", "eval", "eval.shapes",
         "eval.protocols",
     },
+    "distill.tuning": {
+        "distill", "distill.config", "distill.data", "distill.data.expansion", "distill.sampling",
+        "distill.training", "distill.evaluation", "students.export", "teachers",
+        "teachers.storage", "eval", "eval.shapes", "eval.metrics", "eval.protocols",
+    },
     "distill.benchmark": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
         "distill.training", "distill.evaluation", "students", "students.export", "teachers",
@@ -87,7 +92,7 @@ MAY: dict[str, set[str]] = {
     "distill.cli": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
         "distill.publish", "distill.report", "distill.training", "distill.planning",
-        "distill.evaluation", "distill.pretrain", "distill.benchmark", "students",
+        "distill.evaluation", "distill.pretrain", "distill.tuning", "distill.benchmark", "students",
         "students.export", "teachers", "teachers.storage", "teachers.edm", "teachers.catalogue",
         "eval", "eval.protocols",
     },
