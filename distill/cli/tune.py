@@ -57,7 +57,8 @@ def tune(
     """Let a student learn from your pictures and keep its steps.
 
     The teacher learns the pictures as a LoRA, in OUT-teacher; then the student is matched to it.
-    OUT/tune.json says what was kept and what was gained. KEY=VALUE change the recipe of OUT.
+    OUT/tune.json says what was kept and what was gained. KEY=VALUE change the recipe of OUT;
+    those of train and eval change the teacher's as well.
     """
     from distill.console import out as console
     from distill.console import spinner

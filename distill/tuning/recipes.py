@@ -29,7 +29,7 @@ class Settings:
     steps: Training steps of the student; None is half of those it was distilled in.
     teacher_steps: Training steps of the teacher's LoRA.
     rate, teacher_rate: Learning rates; None is that of the student's own run.
-    overrides: KEY=VALUE, of the student's run.
+    overrides: KEY=VALUE, of the student's run; those of `train` and `eval` also of the teacher's.
     """
 
     method: Method = "teacher"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.config.recipe import Recipe
+from distill.config.recipe import Recipe, override
 from distill.config.renamed import current_names
 from distill.sampling.student_sampler import conditioning
 from students.export.earlier import lora_of, student_folder
 from students.export.folder import SIDECAR, load_student
 from teachers.errors import UserError, clipped
 from teachers.storage.files import read_json
+
+
+SHARED = ("train.", "eval.")  # sections whose overrides change both runs of a tuning
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,12 @@ class Tunable:
     lora: Path | None
 
 
-def tunable(source: str) -> Tunable:
+def tunable(source: str, overrides: Sequence[str] = ()) -> Tunable:
     """The student in a run's folder, or in an exported student's.
+
+    Args:
+        overrides: KEY=VALUE; those of `train` and `eval` change its recipe, and so all that is
+            derived from it.
 
     Raises:
         UserError: there is none, or it cannot learn from captioned pictures.
@@ -40,7 +48,10 @@ def tunable(source: str) -> Tunable:
     tree = read_json(folder / SIDECAR, who).get("recipe")
     if not isinstance(tree, dict):
         raise UserError(f"{who}: {SIDECAR} has no recipe; export the run again")
-    recipe = Recipe.check(current_names(tree, quiet=True), f"{who}: recipe")
+    recipe = Recipe.check(
+        override(current_names(tree, quiet=True), [v for v in overrides if v.startswith(SHARED)]),
+        f"{who}: recipe",
+    )
     _, teacher = load_student(folder)
     if (kind := conditioning(teacher)) != "captions":
         raise UserError(f"{who}: it takes {kind}, and tuning is on captioned pictures; give a "

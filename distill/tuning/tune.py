@@ -81,7 +81,7 @@ def checked(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("WORLD_SIZE: distill tune runs in one process; start it without a launcher")
-    student = tunable(source)
+    student = tunable(source, settings.overrides)
     learned = lessons(str(places.data), neutral, student.recipe)
     first = teacher_recipe(student, places, settings)
     second = student_recipe(student, places, settings)
