@@ -9,49 +9,57 @@ import typer
 
 from distill.cli.options import Overrides, Resume, Student, expand_home
 
+Data = Annotated[
+    Path,
+    typer.Option(
+        callback=expand_home, help="A folder of 20 to 200 pictures with captions beside them."
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        callback=expand_home, help="The new run's folder.", show_default="runs/tune-STUDENT"
+    ),
+]
+Method = Annotated[str, typer.Option(help="teacher, anchor, or plain for comparison.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Training steps.", show_default="half of the student's own"),
+]
+Rate = Annotated[
+    float | None, typer.Option(help="Learning rate.", show_default="the student's own")
+]
+TeacherSteps = Annotated[int, typer.Option(min=1, help="Training steps of the teacher's LoRA.")]
+TeacherRate = Annotated[
+    float | None,
+    typer.Option(help="Learning rate of the teacher's LoRA.", show_default="the student's own"),
+]
+Teacher = Annotated[
+    Path | None,
+    typer.Option(callback=expand_home, help="OUT-teacher of an earlier tuning, to take."),
+]
+Neutral = Annotated[
+    str | None,
+    typer.Option(help="Prompts without the concept, a file.", show_default="the student's own"),
+]
+Samples = Annotated[int, typer.Option(min=4, help="Pictures that each figure is from.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of all random numbers.")]
+
 
 def tune(
     student: Student,
+    data: Data,
     overrides: Overrides = None,
-    data: Annotated[
-        Path,
-        typer.Option(
-            callback=expand_home, help="A folder of 20 to 200 pictures with captions beside them."
-        ),
-    ] = ...,  # pyright: ignore[reportArgumentType]
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            callback=expand_home, help="The new run's folder.", show_default="runs/tune-STUDENT"
-        ),
-    ] = None,
-    method: Annotated[
-        str, typer.Option(help="teacher, anchor, or plain for comparison.")
-    ] = "teacher",
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Training steps.", show_default="half of the student's own"),
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Learning rate.", show_default="the student's own")
-    ] = None,
-    teacher_steps: Annotated[
-        int, typer.Option(min=1, help="Training steps of the teacher's LoRA.")
-    ] = 500,
-    teacher_rate: Annotated[
-        float | None,
-        typer.Option(help="Learning rate of the teacher's LoRA.", show_default="the student's own"),
-    ] = None,
-    teacher: Annotated[
-        Path | None,
-        typer.Option(callback=expand_home, help="OUT-teacher of an earlier tuning, to take."),
-    ] = None,
-    neutral: Annotated[
-        str | None,
-        typer.Option(help="Prompts without the concept, a file.", show_default="the student's own"),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=4, help="Pictures that each figure is from.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
+    out: Out = None,
+    method: Method = "teacher",
+    steps: Steps = None,
+    rate: Rate = None,
+    teacher_steps: TeacherSteps = 500,
+    teacher_rate: TeacherRate = None,
+    teacher: Teacher = None,
+    neutral: Neutral = None,
+    samples: Samples = 200,
+    seed: Seed = 0,
     resume: Resume = False,
 ):
     """Let a student learn from your pictures and keep its steps.

@@ -18,6 +18,7 @@ from students.critic import Critic
 from students.export import earlier
 from students.export.forms import form_of
 from students.form import StudentForm, StudentRequest
+from students.generator import Generator
 from students.lora import AdaptedDenoiser, Adapter, adapt, network_of
 from students.own_network import middle_of
 from students.two_time import two_time
@@ -53,13 +54,7 @@ def build_networks(
     adapters = shared_weights(recipe.adapters, names) if form.adapts else {}
     # copies first: a copy that is made after the adapters would contain them
     networks: dict[str, nn.Module] = {n: form.network() for n in names if n not in adapters}
-    s = recipe.student
-    if s.source is None or planned:
-        student = form.student(s.steps, s.start, s.renoise, adapters.get("student"))
-    else:
-        student = earlier.student(s.source, form, s.steps, s.renoise, adapters.get("student"))
-    counts = s.trained(recipe.kind.learns, student.counts)
-    student = student.keep(*counts, weights=list(counts.values()))
+    student = student_of(recipe, form, adapters.get("student"), planned)
     networks["student"] = two_time(student) if recipe.kind.two_times else student
     for name in [n for n in names if n in adapters]:
         networks[name] = adapt(teacher, adapters[name], name)
@@ -73,6 +68,26 @@ def build_networks(
         for backbone in backbones(networks):
             checkpointing(backbone)
     return networks
+
+
+def student_of(
+    recipe: Recipe, form: StudentForm, adapter: Adapter | None, planned: bool
+) -> Generator:
+    """The student before training, as the teacher or as an earlier student, with its step counts.
+
+    Args:
+        planned: Read no weights of an earlier student.
+
+    Raises:
+        UserError: there is no such student.
+    """
+    s = recipe.student
+    if s.source is None or planned:
+        student = form.student(s.steps, s.start, s.renoise, adapter)
+    else:
+        student = earlier.student(s.source, form, s.steps, s.renoise, adapter)
+    counts = s.trained(recipe.kind.learns, student.counts)
+    return student.keep(*counts, weights=list(counts.values()))
 
 
 def shared_weights(section: AdaptersSection | None, names: Sequence[str]) -> dict[str, Adapter]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,9 @@ def lessons(folder: str, neutral: str | None, student: Recipe) -> Lessons:
     Raises:
         UserError: there are no captioned pictures, or no prompts.
     """
-    try:
+    with named("--data"):
         listing = list_images(folder, None, 0, True)
         listing.check(listing.bad, listing.total, student.data.skip_share)
-    except UserError as error:
-        message = str(error)
-        raise UserError(message.replace("data.source:", "--data:", 1)) from None
     low, high = USUAL
     if not low <= (count := len(listing.items)) <= high:
         print_notice(
@@ -73,11 +71,22 @@ def lessons(folder: str, neutral: str | None, student: Recipe) -> Lessons:
     return Lessons(listing, neutral_prompts(neutral, student))
 
 
+@contextmanager
+def named(option: str) -> Iterator[None]:
+    """Within it, messages about a recipe's key are about an option."""
+    try:
+        yield
+    except UserError as error:
+        reason = str(error).partition(": ")[2]
+        raise UserError(f"{option}: {reason}") from None
+
+
 def neutral_prompts(place: str | None, student: Recipe) -> list[str]:
     """Neutral prompts, each once: those of a file, or of the student's own run."""
     if place is None and "shapes" in (student.data.source, student.teacher.source):
         return shapes.all_captions()
-    prompts = list_prompts(place or student.data.prompts or "pack:starter")
+    with named("--neutral"):
+        prompts = list_prompts(place or student.data.prompts or "pack:starter")
     return list(dict.fromkeys(str(item.prompt) for item in prompts.items))
 
 

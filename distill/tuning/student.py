@@ -15,7 +15,6 @@ from students.export.folder import SIDECAR, load_student
 from teachers.errors import UserError, clipped
 from teachers.storage.files import read_json
 
-
 SHARED = ("train.", "eval.")  # sections whose overrides change both runs of a tuning
 
 

@@ -81,7 +81,7 @@ MAY: dict[str, set[str]] = {
     },
     "distill.tuning": {
         "distill", "distill.config", "distill.data", "distill.data.expansion", "distill.sampling",
-        "distill.training", "distill.evaluation", "students.export", "teachers",
+        "distill.training", "distill.evaluation", "students", "students.export", "teachers",
         "teachers.storage", "eval", "eval.shapes", "eval.metrics", "eval.protocols",
     },
     "distill.benchmark": {

@@ -5,12 +5,15 @@ import torch
 from torchvision.utils import save_image
 
 from distill.config.recipe import Recipe
-from distill.evaluation.finish import finish
-from distill.training.build import build
+from distill.training.run_folder import write_recipe
 from students.export import folder as folders
 from students.export import lora_files
+from students.export.forms import form_of
+from students.lora import Adapter
+from teachers import load
 from teachers.storage.files import save_tensors
 from tests.helpers import families
+from tests.helpers.disturbed import disturbed
 
 PLACES = ("on a hill", "in the rain", "at a lake", "by a wall", "in a box")
 
@@ -32,7 +35,7 @@ def tree_of(teacher, **changes):
         "student": {"steps": 1},
         "objective": {"name": "dmd2", "student_every": 2},
         "adapters": {"rank": 2, "alpha": 4},
-        "players": {"student": {"lr": 0.1}, "fake": {"lr": 2e-3}},
+        "players": {"student": {"lr": 1e-2}, "fake": {"lr": 2e-3}},
         "data": {"prompts": str(teacher.parent / "neutral.txt")},
         "train": {"steps": 2, "batch": 2, "sample_every": 0, "ema": 0},
         "eval": {"teacher_steps": 2, "teacher_solver": "ddim"},
@@ -50,19 +53,19 @@ def teacher(tmp_path_factory):
     return folder
 
 
-def trained(tree, out):
-    with pytest.MonkeyPatch.context() as patch:
-        unchecked(patch)
-        run = build(Recipe.check(tree), out)
-        run.engine.train()
-        assert finish(run)["failed"] == {}
-    return out
-
-
 @pytest.fixture(scope="session")
 def student(teacher):
-    """A finished run of one step, with a LoRA."""
-    return trained(tree_of(teacher), teacher.parent / "student-run")
+    """The folder of a finished run of one step, with a LoRA; it was not trained, but changed."""
+    out, recipe = teacher.parent / "student-run", Recipe.check(tree_of(teacher))
+    loaded = load(str(teacher))
+    adapter = Adapter(rank=2, alpha=4)
+    made = disturbed(form_of(loaded).student(1, None, True, adapter))
+    with pytest.MonkeyPatch.context() as patch:
+        unchecked(patch)
+        folders.export(made, loaded, out / "student", recipe.tree())
+        lora_files.export_lora(made, loaded, out / "student", out / "lora")
+    write_recipe(recipe, out)
+    return out
 
 
 @pytest.fixture(scope="session")

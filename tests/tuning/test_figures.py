@@ -42,8 +42,8 @@ def test_energy_distance_of_points():
 
 
 def test_energy_distance_has_no_bias_and_grows_with_the_distance():
-    same = [energy_distance(normal(30, 0, s), normal(30, 0, 100 + s)) for s in range(60)]
-    assert abs(sum(same) / 60) < 4 * torch.tensor(same).std().item() / math.sqrt(60)
+    same = [energy_distance(normal(30, 0, s), normal(30, 0, 100 + s)) for s in range(30)]
+    assert abs(sum(same) / 30) < 4 * torch.tensor(same).std().item() / math.sqrt(30)
     far = [energy_distance(normal(200, 0, 1), normal(200, m, 2)) for m in (0.0, 0.5, 1.0, 2.0)]
     assert far == sorted(far) and far[1] > 0.05
 
@@ -70,20 +70,20 @@ def test_the_share_of_a_distance_that_is_gained():
 
 def test_a_student_that_learned_nothing_shows_in_the_concept_and_not_in_the_steps():
     """Teacher and pictures are apart; the student is its old self, which draws like the teacher."""
-    teacher = {k: normal(300, 0, 1) for k in figures.SETS}
-    again = {k: normal(300, 0, 2) for k in figures.SETS}
+    teacher = {k: normal(150, 0, 1) for k in figures.SETS}
+    again = {k: normal(150, 0, 2) for k in figures.SETS}
     pictures = normal(50, 3, 3)
     drawn = {
-        "before": {k: normal(300, 0, 4) for k in figures.SETS},
-        "after": {k: normal(300, 0, 5) for k in figures.SETS},
-        "undistilled": {k: normal(300, 2, 6) for k in figures.SETS},
+        "before": {k: normal(150, 0, 4) for k in figures.SETS},
+        "after": {k: normal(150, 0, 5) for k in figures.SETS},
+        "undistilled": {k: normal(150, 2, 6) for k in figures.SETS},
     }
     row = compared(drawn, teacher, again, pictures)
     assert row["steps_kept"] > 0.95
-    assert abs(row["concept_gained"]["student"]) < 0.05
-    learned = {**drawn, "after": {**drawn["after"], "concept": normal(300, 3, 7)}}
+    assert abs(row["concept_gained"]["student"]) < 0.1
+    learned = {**drawn, "after": {**drawn["after"], "concept": normal(150, 3, 7)}}
     assert compared(learned, teacher, again, pictures)["concept_gained"]["student"] > 0.9
-    lost = {**drawn, "after": {k: normal(300, 2, 8) for k in figures.SETS}}
+    lost = {**drawn, "after": {k: normal(150, 2, 8) for k in figures.SETS}}
     assert abs(compared(lost, teacher, again, pictures)["steps_kept"]) < 0.1
 
 
