@@ -50,6 +50,11 @@ class Lessons:
         """The pictures' captions, each once, in the order of the pictures."""
         return list(dict.fromkeys(str(item.prompt) for item in self.listing.items))
 
+    @property
+    def share(self) -> int:
+        """How many pictures the teacher's LoRA learns of each kind: the user's, and its own."""
+        return max(PRIOR, len(self.listing.items))
+
 
 def lessons(folder: str, neutral: str | None, student: Recipe) -> Lessons:
     """The pictures in a folder, and neutral prompts.
@@ -108,8 +113,9 @@ def write_prompts(file: Path, lessons: Lessons, seed: int) -> None:
 def write_pictures(folder: Path, lessons: Lessons, recipe: Recipe, seed: int) -> None:
     """Write the pictures for the teacher's LoRA: the user's, and as many of the teacher's own.
 
-    The teacher's own hold it where it is (prior preservation, arXiv:2208.12242). The user's are
-    repeated until they are half of all. Nothing is done if the folder is complete.
+    The teacher's own hold it where it is (prior preservation, arXiv:2208.12242). The user's come
+    first in the order of names, repeated until they are half of all. Nothing is done if the folder
+    is complete.
 
     Args:
         recipe: Of the student, whose teacher draws.
@@ -119,7 +125,7 @@ def write_pictures(folder: Path, lessons: Lessons, recipe: Recipe, seed: int) ->
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     rng = random.Random(seed_of(seed, "prior"))
-    prompts = cycled(shuffled(lessons.neutral, rng), max(PRIOR, len(lessons.listing.items)))
+    prompts = cycled(shuffled(lessons.neutral, rng), lessons.share)
     for i, (image, prompt) in enumerate(zip(drawn(recipe, prompts, seed), prompts, strict=True)):
         save_image(image / 255, folder / f"prior-{i:04d}.png")
         write(folder / f"prior-{i:04d}.txt", prompt)

@@ -86,8 +86,11 @@ def check_method(method: str) -> Method:
     return method  # pyright: ignore[reportReturnType]
 
 
-def teacher_recipe(student: Tunable, places: Places, settings: Settings) -> Recipe:
+def teacher_recipe(student: Tunable, places: Places, settings: Settings, own: int) -> Recipe:
     """The run that trains the teacher's LoRA on the pictures; unguided, and not measured.
+
+    Args:
+        own: How many of the pictures are the user's; they come first.
 
     Its exported student is the teacher with the LoRA in the student's few steps: what is left of a
     tuned student that lost its steps.
@@ -96,7 +99,7 @@ def teacher_recipe(student: Tunable, places: Places, settings: Settings) -> Reci
     tree = {
         "teacher": {**base["teacher"], "guidance": 1.0},
         "student": {**base["student"], "source": None},
-        "objective": {"name": "finetune"},
+        "objective": {"name": "finetune", "known_from": own},
         "adapters": lora_like(student),
         "players": {"student": player(student, settings.teacher_rate, settings.teacher_steps)},
         "data": {"source": str(places.pictures), "captions": "txt", "size": base["data"]["size"]},

@@ -83,7 +83,7 @@ def checked(
         raise UserError("WORLD_SIZE: distill tune runs in one process; start it without a launcher")
     student = tunable(source, settings.overrides)
     learned = lessons(str(places.data), neutral, student.recipe)
-    first = teacher_recipe(student, places, settings)
+    first = teacher_recipe(student, places, settings, learned.share)
     second = student_recipe(student, places, settings)
     if places.tuned is not None and not finished(places.tuned):
         raise UserError(

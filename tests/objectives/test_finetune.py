@@ -79,3 +79,20 @@ def test_states_are_the_inputs_of_the_students_own_steps():
     first = z * student.scale(z)
     assert torch.equal(at[[0, 2]], first[[0, 2]])
     assert torch.equal(at[[1, 3]], student.step(first, 0)[[1, 3]])
+
+
+def test_of_known_items_the_teachers_output_is_learned_and_without_a_change_nothing():
+    """Items 0 and 1 are new, 2 and 3 known. A known one's target is the teacher's k' x_t."""
+    some = batch()._replace(items=torch.tensor([2, 0, 3, 1]))
+    tuned = objective((0.5, 0.25), (0.5, 0.25), known_from=2)
+    x_t, t = torch.randn(4, 3), torch.full((4,), 0.5)
+    target = tuned.target(some, x_t, t)
+    assert torch.equal(target[[1, 3]], torch.zeros(2, 3))
+    assert torch.allclose(target[[0, 2]], 0.25 * x_t[[0, 2]])
+    known = some._replace(items=torch.tensor([2, 3, 4, 5]))
+    loss = tuned.loss(known, 0)
+    loss.value.backward()
+    assert loss.value.item() == 0
+    assert tuned.student.denoiser.slopes.grad.abs().max() == 0
+    other = objective((0.5, 0.25), (0.5, 0.25))
+    assert torch.equal(other.target(known, x_t, t), known.data)  # unless the key is set

@@ -139,11 +139,12 @@ def test_what_was_stopped_goes_on(student, pictures, trained, tmp_path, monkeypa
 def test_the_recipes_of_the_methods(student, pictures, tmp_path):
     places = Places(tmp_path / "out", pictures)
     source = tunable(str(student))
-    first = teacher_recipe(source, places, Settings(teacher_steps=7, teacher_rate=0.5))
+    first = teacher_recipe(source, places, Settings(teacher_steps=7, teacher_rate=0.5), 9)
     assert (first.objective["name"], first.train.steps, first.teacher.guidance) == (
         "finetune", 7, 1.0,
     )  # fmt: skip
     assert first.players["student"].lr == 0.5
+    assert first.objective["known_from"] == 9
     found = {
         m: student_recipe(source, places, Settings(method=m, overrides=["train.batch=3"]))
         for m in ("teacher", "anchor", "plain")
@@ -192,6 +193,10 @@ def test_pictures_are_the_users_and_as_many_of_the_teachers_own(student, picture
     assert (
         sum(n.startswith("own") for n in names) == sum(n.startswith("prior") for n in names) == 20
     )
+    assert sorted(names)[learned.share - 1 : learned.share + 1] == [
+        "own-0019.png",
+        "prior-0000.png",
+    ]
     captions = {p.read_text() for p in (tmp_path / "p").glob("prior*.txt")}
     assert captions <= set(learned.neutral)
     assert torch.equal(
