@@ -5,7 +5,7 @@ All distances are between features of pictures of the same prompts, drawn from d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -66,15 +66,6 @@ def steps_kept(student: float, undistilled: float, floor: float) -> float | None
 def share_gained(before: float, after: float) -> float | None:
     """The share of a distance that is gone; None where there was none."""
     return None if before <= 0 else 1 - after / before
-
-
-def equivalent_steps(student: float, few: Sequence[tuple[int, float]]) -> int | None:
-    """The fewest steps in which the teacher is at least as near as the student; None if in none.
-
-    Args:
-        few: Step counts of the teacher and its distances, in rising order of steps.
-    """
-    return next((steps for steps, distance in few if distance <= student), None)
 
 
 def features_of(recipe: Recipe) -> tuple[str, Features]:
@@ -158,7 +149,9 @@ def measured(judged: Judged) -> dict[str, Any]:
                 few[steps] = taught(steps, 2)
             return both(few[steps], full)
 
-        row["teacher_equivalent_steps"] = reached(row["distances"]["after"], distance, most)
+        row["teacher_equivalent_steps"] = equivalent_steps(
+            row["distances"]["after"], distance, most
+        )
         rows[str(count)] = row
     return {"features": name, "samples": judged.samples, "teacher_steps": most, "students": rows}
 
@@ -167,8 +160,14 @@ def sampler(generator: Generator, teacher: Teacher, steps: int) -> Callable[...,
     return lambda prompts, seed: student_samples(generator.at(steps), teacher, prompts, seed)
 
 
-def reached(student: float, distance: Callable[[int], float], most: int) -> int | None:
-    """`equivalent_steps`, asking for the distances of rising step counts until one suffices."""
+def equivalent_steps(student: float, distance: Callable[[int], float], most: int) -> int | None:
+    """The fewest steps in which the teacher is at least as near as the student; None if in none.
+
+    Args:
+        student: The student's distance.
+        distance: The teacher's, by its steps; asked for rising counts until one suffices.
+        most: The greatest count.
+    """
     counts = [*takewhile(lambda k: k < most, EQUIVALENT), most]
     return next((k for k in counts if distance(k) <= student), None)
 

@@ -102,13 +102,9 @@ def checked(
 
 def train(recipe: Recipe, out: Path) -> None:
     """Train a run to its end, from where it stopped if it was begun."""
-    finish(train_only(recipe, out))
-
-
-def train_only(recipe: Recipe, out: Path) -> build.Run:
     run = build.build(recipe, out, resume=(out / "recipe.yaml").exists())
     run.engine.train()
-    return run
+    finish(run)
 
 
 def judged(
