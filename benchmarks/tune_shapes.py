@@ -3,9 +3,10 @@
     python benchmarks/tune_shapes.py draw FOLDER [SEED]
     python benchmarks/tune_shapes.py reader
     python benchmarks/tune_shapes.py measure OUT.json NAME=FOLDER [NAME=FOLDER ...]
+    python benchmarks/tune_shapes.py table OUT.json
 
-The new shape is a wedge, a triangle with its apex down; the tokenizer spells its name in letters,
-which no caption of the teacher has. `draw` draws 50 of its 90 captions. `reader` measures the
+The new shape is a wedge, a triangle with its apex down. Its word is z, a token that no caption of
+the teacher has. `draw` draws 50 of its 90 captions. `reader` measures the
 exact reader, given a fifth template, on drawings that nothing was trained on. `measure` reads what
 students draw at one step: the 50 captions, the 40 others, and the teacher's own 360.
 """
@@ -158,15 +159,37 @@ def measure(out: Path, named: list[str]) -> None:
             rows[name] |= {"tune": json.loads(kept.read_text())}
         sys.stdout.write(json.dumps({name: rows[name]}) + "\n")
         sys.stdout.flush()
-    kinds = sorted({k.rpartition("-")[0] for k in rows if "-" in k})
-    rows["mean"] = {
-        kind: {
-            key: round(mean(v[key] for k, v in rows.items() if k.rpartition("-")[0] == kind), 4)
-            for key in ("known", "learned", "others")
-        }
-        for kind in kinds
-    }
     out.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+NAMES = {
+    "before": "the student before",
+    "teacher": "the teacher with the LoRA, in {steps} steps",
+    "tuned": "`--method teacher`",
+    "anchor": "`--method anchor`",
+    "plain": "`--method plain`",
+}
+
+
+def table(rows: dict[str, Any]) -> str:
+    """The table of docs/tuning.md, from the results; means over seeds where there are several."""
+    lines = [
+        "| one step | known captions | new, learned | new, others | steps kept | concept gained |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, name in NAMES.items():
+        some = [v for k, v in rows.items() if k.rpartition("-")[0] == kind]
+        if not some:
+            continue
+        cells = [f"{100 * mean(v[k] for v in some):.1f} %" for k in ("known", "learned", "others")]
+        tunes = [v["tune"]["students"]["1"] for v in some if "tune" in v]
+        steps = next((v["tune"]["teacher_steps"] for v in rows.values() if "tune" in v), "many")
+        for value in ("steps_kept", "concept_gained"):
+            found = [v[value] for v in tunes]
+            found = [v["student"] if isinstance(v, dict) else v for v in found]
+            cells.append(f"{mean(found):.2f}" if found else "")
+        lines.append(f"| {name.format(steps=steps)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
@@ -175,5 +198,7 @@ if __name__ == "__main__":
         draw(Path(words[0]), int(words[1]) if len(words) > 1 else 0)
     elif command == "reader":
         sys.stdout.write(json.dumps(reader_figures(), indent=2) + "\n")
+    elif command == "table":
+        sys.stdout.write(table(json.loads(Path(words[0]).read_text())))
     else:
         measure(Path(words[0]), words[1:])

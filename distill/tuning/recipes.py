@@ -18,6 +18,7 @@ from teachers.errors import UserError, nearest
 # plain: the student learns the pictures as any diffusion model, for comparison.
 Method = Literal["teacher", "anchor", "plain"]
 ANCHOR = 0.5  # weight of the distance to the student before; 0.25 to 0.5 are usual
+DROP = 0.3  # share of the teacher's own pictures without a caption: half of what guidance reads
 RANK = 32  # of a LoRA, where the student's recipe has none
 REFERENCE = "self"  # a method of models that read a reference picture
 
@@ -99,7 +100,7 @@ def teacher_recipe(student: Tunable, places: Places, settings: Settings, own: in
     tree = {
         "teacher": {**base["teacher"], "guidance": 1.0},
         "student": {**base["student"], "source": None},
-        "objective": {"name": "finetune", "known_from": own},
+        "objective": {"name": "finetune", "known_from": own, "drop": DROP},
         "adapters": lora_like(student),
         "players": {"student": player(student, settings.teacher_rate, settings.teacher_steps)},
         "data": {"source": str(places.pictures), "captions": "txt", "size": base["data"]["size"]},

@@ -5,6 +5,7 @@ import torch
 from distill.objectives.base import Batch
 from distill.objectives.finetune import FineTuning, states
 from students.generator import Generator
+from teachers.denoiser import Guided
 from teachers.process import Karras
 from tests.helpers.toys import Slopes
 
@@ -96,3 +97,17 @@ def test_of_known_items_the_teachers_output_is_learned_and_without_a_change_noth
     assert tuned.student.denoiser.slopes.grad.abs().max() == 0
     other = objective((0.5, 0.25), (0.5, 0.25))
     assert torch.equal(other.target(known, x_t, t), known.data)  # unless the key is set
+
+
+def test_some_known_items_lose_their_condition():
+    """Of items 0 to 1999 the second half is known; 30 % of that half gets the null's entry, 9."""
+    torch.manual_seed(0)
+    items = torch.arange(2000)
+    some = Batch(torch.zeros(2000, 3), torch.zeros(2000, 3), {"a": torch.ones(2000, 2)}, items)
+    tuned = objective((0.5, 0.25), (0.5, 0.25), known_from=1000, drop=0.3)
+    assert tuned.dropped(some) is some  # a teacher without guidance has no null
+    tuned.teacher = Guided(tuned.teacher, 1.0, {"a": torch.full((1, 2), 9.0)})
+    cond = tuned.dropped(some).cond["a"]
+    assert (cond[:1000] == 1).all()
+    assert abs((cond[1000:] == 9).all(1).float().mean() - 0.3) < 0.05
+    assert ((cond == 9).all(1) | (cond == 1).all(1)).all()
