@@ -1,5 +1,6 @@
 """The objectives, a file to a family. A new one is its class and its line here."""
 
+from distill.objectives.anchored import AnchoredDMD2
 from distill.objectives.base import Objective
 from distill.objectives.consistency import Consistency, ConsistencyTuning
 from distill.objectives.diffusion import Diffusion
@@ -13,6 +14,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "consistency": Consistency,
     "diffusion": Diffusion,
     "dmd2": DMD2,
+    "dmd2-anchored": AnchoredDMD2,
     "ect": ConsistencyTuning,
     "fdistill": FDistill,
     "finetune": FineTuning,

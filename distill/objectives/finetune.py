@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.field_types import Fraction, NonNegative, NonNegativeInt
+from distill.field_types import NonNegative, NonNegativeInt
 from distill.objectives.base import Batch, Loss, Objective
 from distill.objectives.losses import Times, Uniform, mean_square
 from students.generator import Generator
 from teachers import conditions
-from teachers.denoiser import Cond, Guided
+from teachers.denoiser import Cond
 from teachers.process import expand
 
 
@@ -32,11 +32,8 @@ class FineTuning(Objective):
     # Of items of the data from this number on, the teacher's output is learned, not the picture:
     # without a change of the network they have no gradient, and so no noise.
     known_from: NonNegativeInt | None = None
-    # Share of these items without their condition: guidance moves away from that output.
-    drop: Fraction = 0.0
 
     def loss(self, batch: Batch, step: int) -> Loss:
-        batch = self.dropped(batch)
         student, first = self.student.sample_chain()
         network, x = student.denoiser, batch.data
         if self.where == "times":
@@ -56,20 +53,6 @@ class FineTuning(Objective):
             before = self.teacher(x_t, t, batch.cond)
         drift = (weight * mean_square(network(x_t, t, batch.cond), before)).mean()
         return Loss(fit + self.anchor * drift, {"fit": fit, "drift": drift})
-
-    def dropped(self, batch: Batch) -> Batch:
-        """The batch, with the null condition of guidance in place of some known items' own."""
-        null = self.teacher.null if isinstance(self.teacher, Guided) else None
-        if not self.drop or self.known_from is None or batch.items is None:
-            return batch
-        if batch.cond is None or null is None:
-            return batch
-        chosen = (batch.items >= self.known_from) & (torch.rand(len(batch.items)) < self.drop)
-        cond = {
-            k: torch.where(expand(chosen.to(v.device), v), null[k].to(v), v)
-            for k, v in batch.cond.items()
-        }
-        return batch._replace(cond=cond)
 
     @torch.no_grad()
     def target(self, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:

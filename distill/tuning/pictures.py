@@ -30,7 +30,7 @@ from teachers.errors import UserError
 
 USUAL = (20, 200)  # numbers of pictures for which this is meant
 PRIOR = 200  # the teacher's own pictures, of neutral prompts
-PROMPTS, NEUTRAL = 1000, 0.5  # prompts of the student, and the share of neutral ones
+OWN_PROMPTS = NEUTRAL_PROMPTS = 500  # prompts of the student, in this order
 DONE = "done"  # a file that says that the pictures beside it are complete
 
 
@@ -105,8 +105,7 @@ def write_prompts(file: Path, lessons: Lessons, seed: int) -> None:
     grammar = Grammar.of(captions)
     made = [grammar.caption(rng, grammar.pools, 0.0) for _ in captions]
     own = list(dict.fromkeys([*captions, *made]))
-    count = round(PROMPTS * NEUTRAL)
-    prompts = cycled(own, PROMPTS - count) + cycled(shuffled(lessons.neutral, rng), count)
+    prompts = cycled(own, OWN_PROMPTS) + cycled(shuffled(lessons.neutral, rng), NEUTRAL_PROMPTS)
     write(file, "".join(f"{p}\n" for p in prompts))
 
 

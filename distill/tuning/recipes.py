@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe, override
+from distill.tuning.pictures import OWN_PROMPTS
 from distill.tuning.student import Tunable
 from students.export.lora_files import DIFFUSERS, TURBO
 from teachers.errors import UserError, nearest
@@ -18,7 +19,6 @@ from teachers.errors import UserError, nearest
 # plain: the student learns the pictures as any diffusion model, for comparison.
 Method = Literal["teacher", "anchor", "plain"]
 ANCHOR = 0.5  # weight of the distance to the student before; 0.25 to 0.5 are usual
-DROP = 0.3  # share of the teacher's own pictures without a caption: half of what guidance reads
 RANK = 32  # of a LoRA, where the student's recipe has none
 REFERENCE = "self"  # a method of models that read a reference picture
 
@@ -100,7 +100,7 @@ def teacher_recipe(student: Tunable, places: Places, settings: Settings, own: in
     tree = {
         "teacher": {**base["teacher"], "guidance": 1.0},
         "student": {**base["student"], "source": None},
-        "objective": {"name": "finetune", "known_from": own, "drop": DROP},
+        "objective": {"name": "finetune", "known_from": own},
         "adapters": lora_like(student),
         "players": {"student": player(student, settings.teacher_rate, settings.teacher_steps)},
         "data": {"source": str(places.pictures), "captions": "txt", "size": base["data"]["size"]},
@@ -132,7 +132,7 @@ def matched(
 ) -> dict[str, Any]:
     """The recipe of the method `teacher`: DMD2 from the student as it is, of the tuned teacher."""
     base = student.recipe
-    own = base.objective["name"] == "dmd2"
+    own = base.objective["name"] in ("dmd2", "dmd2-anchored")
     players = {"student": tree["players"]["student"]}
     if own and "fake" in base.players:
         players["fake"] = base.tree()["players"]["fake"]
@@ -140,11 +140,12 @@ def matched(
         **tree,
         "teacher": tuned_teacher(student, places),
         "student": {**tree["student"], "source": str(student.folder.resolve())},
-        "objective": dict(base.objective) if own else {"name": "dmd2"},
+        "objective": {**(base.objective if own else {}), "name": "dmd2-anchored",
+                      "known_from": OWN_PROMPTS},
         "adapters": adapters_of(student),
         "players": players,
         "data": {"prompts": str(places.prompts)},
-    }
+    }  # fmt: skip
 
 
 def fitted(

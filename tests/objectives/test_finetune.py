@@ -2,10 +2,10 @@
 
 import torch
 
+from distill.objectives.anchored import AnchoredDMD2
 from distill.objectives.base import Batch
 from distill.objectives.finetune import FineTuning, states
 from students.generator import Generator
-from teachers.denoiser import Guided
 from teachers.process import Karras
 from tests.helpers.toys import Slopes
 
@@ -99,15 +99,53 @@ def test_of_known_items_the_teachers_output_is_learned_and_without_a_change_noth
     assert torch.equal(other.target(known, x_t, t), known.data)  # unless the key is set
 
 
-def test_some_known_items_lose_their_condition():
-    """Of items 0 to 1999 the second half is known; 30 % of that half gets the null's entry, 9."""
-    torch.manual_seed(0)
-    items = torch.arange(2000)
-    some = Batch(torch.zeros(2000, 3), torch.zeros(2000, 3), {"a": torch.ones(2000, 2)}, items)
-    tuned = objective((0.5, 0.25), (0.5, 0.25), known_from=1000, drop=0.3)
-    assert tuned.dropped(some) is some  # a teacher without guidance has no null
-    tuned.teacher = Guided(tuned.teacher, 1.0, {"a": torch.full((1, 2), 9.0)})
-    cond = tuned.dropped(some).cond["a"]
-    assert (cond[:1000] == 1).all()
-    assert abs((cond[1000:] == 9).all(1).float().mean() - 0.3) < 0.05
-    assert ((cond == 9).all(1) | (cond == 1).all(1)).all()
+# ---- DMD2 with the same anchor
+
+
+def anchored(**keys):
+    student = Generator(slopes(0.5, 0.25), (1.0, 0.5)).keep(2)
+    teacher, fake = slopes(0.2, 0.1), slopes(0.6, 0.3)
+    return AnchoredDMD2(teacher=teacher, student=student, fake=fake, **keys)
+
+
+def numbered(items):
+    some = batch(len(items))
+    return some._replace(x=None, items=torch.tensor(items))
+
+
+def test_a_students_own_output_before_is_kept_where_items_are_known():
+    objective = anchored(known_from=2, anchor=3.0)
+    loss = objective.student_loss(numbered([2, 3, 5, 9]), objective.student)
+    assert loss.value.item() == 0 and loss.logs["matching"].item() == 0
+    with torch.no_grad():
+        objective.student.denoiser.slopes += torch.tensor([0.1, -0.2])
+    loss = objective.student_loss(numbered([2, 3, 5, 9]), objective.student)
+    assert loss.logs["drift"] > 0 and torch.isclose(loss.value, 3 * loss.logs["drift"])
+    loss.value.backward()
+    gradient = objective.student.denoiser.slopes.grad
+    assert gradient[0] > 0 and gradient[1] < 0  # back to where it was
+    assert all(p.grad is None and not p.requires_grad for p in objective.before.parameters())
+
+
+def test_new_items_are_matched_as_by_dmd2_and_each_kind_counts_by_its_share():
+    objective = anchored(known_from=2, anchor=3.0)
+    plain = anchored()
+    new = numbered([0, 1, 0, 1])
+    torch.manual_seed(5)
+    mine = objective.student_loss(new, objective.student)
+    torch.manual_seed(5)
+    assert torch.equal(mine.value, plain.student_loss(new, plain.student).value)
+    with torch.no_grad():
+        objective.student.denoiser.slopes += 0.1
+    loss = objective.student_loss(numbered([0, 2, 3, 4]), objective.student)
+    expected = 0.25 * loss.logs["matching"] + 0.75 * 3 * loss.logs["drift"]
+    assert torch.allclose(loss.value, expected)
+
+
+def test_without_known_items_it_is_dmd2():
+    some = numbered([0, 1, 2, 3])
+    values = []
+    for objective in (anchored(), anchored(known_from=9)):
+        torch.manual_seed(5)
+        values.append(objective.student_loss(some, objective.student).value.item())
+    assert values[0] == values[1]

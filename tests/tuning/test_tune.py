@@ -28,7 +28,8 @@ ROW = {
 @pytest.fixture
 def few(monkeypatch):
     monkeypatch.setattr(lesson, "PRIOR", 4)
-    monkeypatch.setattr(lesson, "PROMPTS", 40)
+    monkeypatch.setattr(lesson, "OWN_PROMPTS", 30)
+    monkeypatch.setattr(lesson, "NEUTRAL_PROMPTS", 10)
 
 
 @pytest.mark.slow
@@ -152,7 +153,7 @@ def test_the_recipes_of_the_methods(student, pictures, tmp_path):
     assert {r.train.batch for r in found.values()} == {3}
     assert {r.train.steps for r in found.values()} == {1}  # half of the student's two
     assert {k: r.objective["name"] for k, r in found.items()} == {
-        "teacher": "dmd2", "anchor": "finetune", "plain": "finetune",
+        "teacher": "dmd2-anchored", "anchor": "finetune", "plain": "finetune",
     }  # fmt: skip
     assert found["teacher"].objective["student_every"] == 2  # as in the student's run
     assert found["teacher"].players["fake"].lr == 2e-3
@@ -181,7 +182,7 @@ def test_prompts_are_the_captions_their_phrases_anew_and_neutral_ones(
     lesson.write_prompts(tmp_path / "prompts", learned, 0)
     prompts = (tmp_path / "prompts").read_text().splitlines()
     wugs = [p for p in prompts if "wug" in p]
-    assert (len(prompts), len(wugs)) == (40, 20)
+    assert (len(prompts), len(wugs)) == (40, 30) and all("wug" in p for p in prompts[:30])
     assert set(learned.captions) <= set(wugs)
 
 
