@@ -11,6 +11,7 @@ from torch import nn
 from distill.config.objective_schema import network_types, networks_of
 from distill.config.recipe import Recipe
 from distill.config.schema import AdaptersSection, CriticSection
+from distill.objectives.anchored import AnchoredDMD2
 from distill.objectives.base import Auxiliary, Objective
 from distill.sampling.guided_teacher import guided
 from students.checkpointing import checkpointing
@@ -33,7 +34,11 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
         UserError: the recipe asks for networks that there cannot be.
     """
     check_form(recipe, form_of(teacher, recipe.kind.few_step))
-    return assembled(recipe, build_networks(recipe, teacher), device)
+    objective = assembled(recipe, build_networks(recipe, teacher), device)
+    if recipe.student.source is not None and isinstance(objective, AnchoredDMD2):
+        # not the student as it starts, whose base may have LoRA files that it did not have
+        objective.before = earlier.denoiser(recipe.student.source).to(device)
+    return objective
 
 
 def build_networks(

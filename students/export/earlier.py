@@ -16,6 +16,7 @@ from students.export.lora_files import DIFFUSERS, TURBO
 from students.form import StudentForm
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, Adapter, adapter_of, unwrap
+from teachers.denoiser import Denoiser
 from teachers.errors import UserError, clipped
 from teachers.storage.files import home, read_json
 
@@ -56,6 +57,15 @@ def student(
             "student of this teacher"
         )
     return form_of(like).student(steps, None, renoise, adapter)
+
+
+def denoiser(source: str) -> Denoiser:
+    """The frozen network of an earlier student, as it was exported.
+
+    Raises:
+        UserError: there is no student in the folder.
+    """
+    return load_student(student_folder(source))[0].denoiser
 
 
 def student_folder(source: str, key: str = KEY) -> Path:

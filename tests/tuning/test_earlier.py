@@ -5,13 +5,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.config.recipe import Recipe
-from distill.training.networks import build_networks
+from distill.sampling.guided_teacher import load_teacher
+from distill.training.networks import build_networks, objective_of
 from students.export import earlier, lora_files
 from students.export.folder import load_student, sample_student
 from students.export.forms import form_of
 from students.lora import Adapter, adapter_of
 from teachers import load
 from teachers.errors import UserError
+from tests.helpers import lora_formats
 from tests.tuning.conftest import tree_of
 
 PROMPTS = ["a dog on a hill", "a wug"]
@@ -38,6 +40,29 @@ def test_an_adapter_starts_as_the_earlier_one_at_any_greater_rank_and_scale(
     assert torch.allclose(made, sample_student(then, of_then, PROMPTS, 0), atol=1e-3)  # of ±30
     plain = form_of(load(str(teacher))).student(1, None, True, Adapter(rank=2))
     assert (made - sample_student(plain, codec, PROMPTS, 0)).abs().max() > 1
+
+
+def test_the_anchor_is_the_earlier_student_without_the_teachers_new_lora(
+    teacher, student, tmp_path
+):
+    """The LoRA file is in the base of the student in training, and not in that of the anchor."""
+    tree = tree_of(teacher, student={"steps": 1, "source": str(student)})
+    tree["objective"] = {"name": "dmd2-anchored", "known_from": 5}
+    plain = load(str(teacher))
+    layers = lora_formats.layers_of(plain.denoiser.backbone, r".*attn\d\.to_v")
+    pairs = lora_formats.factors(plain.denoiser.backbone, layers)
+    file = lora_formats.save(lora_formats.peft(pairs, "unet"), tmp_path / "new.safetensors")
+    tree["teacher"] = {**tree["teacher"], "adapters": [{"file": str(file)}]}
+    recipe = Recipe.check(tree)
+    objective = objective_of(recipe, load_teacher(recipe.teacher), torch.device("cpu"))
+    then, _ = load_student(student)
+    x, t = torch.randn(2, *plain.shape), torch.full((2,), then.times[0])
+    cond = plain.codec.condition(PROMPTS)
+    with torch.no_grad():
+        expected = then.denoiser(x, t, cond)
+        assert torch.equal(objective.before(x, t, cond), expected)
+        assert (objective.student.denoiser(x, t, cond) - expected).abs().max() > 1e-3
+    assert not any(p.requires_grad for p in objective.before.parameters())
 
 
 def test_the_other_networks_start_as_the_teacher(teacher, student):
