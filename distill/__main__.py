@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from distill import __version__
-from distill.cli import auto, compat, evaluate, inspect, publish, train
+from distill.cli import auto, compat, evaluate, inspect, publish, train, tune
 
 app = typer.Typer(
     add_completion=False,
@@ -48,6 +48,7 @@ def options(
 COMMANDS = {
     "auto": (auto.auto, "Choose a recipe for a model and a card; run it on yes."),
     "run": (train.run, "Train a few-step student, export it and measure it."),
+    "tune": (tune.tune, "Teach a student from pictures; keep its steps."),
     "sample": (evaluate.sample, "Generate images with a student."),
     "eval": (evaluate.evaluate, "Measure or time a student or a teacher."),
     "compat": (compat.compat, "Try LoRA files in a student and in its teacher."),
@@ -108,7 +109,7 @@ def main() -> None:
 def resume_hint() -> str:
     """How to continue the command that was stopped; empty where nothing is kept."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if command in ("run", "teach"):
+    if command in ("run", "teach", "tune"):
         return "; add --resume to continue"
     if command in ("bench", "cache"):
         return "; run the same command again to continue"

@@ -119,6 +119,9 @@ class StudentSection(Section):
     weights: tuple[Positive, ...] | None = None
     start: Positive | None = None  # σ/α of the first step; by default the teacher's highest
     renoise: bool = True  # between steps, add new noise (true) or follow the ODE (false)
+    # An earlier student that this one starts as: a run's folder, or an exported student. By default
+    # it starts as the teacher.
+    source: Name | None = None
 
     def trained(self, learns: Learns, possible: Sequence[int]) -> dict[int, float]:
         """The relative training frequency of each count.

@@ -37,10 +37,13 @@ TURBO = {DIFFUSERS: "turbo_only_lora.safetensors", COMFYUI: "turbo_only_comfyui_
 
 
 def possible(generator: Generator, teacher: Teacher) -> bool:
-    """Whether LoRA files can be written: of plain LoRA, for pipelines that load LoRA."""
+    """Whether LoRA files can be written: of plain LoRA on the teacher's own weights, for pipelines
+    that load LoRA."""
     student, codec = generator.denoiser, teacher.codec
     if not isinstance(student, AdaptedDenoiser) or not isinstance(codec, Prompted):
         return False
+    if unwrap(student).backbone is not unwrap(teacher.denoiser).backbone:
+        return False  # it is on the weights of an earlier student
     from diffusers.loaders.lora_base import LoraBaseMixin
 
     if not isinstance(codec.pipe, LoraBaseMixin):

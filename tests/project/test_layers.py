@@ -87,6 +87,11 @@ MAY: dict[str, set[str]] = {
         "teachers.storage", "teachers.families", "teachers.catalogue", "eval", "eval.shapes",
         "eval.protocols",
     },
+    "distill.tuning": {
+        "distill", "distill.config", "distill.data", "distill.data.expansion", "distill.sampling",
+        "distill.training", "distill.evaluation", "students", "students.export", "teachers",
+        "teachers.storage", "eval", "eval.shapes", "eval.metrics", "eval.protocols",
+    },
     "distill.benchmark": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
         "distill.training", "distill.evaluation", "students", "students.export", "teachers",
@@ -100,9 +105,9 @@ MAY: dict[str, set[str]] = {
     "distill.cli": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
         "distill.publish", "distill.report", "distill.training", "distill.planning",
-        "distill.auto", "distill.evaluation", "distill.pretrain", "distill.benchmark", "students",
-        "students.metadata", "students.export", "teachers", "teachers.storage", "teachers.edm",
-        "teachers.catalogue", "eval", "eval.protocols",
+        "distill.auto", "distill.evaluation", "distill.pretrain", "distill.tuning",
+        "distill.benchmark", "students", "students.metadata", "students.export", "teachers",
+        "teachers.storage", "teachers.edm", "teachers.catalogue", "eval", "eval.protocols",
     },
 }  # fmt: skip
 # What others call: names gathered for them, and the command. Nothing of ours imports these.
