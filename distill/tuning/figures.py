@@ -36,14 +36,21 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     """2 E‖a − b‖ − E‖a − a'‖ − E‖b − b'‖ of two sets of features (N, D), (M, D).
 
     Székely and Rizzo 2013. The estimate is unbiased: without distance it is 0 on average, at any
-    number of samples, and it may be negative.
+    number of samples, and it may be negative. Sets of one size are of the same prompts in the same
+    order; pairs of one prompt, which are nearer than others, are left out between the sets, as
+    there are none within a set.
     """
     a, b = a.double(), b.double()
 
     def within(x: Tensor) -> Tensor:
         return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
 
-    return (2 * torch.cdist(a, b).mean() - within(a) - within(b)).item()
+    between = torch.cdist(a, b)
+    if len(a) == len(b):
+        cross = (between.sum() - between.diagonal().sum()) / (len(a) * (len(a) - 1))
+    else:
+        cross = between.mean()
+    return (2 * cross - within(a) - within(b)).item()
 
 
 def steps_kept(student: float, undistilled: float, floor: float) -> float | None:

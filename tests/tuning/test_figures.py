@@ -47,6 +47,14 @@ def test_energy_distance_has_no_bias_and_grows_with_the_distance():
     assert far == sorted(far) and far[1] > 0.05
 
 
+def test_prompts_that_draw_far_apart_leave_no_bias():
+    """Two draws of the same forty prompts, each of its own mean: their pairs do not count."""
+    means = 5 * normal(40, 0, 9)
+    same = [energy_distance(normal(40, 0, s) + means, normal(40, 0, 99 + s) + means)
+            for s in range(20)]  # fmt: skip
+    assert abs(sum(same) / 20) < 4 * torch.tensor(same).std().item() / math.sqrt(20)
+
+
 def test_the_teachers_steps_that_a_student_is_worth():
     asked = []
 
