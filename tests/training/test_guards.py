@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.cli.train import more_steps
+from distill.cli.train import goes_on
 from distill.config.recipe import Recipe
 from distill.config.schema import GuardsSection
 from distill.early_stop import scores
@@ -181,6 +181,7 @@ def test_the_summary_has_the_verdict_and_a_stopped_run_has_no_steps_left(pipelin
     (out / "summary.json").write_text(json.dumps(summary))
     assert summary["steps"] == 4 and summary["guards"]["step"] == 2
     assert summary["guards"]["reason"].startswith("diversity is 0.600")
-    train = run.recipe.train
-    assert not more_steps(out, train)
-    assert more_steps(out, train.model_copy(update={"guards": None}))
+    recipe = run.recipe
+    assert not goes_on(out, recipe)
+    train = recipe.train.model_copy(update={"guards": None})
+    assert goes_on(out, recipe.model_copy(update={"train": train}))
