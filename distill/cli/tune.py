@@ -24,7 +24,9 @@ Out = Annotated[
 Method = Annotated[str, typer.Option(help="teacher, anchor, or plain for comparison.")]
 Steps = Annotated[
     int | None,
-    typer.Option(min=1, help="Training steps.", show_default="half of the student's own"),
+    typer.Option(
+        min=1, help="Training steps.", show_default="twice the student's own, at most 2,000"
+    ),
 ]
 Rate = Annotated[
     float | None, typer.Option(help="Learning rate.", show_default="the student's own")
@@ -54,7 +56,7 @@ def tune(
     method: Method = "teacher",
     steps: Steps = None,
     rate: Rate = None,
-    teacher_steps: TeacherSteps = 500,
+    teacher_steps: TeacherSteps = 1500,
     teacher_rate: TeacherRate = None,
     teacher: Teacher = None,
     neutral: Neutral = None,

@@ -21,13 +21,14 @@ Method = Literal["teacher", "anchor", "plain"]
 ANCHOR = 0.5  # weight of the distance to the student before; 0.25 to 0.5 are usual
 RANK = 32  # of a LoRA, where the student's recipe has none
 REFERENCE = "self"  # a method of models that read a reference picture
+MOST = 2000  # training steps of a student, unless more are asked for
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the command's options say.
 
-    steps: Training steps of the student; None is half of those it was distilled in.
+    steps: Training steps of the student; None is twice those it was distilled in, at most `MOST`.
     teacher_steps: Training steps of the teacher's LoRA.
     rate, teacher_rate: Learning rates; None is that of the student's own run.
     overrides: KEY=VALUE, of the student's run; those of `train` and `eval` also of the teacher's.
@@ -35,7 +36,7 @@ class Settings:
 
     method: Method = "teacher"
     steps: int | None = None
-    teacher_steps: int = 500
+    teacher_steps: int = 1500
     rate: float | None = None
     teacher_rate: float | None = None
     seed: int = 0
@@ -113,7 +114,7 @@ def teacher_recipe(student: Tunable, places: Places, settings: Settings, own: in
 def student_recipe(student: Tunable, places: Places, settings: Settings) -> Recipe:
     """The run that tunes the student."""
     base = student.recipe.tree()
-    steps = settings.steps or max(1, student.recipe.train.steps // 2)
+    steps = settings.steps or min(2 * student.recipe.train.steps, MOST)
     match = settings.method == "teacher"
     tree = {
         **base,

@@ -151,7 +151,7 @@ def test_the_recipes_of_the_methods(student, pictures, tmp_path):
         for m in ("teacher", "anchor", "plain")
     }
     assert {r.train.batch for r in found.values()} == {3}
-    assert {r.train.steps for r in found.values()} == {1}  # half of the student's two
+    assert {r.train.steps for r in found.values()} == {4}  # twice the student's two
     assert {k: r.objective["name"] for k, r in found.items()} == {
         "teacher": "dmd2-anchored", "anchor": "finetune", "plain": "finetune",
     }  # fmt: skip
