@@ -121,7 +121,9 @@ def teacher_section(made, **keys):
         sidecar.write_text(before)
 
 
+@pytest.mark.slow
 def test_the_teacher_keeps_its_guidance_and_the_recipes_own_lora(made, monkeypatch):
+    """The recipe's own LoRA stays in the teacher; those to be tried come on top."""
     seen = []
     real = compat_module.load_teacher
 
@@ -136,7 +138,9 @@ def test_the_teacher_keeps_its_guidance_and_the_recipes_own_lora(made, monkeypat
     assert seen == [[own], [own, ("style.safetensors", 1.0)]]
 
 
+@pytest.mark.slow
 def test_a_lora_is_added_to_a_teacher_before_it_is_quantised(made):
+    """An nf4 teacher has the LoRA in full, as it is added to the weights of the files."""
     with teacher_section(made, precision="nf4"):
         tree, _ = compare(request(made, 1.0, samples=2))
     assert tree["rows"][0]["same_pixels"] == {"teacher": False, "student": False}

@@ -24,6 +24,8 @@ BILLIONS = {
     "stabilityai/stable-diffusion-xl-base-1.0": 2.567,
     "stabilityai/stable-diffusion-3.5-medium": 2.24,
     "black-forest-labs/FLUX.1-dev": 11.9,
+    "black-forest-labs/FLUX.2-dev": 32.2,  # 32 on the card
+    "black-forest-labs/FLUX.2-klein-base-4B": 3.88,  # 4 on the card
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": 1.60,
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": 0.611,
     "SiT-XL-2-256x256.pt": 0.675,

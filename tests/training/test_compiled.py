@@ -234,7 +234,7 @@ def test_a_compiled_run_is_resumed_bit_for_bit(pipelines, tmp_path):
     assert_same(again, whole)
 
 
-@pytest.mark.parametrize("later", ["off", "full"])
+@pytest.mark.parametrize("later", ["off", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_mode(later, pipelines, tmp_path):
     """A machine that cannot compile says to set it to off, which must be possible."""
     source, train = pipelines["edm"], {"compile": "blocks", "steps": 2, "save_every": 2}
