@@ -72,6 +72,11 @@ def network_class(place: str) -> tuple[Path, type[nn.Module]]:
     """
     file, _, name = place.partition(".py:")
     path = home(file if file.endswith(".py") else f"{file}.py", "wrap")
+    if not path.is_file() and home(file, "wrap").is_file():
+        raise UserError(
+            f"wrap {clipped(place)!r}: it is no file of Python; give FILE.py, which has the class "
+            "of the network"
+        )
     try:
         module = import_file(path)
     except (Exception, SystemExit) as error:  # a user's module may raise anything
