@@ -196,7 +196,7 @@ def unwrap(denoiser: Denoiser) -> Pretrained:
     network = network_of(denoiser)
     if not isinstance(network, Pretrained):
         raise UserError(
-            f"teacher: a {type(network).__name__} is a network of your own, which no pipeline "
+            f"teacher: {type(network).__name__} is a network of your own, which no pipeline "
             "loads; give a diffusers folder or an EDM file for this"
         )
     return network

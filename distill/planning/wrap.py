@@ -71,7 +71,7 @@ def network_class(place: str) -> tuple[Path, type[nn.Module]]:
         UserError: there is no such file or class, or it is not clear which.
     """
     file, _, name = place.partition(".py:")
-    path = home(file if file.endswith(".py") else f"{file}.py", "wrap")
+    path = python_file(file, place)
     try:
         module = import_file(path)
     except (Exception, SystemExit) as error:  # a user's module may raise anything
@@ -95,6 +95,21 @@ def network_class(place: str) -> tuple[Path, type[nn.Module]]:
             f"{path.name}:CLASS, a class with forward(x, t) or forward(x, t, cond)"
         )
     return path, next(iter(times.values()))
+
+
+def python_file(file: str, place: str) -> Path:
+    """The file of Python that "mine.py" or "mine" names; it may be missing.
+
+    Raises:
+        UserError: it names a file of another kind.
+    """
+    path = home(file if file.endswith(".py") else f"{file}.py", "wrap")
+    if not path.is_file() and home(file, "wrap").is_file():
+        raise UserError(
+            f"wrap {clipped(place)!r}: it is no file of Python; give FILE.py, which has the class "
+            "of the network"
+        )
+    return path
 
 
 def arguments_of(kind: type[nn.Module]) -> list[str]:

@@ -71,7 +71,8 @@ def lessons(folder: str, neutral: str | None, student: Recipe) -> Lessons:
     low, high = USUAL
     if not low <= (count := len(listing.items)) <= high:
         print_notice(
-            f"--data: {count} pictures are outside {low} to {high}, for which this is meant"
+            f"--data: found {count} captioned picture{'s' * (count != 1)}; this is meant for {low} "
+            f"to {high}"
         )
     return Lessons(listing, neutral_prompts(neutral, student))
 
@@ -121,11 +122,12 @@ def write_pictures(folder: Path, lessons: Lessons, recipe: Recipe, seed: int) ->
     """
     if (folder / DONE).exists():
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     rng = random.Random(seed_of(seed, "prior"))
     prompts = cycled(shuffled(lessons.neutral, rng), lessons.share)
-    for i, (image, prompt) in enumerate(zip(drawn(recipe, prompts, seed), prompts, strict=True)):
+    images = drawn(recipe, prompts, seed)  # before anything is written: the teacher may be refused
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         save_image(image / 255, folder / f"prior-{i:04d}.png")
         write(folder / f"prior-{i:04d}.txt", prompt)
     items = [item for item in lessons.listing.items if item.image is not None]

@@ -36,6 +36,7 @@ from teachers.storage.files import open_to_readers, read_json
 from teachers.teacher import Teacher
 
 SIDECAR = "fewstep.json"  # describes the student; diffusers ignores it
+SAMPLER = "sampler.py"  # in the folder of a student of a network of one's own
 SHAPING = ("size", "frames", "embedded_guidance")  # options of a teacher that students share
 TOLERANCE = 1e-3  # of any pixel in [0, 1]: a quarter of a grey level
 ROUNDING = 0.02  # of the mean pixel, for weights of half precision; a wrong time exceeds it
@@ -394,12 +395,20 @@ def has_student(folder: Path) -> bool:
 
 
 def refuse_unfinished(folder: Path) -> None:
-    """Refuse the folder of a run that has not exported its student.
+    """Refuse the folder of a run that has not exported its student, or of a network of one's own.
 
     Raises:
         UserError: it is one.
     """
-    if not has_student(folder) and (folder / "checkpoints").is_dir():
+    if has_student(folder):
+        return
+    for own in (folder, folder / "student"):
+        if (own / SAMPLER).is_file() and (own / "config.json").is_file():
+            raise UserError(
+                f"student {str(folder)!r}: it is of a network of your own, and diffusers loads no "
+                f"such student; draw with sample() of {own / SAMPLER}"
+            )
+    if (folder / "checkpoints").is_dir():
         raise UserError(
             f"student {str(folder)!r}: this run has no student yet; wait for its end, or resume "
             f"it with distill run {folder / 'recipe.yaml'} --out {folder} --resume"

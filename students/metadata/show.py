@@ -247,7 +247,14 @@ def sigmas_of(timesteps: Sequence[int]) -> list[float]:
 def shown(value: Any) -> str:
     """A fact's value on one line, without control characters of a stranger's file."""
     if isinstance(value, list):
-        value = ", ".join(f"{v:.8g}" if isinstance(v, int | float) else str(v) for v in value)
+        value = ", ".join(
+            shown(v)
+            if isinstance(v, dict)
+            else f"{v:.8g}"
+            if isinstance(v, int | float)
+            else str(v)
+            for v in value
+        )
     elif isinstance(value, dict):
         value = "; ".join(f"{k}: {shown(v)}" for k, v in value.items())
     text = clipped(value, LONGEST)

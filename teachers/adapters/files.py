@@ -100,7 +100,10 @@ def check(adapters: Any) -> list[tuple[str, Path, float]]:
             raise UserError(f"{key}.strength: {strength} is not finite; give a number such as 1.0")
         path = home(entry["file"], f"{key}.file")
         if not path.is_file():
-            raise UserError(f"{key}.file: no such file: {clipped(path)}; give a .safetensors file")
+            where = "" if path.is_absolute() else f" in {Path.cwd()}"
+            raise UserError(
+                f"{key}.file: no such file: {clipped(path)}{where}; give a .safetensors file"
+            )
         entries.append((f"{key}.file", path, float(strength)))
     return entries
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from students.metadata.header import read_header, replace_metadata
+from students.metadata.show import shown as in_words
 from tests.helpers import exports
 from tests.helpers.command_line import called
 from tests.helpers.refusals import refused_line
@@ -62,6 +63,12 @@ def test_an_own_file_says_everything(own, capsys):
     assert values["graph"].startswith("prompt") and facts["unknown"] == {}
     origins = {name: fact["from"] for name, fact in facts["facts"].items()}
     assert (origins["kind"], origins["sigmas"]) == ("the tensors", "the header")
+
+
+def test_files_that_are_part_of_a_file_are_shown_in_words():
+    inside = {"file": "style.safetensors", "sha256": "ab12", "strength": 0.85}
+    assert in_words([inside]) == "file: style.safetensors; sha256: ab12; strength: 0.85"
+    assert in_words([{"file": "a"}, {"file": "b"}]) == "file: a, file: b"
 
 
 def test_the_table_has_the_facts_and_a_json_file_the_same(own, capsys, tmp_path, monkeypatch):

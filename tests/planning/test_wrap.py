@@ -96,11 +96,13 @@ def test_what_must_be_filled_in_is_marked(tmp_path, capsys):
     assert "TODO" in out and "width=..." in (tmp_path / "wide_net_teacher.py").read_text()
 
 
-@pytest.mark.parametrize("place", ["none.py", "two.py", "two.py:Missing", "broken.py"])
+@pytest.mark.parametrize("place", ["none.py", "two.py", "two.py:Missing", "broken.py", "a.ckpt"])
 def test_files_without_one_network_are_refused(place, tmp_path, capsys):
+    (tmp_path / "a.ckpt").touch()
     one = PLAIN.format(name="One", argument="")
     (tmp_path / "two.py").write_text(one + one.replace("One", "Two"))
     (tmp_path / "broken.py").write_text("import none_of_this_name\n")
     code, _, err = called(capsys, "wrap", tmp_path / place)
     assert code == 2 and len(err.strip().splitlines()) == 1
+    assert ("no such file" in err) == (place == "none.py")
     assert not list(tmp_path.glob("*_teacher.py"))

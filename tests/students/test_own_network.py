@@ -11,7 +11,7 @@ from torch import nn
 
 from students import own_network
 from students.export import own_folder
-from students.export.folder import ExportError, sample_student
+from students.export.folder import ExportError, sample_student, student_folder
 from students.export.forms import OwnForm, form_of
 from students.export.sources import user as user_source
 from students.lora import Adapter, network_of
@@ -80,6 +80,15 @@ def test_a_folder_needs_no_code_of_ours_and_says_what_is_in_it(tmp_path):
     ours = sample_student(student, teacher, [0] * 3, 5).double().sum().item()
     assert float(out.stdout) == pytest.approx(ours, rel=1e-5), out.stderr
     assert "copy of the teacher's own source" in (tmp_path / "student" / "README.md").read_text()
+
+
+def test_commands_for_diffusers_students_name_the_sampler(tmp_path):
+    teacher = load(f"{own.write(tmp_path)}:teacher")
+    exported(student_of(teacher, 1), teacher, tmp_path / "student")
+    (tmp_path / "checkpoints").mkdir()
+    for folder in (tmp_path, tmp_path / "student"):
+        with pytest.raises(UserError, match=r"network of your own.*student/sampler\.py"):
+            student_folder(folder)
 
 
 def test_a_changed_folder_is_refused(tmp_path):

@@ -206,6 +206,19 @@ def test_pictures_are_the_users_and_as_many_of_the_teachers_own(student, picture
     )
 
 
+def test_nothing_is_left_where_the_teacher_cannot_be_read(
+    student, pictures, tmp_path, few, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    recipe = tunable(str(student)).recipe
+    section = {**recipe.teacher.model_dump(), "adapters": [{"file": "style.safetensors"}]}
+    moved = recipe.model_copy(update={"teacher": type(recipe.teacher).model_validate(section)})
+    learned = lesson.lessons(str(pictures), None, recipe)
+    with pytest.raises(UserError, match=f"no such file: style.safetensors in {tmp_path};"):
+        lesson.write_pictures(tmp_path / "run" / "p", learned, moved, 0)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "key"),
     [
