@@ -87,6 +87,8 @@ def read_tree(path: Path) -> tuple[dict[str, Any], int]:
             (length,) = struct.unpack("<Q", first[:8]) if len(first) >= 8 else (0,)
             size = path.stat().st_size
             if not 2 <= length <= min(LONGEST, size - 8):
+                if path.suffix != ".safetensors":
+                    raise UserError(f"{path}: it is no safetensors file")
                 raise damaged(path, f"its header cannot have {length} bytes in a file of {size}")
             file.seek(8)
             text = file.read(length)

@@ -61,6 +61,10 @@ def report(path: Path) -> Report:
     Raises:
         UserError: it is no safetensors file, its header is damaged, or its `turbo.*` is.
     """
+    if path.is_dir():
+        files = sorted(path.glob("lora/*.safetensors"))
+        hint = f", such as {files[0]}" if files else ""
+        raise UserError(f"{path}: it is a folder; give a .safetensors file{hint}")
     header = read_header(path)
     layers = read_layers(header.tensors)
     found = Report(path.name, MARK in header.metadata)

@@ -295,3 +295,17 @@ def test_folders_and_missing_files_are_refused_in_a_line(capsys, tmp_path):
 def test_an_empty_file_of_no_tensors_is_whole(capsys, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(safetensors(b"{}"))
     assert tree(capsys, tmp_path / "a.safetensors")["facts"]["kind"]["value"] == "no tensors"
+
+
+def test_a_runs_folder_names_its_files_and_a_recipe_is_no_safetensors_file(capsys, tmp_path):
+    (tmp_path / "lora").mkdir()
+    file = tmp_path / "lora" / "comfyui_lora.safetensors"
+    file.touch()
+    code, _, err = called(capsys, "show", tmp_path)
+    assert code == 2 and "lora" in err
+    refused_line(err, str(tmp_path), "it is a folder; give a .safetensors file, such as")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("teacher: digits\nstudent: {steps: 1}\n", encoding="utf-8")
+    code, _, err = called(capsys, "show", recipe)
+    assert code == 2
+    refused_line(err, str(recipe), "it is no safetensors file")
