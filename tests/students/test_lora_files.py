@@ -15,7 +15,7 @@ from tests.helpers.disturbed import disturbed
 @pytest.mark.parametrize(
     "name",  # two text encoders, packed latents; the others take half a minute
     [pytest.param("sdxl", marks=pytest.mark.slow), pytest.param("sd3", marks=pytest.mark.slow),
-     "flux-schnell"],
+     pytest.param("flux-schnell", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_lora_file_draws_the_students_pictures(name, tmp_path):
     """The LoRA files of SDXL and SD3 draw what the student draws."""

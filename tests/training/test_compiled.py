@@ -78,9 +78,14 @@ def test_each_familys_blocks_compute_the_same_compiled(folders, name):
     assert after.graphs > before.graphs and after.breaks == before.breaks
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("lora", "fp32"), ("lora", "bf16"), ("dora", "fp32"), ("lokr", "bf16"),
+     *(pytest.param(k, p, marks=pytest.mark.slow) for k, p in
+       (("dora", "bf16"), ("loha", "fp32"), ("loha", "bf16"), ("lokr", "fp32")))],
+)  # fmt: skip
 def test_adapters_take_turns_on_compiled_blocks(folders, kind, precision):
+    """Two adapters of each kind on compiled blocks compute what they do eagerly."""
     teacher = load(folders("dit"), precision=precision)
     adapters = [disturbed(adapt(teacher, Adapter(kind, rank=2), n)) for n in ("student", "fake")]
     networks = [*adapters, teacher.denoiser]

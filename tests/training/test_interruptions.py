@@ -140,10 +140,14 @@ def final(out, steps):
     return state.read_bytes(), weights.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("name", "kills", "steps"),
-    [("fdistill", 1, 24), *(pytest.param(n, 5, 120, marks=pytest.mark.slow) for n in FIVE)],
+    [
+        pytest.param("fdistill", 1, 24, marks=pytest.mark.slow),
+        *(pytest.param(n, 5, 120, marks=pytest.mark.slow) for n in FIVE),
+    ],
 )
 def test_kills_at_random_moments_change_no_bit(name, kills, steps, pipelines, tmp_path):
     """Five families, killed five times each: the same bits as of a run left alone."""

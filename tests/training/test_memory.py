@@ -149,7 +149,9 @@ def test_latents_of_images_that_are_encoded_in_pieces_have_a_cache_of_their_own(
     assert "images_at_once" not in Cache(whole, tmp_path / "cache").about
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_grids_that_are_drawn_between_steps(sdxl, tmp_path, monkeypatch):
+    """The memory of grids drawn between steps is that of the plan."""
     recipe = recipe_of(sdxl, tmp_path / "prompts.txt", sample_every=1)
     plan = forecast.plan(recipe)
     decoding = plan.build - plan.weights

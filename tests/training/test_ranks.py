@@ -93,6 +93,7 @@ def test_what_one_process_measures_ends_all_at_the_same_step(stopped, why, step)
     assert found == [{"ended": why, "step": step, "curve": curve}] * 2
 
 
+@pytest.mark.slow
 def test_two_processes_measure_as_one_and_say_it_once(tmp_path):
     """`distill eval` under a launcher, of a few pictures for each process."""
     tables, figures = [], []
