@@ -24,6 +24,7 @@ from torch import nn
 
 from teachers.adapters.ldm import ldm_names
 from teachers.errors import UserError
+from teachers.storage import bfl
 
 
 @dataclass(frozen=True)
@@ -56,25 +57,15 @@ SINGLE = {
     "processor.qkv_lora": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "processor.proj_lora": ("proj_out",),
 }
-EMBEDDING = "time_text_embed"
-OUTER_FLUX = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": f"{EMBEDDING}.timestep_embedder.linear_1",
-    "time_in.out_layer": f"{EMBEDDING}.timestep_embedder.linear_2",
-    "vector_in.in_layer": f"{EMBEDDING}.text_embedder.linear_1",
-    "vector_in.out_layer": f"{EMBEDDING}.text_embedder.linear_2",
-    "guidance_in.in_layer": f"{EMBEDDING}.guidance_embedder.linear_1",
-    "guidance_in.out_layer": f"{EMBEDDING}.guidance_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-}
+# A change of the layer whose scale and shift are in the other order is not read.
+OUTER_FLUX = {old: new for old, new in bfl.OUTER.items() if new != bfl.SWAPPED}
 OUTER_SD3 = {
     "x_embedder.proj": "pos_embed.proj",
     "context_embedder": "context_embedder",
-    "t_embedder.mlp.0": f"{EMBEDDING}.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": f"{EMBEDDING}.timestep_embedder.linear_2",
-    "y_embedder.mlp.0": f"{EMBEDDING}.text_embedder.linear_1",
-    "y_embedder.mlp.2": f"{EMBEDDING}.text_embedder.linear_2",
+    "t_embedder.mlp.0": f"{bfl.EMBEDDING}.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": f"{bfl.EMBEDDING}.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": f"{bfl.EMBEDDING}.text_embedder.linear_1",
+    "y_embedder.mlp.2": f"{bfl.EMBEDDING}.text_embedder.linear_2",
     "final_layer.linear": "proj_out",
 }
 LAST_NORM = "final_layer.adaLN_modulation.1"
