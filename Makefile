@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-gpu slow mutants lint types clean
+.PHONY: quickstart test test-gpu slow mutants gpu lint types clean
 
 quickstart: $(STAMP)
 	$(BIN)/distill run recipes/digits/dmd2.yaml --out runs/quickstart \
@@ -28,6 +28,11 @@ slow: $(STAMP)
 # Plant faults one at a time, and write down which the tests catch: minutes on one core.
 mutants: $(STAMP)
 	$(BIN)/python benchmarks/mutants.py --json docs/results/mutants.json --markdown docs/mutants.md
+
+# Measure training steps on this machine's GPU: at most six minutes, no downloads.
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/tables.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
     python benchmarks/tables.py [--check]
 
-All numbers in the tables come from summary.json of a run or from a leaderboard. `--check` writes
+All numbers in the tables come from summary.json of a run, from a leaderboard, or from what
+`gpu.py` measured. It also writes distill/rates.json from docs/results/gpu. `--check` writes
 nothing: its exit code is the number of files that are out of date.
 """
 
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from boards import caption_accuracy, students, untrained
+from evidence import evidence
+from gpu_parts.tables import gpus
+from rates import rates
 
 from eval import catalogue
 from teachers.errors import plural
@@ -215,6 +219,42 @@ def seeds() -> str:
     return "\n".join(lines)
 
 
+def style() -> str:
+    """A row for the teacher with the user's LoRA, its students, and the files in stock diffusers.
+
+    The columns: pictures with the style where the caption has its word, that as a share of the
+    teacher's, and captions right but for the colour; then for captions that training never had, and
+    captions without the word.
+    """
+    rows = json.loads((ROOT / "docs/results/orange.json").read_text())
+    most = rows[0]["own orange"][0]
+
+    def share(value: float | list[float]) -> str:
+        mean, *error = value if isinstance(value, list) else [value]
+        return f"{100 * mean:.1f}" + "".join(f" ± {100 * e:.1f}" for e in error) + " %"
+
+    lines = [
+        "| | orange, of the 40 | of the teacher's | right, of the 40 | orange, 20 others | "
+        "right, 20 others | right, without the word |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        name = row["of"]
+        if "steps" in row:
+            name += f", {row['steps']} {plural(row['steps'], 'step')}, training seed {row['seed']}"
+        has_style = row["own orange"][0] > 0.1
+        cells = [
+            share(row["own orange"]),
+            f"{100 * row['own orange'][0] / most:.0f} %" if has_style else "",
+            share(row["own right"]),
+            share(row["new orange"]),
+            share(row["new right"]),
+            share(row["without"]),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def figures() -> str:
     """A row for each figure of the catalogue."""
     lines = ["| key | label | better | unit | what | paper |", "|---|---|---|---|---|---|"]
@@ -244,17 +284,26 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {  # by file and marker, the fu
         "shapes": partial(students, "shapes", caption_accuracy),
         "shapes-untrained": partial(untrained, "shapes", caption_accuracy),
     },
+    "docs/performance.md": {"gpus": gpus},
+    "docs/sharing.md": {"style": style},
 }
+
+
+def written() -> dict[str, str]:
+    """The text of every file, by name."""
+    texts = {"distill/rates.json": rates(), "distill/auto/evidence.json": evidence()}
+    for name, tables in PAGES.items():
+        texts[name] = (ROOT / name).read_text()
+        for marker, table in tables.items():
+            texts[name] = insert(texts[name], marker, table())
+    return texts
 
 
 def main() -> int:
     stale = 0
-    for name, tables in PAGES.items():
+    for name, text in written().items():
         path = ROOT / name
-        text = path.read_text()
-        for marker, table in tables.items():
-            text = insert(text, marker, table())
-        if text != path.read_text():
+        if not path.exists() or text != path.read_text():
             stale += 1
             if "--check" not in sys.argv:
                 path.write_text(text)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from distill import __version__
-from distill.cli import evaluate, inspect, publish, train
+from distill.cli import auto, compat, evaluate, inspect, publish, train, tune
 
 app = typer.Typer(
     add_completion=False,
@@ -46,9 +46,12 @@ def options(
 # In the order of --help: training and sampling, measuring, publishing, and what comes before a run.
 # Each with a summary short enough for one line of 80 columns.
 COMMANDS = {
+    "auto": (auto.auto, "Choose a recipe for a model and a card; run it on yes."),
     "run": (train.run, "Train a few-step student, export it and measure it."),
+    "tune": (tune.tune, "Teach a student from pictures; keep its steps."),
     "sample": (evaluate.sample, "Generate images with a student."),
     "eval": (evaluate.evaluate, "Measure or time a student or a teacher."),
+    "compat": (compat.compat, "Try LoRA files in a student and in its teacher."),
     "draw": (evaluate.draw, "Generate images for GenEval or DPG-Bench."),
     "reference": (evaluate.reference, "Compute the reference statistics of protocols."),
     "report": (publish.report, "Write the HTML report of a finished run."),
@@ -56,6 +59,8 @@ COMMANDS = {
     "card": (publish.card, "Write the model card of a finished run."),
     "push": (publish.push, "Upload a finished run's student to the Hub."),
     "convert": (publish.convert, "Convert an EDM network or a student."),
+    "wrap": (inspect.wrap, "Make a network of your own a teacher."),
+    "show": (inspect.show, "Show how a few-step file is to be sampled."),
     "doctor": (inspect.doctor, "Check a teacher before training from it."),
     "plan": (inspect.plan, "Estimate a run's memory, time and cost."),
     "cache": (train.cache, "Encode prompts and images before training."),
@@ -104,7 +109,7 @@ def main() -> None:
 def resume_hint() -> str:
     """How to continue the command that was stopped; empty where nothing is kept."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if command in ("run", "teach"):
+    if command in ("run", "teach", "tune"):
         return "; add --resume to continue"
     if command in ("bench", "cache"):
         return "; run the same command again to continue"

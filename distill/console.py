@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 from rich import box
 from rich import progress as bars
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from distill.speed import Speed
 from eval import catalogue
 
 T = TypeVar("T")
@@ -107,6 +108,17 @@ def time_left(seconds: float) -> str:
     return f"about {seconds / size:.0f} {unit} left"
 
 
+class TrainingBar(bars.Progress):
+    """A bar, and the figures of the last logged step below it."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.figures:
+            yield Text(self.figures, style="dim")
+
+
 class Progress:
     """The progress of training: a bar on a terminal, else a line at each logged step.
 
@@ -119,19 +131,18 @@ class Progress:
     def __init__(self, steps: int, done: int, shown: bool) -> None:
         self.steps, self.shown, self.live = steps, shown, shown and out.is_terminal
         self.first, self.start = done, time.monotonic()
-        self.bar = bars.Progress(
+        self.pace: float | None = None  # seconds of a step, once training is steady
+        self.bar = TrainingBar(
             bars.TextColumn("{task.description}"),
             bars.BarColumn(),
             bars.MofNCompleteColumn(),
             bars.TimeElapsedColumn(),
-            bars.TextColumn("left"),
-            bars.TimeRemainingColumn(),
-            bars.TextColumn("{task.fields[losses]}", style="dim"),
+            bars.TextColumn("{task.fields[left]}"),
             console=out,
             disable=not self.live,
             refresh_per_second=4,
         )
-        self.task = self.bar.add_task("training", total=steps, completed=done, losses="")
+        self.task = self.bar.add_task("training", total=steps, completed=done, left="")
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -142,25 +153,30 @@ class Progress:
 
     def advance(self, step: int) -> None:
         if self.live:
-            self.bar.update(self.task, completed=step)
+            self.bar.update(self.task, completed=step, left=self.left(step))
 
-    def show(self, step: int, values: dict[str, float]) -> None:
-        """Show the losses of this step."""
-        losses = "  ".join(
-            f"{k.split('/')[0]} {v:.4g}" for k, v in values.items() if k.endswith("/loss")
-        )
+    def show(self, step: int, values: dict[str, float], speed: Speed | None = None) -> None:
+        """Show the losses of this step, and the speed where it is known."""
+        losses = [f"{k.split('/')[0]} {v:.4g}" for k, v in values.items() if k.endswith("/loss")]
+        figures = "  ".join([*losses, *([] if speed is None else [speed.text()])])
+        self.pace = None if speed is None else speed.seconds
+        left = self.left(step)
         if self.live:
-            self.bar.update(self.task, completed=step, losses=losses)
+            self.bar.figures = figures
+            self.bar.update(self.task, completed=step, left=left)
         elif self.shown:
-            line = f"step {step:>{len(str(self.steps))}}/{self.steps}  {losses}{self.left(step)}"
-            out.print(line, soft_wrap=True)
+            line = f"step {step:>{len(str(self.steps))}}/{self.steps}  {figures}"
+            out.print("  ".join(filter(None, [line, left])), soft_wrap=True)
 
     def left(self, step: int) -> str:
-        """How long the remaining steps take at the average rate so far; empty if unknown."""
+        """How long the remaining steps take, at the last known speed or else the average so far.
+
+        Empty if unknown.
+        """
         if not self.first < step < self.steps:
             return ""
-        seconds_per_step = (time.monotonic() - self.start) / (step - self.first)
-        return f"  {time_left(seconds_per_step * (self.steps - step))}"
+        pace = self.pace or (time.monotonic() - self.start) / (step - self.first)
+        return time_left(pace * (self.steps - step))
 
     def print_above(self, line: str) -> None:
         """Print a line above the bar."""
@@ -235,7 +251,11 @@ def plan_table(tree: dict[str, Any], memory: float, reserve: float) -> Table:
         reserve: Of that, what CUDA itself takes, in GB.
     """
     title = f"estimate for {tree['gpu']}, batch {tree['batch']}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    note = f"{tree['share_of_peak']:.0%} of the card's rate is {tree['share_source']}"
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE, pad_edge=False,
+        caption=note, caption_justify="left",
+    )  # fmt: skip
     table.add_column("memory, time and cost")
     table.add_column("estimate", justify="right")
     for name, size in tree["parts_gb"].items():
@@ -243,6 +263,11 @@ def plan_table(tree: dict[str, Any], memory: float, reserve: float) -> Table:
     table.add_section()
     peak, verdict = tree["peak_gb"], "fits" if tree["fits"] else "does not fit"
     table.add_row("peak", f"{peak:.2f} GB")
+    if tree["build_gb"] > tree["peak_gb"]:
+        table.add_row("peak before step 0: encoders and a rehearsal", f"{tree['build_gb']:.2f} GB")
+    if tree["grids_gb"] > tree["peak_gb"]:
+        table.add_row("peak between steps: sample grids", f"{tree['grids_gb']:.2f} GB")
+    peak = max(tree[key] for key in ("peak_gb", "build_gb", "grids_gb"))
     table.add_row(
         f"peak, and {reserve:g} GB for CUDA itself",
         f"{peak + reserve:.2f} of {memory:g} GB: {verdict}",
@@ -259,8 +284,8 @@ def plan_table(tree: dict[str, Any], memory: float, reserve: float) -> Table:
     samples = ", ".join(f"{k} {v:g}" for k, v in tree["evaluations_per_step"].items() if v)
     table.add_row("evaluations per step", samples)
     table.add_row("compute per step", f"{tree['tflop_per_step']:.3g} TFLOP")
-    usage = f"if they reach {tree['assumed_share_of_peak']:.0%} of peak FLOP/s"
-    table.add_row(f"1,000 steps, {usage}", f"{tree['hours_per_1k_steps']:.2g} h")
+    share = f"{tree['share_of_peak']:.0%} of the card's rate"
+    table.add_row(f"1,000 steps at {share}", f"{tree['hours_per_1k_steps']:.2g} h")
     table.add_row("rent of 1,000 steps", f"${tree['dollars_per_1k_steps']:.2f}")
     return table
 

@@ -10,7 +10,7 @@ from teachers.storage.files import home, new_mode
 from teachers.teacher import EMBEDDED
 
 # Ends of the names of files on which a teacher's outputs depend.
-DECIDING = (".safetensors", ".pkl", ".py", "config.json", "model_index.json")
+DECIDING = (".safetensors", ".pkl", ".pt", ".pth", ".py", "config.json", "model_index.json")
 
 
 def write(path: Path, text: str) -> None:

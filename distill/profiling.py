@@ -21,11 +21,27 @@ from torch.utils.flop_counter import flop_registry
 from teachers.denoiser import computes
 
 
-class Meter(TorchDispatchMode):
-    """Tracks the bytes of live tensors that were made inside it, and adds up FLOPs.
+class FlopMeter(TorchDispatchMode):
+    """Adds up the FLOPs of what runs inside it.
 
-    FLOPs come from torch's own formulas, those of FlopCounterMode. That mode itself does not serve:
+    They come from torch's own formulas, those of FlopCounterMode. That mode itself does not serve:
     its hooks on modules keep what gradient checkpointing recomputes alive until the mode ends.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if formula := flop_registry.get(func.overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+class Meter(FlopMeter):
+    """Tracks the bytes of live tensors that were made inside it, and adds up FLOPs.
 
     Args:
         known: Keys of the storages that do not count.
@@ -33,13 +49,10 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, known: set[int]) -> None:
         super().__init__()
-        self.known, self.now, self.most, self.flops = known, 0, 0, 0
+        self.known, self.now, self.most = known, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if formula := flop_registry.get(func.overloadpacket):
-            self.flops += formula(*args, **kwargs, out_val=out)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 self._born(tensor)
@@ -128,15 +141,20 @@ class EvaluationCounter:
 
     Args:
         modules: By name, the modules of which each call is an evaluation.
+
+    Attributes:
+        counts: Samples by name.
+        with_gradients: Of these, those whose output has a graph.
     """
 
     def __init__(self, modules: Mapping[str, Iterable[nn.Module]]) -> None:
         self.counts = dict.fromkeys(modules, 0)
+        self.with_gradients = dict.fromkeys(modules, 0)
         self.active = False
+        pairs = [(name, module) for name, group in modules.items() for module in group]
         self._hooks = [
-            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            for name, group in modules.items()
-            for module in group
+            *(m.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, m in pairs),
+            *(m.register_forward_hook(self._hook_after(name)) for name, m in pairs),
         ]
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -144,6 +162,13 @@ class EvaluationCounter:
             if self.active:
                 inputs = (*args, *kwargs.values())
                 self.counts[name] += len(next(v for v in inputs if isinstance(v, Tensor | list)))
+
+        return count
+
+    def _hook_after(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def count(module: nn.Module, args: Any, output: Any) -> None:
+            if self.active and isinstance(output, Tensor) and output.requires_grad:
+                self.with_gradients[name] += len(output)
 
         return count
 
@@ -192,6 +217,13 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts in bytes
+
+
+def start_peak(device: torch.device) -> None:
+    """Return a GPU's unused memory to it, and measure `peak_memory` from now on."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def device_name(device: torch.device) -> str:

@@ -54,7 +54,12 @@ class Critic(nn.Module):
         x = torch.zeros(1, *shape, device=next(shared.parameters()).device)
         with torch.no_grad():
             outputs = self._outputs(x, x.new_ones(1), conditions.moved(cond, x.device))
-        self.heads = nn.ModuleList(head_for(name, f) for name, f in outputs.items()).to(x.device)
+        modules = blocks_of(denoiser, blocks, KEY)
+        heads = [
+            head_for(name, f, channels_first(modules[name]), vectors=len(shape) == 1)
+            for name, f in outputs.items()
+        ]
+        self.heads = nn.ModuleList(heads).to(x.device)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> list[Tensor]:
         """The blocks' outputs, (B, C, H, W) or tokens (B, N, C), in the order they run in.
@@ -76,20 +81,40 @@ class Critic(nn.Module):
         return torch.stack(logits).mean(0).float()
 
 
-def head_for(name: str, feature: Any) -> nn.Module:
+def head_for(
+    name: str, feature: Any, channels_first: bool = False, vectors: bool = False
+) -> nn.Module:
     """A new head for a block's output.
+
+    Args:
+        channels_first: An output of three dimensions is (B, C, L), and not tokens (B, N, C).
+        vectors: Outputs (B, C) are features, as data are vectors; else they embed a time.
 
     Raises:
         UserError: the output is of another kind.
     """
-    if isinstance(feature, Tensor) and feature.ndim == 3:
+    if isinstance(feature, Tensor) and feature.ndim == 3 and not channels_first:
         return Tokens(feature.shape[-1])
     if isinstance(feature, Tensor) and feature.ndim == 4:
         return head(feature.shape[1], (feature.shape[2], feature.shape[3]))
+    if isinstance(feature, Tensor) and feature.ndim in ((2, 3, 5) if vectors else (3, 5)):
+        return nn.Sequential(Places(), Tokens(feature.shape[1]))
     raise UserError(
         f"{KEY}: block {name!r} returns neither a feature map (B, C, H, W) nor tokens (B, N, C); "
         "name another block"
     )
+
+
+def channels_first(block: nn.Module) -> bool:
+    """Whether a block works on sequences (B, C, L), as convolutions of one dimension do."""
+    return any(isinstance(module, nn.Conv1d) for module in block.modules())
+
+
+class Places(nn.Module):
+    """The places of a map of any dimension as tokens: (B, C), (B, C, L), … to (B, N, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(-1).flatten(2).transpose(1, 2)
 
 
 class Head(nn.Sequential):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from students.generator import Generator
@@ -51,6 +52,11 @@ class StudentForm:
     # Whether networks can be adapters on the teacher's weights.
     adapts: ClassVar[bool] = False
 
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether grids of images can be drawn of its samples."""
+        return True
+
     def check(self, request: StudentRequest) -> None:
         """Refuse what students of this form cannot be, before any work.
 
@@ -72,12 +78,14 @@ class StudentForm:
         """A trainable network that is not the student, such as a fake score."""
         raise NotImplementedError
 
-    def rehearse(self, student: Generator) -> None:
-        """Try the export of a student that has not been trained.
+    def rehearsal(self, device: torch.device) -> Callable[[Generator], None]:
+        """Prepare to try the export of a student, before any network is on the device.
 
-        Raises:
-            UserError: it fails, and would after training.
+        Returns:
+            A function of a student that has not been trained. It raises UserError where the export
+            would fail after training.
         """
+        return lambda student: None
 
     def export(self, student: Generator, folder: Path, recipe: Mapping[str, Any]) -> Generator:
         """Write the trained student to `folder`; the student as it is measured."""

@@ -141,11 +141,7 @@ class Generator(nn.Module):
         (n + 1) / 2 network calls on average. Samples that end later come first in the batch.
         Gradients flow through each sample's last step only.
         """
-        n, size = len(self.times), len(z)
-        places = [(first + i) % n for i in range(size)]
-        remaining = [
-            sum(p > k for p in places) for k in range(n)
-        ]  # samples that go on after step k
+        size, remaining = len(z), self.remaining(len(z), first)
         x_t = z * self.scale(z)
         for k, count in enumerate(remaining[:-1]):
             head = conditions.rows(cond, slice(None, count))
@@ -155,6 +151,12 @@ class Generator(nn.Module):
         ending = [a - b for a, b in zip([size, *remaining], remaining)]  # after each step
         t = torch.cat([x_t.new_full((m,), t) for m, t in zip(ending, self.times)][::-1])
         return self.denoiser(x_t, t, cond, torch.zeros_like(t))
+
+    def remaining(self, size: int, first: int) -> list[int]:
+        """How many samples of a `rollout` of `size` samples go on after each of the steps."""
+        n = len(self.times)
+        places = [(first + i) % n for i in range(size)]
+        return [sum(p > k for p in places) for k in range(n)]
 
     @torch.no_grad()
     def samples(self, z: Tensor, cond: Cond, sees: ChainSamples, first: int = 0) -> Tensor:

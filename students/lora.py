@@ -1,70 +1,36 @@
 """Several networks on one frozen backbone: each player is an adapter on the teacher's weights.
 
-`using` selects the adapter of a forward pass. PEFT's `set_adapter` is never called: it also changes
-requires_grad, and autograd then silently drops gradients of a graph that is already built. Which
-adapter learns is decided by its player alone. All layers of a network with adapters read the
-selection from one shared object, so that selecting costs the same for 5 layers and for 5,000.
+`students.adapter_layers.using` selects the adapter of a forward pass. Which adapter learns is
+decided by its player alone.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from teachers.denoiser import Cond, Denoiser, Wrapper
+from students.adapter_layers import (
+    adapter_layers,
+    adapter_names,
+    base_layer,
+    forget_layers,
+    share_selection,
+    using,
+)
+from teachers.denoiser import Cond, Denoiser, Network, Wrapper
 from teachers.errors import WORD, UserError, cut, quoted
 from teachers.families.base import Pretrained
 from teachers.storage.diffusers_config import Schedule
 from teachers.teacher import Teacher
 
 Module = TypeVar("Module", bound=nn.Module)
-_LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # with adapters, by module
-_CLASSES: dict[type, type] = {}  # PEFT's layer classes, and their subclasses that read a Selection
-
-
-class Selection:
-    """The adapter that the layers of a network run with; one object for all of them.
-
-    name: The adapter's name; None is the base weights.
-    """
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-
-class _Selecting:
-    """Mixin of PEFT's layer classes: the active adapter is that of a shared `Selection`.
-
-    PEFT sets these two attributes when adapters are created or merged. Its values are ignored,
-    because every forward pass runs inside `using`.
-    """
-
-    _selection: Selection
-
-    @property
-    def _active_adapter(self) -> list[str]:
-        return [] if self._selection.name is None else [self._selection.name]
-
-    @_active_adapter.setter
-    def _active_adapter(self, value: Any) -> None:
-        pass
-
-    @property
-    def _disable_adapters(self) -> bool:
-        return self._selection.name is None
-
-    @_disable_adapters.setter
-    def _disable_adapters(self, value: bool) -> None:
-        pass
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 @dataclass(frozen=True)
@@ -181,7 +147,7 @@ def inject(module: nn.Module, name: str, config: Any) -> None:
         raise UserError(
             f"adapters.rank: an adapter of rank {config.r} cannot be created ({reason}); lower it"
         ) from None
-    _LAYERS.clear()
+    forget_layers()
     for key, p in module.named_parameters():
         if name in key.split("."):
             p.data = p.data.float()  # what learns is float32, whatever the base is
@@ -189,22 +155,6 @@ def inject(module: nn.Module, name: str, config: Any) -> None:
         else:
             p.requires_grad_(frozen.get(p, False))  # PEFT changes it
     share_selection(adapter_layers(module))
-
-
-def share_selection(layers: list[Any]) -> None:
-    """Make the layers read one `Selection`: that of the layers which have one, or a new one."""
-    shared = next((m._selection for m in layers if isinstance(m, _Selecting)), None) or Selection()
-    for layer in layers:
-        if isinstance(layer, _Selecting):
-            continue
-        kind = type(layer)
-        if kind not in _CLASSES:
-            _CLASSES[kind] = type(
-                kind.__name__, (_Selecting, kind), {"__module__": kind.__module__}
-            )
-        vars(layer).pop("_active_adapter", None)
-        vars(layer).pop("_disable_adapters", None)
-        layer._selection, layer.__class__ = shared, _CLASSES[kind]
 
 
 def to_float32(module: Module) -> Module:
@@ -215,41 +165,26 @@ def to_float32(module: Module) -> Module:
     return module
 
 
-def adapter_layers(module: nn.Module) -> list[Any]:
-    """The layers in `module` that have adapters; looked up once."""
-    if module not in _LAYERS:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        _LAYERS[module] = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
-    return _LAYERS[module]
+def innermost(denoiser: Denoiser) -> Denoiser:
+    """The denoiser inside all wrappers and adapters."""
+    while isinstance(denoiser, AdaptedDenoiser | Wrapper):
+        denoiser = denoiser.denoiser
+    return denoiser
 
 
-def adapter_names(layer: Any) -> set[str]:
-    """The names of a layer's adapters."""
-    return {k for n in layer.adapter_layer_names if n in vars(layer)["_modules"]
-            or n in vars(layer)["_parameters"] for k in getattr(layer, n)}  # fmt: skip
+def network_of(denoiser: Denoiser) -> Network:
+    """The network inside a teacher, a student or a fake score: pretrained, or the user's own.
 
-
-@contextmanager
-def using(module: nn.Module, name: str | None) -> Iterator[None]:
-    """Run `module` with one adapter (None: without); requires_grad never changes."""
-    selection = selection_of(module)
-    before, selection.name = selection.name, name
-    try:
-        yield
-    finally:
-        selection.name = before
-
-
-def selection_of(module: nn.Module) -> Selection:
-    """The selection that the layers of `module` read; an unused one if it has no adapters."""
-    layers = adapter_layers(module)
-    return layers[0]._selection if layers else Selection()
-
-
-def active_adapter(module: nn.Module) -> str | None:
-    """The adapter that `module` now runs with; None is none."""
-    return selection_of(module).name
+    Raises:
+        UserError: there is none: it is a closed form.
+    """
+    network = innermost(denoiser)
+    if not isinstance(network, Network):
+        raise UserError(
+            f"teacher: a {type(network).__name__} has no weights that a pipeline could load; give "
+            "a diffusers folder, an EDM file, or a function that returns a Teacher of a Network"
+        )
+    return network
 
 
 def unwrap(denoiser: Denoiser) -> Pretrained:
@@ -258,30 +193,79 @@ def unwrap(denoiser: Denoiser) -> Pretrained:
     Raises:
         UserError: there is none: it is a closed form, or the user's own network.
     """
-    while isinstance(denoiser, AdaptedDenoiser | Wrapper):
-        denoiser = denoiser.denoiser
-    if not isinstance(denoiser, Pretrained):
+    network = network_of(denoiser)
+    if not isinstance(network, Pretrained):
         raise UserError(
-            f"teacher: a {type(denoiser).__name__} has no weights that a pipeline could load; give "
-            "a diffusers folder or an EDM file"
+            f"teacher: {type(network).__name__} is a network of your own, which no pipeline "
+            "loads; give a diffusers folder or an EDM file for this"
         )
-    return denoiser
+    return network
 
 
 def adapt(teacher: Teacher, adapter: Adapter, name: str) -> AdaptedDenoiser:
     """A new adapter on the teacher's weights, read by the teacher's own schedule."""
-    source = unwrap(teacher.denoiser)
-    return AdaptedDenoiser(
-        with_schedule(source, source.schedule), name, adapter.config(source.LORA)
-    )
+    source = network_of(teacher.denoiser)
+    if isinstance(source, Pretrained):
+        view = with_schedule(source, source.schedule)
+        return AdaptedDenoiser(view, name, adapter.config(source.LORA))
+    return AdaptedDenoiser(view_of(source), name, config_by_layers(adapter, source))
+
+
+def config_by_layers(adapter: Adapter, network: Network) -> Any:
+    """PEFT's config for a network of the user's own: `targets` names linear layers, convolutions.
+
+    `targets` is matched with whole names, which may begin with "backbone."; None matches all.
+
+    Raises:
+        UserError: it matches none, or is no regular expression.
+    """
+    names = [name.removeprefix("backbone.") for name in adaptable_layers(network)]
+    pattern = adapter.targets or ".*"
+    try:
+        chosen = [n for n in names if any(re.fullmatch(pattern, k) for k in (n, f"backbone.{n}"))]
+    except re.error as error:
+        raise UserError(
+            f"adapters.targets: {quoted(pattern)} is no regular expression ({error}); correct it"
+        ) from None
+    if not chosen:
+        known = f"such as {', '.join(names[:3])}" if names else "and it has none"
+        raise UserError(
+            f"adapters.targets: {quoted(pattern)} matches no linear layer and no convolution of "
+            f"the network, {known}; name other layers"
+        )
+    exact = "|".join(re.escape(name) for name in chosen)
+    return replace(adapter, targets=rf"backbone\.({exact})").config("")
+
+
+def adaptable_layers(network: Network) -> list[str]:
+    """The names of a network's linear layers and convolutions, with adapters or without.
+
+    `nn.MultiheadAttention` reads the weight of the layer inside it and does not call it.
+    """
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    names, hidden = [], tuple[str, ...]()
+    for name, module in network.named_modules():
+        if hidden and name.startswith(hidden):
+            continue
+        layer = base_layer(module)
+        if layer is not module or isinstance(module, nn.MultiheadAttention):
+            hidden += (f"{name}.",)
+        if isinstance(layer, kinds):
+            names.append(name)
+    return names
+
+
+def view_of(network: AnyNetwork) -> AnyNetwork:
+    """A network that shares this one's backbone; calls of the two are counted apart."""
+    twin = copy(network)
+    twin._modules = dict(network._modules)
+    twin._forward_pre_hooks = type(network._forward_pre_hooks)()
+    return twin
 
 
 def with_schedule(network: Pretrained, schedule: Schedule) -> Pretrained:
     """A network that shares this one's backbone and reads it by another schedule."""
-    twin = copy(network)
-    twin._modules = dict(network._modules)
-    twin._forward_pre_hooks = type(network._forward_pre_hooks)()
-    return twin.adopt(schedule)
+    return view_of(network).adopt(schedule)
 
 
 @torch.no_grad()
@@ -305,13 +289,6 @@ def merged_backbone(denoiser: Denoiser) -> nn.Module:
     twin.to(device=weight.device)
     twin.load_state_dict(plain, assign=True)  # keeps each weight in its own precision
     return twin.eval()
-
-
-def base_layer(layer: nn.Module) -> nn.Module:
-    """The layer that an adapter's layer wraps; of a plain layer, the layer itself."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 def adapter_of(denoiser: Denoiser) -> AdaptedDenoiser | None:

@@ -14,7 +14,8 @@ scheduler of diffusers, chosen here before training:
 
 Students of pixels run in `ConsistencyModelPipeline`, which passes labels to a UNet2DModel; others
 run in their teacher's own pipeline. EDM's networks that are no UNet2DModel run in the former as
-well, with their own source beside their weights (`edm_source.py`).
+well, with their own source beside their weights (`export/sources/edm.py`). SiT, LightningDiT and
+U-ViT run in `DiTPipeline`, with theirs (`export/sources/imagenet.py`).
 """
 
 from __future__ import annotations
@@ -390,7 +391,8 @@ def scheduler(generator: Generator) -> Any:
             clip_denoised=False,
         )
     if isinstance(process, Linear):
-        return flow_scheduler(schedule, process.shift, steps, generator.renoise, network.GRID)
+        flow = flow_scheduler(schedule, process.shift, steps, generator.renoise, network.GRID)
+        return network.stock_scheduler(flow)
     assert isinstance(process, Tabulated)
     shared = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
               "prediction_type", "rescale_betas_zero_snr")  # fmt: skip

@@ -22,8 +22,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from students.adapter_layers import base_layer, using
 from students.generator import Generator
-from students.lora import adapter_of, base_layer, merged_backbone, unwrap, using
+from students.lora import adapter_of, merged_backbone, unwrap
 from teachers.denoiser import Cond, Denoiser, Wrapper
 from teachers.errors import UserError
 from teachers.families.base import Pretrained

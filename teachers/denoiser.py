@@ -5,6 +5,7 @@ Throughout, t and s are (B,), x and x_t are (B, ...); x̂ and its coefficients a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -52,6 +53,16 @@ def coefficients(predicts: str | Prediction) -> Prediction:
     return PREDICTIONS[predicts] if isinstance(predicts, str) else predicts
 
 
+def without_variance(output: Tensor, x_t: Tensor) -> Tensor:
+    """A network's output without a learned variance, which no formula for x̂ reads.
+
+    The variance (arXiv:2102.09672) is the second half of twice as many channels as x_t has.
+    """
+    channels = x_t.shape[1] if x_t.ndim > 1 else 0
+    doubled = output.shape == (len(x_t), 2 * channels, *x_t.shape[2:])
+    return output[:, :channels] if channels and doubled else output
+
+
 class Denoiser(nn.Module):
     """x̂(x_t, t): the expected data behind a noisy sample."""
 
@@ -81,9 +92,10 @@ class Denoiser(nn.Module):
 
 
 class Network(Denoiser):
-    """A backbone F, turned into a denoiser by what it predicts.
+    """A backbone F, turned into a denoiser by what it predicts. A learned variance is ignored.
 
     Args:
+        backbone: F(x_t, t), or F(x_t, t, cond) where its third argument has the name cond.
         predicts: A key of PREDICTIONS, or a function of (α, σ) such as `edm(sigma_data)` makes.
     """
 
@@ -91,14 +103,16 @@ class Network(Denoiser):
         super().__init__()
         self.backbone, self.process = backbone, process
         self.coefficients = coefficients(predicts)
+        self.reads_cond = list(inspect.signature(backbone.forward).parameters)[2:3] == ["cond"]
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
         """The backbone's raw output; subclasses match its signature and its time units."""
-        return self.backbone(x_t, t)
+        return self.backbone(x_t, t, cond) if self.reads_cond else self.backbone(x_t, t)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
         c_skip, c_out = self.coefficients(*self.process.at(t, x_t))
-        return c_skip * x_t + c_out * self.call(x_t, t, cond, s).to(c_out.dtype)
+        output = without_variance(self.call(x_t, t, cond, s), x_t)
+        return c_skip * x_t + c_out * output.to(c_out.dtype)
 
     def weight(self, t: Tensor) -> Tensor:
         _, c_out = self.coefficients(*self.process.scales(t))

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -113,7 +114,21 @@ def teacher_at(source: str) -> str:
 
 def note(line: str) -> None:
     """One line on stderr that a user should know but need not act on."""
-    sys.stderr.write(f"distill: {line}\n")
+    if WRITTEN.get():
+        sys.stderr.write(f"distill: {line}\n")
+
+
+WRITTEN = ContextVar("WRITTEN", default=True)  # whether notes are written
+
+
+@contextmanager
+def without_notes() -> Iterator[None]:
+    """Within it, no notes are written, for a command that loads one model several times."""
+    before = WRITTEN.set(False)
+    try:
+        yield
+    finally:
+        WRITTEN.reset(before)
 
 
 def first_line(error: BaseException | str) -> str:

@@ -5,8 +5,10 @@ three use this module. Source: PyTorch's forward hooks; what goes wrong with the
 `torch.compile` and under activation checkpointing is handled here, once.
 
 Hooks run at eager module boundaries. A module that is compiled as a whole does not run the hooks
-of the modules inside it, and PyTorch gives no sign of it. So `blocks_of` refuses a block that is
-compiled or that lies in a compiled module. Blocks below it may be compiled one by one.
+of the modules inside it, and PyTorch gives no sign of it. Modules that `teachers/compiled.py` has
+compiled run eagerly while something inside them is hooked, and run the hooks on themselves. A block
+that `torch.compile` or `module.compile()` has compiled, or a module around it, is refused by
+`blocks_of`.
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ from typing import Any
 
 from torch import nn
 
+from teachers.compiled import eagerly
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, nearest
 
 # block, positional arguments, keyword arguments, output -> None, or the output to use instead
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+
+
+_HOOKED: list[nn.Module] = []
 
 
 class _Complete(Exception):
@@ -69,6 +75,7 @@ def tapped(
         return hook
 
     with suppress(_Complete), ExitStack() as hooks:
+        hooks.enter_context(eagerly(modules_around(denoiser, blocks)))
         for name, module in modules.items():
             hooks.enter_context(hooked(module, record(name)))
         yield outputs
@@ -100,10 +107,16 @@ def changed(
         return hook
 
     with ExitStack() as hooks:
+        hooks.enter_context(eagerly(modules_around(denoiser, blocks)))
         for name, module in blocks_of(denoiser, blocks, key).items():
             hooks.enter_context(hooked(module, replace(name)))
         yield
     check_ran(blocks, ran, key)
+
+
+def hooked_modules() -> list[nn.Module]:
+    """The modules that have hooks of this file now."""
+    return _HOOKED
 
 
 @contextmanager
@@ -119,6 +132,8 @@ def hooked(
         always: Call `after` also when the module raises an exception.
     """
     with ExitStack() as hooks:
+        _HOOKED.append(block)
+        hooks.callback(_HOOKED.remove, block)
         if before is not None:
             hooks.callback(block.register_forward_pre_hook(before).remove)
         hook = block.register_forward_hook(after, with_kwargs=True, always_call=always)
@@ -159,6 +174,12 @@ def blocks_of(network: nn.Module, blocks: Sequence[str], key: str) -> dict[str, 
             )
         modules[name] = path[-1]
     return modules
+
+
+def modules_around(network: nn.Module, blocks: Sequence[str]) -> list[nn.Module]:
+    """The modules of a network that hold one of the named blocks, wrappers included."""
+    paths = (_path(network, name) or [] for name in blocks)
+    return [module for path in paths for module in path[:-1]]
 
 
 def check_ran(blocks: Sequence[str], ran: Sequence[str] | set[str] | dict[str, Any], key: str):

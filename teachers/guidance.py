@@ -16,6 +16,7 @@ teacher in training.
 | CFG rescale, arXiv:2305.08891 | `Guided(denoiser, g, null, Rescaled(factor))` |
 | autoguidance, arXiv:2406.02507 | `AutoGuided(denoiser, g, weaker)` |
 | skip-layer guidance | `SkipLayerGuided(denoiser, g, blocks)` |
+| of the first channels only, as DiT's code | `Guided(denoiser, g, null, FirstChannels(3))` |
 | adaptive guidance, arXiv:2312.12487 | `Adaptive(guided, threshold)` |
 """
 
@@ -93,6 +94,31 @@ class Rescaled:
     def __str__(self) -> str:
         inner = "" if self.mix is linear else f"{self.mix}, "
         return f"{inner}rescaled by {self.factor:g}"
+
+
+@dataclass(frozen=True)
+class FirstChannels:
+    """Guidance of the first channels of x̂ (B, C, …) only.
+
+    The code of DiT, SiT and LightningDiT guides three channels of their latents, and their figures
+    are of that.
+
+    Args:
+        channels: How many.
+        mix: The guidance of these.
+    """
+
+    channels: int
+    mix: Mix = linear
+
+    def __call__(self, x: Tensor, negative: Tensor, scale: Scale) -> Tensor:
+        first = slice(self.channels)
+        guided = self.mix(x[:, first], negative[:, first], scale)
+        return torch.cat([guided, x[:, self.channels :]], 1)
+
+    def __str__(self) -> str:
+        inner = "" if self.mix is linear else f"{self.mix}, "
+        return f"{inner}of the first {self.channels} channels"
 
 
 class AutoGuided(Guided):

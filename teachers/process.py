@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import pi
+from math import atan, exp, log, pi
 from typing import Any
 
 import torch
@@ -101,6 +101,68 @@ class Trig(Process):
 
     def time(self, ratio: Tensor) -> Tensor:
         return torch.atan(ratio / self.sigma_data) * 2 / pi
+
+
+@dataclass(frozen=True)
+class Cosine(Process):
+    """Simple diffusion (arXiv:2301.11093): the cosine path, shifted to an image's resolution.
+
+    log SNR(t) = -2 log tan a(t) - 2 log shift, with a linear in t between the angles of ±`limit`.
+    A shift of resolution / reference gives the average of as many pixels the noise that a picture
+    of the reference resolution (32 or 64) has in one pixel.
+
+    Args:
+        shift: Factor of σ/α.
+        shift_data: The factor at t = 0, where `shift` is that at t = 1 and their logarithms are
+            interpolated; by default the same. In the paper, resolution / d_high.
+        limit: log SNR at t = 0 without shifts, and minus that at t = 1.
+
+    Raises:
+        ValueError: σ/α would not rise everywhere.
+    """
+
+    shift: float = 1.0
+    shift_data: float | None = None
+    limit: float = 15.0
+
+    def __post_init__(self) -> None:
+        if not (self.shift > 0 and self.shifts[0] > 0 and self.limit > 0):
+            raise ValueError("shift, shift_data and limit must be positive")
+        # log tan a(t) rises by at least twice the range of a
+        if log(self.shifts[0] / self.shift) >= 2 * (self.angles[1] - self.angles[0]):
+            raise ValueError(f"shift_data {self.shift_data} is too far above shift {self.shift}")
+
+    @property
+    def shifts(self) -> tuple[float, float]:
+        """The factors of σ/α at t = 0 and at t = 1."""
+        return (self.shift if self.shift_data is None else self.shift_data), self.shift
+
+    @property
+    def angles(self) -> tuple[float, float]:
+        """The angles a at t = 0 and at t = 1."""
+        return atan(exp(-self.limit / 2)), atan(exp(self.limit / 2))
+
+    def ratio(self, t: Tensor) -> Tensor:
+        """σ/α at t."""
+        (low, high), (start, end) = self.angles, self.shifts
+        return torch.tan(low + t * (high - low)) * start * (end / start) ** t
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        ratio = self.ratio(t)
+        alpha = (1 + ratio**2).rsqrt()
+        return alpha, ratio * alpha
+
+    def time(self, ratio: Tensor) -> Tensor:
+        (low, high), (start, end) = self.angles, self.shifts
+        if start == end:
+            return (torch.atan(ratio / start) - low) / (high - low)
+        wanted = ratio.double()
+        below, above = torch.zeros_like(wanted), torch.ones_like(wanted)
+        for _ in range(60):  # halves the interval to the last bit of float64
+            middle = (below + above) / 2
+            less = self.ratio(middle) < wanted
+            below, above = torch.where(less, middle, below), torch.where(less, above, middle)
+        return ((below + above) / 2).to(ratio.dtype)
 
 
 @dataclass(frozen=True)

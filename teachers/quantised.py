@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Form = Literal["fp8", "nf4"]
 FORMS: tuple[Form, ...] = ("fp8", "nf4")
@@ -49,6 +50,7 @@ class Quantised(nn.Linear):
 
     codes: Tensor
     scales: Tensor
+    pairs: Tensor | None
 
     def __init__(self, linear: nn.Linear, form: Form) -> None:
         nn.Module.__init__(self)  # without a weight of its own
@@ -58,37 +60,69 @@ class Quantised(nn.Linear):
         codes, scales = encode(linear.weight.detach(), form)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
+        if form == "nf4":
+            self.register_buffer("pairs", level_pairs(codes.device), persistent=False)
+        else:
+            self.pairs = None
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore
-        return self.decoded(self.dtype)
+        return decode(*self.parts, self.dtype)
 
-    def decoded(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in)."""
-        return decode(self.codes, self.scales, (self.out_features, self.in_features), dtype)
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
+        """What `decode` takes before the type."""
+        return self.codes, self.scales, self.pairs, (self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        out = _Product.apply(input, self)
-        return out if self.bias is None else out + self.bias.to(out.dtype)  # pyright: ignore
+        device, dtype = input.device.type, input.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        x = input.to(dtype)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            out: Any = product(x, *self.parts)
+        elif torch.compiler.is_compiling():
+            # The compiler would keep the weight of an autograd function for its backward pass. In
+            # a checkpoint it does not, and it fuses the steps of the decoding.
+            out = checkpoint(product, x, *self.parts, use_reentrant=False)
+        else:
+            out = _Product.apply(x, *self.parts)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.form}"
 
 
+def product(
+    x: Tensor, codes: Tensor, scales: Tensor, pairs: Tensor | None, shape: tuple[int, int]
+) -> Tensor:
+    """x Wᵀ (..., out) in the type of x (..., in), where W is decoded from the codes."""
+    return F.linear(x, decode(codes, scales, pairs, shape, x.dtype))
+
+
 class _Product(torch.autograd.Function):
-    """x Wᵀ with a gradient for x alone; the backward pass decodes W again and keeps no copy."""
+    """`product` with a gradient for x alone; the backward pass decodes W again, and keeps no copy.
+
+    PyTorch's checkpoint does the same, but its cost for each layer is high in eager mode.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Quantised) -> Tensor:  # pyright: ignore
-        ctx.layer, ctx.dtype = layer, x.dtype
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        return F.linear(x.to(dtype), layer.decoded(dtype))
+    def forward(  # pyright: ignore
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        pairs: Tensor | None,
+        shape: tuple[int, int],
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scales, pairs)
+        ctx.shape = shape
+        return product(x, codes, scales, pairs, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
-        return (grad @ ctx.layer.decoded(grad.dtype)).to(ctx.dtype), None
+        codes, scales, pairs = ctx.saved_tensors
+        return grad @ decode(codes, scales, pairs, ctx.shape, grad.dtype), None, None, None, None
 
 
 def encode(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
@@ -103,18 +137,32 @@ def encode(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         return (weight / scales).to(FP8), scales
     flat = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     scales = flat.abs().amax(1, keepdim=True).clamp(min=1e-12)
-    levels = torch.tensor(NF4, device=weight.device)
+    levels = torch.tensor(NF4, dtype=torch.float32, device=weight.device)
     between = (levels[1:] + levels[:-1]) / 2
     codes = torch.bucketize(flat / scales, between).to(torch.uint8).view(-1, 2)
     return codes[:, 0] << 4 | codes[:, 1], scales
 
 
-def decode(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weight that `encode`'s codes and scales stand for."""
-    if codes.dtype == FP8:
+def level_pairs(device: torch.device) -> Tensor:
+    """The two levels (256, 2) that each byte of nf4's codes stands for, in float32."""
+    levels = torch.tensor(NF4, dtype=torch.float32, device=device)
+    return torch.cartesian_prod(levels, levels)
+
+
+def decode(
+    codes: Tensor,
+    scales: Tensor,
+    pairs: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight that `encode`'s codes and scales stand for.
+
+    Args:
+        pairs: `level_pairs` of nf4; None of fp8.
+    """
+    if pairs is None:
         return codes.to(dtype) * scales.to(dtype)
-    levels = torch.tensor(NF4).to(codes.device, non_blocking=True)  # each layer, at each call
-    pairs = torch.cartesian_prod(levels, levels)  # (256, 2), a byte's two weights in one look
     flat = F.embedding(codes.int(), pairs.to(dtype)).view(-1, BLOCK) * scales.to(dtype)
     return flat.flatten()[: shape[0] * shape[1]].view(shape)
 

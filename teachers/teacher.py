@@ -176,6 +176,7 @@ class Teacher:
     shape: tuple[int, ...]
     source: str = ""
     options: dict[str, Any] = field(default_factory=dict)  # what it was loaded with
+    fusion: Any = None  # LoRA files in its weights: a teachers.adapters.fuse.Fusion
 
     def __post_init__(self) -> None:
         """Give a codec whose class does not derive from `Codec` the fields that it lacks."""

@@ -30,7 +30,8 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from distill.benchmark.state import STATE, states, whole
 from distill.config.errors import explain
-from distill.config.recipe import Recipe, find, override, read_yaml
+from distill.config.paths import beside, located
+from distill.config.recipe import Recipe, find, override, read_recipe, read_yaml
 from distill.config.renamed import current_names
 from distill.config.schema import Section, TeacherSection
 from distill.field_types import Positive, PositiveInt, Seed
@@ -116,7 +117,7 @@ class Bench(Section):
         Raises:
             UserError: one line with the key's path, what was expected, and the nearest valid name.
         """
-        tree = override(read_yaml(find(path)), overrides)
+        tree = override(located_bench(find(path)), overrides)
         if "objective" in tree and "rows" not in tree:
             raise UserError(f"{path}: it is a recipe of one run; use distill run")
         try:
@@ -169,7 +170,7 @@ class Bench(Section):
         Raises:
             UserError: a key or a value is wrong, or the objective trains no student.
         """
-        tree = {} if row.recipe is None else current_names(read_yaml(find(row.recipe)))
+        tree = {} if row.recipe is None else read_recipe(row.recipe)
         for above in (self.common, row.overrides):
             name = tree.get("objective", {}).get("name")
             tree = laid_over(tree, current_names(above, name))
@@ -188,6 +189,20 @@ class Bench(Section):
     def reference(self) -> Recipe:
         """The first row's recipe, whose teacher and protocol all rows share."""
         return self.recipe(self.rows[0], self.seeds[0])
+
+
+def located_bench(file: Path) -> dict[str, Any]:
+    """The unchecked tree of a benchmark, with the recipes and paths that are beside its file."""
+    tree = read_yaml(file)
+    rows = tree.get("rows")
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict):
+            row["recipe"] = beside(row.get("recipe"), file.parent)
+            if isinstance(overrides := row.get("overrides"), dict):
+                located(overrides, file)
+    if isinstance(common := tree.get("common"), dict):
+        located(common, file)
+    return tree
 
 
 def within(tree: dict[str, Any], key: str) -> bool:

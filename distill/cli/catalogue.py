@@ -71,6 +71,8 @@ def teachers() -> dict[str, str]:
     }
     names |= {f"analytic:{k}": "a distribution in closed form, for tests" for k in ANALYTIC}
     names["NAME.pkl"] = "a published EDM or EDM2 network, or its folder from `distill convert`"
+    names["FILE.pt"] = "a published SiT, LightningDiT or U-ViT of ImageNet, with teacher.vae"
+    names["FILE.safetensors"] = "a single file of Stable Diffusion 1.x or 2.x, SDXL, SD3 or FLUX.1"
     names["FILE.py:FUNCTION"] = "your own function that returns a Teacher (docs/teachers.md)"
     return names | dict.fromkeys(
         families(), "a diffusers folder or Hub repository with this pipeline"

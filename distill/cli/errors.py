@@ -41,8 +41,10 @@ def signal_exit_code(error: Exception) -> int | None:
     """128 plus the signal's number, if a signal stopped training after a whole step."""
     module: Any = sys.modules.get("distill.training.engine")
     if module is not None and isinstance(error, module.Stopped):
-        sys.stderr.write(
-            f"distill: {error}: the last step is finished and saved; add --resume to continue\n"
-        )
-        return 128 + error.number  # pyright: ignore[reportAttributeAccessIssue]
+        stopped: Any = error
+        done = "the last step is finished and saved"
+        if not stopped.saved:
+            done = "stopped while compiling; what follows the last checkpoint is lost"
+        sys.stderr.write(f"distill: {error}: {done}; add --resume to continue\n")
+        return 128 + stopped.number
     return None

@@ -1,4 +1,4 @@
-"""`distill doctor`, `plan`, `list`: checks and estimates before any training."""
+"""`distill doctor`, `plan`, `list`, `show`: checks, estimates, and what files say of themselves."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def doctor(
     from distill.console import out as console
     from distill.data.encode import device
     from distill.data.from_recipe import examples
-    from distill.planning.doctor import diagnose, pictures_for, table, verdict
+    from distill.planning.doctor import diagnose, has_pictures, pictures_for, table, verdict
     from teachers.catalogue.loading import load
     from teachers.errors import UserError
     from teachers.teacher import EMBEDDED
@@ -59,6 +59,8 @@ def doctor(
         images, prompts = pictures_for(loaded, image), None
     if prompt is not None:
         prompts = [prompt] * len(images)
+    if image is None and not has_pictures(loaded):
+        structure_only = True  # no data of its kind are at hand
     checks = diagnose(loaded, images, prompts, structure_only)
     console.print(table(teacher, checks))
     if json_file is not None:
@@ -69,6 +71,47 @@ def doctor(
     console.print(verdict(checks))
     if failed := [c for c in checks if c.verdict in ("broken", "untrained?")]:
         raise UserError(f"doctor {teacher!r}: {failed[0].remedy}")
+
+
+def wrap(
+    network: Annotated[
+        str, typer.Argument(help="FILE.py or FILE.py:CLASS, a class with forward(x, t[, cond]).")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(help="FILE.py:FUNCTION, which returns data (N, ...) like those it learned."),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(callback=expand_home, help="Its trained weights, a .safetensors file."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(callback=expand_home, help="The file to write.", show_default="FILE_teacher"),
+    ] = None,
+):
+    """Write the file that makes a network of your own a teacher, and check it with the doctor.
+
+    With --data and --weights, what the network predicts, its process and its time are guessed.
+    """
+    from distill.console import out as console
+    from distill.planning import wrap as wrapping
+    from teachers.errors import UserError
+
+    path, kind = wrapping.network_class(network)
+    out = out or path.with_name(f"{path.stem}_teacher.py")
+    if out.exists():
+        raise UserError(f"--out {out}: it exists; give another file, or remove it")
+    check_writable(out, "--out")
+    text, complete = wrapping.adapter(path, kind, data, weights)
+    out.write_text(text, encoding="utf-8")
+    console.print(f"wrote {out}", soft_wrap=True, markup=False)
+    if not complete:
+        console.print("fill in what is marked TODO, and then run: distill doctor "
+                      f"{out}:teacher", soft_wrap=True, markup=False)  # fmt: skip
+        return
+    image = None if data is None else Path(data)
+    doctor(f"{out}:teacher", image, structure_only=weights is None or data is None)
 
 
 def plan(
@@ -103,16 +146,17 @@ def plan(
     waits = "distill: simulating a step on tensors without data (up to a minute)"
     with spinner(waits), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fake tensors have no addresses, which torch warns about
-        from distill.planning import forecast
+        from distill.planning import forecast, kept
 
         estimate = forecast.plan(checked)
+        kept.keep(checked, estimate)
     tree = estimate.tree(gpu, card)
     console.print(plan_table(tree, card.memory, RESERVE))
     if json_file is not None:
         json_file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     if remedies := advice(checked, estimate, card):
         raise UserError(
-            f"plan: {estimate.peak + RESERVE:.1f} GB do not fit on {gpu} ({card.memory:g} GB); "
+            f"plan: {estimate.most + RESERVE:.1f} GB do not fit on {gpu} ({card.memory:g} GB); "
             + "; ".join(remedies)
         )
 
@@ -139,3 +183,52 @@ def listing(
         if not what:
             console.print(kind, style="bold")
         console.print(table)
+
+
+def show(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            callback=expand_home, help="A .safetensors file: a LoRA or all weights of a model."
+        ),
+    ],
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", callback=expand_home, help="Write the facts to this JSON file; - for stdout."
+        ),
+    ] = None,
+):
+    """Show what a few-step file says of itself: steps, times, sampler, guidance, base, licence.
+
+    Also of files of others, as far as their names, headers and tensors tell. Only the header is
+    read.
+    """
+    import json
+    import sys
+
+    from distill.console import out as console
+    from students.metadata.show import report, shown
+
+    to_stdout = json_file is not None and str(json_file) == "-"
+    if json_file is not None and not to_stdout:
+        check_writable(json_file, "--json")
+    found = report(file)
+    text = json.dumps(found.tree(), indent=2, ensure_ascii=True) + "\n"
+    if to_stdout:
+        sys.stdout.write(text)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for head in ("", "value", "known from"):
+        table.add_column(head, overflow="fold")
+    for name, (value, origin) in found.facts.items():
+        table.add_row(name.replace("_", " "), Text(shown(value)), origin)
+    console.print(table)
+    for why in dict.fromkeys(found.unknown.values()):
+        names = ", ".join(k.replace("_", " ") for k, v in found.unknown.items() if v == why)
+        console.print(f"not known: {names}; {why}", soft_wrap=True, markup=False)
+    if json_file is not None:
+        json_file.write_text(text, encoding="utf-8")

@@ -144,14 +144,19 @@ def convert(
     from distill.console import out as console
 
     if source.is_dir():
+        from distill.publish.licence import licence_of
+        from students.export.folder import student_folder
         from students.export.single_file import export_single
         from teachers.errors import UserError
 
         check_writable(to, "convert")
         if to.suffix != ".safetensors" or to.exists():
             raise UserError(f"convert {to}: expected the name of a new .safetensors file")
-        export_single(source, to)
-        console.print(f"student in {to}; its scheduler stays in {source}", soft_wrap=True)
+        export_single(source, to, licence=lambda teacher: licence_of(teacher).label)
+        console.print(
+            f"student in {to}; its scheduler stays in {student_folder(source)}/scheduler",
+            soft_wrap=True,
+        )
         return
     from teachers.edm.checkpoints import convert as convert_network
 

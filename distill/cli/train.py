@@ -50,7 +50,7 @@ def run(
 
         new_run = None
         with intact(out / "summary.json"):
-            done = resume and complete(out) and not more_steps(out, checked.train.steps)
+            done = resume and complete(out) and not goes_on(out, checked)
         if done:
             run_folder.check_folder(checked, out, resume)
         else:
@@ -64,6 +64,7 @@ def run(
     main = new_run.engine.accelerator.is_main_process
     if main:
         print_header(new_run)
+        use_plan(new_run)
     new_run.engine.train()
     if main and new_run.protocol:
         console.print("exporting and measuring")
@@ -86,6 +87,15 @@ def print_header(new_run: Any) -> None:
         f"to a student of {step_counts(new_run.student)}, in {new_run.out}",
         soft_wrap=True,
     )
+
+
+def use_plan(new_run: Any) -> None:
+    """Let progress lines compare memory with the plan that `distill plan` made of this recipe."""
+    from distill.planning import kept
+
+    engine, recipe = new_run.engine, new_run.recipe
+    if engine.accelerator.device.type == "cuda" and engine.shards == recipe.train.accumulate:
+        engine.speed.planned_gb = kept.peak_gb(recipe)
 
 
 def complete(out: Path) -> bool:
@@ -118,11 +128,22 @@ def report_failures(failed: dict[str, str], out: Path) -> None:
         raise typer.Exit(1)
 
 
-def more_steps(out: Path, steps: int) -> bool:
-    """Whether the recipe now has more steps than the finished run trained for."""
+def goes_on(out: Path, recipe: Any) -> bool:
+    """Whether the recipe now trains for longer than the finished run did.
+
+    A run that ended before its last step goes on once the rule that ended it is gone or, of hours,
+    has more of them.
+    """
     import json
 
-    return json.loads((out / "summary.json").read_text(encoding="utf-8"))["steps"] < steps
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    ended, hours = summary.get("ended"), recipe.train.hours
+    over = {
+        "flat": recipe.eval.stop_when_flat is not None,
+        "hours": hours is not None and summary["wall_s"] >= 3600 * hours,
+    }
+    guarded = recipe.train.guards is not None and bool(summary.get("guards", {}).get("reason"))
+    return summary["steps"] < recipe.train.steps and not (guarded or over.get(ended, False))
 
 
 def show(out: Path) -> None:
@@ -135,7 +156,12 @@ def show(out: Path) -> None:
     from distill.publish.results_table import rows_of
 
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    if metrics := summary["metrics"]:
+    metrics = summary["metrics"]
+    if "metric" in metrics:  # one of the user's own
+        from distill.sampling.own_metric import table_of
+
+        console.print(table_of(metrics))
+    elif metrics:
         rows = rows_of(metrics)
         teachers = [row for row in rows if not row.is_student]
         table = {v.name: {**v.figures, "evaluations": v.evaluations} for v in [*teachers, *rows]}
@@ -148,11 +174,11 @@ def show(out: Path) -> None:
     elif FIGURES in summary.get("failed", {}):
         console.print("not measured: the measurement failed")
     else:
-        console.print("not measured: the recipe has no eval.protocol")
+        console.print("not measured: the recipe has no eval.protocol and no eval.metric")
     console.print(
         f"{summary['steps']} steps in {summary['wall_s']:.0f} s, "
-        f"{summary['network_evaluations']:,} network evaluations; student in {out / 'student'}, "
-        f"report in {out / 'report.html'}",
+        f"{summary['network_evaluations']:,} network evaluations; student in {out / 'student'}"
+        + (f", report in {out / 'report.html'}" if (out / "report.html").exists() else ""),
         soft_wrap=True,
     )
 

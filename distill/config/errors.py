@@ -78,6 +78,7 @@ def _keys(model: type, path: Sequence[str]) -> list[str]:
             model = get_args(hint)[0]
             continue
         options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        options = [get_args(o)[0] if get_origin(o) is tuple else o for o in options]  # of a list
         inner = [o for o in options if isinstance(o, type) and hasattr(o, "__annotations__")]
         if inner:
             model = inner[0]

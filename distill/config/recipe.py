@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from distill.config.errors import explain
 from distill.config.objective_schema import objective_class, registry, schema_of
 from distill.config.optimizer import OptimizerConfig
+from distill.config.paths import located
 from distill.config.renamed import current_key, current_names
 from distill.config.rules import broken_rule
 from distill.config.schema import (
@@ -71,13 +72,15 @@ class Recipe(Section):
         """Read a recipe and check it completely; no network is built.
 
         Args:
-            path: A YAML file, or the name of a shipped recipe such as "digits/dmd2".
-            overrides: Keys and YAML values, as in "train.steps=100".
+            path: A YAML file, or the name of a shipped recipe such as "digits/dmd2". Relative
+                paths in it are relative to its folder (distill/config/paths.py).
+            overrides: Keys and YAML values, as in "train.steps=100". Relative paths in them are
+                relative to the working folder.
 
         Raises:
             UserError: names the key path, what was expected, and the nearest valid name.
         """
-        tree = current_names(override(current_names(read_yaml(find(path))), overrides))
+        tree = current_names(override(read_recipe(path), overrides))
         if "rows" in tree and "objective" not in tree:
             raise UserError(f"{path}: it is a benchmark; run it with distill bench")
         return cls.check(tree, str(path))
@@ -173,6 +176,16 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"recipe {file}: expected a mapping of sections")
     return tree
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The unchecked tree of a recipe, with the keys of today and the paths beside its file.
+
+    Args:
+        path: As for `Recipe.load`.
+    """
+    file = find(path)
+    return located(current_names(read_yaml(file)), file)
 
 
 def override(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

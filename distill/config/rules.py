@@ -240,6 +240,35 @@ def batch_that_does_not_divide(recipe: Recipe) -> str | None:
     return None
 
 
+def guards_without_an_average(recipe: Recipe) -> str | None:
+    if recipe.train.guards is not None and not recipe.train.ema:
+        return (
+            "train.guards: they keep the average of the student's weights, and train.ema is 0; set "
+            "it to 0.97 or so"
+        )
+    return None
+
+
+# ---- evaluation
+
+
+def two_measures(recipe: Recipe) -> str | None:
+    if recipe.eval.metric is not None and recipe.eval.protocol is not None:
+        return "eval.metric: eval.protocol measures as well; remove one of the two"
+    return None
+
+
+def flat_without_evaluations(recipe: Recipe) -> str | None:
+    measure = recipe.eval
+    if measure.stop_when_flat is None:
+        return None
+    if measure.protocol is None and measure.metric is None:
+        return "eval.stop_when_flat: nothing is measured; set eval.protocol or eval.metric"
+    if not measure.every:
+        return "eval.stop_when_flat: it needs evaluations in training; set eval.every"
+    return None
+
+
 RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     unknown_player,
     no_adapted_players,
@@ -261,6 +290,9 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     prompts_beside_images,
     buckets_without_images,
     batch_that_does_not_divide,
+    guards_without_an_average,
+    two_measures,
+    flat_without_evaluations,
 )
 
 

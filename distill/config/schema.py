@@ -6,10 +6,11 @@ The comment beside a key explains it to users.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Annotated, Any, Literal
 
-from annotated_types import Interval, MinLen
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+from annotated_types import Ge, Interval, MinLen
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Strict, Tag
 
 from distill.field_types import (
     Finite,
@@ -22,6 +23,7 @@ from distill.field_types import (
 )
 from distill.objectives.base import Learns
 from students.lora import Adapter
+from teachers.compiled import Mode
 from teachers.errors import UserError
 from teachers.quantised import Precision
 
@@ -47,6 +49,7 @@ class GuidanceSection(Section):
     rescale: Fraction = 0.0  # return to the unguided standard deviation: 0 not at all, 1 fully
     eta: NonNegative | None = None  # apg: share kept of the component along x̂; by default 0
     threshold: Positive | None = None  # apg: largest norm of x̂ - negative; by default no limit
+    channels: PositiveInt | None = None  # guided, the first of x̂; by default all
     blocks: tuple[str, ...] = ()  # skip: names of the blocks to skip
     weaker: Name | None = None  # auto: source of the weaker teacher
 
@@ -56,6 +59,20 @@ Guidance = Annotated[
     Annotated[NonNegative, Tag("[scale]")] | Annotated[GuidanceSection, Tag("[mapping]")],
     Discriminator(lambda v: "[mapping]" if isinstance(v, dict | GuidanceSection) else "[scale]"),
 ]
+
+
+# A number is a factor; a pair is that at t = 0 and that at t = 1.
+Shift = Annotated[
+    Annotated[Positive, Tag("[factor]")] | Annotated[tuple[Positive, Positive], Tag("[pair]")],
+    Discriminator(lambda v: "[pair]" if isinstance(v, list | tuple) else "[factor]"),
+]
+
+
+class AdapterFile(Section):
+    """A LoRA file that becomes part of the teacher's frozen weights."""
+
+    file: Name  # a .safetensors file
+    strength: Annotated[float, *Finite] = 1.0  # what its change is multiplied by
 
 
 class TeacherSection(Section):
@@ -68,14 +85,26 @@ class TeacherSection(Section):
     size: PositiveInt | None = None  # side of the images in pixels; by default the checkpoint's
     precision: Precision | None = None  # of the frozen weights; by default the checkpoint's
     frames: PositiveInt | None = None  # frames of a video; by default the checkpoint's
-    embedded_guidance: Positive | None = None  # scale that FLUX.1-dev reads; by default 3.5
-    vae: Name | None = None  # folder of the autoencoder for EDM2's latents
+    embedded_guidance: Positive | None = None  # scale that FLUX dev networks read
+    # The autoencoder of EDM2's latents, a folder; or of SiT, LightningDiT and U-ViT: a Hub id, a
+    # folder, or VA-VAE's file.
+    vae: Name | None = None
+    config: Name | None = None  # single files: a folder or Hub id of the family; by default known
+    variant: Name | None = None  # of a folder's weights, such as fp16; by default plain files
+    # Factor of the noise levels σ/α, as of simple diffusion; of flows, instead of the scheduler's.
+    shift: Shift | None = None
+    interpolant: Literal["linear", "gvp"] | None = None  # SiT's path; by default its file's
+    heads: PositiveInt | None = None  # attention heads of the three; by default as published
+    adapters: tuple[AdapterFile, ...] | None = None  # LoRA files that become part of the model
 
     def options(self) -> dict[str, Any]:
         """The arguments of `teachers.load` after the source."""
         names = ("null_label", "negative_prompt", "size", "precision", "frames",
-                 "embedded_guidance", "vae")  # fmt: skip
-        return {k: v for k in names if (v := getattr(self, k)) is not None}
+                 "embedded_guidance", "vae", "config", "variant", "shift", "interpolant",
+                 "heads")  # fmt: skip
+        given = {k: v for k in names if (v := getattr(self, k)) is not None}
+        adapters = [entry.model_dump() for entry in self.adapters or ()]
+        return {**given, "adapters": adapters} if adapters else given
 
 
 class StudentSection(Section):
@@ -90,6 +119,9 @@ class StudentSection(Section):
     weights: tuple[Positive, ...] | None = None
     start: Positive | None = None  # σ/α of the first step; by default the teacher's highest
     renoise: bool = True  # between steps, add new noise (true) or follow the ODE (false)
+    # An earlier student that this one starts as: a run's folder, or an exported student. By default
+    # it starts as the teacher.
+    source: Name | None = None
 
     def trained(self, learns: Learns, possible: Sequence[int]) -> dict[int, float]:
         """The relative training frequency of each count.
@@ -165,8 +197,12 @@ class DataSection(Section):
     prompts: Place | None = None  # a text file, "pack:starter" (default), or "DATASET:COLUMN"
     # Captions of images: "txt" or "json:KEY" for files beside them, "folder" for the folder's name,
     # "metadata:COLUMN" for the folder's table, or a column of the dataset. By default a folder's
-    # table if there is one, else .txt, else .json.
+    # table if there is one, else .txt, else .json. Without `source`: a folder of .txt files, or a
+    # text file, of 20 to 200 captions that are expanded into prompts; `prompts` are then neutral
+    # ones, without the captions' trigger, that are mixed in.
     captions: Name | None = None
+    # Share of the phrases of expanded captions that no prompt has, for tests and `train.guards`.
+    held_out: Fraction = 0.2
     size: PositiveInt | None = None  # side of the images in pixels; by default the teacher's
     buckets: Bucketing | None = None  # several aspect ratios of one area; by default one size
     in_memory_gb: NonNegative = 4.0  # encoded data of more GB are read from a cache
@@ -175,20 +211,47 @@ class DataSection(Section):
     skip_share: Fraction = 0.01  # share of items that may be bad; with more, the run stops
 
 
+class GuardsSection(Section):
+    """Checks during training of the student against its teacher, which may stop training early.
+
+    The prompts are those with held-out phrases of `data.captions`; without it, the sample grids'.
+    """
+
+    every: PositiveInt = 50  # steps between checks
+    start: NonNegativeInt = 0  # no check before this step
+    # Training stops where a score falls below this share of its best so far, and the student of the
+    # best check is exported; 0 means the score is only logged. A score of 1 is as good as the
+    # teacher.
+    diversity: Fraction = 0.9  # variety of a prompt's samples
+    matching: Fraction = 0.9  # how near the distributions of a prompt's samples are
+    nearest: Fraction = 0.9  # distance to the nearest of the pictures beside `data.captions`
+    prompts: PositiveInt = 16  # number of prompts
+    samples: Annotated[int, Strict(), Interval(ge=2, le=1000)] = 4  # of each prompt
+
+
+# YAML reads a bare `off` as false.
+Compile = Annotated[Mode, BeforeValidator(lambda v: "off" if v is False else v)]
+
+
 class TrainSection(Section):
     """Length, batch size, precision, and the intervals of logs and checkpoints."""
 
     steps: PositiveInt  # training steps
     batch: PositiveInt = 64  # samples of an update, over all processes
     accumulate: PositiveInt = 1  # parts of a batch, computed in turn; at least one for each process
+    hours: Positive | None = None  # end training after so many hours, evaluations included
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the computation (autocast)
     ema: Fraction = 0.999  # decay of the student's average, which is exported; 0 means no average
     seed: Seed = 0  # of all random numbers
     log_every: PositiveInt = 50  # steps between lines of metrics.jsonl
     save_every: PositiveInt = 500  # steps between checkpoints
     sample_every: NonNegativeInt = 500  # steps between image grids, and at the end; 0 means never
+    guards: GuardsSection | None = None  # early stop; `{}` takes the defaults. By default none
     keep: PositiveInt = 2  # number of latest checkpoints to keep; the best is kept as well
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+    # torch.compile on the networks' blocks one by one, on whole networks, or not at all (off). By
+    # default blocks in runs of 2,000 steps or more on a GPU, and else off.
+    compile: Compile | None = None
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl
 
 
@@ -197,11 +260,36 @@ Known = Literal["digits", "shapes", "cifar10-50k", "imagenet64-50k", "coco2014-3
                 "sdxl-10k", "mjhq-30k"]  # fmt: skip
 
 
+class FlatSection(Section):
+    """When the evaluations in training have become flat; `{}` takes the defaults."""
+
+    window: Annotated[PositiveInt, Ge(2)] = 5  # evaluations; their median is compared
+    # The least improvement over the median of as many evaluations before, as a share of it.
+    tolerance: Fraction = 0.02
+
+    def reached(self, values: Sequence[float]) -> bool:
+        """Whether the last evaluations are no better than those before them.
+
+        Medians are compared, so that one outlier decides nothing.
+
+        Args:
+            values: Of the metric that training lowers, the oldest first.
+        """
+        n = self.window
+        if len(values) < 2 * n:
+            return False
+        before, last = median(values[-2 * n : -n]), median(values[-n:])
+        return before - last <= self.tolerance * abs(before)
+
+
 class EvalSection(Section):
     """Measurements of the student and the teacher."""
 
     protocol: Known | None = None  # by default the run is not measured
+    metric: Name | None = None  # "file.py:function", a metric of your own (docs/teachers.md)
+    samples: PositiveInt = 256  # number of samples that `metric` is given
     every: NonNegativeInt = 0  # steps between evaluations in training; 0 means only at the end
+    stop_when_flat: FlatSection | None = None  # end training when they improve no more
     seeds: PositiveInt = 3  # number of seeds that the student's results are averaged over
     teacher_seeds: NonNegativeInt = 1  # the same for the teacher; 0 means it is not measured
     teacher_steps: PositiveInt = 18  # solver steps of the teacher

@@ -36,6 +36,7 @@ from distill.data.encode import (
     bucket_seed,
     encode_in_memory,
     encoders_on,
+    images_at_once,
     join_buckets,
     parts,
     split,
@@ -160,6 +161,7 @@ class Cache:
             "sizes": job.sizes if job.with_data else [],
             "data": job.with_data,
             "shards": [(s.bucket, len(s.items)) for s in self.shards],
+            **_split(job),
         }
         text = json.dumps(self.about, sort_keys=True)
         self.folder = root / hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -346,6 +348,15 @@ class _Digests:
 def _is_digest(entry: Any) -> bool:
     """Whether an entry of DIGESTS is [size, modification time, hash]."""
     return isinstance(entry, list) and [type(v) for v in entry] == [int, int, str]
+
+
+def _split(job: EncodingJob) -> dict[str, Any]:
+    """How the job divides groups of images, on which the last digits of latents depend.
+
+    Empty where it divides none, as before it could, so that such caches stay valid.
+    """
+    at_once = [images_at_once(job.teacher, *size) for size in job.sizes if job.with_data]
+    return {"images_at_once": at_once} if any(n < TOGETHER for n in at_once) else {}
 
 
 def _shards(job: EncodingJob) -> Iterator[Shard]:

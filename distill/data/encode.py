@@ -28,6 +28,7 @@ from teachers.prompt_limits import Cuts
 from teachers.teacher import Teacher
 
 TOGETHER = 16  # items that are encoded together
+PIXELS = 2**20  # of the images that a VAE encodes at one time: one of 1024 × 1024, 16 of 256 × 256
 COND = "cond."  # begins the names of encoded conditions; the name of data is "x"
 
 Encoded = dict[str, Tensor]
@@ -173,13 +174,28 @@ class EncodingJob:
         codec = self.teacher.codec
         tensors: Encoded = {}
         if images is not None:
-            tensors["x"] = codec.encode(images.to(self.device))
+            pieces = images.split(images_at_once(self.teacher, *images.shape[-2:]))
+            tensors["x"] = torch.cat([codec.encode(v.to(self.device)) for v in pieces])
         cond = codec.condition(prompts)
         tensors |= {f"{COND}{k}": v for k, v in (cond or {}).items()}
         return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
 
     def _picture(self, item: Item) -> Picture | BadItem:
         return picture(item, self.channels, *self.sizes[item.bucket])
+
+
+def images_at_once(teacher: Teacher, height: int, width: int) -> int:
+    """How many images of a group the codec encodes at one time.
+
+    A VAE's activations take gigabytes for one large image, more than training takes. Only stock
+    pipelines' groups are divided: other codecs may draw latents at random for the whole group.
+    """
+    return at_once(height, width) if isinstance(teacher.codec, Prompted) else TOGETHER
+
+
+def at_once(height: int, width: int) -> int:
+    """How many images of a group a VAE encodes at one time."""
+    return min(TOGETHER, max(1, PIXELS // (height * width)))
 
 
 def check_finite(tensors: Encoded, names: list[str], teacher: Teacher, where: str) -> None:

@@ -9,14 +9,16 @@ from torch import Tensor
 from distill.config.recipe import Recipe
 from distill.data import cache
 from distill.data.encode import COND, EncodingJob, check_finite, picture_shape
+from distill.data.expansion.captions import Prompts, expanded, print_summary, read_captions
 from distill.data.images import list_images, place_of_images
-from distill.data.listing import Listing
+from distill.data.listing import Item, Listing
 from distill.data.pictures import into_buckets, sizes_of
 from distill.data.prompts import list_prompts, place_of_prompts
 from distill.data.stream import Source
 from eval import digits, shapes
-from teachers.errors import UserError
+from teachers.errors import UserError, clipped
 from teachers.families.base import Prompted
+from teachers.storage.plugin import called, function_at, is_function
 from teachers.teacher import EMBEDDED, Teacher
 
 
@@ -29,6 +31,8 @@ def source_of(recipe: Recipe, teacher: Teacher) -> Source:
     seed, codec = recipe.train.seed, teacher.codec
     if recipe.data.source in EMBEDDED:
         return embedded_source(recipe, teacher)
+    if is_function(recipe.data.source):
+        return own_source(recipe, teacher)
     if (job := encoding_job(recipe, teacher)) is not None:
         return cache.source(job, recipe.data, seed)
     labels = list(range(teacher.codec.classes)) or [0]
@@ -101,6 +105,49 @@ def _check_shape(x: Tensor, teacher: Teacher, name: str) -> None:
         )
 
 
+# ---- data of the user's own
+
+
+def own_source(recipe: Recipe, teacher: Teacher) -> Source:
+    """What a function in the user's file returns: data (N, ...), alone or with N labels or prompts.
+
+    Data are as the network takes them: the codec does not encode them.
+
+    Raises:
+        UserError: it raises an exception, or returns something else.
+    """
+    place, codec = str(recipe.data.source), teacher.codec
+    key = f"data.source: {clipped(place)!r}"
+    result = called(place, "data.source")
+    x, prompts = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    x = data_of(x, teacher, key)
+    if prompts is None:
+        prompts = [0] * len(x)
+        if codec.classes or codec.condition([0]) is not None:
+            raise UserError(f"{key} returned data alone; return them with N labels or prompts")
+    prompts = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
+    if len(prompts) != len(x):
+        raise UserError(f"{key}: {len(x)} data and {len(prompts)} labels; return as many of each")
+    cond = codec.condition(prompts)
+    tensors = {f"{COND}{k}": v for k, v in (cond or {}).items()} | {"x": x}
+    check_finite(tensors, [f"item {i}" for i in range(len(x))], teacher, key)
+    used = x if recipe.needs_data else None
+    return Source(teacher.shape, used, cond, recipe.train.seed, len(x))
+
+
+def data_of(x: Any, teacher: Teacher, key: str) -> Tensor:
+    """Data (N, ...) in float32.
+
+    Raises:
+        UserError: they are no tensor of the teacher's shape.
+    """
+    if not isinstance(x, Tensor) or x.shape[1:] != teacher.shape or not len(x):
+        got = "×".join(map(str, x.shape)) if isinstance(x, Tensor) else type(x).__name__
+        want = "×".join(map(str, teacher.shape))
+        raise UserError(f"{key}: it returned {got}; return a tensor N×{want}, or that and N labels")
+    return x.detach().float()
+
+
 def examples(name: str) -> tuple[Tensor, list[Any]]:
     """Some images of an embedded data set, in [-1, 1], and their labels or captions."""
     if name == "digits":
@@ -133,17 +180,23 @@ def check_places(recipe: Recipe, teacher: Teacher) -> None:
     """
     refuse_videos(recipe, teacher)
     data = recipe.data
-    if data.source is not None and data.source not in EMBEDDED:
+    if is_function(data.source):
+        function_at(str(data.source), "data.source")
+    elif data.source is not None and data.source not in EMBEDDED:
         place_of_images(data.source)
     if data.prompts is not None:
         place_of_prompts(data.prompts)
+    if data.source is None and data.captions is not None:
+        read_captions(data.captions)
 
 
 def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
     """The items to encode; None for embedded data, or if labels are the only data."""
     refuse_videos(recipe, teacher)
     data = recipe.data
-    if data.source in EMBEDDED or (listing := _listing(recipe, teacher)) is None:
+    if data.source in EMBEDDED or is_function(data.source):
+        return None
+    if (listing := _listing(recipe, teacher)) is None:
         return None
     listing.check(listing.bad, listing.total, data.skip_share)
     if classes := teacher.codec.classes:
@@ -162,11 +215,38 @@ def _listing(recipe: Recipe, teacher: Teacher) -> Listing | None:
     reads_text = not classes and teacher.codec.condition([""]) is not None
     if data.source is not None:
         return list_images(data.source, data.captions, classes, reads_text)
+    if data.captions is not None and not reads_text:
+        raise UserError(
+            f"data.captions: {teacher.source!r} takes no prompts to expand them into; remove it"
+        )
+    if data.captions is not None:
+        return _expanded(recipe)
     if data.prompts is not None and not classes and not reads_text:
         raise UserError(f"data.prompts: {teacher.source!r} takes no prompts; remove it")
     if data.prompts is not None or reads_text:
         return list_prompts(data.prompts or "pack:starter", "label" if classes else "caption")
     return None
+
+
+def expansion_of(recipe: Recipe) -> Prompts | None:
+    """The prompts that a recipe's captions are expanded into; None if it expands none."""
+    data = recipe.data
+    if data.source is not None or data.captions is None:
+        return None
+    neutral = list_prompts(data.prompts or "pack:starter")
+    neutral.check(neutral.bad, neutral.total, data.skip_share)
+    prompts = [i.prompt for i in neutral.items]
+    return expanded(data.captions, prompts, recipe.train.seed, data.held_out)
+
+
+def _expanded(recipe: Recipe) -> Listing:
+    """The prompts that captions are expanded into; prints their numbers."""
+    prompts = expansion_of(recipe)
+    assert prompts is not None
+    print_summary(prompts)
+    listing = Listing(f"data.captions: {recipe.data.captions!r}")
+    listing.items = [Item(f"prompt {i}", p) for i, p in enumerate(prompts.prompts)]
+    return listing
 
 
 def sizes_for(recipe: Recipe, teacher: Teacher) -> list[tuple[int, int]]:

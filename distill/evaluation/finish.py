@@ -18,9 +18,11 @@ from distill.files import write
 from distill.grids import COLUMNS, save_grid
 from distill.profiling import device_name, peak_memory
 from distill.publish.card import draft
+from distill.publish.licence import licence_of
 from distill.publish.results_table import many
 from distill.report.page import PICTURES, report
 from distill.sampling.guided_teacher import guided
+from distill.sampling.own_metric import page_of
 from distill.sampling.student_sampler import evaluate_student, student_samples
 from distill.sampling.teacher_sampler import evaluate_teacher, recipe_sampler
 from distill.training.build import Run
@@ -107,6 +109,7 @@ def write_extras(run: Run, student: Generator) -> None:
                 folder,
                 run.out / "lora",
                 failed=lambda name, error: extras.record(f"lora/{name}", error),
+                licence=licence_of(run.teacher.source).label,
             )
 
 
@@ -135,6 +138,12 @@ def measure_all(run: Run, student: Generator) -> dict[str, Any]:
     """The exported student at every count, teacher at its full and few steps; empty unmeasured."""
     if (distributions := run.form.distributions(student)) is not None:
         return {"student": {"1": closed_form_distance(*distributions)}}
+    if run.metric is not None:
+        metrics = run.metric.measure(student)
+        if not run.form.leaves_pipeline:
+            page = run.out / "student" / "README.md"
+            write(page, page.read_text(encoding="utf-8") + page_of(metrics))
+        return metrics
     if (measure := run.protocol) is None:
         return {}
     cfg = run.recipe.eval
@@ -185,11 +194,13 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     return {
         "objective": run.recipe.objective["name"],
         "steps": engine.step,
+        **({"ended": engine.ended} if engine.ended else {}),
         "seed": run.recipe.train.seed,
         "guidance": describe(guided(run.recipe.teacher, run.teacher)),
         "wall_s": engine.seconds,
         "network_evaluations": sum(engine.evaluations.values()),
         "network_evaluations_by_network": engine.evaluations,
+        **({} if engine.guards is None else {"guards": engine.guards.state_dict()}),
         "peak_memory_gb": peak_memory(device),
         "metrics": metrics,
         "device": f"{device.type} ({device_name(device)}, {many(threads, 'thread')})",

@@ -141,3 +141,8 @@ class Objective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+
+def networks_in(objective: Objective) -> dict[str, nn.Module]:
+    """The networks among an objective's attributes, by name."""
+    return {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}

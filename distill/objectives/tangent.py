@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from teachers.compiled import running_eagerly
+
 How = Literal["forward", "difference", "stacked"]
 
 
@@ -43,7 +45,11 @@ def tangent(
     with torch.no_grad():
         if how == "forward":
             kind = primals[0].device.type
-            with sdpa_kernel(SDPBackend.MATH), torch.autocast(kind, enabled=False):
+            with (
+                sdpa_kernel(SDPBackend.MATH),
+                torch.autocast(kind, enabled=False),
+                running_eagerly(),
+            ):
                 value, slope = torch.func.jvp(f, primals, tangents)[:2]
             return value, slope
         ahead = tuple(p + step * v for p, v in zip(primals, tangents, strict=True))

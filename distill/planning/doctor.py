@@ -20,11 +20,13 @@ from teachers.diagnosis.checks import Check, Subject, check, relative
 from teachers.diagnosis.structure import checks_of, dead_leaves, examine, subject_of
 from teachers.errors import UserError, first_line
 from teachers.families.base import Prompted
-from teachers.teacher import Teacher
+from teachers.storage.plugin import called, is_function
+from teachers.teacher import Pixels, Teacher
 
 PICTURES = 4  # the least number of pictures
 VIDEOS = 2  # and of videos
 MOST = 32  # the most that are read from a folder
+ROWS = 64  # of data that are no pictures
 
 
 def diagnose(
@@ -92,6 +94,15 @@ def pictures_for(teacher: Teacher, path: Path | None) -> Tensor:
         if isinstance(denoiser, Finite):
             return denoiser.items
         return denoiser.sample(256)
+    if path is not None and is_function(str(path)):
+        return own_data(teacher, str(path))
+    if not has_pictures(teacher):
+        if path is not None:
+            raise UserError(
+                f"--image {path}: the teacher's data {teacher.shape} are no pictures; give "
+                "FILE.py:FUNCTION, which returns data"
+            )
+        return torch.randn(ROWS, *teacher.shape, generator=torch.Generator().manual_seed(0))
     channels, *frames, height, width = picture_shape(teacher)
     few = VIDEOS if frames else PICTURES
     if path is None:
@@ -100,6 +111,35 @@ def pictures_for(teacher: Teacher, path: Path | None) -> Tensor:
         images = torch.stack([picture(p, channels, (height, width)) for p in files_in(path)])
         images = images if len(images) >= few else images.repeat(few, 1, 1, 1)
     return images.unsqueeze(2).expand(-1, -1, frames[0], -1, -1) if frames else images
+
+
+def has_pictures(teacher: Teacher) -> bool:
+    """Whether test images can stand for the data of a teacher: not where these are no pictures."""
+    return not isinstance(teacher.codec, Pixels) or takes_pictures(teacher) or is_exact(teacher)
+
+
+def is_exact(teacher: Teacher) -> bool:
+    """Whether the teacher is a closed form, which has its own data."""
+    return isinstance(teacher.denoiser, Gaussian | Mixture | Finite)
+
+
+def takes_pictures(teacher: Teacher) -> bool:
+    """Whether a teacher of data that nothing encodes has the shape of pictures or videos."""
+    return len(teacher.shape) in (3, 4) and teacher.shape[0] in (1, 3)
+
+
+def own_data(teacher: Teacher, place: str) -> Tensor:
+    """Data (N, ...) that a function in the user's file returns, alone or with their labels.
+
+    Raises:
+        UserError: it raises an exception, or they are of another shape.
+    """
+    result = called(place, "--image")
+    x = result[0] if isinstance(result, tuple) and result else result
+    if not isinstance(x, Tensor) or x.shape[1:] != teacher.shape:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(f"--image {place}: it returned {got}; return data (N, {teacher.shape})")
+    return x[:: max(1, len(x) // ROWS)][:ROWS].float()
 
 
 def files_in(path: Path) -> list[Path]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,9 +14,11 @@ from torch import nn
 from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe
 from distill.config.schema import TeacherSection
+from distill.data.encode import at_once
 from distill.objectives.base import Batch
 from distill.planning.plan import Plan, play
-from distill.profiling import unique
+from distill.profiling import FusedAttention, Meter, unique
+from distill.rates import family_of
 from distill.training.networks import assembled, build_networks, player_networks
 from distill.training.optimizers import optimizer_bytes
 from students.export.forms import StockForm, form_of
@@ -30,8 +32,12 @@ from teachers.storage.files import home
 from teachers.teacher import Codec, Teacher
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
     """What a run of this recipe takes on one device, without allocating its memory.
+
+    Args:
+        shape: Makes the teacher of fake tensors in the FakeTensorMode that it is given; by default
+            it is the recipe's.
 
     Raises:
         UserError: the teacher has no files here, and its outline is not known.
@@ -39,7 +45,7 @@ def plan(recipe: Recipe) -> Plan:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    teacher = shape_of(recipe.teacher, fake)
+    teacher = shape_of(recipe.teacher, fake) if shape is None else shape(fake)
     train, parts = recipe.train, recipe.train.accumulate
     n = train.batch // parts
     base = parameters(unwrap(teacher.denoiser).backbone)  # before adapters are on it
@@ -62,25 +68,28 @@ def plan(recipe: Recipe) -> Plan:
         )
     networks = [v for v in vars(objective).values() if isinstance(v, nn.Module)]
     tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
-    moments = [
-        optimizer_bytes(recipe.players.get(name, OptimizerConfig()).optimizer, moving)
-        for name, moving in movers.items()
-    ]
+    weights = unique(tensors)
+    held, host = moments_of(recipe, movers)
+    average = 4 * sum(p.numel() for p in movers["student"]) if train.ema else 0
+    beside, codes = encoders(teacher), coding(recipe, teacher, fake)
+    drawing = weights + held + 2 * average + codes.decoding
     return Plan(
-        weights=unique(tensors),
+        weights=weights,
         gradients=gradients,
-        optimizer=sum(device for device, _ in moments),
-        average=4 * sum(p.numel() for p in movers["student"]) if train.ema else 0,
+        optimizer=held,
+        average=average,
         activations=most,
-        beside=encoders(teacher),
+        beside=beside,
+        build=max(beside + codes.encoding, weights + codes.decoding),
+        grids=drawing if train.sample_every and form.leaves_pipeline else 0,
+        family=family_of(unwrap(teacher.denoiser)),
+        adapter="full" if recipe.adapters is None else recipe.adapters.kind,
         base=base,
         batch=train.batch,
-        precision=train.precision
-        if train.precision != "fp32"
-        else recipe.teacher.precision or "fp32",
+        precision=precision_of(recipe),
         evaluations=evaluations,
         flops=flops,
-        host=sum(host for _, host in moments),
+        host=host,
     )
 
 
@@ -127,6 +136,106 @@ class FakeCodec(Codec):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
+
+
+def precision_of(recipe: Recipe) -> str:
+    """The precision of most products: the teacher's where autocast is off."""
+    if recipe.train.precision != "fp32":
+        return recipe.train.precision
+    return recipe.teacher.precision or "fp32"
+
+
+def moments_of(recipe: Recipe, movers: dict[str, list[nn.Parameter]]) -> tuple[int, int]:
+    """Bytes of all optimisers' moments: on the device, and in host memory."""
+    sizes = [
+        optimizer_bytes(recipe.players.get(name, OptimizerConfig()).optimizer, moving)
+        for name, moving in movers.items()
+    ]
+    return sum(device for device, _ in sizes), sum(host for _, host in sizes)
+
+
+class Coding(NamedTuple):
+    """Bytes on the device beside the other networks, while images are encoded or decoded.
+
+    encoding: The activations of the VAE, of as many images as it encodes at one time.
+    decoding: The VAE and its activations, of one image.
+    """
+
+    encoding: int = 0
+    decoding: int = 0
+
+
+def coding(recipe: Recipe, teacher: Teacher, fake: Any) -> Coding:
+    """What the VAE of a teacher's pipeline takes.
+
+    Args:
+        fake: The FakeTensorMode of the teacher's weights.
+    """
+    if (vae := fake_vae(teacher, fake)) is None:
+        return Coding()
+    side = pixels_per_latent(teacher)
+    size = (teacher.shape[-2] * side, teacher.shape[-1] * side)
+    channels, frames = teacher.shape[0], teacher.shape[1:-2]
+    network = unwrap(teacher.denoiser)
+    framed = (1,) if getattr(network, "FRAMED", False) else ()
+    encoding = 0
+    with fake, torch.no_grad():
+        if recipe.needs_data and not frames:
+            encoding = most_bytes(vae.encode, torch.zeros(at_once(*size), 3, *framed, *size))
+        latent = torch.zeros(1, channels, *(frames or framed), *teacher.shape[-2:])
+        decoding = most_bytes(vae.decode, network.uncelled(latent))
+    return Coding(encoding, unique((*vae.parameters(), *vae.buffers())) + decoding)
+
+
+def most_bytes(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> int:
+    """The most bytes that a call holds at one time, with x."""
+    with Meter(set()) as meter, FusedAttention(meter):
+        function(x.clone())
+    return meter.most
+
+
+def fake_vae(teacher: Teacher, fake: Any) -> Any:
+    """The VAE of a teacher's pipeline, of fake tensors in float32; None if it has none.
+
+    An outline's has the usual network of its kind: Stable Diffusion's, FLUX.2's or VA-VAE for 16
+    pixels to a latent, or DC-AE for 32.
+    """
+    import diffusers
+
+    codec: Any = teacher.codec
+    if isinstance(codec, OutlineCodec):
+        kinds = {
+            8: diffusers.AutoencoderKL, 16: diffusers.AutoencoderKL, 32: diffusers.AutoencoderDC,
+        }  # fmt: skip
+        kind, config = kinds.get(codec.outline.factor), {}
+        if codec.outline.pipeline.startswith("Flux2"):
+            kind = diffusers.AutoencoderKLFlux2
+        elif kind is diffusers.AutoencoderKL:
+            widths = (128, 256, 512, 512)
+            if codec.outline.factor == 16:
+                widths = (128, 128, 256, 256, 512)
+            config = {
+                "block_out_channels": widths, "layers_per_block": 2,
+                "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+                "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+                "latent_channels": teacher.shape[0],
+            }  # fmt: skip
+    else:
+        vae = getattr(codec.pipe, "vae", None)
+        kind, config = (None, {}) if vae is None else (type(vae), vae.config)
+    if kind is None:
+        return None
+    with fake, dtype_of_new(torch.float32):
+        vae: Any = kind.from_config(config)
+    return vae.eval()
+
+
+def pixels_per_latent(teacher: Teacher) -> int:
+    """Pixels per latent along one side."""
+    codec: Any = teacher.codec
+    if isinstance(codec, OutlineCodec):
+        return codec.outline.factor
+    return unwrap(teacher.denoiser).per_latent
 
 
 def encoders(teacher: Teacher) -> int:

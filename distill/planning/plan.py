@@ -15,32 +15,12 @@ from torch import Tensor, nn
 from distill.config.recipe import Recipe
 from distill.objectives.base import Batch, Objective, Turn
 from distill.profiling import FusedAttention, Meter, denoisers_in, evaluations_of, unique
+from distill.rates import GPUS, Gpu, Share, share_of
+
+__all__ = ["GPUS", "RESERVE", "Gpu", "Plan", "advice", "play"]
 
 GB = 1e9
-BUSY = 0.4  # the share of a GPU's peak FLOP/s that training reaches; assumed, not measured
 RESERVE = 1.0  # GB that CUDA's context and libraries take
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A card: memory in GB, dense bf16 and fp32 TFLOP/s, and dollars an hour to rent."""
-
-    memory: float
-    bf16: float
-    fp32: float
-    price: float
-
-
-GPUS = {
-    "rtx-3090": Gpu(24, 71, 36, 0.30),
-    "rtx-4090": Gpu(24, 165, 83, 0.45),
-    "rtx-5090": Gpu(32, 210, 105, 0.70),
-    "l40s": Gpu(48, 362, 92, 1.00),
-    "a100-40gb": Gpu(40, 312, 19.5, 1.20),
-    "a100-80gb": Gpu(80, 312, 19.5, 1.60),
-    "h100": Gpu(80, 989, 67, 2.50),
-    "h200": Gpu(141, 989, 67, 3.30),
-}
 
 
 @dataclass
@@ -59,6 +39,11 @@ class Plan:
         evaluations: Samples through each network in one step, on average.
         flops: Of one step, on average.
         host: Moments in host memory.
+        build: The most before step 0: first while data are encoded, before the objective's networks
+            are there; then in the export's rehearsal, with the VAE beside them. The activations of
+            text encoders are not counted.
+        grids: The most while sample grids are drawn; the averaged weights are there twice then.
+        family, adapter: Of the networks, as measured rates name them; adapter is "full" or a kind.
     """
 
     weights: int
@@ -73,6 +58,10 @@ class Plan:
     evaluations: dict[str, float] = field(default_factory=dict)
     flops: float = 0.0
     host: int = 0
+    build: int = 0
+    grids: int = 0
+    family: str = ""
+    adapter: str = "full"
 
     @property
     def parts(self) -> dict[str, float]:
@@ -86,25 +75,36 @@ class Plan:
         return sum(self.parts.values())
 
     @property
+    def most(self) -> float:
+        """The same, before step 0 and between steps as well."""
+        return max(self.peak, self.build / GB, self.grids / GB)
+
+    @property
     def bytes_per_base_param(self) -> float:
         """Bytes of weights and optimiser state; 28 for three copies in fp32 under Adam."""
         return (self.weights + self.optimizer) / self.base
 
-    def seconds(self, gpu: Gpu) -> float:
-        """Of one step, at the share BUSY of the card's peak."""
-        rate = gpu.fp32 if self.precision == "fp32" else gpu.bf16
-        return self.flops / (rate * 1e12 * BUSY)
+    def share(self, name: str) -> Share:
+        """The share of the rate of a card in GPUS that training is expected to reach."""
+        return share_of(name, self.family, self.adapter, self.precision)
+
+    def seconds(self, share: Share) -> float:
+        """Of one step."""
+        return self.flops / (share.tflops * 1e12 * share.value)
 
     def tree(self, name: str, gpu: Gpu) -> dict[str, Any]:
         """As plain data, for --json."""
-        hours = self.seconds(gpu) * 1000 / 3600
+        share = self.share(name)
+        hours = self.seconds(share) * 1000 / 3600
         return {
             "gpu": name,
             "peak_gb": self.peak,
-            "fits": self.peak + RESERVE <= gpu.memory,
+            "fits": self.most + RESERVE <= gpu.memory,
             "bytes_per_base_param": self.bytes_per_base_param,
             "parts_gb": self.parts,
             "encoders_gb": self.beside / GB,
+            "build_gb": self.build / GB,
+            "grids_gb": self.grids / GB,
             "host_gb": self.host / GB,
             "base_params": self.base,
             "batch": self.batch,
@@ -112,7 +112,9 @@ class Plan:
             "tflop_per_step": self.flops / 1e12,
             "hours_per_1k_steps": hours,
             "dollars_per_1k_steps": hours * gpu.price,
-            "assumed_share_of_peak": BUSY,
+            "share_of_peak": share.value,
+            "share_source": share.source or "assumed",
+            **({} if share.source else {"assumed_share_of_peak": share.value}),
         }
 
 
@@ -204,8 +206,12 @@ def _cost(
 
 def advice(recipe: Recipe, plan: Plan, gpu: Gpu) -> list[str]:
     """Which keys to change when the plan does not fit, those that save most first."""
-    if plan.peak + RESERVE <= gpu.memory:
+    if plan.most + RESERVE <= gpu.memory:
         return []
+    if plan.peak + RESERVE <= gpu.memory:
+        if plan.build / GB + RESERVE <= gpu.memory:
+            return ["train.sample_every: 0 draws no grids in training"]
+        return ["a larger card: encoding and the rehearsal need it before training, which does not"]
     teacher, train, adapters = recipe.teacher, recipe.train, recipe.adapters
     rank = 0 if adapters is None else adapters.rank
     parts = train.accumulate

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from distill.config.recipe import Recipe, find, override, read_yaml
-from distill.config.renamed import current_names
+from distill.config.recipe import Recipe, override, read_recipe
 from distill.data.encode import device
 from distill.evaluation.finish import summarise
 from distill.files import write
@@ -50,7 +49,7 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
     Raises:
         UserError: the recipe, the network or the scheduler has a wrong key or value.
     """
-    tree = override(current_names(read_yaml(find(path))), overrides)
+    tree = override(read_recipe(path), overrides)
     if "text_encoder" in tree:
         return teach_pictures(TextRecipe.check(tree, path), out, resume, path)
     for section in ("network", "scheduler"):

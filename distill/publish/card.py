@@ -20,6 +20,7 @@ from teachers.errors import UserError, intact
 from teachers.storage.files import read_json
 
 GRID = "grid.png"  # the name of the sample grid beside the card
+LATE = ("Sana", "QwenImage", "ZImage", "Wan")  # pipelines that draw other pictures before 0.39
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Facts:
         override: Why the student may be shared although the teacher's licence forbids it.
         has_code: Whether the folder holds its network's source, which diffusers runs only with
             trust_remote_code.
+        stretched: Whether its scheduler stretches the times to a last one (`shift_terminal`), for
+            which a schedule needs two steps.
     """
 
     index: dict[str, Any]
@@ -59,6 +62,7 @@ class Facts:
     grid: bool = False
     override: str = ""
     has_code: bool = False
+    stretched: bool = False
 
     def setting(self, section: str, key: str, default: Any = None) -> Any:
         """A value of the recipe; the default if the recipe does not have it."""
@@ -171,7 +175,19 @@ def facts_of(
     lora = (folder / "pytorch_lora_weights.safetensors").is_file()
     index = read_json(folder / "model_index.json", who)
     has_code = any(folder.glob("*/*.py"))
-    return Facts(index, sidecar, summary, where, revision, classes, lora, has_code=has_code)
+    path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(path, who) if path.is_file() else {}
+    return Facts(
+        index,
+        sidecar,
+        summary,
+        where,
+        revision,
+        classes,
+        lora,
+        has_code=has_code,
+        stretched=bool(scheduler.get("shift_terminal")),
+    )
 
 
 def is_valid(sidecar: dict[str, Any]) -> bool:
@@ -290,18 +306,27 @@ def method(facts: Facts) -> str:
     return (
         "Distilled by [fewstep](https://pypi.org/project/fewstep/) "
         f"with `{facts.objective}`{link}. It is trained for {steps_of(facts.counts)}, and for no "
-        "other step count. The scheduler it needs is in this folder."
+        "other step count. The scheduler it needs is in this folder; diffusers "
+        f"{since(facts)} or later draws it."
     )
+
+
+def since(facts: Facts) -> str:
+    """The first diffusers that draws the student's pictures; see docs/sharing.md."""
+    kind = str(facts.index.get("_class_name", ""))
+    return "0.39" if kind.startswith(LATE) else "0.36"
 
 
 def training(facts: Facts) -> str:
     """The section on teacher, guidance, data, duration and cost."""
     g = facts.guidance
     scale = "unguided (g = 1)" if g == 1 else f"guidance scale g = {g:g} (g = 1 + w; 1 is unguided)"
-    source = facts.setting("data", "source") or facts.setting("data", "prompts")
+    places = [facts.setting("data", key) for key in ("source", "captions", "prompts")]
+    source = next(filter(None, places), None)
     data = f"`{Path(str(source)).name if folder_of(str(source)) else source}`" if source else "none"
     lines = [
         f"- **Teacher**: {teacher_name(facts)}, {scale}. The student is sampled without guidance.",
+        *lora_lines(facts),
         f"- **Data**: {data}.",
     ]
     if summary := facts.summary:
@@ -312,6 +337,18 @@ def training(facts: Facts) -> str:
             f"- **Cost**: {cost(summary)}.",
         ]
     return "## Training\n\n" + "\n".join(lines)
+
+
+def lora_lines(facts: Facts) -> list[str]:
+    """What the card says of LoRA files in the teacher's weights."""
+    adapters = facts.setting("teacher", "adapters") or []
+    if not adapters:
+        return []
+    names = ", ".join(f"`{Path(str(a['file'])).name}` at {a['strength']:g}" for a in adapters)
+    return [
+        f"- **LoRA files in the teacher**: {names}. They are in the student too; their licences "
+        "apply to it."
+    ]
 
 
 def cost(summary: Mapping[str, Any]) -> str:
@@ -358,14 +395,25 @@ def figure(row: Mapping[str, Any], key: str) -> str:
 
 def limitations(facts: Facts) -> str:
     prompts = " and negative prompts have no effect" if facts.text else " has no effect"
+    one = "" if not facts.stretched or 1 in facts.counts else (
+        "- It has no schedule of one step: at `num_inference_steps=1` the stock pipeline stops "
+        "with an IndexError.\n"
+    )  # fmt: skip
     return (
         "## Limitations\n\n"
-        "- Other step counts and other schedulers give poor images.\n"
+        f"- Other step counts than {numbers(facts.counts)} and other schedulers give poor images.\n"
+        f"{one}"
         f"- Guidance is built in; a guidance scale{prompts}.\n"
         "- It has the biases and gaps of its teacher, and usually less diversity: compare recall "
         "and coverage, if they are given above.\n"
         "- It is trained at its teacher's resolution and not tested at others."
     )
+
+
+def numbers(counts: Sequence[int]) -> str:
+    """Step counts in words: "1, 2 and 4"."""
+    *rest, last = map(str, sorted(counts))
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def licence_section(facts: Facts, licence: Licence) -> str:

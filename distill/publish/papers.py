@@ -42,6 +42,13 @@ PAPERS = {
         2024,
         "2405.14867",
     ),
+    "dmd2-anchored": Paper(
+        "Improved Distribution Matching Distillation for Fast Image Synthesis",
+        'Yin, Tianwei and Gharbi, Micha{\\"e}l and Park, Taesung and Zhang, Richard and '
+        "Shechtman, Eli and Durand, Fr{\\'e}do and Freeman, William T.",
+        2024,
+        "2405.14867",
+    ),
     "ect": Paper(
         "Consistency Models Made Easy",
         "Geng, Zhengyang and Pokle, Ashwini and Luo, William and Lin, Justin and Kolter, J. Zico",
@@ -53,6 +60,12 @@ PAPERS = {
         "Xu, Yilun and Nie, Weili and Vahdat, Arash",
         2025,
         "2502.15681",
+    ),
+    "finetune": Paper(
+        "Denoising Diffusion Probabilistic Models",
+        "Ho, Jonathan and Jain, Ajay and Abbeel, Pieter",
+        2020,
+        "2006.11239",
     ),
     "progressive": Paper(
         "Progressive Distillation for Fast Sampling of Diffusion Models",

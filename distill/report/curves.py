@@ -21,6 +21,7 @@ from teachers.errors import UserError, nearest
 REFERENCES = SHIPPED / "curves"
 MARGIN = 0.5  # a band is wider than its few runs by this factor of its larger end
 LEFT_OUT = ("/lr",)  # series that the recipe fixes
+MACHINE = ("speed/", "memory/")  # series of the machine, not of the run
 # What reading and using damaged JSON raises.
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
@@ -92,6 +93,8 @@ def series(run: Path) -> Series:
             step = int(line["step"])
             for name, value in line.items():
                 if name in ("step", "seconds") or name.endswith(LEFT_OUT):
+                    continue
+                if name.startswith(MACHINE):
                     continue
                 series.setdefault(name, {})[step] = float(value)
     except FileNotFoundError:

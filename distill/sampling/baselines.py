@@ -3,7 +3,7 @@
 A baseline uses one of our own solvers, or a scheduler of diffusers in the teacher's stock pipeline.
 Its schedule is the process's own, or one of `timesteps.py`. Guidance may stop early
 (`teachers.guidance.Adaptive`), and a UNet may reuse its deep part from call to call
-(`teachers.deepcache`).
+(`distill.sampling.deepcache`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pydantic import Field, model_validator
 from distill.config.recipe import Recipe
 from distill.config.schema import GuidanceSection, Section
 from distill.field_types import PositiveInt
+from distill.sampling.deepcache import deep_part
 from distill.sampling.guided_teacher import guidance_of
 from distill.sampling.teacher_sampler import PipelineSampler, Sampler, SolverSampler
 from distill.sampling.timesteps import AYS, COMPUTED, FINE_STEPS, check_steps, pipeline_class
 from eval.protocols.measure import Protocol
 from students.lora import unwrap
-from teachers.deepcache import deep_part
 from teachers.errors import UserError
 from teachers.families.base import Prompted
 from teachers.guidance import AGREED

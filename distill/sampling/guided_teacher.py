@@ -9,7 +9,14 @@ from distill.data.encode import counting, print_cuts
 from teachers.catalogue.loading import load
 from teachers.denoiser import Denoiser, Guided, Mix, Reparametrised, linear
 from teachers.errors import UserError
-from teachers.guidance import AutoGuided, Interval, Projected, Rescaled, SkipLayerGuided
+from teachers.guidance import (
+    AutoGuided,
+    FirstChannels,
+    Interval,
+    Projected,
+    Rescaled,
+    SkipLayerGuided,
+)
 from teachers.teacher import Teacher
 
 
@@ -48,6 +55,13 @@ def guided(section: TeacherSection, teacher: Teacher) -> Denoiser:
         mix = Projected(guidance.eta or 0.0, guidance.threshold)
     if guidance.rescale:
         mix = Rescaled(guidance.rescale, mix)
+    if guidance.channels is not None:
+        if guidance.channels > teacher.shape[0]:
+            raise UserError(
+                f"teacher.guidance.channels: {guidance.channels} is more than the teacher's "
+                f"{teacher.shape[0]}; give fewer"
+            )
+        mix = FirstChannels(guidance.channels, mix)
     if guidance.kind == "skip":
         result: Guided = SkipLayerGuided(denoiser, scale, guidance.blocks, mix)
     elif guidance.weaker is not None:

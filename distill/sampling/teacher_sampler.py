@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill.config.recipe import Recipe
 from distill.data.encode import encoders_on
 from distill.profiling import Meter
+from distill.sampling.deepcache import DeepCache
 from distill.sampling.guided_teacher import guidance_of, guided
 from distill.sampling.student_sampler import decode, default_batch, timed
 from distill.sampling.timesteps import (
@@ -28,7 +29,6 @@ from eval.protocols.measure import Protocol, images_to_samples
 from eval.samples import Samples
 from students.lora import unwrap
 from teachers import conditions
-from teachers.deepcache import DeepCache
 from teachers.denoiser import Denoiser, Guided, computes
 from teachers.families.base import Prompted, images_of, quiet
 from teachers.guidance import Adaptive

@@ -17,24 +17,34 @@ from distill.config.recipe import Recipe
 from distill.config.schema import TrainSection
 from distill.data import cache
 from distill.data.encode import device
-from distill.data.from_recipe import encoding_job, source_of
+from distill.data.expansion.captions import write_prompts
+from distill.data.from_recipe import encoding_job, expansion_of, source_of
 from distill.data.listing import check_labels, write_report
 from distill.data.prompts import list_prompts
 from distill.data.stream import Source
+from distill.early_stop.measurement import guards_of
 from distill.objectives.base import Objective
 from distill.objectives.validate import check_first
 from distill.publish.licence import check_licence
 from distill.sampling.guided_teacher import guidance_of, load_teacher
+from distill.sampling.own_metric import OwnMetric
 from distill.sampling.student_sampler import check_protocol, evaluate_student
 from distill.seeds import seed_all
+from distill.trackers import trackers
 from distill.training import custom_objective, optimizers
+from distill.training.compilation import compile_run, mode_of
 from distill.training.engine import Engine, check_memory, shards_of
 from distill.training.networks import check_form, objective_of, player_networks
 from distill.training.player import Player
 from distill.training.preflight import rehearse_end
 from distill.training.rehearsal import check_finite
-from distill.training.run_folder import check_checkpoints, check_folder, hold, write_recipe
-from distill.training.trackers import trackers
+from distill.training.run_folder import (
+    check_checkpoints,
+    check_folder,
+    hold,
+    keep_adapters,
+    write_recipe,
+)
 from eval import shapes
 from eval.catalogue import headline
 from eval.protocols.measure import Protocol, protocol
@@ -43,6 +53,7 @@ from students.form import StudentForm
 from students.generator import Generator
 from teachers import conditions
 from teachers.errors import UserError
+from teachers.storage.plugin import function_at
 from teachers.teacher import Teacher
 
 
@@ -55,6 +66,7 @@ class Run:
     engine: Engine
     protocol: Protocol | None
     out: Path
+    metric: OwnMetric | None = None
 
     @property
     def student(self) -> Generator:
@@ -67,7 +79,10 @@ class Run:
 
 @dataclass
 class Parts:
-    """The parts of a run before its folder is opened; nothing is written yet."""
+    """The parts of a run before its folder is opened; nothing is written yet.
+
+    flops: Of one sample through the teacher's network.
+    """
 
     teacher: Teacher
     source: Source
@@ -75,6 +90,8 @@ class Parts:
     accelerator: Accelerator
     objective: Objective
     players: dict[str, Player]
+    flops: float | None
+    metric: OwnMetric | None
 
 
 def build(recipe: Recipe, out: Path, resume: bool = False) -> Run:
@@ -110,6 +127,8 @@ def check(recipe: Recipe, out: Path, resume: bool) -> None:
     trackers(recipe.train.trackers, out)
     if recipe.eval.protocol:
         protocol(recipe.eval.protocol)
+    if recipe.eval.metric:
+        function_at(recipe.eval.metric, "eval.metric")
 
 
 def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
@@ -119,6 +138,7 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         UserError: parts do not go together, or the student could not be exported.
     """
     measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
+    mode = mode_of(recipe, device())
     teacher = load_teacher(recipe.teacher)
     form = form_of(teacher, recipe.kind.few_step)
     if measure is not None:
@@ -126,23 +146,26 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         measure.check()
     check_form(recipe, form)
     source = source_of(recipe, teacher)
+    metric = OwnMetric(recipe, teacher, source) if recipe.eval.metric else None
     if resume and source.report is not None:
         check_labels(out, source.report)
     accelerator = accelerator_of(recipe.train, out)
     check_memory(recipe.train, teacher.shape, shards_of(recipe.train, accelerator.num_processes))
+    rehearse = form.rehearsal(accelerator.device)  # its prompts are encoded before networks move
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
     objective = objective_of(recipe, teacher, accelerator.device)
     if guidance_of(recipe.teacher).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)
-    check_finite(objective.teacher, teacher, source, recipe.train, accelerator)
-    form.rehearse(objective.student)
+    flops = check_finite(objective.teacher, teacher, source, recipe.train, accelerator)
+    rehearse(objective.student)
     if form.leaves_pipeline:
         rehearse_end(recipe, objective.student, teacher)
     players = players_of(objective, recipe.players, recipe.train.steps, accelerator)
     if custom_objective.file_of(recipe) is not None:
         custom_objective.rehearse(objective, players, source, recipe.train, accelerator)
-    return Parts(teacher, source, measure, accelerator, objective, players)
+    compile_run(recipe, objective, players["student"], source, accelerator, mode)
+    return Parts(teacher, source, measure, accelerator, objective, players, flops, metric)
 
 
 def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
@@ -159,33 +182,49 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
     accelerator.wait_for_everyone()
     student, teacher = parts.objective.student, parts.teacher
 
+    metric = parts.metric
+
     def evaluate(steps: int) -> dict[str, Any]:
+        if metric is not None:
+            metrics = metric.student(student.at(steps), seeds=1)
+            first = next(iter(metrics["spread"]))
+            lower = metric.lower_is_better
+            return {**metrics, "headline" if lower else "raised": first}
         assert measure is not None
         metrics = evaluate_student(student.at(steps), teacher, measure, seeds=1)
         return {**metrics, "headline": headline(metrics)}
 
+    train = recipe.train
+    if not form_of(teacher, recipe.kind.few_step).draws_pictures:
+        train = train.model_copy(update={"sample_every": 0})
     engine = Engine(
         parts.objective,
         parts.players,
         parts.source,
         teacher,
-        recipe.train,
+        train,
         accelerator,
         out,
-        evaluate=None if measure is None else evaluate,
+        evaluate=None if measure is None and metric is None else evaluate,
         evaluate_every=recipe.eval.every,
+        stop_when_flat=recipe.eval.stop_when_flat,
         shown=grid_prompts(recipe, teacher),
+        sample_flops=parts.flops,
+        guards=guards_of(recipe, teacher, student, grid_prompts(recipe, teacher)),
     )
     resumed = engine.resume() if resume else False
     if accelerator.is_main_process:  # once the checkpoint is known to be good
         if not resumed:  # a run may have been killed before its first checkpoint
             (out / "metrics.jsonl").unlink(missing_ok=True)
+        keep_adapters(parts.teacher.fusion, out)
         write_recipe(recipe, out)
         if parts.source.report is not None:
             write_report(out, parts.source.report)
+        if (prompts := expansion_of(recipe)) is not None:
+            write_prompts(prompts, out)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("fewstep")
-    return Run(recipe, teacher, engine, measure, out)
+    return Run(recipe, teacher, engine, measure, out, metric)
 
 
 def accelerator_of(train: TrainSection, out: Path) -> Accelerator:
@@ -247,6 +286,8 @@ def grid_prompts(recipe: Recipe, teacher: Teacher) -> list[Any]:
         return [0] * 80
     if "shapes" in (recipe.eval.protocol, recipe.data.source):
         return shapes.captions(40, seed=0)
+    if (prompts := expansion_of(recipe)) is not None:
+        return (prompts.expansion.captions or prompts.prompts)[:10]
     return [item.prompt for item in list_prompts(recipe.data.prompts or "pack:starter").items[:10]]
 
 

@@ -12,11 +12,11 @@ from accelerate import Accelerator
 
 from distill.config.recipe import Recipe
 from distill.config.schema import TrainSection
-from distill.data.stream import Source, Stream
+from distill.data.stream import Source
 from distill.objectives.base import Objective
 from distill.objectives.validate import check_loss
 from distill.seeds import seed_all
-from distill.training.engine import shards_here, shards_of
+from distill.training.engine import first_batch, shards_here, shards_of
 from distill.training.player import Player
 from teachers.errors import UserError
 
@@ -61,10 +61,8 @@ def rehearse(
     Raises:
         UserError: the loss is not a `Loss` to descend. What the user's own code raises passes.
     """
-    shards = shards_of(train, accelerator.num_processes)
-    first = shards_here(shards, accelerator)[0]
-    size, device = train.batch // shards, accelerator.device
-    stream = Stream(source, device, 0, range(first, first + 1), shards, size, ahead=0)
+    batch = first_batch(source, train, accelerator)
+    first = shards_here(shards_of(train, accelerator.num_processes), accelerator)[0]
     before = deepcopy(objective.state_dict())  # a loss may change it in place
     seed_all(train.seed, "turns", 0, 0)
     turn = next(copy(objective).turns(0))
@@ -74,10 +72,9 @@ def rehearse(
             player.requires_grad_(True)
         seed_all(train.seed, 0, 0, first)
         with accelerator.autocast():
-            loss = turn.loss(next(stream))
+            loss = turn.loss(batch)
         check_loss(loss, objective)
     finally:
-        stream.close()
         for player in moving:
             player.requires_grad_(False)
     objective.load_state_dict(before)

@@ -10,8 +10,9 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,33 +21,47 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from distill.attempts import FIGURES, Attempts
-from distill.config.schema import TrainSection
+from distill.config.schema import FlatSection, TrainSection
 from distill.console import Progress
 from distill.data.encode import decoder_on
 from distill.data.stream import AHEAD, Source, Stream
+from distill.early_stop.guards import Guards
 from distill.files import write
 from distill.grids import COLUMNS, save_grid
-from distill.objectives.base import Objective, Turn
+from distill.objectives.base import Batch, Objective, Turn, networks_in
 from distill.objectives.validate import check_loss, check_turn
-from distill.profiling import EvaluationCounter, denoisers_in
+from distill.profiling import EvaluationCounter, denoisers_in, start_peak
 from distill.seeds import seed_all
+from distill.speed import Speed, Speedometer, Work
 from distill.training import checkpoint
 from distill.training.ema import EMA
 from distill.training.player import Player
 from students.export.folder import sample_student
+from students.lora import AdaptedDenoiser
+from teachers.compiled import CompileError, GraphReport, compile_errors, running_compiled
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
+GUARDED = "guarded"  # the checkpoint of the best check of guards
 Evaluate = Callable[[int], dict[str, Any]]  # student steps -> metrics, for the weights in place
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop; the step was finished and saved."""
+ENDS = {  # before the last step
+    "flat": "its evaluations improve no more (eval.stop_when_flat)",
+    "hours": "its time is over (train.hours)",
+}
 
-    def __init__(self, number: int) -> None:
+
+class Stopped(Exception):
+    """A signal asked the run to stop; the step was finished and saved.
+
+    saved: False where it was not, since the signal also ended the compilers that it waited for.
+    """
+
+    def __init__(self, number: int, saved: bool = True) -> None:
         super().__init__(signal.Signals(number).name)
-        self.number = number
+        self.number, self.saved = number, saved
 
 
 class StopVote(NamedTuple):
@@ -79,7 +94,10 @@ class Engine:
         out: The run's folder.
         evaluate: Measures the student with its present weights, every `evaluate_every` steps; the
             best one has a checkpoint.
+        stop_when_flat: Ends training when these measurements improve no more.
         shown: Labels or prompts of the sample grids.
+        sample_flops: FLOPs of one sample through the teacher's network, for the speed.
+        guards: Checks of the student that may stop training; it then has the best check's average.
     """
 
     def __init__(
@@ -93,21 +111,33 @@ class Engine:
         out: Path,
         evaluate: Evaluate | None = None,
         evaluate_every: int = 0,
+        stop_when_flat: FlatSection | None = None,
         shown: Sequence[Any] = (0,) * 80,
+        sample_flops: float | None = None,
+        guards: Guards | None = None,
     ) -> None:
         self.objective, self.players = objective, players
         self.source, self.teacher = source, teacher
         self.cfg, self.accelerator, self.out = train, accelerator, out
         self.evaluate, self.evaluate_every, self.shown = evaluate, evaluate_every, shown
-        self.extras = Attempts(out)
+        self.stop_when_flat = stop_when_flat
+        self.guards, self.extras = guards, Attempts(out)
         self.ema = EMA(players["student"].params, train.ema)
         self._shown: Cond = None  # the grids' condition, encoded at the first grid
         self.step = self.draws = 0
         self.seconds, self.best = 0.0, math.inf
+        self.curve: list[float] = []  # of all evaluations, the same on all processes
+        self.ended: Literal["", "flat", "hours"] = ""  # why before the last step
         self.latest: dict[str, Tensor] = {}  # each turn's last scalars, some of earlier steps
-        networks = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}
-        self.counter = EvaluationCounter(denoisers_in(networks))
+        self.counter = EvaluationCounter(denoisers_in(networks_in(objective)))
         self.shards = shards_of(train, accelerator.num_processes)
+        self.speed = Speedometer(
+            accelerator.device,
+            train.batch,
+            train.precision,
+            None if sample_flops is None else partial(self._flops, sample_flops),
+        )
+        self.graphs = GraphReport()
         self._first: dict[str, Tensor] = {}  # the loss of this process's first turn
         self._checked: set[tuple[Any, ...]] = set()
         self._stop = 0
@@ -127,55 +157,120 @@ class Engine:
         """The samples that went through each network while training."""
         return self.counter.counts
 
+    @property
+    def done(self) -> bool:
+        """Whether no step is left to play."""
+        guarded = self.guards is not None and self.guards.stopped
+        return self.step >= self.cfg.steps or bool(self.ended) or guarded
+
     def train(self) -> None:
-        """Play every step that is left.
+        """Play every step that is left, or until an earlier end.
 
         Raises:
             Stopped: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
-            UserError: a loss is no longer a finite number.
+            UserError: a loss is no longer a finite number, or a network could not be compiled.
         """
         if self.accelerator.is_main_process:
             self.extras.clear()
         mine, size = shards_here(self.shards, self.accelerator), self.cfg.batch // self.shards
         device = self.accelerator.device
+        start_peak(device)  # of training alone
         stream = Stream(self.source, device, self.draws, mine, self.shards, size)
+        self.ended = "" if self.step >= self.cfg.steps else self._early_end()
         began = time.perf_counter() - self.seconds
         handlers = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             with Progress(self.cfg.steps, self.step, self.accelerator.is_main_process) as progress:
-                while self.step < self.cfg.steps:
-                    self.latest |= self.advance(stream)
+                while not self.done:
+                    self.latest |= self._compiled_step(stream)
                     self.seconds = time.perf_counter() - began
                     progress.advance(self.step)
+                    self.speed.advance(self.step)
                     self._after_step(progress)
         finally:
             stream.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        if self.guards is not None and self.guards.stopped:
+            self.ema.load_state_dict(checkpoint.load(self.root / GUARDED)["ema"])
+
+    def _compiled_step(self, stream: Stream) -> dict[str, Tensor]:
+        """Play a step, in which networks may be compiled; scalars to log.
+
+        Raises:
+            Stopped: a signal came to all processes of a terminal, and so ended a compiler.
+            UserError: a network could not be compiled.
+        """
+        try:
+            with compile_errors():
+                return self.advance(stream)
+        except CompileError:
+            if self._stop:
+                raise Stopped(self._stop, saved=False) from None
+            raise
 
     def _after_step(self, progress: Progress) -> None:
-        """Log, sample, evaluate and save where it is time to, and stop on a signal."""
-        if self._due(self.cfg.log_every):
-            progress.show(self.step, self._log(self.latest))
-        if self._due(self.cfg.sample_every):
-            self.sample()
-        if self.evaluate_every and self.step % self.evaluate_every == 0:
-            progress.print_above(self._evaluate())
+        """Check, log, sample, evaluate and save where it is time to, and stop on a signal."""
+        if self.guards is not None and self.guards.due(self.step):
+            with self.speed.paused():
+                self._check_guards(self.guards)
+                progress.print_above(self.guards.line())
+        logged, sampled = self._due(self.cfg.log_every), self._due(self.cfg.sample_every)
+        self._report(progress, logged, sampled)
+        evaluated = self.evaluate_every > 0 and self.step % self.evaluate_every == 0
+        if evaluated:
+            with self.speed.paused():
+                progress.print_above(self._evaluate())
+        if (logged or evaluated) and not self.done:
+            self.ended = self._early_end()
+            if self.ended:  # this is the last step after all
+                progress.steps = self.step
+                progress.print_above(f"step {self.step}: training ends: {ENDS[self.ended]}")
+                last = self.cfg.sample_every > 0
+                self._report(progress, not logged, last and not sampled)
         stop = self._should_stop()
         if stop or self._due(self.cfg.save_every):
-            self._check(self.latest)  # a bad checkpoint would have the good ones pruned
-            self.save()
+            with self.speed.paused():
+                self._check(self.latest)  # a bad checkpoint would have the good ones pruned
+                self.save()
         if stop:
             raise Stopped(stop)
 
+    def _report(self, progress: Progress, log: bool, sample: bool) -> None:
+        """Log the last scalars and save grids, either where it is asked for."""
+        if log:
+            progress.show(self.step, *self._log(self.latest))
+            if (line := self.graphs.line(self.step)) is not None:
+                progress.print_above(line)
+        if sample:
+            with self.speed.paused():
+                self.sample()
+
     def _due(self, every: int) -> bool:
         """Whether the step just played is one in `every`, or the last; never where that is 0."""
-        return every > 0 and (self.step % every == 0 or self.step == self.cfg.steps)
+        return every > 0 and (self.step % every == 0 or self.done)
+
+    def _early_end(self) -> Literal["", "flat", "hours"]:
+        """Why training ends at this step, the same on all processes; empty where it goes on."""
+        if self.stop_when_flat is not None and self.stop_when_flat.reached(self.curve):
+            return "flat"
+        hours = self.cfg.hours
+        if hours is not None and self._of_first(self.seconds) >= 3600 * hours:
+            return "hours"
+        return ""
+
+    def _of_first(self, value: float) -> float:
+        """The first process's value, on all."""
+        if self._hosts is None:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(shared, 0, self._hosts)  # pyright: ignore[reportArgumentType]
+        return float(shared)
 
     def advance(self, stream: Stream) -> dict[str, Tensor]:
         """Play one step: every turn that the objective yields, then the average. Scalars to log."""
         seed, logs = self.cfg.seed, {}
-        with self.counter:
+        with self.counter, running_compiled():
             seed_all(seed, "turns", self.step, 0)
             for i, turn in enumerate(self.objective.turns(self.step)):
                 logs |= self.play(turn, i, stream)
@@ -283,7 +378,9 @@ class Engine:
             "draws": self.draws,
             "seconds": self.seconds,
             "best": self.best if math.isfinite(self.best) else None,
+            "curve": self.curve,
             "evaluations": self.evaluations,
+            "guards": None if self.guards is None else self.guards.state_dict(),
             "latest": self.latest,
             "players": {name: player.state_dict() for name, player in self.players.items()},
             "ema": self.ema.state_dict(),
@@ -293,7 +390,10 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.draws, self.seconds = state["step"], state["draws"], state["seconds"]
         self.best = math.inf if state["best"] is None else state["best"]
+        self.curve = list(state.get("curve", ()))  # earlier versions saved none
         self.evaluations.update(state["evaluations"])
+        if self.guards is not None and state.get("guards") is not None:
+            self.guards.load_state_dict(state["guards"])
         self.latest = {k: v.to(self.accelerator.device) for k, v in state["latest"].items()}
         for name, player in self.players.items():
             player.load_state_dict(state["players"][name])
@@ -307,19 +407,36 @@ class Engine:
             total = self.accelerator.reduce(counts, reduction="sum").tolist()  # pyright: ignore
             self.evaluations.update(zip(self.evaluations, total, strict=True))
 
+    def _check_guards(self, guards: Guards) -> None:
+        """Check the averaged student, and save it if it is the best so far.
+
+        A failure is reported, and training goes on.
+        """
+        with self.extras.attempt("guards"), self.ema.swapped():
+            best = guards.check(self.step, self.accelerator)
+            values = {f"guards/{k}": v for k, v in guards.scores.items()}
+            self.accelerator.log(values, step=self.step)
+            if best and self.accelerator.is_main_process:
+                state = {"ema": self.ema.state_dict(), "step": self.step}
+                checkpoint.save(state, self.root / GUARDED, {"step": self.step, **guards.scores})
+        self.accelerator.wait_for_everyone()
+
     def _evaluate(self) -> str:
         """Measure the averaged student, and save it if it is the best so far. A line to show.
 
         A failure is reported, and training goes on.
         """
-        line = ""
+        line, value = "", math.nan
         if self.accelerator.is_main_process and self.evaluate is not None:
             with self.extras.attempt(f"{FIGURES} while training"):
-                line = self._keep_best(self.evaluate, min(self.objective.student.counts))
+                line, value = self._keep_best(self.evaluate, min(self.objective.student.counts))
         self.accelerator.wait_for_everyone()
+        if math.isfinite(value := self._of_first(value)):
+            self.curve.append(value)
         return line
 
-    def _keep_best(self, evaluate: Evaluate, steps: int) -> str:
+    def _keep_best(self, evaluate: Evaluate, steps: int) -> tuple[str, float]:
+        """A line to show, and the metric with the sign that training lowers; NaN without one."""
         with self.ema.swapped():
             metrics = evaluate(steps)
         values = {f"eval/{k}": v for k, v in metrics.items() if isinstance(v, float)}
@@ -330,20 +447,46 @@ class Engine:
             self.best = metrics[headline]
             state = {"ema": self.ema.state_dict(), "step": self.step}
             checkpoint.save(state, self.root / "best", {"step": self.step, headline: self.best})
-        return "  ".join(f"{k} {metrics[k]:.3f}" for k in shown) + f" at {steps} step"
+        line = "  ".join(f"{k} {metrics[k]:.3f}" for k in shown) + f" at {steps} step"
+        raised = metrics.get("raised")  # or of the one that it raises
+        value = metrics[headline] if headline is not None else math.nan
+        return line, -metrics[raised] if raised is not None else value
 
-    def _log(self, logs: dict[str, Tensor]) -> dict[str, float]:
-        """Average the scalars over processes, fetch them in one transfer, and log them."""
+    def _log(self, logs: dict[str, Tensor]) -> tuple[dict[str, float], Speed | None]:
+        """Average the scalars over processes, fetch them in one transfer, and log them.
+
+        The speed is measured just after the transfer, which waited for the device.
+        """
         # With the first loss among them: it may be NaN on another process alone.
         first = {f"first {k}": v for k, v in self._first.items()}
         means = self._over_processes({**logs, **first})
         self._first = dict.fromkeys(self._first, means[-1])
         values = dict(zip(logs, means.tolist()))
+        speed = self.speed.measure(self.step)
         for name, player in self.players.items():
             values[f"{name}/lr"] = player.rate(self.step - 1)
-        self.accelerator.log({"seconds": self.seconds, **values}, step=self.step)
+        columns = self.graphs.columns() | ({} if speed is None else speed.columns())
+        self.accelerator.log({"seconds": self.seconds, **values, **columns}, step=self.step)
         self._check(values)
-        return values
+        return values, speed
+
+    def _flops(self, sample: float) -> float:
+        """The FLOPs of this process until now, roughly: all networks are taken to be the teacher's.
+
+        A backward pass through adapters or frozen weights costs as much as a forward pass, through
+        weights that learn twice as much, and one forward pass more where activations are
+        recomputed.
+
+        Args:
+            sample: FLOPs of one sample through the network.
+        """
+        again = 1.0 if self.cfg.checkpointing else 0.0
+        backward = {
+            name: again + (1.0 if name not in self.players or has_adapters(network) else 2.0)
+            for name, network in networks_in(self.objective).items()
+        }
+        work = Work(sample, backward)
+        return work.flops(self.evaluations, self.counter.with_gradients)
 
     def _over_processes(self, logs: Mapping[str, Tensor]) -> Tensor:
         """The scalars (N,), averaged over processes."""
@@ -402,7 +545,7 @@ class Engine:
             return self._stop
         stop = self._vote.answer() if self._vote else 0
         self._vote = None if stop else StopVote.of(self._stop, self._hosts)
-        if self._vote and self.step == self.cfg.steps:  # there is no next step
+        if self._vote and self.done:  # there is no next step
             stop, self._vote = self._vote.answer(), None
         return stop
 
@@ -410,6 +553,11 @@ class Engine:
 def _players(key: str) -> list[str]:
     """The players of a turn, from the key of a scalar that it logs."""
     return key.split("/")[0].split("+")
+
+
+def has_adapters(network: nn.Module) -> bool:
+    """Whether a network learns in adapters, on frozen weights."""
+    return any(isinstance(m, AdaptedDenoiser) for m in network.modules())
 
 
 def shards_of(train: TrainSection, processes: int) -> int:
@@ -431,6 +579,18 @@ def shards_here(shards: int, accelerator: Accelerator) -> range:
     """Which of a batch's parts this process computes."""
     per = shards // accelerator.num_processes
     return range(per * accelerator.process_index, per * (accelerator.process_index + 1))
+
+
+def first_batch(source: Source, train: TrainSection, accelerator: Accelerator) -> Batch:
+    """This process's first part of a run's first batch, on its device."""
+    shards = shards_of(train, accelerator.num_processes)
+    first, size = shards_here(shards, accelerator)[0], train.batch // shards
+    mine = range(first, first + 1)
+    stream = Stream(source, accelerator.device, 0, mine, shards, size, ahead=0)
+    try:
+        return next(stream)
+    finally:
+        stream.close()
 
 
 @torch.no_grad()

@@ -11,13 +11,17 @@ from torch import nn
 from distill.config.objective_schema import network_types, networks_of
 from distill.config.recipe import Recipe
 from distill.config.schema import AdaptersSection, CriticSection
+from distill.objectives.anchored import AnchoredDMD2
 from distill.objectives.base import Auxiliary, Objective
 from distill.sampling.guided_teacher import guided
 from students.checkpointing import checkpointing
 from students.critic import Critic
+from students.export import earlier
 from students.export.forms import form_of
 from students.form import StudentForm, StudentRequest
-from students.lora import AdaptedDenoiser, Adapter, adapt, unwrap
+from students.generator import Generator
+from students.lora import AdaptedDenoiser, Adapter, adapt, network_of
+from students.own_network import middle_of
 from students.two_time import two_time
 from teachers.denoiser import Denoiser, Network
 from teachers.teacher import Teacher
@@ -30,7 +34,11 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
         UserError: the recipe asks for networks that there cannot be.
     """
     check_form(recipe, form_of(teacher, recipe.kind.few_step))
-    return assembled(recipe, build_networks(recipe, teacher), device)
+    objective = assembled(recipe, build_networks(recipe, teacher), device)
+    if recipe.student.source is not None and isinstance(objective, AnchoredDMD2):
+        # not the student as it starts, whose base may have LoRA files that it did not have
+        objective.before = earlier.denoiser(recipe.student.source).to(device)
+    return objective
 
 
 def build_networks(
@@ -39,20 +47,19 @@ def build_networks(
     """The networks that the objective's fields name, by field.
 
     Args:
-        form: The form of the teacher's students; by default the one that it has.
+        form: The form of the teacher's students; by default the one that it has. With one, no
+            weights of an earlier student are read: it is a plan's, of networks without values.
 
     Raises:
         UserError: the teacher, the student, the adapters or the critic do not go together.
     """
+    planned = form is not None
     form = form or form_of(teacher, recipe.kind.few_step)
     names = [n for n in network_types(recipe.kind, Denoiser) if n != "teacher"]
     adapters = shared_weights(recipe.adapters, names) if form.adapts else {}
     # copies first: a copy that is made after the adapters would contain them
     networks: dict[str, nn.Module] = {n: form.network() for n in names if n not in adapters}
-    s = recipe.student
-    student = form.student(s.steps, s.start, s.renoise, adapters.get("student"))
-    counts = s.trained(recipe.kind.learns, student.counts)
-    student = student.keep(*counts, weights=list(counts.values()))
+    student = student_of(recipe, form, adapters.get("student"), planned)
     networks["student"] = two_time(student) if recipe.kind.two_times else student
     for name in [n for n in names if n in adapters]:
         networks[name] = adapt(teacher, adapters[name], name)
@@ -66,6 +73,26 @@ def build_networks(
         for backbone in backbones(networks):
             checkpointing(backbone)
     return networks
+
+
+def student_of(
+    recipe: Recipe, form: StudentForm, adapter: Adapter | None, planned: bool
+) -> Generator:
+    """The student before training, as the teacher or as an earlier student, with its step counts.
+
+    Args:
+        planned: Read no weights of an earlier student.
+
+    Raises:
+        UserError: there is no such student.
+    """
+    s = recipe.student
+    if s.source is None or planned:
+        student = form.student(s.steps, s.start, s.renoise, adapter)
+    else:
+        student = earlier.student(s.source, form, s.steps, s.renoise, adapter)
+    counts = s.trained(recipe.kind.learns, student.counts)
+    return student.keep(*counts, weights=list(counts.values()))
 
 
 def shared_weights(section: AdaptersSection | None, names: Sequence[str]) -> dict[str, Adapter]:
@@ -86,7 +113,7 @@ def critic_of(section: CriticSection, fake: Any, teacher: Teacher) -> Critic:
     Raises:
         UserError: the fake score has no such blocks.
     """
-    blocks = (unwrap(fake).middle,) if section.blocks is None else section.blocks
+    blocks = (middle_of(network_of(fake)),) if section.blocks is None else section.blocks
     return Critic(fake, teacher.shape, teacher.codec.condition([0]), blocks)
 
 
@@ -111,6 +138,8 @@ def assembled(recipe: Recipe, networks: dict[str, nn.Module], device: torch.devi
     """The recipe's objective with its networks, all on the device and in eval mode."""
     for network in networks.values():
         network.to(device).eval()  # dropout would differ between teacher, fake and student
+    for backbone in backbones(networks):
+        backbone.to(device)  # adapters do not hold theirs
     keys = {k: v for k, v in recipe.objective.items() if k != "name"}
     schema = recipe.keys_schema().model_validate(keys)
     return recipe.kind(**networks, **{k: getattr(schema, k) for k in keys})  # pyright: ignore
@@ -122,7 +151,7 @@ def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
     for network in networks.values():
         for module in network.modules():
             if isinstance(module, AdaptedDenoiser | Network):
-                shared.append(unwrap(module).backbone)
+                shared.append(network_of(module).backbone)
     return list(dict.fromkeys(shared))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distill.config.schema import TrainSection
 from distill.data.encode import broken_weight
 from distill.data.stream import Source
+from distill.profiling import FlopMeter, denoisers_in, evaluations_of
 from distill.training.engine import shards_here, shards_of
 from teachers import conditions
 from teachers.denoiser import Denoiser
@@ -26,11 +27,14 @@ def check_finite(
     source: Source,
     train: TrainSection,
     accelerator: Accelerator,
-) -> None:
+) -> float | None:
     """Compute the teacher's x̂ of the first batch's first part, at times from 1 to nearly 0.
 
     Args:
         guided: The teacher that the objective has.
+
+    Returns:
+        The FLOPs of one sample through the teacher's network; None if no network was called.
 
     Raises:
         UserError: the data, their conditions, the network's x̂ or the guided x̂ hold NaN or
@@ -51,8 +55,10 @@ def check_finite(
     t = torch.linspace(1, 0, len(noise) + 1, device=device)[:-1]
     x_t = guided.process.noise(x, t, noise)
     with accelerator.autocast():
-        if not (kind := _not_finite(guided(x_t, t, cond))):
-            return
+        with FlopMeter() as meter, evaluations_of(denoisers_in({"teacher": guided})) as counts:
+            estimate = guided(x_t, t, cond)
+        if not (kind := _not_finite(estimate)):
+            return meter.flops / counts["teacher"] if counts["teacher"] else None
         unguided = _not_finite(teacher.denoiser(x_t, t, cond))
     who = f"teacher {teacher.source!r}"
     if not unguided:

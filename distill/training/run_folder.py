@@ -8,10 +8,11 @@ the filelock package's.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import yaml
 
@@ -25,6 +26,7 @@ from teachers.errors import UserError
 
 LOCK = ".lock"  # in the run's folder; it contains the holder's process id
 FILES = ("recipe.yaml", "metrics.jsonl", "summary.json", "report.html", LOCK)
+ADAPTERS = "adapters.json"  # names, hashes and strengths of the LoRA files in the teacher
 FOLDERS = ("checkpoints", "samples", "student")
 
 _locks: dict[Path, TextIO] = {}  # this process's lock files, by folder; closing one releases it
@@ -226,6 +228,30 @@ def write_recipe(recipe: Recipe, out: Path) -> None:
     """Write recipe.yaml, with every default, and a copy of the user's own objective beside it."""
     write(out / "recipe.yaml", yaml.safe_dump(recipe.tree(), sort_keys=False))
     custom_objective.keep(recipe, out)
+
+
+def keep_adapters(fusion: Any, out: Path) -> None:
+    """Write the hashes of the LoRA files in the teacher's weights, or compare them.
+
+    Args:
+        fusion: The teacher's; None if it has no such files.
+
+    Raises:
+        UserError: a resumed run began with other contents of a file.
+    """
+    if fusion is None:
+        return
+    file, now = out / ADAPTERS, fusion.contents()
+    if not file.exists():
+        write(file, json.dumps(now, indent=2) + "\n")
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for entry in now:
+        if entry not in before:
+            raise UserError(
+                f"--resume: teacher.adapters: {entry['file']} has another content than when the "
+                f"run in {out} began; restore it, or start in another folder"
+            )
 
 
 def exists(path: Path) -> bool:

@@ -63,6 +63,11 @@ def lpips_diversity(
     return Diversity(lpips(trunk), size, name)
 
 
+def known_words_accuracy() -> Metric:
+    """As `caption_accuracy`; a caption may have words that the grammar lacks."""
+    return lambda samples: shapes.known_words_accuracy(samples.images, samples.prompts)
+
+
 KINDS: dict[str, Callable[..., Metric]] = {
     "caption_accuracy": caption_accuracy,
     "clip_score": ClipScore,
@@ -80,6 +85,12 @@ KINDS: dict[str, Callable[..., Metric]] = {
     "prdc": PRDC,
     "vendi": Vendi,
 }
+
+
+# Metrics of an image and its prompt alone, and the one that takes prompts beyond the protocol's.
+PROMPT_SCORES = dict.fromkeys(
+    ("clip_score", "hps", "image_reward", "label_accuracy", "pick_score")
+) | {"caption_accuracy": known_words_accuracy}
 
 
 class Strict(BaseModel):
@@ -246,6 +257,19 @@ class Spec(Strict):
                 side = None if isinstance(features, Prepared) else self.side
                 requests[features] = FeatureRequest(features, f"{key} of {name}", vectors, side)
         return list(requests.values())
+
+    def prompt_score(self, name: str) -> Metric | None:
+        """The first metric of an image and its prompt alone, for any prompts; None without one.
+
+        Raises:
+            MetricError: its options are not valid.
+        """
+        for key, options in self.metrics.items():
+            kind = options.get("kind", key)
+            if kind in PROMPT_SCORES:
+                instead = PROMPT_SCORES[kind]
+                return instead() if instead else self._metric(f"{name}: {key}", key, options)
+        return None
 
     def _kind(self, where: str, name: str, options: dict[str, Any]) -> Callable[..., Metric]:
         kind = options.pop("kind", name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eval.shapes.classifier import features
-from eval.shapes.reader import accuracy, read
+from eval.shapes.reader import accuracy, known_words_accuracy, read
 from eval.shapes.scenes import (
     COLOURS,
     COUNTS,
@@ -27,6 +27,7 @@ __all__ = [
     "captions",
     "draw",
     "features",
+    "known_words_accuracy",
     "parse",
     "read",
 ]

@@ -27,6 +27,7 @@ from eval.shapes.scenes import (
     Scene,
     coverage,
     parse,
+    scenes_of,
 )
 
 # A pixel belongs to an object from this distance in RGB to the background on. The second threshold
@@ -76,6 +77,19 @@ def accuracy(images: Tensor | np.ndarray, captions: Sequence[str]) -> dict[str, 
         correct = [b is not None and a[i] == b[i] for a, b in pairs]
         shares[f"{name}_accuracy"] = float(np.mean(correct))
     return shares
+
+
+def known_words_accuracy(images: Tensor | np.ndarray, captions: Sequence[str]) -> dict[str, float]:
+    """The share of images that show what the known words of their caption say.
+
+    A word that the grammar lacks, such as a new colour's, stands for any. Of captions of the
+    grammar it is `accuracy`.
+
+    Raises:
+        MetricError: the known words of a caption are in no caption of the grammar.
+    """
+    found = [scene in scenes_of(c) for scene, c in zip(read(images), captions, strict=True)]
+    return {"accuracy": float(np.mean(found))}
 
 
 def _read(pixels: np.ndarray) -> list[Scene | None]:

@@ -102,6 +102,27 @@ def parse(caption: str) -> Scene:
     return scene
 
 
+@cache
+def scenes_of(caption: str) -> frozenset[Scene]:
+    """All scenes that fit a caption; a word that no caption of the grammar has stands for any.
+
+    Raises:
+        MetricError: there is none.
+    """
+    known = {word for text in _scenes() for word in text.split()}
+    words = [word if word in known else None for word in caption.split()]
+    fits = frozenset(
+        scene
+        for text, scene in _scenes().items()
+        if len(split := text.split()) == len(words)
+        and all(a is None or a == b for a, b in zip(words, split, strict=True))
+    )
+    if not fits:
+        near = get_close_matches(caption, _scenes(), 1, 0.0)[0]
+        raise MetricError(f"shapes: {caption!r} is like no caption; one is {near!r}")
+    return fits
+
+
 def draw(captions: Sequence[str], seed: int) -> Tensor:
     """An image of each caption: uint8 (N, 3, 32, 32), deterministic in the arguments.
 

@@ -20,21 +20,23 @@ import torch
 from torch import Tensor
 
 from students import schedulers
+from students.export.encoders import RecordedEncoders
 from students.export.portable import make_portable
 from students.generator import Generator
-from students.lora import adapter_of, unwrap
+from students.lora import adapter_of, network_of, unwrap
 from students.two_time import check_landing, in_place, stock_backbone
 from teachers import conditions
 from teachers.catalogue.loading import load
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
-from teachers.families.base import Prompted, images_of, quiet
+from teachers.families.base import Pretrained, Prompted, images_of, quiet
 from teachers.families.unet import UNet
 from teachers.quantised import Precision
 from teachers.storage.files import open_to_readers, read_json
 from teachers.teacher import Teacher
 
 SIDECAR = "fewstep.json"  # describes the student; diffusers ignores it
+SAMPLER = "sampler.py"  # in the folder of a student of a network of one's own
 SHAPING = ("size", "frames", "embedded_guidance")  # options of a teacher that students share
 TOLERANCE = 1e-3  # of any pixel in [0, 1]: a quarter of a grey level
 ROUNDING = 0.02  # of the mean pixel, for weights of half precision; a wrong time exceeds it
@@ -104,9 +106,7 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
         make_portable(draft, teacher.codec.folder)
         open_to_readers(draft)
         if brings_source(network):
-            from students.export import edm_source
-
-            edm_source.write(draft, getattr(pipe, network.PART))
+            write_source(draft, network, pipe)
         about = sidecar(generator, teacher, recipe)
         (draft / SIDECAR).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         verify(draft, generator, teacher)
@@ -124,15 +124,25 @@ def sidecar(generator: Generator, teacher: Teacher, recipe: Mapping[str, Any]) -
         "renoise": generator.renoise,
         "teacher": teacher.source,
         "options": {k: v for k, v in teacher.options.items() if k in SHAPING},
+        "adapters": [] if teacher.fusion is None else teacher.fusion.contents(),
         "recipe": dict(recipe),
     }
 
 
 def brings_source(network: Denoiser) -> bool:
-    """Whether the export includes the network's source: EDM's own, unknown to diffusers."""
+    """Whether the export includes the network's source, because diffusers has no such class."""
     from teachers.edm.model import EDM  # slow: it imports diffusers' models
+    from teachers.imagenet.model import SiT
 
-    return isinstance(network, EDM)
+    return isinstance(network, EDM | SiT)
+
+
+def write_source(folder: Path, network: Pretrained, pipe: Any) -> None:
+    """Add the source of a network that brings it to the folder of its pipeline."""
+    from students.export.sources import edm, imagenet
+
+    source: Any = edm if network.PART == "unet" else imagenet
+    source.write(folder, pipe)
 
 
 def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
@@ -167,17 +177,20 @@ def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
 
 def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str, Any]]:
     """What checks of a student sample: prompts, and the stock pipeline's arguments for them."""
-    kind = type(unwrap(generator.denoiser))
-    if classes := teacher.codec.classes:
-        prompts: list[Any] = [i % classes for i in range(4)]
-    else:
-        prompts = ["a red circle", "two boats on a lake"]
+    kind, prompts = type(unwrap(generator.denoiser)), prompts_of(teacher)
     if isinstance(teacher.codec, Prompted):
         return prompts, teacher.codec.arguments([*prompts])
     arguments = kind.arguments([*prompts], teacher.shape[-2:])
-    if issubclass(kind, UNet) and not classes:
+    if issubclass(kind, UNet) and not teacher.codec.classes:
         arguments["class_labels"] = None
     return prompts, arguments
+
+
+def prompts_of(teacher: Teacher) -> list[Any]:
+    """The labels or prompts that checks of its students sample."""
+    if classes := teacher.codec.classes:
+        return [i % classes for i in range(4)]
+    return ["a red circle", "two boats on a lake"]
 
 
 def absent_parts(teacher: Teacher) -> list[str]:
@@ -252,28 +265,42 @@ def pixel_difference(ours: Tensor, theirs: Tensor, generator: Generator) -> str:
     )
 
 
-def pictures(generator: Generator, teacher: Teacher, steps: int, prompts: list[Any]) -> Tensor:
-    """The student's pictures for seed 0, as a stock pipeline's "pt" output: in [0, 1]."""
-    x = sample_student(generator.at(steps), teacher, prompts, seed=0)
+def pictures(
+    generator: Generator, teacher: Teacher, steps: int, prompts: list[Any], cond: Cond = None
+) -> Tensor:
+    """The student's pictures for seed 0, as a stock pipeline's "pt" output: in [0, 1].
+
+    Args:
+        cond: The prompts' condition, if it is known already.
+    """
+    x = sample_student(generator.at(steps), teacher, prompts, seed=0, cond=cond)
     images = (teacher.codec.decode(x) / 2 + 0.5).clamp(0, 1).cpu()
     return images.movedim(1, 2) if images.ndim == 5 else images  # videos have their frames first
 
 
 @torch.no_grad()
-def rehearse(generator: Generator, teacher: Teacher) -> None:
+def rehearse(
+    generator: Generator, teacher: Teacher, encoders: RecordedEncoders | None = None
+) -> None:
     """Before training, compare the stock pipeline's samples, in this process, with the student's.
+
+    On the device beside the student are only the VAE, which decodes one image at a time, and a text
+    encoder while it encodes prompts that `encoders` has not recorded.
 
     Raises:
         UserError: they differ, or the pipeline fails, and so would the export after training.
     """
     who = f"teacher {teacher.source!r}: no stock pipeline samples its students"
-    prompts, _ = request(generator, teacher)
+    prompts = prompts_of(teacher)
     network = unwrap(generator.denoiser)
     device = next(generator.parameters()).device
     half = network.dtype != torch.float32
+    encoders = encoders or RecordedEncoders(teacher, device)
     try:
+        cond = encoders.condition(prompts)
         with (
-            codec_on_device(teacher, device),
+            encoders.on_host(device),
+            decoding_singly(teacher, device),
             torch.autocast(device.type, network.dtype, enabled=half),
         ):
             pipe = pipeline(generator, teacher, merge=isinstance(network, UNet))
@@ -289,7 +316,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
                     out = pipe(
                         num_inference_steps=steps, generator=rng, output_type="pt", **arguments
                     )
-                ours = pictures(generator, teacher, steps, prompts)
+                ours = pictures(generator, teacher, steps, prompts, cond)
                 if difference := pixel_difference(ours, images_of(out), generator):
                     raise UserError(f"{who}: at {steps} steps it {difference}")
     except UserError:
@@ -299,16 +326,22 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
 
 
 @contextmanager
-def codec_on_device(teacher: Teacher, device: torch.device) -> Iterator[None]:
-    """Move the codec's text encoders and VAE to the device, and back to the CPU at the end."""
-    if not isinstance(teacher.codec, Prompted):
+def decoding_singly(teacher: Teacher, device: torch.device) -> Iterator[None]:
+    """Within it, the codec's VAE is on the device and decodes one image at a time."""
+    vae: Any = teacher.codec.vae
+    if vae is None:
         yield
         return
-    teacher.codec.to(device)
+    sliced = getattr(vae, "use_slicing", None)  # a setting of most of diffusers' VAEs
+    vae.to(device)
     try:
+        if sliced is not None:
+            vae.use_slicing = True
         yield
     finally:
-        teacher.codec.to(torch.device("cpu"))
+        if sliced is not None:
+            vae.use_slicing = sliced
+        vae.to(torch.device("cpu"))
 
 
 def child_environment() -> dict[str, str]:
@@ -336,9 +369,11 @@ def sample_student(
     Args:
         cond: The labels' condition, if it is known already.
     """
-    kind = type(unwrap(generator.denoiser))
+    network = network_of(generator.denoiser)
+    own = not isinstance(network, Pretrained)  # `sampler_file.py` has one generator
+    kind = Pretrained if own else type(network)
     rng = torch.Generator().manual_seed(seed)
-    again = rng if kind.SEEDED else torch.Generator().manual_seed(seed + 1)
+    again = rng if own or kind.SEEDED else torch.Generator().manual_seed(seed + 1)
     steps, n = len(generator.times), len(labels)
     noise = [torch.randn(n, *teacher.shape, generator=rng)]
     layout = kind.pack(noise[0]).shape
@@ -360,32 +395,53 @@ def has_student(folder: Path) -> bool:
 
 
 def refuse_unfinished(folder: Path) -> None:
-    """Refuse the folder of a run that has not exported its student.
+    """Refuse the folder of a run that has not exported its student, or of a network of one's own.
 
     Raises:
         UserError: it is one.
     """
-    if not has_student(folder) and (folder / "checkpoints").is_dir():
+    if has_student(folder):
+        return
+    for own in (folder, folder / "student"):
+        if (own / SAMPLER).is_file() and (own / "config.json").is_file():
+            raise UserError(
+                f"student {str(folder)!r}: it is of a network of your own, and diffusers loads no "
+                f"such student; draw with sample() of {own / SAMPLER}"
+            )
+    if (folder / "checkpoints").is_dir():
         raise UserError(
             f"student {str(folder)!r}: this run has no student yet; wait for its end, or resume "
             f"it with distill run {folder / 'recipe.yaml'} --out {folder} --resume"
         )
 
 
-def load_student(folder: Path, precision: Precision | None = None) -> tuple[Generator, Teacher]:
-    """An exported student: its generator, and the folder as a teacher, whose codec it uses.
-
-    Args:
-        precision: Of its weights; by default float32.
+def student_folder(folder: Path) -> Path:
+    """The folder of the exported student that a folder is, or that a run has.
 
     Raises:
-        UserError: the folder is no exported student, or is damaged.
+        UserError: there is no such folder, or the run has not exported its student.
     """
     if not folder.is_dir():
         raise UserError(f"student {str(folder)!r}: no such folder")
     if not (folder / SIDECAR).exists() and (folder / "student" / SIDECAR).exists():
-        folder = folder / "student"  # a run folder was named
+        return folder / "student"  # a run folder was named
     refuse_unfinished(folder)
+    return folder
+
+
+def load_student(
+    folder: Path, precision: Precision | None = None, adapters: Sequence[Any] = ()
+) -> tuple[Generator, Teacher]:
+    """An exported student: its generator, and the folder as a teacher, whose codec it uses.
+
+    Args:
+        precision: Of its weights; by default float32.
+        adapters: LoRA files to add to its weights, as `teachers.load` takes them.
+
+    Raises:
+        UserError: the folder is no exported student, or is damaged, or a LoRA file does not fit.
+    """
+    folder = student_folder(folder)
     sidecar = read_json(folder / SIDECAR, f"student {str(folder)!r}")
     counts: Any = sidecar.get("steps")
     whole = isinstance(counts, list) and counts and all(type(k) is int for k in counts)
@@ -395,6 +451,8 @@ def load_student(folder: Path, precision: Precision | None = None) -> tuple[Gene
         raise UserError(f"student {str(folder)!r}: {SIDECAR} is damaged; export the run again")
     if precision is not None:
         options = {**options, "precision": precision}
+    if adapters:
+        options = {**options, "adapters": list(adapters)}
     teacher = load(str(folder), **options)
     like = schedulers.student(teacher, max(counts), None, sidecar["renoise"], exported=True)
     if unknown := set(counts) - set(like.counts):

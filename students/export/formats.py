@@ -5,13 +5,15 @@
 | diffusers LoRA | `unet.….lora_A.weight`, `transformer.….lora_A.weight` |
 | kohya LoRA of SD 1.x, 2.x | `lora_unet_down_blocks_0_….lora_down.weight`, `.alpha` |
 | kohya LoRA of SDXL | `lora_unet_input_blocks_4_….lora_down.weight`, `.alpha` |
+| ComfyUI LoRA of Wan | `diffusion_model.blocks.0.self_attn.q.lora_A.weight` |
 | single file of SD 1.x, SDXL | LDM's, such as `model.diffusion_model.input_blocks.…` |
 
-Diffusers reads all of them; ComfyUI the last three, and the first of a transformer it knows.
+Diffusers reads all of them; ComfyUI the last four, and the first of SD3, FLUX, Qwen-Image and
+Z-Image.
 Kohya's own trainer names SD 1.x by diffusers' blocks and SDXL by LDM's, and so do we: diffusers
 0.42 mistakes LDM's input block 1 for 10 and 11, which SDXL does not have, and knows SDXL's added
-embedding by LDM's name only. A transformer (SD3, FLUX, Z-Image, Qwen-Image, …) has no other form
-than diffusers' here.
+embedding by LDM's name only. Other transformers (SD3, FLUX, Z-Image, Qwen-Image, …) have no other
+form than diffusers' here.
 
 Every LoRA file is made so that strength 1.0 is the student: W + B A, with kohya's alpha = rank.
 All conversions are pure functions on dicts of tensors.
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from students.export.folder import TOLERANCE, ExportError, child_environment
+from students.metadata.check import check_header, finish_header, times_used
+from teachers.adapters.ldm import ldm_names
 from teachers.errors import UserError
 from teachers.storage.files import save_tensors
 
@@ -141,80 +145,38 @@ def kohya_name(module: str, names: Mapping[str, str] | None) -> str:
     return "lora_unet_" + (module if names is None else names[module]).replace(".", "_")
 
 
-# ---- LDM's names, which single files use
-
-OUTER = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
+# The parts of a Wan transformer by its authors' names, which ComfyUI uses.
+WAN = {
+    "attn1.to_q": "self_attn.q",
+    "attn1.to_k": "self_attn.k",
+    "attn1.to_v": "self_attn.v",
+    "attn1.to_out.0": "self_attn.o",
+    "attn2.to_q": "cross_attn.q",
+    "attn2.to_k": "cross_attn.k",
+    "attn2.to_v": "cross_attn.v",
+    "attn2.to_out.0": "cross_attn.o",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
 }
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
 
 
-def ldm_names(modules: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """LDM's name of each of a UNet2DConditionModel's modules, or of its weights.
-
-    LDM counts a block for each resnet and each resampler: with L resnets a level, the resnet r of
-    level b is input block 1 + b (L + 1) + r, and output block b (L + 1) + r.
-
-    Args:
-        modules: Names in diffusers' UNet; a trailing weight or bias stays as it is.
-        config: The UNet's, for `layers_per_block` and `up_block_types`.
+def to_wan(lora: Mapping[str, Tensor]) -> State:
+    """A Wan transformer's diffusers LoRA by its authors' names, which ComfyUI and diffusers read.
 
     Raises:
-        UserError: the UNet has a part that LDM's does not.
+        UserError: it holds a layer that has no such name here.
     """
-    layers = config["layers_per_block"]
-    if not isinstance(layers, int):
-        raise UserError(f"single file: layers_per_block {layers!r} has no LDM form; use a number")
-    attends = ["Attn" in kind for kind in config["up_block_types"]]
-    return {name: ldm_name(name, layers, attends) for name in modules}
+    made: State = {}
+    for key, value in lora.items():
+        module, kind = parts(key)
+        match = re.fullmatch(r"transformer\.(blocks\.\d+)\.(.+)", module)
+        if match is None or match[2] not in WAN:
+            raise UserError(f"LoRA: {key!r} has no name in ComfyUI's Wan; use diffusers' LoRA")
+        made[f"diffusion_model.{match[1]}.{WAN[match[2]]}.lora_{kind}.weight"] = value
+    return made
 
 
-def ldm_name(name: str, layers: int, attends: list[bool]) -> str:
-    for prefix, new in OUTER.items():
-        if name == prefix or name.startswith(prefix + "."):
-            return new + name.removeprefix(prefix)
-    if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name):
-        side, level, part, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-        first = level * (layers + 1) + (1 if side == "down" else 0)
-        block = "input_blocks" if side == "down" else "output_blocks"
-        if part == "resnets":
-            return f"{block}.{first + index}.0.{resnet(rest)}"
-        if part == "attentions":
-            return f"{block}.{first + index}.1.{rest}"
-        if part == "downsamplers":
-            return f"{block}.{first + layers}.0." + re.sub(r"^conv\b", "op", rest)
-        if part == "upsamplers":
-            return f"{block}.{first + layers}.{2 if attends[level] else 1}.{rest}"
-    match = re.fullmatch(r"mid_block\.(\w+\.\d+)\.(.+)", name)
-    if match and (place := MIDDLE.get(match[1])) is not None:
-        return f"middle_block.{place}.{match[2] if place == '1' else resnet(match[2])}"
-    raise UserError(
-        f"single file: the UNet's {name!r} has no place in LDM's UNet; use the diffusers folder"
-    )
-
-
-def resnet(name: str) -> str:
-    """A part of a resnet, by LDM's name."""
-    part, dot, rest = name.partition(".")
-    if part not in RESNET:
-        raise UserError(
-            f"single file: a resnet's {name!r} has no place in LDM's; use the diffusers folder"
-        )
-    return RESNET[part] + dot + rest
+# ---- LDM's names, which single files use
 
 
 def unet_to_ldm(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> State:
@@ -362,11 +324,18 @@ save_file(images, out)
 
 @dataclass(frozen=True)
 class File:
-    """A file to be written: LoRA weights in any of the forms above, or all of a pipeline's."""
+    """A file to be written: LoRA weights in any of the forms above, or all of a pipeline's.
+
+    Args:
+        metadata: The header's, as `students/metadata/turbo.py` makes it; empty for none.
+        beside: Text files that appear beside it, by name.
+    """
 
     path: Path
     state: State
     whole: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 # What pictures are compared on, unless the family asks for other arguments.
@@ -383,7 +352,8 @@ def write(
     """Write the files, once stock diffusers, in another process, has been seen to agree with them.
 
     A LoRA is loaded at strength 1.0 onto `folder`, a whole file by `from_single_file`; either must
-    give the student's pictures. The files appear under their names only when all of them do.
+    give the student's pictures. The files appear under their names only when all of them do, and
+    when the σ in their headers are those that the stock pipeline used.
 
     Args:
         student: The pipeline with the adapter merged, which pictures are compared with.
@@ -392,39 +362,62 @@ def write(
         arguments: Of the pipelines, as JSON has them, for unguided pictures.
 
     Raises:
-        ExportError: stock diffusers cannot load a file, or its pictures differ.
+        ExportError: stock diffusers cannot load a file, its pictures differ, or its header is
+            wrong.
     """
     drafts = [f.path.with_name(f".draft-{f.path.name}") for f in files]
     try:
         for file, draft in zip(files, drafts, strict=True):
-            save_tensors({k: v.contiguous() for k, v in file.state.items()}, draft)
+            tensors = {k: v.contiguous() for k, v in file.state.items()}
+            save_tensors(tensors, draft, file.metadata or None)
         jobs = [(f.whole, str(d.resolve())) for f, d in zip(files, drafts, strict=True)]
         theirs = drawn_elsewhere(jobs, type(student).__name__, folder, counts, arguments)
         student.set_progress_bar_config(disable=True)
+        described, used, gaps = any(f.metadata for f in files), {}, [0.0] * len(files)
         for steps in counts:
             rng = torch.Generator().manual_seed(0)
             with torch.random.fork_rng():
                 torch.manual_seed(1)  # for pipelines that do not hand their generator on
                 asked = json.loads(json.dumps(arguments))  # some write to their lists
                 made = student(num_inference_steps=steps, generator=rng, output_type="pt", **asked)
+            used[steps] = times_used(student.scheduler) if described else None
             ours = next(iter(made.values())).cpu()
             for i, file in enumerate(files):
-                compare(ours, theirs[f"{i} {steps}"], steps, file.path.name)
-        for file, draft in zip(files, drafts, strict=True):
-            draft.replace(file.path)
+                gap = compare(ours, theirs[f"{i} {steps}"], steps, file.path.name)
+                gaps[i] = max(gaps[i], gap)
+        for file, draft, gap in zip(files, drafts, gaps, strict=True):
+            publish(file, draft, used, gap)
     finally:
         for draft in drafts:
             draft.unlink(missing_ok=True)
 
 
-def compare(ours: Tensor, theirs: Tensor, steps: int, name: str) -> None:
-    """Raise unless the pictures agree to rounding."""
+def publish(file: File, draft: Path, used: Mapping[int, Any], gap: float) -> None:
+    """Check and finish a draft's header, and give the draft and the files beside it their names.
+
+    Raises:
+        ExportError: the header says other σ than the stock pipeline used.
+    """
+    if file.metadata:
+        try:
+            check_header(draft, used)
+        except ValueError as error:
+            raise ExportError(f"{file.path.name}: {error}") from None
+        finish_header(draft, gap)
+    draft.replace(file.path)
+    for name, text in file.beside.items():
+        file.path.with_name(name).write_text(text, encoding="utf-8")
+
+
+def compare(ours: Tensor, theirs: Tensor, steps: int, name: str) -> float:
+    """The largest difference of a pixel; raise unless it is rounding."""
     gap = (ours - theirs).abs().max().item()
     if not gap <= TOLERANCE:
         raise ExportError(
             f"at {steps} steps {name} differs from the student by {gap:.2g} of the pixel range "
             f"(at most {TOLERANCE:g} is rounding)"
         )
+    return gap
 
 
 def drawn_elsewhere(

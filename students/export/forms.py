@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from students import schedulers
+import torch
+
+from students import own_network, schedulers
 from students.export import folder as folders
+from students.export import own_folder
+from students.export.encoders import RecordedEncoders
 from students.export.unquantised import unquantised
 from students.form import StudentForm, StudentRequest
 from students.gaussian import GaussianForm
@@ -48,8 +54,11 @@ class StockForm(StudentForm):
     def network(self) -> Denoiser:
         return copied(self.teacher)
 
-    def rehearse(self, student: Generator) -> None:
-        folders.rehearse(student, self.teacher)
+    def rehearsal(self, device: torch.device) -> Callable[[Generator], None]:
+        encoders = RecordedEncoders(self.teacher, device)
+        with suppress(Exception):  # the rehearsal encodes them again, and names the fault
+            encoders.condition(folders.prompts_of(self.teacher))
+        return partial(folders.rehearse, teacher=self.teacher, encoders=encoders)
 
     def export(self, student: Generator, folder: Path, recipe: Mapping[str, Any]) -> Generator:
         student = unquantised(student, self.teacher)
@@ -79,6 +88,35 @@ class NetworkForm(StudentForm):
         raise NotImplementedError("`distill teach` saves the network in a pipeline of its own")
 
 
+class OwnForm(StudentForm):
+    """Few-step students of a network of the user's own (`students/own_network.py`)."""
+
+    adapts = True
+
+    @property
+    def draws_pictures(self) -> bool:
+        with torch.no_grad():
+            shape = self.teacher.codec.decode(torch.zeros(1, *self.teacher.shape)).shape
+        return len(shape) == 4 and shape[1] in (1, 3)
+
+    def check(self, request: StudentRequest) -> None:
+        own_network.check(self.teacher)
+
+    def student(
+        self, steps: int, start: float | None, renoise: bool, adapter: Adapter | None
+    ) -> Generator:
+        return own_network.student(self.teacher, steps, start, renoise, adapter)
+
+    def network(self) -> Denoiser:
+        return copied(self.teacher)
+
+    def rehearsal(self, device: torch.device) -> Callable[[Generator], None]:
+        return partial(own_folder.rehearse, teacher=self.teacher)
+
+    def export(self, student: Generator, folder: Path, recipe: Mapping[str, Any]) -> Generator:
+        return own_folder.export(student, self.teacher, folder, recipe)
+
+
 def copied(teacher: Teacher) -> Denoiser:
     """A trainable copy of the teacher's network, in float32, as what learns is kept."""
     return to_float32(deepcopy(teacher.denoiser)).requires_grad_(True)
@@ -92,4 +130,6 @@ def form_of(teacher: Teacher, few_step: bool = True) -> StudentForm:
     """
     if not few_step:
         return NetworkForm(teacher)
-    return (GaussianForm if isinstance(teacher.denoiser, Gaussian) else StockForm)(teacher)
+    if isinstance(teacher.denoiser, Gaussian):
+        return GaussianForm(teacher)
+    return (OwnForm if own_network.is_own(teacher.denoiser) else StockForm)(teacher)

@@ -6,32 +6,44 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from students.export.folder import pipeline, request
-from students.export.formats import File, State, diffusers_lora, ldm_names, to_kohya, write
-from students.export.unquantised import with_file_weights
+from students.export.combined import joined, kohya_encoders
+from students.export.folder import SIDECAR, pipeline, request
+from students.export.formats import File, State, diffusers_lora, ldm_names, to_kohya, to_wan, write
+from students.export.unquantised import base_folder, base_path, with_file_weights
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, unwrap
-from teachers.catalogue.loading import find
+from students.metadata import keys
+from students.metadata.turbo import Turbo, describe
 from teachers.errors import UserError
-from teachers.families.base import Prompted, quiet
+from teachers.families.base import Pretrained, Prompted, quiet
 from teachers.families.stable_diffusion import SDXL
+from teachers.families.wan import Wan
 from teachers.quantised import is_quantised
-from teachers.teacher import EMBEDDED, Teacher
+from teachers.storage.components import module
+from teachers.storage.files import read_json
+from teachers.teacher import Teacher
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
-KOHYA = "comfyui_lora.safetensors"
+COMFYUI = "comfyui_lora.safetensors"  # a UNet's has kohya's keys
+# Of a teacher with LoRA files in its weights, the two files above hold those files as well. These
+# are the student's adapter alone.
+TURBO = {DIFFUSERS: "turbo_only_lora.safetensors", COMFYUI: "turbo_only_comfyui_lora.safetensors"}
 
 
 def possible(generator: Generator, teacher: Teacher) -> bool:
-    """Whether LoRA files can be written: of plain LoRA, for pipelines that load LoRA."""
+    """Whether LoRA files can be written: of plain LoRA on the teacher's own weights, for pipelines
+    that load LoRA."""
     student, codec = generator.denoiser, teacher.codec
     if not isinstance(student, AdaptedDenoiser) or not isinstance(codec, Prompted):
         return False
+    if unwrap(student).backbone is not unwrap(teacher.denoiser).backbone:
+        return False  # it is on the weights of an earlier student
     from diffusers.loaders.lora_base import LoraBaseMixin
 
     if not isinstance(codec.pipe, LoraBaseMixin):
@@ -45,39 +57,70 @@ def export_lora(
     student: Path,
     out: Path,
     failed: Callable[[str, Exception], None] | None = None,
+    licence: str = "",
 ) -> None:
     """Write the adapter's files to `out`, with the scheduler that it was trained for.
 
     Stock diffusers samples with each file in another process, on the teacher's own weights at
-    strength 1.0; the files appear only if the pictures equal the student's.
+    strength 1.0; the files appear only if the pictures equal the student's. The weights on which it
+    samples are without the LoRA files of `teacher.adapters`: one file of each form has these in it,
+    and one is the adapter alone, whose pictures are compared with the adapter's on these weights.
 
     Args:
         student: The folder of the exported student, whose other parts and scheduler are used.
         failed: Called with the name and the error of each file that fails; the others are written.
             None raises the first error, and no file appears.
+        licence: The name of the licence that the student inherits, for the files' headers.
 
     Raises:
         ExportError: stock diffusers cannot load a file, or its pictures differ.
     """
     states, _ = forms(generator, teacher)
-    files = [File(out / name, state) for name, state in states.items()]
+    recipe = read_json(student / SIDECAR, f"student {str(student)!r}").get("recipe") or {}
+    turbo = describe(generator, teacher, recipe, licence, base_path(teacher))
+    files = [described(out / name, state, turbo, states) for name, state in states.items()]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    for fused in (True, False):
+        some = [f for f in files if (f.path.name in TURBO) is fused]
+        if some:
+            write_on_base(some, generator, teacher, student, fused, failed)
+    shutil.copytree(student / "scheduler", out / "scheduler")
+
+
+def write_on_base(
+    files: list[File],
+    generator: Generator,
+    teacher: Teacher,
+    student: Path,
+    fused: bool,
+    failed: Callable[[str, Exception], None] | None,
+) -> None:
+    """Write files, once stock diffusers draws from them, on the plain base, what they are.
+
+    Args:
+        student, failed: As in `export_lora`.
+        fused: Whether the files hold the LoRA files in the teacher's weights, and so are the
+            student; otherwise they are its adapter alone.
+    """
     network = unwrap(generator.denoiser)
-    source = EMBEDDED.get(teacher.source) or find(teacher.source)
+    encoders = set() if teacher.fusion is None else teacher.fusion.parts() - {network.PART}
     with tempfile.TemporaryDirectory() as scratch:
-        base = Path(scratch)
-        for part in student.iterdir():  # everything but the network is the student's
-            (base / part.name).symlink_to(part.resolve())
-        (base / network.PART).unlink()
-        (base / network.PART).symlink_to((source / network.PART).resolve())
+        base = Path(scratch, "base")
+        base.mkdir()
+        source = base_folder(teacher, {network.PART, *encoders}, Path(scratch, "parts"))
+        for part in student.iterdir():  # everything else is the student's
+            plain = part.name in {network.PART, *encoders}
+            (base / part.name).symlink_to((source / part.name if plain else part).resolve())
         _, arguments = request(generator, teacher)
-        exact = generator
-        if next(network.backbone.parameters()).dtype != torch.float32 or is_quantised(network):
+        exact, rounded = generator, next(network.backbone.parameters()).dtype != torch.float32
+        if rounded or is_quantised(network) or not fused:
             # stock diffusers adds the file to the weights on the disk, read as float32
-            exact = with_file_weights(generator, teacher, torch.float32)
+            exact = with_file_weights(generator, teacher, torch.float32, fused)
         # the network is a copy, and the encoders are on the CPU already
         pipe = pipeline(exact, teacher).to("cpu")
+        if not fused:
+            pipe.register_modules(**{k: plain_encoder(pipe, source, k) for k in encoders})
 
         def write_checked(some: list[File]) -> None:
             write(some, pipe, base, generator.counts, arguments)
@@ -86,7 +129,33 @@ def export_lora(
             write_checked(files)
         else:
             write_each(files, write_checked, failed)
-    shutil.copytree(student / "scheduler", out / "scheduler")
+
+
+def plain_encoder(pipe: Any, source: Path, part: str) -> Any:
+    """A text encoder without the LoRA files that the teacher's has in its weights."""
+    kind = type(getattr(pipe, part))
+    return module(kind, source / part, "export", part, torch_dtype=torch.float32).eval()
+
+
+def described(path: Path, state: State, turbo: Turbo, states: dict[str, State]) -> File:
+    """A LoRA file with its header, its ComfyUI graph and the notes that Forge reads.
+
+    Where there are two files of one content, ComfyUI maps the whole of its own only; both have the
+    graph of that.
+    """
+    names = {DIFFUSERS: DIFFUSERS, COMFYUI: COMFYUI}
+    if path.name in TURBO.values():
+        names, turbo = TURBO, replace(turbo, contains=())
+    own = turbo.family in ("StableDiffusion", "SDXL", "Wan")
+    graph = None
+    if names[COMFYUI] in states or not own:
+        encoders = any(k.startswith(("text_encoder", "lora_te")) for k in state)
+        graph = turbo.graph(names[COMFYUI if own else DIFFUSERS], lora=True, encoders=encoders)
+    header = keys.header(turbo, path.name, graph, lora=True) | keys.lora_fields(state)
+    beside = {f"{path.stem}.json": keys.forge_notes(turbo)}
+    if graph is not None:
+        beside[f"{path.stem}.comfyui.json"] = keys.graph_file(graph)
+    return File(path, state, metadata=header, beside=beside)
 
 
 def write_each(
@@ -116,17 +185,41 @@ def forms(generator: Generator, teacher: Teacher) -> tuple[dict[str, State], dic
     network = unwrap(adapter)
     scale = adapter.config.lora_alpha / adapter.config.r
     state = {k.removeprefix("backbone."): v.detach().cpu() for k, v in adapter.trainable().items()}
-    plain = diffusers_lora(state, scale, network.PART)
+    turbo = diffusers_lora(state, scale, network.PART)
+    if teacher.fusion is None:
+        return keyed(turbo, network)
+    alone, without = keyed(turbo, network)
+    states = {TURBO[name]: v for name, v in alone.items()}
+    without = {TURBO[name]: why for name, why in without.items()}
+    pipe: Any = teacher.codec.pipe
+    try:
+        whole, lacking = keyed(joined(turbo, teacher.fusion, pipe, network.PART), network)
+    except UserError as error:
+        return states, {**without, DIFFUSERS: str(error)}
+    return {**whole, **states}, {**without, **lacking}
+
+
+def keyed(lora: State, network: Pretrained) -> tuple[dict[str, State], dict[str, str]]:
+    """A diffusers LoRA with the keys of each program, and why one is left out, by file name."""
+    if isinstance(network, Wan):
+        try:
+            return {DIFFUSERS: lora, COMFYUI: to_wan(lora)}, {}
+        except UserError as error:
+            return {DIFFUSERS: lora}, {COMFYUI: str(error)}
     if network.PART != "unet":
-        return {DIFFUSERS: plain}, {}
+        return {DIFFUSERS: lora}, {}
     backbone: Any = network.backbone
-    modules = [k.removeprefix("unet.").split(".lora_")[0] for k in plain]
+    unet = {k: v for k, v in lora.items() if k.startswith("unet.")}
+    modules = [k.removeprefix("unet.").split(".lora_")[0] for k in unet]
+    sdxl = isinstance(network, SDXL)
     try:
         # SDXL is known by LDM's names, SD 1.x and 2.x by diffusers' own
-        names = ldm_names(modules, backbone.config) if isinstance(network, SDXL) else None
-        return {DIFFUSERS: plain, KOHYA: to_kohya(plain, names)}, {}
+        names = ldm_names(modules, backbone.config) if sdxl else None
+        encoders = {k: v for k, v in lora.items() if k not in unet}
+        kohya = {**to_kohya(unet, names), **kohya_encoders(encoders, sdxl)}
+        return {DIFFUSERS: lora, COMFYUI: kohya}, {}
     except UserError as error:  # the UNet has blocks that LDM's lacks
-        return {DIFFUSERS: plain}, {KOHYA: str(error)}
+        return {DIFFUSERS: lora}, {COMFYUI: str(error)}
 
 
 def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
@@ -139,9 +232,13 @@ def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
         UserError: a file cannot be read, or its keys are mapped to other layers.
     """
     states, without = forms(generator, teacher)
+    turbo = describe(generator, teacher, {})
+    for name, state in states.items():
+        described(Path(name), state, turbo, states)
     kind = type(teacher.codec.pipe)  # pyright: ignore[reportAttributeAccessIssue]
     config = getattr(unwrap(generator.denoiser).backbone, "config", None)
-    unet = {"unet_config": config} if KOHYA in states else {}
+    unets = any(k.startswith("unet.") for state in states.values() for k in state)
+    unet = {"unet_config": config} if unets else {}
     for name, state in states.items():
         try:
             with quiet():
@@ -151,7 +248,8 @@ def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
                 f"lora/{name}: diffusers cannot read it ({line(error)}); use student/"
             ) from None
         read = found[0] if isinstance(found, tuple) else found
-        if odd := {newer(key) for key in read} ^ states[DIFFUSERS].keys():
+        plain = DIFFUSERS if name in TURBO else TURBO[DIFFUSERS]
+        if odd := {newer(key) for key in read} ^ states[plain].keys():
             raise UserError(
                 f"lora/{name}: diffusers reads other layers of it, as {min(odd)}; use student/"
             )
@@ -162,6 +260,8 @@ def newer(key: str) -> str:
     """PEFT's name of a weight that diffusers read from kohya's file under its pre-PEFT name."""
     key = re.sub(r"\.processor\.to_out_lora\.", ".to_out.0.lora.", key)
     key = re.sub(r"\.processor\.(to_\w+)_lora\.", r".\1.lora.", key)
+    key = re.sub(r"\.self_attn\.to_([qkv]|out)_lora\.", r".self_attn.\1_proj.lora.", key)
+    key = key.replace(".lora_linear_layer.", ".lora.")
     return key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from students.export.folder import load_student, pipeline, request
+from students.export.folder import SIDECAR, load_student, pipeline, request
 from students.export.formats import File, single_file, write
+from students.generator import Generator
 from students.lora import unwrap
+from students.metadata import keys
+from students.metadata.turbo import Turbo, base_of, describe
 from teachers.errors import UserError
+from teachers.storage.files import home, read_json
+from teachers.teacher import EMBEDDED, Teacher
 
 
-def export_single(student: Path, out: Path) -> None:
+def export_single(student: Path, out: Path, licence: Callable[[str], str] = lambda _: "") -> None:
     """Write a student's whole pipeline to one safetensors file.
 
     Stock diffusers draws the student's pictures from it in another process, unguided and with the
@@ -20,6 +27,8 @@ def export_single(student: Path, out: Path) -> None:
 
     Args:
         student: An exported student, or the folder of its run.
+        licence: The name of the licence that students of a teacher inherit, by the teacher's
+            source; for the file's header.
 
     Raises:
         UserError: the student is of another family, which has no such file.
@@ -38,8 +47,47 @@ def export_single(student: Path, out: Path) -> None:
             if part.name != "unet":
                 (base / part.name).symlink_to(part.resolve())
         pipe.unet.save_config(base / "unet")
-        file = File(out, state, whole=True)
+        described = metadata_of(student, folder, generator, teacher, licence)
+        graph = described.graph(out.name, lora=False)
+        header = keys.header(described, out.name, graph, lora=False)
+        beside = {f"{out.stem}.comfyui.json": keys.graph_file(graph)} if graph else {}
+        file = File(out, state, whole=True, metadata=header, beside=beside)
         write([file], pipe, base, generator.counts, {**arguments, "guidance_scale": 1.0})
+
+
+def metadata_of(
+    student: Path,
+    folder: Path,
+    generator: Generator,
+    teacher: Teacher,
+    licence: Callable[[str], str],
+) -> Turbo:
+    """The facts of an exported student, whose base is the teacher that it was distilled from.
+
+    Args:
+        student, licence: As in `export_single`.
+        folder: The exported student's folder.
+        teacher: That folder as a teacher.
+    """
+    about = read_json(folder / SIDECAR, f"student {str(student)!r}")
+    source = str(about.get("teacher") or teacher.source)
+    described = describe(generator, teacher, about.get("recipe") or {}, licence(source))
+    base = base_of(unwrap(generator.denoiser), source, on_disk(source))
+    return replace(described, base=base, contains=tuple(about.get("adapters") or ()))
+
+
+def on_disk(source: str) -> Path | None:
+    """A teacher's folder or single file, if this machine has it; nothing is downloaded."""
+    if source in EMBEDDED:
+        return EMBEDDED[source]
+    if (path := home(source, "teacher")).exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except Exception:  # not in the cache, or no Hub id
+        return None
 
 
 def forget_scale(unet: Any, student: Path) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from inspect import signature
+from importlib.util import find_spec
+from inspect import Signature, signature
 from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
 from teachers.errors import UserError, clipped, nearest, teacher_at
+from teachers.storage import single_files
 from teachers.storage.files import home, read_json
+from teachers.storage.variants import check_asked, reading
 from teachers.teacher import EMBEDDED, Pixels, Teacher
+
+SINGLE = {".pt", ".pth", ".safetensors", ".gguf"}  # ends of the files that are a whole network
 
 
 def load(source: str, **options: Any) -> Teacher:
@@ -18,17 +23,26 @@ def load(source: str, **options: Any) -> Teacher:
 
     Args:
         source: "digits" or "shapes" (embedded), "analytic:NAME" (closed form), a diffusers folder,
-            a Hub id, a published EDM or EDM2 .pkl, the folder that it was converted to, or
-            "path/to/file.py:function" for a function that returns a Teacher.
+            a Hub id, a published EDM or EDM2 .pkl, the folder that it was converted to, a file of
+            SiT's, LightningDiT's or U-ViT's, a single .safetensors file of SD, SDXL, SD3 or
+            FLUX, a .gguf file of SD3 or FLUX, or "path/to/file.py:function" for a function that
+            returns a Teacher.
         options: Those of the family. UNet2D pipelines: `null_label`, the class that means no class.
-            EDM and EDM2: that and `vae`, the folder of the AutoencoderKL of their latents. All
-            others: `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16, fp8, nf4);
-            videos also `frames`, and FLUX.1-dev also `embedded_guidance`.
+            EDM and EDM2: that and `vae`, the folder of the AutoencoderKL of their latents. SiT,
+            LightningDiT and U-ViT: `vae`, `precision`, `shift`, `interpolant` and `heads`. All
+            others: `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16, fp8, nf4)
+            and `adapters` (LoRA files that become part of the weights);
+            single files also `config`, a diffusers folder or Hub id of the same family;
+            videos also `frames`, and FLUX.1-dev also `embedded_guidance`. Folders and Hub ids:
+            `variant`, of the weights of every component that has it.
 
     Raises:
         UserError: there is no such source, its files are damaged, its family is not supported, or
             the family has no such option.
     """
+    _check_adapters(source, options)
+    if (variant := options.pop("variant", None)) is not None:
+        return _of_variant(source, variant, options)
     if source.startswith("analytic:"):
         if options:
             raise UserError(f"{teacher_at(source)}: it takes no options; leave out {min(options)}")
@@ -39,20 +53,96 @@ def load(source: str, **options: Any) -> Teacher:
         return _from_function(source)
     if source == "digits":
         options.setdefault("null_label", 10)
-    pickled = source.endswith(".pkl")
-    locate = partial(home, who="teacher") if pickled else find
-    folder = EMBEDDED.get(source) or locate(source)
-    family, loader = loader_of(folder, source)
-    known = list(signature(loader).parameters)[2:]
+    path = EMBEDDED.get(source) or home(source, "teacher")
+    if path.suffix in SINGLE and isfile(path):
+        family, loader = file_loader(path, source, options.get("config"))
+    else:
+        path = path if source.endswith(".pkl") or source in EMBEDDED else find(source)
+        family, loader = loader_of(path, source)
+    known = [name for name in list(signature(loader).parameters)[2:] if name != "file"]
+    if "adapters" in options and "adapters" not in known:
+        raise _no_pipeline(source)
     if unknown := sorted(options.keys() - set(known)):
         raise UserError(
             f"{teacher_at(source)}: {family} has no option {clipped(unknown[0])!r}; "
             f"{nearest(unknown[0], known)}"
         )
-    teacher = loader(folder, source, **options)
+    teacher = loader(path, source, **options)
     teacher.options = options
     teacher.denoiser.eval().requires_grad_(False)
     return teacher
+
+
+def _of_variant(source: str, variant: str, options: dict[str, Any]) -> Teacher:
+    """The teacher of one variant of a folder's weights.
+
+    Raises:
+        UserError: the source has no variants, or no component has this one.
+    """
+    ends = {*SINGLE, ".pkl"}
+    network = source.startswith("analytic:") or source.rpartition(":")[0].endswith(".py")
+    if network or source in EMBEDDED or home(source, "teacher").suffix in ends:
+        raise UserError(
+            f"teacher.variant: {clipped(source)} is no diffusers folder or Hub id, which alone "
+            "have variants; remove it"
+        )
+    with reading(variant):
+        folder = find(source)
+        check_asked(source, (p.name for p in folder.glob("**/*.safetensors")))
+        teacher = load(source, **options)
+    teacher.options["variant"] = variant
+    return teacher
+
+
+def _check_adapters(source: str, options: dict[str, Any]) -> None:
+    """Refuse LoRA files that are missing, or for a teacher that is no pipeline; before all else.
+
+    Raises:
+        UserError: naming the key.
+    """
+    from teachers.adapters.files import check
+
+    if not options.get("adapters"):
+        options.pop("adapters", None)
+        return
+    if source.startswith("analytic:") or source.rpartition(":")[0].endswith(".py"):
+        raise _no_pipeline(source)
+    check(options["adapters"])
+
+
+def _no_pipeline(source: str) -> UserError:
+    return UserError(
+        f"teacher.adapters: {clipped(source)} is no diffusers pipeline to which LoRA files "
+        "could be added; remove them, or give a pipeline's folder or Hub id"
+    )
+
+
+def file_loader(file: Path, source: str, config: str | None) -> tuple[str, Any]:
+    """The family of a single file of weights, by name, and its loader.
+
+    Args:
+        config: The folder or Hub id that says what a diffusion pipeline's file does not.
+    """
+    from teachers.imagenet import checkpoints as imagenet
+
+    who = teacher_at(source)
+    if file.suffix in (".pt", ".pth"):
+        return "an ImageNet transformer", imagenet.load
+    if imagenet.kind_of(single_files.names_of(file, who)):
+        return "an ImageNet transformer", imagenet.load
+    folder = single_files.settings(file, config, who)
+    family, loader = loader_of(folder, source)
+    if "file" not in signature(loader).parameters:
+        raise UserError(f"{who}: single files of {family} are not supported; give a folder")
+
+    def load_file(path: Path, source: str, config: str | None = None, **options: Any) -> Teacher:
+        return loader(folder, source, file=path, **options)
+
+    own = [p for p in signature(load_file).parameters.values() if p.name != "options"]
+    theirs = [p for k, p in signature(loader).parameters.items() if k not in ("folder", "source")]
+    keyed = [p.replace(kind=p.KEYWORD_ONLY) for p in theirs if p.default is not p.empty]
+    load_file.__signature__ = Signature([*own, *keyed])  # pyright: ignore
+    return family, load_file
 
 
 def loader_of(path: Path, source: str) -> tuple[str, Any]:
@@ -65,11 +155,37 @@ def loader_of(path: Path, source: str) -> tuple[str, Any]:
     index = read_json(path / "model_index.json", teacher_at(source))
     family = str(index.get("_class_name", "a nameless class"))
     known = families()
+    if family == "DiTPipeline":
+        from teachers.imagenet import checkpoints as imagenet
+
+        if imagenet.is_folder(path, index):
+            return family, imagenet.load_folder
     if family not in known:
+        from teachers.pipelines import unseen
+
+        if (tried := unseen.loader(family, index)) is not None:
+            return family, tried
         raise UserError(
             f"{teacher_at(source)}: {clipped(family)} is not supported; {nearest(family, known)}"
         )
+    _check_backends(family, source)
     return family, known[family]
+
+
+def _check_backends(family: str, source: str) -> None:
+    """Refuse a pipeline in whose place diffusers has an object that only names what it needs.
+
+    Raises:
+        UserError: naming the packages that are not installed.
+    """
+    import diffusers
+
+    needs = getattr(getattr(diffusers, family, None), "_backends", ())
+    if missing := [name for name in needs if find_spec(name) is None]:
+        raise UserError(
+            f"{teacher_at(source)}: {family} needs {' and '.join(missing)}; "
+            f"pip install {' '.join(missing)}"
+        )
 
 
 def families() -> dict[str, Any]:
@@ -89,6 +205,7 @@ def families() -> dict[str, Any]:
         wan,
         zimage,
     )
+    from teachers.pipelines import auraflow, chroma, ernie, flux2, hidream, hunyuan, krea2, longcat
 
     table: dict[str, Any] = dict.fromkeys(
         unet.UNet.PIPELINES, partial(unet.load, {"EDMModel": checkpoints.network})
@@ -96,6 +213,7 @@ def families() -> dict[str, Any]:
     for kind in (
         stable_diffusion.StableDiffusion,
         stable_diffusion.SDXL,
+        stable_diffusion.Kolors,
         dit.DiT,
         pixart.PixArtAlpha,
         pixart.PixArtSigma,
@@ -104,9 +222,17 @@ def families() -> dict[str, Any]:
         lumina.Lumina2,
         qwen.QwenImage,
         zimage.ZImage,
+        auraflow.AuraFlow,
+        chroma.Chroma,
+        ernie.Ernie,
+        hidream.HiDream,
+        hunyuan.HunyuanDiT,
+        krea2.Krea2,
+        longcat.LongCat,
     ):
         table |= dict.fromkeys(kind.PIPELINES, partial(base.load, kind))
-    table |= dict.fromkeys(flux.Flux.PIPELINES, flux.load)
+    for kind in (flux.Flux, flux2.Flux2):
+        table |= dict.fromkeys(kind.PIPELINES, partial(flux.load, kind))
     return table | dict.fromkeys(wan.Wan.PIPELINES, wan.load)
 
 

@@ -18,8 +18,9 @@ from teachers.catalogue.loading import families
 from teachers.denoiser import Cond
 from teachers.edm import adm
 from teachers.errors import UserError, nearest, teacher_at
-from teachers.families.flux import Flux
 from teachers.families.unet import UNet
+from teachers.imagenet.checkpoints import LIGHTNING_SHIFT, betas
+from teachers.imagenet.model import MODELS
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
 from teachers.storage.diffusers_config import CM, read
 from teachers.teacher import Codec, Teacher
@@ -104,6 +105,29 @@ FLUX_DEV = Outline(
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
     4_970_000_000,
 )
+FLUX2_DEV = Outline(
+    "Flux2Pipeline",
+    "Flux2Transformer2DModel",
+    {},
+    (128, 64, 64),
+    {"encoder_hidden_states": (512, 15360), "guidance": ()},
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
+    24_100_000_000,
+    factor=16,
+)
+FLUX2_KLEIN_4B = Outline(
+    "Flux2KleinPipeline",
+    "Flux2Transformer2DModel",
+    {
+        "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
+        "joint_attention_dim": 7680, "guidance_embeds": False,
+    },
+    (128, 64, 64),
+    {"encoder_hidden_states": (512, 7680)},
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
+    4_100_000_000,
+    factor=16,
+)  # fmt: skip
 SANA_1600M = Outline(
     "SanaPipeline",
     "SanaTransformer2DModel",
@@ -140,12 +164,52 @@ EDM_IN64 = Outline(
     integers=("class_labels",),
 )
 
+SIT_XL = Outline(
+    "DiTPipeline",
+    "SiTModel",
+    {},
+    (4, 32, 32),
+    {"class_labels": ()},
+    ("FlowMatchEulerDiscreteScheduler", {}),
+    83_700_000,
+    classes=1000,
+    integers=("class_labels",),
+)
+LIGHTNINGDIT_XL = Outline(
+    "DiTPipeline",
+    "LightningDiTModel",
+    {},
+    (32, 16, 16),
+    {"class_labels": ()},
+    ("FlowMatchEulerDiscreteScheduler", {"shift": LIGHTNING_SHIFT}),
+    69_900_000,
+    factor=16,
+    classes=1000,
+    integers=("class_labels",),
+)
+UVIT_H = Outline(
+    "DiTPipeline",
+    "UViTModel",
+    {},
+    (4, 32, 32),
+    {"class_labels": ()},
+    ("DDIMScheduler", betas(continuous=False)),
+    83_700_000,
+    classes=1000,
+    integers=("class_labels",),
+)
+
 OUTLINES = {
+    "SiT-XL-2-256x256.pt": SIT_XL,
+    "lightningdit-xl-imagenet256-800ep.pt": LIGHTNINGDIT_XL,
+    "imagenet256_uvit_huge.pth": UVIT_H,
     "edm-imagenet-64x64-cond-adm.pkl": EDM_IN64,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
     "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
     "black-forest-labs/FLUX.1-dev": FLUX_DEV,
+    "black-forest-labs/FLUX.2-dev": FLUX2_DEV,
+    "black-forest-labs/FLUX.2-klein-base-4B": FLUX2_KLEIN_4B,
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": SANA_1600M,
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": PIXART_SIGMA,
 }
@@ -194,24 +258,36 @@ def outline(
     Raises:
         UserError: it is not among OUTLINES.
     """
-    import diffusers
-
     if source not in OUTLINES:
         raise UserError(
             f"{teacher_at(source)}: not on this machine, and no known outline; download it first, "
             f"or name a known one: {nearest(source, OUTLINES)}"
         )
-    known = OUTLINES[source]
-    # the loaders of these two are functions of their own, which do not name the class
-    special = next((k for k in (UNet, Flux) if known.pipeline in k.PIPELINES), None)
-    kind = special or families()[known.pipeline].args[0]
+    return outlined(OUTLINES[source], source, without, size, precision)
+
+
+def outlined(
+    known: Outline,
+    source: str,
+    without: AbstractContextManager[Any],
+    size: int | None = None,
+    precision: Precision = "fp32",
+) -> Teacher:
+    """The teacher of an outline; arguments as for `outline`."""
+    import diffusers
+
+    # the loader of UNets is a function of its own, which does not name the class
+    special = UNet if known.pipeline in UNet.PIPELINES else None
+    kind, made = MODELS.get(known.network, (special, None))
+    kind = kind or families()[known.pipeline].args[0]
     shape = known.shape
     if size is not None:
         shape = (shape[0], size // known.factor, size // known.factor)
     name, config = known.scheduler
+    config = kind.configured(config, shape, None)
     schedule = read(name, config, teacher_at(source), kind.tokens(shape))
     with without, dtype_of_new(DTYPES[precision]):
-        backbone = getattr(diffusers, known.network).from_config(known.config)
+        backbone = (made or getattr(diffusers, known.network)).from_config(known.config)
         if precision in FORMS:
             quantise(backbone, precision)
     network = kind(backbone, schedule, known.factor)

@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).view(b, self.heads, c // self.heads, 3, h * w)
+        qkv = self.qkv(self.norm(x)).reshape(b, self.heads, c // self.heads, 3, h * w)
         q, k, v = qkv.permute(3, 0, 1, 4, 2).unbind(0)  # (B, heads, pixels, channels of one)
         y = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(y.transpose(2, 3).reshape(b, c, h, w))

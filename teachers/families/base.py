@@ -15,12 +15,14 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from teachers.denoiser import Network, coefficients
+from teachers.adapters.fuse import fuse
+from teachers.denoiser import Cond, Network, coefficients
 from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.prompt_limits import Cuts
 from teachers.quantised import DTYPES, FORMS, Precision, quantise
+from teachers.storage import single_files
 from teachers.storage.components import check_parts, check_vocabulary, quiet, stock
-from teachers.storage.diffusers_config import Schedule, read
+from teachers.storage.diffusers_config import Schedule, Shift, read, shifted
 from teachers.teacher import PLAIN, Codec, Teacher, is_tokenizer, labels_of, prefixed
 
 __all__ = ["Pretrained", "Prompted", "check_vocabulary", "images_of", "load", "quiet", "stock"]
@@ -49,11 +51,18 @@ class Pretrained(Network):
     # Regex of the layers whose output embeds the time; a landing time is added there
     # (students/two_time.py).
     TIME: ClassVar[str] = ""
+    # Regex of the modules that are compiled one by one. Activation checkpointing calls them, or
+    # modules around them: a call of it inside compiled code would not restore the adapter.
+    BLOCKS: ClassVar[str] = r"\w+\.\d+"
     LORA: ClassVar[str] = r".*attn\d?\.(to_q|to_k|to_v|to_out\.0)"  # regex of layers that get LoRA
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, per_latent: int = 1) -> None:
         super().__init__(backbone, schedule.process, schedule.predicts)
         self.schedule, self.per_latent = schedule, per_latent
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        with native(x_t.device, self.dtype):
+            return super().forward(x_t, t, cond, s)
 
     def twin(self, backbone: nn.Module, schedule: Schedule) -> Self:
         """Another network of this family with the same pixels per latent cell."""
@@ -79,6 +88,11 @@ class Pretrained(Network):
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, to which inputs are cast."""
         return next(self.backbone.parameters()).dtype
+
+    @classmethod
+    def of(cls, pipe: Any, size: int | None, who: str) -> type[Pretrained]:
+        """The family of this pipeline: this one, unless it is found by looking at the pipeline."""
+        return cls
 
     @staticmethod
     def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
@@ -139,6 +153,18 @@ class Pretrained(Network):
         """The sequence length for the scheduler's dynamic shift: number of 2×2 patches."""
         return shape[-1] * shape[-2] // 4
 
+    @classmethod
+    def configured(
+        cls, config: dict[str, Any], shape: tuple[int, ...], backbone: Any
+    ) -> dict[str, Any]:
+        """The scheduler's config, with what the pipeline sets in place of the scheduler's own."""
+        return config
+
+    @staticmethod
+    def stock_scheduler(scheduler: Any) -> Any:
+        """A student's stock scheduler in the form that the pipeline calls."""
+        return scheduler
+
     @staticmethod
     def unguided(backbone: Any) -> None:
         """Configure a student's network so that its pipeline applies no guidance, where it can.
@@ -155,6 +181,21 @@ class Pretrained(Network):
         return "backbone.mid_block"
 
     @staticmethod
+    def cells(latents: Tensor) -> Tensor:
+        """The VAE's latents (B, C, H, W) in the layout of the data."""
+        return latents
+
+    @staticmethod
+    def uncelled(x: Tensor) -> Tensor:
+        """The inverse of `cells`."""
+        return x
+
+    @staticmethod
+    def moments(vae: Any) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation (C,) by which data are normalised; None: as the VAE's config says."""
+        return None
+
+    @staticmethod
     def pack(x: Tensor) -> Tensor:
         """x (B, C, H, W) in the layout in which the pipeline samples the noise of later steps."""
         return x
@@ -163,6 +204,19 @@ class Pretrained(Network):
     def unpack(x: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of `pack`."""
         return x
+
+
+def native(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Run a network as stock pipelines run it: weights of 16 bits without autocast.
+
+    Autocast converts between float32 and 16 bits around every normalisation, which nearly doubles
+    the time of SDXL's forward pass. Networks in 16 bits have their own islands in float32, such as
+    the embedding of the time. Float32 weights, which are those that learn, run under the autocast
+    of the training.
+    """
+    if dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def repeated(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -276,15 +330,16 @@ class Prompted(Codec):
         latent = mode(vae.encode(images.to(vae.dtype).to(vae.device)))
         if self.kind.FRAMED:
             latent = latent.squeeze(2)
-        shift, scale = self.affine(latent.float())
-        return (latent.float() - shift) * scale
+        latent = self.kind.cells(latent.float())
+        shift, scale = self.affine(latent)
+        return (latent - shift) * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] of latents (N, ...)."""
         vae = self.pipe.vae
         shift, scale = self.affine(latents)
-        latents = (latents / scale + shift).to(vae.dtype).to(vae.device)
+        latents = self.kind.uncelled(latents / scale + shift).to(vae.dtype).to(vae.device)
         if self.kind.FRAMED:
             return vae.decode(latents.unsqueeze(2)).sample.float().squeeze(2)
         return vae.decode(latents).sample.float()
@@ -294,6 +349,9 @@ class Prompted(Codec):
         config = self.pipe.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         factor = config.get("scaling_factor") or 1.0
+        if (own := self.kind.moments(self.pipe.vae)) is not None:
+            mean, std = (v.to(like).view(1, -1, 1, 1) for v in own)
+            return mean, 1 / std
         if mean is None or std is None:
             return config.get("shift_factor") or 0.0, factor
         view = (1, -1, *(1,) * (like.ndim - 2))
@@ -341,13 +399,19 @@ def load(
     negative_prompt: str = "",
     size: int | None = None,
     precision: Precision = "fp32",
+    adapters: Sequence[Any] = (),
+    file: Path | None = None,
+    shift: Shift | None = None,
 ) -> Teacher:
     """Load a pipeline folder as a teacher.
 
     Args:
+        file: A single file of weights; the folder then says what the file does not.
         negative_prompt: The prompt that guidance moves away from.
         size: Image side in pixels; by default the checkpoint's own.
         precision: Storage of the network's frozen weights; fp8 and nf4 allow adapters only.
+        adapters: LoRA files that become part of the weights, as {"file": …, "strength": …}.
+        shift: Of the noise levels, see `diffusers_config.shifted`; by default the scheduler's.
 
     Raises:
         UserError: a file is missing or damaged, the scheduler is not supported, or the family does
@@ -357,8 +421,15 @@ def load(
     if precision not in DTYPES:
         raise UserError(f"{who}: precision {precision!r}: {nearest(precision, DTYPES)}")
     check_parts(folder, who)
-    pipe = stock(folder, who, {kind.PART: DTYPES[precision], "default": torch.float32})
+    dtypes = {kind.PART: DTYPES[precision], "default": torch.float32}
+    if file is None:
+        pipe = stock(folder, who, dtypes)
+    else:
+        pipe = single_files.stock(file, folder, who, dtypes)
     backbone = getattr(pipe, kind.PART)
+    # of a single file, the folder's own weights are another model's
+    fusion = fuse(pipe, kind.PART, adapters, folder if file is None else None)
+    kind = kind.of(pipe, size, who)
     if precision in FORMS:
         quantise(backbone, precision)
     if size is not None and (size <= 0 or size % kind.grain(pipe)):
@@ -367,7 +438,11 @@ def load(
         )
     shape = shape_of(kind, pipe, size, who)
     config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
+    config = kind.configured(config, shape, backbone)
     name = type(pipe.scheduler).__name__
+    if shift is not None:
+        config = shifted(name, config, shift, who)
+        pipe.scheduler = type(pipe.scheduler).from_config(config)
     schedule = read(name, config, who, kind.tokens(shape))
     check_schedule(kind, schedule, type(pipe).__name__, who)
     network = kind(backbone, schedule, kind.factor(pipe))
@@ -376,7 +451,7 @@ def load(
         raise UserError(f"{who}: negative_prompt: this model takes class labels; remove it")
     codec = Prompted(pipe, kind, kind.pixels(pipe, shape), classes or negative_prompt, classes)
     codec.folder = folder
-    return Teacher(network, codec, shape, source)
+    return Teacher(network, codec, shape, source, fusion=fusion)
 
 
 def shape_of(kind: type[Pretrained], pipe: Any, size: int | None, who: str) -> tuple[int, ...]:

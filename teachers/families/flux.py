@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from teachers.errors import UserError, teacher_at
 from teachers.families import base
 from teachers.families.base import Pretrained, Prompted
 from teachers.quantised import Precision
+from teachers.storage.diffusers_config import Shift
 from teachers.teacher import Teacher
 
 
@@ -21,6 +23,7 @@ class Flux(Pretrained):
 
     PIPELINES = ("FluxPipeline",)
     GRID = "trailing"
+    GUIDANCE = 3.5  # the stock pipeline's own guidance input
     TIME = r"time_text_embed\.timestep_embedder\.linear_2"
     LORA = (
         r".*(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -101,32 +104,40 @@ class GuidanceCodec(Prompted):
         return {**super().arguments(prompts), "guidance_scale": self.guidance}
 
     def _tell(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {**cond, "guidance": cond["pooled"].new_full((len(cond["pooled"]),), self.guidance)}
+        like = next(iter(cond.values()))
+        return {**cond, "guidance": like.new_full((len(like),), self.guidance)}
 
 
 def load(
+    kind: Any,
     folder: Path,
     source: str,
     negative_prompt: str = "",
     size: int | None = None,
     precision: Precision = "fp32",
     embedded_guidance: float | None = None,
+    adapters: Sequence[Any] = (),
+    file: Path | None = None,
+    shift: Shift | None = None,
 ) -> Teacher:
-    """Load a FLUX.1 folder as a teacher.
+    """Load a FLUX.1 or FLUX.2 folder as a teacher.
 
     Args:
-        negative_prompt, size, precision: As in `teachers.families.base.load`.
-        embedded_guidance: The guidance input of a guidance-distilled network; by default 3.5, as in
+        kind: The family, which says its pipeline's own guidance input.
+        negative_prompt, size, precision, adapters, file, shift: As in `base.load`.
+        embedded_guidance: The guidance input of a guidance-distilled network; by default that of
             the stock pipeline. This is not classifier-free guidance.
 
     Raises:
         UserError: as in `teachers.families.base.load`; or the network has no guidance input.
     """
-    teacher = base.load(Flux, folder, source, negative_prompt, size, precision)
+    teacher = base.load(
+        kind, folder, source, negative_prompt, size, precision, adapters, file, shift
+    )
     assert isinstance(teacher.codec, Prompted)
     if teacher.codec.pipe.transformer.config.guidance_embeds:
         teacher.codec = GuidanceCodec(
-            teacher.codec, 3.5 if embedded_guidance is None else embedded_guidance
+            teacher.codec, kind.GUIDANCE if embedded_guidance is None else embedded_guidance
         )
     elif embedded_guidance is not None:
         raise UserError(

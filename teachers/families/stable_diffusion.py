@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (arXiv:2112.10752) and SDXL (arXiv:2307.01952)."""
+"""Stable Diffusion 1.x and 2.x (arXiv:2112.10752), SDXL (arXiv:2307.01952) and Kolors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class StableDiffusion(Pretrained):
 
     PIPELINES = ("StableDiffusionPipeline",)
     PART, SEEDED, FLOWS = "unet", True, False
+    BLOCKS = r".*(resnets|transformer_blocks)\.\d+"
     TIME = r"time_embedding\.linear_2"
     LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|proj_in|proj_out)"
 
@@ -94,6 +95,31 @@ class SDXL(StableDiffusion):
             text = text.masked_fill(empty.view(-1, 1, 1), 0)
             pooled = pooled.masked_fill(empty.view(-1, 1), 0)
         return {"text": text.float(), "pooled": pooled.float()}
+
+
+class Kolors(SDXL):
+    """SDXL's UNet; reads 256 tokens of ChatGLM, and the last of them as its pooled embedding.
+
+    Its tokenizer needs sentencepiece.
+    """
+
+    PIPELINES = ("KolorsPipeline",)
+    LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|\.proj_in|\.proj_out)"
+
+    @staticmethod
+    def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
+        device = pipe.text_encoder.device
+        text, _, pooled, _ = pipe.encode_prompt(
+            prompts, device=device, do_classifier_free_guidance=False
+        )
+        if pipe.config.force_zeros_for_empty_prompt:  # of the text alone
+            empty = torch.tensor([not p for p in prompts], device=device)
+            text = text.masked_fill(empty.view(-1, 1, 1), 0)
+        return {"text": text.float(), "pooled": pooled.float()}
+
+    @staticmethod
+    def kept(pipe: Any, limit: int) -> int:
+        return min(limit, 256)
 
 
 def scale_embedding(scale: Tensor, width: int) -> Tensor:

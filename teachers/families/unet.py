@@ -12,7 +12,7 @@ from teachers.denoiser import Cond
 from teachers.errors import UserError, clipped, teacher_at
 from teachers.families.base import Pretrained, check_schedule
 from teachers.storage import components
-from teachers.storage.diffusers_config import read
+from teachers.storage.diffusers_config import Shift, read, shifted
 from teachers.storage.files import read_json
 from teachers.teacher import Pixels, Teacher
 
@@ -25,6 +25,7 @@ class UNet(Pretrained):
 
     PIPELINES = ("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline", "PNDMPipeline")
     PART, SEEDED, SCALED, FLOWS = "unet", True, True, False
+    BLOCKS = r".*(resnets|attentions)\.\d+"
     TIME = r"time_embedding\.linear_2"
     LORA = r".*(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut|time_emb_proj)"
 
@@ -43,11 +44,18 @@ class UNet(Pretrained):
         return {"batch_size": len(prompts), "class_labels": prompts}
 
 
-def load(own: Networks, folder: Path, source: str, null_label: int | None = None) -> Teacher:
+def load(
+    own: Networks,
+    folder: Path,
+    source: str,
+    null_label: int | None = None,
+    shift: Shift | None = None,
+) -> Teacher:
     """Load a UNet2D pipeline folder as a teacher.
 
     Args:
         own: Loaders of network classes other than UNet2DModel.
+        shift: Of the noise levels that it was trained with: see `diffusers_config.shifted`.
 
     Raises:
         UserError: a file is missing or damaged, or the scheduler is not supported.
@@ -57,6 +65,8 @@ def load(own: Networks, folder: Path, source: str, null_label: int | None = None
     config = read_json(inside(folder, "scheduler") / "scheduler_config.json", who)
     config = {k: v for k, v in config.items() if not k.startswith("_diffusers")}
     name = str(config.pop("_class_name", ""))
+    if shift is not None:
+        config = shifted(name, config, shift, who)
     schedule = read(name, config, who)
     check_schedule(kind, schedule, "UNet2DModel", who)
     denoiser = kind(backbone, schedule)
@@ -102,4 +112,11 @@ def backbone_of(own: Networks, folder: Path, who: str) -> tuple[type[UNet], Any]
             f"{who}: no safetensors weights in {folder}; pickled weights are never loaded, "
             "convert them with diffusers' save_pretrained first"
         )
-    return UNet, components.module(UNet2DModel, folder, who, low_cpu_mem_usage=False)
+    network = components.module(UNet2DModel, folder, who, low_cpu_mem_usage=False)
+    channels, outputs = network.config["in_channels"], network.config["out_channels"]
+    if outputs not in (channels, 2 * channels):
+        raise UserError(
+            f"{who}: {folder / 'config.json'}: out_channels is {outputs}; expected {channels}, or "
+            f"{2 * channels} with a learned variance"
+        )
+    return UNet, network

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,12 @@ def load(
     size: int | None = None,
     frames: int | None = None,
     precision: Precision = "fp32",
+    adapters: Sequence[Any] = (),
 ) -> Teacher:
     """Load a Wan folder as a teacher.
 
     Args:
-        negative_prompt, size, precision: As in `teachers.families.base.load`.
+        negative_prompt, size, precision, adapters: As in `teachers.families.base.load`.
         frames: Frames per video; 81 by default.
 
     Raises:
@@ -107,7 +109,7 @@ def load(
         raise UserError(
             f"{who}: expand_timesteps: one time per token is not supported; give another model"
         )
-    teacher = base.load(Wan, folder, source, negative_prompt, size, precision)
+    teacher = base.load(Wan, folder, source, negative_prompt, size, precision, adapters)
     if frames is None:
         return teacher
     codec: Any = teacher.codec

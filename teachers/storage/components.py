@@ -9,9 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,44 +21,17 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from teachers.errors import UserError, clipped, first_line, note
+from teachers.errors import UserError, clipped, first_line
+from teachers.storage import packed
 from teachers.storage.files import read_json
+from teachers.storage.variants import WEIGHTS, variants
 
-# A weights file as diffusers and transformers name it, with its shard and variant, if any.
-WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?"
-    r"(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d{5}-of-\d{5})?\.safetensors"
-)
 LOADED = ("diffusers", "transformers")  # libraries whose classes are loaded here
 # Components that pipelines can sample without.
 SPARE = {"safety_checker", "feature_extractor", "image_encoder", "transformer_2"}
 SPARE |= {"text_encoder_3", "tokenizer_3"}  # T5: Stable Diffusion 3 uses zeros without it
+SPARE |= {"pe", "pe_tokenizer"}  # ERNIE-Image's language model that rewrites prompts
 TOKENIZERS = ("Tokenizer", "TokenizerFast")  # suffixes of tokenizer class names
-
-
-def variant_of(names: Iterable[str]) -> str | None:
-    """The variant of a component's weights to read; None for plain files, or if there are none.
-
-    Args:
-        names: File names in the component's folder.
-    """
-    choices = {m["variant"] for name in names if (m := WEIGHTS.fullmatch(name))}
-    if not choices or None in choices:
-        return None
-    usual = ("fp16", "bf16")
-    return min(choices, key=lambda v: (usual.index(v) if v in usual else 9, v))
-
-
-def variants(who: str, folders: dict[str, Path]) -> dict[str, str | None]:
-    """The variant to read of each component; prints a notice where there are no plain files."""
-    choices = {part: variant_of(p.name for p in at.iterdir()) for part, at in folders.items()}
-    for variant in sorted({v for v in choices.values() if v is not None}):
-        parts = ", ".join(part for part, v in choices.items() if v == variant and part)
-        note(
-            f"{who}: there are no weights{f' of {parts}' * bool(parts)} but *.{variant}.safetensors"
-            ", and those are read"
-        )
-    return choices
 
 
 def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) -> Any:
@@ -72,19 +44,24 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
     Raises:
         UserError: the files are missing or unreadable, or their weights do not match the network.
     """
-    read_json(folder / "config.json", who)  # if missing, from_pretrained would ask the Hub
+    config = read_json(folder / "config.json", who)  # without it, diffusers would ask the Hub
     check_rope(folder, who)
+    form = packed.form(config, who, folder)
     if "variant" not in options:
         options["variant"] = variants(who, {part: folder})[part]
     try:
         with quiet(), silent("diffusers.models.modeling_utils"):
-            made, info = kind.from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                **options,
-            )
+            if form is not None:
+                dtype = options.get("torch_dtype", torch.float32)
+                made, info = packed.load(kind, folder, options["variant"], dtype)
+            else:
+                made, info = kind.from_pretrained(
+                    folder,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    **options,
+                )
     except Exception as error:  # damaged files raise many types
         raise UserError(
             f"{who}: {folder} cannot be read ({first_line(error)}); copy it again"
@@ -114,7 +91,10 @@ def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) ->
             f"{where} hold {dot}{clipped(extra[0])}{more(extra)}, which the {kind.__name__} of "
             "config.json does not have; correct config.json"
         )
-    check_floating(made, folder, options["variant"], where)
+    if form is None:
+        check_floating(made, folder, options["variant"], where)
+    elif who != "export":
+        packed.say(form, part, who)
     return made
 
 
@@ -189,8 +169,6 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
     Raises:
         UserError: it cannot be read, or a component's weights do not match its network.
     """
-    import diffusers
-
     index = read_json(folder / "model_index.json", who)
     check_index(folder, index, who)
     kinds, parts, classes = dict(networks(index)), {}, {}
@@ -205,6 +183,28 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
         if isinstance(entry, list) and entry[0] == "transformers" and entry[1].endswith(TOKENIZERS):
             parts[part] = tokenizer(entry[1], folder / part, who)
             classes[part] = type(parts[part]).__name__
+    return assembled(folder, index, parts, classes, dtypes, who)
+
+
+def assembled(
+    folder: Path,
+    index: dict[str, Any],
+    parts: dict[str, Any],
+    classes: dict[str, str],
+    dtypes: dict[str, torch.dtype],
+    who: str,
+) -> Any:
+    """The pipeline of loaded components; the others come from its folder.
+
+    Args:
+        classes: The names of tokenizers' classes where they are not those of the index.
+        dtypes: As `stock` has them.
+
+    Raises:
+        UserError: diffusers cannot read it.
+    """
+    import diffusers
+
     # a null component must be passed as None where its class does not call it optional
     absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
     absent += [k for k in index if k == "safety_checker"]
@@ -219,8 +219,7 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
                 use_safetensors=True,
                 local_files_only=True,
                 torch_dtype=dtypes,
-                **dict.fromkeys(absent),
-                **parts,
+                **{**dict.fromkeys(absent), **parts},
             )
     except Exception as error:  # as above
         raise UserError(
@@ -317,6 +316,8 @@ def check_index(folder: Path, index: dict[str, Any], who: str) -> None:
     """
     for part, entry in index.items():
         if not isinstance(entry, list) or part == "safety_checker":
+            continue
+        if entry and all(type(v) is int for v in entry):  # a setting, such as Krea 2's layers
             continue
         named = len(entry) == 2 and (entry[0] is None or all(isinstance(v, str) for v in entry))
         if not named:

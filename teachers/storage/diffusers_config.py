@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from teachers.denoiser import Prediction, edm
@@ -101,6 +102,45 @@ def read(name: str, config: dict[str, Any], who: str, tokens: int = 0) -> Schedu
         raise UserError(f"{who}: prediction_type {clipped(kind)!r}: {nearest(str(kind), PREDICTS)}")
     process = Tabulated(bar)
     return Schedule(process, PREDICTS[kind], process.index, name, full)
+
+
+Shift = float | tuple[float, float]
+
+
+def shifted(name: str, config: dict[str, Any], shift: Shift, who: str) -> dict[str, Any]:
+    """A scheduler's config with shifted noise levels.
+
+    Of rectified flow, the shift replaces the scheduler's own. Of betas, σ/α is multiplied by it
+    (simple diffusion, arXiv:2301.11093): log SNR falls by 2 log shift at each index. Of two shifts,
+    the first is at index 0 and the second at the last; their logarithms are interpolated.
+
+    Raises:
+        UserError: the scheduler's levels cannot be shifted so.
+    """
+    import diffusers
+
+    if name == CM or name in EDM:
+        raise UserError(f"{who}: shift: EDM's networks read σ itself; remove it")
+    pair = shift if isinstance(shift, tuple | list) else (shift, shift)
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+        if pair[0] != pair[1]:
+            raise UserError(f"{who}: shift: rectified flow has one; give one number")
+        key = "shift" if name.startswith("FlowMatch") else "flow_shift"
+        return {**config, key: float(pair[1]), "use_dynamic_shifting": False}
+    bar = getattr(getattr(diffusers, name).from_config(config), "alphas_cumprod", None)
+    if bar is None:
+        raise UserError(f"{who}: shift: {name} has no betas that could be shifted; remove it")
+    bar = bar.double()
+    t = torch.linspace(0, 1, len(bar), dtype=torch.float64)
+    factor = 2 * (math.log(pair[0]) * (1 - t) + math.log(pair[1]) * t)
+    bar = torch.sigmoid(torch.logit(bar) - factor)
+    betas = 1 - bar / torch.cat([bar.new_ones(1), bar[:-1]])
+    if not (betas > 0).all():
+        raise UserError(
+            f"{who}: shift: from {pair[0]:g} to {pair[1]:g} the noise would not always rise; give "
+            "factors that are closer"
+        )
+    return {**config, "trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
 
 
 def _karras(name: str, full: dict[str, Any], who: str) -> Schedule:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from os.path import isdir, isfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from teachers.errors import UserError, clipped, nearest, teacher_at
-from teachers.storage.components import LOADED, WEIGHTS, variant_of
+from teachers.storage.components import LOADED
 from teachers.storage.files import home, read_json
+from teachers.storage.variants import WEIGHTS, check_asked, variant_of
 from teachers.teacher import TERMS
 
 INDEX = "model_index.json"
@@ -19,8 +20,11 @@ SETTINGS = {".json", ".txt", ".model", ".jinja"}  # configs, vocabularies and ch
 SINGLE = {".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf"}  # how single files end
 
 
-def fetch(source: str) -> Path:
+def fetch(source: str, keep: Callable[[str], bool] = lambda path: True) -> Path:
     """Download a Hub repository to the cache and return its folder.
+
+    Args:
+        keep: Whether one of the files that a pipeline is loaded from is needed.
 
     Raises:
         UserError: it does not exist, is not accessible, or holds no pipeline in safetensors.
@@ -38,7 +42,8 @@ def fetch(source: str) -> Path:
             return Path(snapshot_download(source, local_files_only=True))
         except Exception:  # not in the cache: report the Hub's error
             raise UserError(f"{who}: {nowhere(source)}; {refused(source, error)}") from None
-    files = wanted(index, names, who)
+    check_asked(source, (PurePosixPath(name).name for name in names))
+    files = [name for name in wanted(index, names, who) if keep(name)]
     try:
         return Path(snapshot_download(source, allow_patterns=[escaped(name) for name in files]))
     except Exception as error:  # as above
@@ -48,9 +53,9 @@ def fetch(source: str) -> Path:
 def wanted(index: dict[str, Any] | None, names: Iterable[str], who: str) -> list[str]:
     """The files of a repository that its pipeline is loaded from.
 
-    These are the settings and safetensors of each component in `index`: plain safetensors if there
-    are any, else one variant. Pickles, weights of other frameworks, other variants and single-file
-    checkpoints are skipped.
+    These are the settings and safetensors of each component in `index`: one variant, or plain
+    files, as `variants.variant_of` chooses. Pickles, weights of other frameworks, other variants
+    and single-file checkpoints are skipped.
 
     Args:
         index: The content of model_index.json; None if there is no such file.
@@ -141,20 +146,25 @@ def refused(source: str, error: Exception) -> str:
 
 
 def single(file: str = "FILE.safetensors") -> str:
-    """How to convert a single-file checkpoint to a folder."""
+    """What to do with a single-file checkpoint that is not read as it is."""
     return (
-        "convert a single file once, in Python: StableDiffusionPipeline (or the pipeline of its "
+        "give the path of a .safetensors file on this machine, or convert the file once, in "
+        "Python: StableDiffusionPipeline (or the pipeline of its "
         f"family).from_single_file({clipped(file)!r}).save_pretrained('FOLDER'), and give FOLDER"
     )
 
 
 def refuse_file(source: str, who: str) -> None:
-    """Refuse a single-file checkpoint: a teacher is a folder.
+    """Refuse a single file of a kind that is not read, and one that is not there.
 
     Raises:
         UserError: the source has the suffix of a weights file.
     """
     path = home(source, "teacher")
-    if path.suffix.lower() in SINGLE and not isdir(path):
-        what = "is a single file" if isfile(path) else "is a single file that does not exist"
-        raise UserError(f"{who}: it {what}; give a diffusers folder: {single(source)}")
+    if path.suffix.lower() not in SINGLE or isdir(path):
+        return
+    if not isfile(path):
+        raise UserError(f"{who}: this file does not exist; give the path of one that does")
+    raise UserError(
+        f"{who}: {path.suffix} is a single file of a kind that is not read; {single(source)}"
+    )

@@ -1,11 +1,16 @@
-"""Import a user's module from a file path."""
+"""Import a user's module, or a function in it, from a file path."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from teachers.errors import UserError, clipped, nearest
+from teachers.storage.files import home
 
 
 def import_file(path: Path) -> ModuleType:
@@ -14,6 +19,9 @@ def import_file(path: Path) -> ModuleType:
     Raises:
         FileNotFoundError: there is no such file. Errors of the module itself pass through.
     """
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:  # a file imports its neighbours, as a script does
+        sys.path.append(folder)
     name = f"fewstep_user_{path.stem}"
     if name in sys.modules and sys.modules[name].__file__ == str(path.resolve()):
         return sys.modules[name]
@@ -27,3 +35,50 @@ def import_file(path: Path) -> ModuleType:
         del sys.modules[name]  # never reuse a half-imported module
         raise
     return module
+
+
+def is_function(place: Any) -> bool:
+    """Whether a recipe's value names a function in a file: "path/to/file.py:function"."""
+    return isinstance(place, str) and place.rpartition(":")[0].endswith(".py")
+
+
+def function_at(place: str, key: str) -> Callable[..., Any]:
+    """The function that "path/to/file.py:function" names.
+
+    Args:
+        key: The recipe key or option that it was given for, which begins error messages.
+
+    Raises:
+        UserError: there is no such file or function, or importing the file raises an exception.
+    """
+    where, (file, _, name) = f"{key}: {clipped(place)!r}", place.rpartition(":")
+    if not is_function(place):
+        raise UserError(f"{where} names no function; write path/to/file.py:function")
+    try:
+        module = import_file(home(file, key))
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{where}: it raised {clipped(reason, 200)}; correct it") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+        raise UserError(f"{where}: no function {clipped(name)!r} in it; {nearest(name, known)}")
+    return function
+
+
+def called(place: str, key: str, *args: Any) -> Any:
+    """What the function that "path/to/file.py:function" names returns for these arguments.
+
+    Raises:
+        UserError: as `function_at`, or it raises an exception.
+    """
+    function = function_at(place, key)
+    try:
+        return function(*args)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{key}: {clipped(place)!r} raised {clipped(reason, 200)}; correct it"
+        ) from None

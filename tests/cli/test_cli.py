@@ -332,7 +332,9 @@ def test_a_run_says_at_once_that_it_prepares_and_only_on_a_terminal(tmp_path):
     assert command(*words).stderr.startswith("distill: recipe")
 
 
+@pytest.mark.slow
 def test_a_plan_says_that_it_is_at_work_and_only_on_a_terminal():
+    """A line of work in progress on a terminal, and none in a pipe."""
     words = ("plan", "digits/sid", "teacher.source=analytic:ring")
     seen = on_a_terminal(*words)
     assert seen.index("preparing") < seen.index("simulating a step") < seen.index("no weights")
@@ -355,7 +357,7 @@ def test_a_signal_stops_in_good_order(recipe, tmp_path):
 def test_lines_of_losses_say_how_long_the_rest_takes(monkeypatch, seconds, left):
     progress = console.Progress(20, 10, shown=False)
     monkeypatch.setattr(progress, "start", console.time.monotonic() - seconds)
-    assert progress.left(11) == f"  about {left} left"
+    assert progress.left(11) == f"about {left} left"
     assert progress.left(10) == progress.left(20) == ""
 
 

@@ -108,7 +108,7 @@ def test_a_file_that_only_seems_to_be_writable_is_refused(tmp_path):
 
 
 def test_no_text_is_read_or_written_in_the_machines_own_encoding():
-    binary, others = {"rb", "wb", "ab"}, {"os", "Image", "tarfile"}
+    binary, others = {"rb", "wb", "ab", "r+b"}, {"os", "Image", "tarfile"}
     wrong = []
     for path in [p for k in ("distill", "teachers", "students", "eval")
                  for p in (ROOT / k).rglob("*.py")]:  # fmt: skip

@@ -75,6 +75,7 @@ def write(path, tree):
 
 
 PAIRS = [(n, objective) for n in NAMES for objective in ("dmd2", "consistency") if n != "wan"]
+PAIRS += [(n, "dmd2") for n in families.RECENT]
 
 
 @SLOW  # each starts other processes

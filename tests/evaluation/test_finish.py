@@ -168,7 +168,7 @@ def test_one_lora_format_that_fails_leaves_the_other(adapted, unchecked, monkeyp
 
     def written(files, *_):
         tried.append([f.path.name for f in files])
-        if lora_files.KOHYA in tried[-1]:
+        if lora_files.COMFYUI in tried[-1]:
             raise ExportError("stock diffusers could not use comfyui_lora.safetensors")
         for file in files:
             file.path.touch()
@@ -177,14 +177,14 @@ def test_one_lora_format_that_fails_leaves_the_other(adapted, unchecked, monkeyp
     failed = {}
     out = tmp_path / "lora"
     lora_files.export_lora(*adapted, tmp_path / "student", out, failed=failed.__setitem__)
-    assert failed.keys() == {lora_files.KOHYA}
+    assert failed.keys() == {lora_files.COMFYUI}
     assert {p.name for p in out.iterdir()} == {lora_files.DIFFUSERS, "scheduler"}
-    assert tried == [[lora_files.DIFFUSERS, lora_files.KOHYA], *[[n] for n in tried[0]]]
+    assert tried == [[lora_files.DIFFUSERS, lora_files.COMFYUI], *[[n] for n in tried[0]]]
 
 
 def test_what_stock_diffusers_reads_of_the_files_is_looked_at_before_training(adapted):
     assert lora_files.rehearse(*adapted) == {}
-    assert [*lora_files.forms(*adapted)[0]] == [lora_files.DIFFUSERS, lora_files.KOHYA]
+    assert [*lora_files.forms(*adapted)[0]] == [lora_files.DIFFUSERS, lora_files.COMFYUI]
 
 
 def test_a_format_that_a_network_has_not_is_left_out_and_said_before_training(
@@ -197,7 +197,7 @@ def test_a_format_that_a_network_has_not_is_left_out_and_said_before_training(
     recipe = Recipe.check(recipe_tree("ect", "digits"))
     preflight.rehearse_end(recipe, *adapted)
     err = capsys.readouterr().err
-    assert f"lora/{lora_files.KOHYA} will not be written (single file: the UNet's 'x'" in err
+    assert f"lora/{lora_files.COMFYUI} will not be written (single file: the UNet's 'x'" in err
     assert [*lora_files.forms(*adapted)[0]] == [lora_files.DIFFUSERS]
 
 

@@ -15,6 +15,7 @@ and autograd runs on it without a driver. What is not imitated: autocast, stream
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -72,6 +73,8 @@ class OnGPU(Tensor):
 
     def __init__(self, inner: Tensor) -> None:
         self.inner = inner
+        for meter in _meters:
+            meter.add(inner)
 
     # By these two `Module.to` knows that it must swap tensors, and not only their memory.
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -107,6 +110,40 @@ class OnGPU(Tensor):
 
     def __repr__(self) -> str:
         return f"OnGPU({self.inner!r})"
+
+
+_meters: list[MemoryMeter] = []  # those that are entered
+
+
+class MemoryMeter:
+    """Counts the bytes on the GPU while it is entered: `now`, and the `most` at one time.
+
+    Storages count that a tensor of the GPU was made of inside it, until they are freed.
+    """
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def add(self, inner: Tensor) -> None:
+        storage = inner.untyped_storage()
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+    def __enter__(self) -> MemoryMeter:
+        _meters.append(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _meters.remove(self)
 
 
 _hot = 0  # how many hot() are entered

@@ -11,7 +11,7 @@ import diffusers
 import torch
 import transformers
 
-from tests.helpers import families_a, families_b
+from tests.helpers import families_a, families_b, families_c
 
 
 def clip_tokenizer(folder: Path, length: int = 40) -> Any:
@@ -28,10 +28,13 @@ def clip_tokenizer(folder: Path, length: int = 40) -> Any:
 
 def clip_config(tokenizer: Any, **more: Any) -> Any:
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    sizes: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4,
+        "num_hidden_layers": 2, "projection_dim": 32,
+    }  # fmt: skip
     return transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_attention_heads=4,
-        num_hidden_layers=2, max_position_embeddings=tokenizer.model_max_length, projection_dim=32,
-        bos_token_id=end - 1, eos_token_id=end, pad_token_id=end, **more,
+        vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=end - 1, eos_token_id=end, pad_token_id=end, **(sizes | more),
     )  # fmt: skip
 
 
@@ -72,14 +75,17 @@ def stable(root: Path, prediction: str = "epsilon") -> None:
     ).save_pretrained(root)
 
 
-def sdxl(root: Path) -> None:
+def sdxl(root: Path, unet: dict[str, Any] | None = None, **encoders: Any) -> None:
+    """SDXL; `unet` and `encoders` are settings of its network's and its text encoders' configs."""
     tokenizer = clip_tokenizer(root / "scratch")
-    second = transformers.CLIPTextModelWithProjection(clip_config(tokenizer, hidden_act="gelu"))
+    second = transformers.CLIPTextModelWithProjection(
+        clip_config(tokenizer, hidden_act="gelu", **encoders)
+    )
     scheduler: Any = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading")
     depths: dict[str, Any] = {"attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2)}
     diffusers.StableDiffusionXLPipeline(
         vae=kl_vae(scaling_factor=0.13025),
-        text_encoder=transformers.CLIPTextModel(clip_config(tokenizer)),
+        text_encoder=transformers.CLIPTextModel(clip_config(tokenizer, **encoders)),
         text_encoder_2=second,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
@@ -90,7 +96,7 @@ def sdxl(root: Path) -> None:
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 32,
             **depths,
-            **UNET,
+            **(UNET | (unet or {})),
         ),
         scheduler=scheduler,
     ).save_pretrained(root)
@@ -103,11 +109,12 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     **families_a.FAMILIES,
     **families_b.FAMILIES,
 }
-OPTIONS = families_a.OPTIONS | families_b.OPTIONS  # what each is loaded with
+RECENT = families_c.FAMILIES  # those of the generic adapter, which have tests of their own
+OPTIONS = families_a.OPTIONS | families_b.OPTIONS | families_c.OPTIONS  # what each is loaded with
 
 
 def build(name: str, root: Path) -> Path:
     """The folder of a small pipeline of this family."""
     torch.manual_seed(0)
-    FAMILIES[name](root)
+    (FAMILIES | RECENT)[name](root)
     return root

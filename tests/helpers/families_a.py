@@ -39,12 +39,13 @@ def kl_vae(channels: int = 4, **more: Any) -> Any:
     return families.kl_vae(channels, **more)
 
 
-def clip(scratch: Path, projection: bool) -> tuple[Any, Any]:
+def clip(scratch: Path, projection: bool, width: int = 32, length: int = 40) -> tuple[Any, Any]:
     """A CLIP of single characters: tokenizer and text encoder."""
     from tests.helpers import families
 
-    tokenizer = families.clip_tokenizer(scratch)
-    config = families.clip_config(tokenizer, hidden_act="gelu")
+    tokenizer = families.clip_tokenizer(scratch, length)
+    sizes = {"hidden_size": width, "projection_dim": width}
+    config = families.clip_config(tokenizer, hidden_act="gelu", **sizes)
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
     return tokenizer, kind(config).eval()
 
@@ -76,10 +77,14 @@ def pixart(root: Path, sigma: bool) -> None:
     ).save_pretrained(root)
 
 
-def sd3(root: Path, large: bool) -> None:
-    """SD 3.5's normalised, dual attention and T5 when large; SD 3 without its T5 otherwise."""
+def sd3(root: Path, large: bool, second: int = 32) -> None:
+    """SD 3.5's normalised, dual attention and T5 when large; SD 3 without its T5 otherwise.
+
+    Args:
+        second: The width of the second text encoder.
+    """
     tokenizer, encoder = clip(root / "scratch", True)
-    tokenizer_2, encoder_2 = clip(root / "scratch", True)
+    tokenizer_2, encoder_2 = clip(root / "scratch", True, second)
     tokenizer_3, encoder_3 = t5(72) if large else (None, None)
     diffusers.StableDiffusion3Pipeline(
         transformer=diffusers.SD3Transformer2DModel(
@@ -88,7 +93,7 @@ def sd3(root: Path, large: bool) -> None:
             out_channels=8,
             joint_attention_dim=72,  # of T5, to which CLIP is padded
             caption_projection_dim=24,
-            pooled_projection_dim=64,
+            pooled_projection_dim=32 + second,
             pos_embed_max_size=12,
             qk_norm="rms_norm" if large else None,
             dual_attention_layers=(0,) if large else (),

@@ -51,15 +51,15 @@ LANGUAGE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def kl_vae(levels: int, **more: Any) -> Any:
+def kl_vae(levels: int, latent: int = 4, shift: float = 0.12, **more: Any) -> Any:
     blocks: dict[str, Any] = {
         "block_out_channels": (8,) * levels,
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
     }
     return diffusers.AutoencoderKL(
-        latent_channels=4, norm_num_groups=4, sample_size=32, scaling_factor=0.36,
-        shift_factor=0.12, **blocks, **more,
+        latent_channels=latent, norm_num_groups=4, sample_size=32, scaling_factor=0.36,
+        shift_factor=shift, **blocks, **more,
     ).eval()  # fmt: skip
 
 
@@ -101,8 +101,8 @@ def lumina(root: Path, **shifting: Any) -> None:
     ).save_pretrained(root)
 
 
-def qwen(root: Path) -> None:
-    tokenizer = qwen_tokenizer()
+def qwen_vl(tokenizer: Any) -> Any:
+    """A Qwen2.5-VL that encodes prompts."""
     vision = {
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
         "out_hidden_size": 16, "fullatt_block_indexes": [0],
@@ -113,10 +113,20 @@ def qwen(root: Path) -> None:
         text_config={**LANGUAGE, "vocab_size": len(tokenizer), **named},
         vision_config=vision,
     )
-    vae = diffusers.AutoencoderKLQwenImage(
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def qwen_vae() -> Any:
+    """A video autoencoder; images are videos of one frame."""
+    return diffusers.AutoencoderKLQwenImage(
         base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
         latents_mean=MEAN, latents_std=STD,
     ).eval()  # fmt: skip
+
+
+def qwen(root: Path) -> None:
+    tokenizer = qwen_tokenizer()
+    vae = qwen_vae()
     network = diffusers.QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=16, axes_dims_rope=(4, 2, 2),
@@ -127,7 +137,7 @@ def qwen(root: Path) -> None:
             shift_terminal=0.02,
         ),
         vae=vae,
-        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config).eval(),
+        text_encoder=qwen_vl(tokenizer),
         tokenizer=tokenizer,
         transformer=network,
     ).save_pretrained(root)  # fmt: skip

@@ -13,6 +13,25 @@ from distill.training import build
 from tests.helpers.toys import FIVE, recipe_tree
 
 
+def guarded(teacher: str, folder: Path) -> None:
+    """A run whose guards have planted scores, which only the first process may ask for."""
+    AcceleratorState._reset_state()
+    tree = recipe_tree("dmd2", teacher, steps=6, batch=16, guards={"every": 1})
+    engine = build.build(Recipe.check(tree), folder / "guarded").engine
+    rank, planted = engine.accelerator.process_index, [0.9, 1.0, 0.5]
+
+    def measure() -> dict[str, float]:
+        assert rank == 0
+        return {"diversity": planted[engine.step - 1]}
+
+    assert engine.guards is not None
+    engine.guards.measure = measure
+    engine.train()
+    state = {str(i): v.clone() for i, v in enumerate(engine.ema.mean)}
+    about = torch.tensor([engine.step, engine.guards.step])
+    save_file({**state, "steps": about}, folder / f"guarded-{rank}.safetensors")
+
+
 def main(teacher: str, folder: Path) -> None:
     torch.set_num_threads(1)
     for name in FIVE:
@@ -30,6 +49,7 @@ def main(teacher: str, folder: Path) -> None:
             for i, p in enumerate(q.params)
         }
         save_file(state, folder / f"{name}-{rank}.safetensors")
+    guarded(teacher, folder)
     destroy_process_group()
     exit_now(0)
 

@@ -120,4 +120,6 @@ def test_sdxl_under_adapters_holds_at_most_three_and_a_half_bytes_a_parameter(tm
     plan = json.loads(file.read_text())
     assert plan["base_params"] == 2_567_463_684
     assert plan["bytes_per_base_param"] <= 3.5
+    # its build took 18.4 GB while encoders stood beside the networks
+    assert plan["parts_gb"]["weights"] + 3 < plan["build_gb"] < plan["peak_gb"]
     assert plan["fits"]

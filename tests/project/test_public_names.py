@@ -17,7 +17,7 @@ PUBLIC = {
 }
 COMMANDS = (
     "run sample eval draw reference report compare card push convert doctor plan cache teach bench "
-    "list"
+    "list show"
 )
 
 

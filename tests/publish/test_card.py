@@ -97,6 +97,21 @@ def test_cost_guidance_data_and_method_are_said(run):
     assert "arxiv.org/abs/2405.14867" in text and "eprint = {2405.14867}" in text
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "version"),
+    [
+        ("StableDiffusionXLPipeline", "0.36"),
+        ("ConsistencyModelPipeline", "0.36"),
+        ("ZImagePipeline", "0.39"),
+        ("SanaPipeline", "0.39"),
+    ],
+)
+def test_the_first_diffusers_that_draws_it_is_said(pipeline, version):
+    sidecar = {"steps": [4], "teacher": "shapes", "recipe": {}}
+    facts = card.Facts({"_class_name": pipeline}, sidecar)
+    assert f"diffusers {version} or later draws it" in card.method(facts)
+
+
 def test_hours_of_all_processes_are_counted():
     summary = {"wall_s": 1800.0, "processes": 8, "device": "cuda (H100, 4 threads)"}
     assert card.cost(summary).startswith("4 GPU-hours on cuda (H100, 4 threads), 8 processes")
@@ -379,3 +394,21 @@ def test_a_run_that_is_not_whole_is_refused_in_one_line(run, capsys, damage, say
     code, out, err = called(capsys, run)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert says in err
+
+
+@pytest.mark.parametrize(("counts", "terminal", "says"), [
+    ([2, 4], 0.5, True), ([1, 2, 4], 0.5, False), ([2, 4], None, False),
+])  # fmt: skip
+def test_a_student_without_a_schedule_of_one_step_says_what_happens_there(
+    counts, terminal, says, tmp_path
+):
+    run = make_run(tmp_path / "run")
+    path = run / "student" / "fewstep.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "steps": counts}))
+    (run / "student/scheduler").mkdir()
+    config = {"shift_terminal": terminal}
+    (run / "student/scheduler/scheduler_config.json").write_text(json.dumps(config))
+    text = card.card(run).text
+    assert ("IndexError" in text) == says
+    *rest, last = map(str, counts)
+    assert f"Other step counts than {', '.join(rest)} and {last} " in text

@@ -13,22 +13,21 @@ from distill.evaluation.finish import finish
 from distill.profiling import denoisers_in, evaluations_of
 from distill.training import build
 from students import schedulers
+from students.adapter_layers import active_adapter, adapter_layers, using
 from students.checkpointing import checkpointing
 from students.export.folder import load_student
 from students.lora import (
     AdaptedDenoiser,
     Adapter,
-    active_adapter,
     adapt,
-    adapter_layers,
     inject,
     merged_backbone,
     merged_weight,
     unwrap,
-    using,
     with_schedule,
 )
 from teachers import Denoiser, load
+from teachers.features import hooked
 from tests.helpers.engines import stream
 from tests.helpers.refusals import refused
 from tests.helpers.toys import FIVE, recipe_tree
@@ -348,3 +347,121 @@ def calls_to_choose(depth):
 
 def test_choosing_an_adapter_costs_the_same_for_any_number_of_layers():
     assert calls_to_choose(200) == calls_to_choose(2) < 40
+
+
+class Drawing(torch.nn.Module):
+    """A block that draws from the generator, and computes in autocast's type."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x, options):
+        return self.linear(x) * torch.rand_like(x) * options["gain"], None
+
+
+class Recomputing(torch.nn.Module):
+    """A backbone of one block that takes diffusers' hook for checkpointing."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.call = Drawing(), None
+
+    def enable_gradient_checkpointing(self, call):
+        self.call = call
+
+    def forward(self, x, gain):
+        options = {"gain": gain}
+        out, _ = self.call(self.block, x, options) if self.call else self.block(x, options)
+        return out
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "autocast"])
+def test_a_recomputed_block_draws_and_rounds_as_it_did(half):
+    network, x = Recomputing(), torch.randn(3, 4, requires_grad=True)
+    gain = torch.randn(4, requires_grad=True)
+    sources, gradients = [x, gain, *network.parameters()], []
+    for recompute in (False, True):
+        if recompute:
+            checkpointing(network)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = network(x, gain).float().square().sum()
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(loss, sources))
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+def test_a_hook_inside_a_recomputed_block_sees_a_graph():
+    network = Recomputing()
+    checkpointing(network)
+    with hooked(network.block.linear, lambda block, args, kwargs, output: outputs.append(output)):
+        outputs = []
+        network(torch.randn(2, 4), torch.ones(4))
+    (gradient,) = torch.autograd.grad(outputs[0].sum(), network.block.linear.bias)
+    assert torch.equal(gradient, torch.full((4,), 2.0))
+
+
+def test_a_recomputed_block_calls_its_own_hooks_once():
+    network, calls = Recomputing(), []
+    checkpointing(network)
+    network.block.register_forward_hook(lambda *_: calls.append(1))
+    network(torch.randn(2, 4), torch.ones(4)).sum().backward()
+    assert calls == [1]
+
+
+def test_a_second_gradient_through_a_recomputed_block_is_an_error():
+    """It would be that of the rest of the network, without a word."""
+    network, x = Recomputing(), torch.randn(2, 4, requires_grad=True)
+    checkpointing(network)
+    out = network(x, torch.ones(4)).square().sum()
+    (slope,) = torch.autograd.grad(out, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
+
+
+class Gain:
+    """An argument that is an object with a tensor."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Scaling(torch.nn.Module):
+    """A block whose gain is an argument, inside an object or not, or a tensor of someone else's."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.gain = torch.nn.Linear(4, 4), None
+
+    def forward(self, x, gain=None):
+        gain = self.gain if gain is None else gain
+        return self.linear(x) * (gain.value if isinstance(gain, Gain) else gain)
+
+
+WAYS_IN = {
+    "object": lambda call, block, x, gain: call(block, x, Gain(gain)),
+    "keyword": lambda call, block, x, gain: call(block, x, gain=gain, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_tensors_in_objects_and_keywords_of_a_recomputed_block_keep_their_gradients(way):
+    """Hooks of PyTorch's checkpoint are accepted, which backbones of one's own may pass."""
+    network, gain = Recomputing(), torch.randn(4, requires_grad=True)
+    network.block = Scaling()
+    checkpointing(network)
+    x = torch.randn(2, 4)
+    WAYS_IN[way](network.call, network.block, x, gain).sum().backward()
+    torch.testing.assert_close(gain.grad, network.block.linear(x).detach().sum(0))
+
+
+def test_a_recomputed_block_that_computes_with_what_is_not_given_to_it_is_refused():
+    """Its gradients would be missing, without a word."""
+    network, outside = Recomputing(), torch.nn.Linear(4, 4)
+    network.block = Scaling()
+    checkpointing(network)
+    network.block.gain = outside(torch.ones(4))
+    with refused("train.checkpointing", "Scaling", "arguments"):
+        network.call(network.block, torch.randn(2, 4, requires_grad=True)).sum().backward()

@@ -10,8 +10,8 @@ from distill.config.recipe import Recipe
 from distill.training import build
 from distill.training.networks import objective_of
 from students import schedulers
-from students.export import edm_source
 from students.export.folder import export, load_student, rehearse
+from students.export.sources import edm as edm_source
 from students.lora import Adapter
 from teachers import load
 from teachers.denoiser import Guided

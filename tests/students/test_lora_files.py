@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from students import schedulers
 from students.export.folder import ExportError, export
-from students.export.lora_files import DIFFUSERS, KOHYA, export_lora, possible
+from students.export.lora_files import COMFYUI, DIFFUSERS, export_lora, possible
 from students.lora import Adapter
 from teachers import load
 from tests.helpers import families
@@ -15,7 +15,7 @@ from tests.helpers.disturbed import disturbed
 @pytest.mark.parametrize(
     "name",  # two text encoders, packed latents; the others take half a minute
     [pytest.param("sdxl", marks=pytest.mark.slow), pytest.param("sd3", marks=pytest.mark.slow),
-     "flux-schnell"],
+     pytest.param("flux-schnell", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_lora_file_draws_the_students_pictures(name, tmp_path):
     """The LoRA files of SDXL and SD3 draw what the student draws."""
@@ -29,7 +29,7 @@ def test_a_lora_file_draws_the_students_pictures(name, tmp_path):
     export_lora(student, teacher, tmp_path / "student", tmp_path / "lora")
     state = load_file(tmp_path / "lora" / DIFFUSERS)
     assert len(state) == len(list(student.parameters()))
-    assert (tmp_path / "lora" / KOHYA).exists() == (name == "sdxl")
+    assert (tmp_path / "lora" / COMFYUI).exists() == (name == "sdxl")
     assert (tmp_path / "lora" / "scheduler" / "scheduler_config.json").exists()
 
 

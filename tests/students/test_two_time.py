@@ -158,9 +158,15 @@ def test_a_generator_hands_each_step_the_time_it_lands_on(renoise, expected):
 # ---- export
 
 
-@pytest.mark.parametrize("adapter", [None, Adapter(rank=2)], ids=["copy", "adapter"])
-@pytest.mark.parametrize("name", ["digits", "shapes"])
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [("digits", None), ("shapes", Adapter(rank=2)),
+     *(pytest.param(n, a, marks=pytest.mark.slow)
+       for n, a in (("digits", Adapter(rank=2)), ("shapes", None)))],
+    ids=["digits-copy", "shapes-adapter", "digits-adapter", "shapes-copy"],
+)  # fmt: skip
 def test_a_student_that_lands_at_0_is_exported_as_a_stock_folder(tmp_path, name, adapter):
+    """Stock diffusers draws a student whose landing time is folded into its weights."""
     teacher = load(name)
     student = two_time(schedulers.student(teacher, 2, adapter=adapter))
     moved(student.denoiser)

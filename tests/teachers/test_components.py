@@ -15,7 +15,7 @@ from students.export.portable import make_portable, older_rope
 from students.lora import Adapter
 from teachers import load
 from teachers.storage import components
-from teachers.storage.components import variant_of
+from teachers.storage.variants import variant_of
 from teachers.teacher import EMBEDDED
 from tests.helpers import families
 from tests.helpers.refusals import refused

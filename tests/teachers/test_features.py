@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from distill.sampling.deepcache import DeepCache
+from students.adapter_layers import using
 from students.checkpointing import checkpointing
 from students.critic import Critic, image_stream
-from students.lora import Adapter, adapt, using
+from students.lora import Adapter, adapt
 from teachers import UserError, load
-from teachers.deepcache import DeepCache
 from teachers.denoiser import Guided, Network, Reparametrised
 from teachers.features import changed, tapped
 from teachers.guidance import Interval, SkipLayerGuided

@@ -2,13 +2,16 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from teachers.process import Karras, Linear, Tabulated, Trig
+from teachers.process import Cosine, Karras, Linear, Tabulated, Trig
 
 PROCESSES = {
     "linear": Linear(),
     "shifted": Linear(3.0),
     "trig": Trig(),
     "trig half": Trig(0.5),
+    "cosine": Cosine(),
+    "cosine at 256": Cosine(256 / 64),
+    "cosine from 256 to 32": Cosine(512 / 32, 512 / 256),
     "karras": Karras(),
     "ddpm": Tabulated.linear(),
     "sd": Tabulated.scaled_linear(),

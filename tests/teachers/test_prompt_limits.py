@@ -122,7 +122,9 @@ def test_one_process_of_several_says_it(folders, monkeypatch, capfd):
     assert "1 of 3 prompts is longer than the encoder's 7 tokens" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sampled_prompt_is_counted_once(folders, tmp_path, capfd, monkeypatch):
+    """distill sample says once that a prompt is cut."""
     teacher = load(folders("sd"))
     export(schedulers.student(teacher, 1).eval(), teacher, tmp_path / "s", {})
     words = ["sample", str(tmp_path / "s"), "--out", str(tmp_path / "x.npz"), "--n", "4"]

@@ -1,20 +1,36 @@
 """Frozen weights in fp8 and nf4: against closed forms, bitsandbytes, and the weights themselves."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import norm
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distill.config.recipe import Recipe
+from distill.objectives.tangent import tangent
 from distill.training import build
 from students import schedulers
 from students.checkpointing import checkpointing
 from students.export.folder import export, load_student, rehearse
 from students.export.unquantised import unquantised
 from students.lora import Adapter, adapt, unwrap
-from teachers import load
-from teachers.quantised import BLOCK, FORMS, NF4, Quantised, decode, encode, parameters, quantise
+from teachers import compiled, load
+from teachers.catalogue.outlines import dtype_of_new
+from teachers.compiled import blocks_in, compile_modules, counts, running_compiled
+from teachers.quantised import (
+    BLOCK,
+    FORMS,
+    NF4,
+    Quantised,
+    decode,
+    encode,
+    level_pairs,
+    parameters,
+    quantise,
+)
 from tests.helpers import families
 from tests.helpers.disturbed import disturbed
 from tests.helpers.refusals import refused
@@ -40,7 +56,8 @@ def test_nf4_gives_each_weight_the_nearest_level_of_its_block(shape):
     weight = torch.randn(shape)
     codes, scales = encode(weight, "nf4")
     assert codes.dtype == torch.uint8 and len(codes) == BLOCK // 2 * len(scales)
-    found = decode(codes, scales, shape, torch.float32).flatten()
+    pairs = level_pairs(codes.device)
+    found = decode(codes, scales, pairs, shape, torch.float32).flatten()
     levels = torch.tensor(NF4)
     for i in range(0, weight.numel(), BLOCK):
         block = weight.flatten()[i : i + BLOCK]
@@ -52,7 +69,7 @@ def test_nf4_gives_each_weight_the_nearest_level_of_its_block(shape):
 def test_fp8_keeps_three_bits_of_every_mantissa():
     weight = torch.randn(16, 64) * torch.logspace(-6, 3, 16)[:, None]
     codes, scales = encode(weight, "fp8")
-    found = decode(codes, scales, (16, 64), torch.float32)
+    found = decode(codes, scales, None, (16, 64), torch.float32)
     normal = (weight / scales).abs() >= 2**-6  # below it e4m3 has steps of one size
     assert ((found - weight).abs() <= weight.abs() / 16 * 1.0001)[normal].all()
     assert ((found - weight).abs() <= scales * 2**-10 * 1.0001)[~normal].all()
@@ -65,7 +82,7 @@ def test_nf4_is_bitsandbytes_own():
     theirs, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
     codes, scales = encode(weight, "nf4")
     torch.testing.assert_close(scales.flatten(), state.absmax.flatten())
-    ours = decode(codes, scales, (64, 192), torch.float32)
+    ours = decode(codes, scales, level_pairs(codes.device), (64, 192), torch.float32)
     torch.testing.assert_close(ours, functional.dequantize_4bit(theirs, state))
     assert torch.equal(codes, theirs.flatten())
 
@@ -83,14 +100,114 @@ def test_a_product_and_its_gradient_are_those_of_the_decoded_weight(form, bias):
     torch.testing.assert_close(x.grad, twin.grad)
 
 
+def by_formula(layer, dtype):
+    """The weight, code by code: its level and its scale, each rounded to the type, multiplied."""
+    scales = layer.scales.to(dtype)
+    if layer.form == "fp8":
+        return layer.codes.to(dtype) * scales
+    indices = torch.stack([layer.codes >> 4, layer.codes & 15], 1).long()
+    flat = torch.tensor(NF4)[indices].view(-1, BLOCK).to(dtype) * scales
+    shape = layer.out_features, layer.in_features
+    return flat.flatten()[: shape[0] * shape[1]].view(shape)
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_between_the_passes_only_codes_are_held(form):
+@pytest.mark.parametrize(
+    ("dtype", "inside"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)],
+    ids=["fp32", "bf16", "autocast"],
+)
+def test_a_product_has_the_bits_of_the_formula(form, dtype, inside):
+    layer = Quantised(nn.Linear(48, 41), form)  # 1968 weights: the last block of nf4 is not full
+    x, grad = torch.randn(3, 5, 48, dtype=dtype, requires_grad=True), torch.randn(3, 5, 41)
+    kind = inside or dtype
+    with torch.autocast("cpu", inside, enabled=inside is not None):
+        out = layer(x)
+    out.backward(grad.to(out.dtype))
+    weight = by_formula(layer, kind)
+    assert torch.equal(layer.weight, by_formula(layer, torch.float32))
+    assert torch.equal(out, F.linear(x.to(kind), weight) + layer.bias.to(kind))
+    with torch.autocast("cpu", inside, enabled=inside is not None), torch.no_grad():
+        assert torch.equal(layer(x), out)
+    assert torch.equal(x.grad, (grad.to(kind) @ weight).to(dtype))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_product_has_a_forward_mode(form):
+    layer, x, v = Quantised(nn.Linear(64, 8), form), torch.randn(2, 64), torch.randn(2, 64)
+    out, slope = tangent(layer, (x,), (v,))
+    torch.testing.assert_close(out, layer(x))
+    torch.testing.assert_close(slope, v @ layer.weight.mT)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_pairs_of_levels_are_no_part_of_the_state_and_follow_the_layer(form):
+    layer = Quantised(nn.Linear(64, 64), form)
+    assert set(layer.state_dict()) == {"codes", "scales", "bias"}
+    twin = deepcopy(layer)
+    assert torch.equal(twin.weight, layer.weight)
+    assert twin.codes.data_ptr() != layer.codes.data_ptr()
+    assert {b.device.type for b in (*twin.to("meta").buffers(), twin.weight)} == {"meta"}
+    with FakeTensorMode(), dtype_of_new(torch.bfloat16):
+        fake = Quantised(nn.Linear(64, 64), form)
+        x = torch.zeros(2, 64, requires_grad=True)
+        fake(x).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    for a, b in zip(fake.buffers(), layer.buffers(), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_between_the_passes_only_codes_are_held(form, how):
     layer, kept = Quantised(nn.Linear(64, 64), form), []
+    layer.requires_grad_(False)
+    call = torch.compile(layer, backend="aot_eager") if how == "compiled" else layer
     x = torch.randn(2, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
-        layer(x)
-    assert sum(t.nbytes for t in kept) < layer.weight.nbytes / 4
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = call(x)
+    out.sum().backward()
+    own = {b.data_ptr() for b in layer.buffers()}
+    assert layer.codes.data_ptr() in {t.data_ptr() for t in kept}
+    assert all(t.data_ptr() in own or t.numel() <= 64 for t in kept)  # of the rest, the bias
     assert layer.codes.nbytes + layer.scales.nbytes < {"fp8": 1.07, "nf4": 0.57}[form] * 64 * 64
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, -1))
+
+
+def with_gradients(denoiser, teacher):
+    """x̂ of three samples without gradients, x̂ of two, its gradients to x and to what learns."""
+    torch.manual_seed(0)
+    x, t = torch.randn(3, *teacher.shape), torch.linspace(0.3, 0.7, 3)
+    with torch.no_grad():
+        alone = denoiser(x, t, teacher.codec.condition([0, 1, 2]))
+    x = x[:2].clone().requires_grad_(True)
+    out = denoiser(x, t[:2], teacher.codec.condition([0, 1]))
+    learning = [p for p in denoiser.parameters() if p.requires_grad]
+    return [alone, out, *torch.autograd.grad(out.square().sum(), [x, *learning])]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_block_on_quantised_weights_computes_what_an_eager_one_does(
+    folders, form, precision, monkeypatch
+):
+    """With an adapter, its gradients included; in whole graphs, each compiled once."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    teacher = load(folders("dit"), precision=precision)
+    quantise(unwrap(teacher.denoiser).backbone, form)
+    student = disturbed(adapt(teacher, Adapter(rank=2), "student")).requires_grad_(True)
+    expected, before = with_gradients(student, teacher), counts()
+    network = unwrap(student)
+    compile_modules(blocks_in(network.backbone, network.BLOCKS)[:1])  # the others take as long
+    with running_compiled():
+        for _ in range(2):
+            graphs = counts().graphs
+            for a, b in zip(with_gradients(student, teacher), expected, strict=True):
+                scale = max(1, b.abs().max().item())
+                atol = (1e-6 if precision == "fp32" else 2**-8) * scale
+                torch.testing.assert_close(a, b, rtol=0, atol=atol)
+    assert graphs > before.graphs and counts() == (graphs, before.breaks)
 
 
 def test_only_the_blocks_linear_layers_are_quantised(folder):

@@ -196,7 +196,9 @@ def test_a_users_file_that_exits_is_one_line(pipelines, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_other_code_than_it_began_with(pipelines, tmp_path, capsys):
+    """A run keeps its objective's file, and goes on with that code only."""
     recipe, out = playing(tmp_path, pipelines, YIELDS, GIVES), tmp_path / "run"
     words = ("run", recipe, "--out", out)
     assert called(capsys, *words, "train.steps=2")[0] == 0

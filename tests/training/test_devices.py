@@ -208,7 +208,7 @@ def test_a_lora_file_is_compared_on_the_host(folders, tmp_path, monkeypatch, gpu
     monkeypatch.setattr(
         formats, "drawn_elsewhere", lambda *_: dict.fromkeys(("0 1", "0 2", "1 1", "1 2"))
     )
-    monkeypatch.setattr(formats, "compare", lambda ours, *_: compared.append(ours))
+    monkeypatch.setattr(formats, "compare", lambda ours, *_: compared.append(ours) or 0.0)
     lora_files.export_lora(student, teacher, tmp_path / "student", tmp_path / "lora")
     prompts, _ = request(student, teacher)
     with torch.no_grad():

@@ -65,7 +65,7 @@ def test_checkpoints_caches_and_references_are_open(tmp_path, umask):
 
 def test_students_and_their_files_are_open(monkeypatch, tmp_path, umask):
     monkeypatch.setattr(exporting, "verify", lambda *_: None)
-    monkeypatch.setattr(formats, "compare", lambda *_: None)
+    monkeypatch.setattr(formats, "compare", lambda *_: 0.0)
     counts = {f"{i} 1": torch.zeros(1) for i in range(2)}
     monkeypatch.setattr(formats, "drawn_elsewhere", lambda *_: counts)
     teacher = load(str(families.build("sd", tmp_path / "teacher")))

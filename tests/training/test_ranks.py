@@ -58,6 +58,15 @@ def test_ranks_agree_to_the_bit(name, trained):
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
+def test_guards_stop_all_processes_at_one_step_with_the_best_student(trained):
+    one = load_file(trained[1] / "guarded-0.safetensors")
+    first, second = (load_file(trained[2] / f"guarded-{rank}.safetensors") for rank in (0, 1))
+    assert first["steps"].tolist() == second["steps"].tolist() == [3, 2]
+    for key, value in first.items():
+        assert torch.equal(value, second[key])
+        torch.testing.assert_close(value, one[key], atol=1e-5, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def stopped(pipelines, tmp_path_factory) -> Path:
     """What two processes did when one of them, and not the other, was asked to stop."""
@@ -77,6 +86,14 @@ def test_a_signal_to_one_process_stops_all_within_a_step(stopped, signalled, hea
     assert kept == [f"step-{heard:06d}"]
 
 
+@pytest.mark.parametrize(("why", "step"), [("flat", 4), ("hours", 2)])
+def test_what_one_process_measures_ends_all_at_the_same_step(stopped, why, step):
+    found = [json.loads((stopped / f"{why}-{r}.json").read_text()) for r in (0, 1)]
+    curve = [1.0] * 4 if why == "flat" else []
+    assert found == [{"ended": why, "step": step, "curve": curve}] * 2
+
+
+@pytest.mark.slow
 def test_two_processes_measure_as_one_and_say_it_once(tmp_path):
     """`distill eval` under a launcher, of a few pictures for each process."""
     tables, figures = [], []

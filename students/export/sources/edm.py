@@ -12,6 +12,7 @@ import inspect
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from teachers.edm import model as model_file
 from teachers.edm import parts
@@ -24,8 +25,9 @@ Load the whole folder: DiffusionPipeline.from_pretrained(folder, trust_remote_co
 '''
 
 
-def write(folder: Path, model: EDMModel) -> None:
+def write(folder: Path, pipe: Any) -> None:
     """Make the pipeline saved in `folder` one that loads without our packages."""
+    model: EDMModel = pipe.unet
     # a name for each kind: diffusers gives modules of one name one namespace
     name = f"edm_{type(model.network).__name__.lower()}"
     (folder / "unet" / f"{name}.py").write_text(source(model), encoding="utf-8")

@@ -1,0 +1,110 @@
+"""Relative paths in a recipe's file: they are relative to the file's folder.
+
+A value that names nothing there stays as it is, so it is a name, or a path relative to the working
+folder; values given on the command line always are. A path that is found is written relative to the
+working folder where it is below it, and else in full. The recipe in a run's folder holds such
+values, and they are not looked for again in that folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from teachers.storage.plugin import is_function
+from teachers.teacher import EMBEDDED
+
+# Keys whose values may be paths, alone or before a colon; `*` is every item of a list. Of
+# `objective.name` and `eval.metric`, only files of Python.
+KEYS = (
+    "teacher",
+    "teacher.source",
+    "teacher.vae",
+    "teacher.config",
+    "teacher.guidance.weaker",
+    "teacher.adapters.*.file",
+    "data.source",
+    "data.source.hf",
+    "data.prompts",
+    "data.prompts.hf",
+    "data.captions",
+    "objective.name",
+    "eval.metric",
+)
+CODE = ("objective.name", "eval.metric")
+NAMES = ("analytic:", "pack:")  # begin values that are no paths
+RUN = (".lock", "metrics.jsonl", "checkpoints")  # one of them lies beside the recipe of a run
+PATTERN = re.compile(r"[*?\[{]")  # in names of several shards
+
+
+def located(tree: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A recipe's tree with the paths that were found beside its file; the tree is changed.
+
+    Args:
+        tree: As YAML has it, unchecked: values of a wrong type stay as they are.
+        file: The recipe's file.
+    """
+    folder = file.parent
+    if file.name == "recipe.yaml" and any((folder / name).exists() for name in RUN):
+        return tree
+    data = tree.get("data")
+    images = isinstance(data, dict) and data.get("source") is not None
+    for key in KEYS:
+        if key == "data.captions" and images:
+            continue  # it names the captions' place in the images' folder
+        for node, name in _places(tree, key.split(".")):
+            node[name] = beside(node[name], folder, code=key in CODE)
+    return tree
+
+
+def beside(value: Any, folder: Path, code: bool = False) -> Any:
+    """A value with the path that it names in a folder; unchanged if it names none there.
+
+    Args:
+        code: Only "path/to/file.py:NAME" is a path.
+    """
+    if not isinstance(value, str) or value in EMBEDDED or value.startswith(NAMES):
+        return value
+    if code and not is_function(value):
+        return value
+    before, colon, after = value.rpartition(":")
+    candidates = [(before, colon + after)] if code else [(value, ""), (before, colon + after)]
+    for path, rest in candidates:
+        if path and not path.startswith(("~", "/")) and _exists(folder, path):
+            return _shown(folder / path) + rest
+    return value
+
+
+def _exists(folder: Path, path: str) -> bool:
+    try:
+        if (folder / path).exists():
+            return True
+        shards = re.sub(r"\{[^}]*\}", "*", path)
+        return bool(PATTERN.search(path)) and any(True for _ in folder.glob(shards))
+    except (OSError, ValueError, NotImplementedError):  # no path of this system
+        return False
+
+
+def _shown(path: Path) -> str:
+    """A path from the working folder if it is below it, else in full."""
+    full = os.path.normpath(path.absolute())
+    here = os.path.normpath(Path.cwd())
+    return os.path.relpath(full, here) if full.startswith(here + os.sep) else full
+
+
+def _places(node: Any, key: Sequence[str]) -> Iterator[tuple[Any, Any]]:
+    """The mappings or lists that hold a key's values, and the values' places in them."""
+    name, *rest = key
+    places: list[Any]
+    if name == "*":
+        places = list(range(len(node))) if isinstance(node, list) else []
+    else:
+        places = [name] if isinstance(node, dict) and name in node else []
+    for place in places:
+        if rest:
+            yield from _places(node[place], rest)
+        else:
+            yield node, place

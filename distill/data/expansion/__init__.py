@@ -1,0 +1,1 @@
+"""A few captions of the user, expanded into the prompts of a run without a language model."""

@@ -1,0 +1,278 @@
+"""`distill wrap`: the file that makes a network of one's own a teacher, written from its class.
+
+What the network predicts, its process and its time units are guessed where data and trained weights
+are given: every combination is tried, and the one that denoises best is written. The doctor then
+checks the file.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teachers.denoiser import PREDICTIONS, Network
+from teachers.diagnosis.checks import Subject
+from teachers.diagnosis.evidence import SKILL, errors_of
+from teachers.errors import UserError, clipped, first_line, nearest
+from teachers.process import Karras, Linear, Process, Tabulated, Trig
+from teachers.storage.files import home
+from teachers.storage.plugin import called, import_file
+from teachers.teacher import Pixels, Teacher
+
+# The processes that are tried, by the source that makes them.
+PROCESSES: dict[str, Process] = {
+    "Linear()": Linear(),
+    "Tabulated.linear()": Tabulated.linear(),
+    "Tabulated.scaled_linear()": Tabulated.scaled_linear(),
+    "Trig()": Trig(),
+    "Karras()": Karras(),
+}
+# Times that networks read, as the adapter's source has them, and as functions of t.
+LEVEL = "(0.002 ** (1 / 7) + t * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7"  # σ of Karras()
+TIMES: dict[str, Callable[[Tensor], Tensor]] = {
+    "t": lambda t: t,
+    "1000 * t": lambda t: 1000 * t,
+    "999 * t": lambda t: 999 * t,
+    "1 - t": lambda t: 1 - t,
+    LEVEL: lambda t: Karras().scales(t)[1],
+    f"({LEVEL}).log() / 4": lambda t: Karras().scales(t)[1].log() / 4,
+}
+# Usual names of a network's second argument, by which it is told from its blocks.
+CLOCKS = {"t", "time", "times", "timestep", "timesteps", "sigma", "noise_labels", "noise_level"}
+ITEMS = 64  # of the data, on which guesses are tried
+
+
+@dataclass(frozen=True)
+class Guess:
+    """How a network may be read.
+
+    process, predicts, time: Keys of PROCESSES, PREDICTIONS and TIMES.
+    error: Of denoising, over the trivial estimate's; infinite where nothing was tried.
+    """
+
+    process: str = "Linear()"
+    predicts: str = "flow"
+    time: str = "t"
+    error: float = math.inf
+
+
+def network_class(place: str) -> tuple[Path, type[nn.Module]]:
+    """The file and the class that "mine.py" or "mine.py:Class" names.
+
+    Raises:
+        UserError: there is no such file or class, or it is not clear which.
+    """
+    file, _, name = place.partition(".py:")
+    path = python_file(file, place)
+    try:
+        module = import_file(path)
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        raise UserError(
+            f"wrap {clipped(place)!r}: {type(error).__name__}: {clipped(error, 150)}; correct it"
+        ) from None
+    classes = {
+        k: v
+        for k, v in vars(module).items()
+        if isinstance(v, type) and issubclass(v, nn.Module) and v.__module__ == module.__name__
+    }
+    if name:
+        if name not in classes:
+            raise UserError(f"wrap {clipped(place)!r}: no such network; {nearest(name, classes)}")
+        return path, classes[name]
+    times = {k: v for k, v in classes.items() if set(arguments_of(v)[1:2]) & CLOCKS}
+    if len(times) != 1:
+        found = ", ".join(times or classes) or "none"
+        raise UserError(
+            f"wrap {clipped(place)!r}: which class is the network? Found {found}; write "
+            f"{path.name}:CLASS, a class with forward(x, t) or forward(x, t, cond)"
+        )
+    return path, next(iter(times.values()))
+
+
+def python_file(file: str, place: str) -> Path:
+    """The file of Python that "mine.py" or "mine" names; it may be missing.
+
+    Raises:
+        UserError: it names a file of another kind.
+    """
+    path = home(file if file.endswith(".py") else f"{file}.py", "wrap")
+    if not path.is_file() and home(file, "wrap").is_file():
+        raise UserError(
+            f"wrap {clipped(place)!r}: it is no file of Python; give FILE.py, which has the class "
+            "of the network"
+        )
+    return path
+
+
+def arguments_of(kind: type[nn.Module]) -> list[str]:
+    """The names of the arguments of a class's forward, without self."""
+    return [n for n in inspect.signature(kind.forward).parameters if n != "self"]
+
+
+def required(kind: type[nn.Module]) -> list[str]:
+    """The arguments without which a class cannot be built."""
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in (2, 4)]
+
+
+def shape_for(network: nn.Module, x: Tensor | None) -> tuple[int, ...] | None:
+    """The shape of one datum: that of the data, or one that the network maps to itself."""
+    if x is not None:
+        return tuple(x.shape[1:])
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d
+                                                             | nn.Linear)), None)  # fmt: skip
+    width = getattr(first, "in_channels", getattr(first, "in_features", 1))
+    for channels, dims in product((width, 1, 3), (0, 1, 2, 3)):
+        for side in (64, 32, 256, 2048)[: 5 - dims]:
+            shape = (channels, *(side,) * dims)
+            if (out := output(network, shape)) is not None and out.shape[1:] == shape:
+                return shape
+    return None
+
+
+@torch.no_grad()
+def output(network: nn.Module, shape: tuple[int, ...]) -> Tensor | None:
+    """The network's output for zeros of this shape, without a condition; None if it raises."""
+    try:
+        out = network(torch.zeros(1, *shape), torch.full((1,), 0.5))
+        return out if isinstance(out, Tensor) else None
+    except Exception:
+        return None
+
+
+class Timed(Network):
+    """A network that is given its time in the unit that TIMES has under `unit`."""
+
+    unit = "t"
+
+    def call(self, x_t: Tensor, t: Tensor, cond: Any, s: Tensor | None) -> Tensor:
+        return self.backbone(x_t, TIMES[self.unit](t))
+
+
+def guesses(network: nn.Module, x: Tensor) -> Iterator[Guess]:
+    """Every reading of a network that does not raise, with its error on data (N, ...)."""
+    x = x[:: max(1, len(x) // ITEMS)][:ITEMS].float()
+    for name, process in PROCESSES.items():
+        for time, predicts in product(TIMES, PREDICTIONS):
+            if "0.002" not in time or name == "Karras()":
+                denoiser = Timed(network, process, predicts)
+                denoiser.unit = time
+                teacher = Teacher(denoiser, Pixels(), tuple(x.shape[1:]))
+                subject = Subject(teacher, x, x, None, False, None)
+                try:
+                    with torch.no_grad():
+                        errors = errors_of(subject, lambda x_t, t, d=denoiser: d(x_t, t))
+                except Exception:
+                    continue
+                if all(map(math.isfinite, errors)):
+                    mean = math.exp(sum(math.log(max(e, 1e-12)) for e in errors) / len(errors))
+                    yield Guess(name, predicts, time, mean)
+
+
+def best_guess(network: nn.Module, x: Tensor | None) -> Guess:
+    """The reading that denoises data best; the usual one where none denoises better than a gain."""
+    found = [] if x is None else list(guesses(network, x))
+    best = min(found, key=lambda g: g.error, default=Guess())
+    return best if best.error < SKILL else replace(Guess(), error=best.error)
+
+
+def skeleton(
+    path: Path, kind: type[nn.Module], guess: Guess, shape: tuple[int, ...] | None, weights: str
+) -> str:
+    """The source of the adapter file."""
+    names, known = arguments_of(kind), math.isfinite(guess.error) and guess.error < SKILL
+    note = (
+        f"guessed: x̂ has {guess.error:.2g} of the trivial estimate's error"
+        if known
+        else "TODO: as it was trained; not known"
+    )
+    cond = ", cond" if len(names) > 2 else ""
+    arguments = ", ".join(f"{name}=..." for name in required(kind))
+    load = f'    network.load_state_dict(load_file("{weights}"))\n' if weights else (
+        "    # TODO: network.load_state_dict(...), the trained weights\n"
+    )  # fmt: skip
+    process = guess.process.partition("(")[0].partition(".")[0]
+    imports = "from safetensors.torch import load_file\n\n" if weights else "\n"
+    size = "...  # TODO: the shape of one datum" if shape is None else repr(shape)
+    comment = "  # TODO: what it reads as cond; Pixels() gives None" if cond else ""
+    return f'''"""{kind.__name__} of {path.name} as a teacher; written by `distill wrap`."""
+
+from {path.stem} import {kind.__name__}
+{imports}from teachers import {", ".join(sorted({process, "Network", "Pixels", "Teacher"}))}
+
+PROCESS = {guess.process}  # {note}
+PREDICTS = "{guess.predicts}"  # x, eps, v, flow or edm; {note}
+SHAPE = {size}
+
+
+class Adapter(Network):
+    def call(self, x_t, t, cond, s):
+        return self.backbone(x_t, {guess.time}{cond}){comment}
+
+
+def teacher():
+    network = {kind.__name__}({arguments})
+{load}    return Teacher(Adapter(network, PROCESS, PREDICTS), Pixels(), SHAPE)
+'''
+
+
+def adapter(
+    path: Path, kind: type[nn.Module], data: str | None, weights: Path | None
+) -> tuple[str, bool]:
+    """The adapter's source, and whether it can be used as it is.
+
+    Raises:
+        UserError: the data or the weights are not the network's.
+    """
+    x = None if data is None else own_tensor(data)
+    missing = required(kind)
+    network = None if missing else built(kind, weights)
+    shape = tuple(x.shape[1:]) if x is not None else None
+    if network is not None:
+        shape = shape_for(network, x)
+    trained = network is not None and weights is not None
+    guess = best_guess(network, x) if trained and network is not None else Guess()
+    file = "" if weights is None else str(weights.resolve())
+    complete = network is not None and shape is not None and output(network, shape) is not None
+    return skeleton(path, kind, guess, shape, file), complete
+
+
+def own_tensor(place: str) -> Tensor:
+    """Data (N, ...) that a function in a user's file returns, alone or with their labels.
+
+    Raises:
+        UserError: it raises an exception, or returns something else.
+    """
+    result = called(place, "--data")
+    x = result[0] if isinstance(result, tuple) and result else result
+    if not isinstance(x, Tensor) or x.ndim < 2:
+        raise UserError(f"--data {place}: it returned {type(x).__name__}; return data (N, ...)")
+    return x
+
+
+def built(kind: type[nn.Module], weights: Path | None) -> nn.Module:
+    """A network of a class that needs no arguments, with its weights.
+
+    Raises:
+        UserError: the class raises an exception, or the weights are not its own.
+    """
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    try:
+        network = kind()
+        if weights is not None:
+            network.load_state_dict(load_file(weights))
+    except Exception as error:
+        option = "wrap" if weights is None else f"--weights {weights}"
+        reason = clipped(first_line(error), 150)
+        raise UserError(f"{option}: {kind.__name__}: {reason}; correct it") from None
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,149 @@
+"""A student that starts as an earlier one: with its LoRA, or on its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from students.export.folder import SIDECAR, load_student, refuse_unfinished
+from students.export.formats import parts
+from students.export.forms import form_of
+from students.export.lora_files import DIFFUSERS, TURBO
+from students.form import StudentForm
+from students.generator import Generator
+from students.lora import AdaptedDenoiser, Adapter, adapter_of, unwrap
+from teachers.denoiser import Denoiser
+from teachers.errors import UserError, clipped
+from teachers.storage.files import home, read_json
+
+KEY = "student.source"
+
+
+def student(
+    source: str, form: StudentForm, steps: int, renoise: bool, adapter: Adapter | None
+) -> Generator:
+    """A trainable student that starts as the one in a folder.
+
+    An adapter starts with the values of that student's LoRA file, on the teacher's weights. Without
+    such a file it is a new adapter on the weights in the folder, to which the teacher's LoRA files
+    are added that the student did not have. Without an adapter the weights in the folder learn.
+
+    Args:
+        source: A run's folder, or an exported student.
+        form: The form of the teacher's students.
+        steps, renoise: As `schedulers.student` describes them.
+
+    Raises:
+        UserError: there is no student of this teacher in the folder, or its LoRA does not fit the
+            adapter.
+    """
+    folder = student_folder(source)
+    file = lora_of(folder)
+    if adapter is not None and adapter.kind == "lora" and file is not None:
+        made = form.student(steps, None, renoise, adapter)
+        network = adapter_of(made.denoiser)
+        assert network is not None
+        start_with(network, load_file(file), file)
+        return made
+    _, like = load_student(folder, adapters=new_files(folder, form.teacher))
+    if like.shape != form.teacher.shape:
+        want, got = ("×".join(map(str, s)) for s in (form.teacher.shape, like.shape))
+        raise UserError(
+            f"{KEY}: {clipped(source)}: its data are {got} and the teacher's are {want}; name a "
+            "student of this teacher"
+        )
+    return form_of(like).student(steps, None, renoise, adapter)
+
+
+def denoiser(source: str) -> Denoiser:
+    """The frozen network of an earlier student, as it was exported.
+
+    Raises:
+        UserError: there is no student in the folder.
+    """
+    return load_student(student_folder(source))[0].denoiser
+
+
+def student_folder(source: str, key: str = KEY) -> Path:
+    """The exported student in a run's folder, or the folder itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = home(source, key)
+    if not folder.is_dir():
+        raise UserError(f"{key}: no such folder: {clipped(source)}; give a finished run's")
+    for place in (folder, folder / "student"):
+        if (place / SIDECAR).is_file():
+            return place
+    refuse_unfinished(folder)
+    raise UserError(
+        f"{key}: {clipped(source)} holds no student ({SIDECAR} is missing); give a finished run's "
+        "folder, or its student folder"
+    )
+
+
+def lora_of(folder: Path) -> Path | None:
+    """The file of a student's adapter alone, on the teacher's weights; None if there is none.
+
+    Args:
+        folder: The exported student; its run's folder has the file.
+    """
+    run = folder.parent
+    if folder.name != "student" or not (run / "recipe.yaml").is_file():
+        return None
+    names = (TURBO[DIFFUSERS], DIFFUSERS)
+    return next((file for k in names if (file := run / "lora" / k).is_file()), None)
+
+
+def new_files(folder: Path, teacher: Any) -> list[dict[str, Any]]:
+    """The teacher's LoRA files that are not in the weights of the student in a folder."""
+    known = read_json(folder / SIDECAR, KEY).get("adapters") or []
+    fusion = teacher.fusion
+    return [
+        {"file": str(file.path), "strength": file.strength}
+        for file, content in zip(fusion.files, fusion.contents(), strict=True)
+        if content not in known
+    ] if fusion is not None else []  # fmt: skip
+
+
+@torch.no_grad()
+def start_with(adapter: AdaptedDenoiser, state: dict[str, Tensor], file: Path) -> None:
+    """Give an adapter the values of a LoRA file that this package wrote.
+
+    A file of lower rank fills the first rows; the others add nothing until they learn.
+
+    Args:
+        state: With diffusers' keys, whose scale is 1.
+
+    Raises:
+        UserError: the file has other layers, or a higher rank.
+    """
+    part, config = unwrap(adapter).PART, adapter.config
+    scale = config.lora_alpha / config.r
+    own: dict[str, tuple[Tensor, str]] = {}
+    for name, weight in adapter.trainable().items():
+        module, kind = parts(name.removeprefix("backbone."))
+        own[f"{part}.{module}.lora_{kind}.weight"] = (weight, kind)
+    if strange := sorted(state.keys() ^ own.keys()):
+        raise UserError(
+            f"adapters.targets: {len(strange)} weights of the adapter and of {clipped(str(file))} "
+            f"do not correspond, such as {strange[0]}; set the targets of that student's recipe"
+        )
+    for key, (weight, kind) in own.items():
+        value = state[key]
+        rank = len(value) if kind == "A" else value.shape[1]
+        if rank > config.r:
+            raise UserError(
+                f"adapters.rank: {config.r} is less than the {rank} of {clipped(str(file))}; "
+                f"set it to {rank} or more"
+            )
+        if kind == "A":
+            weight[:rank].copy_(value)
+        else:
+            weight.zero_()
+            weight[:, :rank].copy_(value / scale)

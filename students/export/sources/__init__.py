@@ -1,0 +1,1 @@
+"""Source of networks that leaves with a student, for programs that run without our packages."""

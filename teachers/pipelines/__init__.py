@@ -1,0 +1,1 @@
+"""Diffusers pipelines read by one generic adapter; a family declares what its own pipeline does."""

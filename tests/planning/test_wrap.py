@@ -1,0 +1,108 @@
+"""`distill wrap`: the file that it writes, what it guesses, and the doctor on data of any shape."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from teachers import load
+from teachers.storage.plugin import import_file
+from tests.helpers.command_line import called
+from tests.helpers.refusals import refused_line
+
+# The exact ε of two sounds, ±0.5 everywhere, under DDPM's betas; it reads the index.
+EPS = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def forward(self, x, other):
+        return x
+
+
+class Eps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+        self.register_buffer("bar", bar)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t):
+        bar = self.bar[t.round().long().clamp(0, 999)].float()[:, None, None]
+        a, s = bar.sqrt(), (1 - bar).sqrt()
+        x0 = 0.5 * torch.tanh(0.5 * a * x.sum(-1, keepdim=True) / s**2)
+        return self.gain * (x - a * x0) / s
+
+
+def data():
+    signs = torch.randint(2, (64, 1, 1), generator=torch.Generator().manual_seed(5))
+    return (signs - 0.5).expand(64, 1, 16)
+"""
+
+PLAIN = """
+from torch import nn
+
+
+class {name}(nn.Module):
+    def __init__(self{argument}):
+        super().__init__()
+        self.layer = nn.Conv1d(2, 2, 3, padding=1)
+
+    def forward(self, x, t, cond=None):
+        return self.layer(x)
+"""
+
+
+def test_what_a_trained_network_predicts_is_guessed_and_the_doctor_agrees(tmp_path, capsys):
+    (tmp_path / "eps_net.py").write_text(EPS)
+    network = import_file(tmp_path / "eps_net.py").Eps()
+    save_file(network.state_dict(), tmp_path / "eps.safetensors")
+    code, out, err = called(
+        capsys, "wrap", tmp_path / "eps_net.py", "--data", f"{tmp_path / 'eps_net.py'}:data",
+        "--weights", tmp_path / "eps.safetensors",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "passed" in out
+    text = (tmp_path / "eps_net_teacher.py").read_text()
+    assert "PROCESS = Tabulated.linear()" in text and 'PREDICTS = "eps"' in text
+    teacher = load(f"{tmp_path / 'eps_net_teacher.py'}:teacher")
+    assert teacher.shape == (1, 16)
+    x_t = torch.full((1, 1, 16), 0.4)
+    x = teacher.denoiser(x_t, torch.tensor([0.3]))
+    assert x.flatten().tolist() == pytest.approx([0.5] * 16, abs=2e-3)
+    code, _, err = called(capsys, "wrap", tmp_path / "eps_net.py")
+    assert code == 2
+    refused_line(err, "--out*")
+
+
+def test_a_network_without_weights_is_examined_for_its_structure(tmp_path, capsys):
+    (tmp_path / "plain_net.py").write_text(PLAIN.format(name="Plain", argument=""))
+    code, out, err = called(capsys, "wrap", tmp_path / "plain_net.py")
+    assert code == 0, err
+    assert "left out" in out and "TODO" in (tmp_path / "plain_net_teacher.py").read_text()
+    report = tmp_path / "report.json"
+    source = f"{tmp_path / 'plain_net_teacher.py'}:teacher"
+    code, _, err = called(capsys, "doctor", source, "--json", report)
+    checks = {c["name"]: c["verdict"] for c in json.loads(report.read_text())["checks"]}
+    assert code == 0 and checks["shape of data"] == "ok" and checks["denoising"] == "left out"
+
+
+def test_what_must_be_filled_in_is_marked(tmp_path, capsys):
+    (tmp_path / "wide_net.py").write_text(PLAIN.format(name="Wide", argument=", width"))
+    code, out, err = called(capsys, "wrap", tmp_path / "wide_net.py")
+    assert code == 0, err
+    assert "TODO" in out and "width=..." in (tmp_path / "wide_net_teacher.py").read_text()
+
+
+@pytest.mark.parametrize("place", ["none.py", "two.py", "two.py:Missing", "broken.py", "a.ckpt"])
+def test_files_without_one_network_are_refused(place, tmp_path, capsys):
+    (tmp_path / "a.ckpt").touch()
+    one = PLAIN.format(name="One", argument="")
+    (tmp_path / "two.py").write_text(one + one.replace("One", "Two"))
+    (tmp_path / "broken.py").write_text("import none_of_this_name\n")
+    code, _, err = called(capsys, "wrap", tmp_path / place)
+    assert code == 2 and len(err.strip().splitlines()) == 1
+    assert ("no such file" in err) == (place == "none.py")
+    assert not list(tmp_path.glob("*_teacher.py"))
