@@ -47,6 +47,7 @@ from torch.nn.functional import cross_entropy, l1_loss, mse_loss  # noqa: E402
 
 from eval.emoji.grid import Grid, draw, load, still  # noqa: E402
 from eval.emoji.networks import ConvNeXt, Reader, ResNet  # noqa: E402
+from eval.emoji.train import spoil  # noqa: E402
 
 LENGTH = 24  # tokens of a caption
 VARIANTS = 6  # caption variants of a cell: plain, four with tags, one without style
@@ -382,23 +383,6 @@ def decode(run: Run, z: Tensor) -> Tensor:
     """Pictures of latents."""
     with run.autocast():
         return torch.cat([run.vae.decode(part).sample.float() for part in z.split(512)])
-
-
-def spoil(x: Tensor) -> Tensor:
-    """Changes for the readers: contrast, colour, noise, blur, a grey square, of random strength."""
-    n, device = len(x), x.device
-    u = torch.rand(6, n, 1, 1, 1, device=device)
-    x = 1 - (1 - x) * (0.75 + 0.4 * u[0])
-    tint = 1 - (1 - x) * (1 + 0.3 * (torch.rand(n, 3, 1, 1, device=device) - 0.5))
-    x = torch.where(u[1] < 0.5, tint, x)
-    soft = nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-    x = torch.where(u[2] < 0.3, soft, x)
-    x = x + 0.25 * u[3] * (u[3] < 0.5) * torch.randn_like(x)
-    place = torch.arange(x.shape[-1], device=device)
-    corner = torch.randint(-8, 56, (2, n, 1), device=device)
-    inside = (place >= corner) & (place < corner + 18)
-    hole = (inside[0, :, None, :, None] & inside[1, :, None, None, :]) & (u[4] < 0.4)
-    return torch.where(hole, 2 * u[5] - 1, x).clamp(-1.2, 1.2)
 
 
 def reader_stage(run: Run, name: str, end: float) -> None:
@@ -898,8 +882,7 @@ def assemble(args: argparse.Namespace) -> None:
     unet = large if args.large else small
     for name, network in (("vae", vae), ("text", text), ("unet" if args.large else "small", unet)):
         restore(network, flat, name)
-        if name != "text":  # transformers keeps the saved type, and diffusers loads float32
-            network.half()
+        network.half()
     pipe = diffusers.StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
         scheduler=diffusers.DDIMScheduler(**SCHEDULER),  # pyright: ignore[reportArgumentType]
@@ -907,10 +890,28 @@ def assemble(args: argparse.Namespace) -> None:
         requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(args.teacher)
+    load_in_float32(args.teacher / "text_encoder" / "config.json")
+    compact(args.teacher / "tokenizer" / "tokenizer.json")
     make_portable(args.teacher)
     open_to_readers(args.teacher)
     readers = {k: v for k, v in flat.items() if k[:2] in ("a.", "b.")}
     save_file(readers, args.teacher.with_name(args.teacher.name + "-readers.safetensors"))
+
+
+def load_in_float32(path: Path) -> None:
+    """Make transformers load a text encoder in float32, as diffusers does the other parts.
+
+    It takes the type from the config, and otherwise the type of the weights, which are halves.
+    """
+    config = json.loads(path.read_text())
+    config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def compact(path: Path) -> None:
+    """Write a JSON file without spaces."""
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps(tree, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
 def main() -> None:

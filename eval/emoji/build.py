@@ -41,7 +41,7 @@ def svg_renderer(root: Path, codes: dict[str, str], side: int) -> Renderer:
     try:
         from resvg_py import svg_to_bytes  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise MetricError("resvg_py: it is missing; run: pip install resvg-py==0.5.0") from None
+        raise MetricError("resvg_py: it is missing; run: pip install 'fewstep[emoji]'") from None
     icons = read_json(root / "icons.json")
 
     def render(code: str) -> Image.Image | None:

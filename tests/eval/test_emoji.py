@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from eval.emoji import train
 from eval.emoji.build import COLUMNS, SIDE, distinct, sheets, split
 from eval.emoji.concepts import Concept, caption, concepts, plain
 from eval.emoji.grid import Grid, draw, load, place, still
 from eval.emoji.networks import ConvNeXt, ResNet
 from eval.emoji.packages import LABELS, unpack
+from eval.emoji.train import Training
 from eval.errors import MetricError
 
 META = {
@@ -180,3 +182,56 @@ def test_the_grid_moves_as_a_whole():
     n = torch.zeros(1).long()
     grid = Grid(["noto"], some(1), corner(), n, n, n.bool(), n.bool()).to("meta")
     assert {t.device.type for t in (grid.pictures, grid.concept, grid.mirrors)} == {"meta"}
+
+
+def tiny_grid():
+    """Ten concepts in two styles: a square of the concept's grey, or its outline."""
+    pictures = torch.full((20, 3, 80, 80), 255, dtype=torch.uint8)
+    concept, style = torch.arange(20) % 10, torch.arange(20) // 10
+    for i in range(20):
+        pictures[i, :, 20:60, 20:60] = 20 * int(concept[i])
+        if style[i]:
+            pictures[i, :, 28:52, 28:52] = 255
+    names = [Concept(f"{i}", f"grey {i}", (), "", True) for i in range(10)]
+    held = torch.arange(20) == 19
+    return Grid(["full", "line"], names, pictures, concept, style, held, held)
+
+
+@pytest.mark.parametrize("kind", ["a", "b"])
+def test_a_reader_that_is_stopped_and_restored_goes_on_to_the_same_bits(kind, tmp_path):
+    grid, state = tiny_grid(), tmp_path / "state.safetensors"
+    whole, first, second = (Training(kind, grid, 8) for _ in range(3))
+    for _ in range(4):
+        whole.advance(4), first.advance(4)
+    first.measure()
+    first.save(state)
+    second.restore(state)
+    for _ in range(2):
+        whole.advance(4), second.advance(4)
+    assert all(torch.equal(whole.mean[k], v) for k, v in second.mean.items())
+    assert second.step == 6
+    assert not second.facts  # 60 % of the steps were not done when it was measured
+
+
+def test_a_reader_sees_the_held_out_cells_in_its_last_steps_alone(monkeypatch):
+    grid, training = tiny_grid(), Training("a", tiny_grid(), 10)
+    drawn = []
+    monkeypatch.setattr(train, "draw", lambda x, m: drawn.append(x) or draw(x, m))
+    for _ in range(10):
+        training.advance(8)
+    last = grid.pictures[19]
+    seen = [any(torch.equal(p, last) for p in x) for x in drawn]
+    assert not any(seen[:6])
+    assert any(seen[6:])
+
+
+def test_a_readers_judgement_counts_the_five_best():
+    class Fixed(ResNet):
+        def forward(self, x):
+            logits = torch.arange(10.0).repeat(len(x), 1)  # the best five are 5 to 9
+            return logits, torch.tensor([[0.0, 1.0]]).repeat(len(x), 1)
+
+    shares = train.judged(
+        Fixed(10, 2), torch.zeros(4, 3, 64, 64), torch.tensor([9, 5, 4, 0]), torch.ones(4)
+    )
+    assert shares == {"concept": 0.25, "concept_top5": 0.5, "style": 1.0}

@@ -20,6 +20,7 @@ COMES_WITH = {"pydantic_core": "pydantic"}  # it requires the very version
 OPTIONAL = {
     "datasets": ("data", "distill/data/tables.py"),
     "pyarrow": ("data", "distill/data/tables.py"),
+    "resvg_py": ("emoji", "eval/emoji/build.py"),
     "gguf": ("gguf", "teachers/storage/gguf_files.py"),
     "bitsandbytes": ("memory", "distill/training/optimizers.py"),
 }
