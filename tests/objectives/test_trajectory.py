@@ -5,6 +5,7 @@ import torch
 
 from distill.objectives import Consistency, ConsistencyTuning
 from distill.objectives.base import Batch
+from distill.objectives.consistency import posterior_mean
 from distill.objectives.losses import LogNormal, huber
 from distill.objectives.progressive import Progressive
 from students.generator import Generator
@@ -268,3 +269,57 @@ def test_diffusion_training_has_the_finite_sets_denoiser_for_its_optimum():
 
         torch.manual_seed(0)
         assert Off(items).loss(x, t).item() > best
+
+
+# ---- stable consistency tuning
+
+
+def some_data(n=12, d=3):
+    rng = torch.Generator().manual_seed(3)
+    x, noise = (torch.randn(n, d, dtype=D, generator=rng) for _ in range(2))
+    t = torch.rand(n, dtype=D, generator=rng)
+    return x, noise, t
+
+
+@pytest.mark.parametrize("process", [Karras(), Trig()])
+def test_the_mean_of_a_batch_of_all_data_is_the_exact_denoiser(process):
+    x, noise, t = some_data()
+    x_t = process.noise(x, t, noise)
+    exact = Finite(x, process=process)(x_t, t)
+    torch.testing.assert_close(posterior_mean(x_t, t, Batch(x, noise), process), exact)
+
+
+def test_data_of_other_conditions_are_no_references():
+    x, noise, t = some_data()
+    process, label = Karras(), torch.arange(12) % 3
+    x_t = process.noise(x, t, noise)
+    whole = posterior_mean(x_t, t, Batch(x, noise, {"class_labels": label}), process)
+    for k in range(3):
+        rows = label == k
+        part = posterior_mean(x_t[rows], t[rows], Batch(x[rows], noise[rows]), process)
+        torch.testing.assert_close(whole[rows], part)
+    alone = posterior_mean(x_t, t, Batch(x, noise, {"class_labels": torch.arange(12)}), process)
+    torch.testing.assert_close(alone, x)  # a batch of one each
+
+
+def test_stable_tuning_with_one_datum_is_tuning_and_with_all_the_teachers_euler_step():
+    x, noise, t = some_data()
+    r, process = 0.9 * t, Karras()
+    network = Slopes(torch.ones(1, dtype=D), torch.ones(1, dtype=D), process)
+    stable, plain = (
+        ConsistencyTuning(
+            teacher=Finite(x, process=process), student=Generator(network), references=v
+        )
+        for v in (True, False)
+    )
+    x_t = process.noise(x, t, noise)
+    each = Batch(x, noise, {"class_labels": torch.arange(12)})
+    torch.testing.assert_close(stable.ode_step(x_t, t, r, each), plain.ode_step(x_t, t, r, each))
+    distilled = Consistency(
+        teacher=Finite(x, process=process), student=Generator(network), solver="ddim"
+    )
+    whole = Batch(x, noise)
+    torch.testing.assert_close(
+        stable.ode_step(x_t, t, r, whole), distilled.ode_step(x_t, t, r, whole)
+    )
+    assert (stable.ode_step(x_t, t, r, whole) - plain.ode_step(x_t, t, r, whole)).abs().max() > 0.01
