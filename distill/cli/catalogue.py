@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def objectives() -> dict[str, str]:
-    from distill.objectives import OBJECTIVES
+    from distill.config.objectives import OBJECTIVES
 
     return {k: f"{description(v)} {NEEDS[data_needs(v)]}" for k, v in OBJECTIVES.items()}
 

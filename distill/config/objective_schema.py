@@ -22,7 +22,7 @@ NETWORKS = (Denoiser, Generator, Critic, Auxiliary)  # the types of an objective
 
 def registry() -> dict[str, type[Objective]]:
     """The objectives that a recipe can name, imported on first use."""
-    from distill.objectives import OBJECTIVES
+    from distill.config.objectives import OBJECTIVES
 
     return OBJECTIVES
 

@@ -11,8 +11,8 @@ from torch import nn
 from distill.config.objective_schema import network_types, networks_of
 from distill.config.recipe import Recipe
 from distill.config.schema import AdaptersSection, CriticSection
-from distill.objectives.anchored import AnchoredDMD2
 from distill.objectives.base import Auxiliary, Objective
+from distill.objectives.distribution.anchored import AnchoredDMD2
 from distill.sampling.guided_teacher import guided
 from students.checkpointing import checkpointing
 from students.critic import Critic

@@ -167,7 +167,7 @@ def test_every_shipped_benchmark_is_valid(name):
 def test_the_digits_benchmark_races_all_divergences_at_one_two_and_four_steps():
     from typing import get_args
 
-    from distill.objectives.fdistill import Divergence
+    from distill.objectives.distribution.fdistill import Divergence
 
     bench = Bench.load("bench/digits")
     recipes = [bench.recipe(row, 0) for row in bench.rows]

@@ -23,7 +23,7 @@ from tests.helpers.refusals import refused_line
 
 OWN = """
 from dataclasses import dataclass
-from distill.objectives.sid import SiD
+from distill.objectives.distribution.sid import SiD
 
 @dataclass(kw_only=True)
 class Own(SiD):

@@ -6,8 +6,8 @@ import yaml
 from distill.benchmark.spec import Bench, Row
 from distill.config import renamed
 from distill.config.objective_schema import networks_of
+from distill.config.objectives import OBJECTIVES
 from distill.config.recipe import Recipe, find, read_yaml, shipped
-from distill.objectives import OBJECTIVES
 from distill.objectives.losses import LogNormal, Uniform
 from tests.helpers.refusals import refused
 from tests.helpers.toys import recipe_tree

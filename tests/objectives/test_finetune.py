@@ -2,8 +2,8 @@
 
 import torch
 
-from distill.objectives.anchored import AnchoredDMD2
 from distill.objectives.base import Batch
+from distill.objectives.distribution.anchored import AnchoredDMD2
 from distill.objectives.finetune import FineTuning, states
 from students.generator import Generator
 from teachers.process import Karras

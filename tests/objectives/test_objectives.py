@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distill.objectives import DMD2, OBJECTIVES, FDistill, SiD
+from distill.config.objectives import DMD2, OBJECTIVES, FDistill, SiD
 from distill.objectives.base import Batch
 from distill.objectives.losses import Uniform, generator_loss, surrogate
 from students.generator import Generator
@@ -118,7 +118,7 @@ class Ratio(torch.nn.Module):
     ],
 )
 def test_f_divergences_have_their_own_gradients(divergence, m, r):
-    from distill.objectives.fdistill import WEIGHTS
+    from distill.objectives.distribution.fdistill import WEIGHTS
 
     class Plain(FDistill):
         scale = PlainDMD2.scale

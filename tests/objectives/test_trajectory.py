@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from distill.objectives import Consistency, ConsistencyTuning
+from distill.config.objectives import Consistency, ConsistencyTuning
 from distill.objectives.base import Batch
-from distill.objectives.consistency import posterior_mean
 from distill.objectives.losses import LogNormal, huber
-from distill.objectives.progressive import Progressive
+from distill.objectives.trajectory.consistency import posterior_mean
+from distill.objectives.trajectory.progressive import Progressive
 from students.generator import Generator
 from teachers.analytic import Finite, Gaussian
 from teachers.process import Karras, Trig

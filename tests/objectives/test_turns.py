@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.objectives import DMD2, Consistency, FDistill, SiD
+from distill.config.objectives import DMD2, Consistency, FDistill, SiD
 from distill.objectives.base import Batch
 from distill.objectives.diffusion import Diffusion
 from distill.objectives.losses import LogNormal, Uniform

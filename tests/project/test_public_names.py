@@ -13,7 +13,7 @@ PUBLIC = {
     "students": "Critic Generator",
     "students.export": "export load_student ExportError",
     "distill.objective": "Batch Count Learns Loss NonNegative Objective Positive Share Turn Whole",
-    "distill.objectives": "OBJECTIVES",
+    "distill.config.objectives": "OBJECTIVES",
 }
 COMMANDS = (
     "run sample eval draw reference report compare card push convert doctor plan cache teach bench "

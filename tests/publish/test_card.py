@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import ModelCard, constants
 
 from distill import __main__ as cli
+from distill.config.objectives import OBJECTIVES
 from distill.config.recipe import Recipe
-from distill.objectives import OBJECTIVES
 from distill.publish import card, licence
 from distill.publish.licence import check_licence, licence_of
 from distill.publish.papers import PAPERS

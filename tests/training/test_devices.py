@@ -11,7 +11,7 @@ from distill.config.recipe import Recipe
 from distill.data.from_recipe import examples
 from distill.data.stream import Stream
 from distill.evaluation import subject
-from distill.objectives.progressive import Progressive
+from distill.objectives.trajectory.progressive import Progressive
 from distill.planning.doctor import diagnose
 from distill.sampling.guided_teacher import guided, load_teacher
 from distill.training import build

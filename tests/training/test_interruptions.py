@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import yaml
 
+from distill.config.objectives import OBJECTIVES
 from distill.config.recipe import Recipe
-from distill.objectives import OBJECTIVES
 from distill.training import build, checkpoint
 from distill.training.engine import Stopped
 from tests.helpers.command_line import command, launched, wait_for

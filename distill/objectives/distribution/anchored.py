@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill.field_types import NonNegative, NonNegativeInt
 from distill.objectives.base import Batch, Loss
-from distill.objectives.dmd2 import DMD2, Samples
+from distill.objectives.distribution.dmd2 import DMD2, Samples
 from distill.objectives.finetune import states
 from distill.objectives.losses import mean_square
 from students.generator import Generator

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill.field_types import Fraction, NonNegativeInt, Positive, PositiveInt
 from distill.objectives.base import Batch, Turn
-from distill.objectives.dmd2 import DMD2
+from distill.objectives.distribution.dmd2 import DMD2
 from distill.objectives.losses import all_sum
 from students.critic import Critic
 from teachers.errors import UserError

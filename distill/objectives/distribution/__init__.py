@@ -1,0 +1,1 @@
+"""The student's samples get the teacher's distribution: DMD2, f-distill, SiD."""

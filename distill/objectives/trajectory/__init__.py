@@ -1,0 +1,1 @@
+"""The student follows the teacher's paths: consistency and progressive distillation."""
