@@ -1,9 +1,9 @@
-"""Processes in which stock diffusers checks exports, forked from one that has imported it.
+"""Processes in which exports are checked, forked from those that have imported what they need.
 
-An export is checked in a process that has only stock packages. To import them takes it six seconds,
-and to draw with a small student a tenth of one. Here they are imported once, under `-I` as well and
-without our packages, and each check is a fork of that process, with its own folder, environment and
-output files. `real()` leaves the checks to processes of their own.
+An export is checked in a process that has only stock packages. To import diffusers takes it six
+seconds, and to draw with a small student a tenth of one. Here they are imported once, under `-I` as
+well and without our packages, and each check is a fork of that process, with its own folder,
+environment and output files. `real()` leaves the checks to processes of their own.
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from students.export import folder, formats
+from students.export import folder, formats, own_folder
 
-SERVER = """
-import json, os, sys, traceback
+DIFFUSERS = """
 import diffusers, peft, safetensors.torch, torch, transformers
 from diffusers import (
     ConsistencyModelPipeline, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+"""
+# By the options of Python: what the exports of pipelines have, and those of networks of one's own.
+IMPORTS = {"-I": DIFFUSERS, "-IB": "import safetensors.torch, torch"}
+SERVER = """
+import json, os, sys, traceback
 
 
 def play(job):
@@ -58,15 +62,21 @@ REAL: list[bool] = []  # not empty: checks run in processes of their own
 
 
 class Server:
-    """The process that has imported diffusers; started when it is first needed."""
+    """A process that has imported packages; started when it is first needed.
 
-    def __init__(self) -> None:
+    Args:
+        flags: Of Python.
+    """
+
+    def __init__(self, flags: str) -> None:
+        self.flags = flags
         self.process: Any = None
 
     def run(self, code: str, words: list[str], cwd: str, env: dict[str, str]) -> Any:
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-c", SERVER], stdin=subprocess.PIPE, cwd="/", text=True,
+                [sys.executable, self.flags, "-c", IMPORTS[self.flags] + SERVER],
+                stdin=subprocess.PIPE, cwd="/", text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
             )  # fmt: skip
@@ -88,31 +98,30 @@ class Server:
 class Subprocess:
     """The module `subprocess`, as the exports use it."""
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
+    def __init__(self) -> None:
+        self.servers = {flags: Server(flags) for flags in IMPORTS}
 
     def run(self, command: list[str], **options: Any) -> Any:
-        words = command[4:]
+        (_, flags, c, code), words = command[:4], command[4:]
         own = any('"own": true' in word for word in words)  # diffusers copies its source, by an
         if REAL or own:  # environment variable that it reads when it is imported
             return subprocess.run(command, **options)
-        assert command[:3] == [sys.executable, "-I", "-c"]
-        return self.server.run(command[3], words, options["cwd"], options["env"])
+        assert c == "-c"
+        return self.servers[flags].run(code, words, options["cwd"], options["env"])
 
 
 @contextmanager
 def checks() -> Iterator[None]:
-    """Within it, exports are checked in forks of one process."""
-    server = Server()
-    stand_in = Subprocess(server)
+    """Within it, exports are checked in forks."""
+    stand_in = Subprocess()
     try:
-        with (
-            patch.object(folder, "subprocess", stand_in),
-            patch.object(formats, "subprocess", stand_in),
-        ):
+        with ExitStack() as stack:
+            for module in (folder, formats, own_folder):
+                stack.enter_context(patch.object(module, "subprocess", stand_in))
             yield
     finally:
-        server.close()
+        for server in stand_in.servers.values():
+            server.close()
 
 
 @contextmanager
