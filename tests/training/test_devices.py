@@ -4,6 +4,8 @@ Under `make test` the device is the fake one of helpers/fake_gpu.py; under `make
 GPU. Inside `hot()` either also refuses what makes the host wait.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,7 +15,9 @@ from distill.data.stream import Stream
 from distill.evaluation import subject
 from distill.objectives.progressive import Progressive
 from distill.planning.doctor import diagnose
+from distill.sampling import teacher_sampler
 from distill.sampling.guided_teacher import guided, load_teacher
+from distill.sampling.timesteps import gits
 from distill.training import build
 from students import schedulers
 from students.export import formats, lora_files
@@ -140,7 +144,8 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("how", DRAWN)
-def test_a_teachers_pictures_are_the_hosts(how, gpu):
+def test_a_teachers_pictures_are_the_hosts(how, gpu, monkeypatch):
+    monkeypatch.setattr(teacher_sampler, "gits", partial(gits, fine_steps=12))
     pairs = []
     for device in (torch.device("cpu"), gpu):
         found = subject.teacher("digits", device, **DRAWN[how])
