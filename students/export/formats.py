@@ -5,15 +5,13 @@
 | diffusers LoRA | `unet.….lora_A.weight`, `transformer.….lora_A.weight` |
 | kohya LoRA of SD 1.x, 2.x | `lora_unet_down_blocks_0_….lora_down.weight`, `.alpha` |
 | kohya LoRA of SDXL | `lora_unet_input_blocks_4_….lora_down.weight`, `.alpha` |
-| ComfyUI LoRA of Wan | `diffusion_model.blocks.0.self_attn.q.lora_A.weight` |
+| ComfyUI LoRA of transformers | `diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight` |
 | single file of SD 1.x, SDXL | LDM's, such as `model.diffusion_model.input_blocks.…` |
 
-Diffusers reads all of them; ComfyUI the last four, and the first of SD3, FLUX, Qwen-Image and
-Z-Image.
+Diffusers reads all of them but the fourth, of which it reads some networks'; ComfyUI the last four.
 Kohya's own trainer names SD 1.x by diffusers' blocks and SDXL by LDM's, and so do we: diffusers
 0.42 mistakes LDM's input block 1 for 10 and 11, which SDXL does not have, and knows SDXL's added
-embedding by LDM's name only. Other transformers (SD3, FLUX, Z-Image, Qwen-Image, …) have no other
-form than diffusers' here.
+embedding by LDM's name only. The fourth form is made in `combined.py`.
 
 Every LoRA file is made so that strength 1.0 is the student: W + B A, with kohya's alpha = rank.
 All conversions are pure functions on dicts of tensors.
@@ -26,7 +24,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +95,7 @@ def to_kohya(lora: Mapping[str, Tensor], names: Mapping[str, str] | None = None)
         names: LDM's name of each module, as by `ldm_names`, for SDXL; else diffusers' own.
 
     Raises:
-        UserError: it is a transformer's, which ComfyUI reads in diffusers' own form.
+        UserError: it is a transformer's, which `combined.to_original` converts.
     """
     made: State = {}
     for key, value in lora.items():
@@ -143,37 +141,6 @@ def from_kohya(
 
 def kohya_name(module: str, names: Mapping[str, str] | None) -> str:
     return "lora_unet_" + (module if names is None else names[module]).replace(".", "_")
-
-
-# The parts of a Wan transformer by its authors' names, which ComfyUI uses.
-WAN = {
-    "attn1.to_q": "self_attn.q",
-    "attn1.to_k": "self_attn.k",
-    "attn1.to_v": "self_attn.v",
-    "attn1.to_out.0": "self_attn.o",
-    "attn2.to_q": "cross_attn.q",
-    "attn2.to_k": "cross_attn.k",
-    "attn2.to_v": "cross_attn.v",
-    "attn2.to_out.0": "cross_attn.o",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-}
-
-
-def to_wan(lora: Mapping[str, Tensor]) -> State:
-    """A Wan transformer's diffusers LoRA by its authors' names, which ComfyUI and diffusers read.
-
-    Raises:
-        UserError: it holds a layer that has no such name here.
-    """
-    made: State = {}
-    for key, value in lora.items():
-        module, kind = parts(key)
-        match = re.fullmatch(r"transformer\.(blocks\.\d+)\.(.+)", module)
-        if match is None or match[2] not in WAN:
-            raise UserError(f"LoRA: {key!r} has no name in ComfyUI's Wan; use diffusers' LoRA")
-        made[f"diffusion_model.{match[1]}.{WAN[match[2]]}.lora_{kind}.weight"] = value
-    return made
 
 
 # ---- LDM's names, which single files use
@@ -329,6 +296,8 @@ class File:
     Args:
         metadata: The header's, as `students/metadata/turbo.py` makes it; empty for none.
         beside: Text files that appear beside it, by name.
+        gap: Compares it with the student and returns the largest difference, as `weight_gap` does,
+            where stock diffusers is not asked to draw with it.
     """
 
     path: Path
@@ -336,6 +305,7 @@ class File:
     whole: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, str] = field(default_factory=dict)
+    gap: Callable[[Path], float] | None = None
 
 
 # What pictures are compared on, unless the family asks for other arguments.
@@ -370,10 +340,14 @@ def write(
         for file, draft in zip(files, drafts, strict=True):
             tensors = {k: v.contiguous() for k, v in file.state.items()}
             save_tensors(tensors, draft, file.metadata or None)
-        jobs = [(f.whole, str(d.resolve())) for f, d in zip(files, drafts, strict=True)]
-        theirs = drawn_elsewhere(jobs, type(student).__name__, folder, counts, arguments)
+        drawn = [i for i, file in enumerate(files) if file.gap is None]
+        jobs = [(files[i].whole, str(drafts[i].resolve())) for i in drawn]
+        theirs: State = {}
+        if jobs:
+            theirs = drawn_elsewhere(jobs, type(student).__name__, folder, counts, arguments)
         student.set_progress_bar_config(disable=True)
-        described, used, gaps = any(f.metadata for f in files), {}, [0.0] * len(files)
+        described, used = any(f.metadata for f in files), {}
+        gaps = [0.0 if f.gap is None else f.gap(d) for f, d in zip(files, drafts, strict=True)]
         for steps in counts:
             rng = torch.Generator().manual_seed(0)
             with torch.random.fork_rng():
@@ -382,8 +356,8 @@ def write(
                 made = student(num_inference_steps=steps, generator=rng, output_type="pt", **asked)
             used[steps] = times_used(student.scheduler) if described else None
             ours = next(iter(made.values())).cpu()
-            for i, file in enumerate(files):
-                gap = compare(ours, theirs[f"{i} {steps}"], steps, file.path.name)
+            for place, i in enumerate(drawn):
+                gap = compare(ours, theirs[f"{place} {steps}"], steps, files[i].path.name)
                 gaps[i] = max(gaps[i], gap)
         for file, draft, gap in zip(files, drafts, gaps, strict=True):
             publish(file, draft, used, gap)

@@ -61,11 +61,11 @@ class Fusion:
             The norm of all changes over the norm of the weights that they change.
         """
         change = weights = 0.0
-        stored = {} if folder is None else _stored(folder)
+        files = {} if folder is None else stored(folder)
         for module, pairs in self.changes(part).items():
             weight = network.get_submodule(module).weight
             assert isinstance(weight, Tensor)
-            base = _in_file(stored.get(f"{module}.weight"), f"{module}.weight", weight).float()
+            base = _in_file(files.get(f"{module}.weight"), f"{module}.weight", weight).float()
             delta = sum((pair.delta() for pair in pairs[1:]), pairs[0].delta()).to(base.device)
             change += float(delta.square().sum())
             weights += float(base.square().sum())
@@ -106,15 +106,15 @@ def fuse(pipe: Any, network: str, adapters: Iterable[Any], folder: Path | None) 
     return fusion
 
 
-def _stored(folder: Path) -> dict[str, Path]:
+def stored(folder: Path) -> dict[str, Path]:
     """The file that each weight of a component is read from."""
     files = {p: match["variant"] for p in folder.iterdir() if (match := WEIGHTS.fullmatch(p.name))}
     variant = variant_of(p.name for p in files)
-    stored: dict[str, Path] = {}
+    found: dict[str, Path] = {}
     for path in sorted(p for p, v in files.items() if v == variant):
         with safe_open(path, "pt") as file:
-            stored |= dict.fromkeys(file.keys(), path)
-    return stored
+            found |= dict.fromkeys(file.keys(), path)
+    return found
 
 
 def _in_file(path: Path | None, name: str, weight: Tensor) -> Tensor:

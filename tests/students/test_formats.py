@@ -65,19 +65,6 @@ def names_for(pipe):
 # ---- LoRA
 
 
-def test_wans_layers_have_their_authors_names_and_others_none():
-    state = {
-        f"transformer.blocks.3.{layer}.lora_{side}.weight": torch.ones(2, 2)
-        for layer in ("attn1.to_out.0", "attn2.to_k", "ffn.net.0.proj")
-        for side in "AB"
-    }
-    names = {key.removesuffix(".lora_A.weight") for key in formats.to_wan(state) if "_A" in key}
-    blocks = "diffusion_model.blocks.3."
-    assert names == {blocks + "self_attn.o", blocks + "cross_attn.k", blocks + "ffn.0"}
-    with refused("LoRA", "patch_embedding"):
-        formats.to_wan({"transformer.patch_embedding.lora_A.weight": torch.ones(2, 2)})
-
-
 def test_stock_diffusers_draws_the_merged_student_from_every_file(pipe, lora, folder, tmp_path):
     """At strength 1.0, in another process, at one and two steps."""
     state, student = lora
