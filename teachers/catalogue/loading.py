@@ -9,6 +9,8 @@ from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
+from torch.nn.parameter import is_lazy
+
 from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.storage import single_files
 from teachers.storage.files import home, read_json
@@ -290,6 +292,11 @@ def _from_function(source: str) -> Teacher:
     if not isinstance(teacher, Teacher):
         kind = type(teacher).__name__
         raise UserError(f"{teacher_at(source)}: {name}: expected a Teacher from it, not {kind}")
+    if lazy := next((k for k, v in teacher.denoiser.named_parameters() if is_lazy(v)), None):
+        raise UserError(
+            f"{teacher_at(source)}: {name}: its weight {lazy} has no shape yet; call the network "
+            "once before it is returned"
+        )
     teacher.denoiser.eval().requires_grad_(False)
     teacher.source = teacher.source or source
     return teacher
