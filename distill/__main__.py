@@ -111,11 +111,11 @@ def exit_code(error: Exception) -> int | None:
     """Print an expected error as one line and return its exit code; None for a bug of ours."""
     from distill.cli.errors import (
         export_error_line,
+        shown,
         signal_exit_code,
         usage_line,
         user_error_line,
     )
-    from teachers.errors import printable
 
     if (stopped := signal_exit_code(error)) is not None:
         return stopped
@@ -125,7 +125,7 @@ def exit_code(error: Exception) -> int | None:
     if line is None:
         return None
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"distill: {printable(' '.join(line.split()))}\n")
+        sys.stderr.write(f"distill: {shown(line)}\n")
     return code
 
 

@@ -51,6 +51,13 @@ def signal_exit_code(error: Exception) -> int | None:
     return None
 
 
+def shown(line: str) -> str:
+    """A message for the terminal: on one line, without control characters of a stranger's file."""
+    from teachers.errors import printable
+
+    return printable(" ".join(line.split()))
+
+
 def resume_hint() -> str:
     """How to continue the command that was stopped; empty where nothing is kept."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")

@@ -6,7 +6,9 @@ import hashlib
 import importlib.util
 import re
 import sys
+import sysconfig
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +41,12 @@ def import_file(path: Path) -> ModuleType:
         del sys.modules[name]  # never reuse a half-imported module
         raise
     return module
+
+
+def is_installed(name: str) -> bool:
+    """Whether Python finds a module of this name before the files beside a user's."""
+    places = [sysconfig.get_path(k) for k in ("purelib", "platlib")]
+    return name in sys.stdlib_module_names or PathFinder.find_spec(name, places) is not None
 
 
 def is_function(place: Any) -> bool:

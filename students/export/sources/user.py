@@ -12,13 +12,13 @@ import sys
 import sysconfig
 import textwrap
 from collections.abc import Iterable, Iterator
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from students.own_network import is_plain
 from teachers.denoiser import Network
 from teachers.errors import UserError
+from teachers.storage.plugin import is_installed
 
 OURS = ("teachers", "students", "distill", "eval")
 RESERVED = ("sampler.py", "call.py")  # of a student's folder
@@ -123,7 +123,7 @@ def source_text(path: Path, who: str) -> str:
         UserError: it is not in UTF-8, as a student's folder has it.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # ast.parse takes no byte-order mark
     except UnicodeDecodeError:
         raise UserError(f"{who}: {path.name} is not in UTF-8; save it as UTF-8") from None
 
@@ -132,12 +132,6 @@ def neighbours(body: list[ast.stmt], folder: Path) -> list[Path]:
     """The files in a folder that code imports; not those that an installed module goes before."""
     files = [folder / f"{m}.py" for m in modules_of(body) if not is_installed(m)]
     return [file for file in files if file.is_file()]
-
-
-def is_installed(name: str) -> bool:
-    """Whether Python finds a module of this name before the files beside a user's."""
-    places = [sysconfig.get_path(k) for k in ("purelib", "platlib")]
-    return name in sys.stdlib_module_names or PathFinder.find_spec(name, places) is not None
 
 
 def imports_of(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
