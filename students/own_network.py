@@ -76,6 +76,11 @@ def check(teacher: Teacher) -> None:
             f"{who}: its weight {outside[0]} is not in the backbone, which alone is exported; move "
             "it there"
         )
+    if odd := [n for n, p in network.named_parameters() if p.is_complex()]:
+        raise UserError(
+            f"{who}: its weight {odd[0]} is complex, and averages of weights are real; keep it as "
+            "real numbers, and let forward make torch.view_as_complex of them"
+        )
     if type(network).forward is not Network.forward:
         raise UserError(
             f"{who}: {type(network).__name__} defines forward, by which no sampler could read its "
@@ -237,10 +242,7 @@ def student(
     if adapter is not None:
         network: Denoiser = AdaptedDenoiser(view, "student", config_by_layers(adapter, source))
     else:
-        view.backbone = to_float32(deepcopy(source.backbone))
-        for weight in view.backbone.parameters():
-            # integers, such as a table of positions, do not learn
-            weight.requires_grad_(weight.is_floating_point() or weight.is_complex())
+        view.backbone = to_float32(deepcopy(source.backbone)).requires_grad_(True)
         network = view
     return Generator(network, times, renoise, grids=divisor_grids(times))
 

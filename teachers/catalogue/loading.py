@@ -9,6 +9,7 @@ from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from teachers.errors import UserError, clipped, nearest, teacher_at
@@ -297,6 +298,16 @@ def _from_function(source: str) -> Teacher:
             f"{teacher_at(source)}: {name}: its weight {lazy} has no shape yet; call the network "
             "once before it is returned"
         )
+    integers_as_buffers(teacher.denoiser)
     teacher.denoiser.eval().requires_grad_(False)
     teacher.source = teacher.source or source
     return teacher
+
+
+def integers_as_buffers(network: nn.Module) -> None:
+    """Make a network's integer parameters, such as tables of positions, buffers: none can learn."""
+    for module in network.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            if not (value.is_floating_point() or value.is_complex()):
+                delattr(module, name)
+                module.register_buffer(name, value.data)

@@ -24,7 +24,7 @@ def student_of(teacher, steps=4, renoise=True, adapter=None):
     torch.manual_seed(1)
     student = own_network.student(teacher, steps, None, renoise, adapter)
     with torch.no_grad():
-        for p in filter(torch.is_floating_point, student.parameters()):
+        for p in student.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return student.eval().requires_grad_(False)
 
@@ -297,6 +297,7 @@ def test_unusual_networks_become_students(parts, tmp_path):
         ({"made": "nn.DataParallel(Net())"}, "DataParallel"),
         ({"made": "Net().bfloat16()", "first": "x = x.bfloat16()"}, "of float32, raised"),
         ({"layer": "nn.LazyLinear(size)"}, "no shape yet"),
+        ({"init": "self.c = nn.Parameter(torch.ones(2, dtype=torch.complex64))"}, "is complex"),
         ({"name": "sampler.py"}, "rename"),
         ({"name": "random.py"}, "rename"),
     ],

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distill.config.recipe import Recipe
 from distill.evaluation.finish import finish
@@ -193,3 +194,16 @@ def test_a_metric_gets_its_own_copies_and_keeps_its_settings(tmp_path):
     values = {k: metric(k).numbers(samples, samples) for k in
               ("with_setting", "with_reference", "anything", "kept")}  # fmt: skip
     assert [v for row in values.values() for v in row.values()] == [10.0, 0.0, 3.0, 3.0]
+
+
+def test_integers_among_the_parameters_stay_as_they_are(tmp_path):
+    text = own.FLOW.replace(
+        "self.size = size\n",
+        "self.size = size\n        self.places = nn.Parameter(torch.arange(size), False)\n",
+    ).replace("self.extra(x)", "(self.extra(x) + 0 * self.places)")
+    assert text.count("self.places") == 2
+    file = own.write(tmp_path, text)
+    run = trained(own.recipe_tree(file, "dmd2"), tmp_path / "run")
+    assert finish(run)["failed"] == {}
+    weights = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert weights["places"].tolist() == [0, 1] and weights["places"].dtype == torch.int64
