@@ -88,6 +88,7 @@ REFUSED = {
     "no hours": (["--hours", "0"], "--hours"),
     "negative": (["--hours", "-1"], "--hours", "-1"),
     "nan": (["--hours", "nan"], "--hours", "nan"),
+    "endless": (["--hours", "1e300"], "--hours", "1e+300"),
     "few": (["--hours", "0.01", "--gpu", "rtx-4090"], "--hours", "training steps of 8 samples"),
     "lora": (["--lora", "none.safetensors:0.5"], "--lora", "none.safetensors"),
     "data": (["--data", "nowhere"], "--data", "nowhere"),
