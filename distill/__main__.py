@@ -13,6 +13,7 @@ import typer
 
 from distill import __version__
 from distill.cli import auto, compat, evaluate, inspect, publish, train, tune
+from distill.cli.errors import resume_hint
 
 app = typer.Typer(
     add_completion=False,
@@ -106,20 +107,11 @@ def main() -> None:
     sys.exit(code)
 
 
-def resume_hint() -> str:
-    """How to continue the command that was stopped; empty where nothing is kept."""
-    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if command in ("run", "teach", "tune"):
-        return "; add --resume to continue"
-    if command in ("bench", "cache"):
-        return "; run the same command again to continue"
-    return ""
-
-
 def exit_code(error: Exception) -> int | None:
     """Print an expected error as one line and return its exit code; None for a bug of ours."""
     from distill.cli.errors import (
         export_error_line,
+        shown,
         signal_exit_code,
         usage_line,
         user_error_line,
@@ -133,7 +125,7 @@ def exit_code(error: Exception) -> int | None:
     if line is None:
         return None
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"distill: {' '.join(line.split())}\n")
+        sys.stderr.write(f"distill: {shown(line)}\n")
     return code
 
 

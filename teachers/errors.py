@@ -112,10 +112,15 @@ def teacher_at(source: str) -> str:
     return f"teacher {clipped(source)!r}"
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: the control characters in names of a stranger's file are replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def note(line: str) -> None:
     """One line on stderr that a user should know but need not act on."""
     if WRITTEN.get():
-        sys.stderr.write(f"distill: {line}\n")
+        sys.stderr.write(f"distill: {printable(line)}\n")
 
 
 WRITTEN = ContextVar("WRITTEN", default=True)  # whether notes are written

@@ -84,7 +84,8 @@ def choose(
     usable = 3600 * hours * (1 - KEPT - MEASURED * measures)
     per_sample = machine.seconds(fit.plan) / fit.plan.batch
     budget = budget_of(tree["train"], usable, per_sample, grows=start.unrun)
-    tree = laid_over(spent(tree, budget), {"train": {"hours": whole(round(hours * (1 - KEPT), 3))}})
+    most = whole(float(f"{hours * (1 - KEPT):.4g}"))  # never 0, however few
+    tree = laid_over(spent(tree, budget), {"train": {"hours": most}})
     if measures:
         every = max(1, budget.steps // EVALUATIONS)
         section = {"every": every, "stop_when_flat": {"window": WINDOW, "tolerance": TOLERANCE}}

@@ -143,4 +143,5 @@ def examine(subject: Subject, images: Path | None = None) -> tuple[str, str]:
 def pictures_in(data: Mapping[str, Any]) -> Path | None:
     """The folder of images in a recipe's section of data, if it names one."""
     place = data.get("source")
-    return Path(place) if isinstance(place, str) and Path(place).is_dir() else None
+    folder = None if not isinstance(place, str) else Path(place).expanduser()
+    return folder if folder is not None and folder.is_dir() else None

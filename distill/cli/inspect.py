@@ -102,6 +102,11 @@ def wrap(
     out = out or path.with_name(f"{path.stem}_teacher.py")
     if out.exists():
         raise UserError(f"--out {out}: it exists; give another file, or remove it")
+    if out.suffix != ".py" or out.resolve().parent != path.resolve().parent:
+        raise UserError(
+            f"--out {out}: the adapter imports {path.name} from its own folder; give a .py file in "
+            f"{path.parent}"
+        )
     check_writable(out, "--out")
     text, complete = wrapping.adapter(path, kind, data, weights)
     out.write_text(text, encoding="utf-8")

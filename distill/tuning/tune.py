@@ -58,8 +58,8 @@ def tune(
     if not finished(places.out):
         print_line(f"the student is tuned ({settings.method}), in {places.out}")
         train(second, places.out)
-    if (file := places.out / FILE).exists():
-        return json.loads(file.read_text(encoding="utf-8"))
+    if (before := earlier_figures(places.out / FILE, samples)) is not None:
+        return before
     print_line("comparing the student with the tuned teacher")
     figures = {
         "method": settings.method,
@@ -67,8 +67,17 @@ def tune(
         **measured(judged(student, places, settings, learned, samples)),
         "quality": quality(student, places),
     }
-    write(file, json.dumps(figures, indent=2) + "\n")
+    write(places.out / FILE, json.dumps(figures, indent=2) + "\n")
     return figures
+
+
+def earlier_figures(file: Path, samples: int) -> dict[str, Any] | None:
+    """The figures that a finished tuning has left, if they are from as many pictures."""
+    try:
+        figures = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return figures if figures.get("samples") == samples else None
 
 
 def checked(
@@ -92,6 +101,7 @@ def checked(
         )
     runs = [(first, places.teacher), (second, places.out)]
     for recipe, out in runs[places.tuned is not None :]:
+        run_folder.refuse_live(out)
         begun = (out / "recipe.yaml").exists()
         if resume and begun:
             run_folder.check_same_run(recipe, out)

@@ -96,6 +96,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
         write(plain, teacher, folder)
         cond = example_condition(teacher, SAMPLES)
         for steps in generator.counts:
+            ours = tried_samples(plain, teacher, steps, cond)
             try:
                 with imports_forgotten():
                     theirs = sampler_file.sample(folder, SAMPLES, steps, 0, cond)
@@ -105,11 +106,35 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
                     f"({type(error).__name__}: {first_line(error)}); define what the network's "
                     "class needs at the top of its file"
                 ) from None
-            if fault := difference(samples_of(plain, teacher, steps, cond), theirs):
+            if fault := difference(ours, theirs):
+                kind = type(network_of(plain.denoiser).backbone).__name__
                 raise UserError(
-                    f"{who}: a student's folder {fault}; is an argument of "
-                    f"{type(network_of(plain.denoiser).backbone).__name__} no attribute of it?"
+                    f"{who}: a student's folder {fault}; is an argument of {kind} no attribute of "
+                    "it, or a buffer not persistent?"
                 )
+
+
+def tried_samples(generator: Generator, teacher: Teacher, steps: int, cond: Cond) -> Tensor:
+    """The untrained student's samples.
+
+    Raises:
+        UserError: its network raises an exception, or they are not finite.
+    """
+    who = teacher_at(teacher.source)
+    try:
+        samples = samples_of(generator, teacher, steps, cond)
+    except Exception as error:  # a user's own code may raise anything
+        raise UserError(
+            f"{who}: its student, whose weights are of float32, raised {type(error).__name__}: "
+            f"{first_line(error)}; convert x_t to the dtype of the weights in call"
+        ) from None
+    if not samples.isfinite().all():
+        times = ", ".join(f"{t:g}" for t in generator.at(steps).times)
+        raise UserError(
+            f"{who}: the untrained student's samples at t = {times} hold NaN or infinity; examine "
+            "it with distill doctor, or set a lower student.start"
+        )
+    return samples
 
 
 @contextmanager

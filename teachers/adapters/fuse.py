@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from teachers.adapters.files import LoRAFile, Pair, check, read
-from teachers.errors import note
+from teachers.errors import UserError, note
 from teachers.storage.variants import WEIGHTS, variant_of
 
 
@@ -69,7 +69,13 @@ class Fusion:
             delta = sum((pair.delta() for pair in pairs[1:]), pairs[0].delta()).to(base.device)
             change += float(delta.square().sum())
             weights += float(base.square().sum())
-            weight.copy_(base + delta)
+            changed = (base + delta).to(weight.dtype)
+            if not changed.isfinite().all():
+                raise UserError(
+                    f"teacher.adapters: {part}.{module}.weight is no longer finite with these "
+                    "files; check their strengths, and the base's weights"
+                )
+            weight.copy_(changed)
         return (change / weights) ** 0.5 if weights else 0.0
 
 
@@ -99,7 +105,9 @@ def fuse(pipe: Any, network: str, adapters: Iterable[Any], folder: Path | None) 
     ]
     fusion = Fusion(tuple(sorted(files, key=lambda f: (f.sha256, f.strength))))
     shares = [fusion.apply(p, networks[p], folder and folder / p) for p in sorted(fusion.parts())]
-    for file in files:
+    for number, file in enumerate(files):
+        if any(other.sha256 == file.sha256 for other in files[:number]):
+            note(f"{file.key}: {file.path.name} is in the list twice, and its strengths add up")
         note(f"{file.path.name}: {file.count} of {file.count} pairs, strength {file.strength:g}")
     if shares:
         note(f"teacher.adapters: they change the weights by {max(shares):.2g} of their norm")

@@ -9,6 +9,9 @@ from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from torch.nn.parameter import is_lazy
+
 from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.storage import single_files
 from teachers.storage.files import home, read_json
@@ -290,6 +293,21 @@ def _from_function(source: str) -> Teacher:
     if not isinstance(teacher, Teacher):
         kind = type(teacher).__name__
         raise UserError(f"{teacher_at(source)}: {name}: expected a Teacher from it, not {kind}")
+    if lazy := next((k for k, v in teacher.denoiser.named_parameters() if is_lazy(v)), None):
+        raise UserError(
+            f"{teacher_at(source)}: {name}: its weight {lazy} has no shape yet; call the network "
+            "once before it is returned"
+        )
+    integers_as_buffers(teacher.denoiser)
     teacher.denoiser.eval().requires_grad_(False)
     teacher.source = teacher.source or source
     return teacher
+
+
+def integers_as_buffers(network: nn.Module) -> None:
+    """Make a network's integer parameters, such as tables of positions, buffers: none can learn."""
+    for module in network.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            if not (value.is_floating_point() or value.is_complex()):
+                delattr(module, name)
+                module.register_buffer(name, value.data)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import re
 import sys
+import sysconfig
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +26,10 @@ def import_file(path: Path) -> ModuleType:
     folder = str(path.resolve().parent)
     if folder not in sys.path:  # a file imports its neighbours, as a script does
         sys.path.append(folder)
-    name = f"fewstep_user_{path.stem}"
-    if name in sys.modules and sys.modules[name].__file__ == str(path.resolve()):
+    # files of one name in two folders are two modules: code is looked up by its module's name
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    name = "_".join(["fewstep_user", re.sub(r"\W", "_", path.stem), digest])
+    if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None or not path.is_file():
@@ -35,6 +41,12 @@ def import_file(path: Path) -> ModuleType:
         del sys.modules[name]  # never reuse a half-imported module
         raise
     return module
+
+
+def is_installed(name: str) -> bool:
+    """Whether Python finds a module of this name before the files beside a user's."""
+    places = [sysconfig.get_path(k) for k in ("purelib", "platlib")]
+    return name in sys.stdlib_module_names or PathFinder.find_spec(name, places) is not None
 
 
 def is_function(place: Any) -> bool:

@@ -9,7 +9,8 @@ import yaml
 from safetensors.torch import save_file
 
 from distill import console
-from distill.cli import train
+from distill.auto.subject import pictures_in
+from distill.cli import auto, train
 from distill.config.recipe import Recipe
 from distill.planning import forecast
 from distill.planning.plan import Plan
@@ -87,6 +88,7 @@ REFUSED = {
     "no hours": (["--hours", "0"], "--hours"),
     "negative": (["--hours", "-1"], "--hours", "-1"),
     "nan": (["--hours", "nan"], "--hours", "nan"),
+    "endless": (["--hours", "1e300"], "--hours", "1e+300"),
     "few": (["--hours", "0.01", "--gpu", "rtx-4090"], "--hours", "training steps of 8 samples"),
     "lora": (["--lora", "none.safetensors:0.5"], "--lora", "none.safetensors"),
     "data": (["--data", "nowhere"], "--data", "nowhere"),
@@ -138,3 +140,14 @@ def test_a_folder_with_a_recipe_is_not_written_over(place, capsys):
     assert code == 2
     refused_line(err, "--out", "recipe.yaml")
     assert (place / "o/recipe.yaml").read_text() == "mine"
+
+
+def test_a_closed_stream_is_no_yes(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert auto.confirmed() is False
+
+
+def test_a_folder_of_pictures_below_the_home_folder_is_read(monkeypatch, tmp_path):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert pictures_in({"source": "~/photos"}) == tmp_path / "photos"

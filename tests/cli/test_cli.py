@@ -381,3 +381,13 @@ def test_a_run_without_a_student_yet_is_named_with_the_command_that_goes_on(tmp_
 def test_a_stopped_command_says_how_it_goes_on(monkeypatch, words, advice):
     monkeypatch.setattr("sys.argv", ["distill", *words])
     assert cli.resume_hint() == advice
+
+
+def test_a_signal_in_a_run_of_auto_names_a_command_that_takes_resume(monkeypatch, capsys):
+    from distill.cli import errors
+    from distill.training.engine import Stopped
+
+    for word, advice in (("auto", "distill run RECIPE --resume"), ("run", "add --resume")):
+        monkeypatch.setattr("sys.argv", ["distill", word, "x"])
+        assert errors.signal_exit_code(Stopped(signal.SIGINT)) == 130
+        assert advice in capsys.readouterr().err

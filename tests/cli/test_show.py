@@ -225,6 +225,32 @@ def test_a_strangers_text_does_not_move_the_cursor(capsys, tmp_path):
     assert "\x1b" not in out and "a\N{REPLACEMENT CHARACTER}[2Jb c" in out
 
 
+BIG = "1" + 400 * "0"  # beyond floats
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "code"),
+    [
+        ("turbo.sigmas", f'{{"2": [{BIG}, 1, 0], "1": [1, 0]}}', 2),
+        ("turbo.timesteps", f'{{"2": [{BIG}, 1], "1": [1]}}', 0),
+        ("turbo.verified", f'{{"max_abs": [{BIG}]}}', 0),
+        ("turbo.cfg", 900 * '{"a":' + "1" + 900 * "}", 2),
+        ("turbo.cfg", 900 * "[" + 900 * "]", 2),
+        ("turbo.\x1b[31m", "{", 2),
+    ],
+)  # fmt: skip
+def test_absurd_facts_are_shown_or_refused(key, value, code, own, capsys, tmp_path):
+    path = own / "comfyui_lora.safetensors"
+    tensors = {"a.lora_A.weight": torch.zeros(1)[0]}
+    save_file(tensors, tmp_path / "a.safetensors", {**read_header(path).metadata, key: value})
+    got, out, err = called(capsys, "show", tmp_path / "a.safetensors")
+    assert got == code and "\x1b" not in out + err
+    if code:
+        refused_line(
+            err, f"{tmp_path / 'a.safetensors'}", key.replace("\x1b", "\N{REPLACEMENT CHARACTER}")
+        )
+
+
 # ---- other files
 
 

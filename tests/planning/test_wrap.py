@@ -106,3 +106,37 @@ def test_files_without_one_network_are_refused(place, tmp_path, capsys):
     assert code == 2 and len(err.strip().splitlines()) == 1
     assert ("no such file" in err) == (place == "none.py")
     assert not list(tmp_path.glob("*_teacher.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "key"),
+    [
+        ("my-net.py", [], "wrap 'my-net.py'"),
+        ("random.py", [], "wrap 'random.py'"),
+        ("torch.py", [], "wrap 'torch.py'"),
+        ("net.py", ["--out", "other/teacher.py"], "--out"),
+        ("net.py", ["--out", "teacher.txt"], "--out"),
+        ("net.py", ["--data", "net.py:empty"], "--data"),
+        ("net.py", ["--data", "net.py:unknown"], "--data"),
+    ],
+)
+def test_adapters_that_no_run_could_import_are_not_written(
+    name, words, key, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    data = "\n\ndef empty():\n    return torch.zeros(0, 2, 8)\n"
+    data += "\n\ndef unknown():\n    return torch.zeros(3, 2, 8) / 0\n"
+    (tmp_path / name).write_text("import torch\n" + PLAIN.format(name="Net", argument="") + data)
+    code, _, err = called(capsys, "wrap", name, *words)
+    assert code == 2
+    refused_line(err, key)
+    assert {p.name for p in tmp_path.rglob("*.*") if p.suffix in (".py", ".txt")} == {name}
+
+
+def test_a_weights_file_with_a_quote_in_its_name_is_loaded(tmp_path, capsys):
+    file = tmp_path / 'the "best".safetensors'
+    (tmp_path / "quoted_net.py").write_text(PLAIN.format(name="Net", argument=""))
+    save_file(import_file(tmp_path / "quoted_net.py").Net().state_dict(), file)
+    code, _, err = called(capsys, "wrap", tmp_path / "quoted_net.py", "--weights", file)
+    assert (code, err) == (0, "")

@@ -31,7 +31,7 @@ MAY: dict[str, set[str]] = {
     "students": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
     "students.metadata": {"students", "teachers", "teachers.storage", "teachers.families"},
     "students.export.sources": {
-        "students", "teachers", "teachers.edm", "teachers.imagenet",
+        "students", "teachers", "teachers.edm", "teachers.imagenet", "teachers.storage",
     },
     "students.export": {
         "students", "students.export.sources", "students.metadata", "teachers",

@@ -106,6 +106,14 @@ def test_files_that_are_not_whole_are_refused(files, part, tmp_path):
         load(str(tmp_path / "part.safetensors"), config=str(files / "sd15"))
 
 
+def test_integers_without_scales_are_refused(files, tmp_path):
+    weights = load_file(files / "sd15.safetensors")
+    name = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
+    save_file({**weights, name: weights[name].to(torch.int8)}, tmp_path / "int8.safetensors")
+    with refused("teacher '*'", name):
+        load(str(tmp_path / "int8.safetensors"), config=str(files / "sd15"))
+
+
 def test_what_is_no_such_file_is_refused(files, tmp_path):
     file = tmp_path / "other.safetensors"
     save_file({"a.weight": torch.ones(2)}, file)

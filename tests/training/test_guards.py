@@ -61,6 +61,14 @@ def test_nearest_is_the_share_of_the_teachers_distance_to_the_pictures():
     assert scores.nearest(teacher + 1, teacher, teacher[0]) == 1.0  # of distance 0 there is no part
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_samples_that_are_not_finite_have_the_score_0(value):
+    teacher, student = normal(4, 4, 16, seed=0), normal(4, 4, 16, seed=1)
+    student[1, 2, 3] = value
+    assert scores.diversity(student, teacher) == scores.matching(student, teacher) == 0
+    assert scores.nearest(student, teacher, teacher[0]) == 0
+
+
 def test_pictures_of_the_user_lie_beside_captions(tmp_path):
     for name in ("a.txt", "b.txt", "b.json"):
         (tmp_path / name).touch()

@@ -1,11 +1,13 @@
 """`distill tune` on a tiny pipeline: what it leaves, what it refuses, and how it goes on."""
 
+import fcntl
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill.training import run_folder
 from distill.training.run_folder import write_recipe
 from distill.tuning import pictures as lesson
 from distill.tuning import tune as tuning
@@ -135,6 +137,35 @@ def test_what_was_stopped_goes_on(student, pictures, trained, tmp_path, monkeypa
         changed = Settings(method="plain", steps=2, teacher_steps=2, teacher_rate=0.5)
         tuning.tune(str(student), places, changed, resume=True)
     assert error.value.key == "--resume"
+
+
+def test_figures_of_another_number_of_pictures_are_no_answer(
+    student, pictures, trained, tmp_path, monkeypatch
+):
+    places, settings = Places(tmp_path / "tuned", pictures), Settings(steps=2, teacher_steps=2)
+    drawn = []
+    measured = tuning.measured
+    monkeypatch.setattr(
+        tuning, "measured",
+        lambda judged: drawn.append(judged.samples) or {**measured(judged), "samples": drawn[-1]},
+    )  # fmt: skip
+    for samples in (4, 4, 8):
+        tuning.tune(str(student), places, settings, samples=samples, resume=bool(drawn))
+    assert drawn == [4, 8]
+    (places.out / "tune.json").write_text("{cut off")
+    assert tuning.tune(str(student), places, settings, samples=8, resume=True)["samples"] == 8
+
+
+def test_a_folder_at_work_is_refused_before_anything_is_written(student, pictures, tmp_path):
+    places = Places(tmp_path / "tuned", pictures)
+    places.teacher.mkdir()
+    with (places.teacher / run_folder.LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for resume in (False, True):
+            with pytest.raises(UserError) as error:
+                tuning.tune(str(student), places, Settings(), resume=resume)
+            assert error.value.key == "--out"
+    assert [p.name for p in places.teacher.iterdir()] == [run_folder.LOCK]
 
 
 def test_the_recipes_of_the_methods(student, pictures, tmp_path):
