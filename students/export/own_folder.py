@@ -1,4 +1,4 @@
-"""Export of a network of the user's own: weights, times, its source, and a sampler of 90 lines.
+"""Export of a network of the user's own: weights, times, its source, and a sampler.
 
 The folder needs torch and safetensors and no code of ours. Another process loads it and compares
 its samples with the student's.
