@@ -1,4 +1,4 @@
-"""Export of a network of the user's own: weights, times, its source, and a sampler of 90 lines.
+"""Export of a network of the user's own: weights, times, its source, and a sampler.
 
 The folder needs torch and safetensors and no code of ours. Another process loads it and compares
 its samples with the student's.
@@ -31,7 +31,7 @@ from students.export.folder import ExportError, child_environment, sample_studen
 from students.export.sources.user import sources_of
 from students.generator import Generator
 from students.lora import adapter_of, merged_weight, network_of, view_of
-from students.own_network import arguments_of, example_condition
+from students.own_network import arguments_of, example_condition, is_plain
 from teachers.denoiser import PREDICTIONS, Cond, Network
 from teachers.errors import UserError, first_line, teacher_at
 from teachers.process import Process, Tabulated
@@ -224,7 +224,8 @@ def described(process: Process) -> dict[str, Any]:
     """A process by its name and settings, for people: the chains hold its values."""
     settings: dict[str, Any] = {}
     if is_dataclass(process) and not isinstance(process, type):
-        settings = asdict(process)
+        # a user's own process may hold what JSON does not, such as a tensor
+        settings = {k: v for k, v in asdict(process).items() if is_plain(v)}
     if isinstance(process, Tabulated):
         settings = {"indices": process.last + 1}
     return {"name": type(process).__name__, **settings}

@@ -294,6 +294,8 @@ def test_unusual_networks_become_students(parts, tmp_path):
         ({"first": "t.mul_(1000)"}, "writes into t,"),
         ({"first": "x = x + torch.randn_like(x)"}, "two outputs"),
         ({"first": "x = x / 0"}, "NaN or infinity"),
+        ({"first": "x = x - x.mean(0)"}, "other samples of its batch"),
+        ({"first": "return (self.a(x) + t[:, None]).detach()"}, "no gradient"),
         ({"made": "nn.DataParallel(Net())"}, "DataParallel"),
         ({"made": "Net().bfloat16()", "first": "x = x.bfloat16()"}, "of float32, raised"),
         ({"layer": "nn.LazyLinear(size)"}, "no shape yet"),
