@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,9 @@ def check_gpu(gpu: str | None) -> None:
         UserError: it lists those that are known.
     """
     if gpu is not None and gpu not in GPUS:
+        plain = {re.sub(r"[^a-z0-9]", "", name): name for name in GPUS}
+        if (meant := plain.get(re.sub(r"[^a-z0-9]", "", gpu.lower()))) is not None:
+            raise UserError(f"--gpu {gpu!r}: did you mean {meant!r}?")
         known = ", ".join(f"{name} ({card.memory:g} GB)" for name, card in GPUS.items())
         raise UserError(f"--gpu {gpu!r}: an unknown card; known: {known}")
 

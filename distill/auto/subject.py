@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from teachers.teacher import EMBEDDED, Teacher
 
 FOLDERS = {"adm": "edm"}  # of recipes, by the family of a network where the names differ
 ENCODERS = ("lora_te", "text_encoder", "text_model")  # in the keys of a LoRA's text-encoder part
+KEY = re.compile(r"teacher\.adapters(\.\d+(\.\w+)?)?: (?P<reason>.+)", re.DOTALL)  # of messages
 SMALL = 20e6  # parameters, below which the embedded teachers' settings fit better than large ones'
 
 
@@ -72,10 +75,12 @@ def subject_of(source: str, adapters: Sequence[dict[str, Any]] = ()) -> Subject:
     weights = source not in OUTLINES or home(source, "MODEL").exists()
     if weights:
         options = {"adapters": list(adapters)} if adapters else {}
-        teacher = load(source, **options)
+        with named_as_option():
+            teacher = load(source, **options)
     else:
         teacher = outline(source, torch.device("meta"), precision="bf16")
-        fit(teacher, adapters)
+        with named_as_option():
+            fit(teacher, adapters)
     network: Any = unwrap(teacher.denoiser)
     count = parameters(network.backbone) if hasattr(network, "backbone") else 0
     family = family_of(network)
@@ -83,6 +88,17 @@ def subject_of(source: str, adapters: Sequence[dict[str, Any]] = ()) -> Subject:
         source, teacher, weights, FOLDERS.get(family, family), kind_of(teacher), count,
         tuple(adapters),
     )  # fmt: skip
+
+
+@contextmanager
+def named_as_option() -> Iterator[None]:
+    """Within it, errors about the recipe's key of LoRA files name the option of the command."""
+    try:
+        yield
+    except UserError as error:
+        if (match := KEY.fullmatch(str(error))) is None:
+            raise
+        raise UserError(f"--lora: {match['reason']}") from None
 
 
 def kind_of(teacher: Teacher) -> str:

@@ -84,6 +84,7 @@ def test_a_dash_prints_the_recipe_alone(place, capsys):
 
 REFUSED = {
     "gpu": (["--gpu", "rtx-9999"], "--gpu", "rtx-4090 (24 GB)", "h200 (141 GB)"),
+    "gpu without dash": (["--gpu", "RTX4090"], "--gpu", "did you mean 'rtx-4090'?"),
     "no hours": (["--hours", "0"], "--hours"),
     "negative": (["--hours", "-1"], "--hours", "-1"),
     "nan": (["--hours", "nan"], "--hours", "nan"),
@@ -114,7 +115,7 @@ def test_too_little_memory_says_what_the_smallest_form_needs(place, capsys, monk
 
 
 LORAS = {  # the first key of a file, the place that is named, and a value of the line
-    "another model's": ("transformer.blocks.0.to_q", "teacher.adapters.0.file", "0 of 1 pairs"),
+    "another model's": ("transformer.blocks.0.to_q", "--lora", "0 of 1 pairs"),
     "of an encoder": ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "--lora",
                       "text encoders"),
 }  # fmt: skip
