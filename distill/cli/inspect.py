@@ -11,7 +11,6 @@ import typer
 
 from distill.cli.options import Overrides, RecipeArg, check_writable, expand_home
 
-
 TeacherArg = Annotated[
     str, typer.Argument(help="As in a recipe's teacher.source, or FILE.py:FUNCTION.")
 ]
