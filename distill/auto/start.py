@@ -72,6 +72,8 @@ def start_of(subject: Subject, steps: int | None, data: Mapping[str, Any]) -> St
     if not rows and subject.small:
         rows, embedded = of_model(of_kind(subject.kind)), False
     rows = [row for row in rows if embedded or "source" in data or not needs_data(row)]
+    if not subject.takes_critic:
+        rows = [row for row in rows if "critic" not in tree_of(row)]
     if rows:
         return measured(subject, rows, steps, data)
     names = family(subject)
@@ -174,8 +176,8 @@ def settings_of_another(teacher: Mapping[str, Any], subject: Subject) -> dict[st
     """The teacher's section from a recipe of another family: guidance and precision."""
     guidance = teacher.get("guidance", 1)
     scale = guidance["scale"] if isinstance(guidance, dict) else guidance
-    kept = {"guidance": 1 if subject.kind == "none" else scale}
-    quantisable = not subject.small and subject.family not in ("adm", "edm")
+    kept = {"guidance": 1 if subject.unguided else scale}
+    quantisable = not subject.small and subject.quantisable
     return {**kept, **({"precision": "bf16"} if quantisable else {})}
 
 

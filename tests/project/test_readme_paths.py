@@ -21,6 +21,7 @@ from torchvision.utils import save_image
 from distill.benchmark.spec import laid_over
 from distill.config.recipe import SHIPPED
 from distill.tuning import pictures as lesson
+from distill.tuning.student import tunable
 from students.export.lora_files import COMFYUI, DIFFUSERS, TURBO
 from teachers import load
 from teachers.families import flux
@@ -179,7 +180,7 @@ def test_a_file_becomes_a_student(start, files, capsys):
     about = json.loads(Path("runs/mine/student/fewstep.json").read_text())
     assert f"teacher.source={about['teacher']} " in line
     out, _ = typed(capsys, f"distill show runs/mine/lora/{DIFFUSERS}")
-    assert "steps 4, 2, 1" in out
+    assert "steps 4 the header" in out
 
 
 @pytest.mark.slow
@@ -200,7 +201,8 @@ def test_the_recipes_that_the_readme_names_run(name, stand, folders, capsys):
     (summary,) = Path("runs").rglob("summary.json")
     assert json.loads(summary.read_text())["failed"] == {}
     assert f"student in {summary.parent}/student" in out
-    assert (summary.parent / "lora" / DIFFUSERS).exists() == ("lora" in name)
+    loads_lora = "lora" in name and "pixart" not in name  # whose stock pipeline loads none
+    assert (summary.parent / "lora" / DIFFUSERS).exists() == loads_lora
 
 
 @pytest.mark.slow
@@ -262,7 +264,7 @@ MODELS = {"sdxl": (SDXL, ()), "shapes": ("shapes", (ADAPTERS, CAPTIONS))}
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 @pytest.mark.parametrize("model", MODELS)
-def test_a_student_from_the_doctor_to_its_tuning(model, stand, folders, few, capsys):
+def test_a_student_from_the_doctor_to_its_tuning(model, stand, folders, few, capsys, monkeypatch):
     """The README's lines in their order: SDXL's format plain, and the shapes with a user's LoRA."""
     source, changes = MODELS[model]
     if model == "sdxl":
@@ -286,7 +288,7 @@ def test_a_student_from_the_doctor_to_its_tuning(model, stand, folders, few, cap
         "distill doctor": ("passed: ",),
         "distill plan": ("rtx-4090", "GB"),
         "distill run": ("student in runs/mine/student", "report in runs/mine/report.html"),
-        "distill show": ("steps 4, 2, 1", "sampler LCM", f"base {Path(source).name}"),
+        "distill show": ("steps 4 the header", "sampler LCM", Path(source).name),
         "distill compat": ("shift", "cosine", "style 1", "figures and pictures in"),
         "distill tune": ("steps kept", "concept gained", "student in runs/tuned/student"),
     }.items():
@@ -302,6 +304,10 @@ def test_a_student_from_the_doctor_to_its_tuning(model, stand, folders, few, cap
     assert "## Tuning" in card and "steps kept" in Path("runs/tuned/report.html").read_text()
     if changes:
         draws_alike_with_the_joined_file()
+        Path("elsewhere").mkdir()
+        monkeypatch.chdir("elsewhere")
+        (own,) = tunable("../runs/mine").recipe.teacher.adapters or ()
+        assert Path(own.file).samefile(stand / "style.safetensors")
 
 
 def draws_alike_with_the_joined_file() -> None:
@@ -320,7 +326,10 @@ def draws_alike_with_the_joined_file() -> None:
         return model("one z circle at the bottom", num_inference_steps=4, guidance_scale=1.0,
                      generator=rng, output_type="pt").images  # fmt: skip
 
-    torch.testing.assert_close(drawn(pipe), drawn(student), atol=1e-3, rtol=0)
+    images = drawn(student)  # of weights in bf16, as the README's recipe rounds them
+    torch.testing.assert_close(drawn(pipe), images, atol=0.02, rtol=0)
+    pipe.unload_lora_weights()
+    assert (drawn(pipe) - images).abs().max() > 0.1
     alone = load_file(f"runs/mine/lora/{TURBO[DIFFUSERS]}")
     both = load_file(f"runs/mine/lora/{DIFFUSERS}")
     assert max(map(len, both.values())) >= max(map(len, alone.values()))
