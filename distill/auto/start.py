@@ -71,10 +71,7 @@ def start_of(subject: Subject, steps: int | None, data: Mapping[str, Any]) -> St
     rows, embedded = of_model(subject.source), not data
     if not rows and subject.small:
         rows, embedded = of_model(of_kind(subject.kind)), False
-    rows = [row for row in rows if embedded or "source" in data or not needs_data(row)]
-    if not subject.takes_critic:
-        rows = [row for row in rows if "critic" not in tree_of(row)]
-    if rows:
+    if rows := [row for row in rows if is_usable(row, subject, embedded or "source" in data)]:
         return measured(subject, rows, steps, data)
     names = family(subject)
     trees = {name: adapted(read_yaml(find(name)), subject, data, True) for name in names}
@@ -127,6 +124,12 @@ def tree_of(row: Evidence) -> dict[str, Any]:
     tree = laid_over(deepcopy(tree), deepcopy(dict(row.changes)))
     tree = {k: v for k, v in tree.items() if v is not None}
     return laid_over(tree, {"train": {"steps": row.trained}})
+
+
+def is_usable(row: Evidence, subject: Subject, has_data: bool) -> bool:
+    """Whether this model can be trained as a row was, with the data at hand."""
+    critic = subject.takes_critic or "critic" not in tree_of(row)
+    return critic and (has_data or not needs_data(row))
 
 
 def needs_data(row: Evidence) -> bool:

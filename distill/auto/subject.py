@@ -183,5 +183,6 @@ def examine(subject: Subject, images: Path | None = None) -> tuple[str, str]:
 def pictures_in(data: Mapping[str, Any]) -> Path | None:
     """The folder of images in a recipe's section of data, or the function that makes data."""
     place = data.get("source")
-    known = isinstance(place, str) and (Path(place).is_dir() or is_function(place))
-    return Path(place) if known else None
+    if isinstance(place, str) and (Path(place).is_dir() or is_function(place)):
+        return Path(place)
+    return None
