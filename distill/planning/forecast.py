@@ -20,6 +20,7 @@ from distill.objectives.base import Batch
 from distill.planning.plan import Plan, play
 from distill.profiling import FusedAttention, Meter, unique
 from distill.rates import family_of
+from distill.training import custom_objective
 from distill.training.networks import assembled, build_networks, player_networks
 from distill.training.optimizers import optimizer_bytes
 from students.export.forms import StockForm, form_of
@@ -66,7 +67,7 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
         batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
         steps = getattr(objective, "student_every", 1)
         random.seed(0)
-        with explained(teacher):
+        with explained(recipe, teacher):
             most, gradients, flops, evaluations = play(
                 objective, movers, batch, parts, max(steps, 4), train.precision
             )
@@ -135,23 +136,27 @@ def shape_of_own(teacher: Teacher, fake: Any) -> Teacher:
 
 
 @contextmanager
-def explained(teacher: Teacher) -> Iterator[None]:
-    """Within it, what a network of the user's own cannot do without values is a UserError.
+def explained(recipe: Recipe, teacher: Teacher) -> Iterator[None]:
+    """Within it, what the user's own code cannot do without values is a UserError.
 
     Raises:
-        UserError: naming what its code raised.
+        UserError: naming the network or the objective, and what its code raised.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # a user's own code may raise anything
-        if not is_own(teacher.denoiser):
+        if custom_objective.file_of(recipe) is not None:
+            who = f"objective.name: {clipped(recipe.objective['name'])}"
+        elif is_own(teacher.denoiser):
+            who = teacher_at(teacher.source)
+        else:
             raise
         reason = clipped(f"{type(error).__name__}: {first_line(error)}", 150)
         raise UserError(
-            f"{teacher_at(teacher.source)}: it cannot be planned, since its code reads values that "
-            f"a plan has none of ({reason}); choose a recipe, and try a step of it on the card"
+            f"{who}: it cannot be planned, since its code reads values that a plan has none of "
+            f"({reason}); try a step of the run on the card itself"
         ) from None
 
 

@@ -105,8 +105,9 @@ assert not {"teachers", "students", "distill"} & {m.partition(".")[0] for m in s
 """
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 def test_a_network_of_ones_own_with_the_readmes_own_objective(stand, capsys):
-    """wrap, doctor, run, show; then the folder's sampler alone."""
+    """wrap with the doctor, plan, run, show; then the folder's sampler alone."""
     Path("network.py").write_text(NETWORK)
     out, _ = typed(capsys, one(INLINE, "distill wrap"))
     assert "wrote network_teacher.py" in out and re.search(r"passed: \d+ checks", out)
@@ -116,6 +117,8 @@ def test_a_network_of_ones_own_with_the_readmes_own_objective(stand, capsys):
     tree = yaml.safe_load(Path("mine.yaml").read_text())
     assert "teacher: mine.py:function" in OWN
     Path("mine.yaml").write_text(yaml.safe_dump({**tree, "teacher": "network_teacher.py:teacher"}))
+    out, _ = typed(capsys, one(INLINE, "distill plan").replace("RECIPE", "mine.yaml"))
+    assert "rtx-4090" in out and "GB" in out
     out, _ = typed(capsys, one(SHELL, "distill run mine.yaml"))
     assert out.endswith("student in runs/mine/student"), out[-200:]
     student = Path("runs/mine/student")
