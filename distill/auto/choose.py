@@ -159,7 +159,8 @@ def why_start(subject: Subject, start: Start) -> str:
     if start.relation == "family":
         return f"the recipe of this family ({subject.family}), with its papers' settings"
     if subject.small:
-        size = f"{subject.parameters / 1e6:.3g} million parameters"
+        millions, count = subject.parameters / 1e6, f"{subject.parameters:,} parameters"
+        size = f"{millions:.3g} million parameters" if millions >= 0.1 else count
         return f"of {size}, as the embedded teachers, whose best student this is"
     return f"no recipe of the family {subject.family!r}; the nearest by its prompts and process"
 

@@ -258,6 +258,16 @@ def two_measures(recipe: Recipe) -> str | None:
     return None
 
 
+def samples_beside_a_protocol(recipe: Recipe) -> str | None:
+    measure = recipe.eval
+    if measure.protocol is None or measure.samples == type(measure).model_fields["samples"].default:
+        return None
+    return (
+        f"eval.samples: {measure.samples} are for eval.metric, and the protocol "
+        f"{measure.protocol} has its own number; remove it"
+    )
+
+
 def flat_without_evaluations(recipe: Recipe) -> str | None:
     measure = recipe.eval
     if measure.stop_when_flat is None:
@@ -292,6 +302,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     batch_that_does_not_divide,
     guards_without_an_average,
     two_measures,
+    samples_beside_a_protocol,
     flat_without_evaluations,
 )
 

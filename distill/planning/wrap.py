@@ -49,6 +49,7 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # Usual names of a network's second argument, by which it is told from its blocks.
 CLOCKS = {"t", "time", "times", "timestep", "timesteps", "sigma", "noise_labels", "noise_level"}
+CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # and the dimensions of their data
 ITEMS = 64  # of the data, on which guesses are tried
 
 
@@ -134,10 +135,14 @@ def shape_for(network: nn.Module, x: Tensor | None) -> tuple[int, ...] | None:
     """The shape of one datum: that of the data, or one that the network maps to itself."""
     if x is not None:
         return tuple(x.shape[1:])
-    first = next((m for m in network.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d
-                                                             | nn.Linear)), None)  # fmt: skip
+    layers = list(network.modules())
+    conv = next((m for m in layers if isinstance(m, tuple(CONVOLUTIONS))), None)
+    first = conv or next((m for m in layers if isinstance(m, nn.Linear)), None)
     width = getattr(first, "in_channels", getattr(first, "in_features", 1))
-    for channels, dims in product((width, 1, 3), (0, 1, 2, 3)):
+    # A convolution also takes a sample without a batch, so its own dimensions are tried first.
+    own = [dims for kind, dims in CONVOLUTIONS.items() if isinstance(conv, kind)]
+    known = dict.fromkeys((*own, 0, 1, 2, 3))
+    for dims, channels in product(known, (width, 1, 3)):
         for side in (64, 32, 256, 2048)[: 5 - dims]:
             shape = (channels, *(side,) * dims)
             if (out := output(network, shape)) is not None and out.shape[1:] == shape:

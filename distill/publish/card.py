@@ -15,6 +15,7 @@ from typing import Any
 from distill.publish.licence import Licence, check_licence, folder_of, hub_id, licence_of
 from distill.publish.papers import PAPERS
 from distill.publish.results_table import SPREAD, advised, many, rows_of, steps_of
+from distill.publish.tuning import HEADS, Tuning, tuning_of
 from eval import catalogue
 from teachers.errors import UserError, intact
 from teachers.storage.files import read_json
@@ -50,6 +51,7 @@ class Facts:
             trust_remote_code.
         stretched: Whether its scheduler stretches the times to a last one (`shift_terminal`), for
             which a schedule needs two steps.
+        tuning: What a tuned student kept and gained; None if it was not tuned.
     """
 
     index: dict[str, Any]
@@ -63,6 +65,7 @@ class Facts:
     override: str = ""
     has_code: bool = False
     stretched: bool = False
+    tuning: Tuning | None = None
 
     def setting(self, section: str, key: str, default: Any = None) -> Any:
         """A value of the recipe; the default if the recipe does not have it."""
@@ -187,6 +190,7 @@ def facts_of(
         lora,
         has_code=has_code,
         stretched=bool(scheduler.get("shift_terminal")),
+        tuning=tuning_of(folder.parent),
     )
 
 
@@ -215,6 +219,7 @@ def write_card(facts: Facts, licence: Licence) -> str:
         f"## Use\n\n```python\n{snippet(facts)}\n```",
         training(facts),
         quality(facts),
+        tuned(facts),
         limitations(facts),
         licence_section(facts, licence),
         citation(facts),
@@ -382,6 +387,15 @@ def quality(facts: Facts) -> str:
         f"## Quality\n\nProtocol `{student['protocol']}`: {student['n']} samples, {seeds}; "
         f"{SPREAD}. Evaluations are network evaluations per image.\n\n" + "\n".join(table)
     )
+
+
+def tuned(facts: Facts) -> str:
+    """The section on what a tuned student kept and gained."""
+    if facts.tuning is None:
+        return ""
+    table = ["| | " + " | ".join(HEADS) + " |", "|---" * (len(HEADS) + 1) + "|"]
+    table += [f"| {name} | {' | '.join(row)} |" for name, row in facts.tuning.rows]
+    return f"## Tuning\n\n{facts.tuning.sentence}\n\n" + "\n".join(table)
 
 
 def figure(row: Mapping[str, Any], key: str) -> str:

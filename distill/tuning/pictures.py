@@ -26,9 +26,10 @@ from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.teacher_sampler import recipe_sampler
 from distill.seeds import seed_of
 from eval import shapes
-from teachers.errors import UserError
+from teachers.errors import UserError, clipped, plural
 
 USUAL = (20, 200)  # numbers of pictures for which this is meant
+LEAST = 3  # pictures; DreamBooth's are three to five (arXiv:2208.12242)
 PRIOR = 200  # the teacher's own pictures, of neutral prompts
 OWN_PROMPTS = NEUTRAL_PROMPTS = 500  # prompts of the student, in this order
 DONE = "done"  # a file that says that the pictures beside it are complete
@@ -69,11 +70,13 @@ def lessons(folder: str, neutral: str | None, student: Recipe) -> Lessons:
         listing = list_images(folder, None, 0, True)
         listing.check(listing.bad, listing.total, student.data.skip_share)
     low, high = USUAL
-    if not low <= (count := len(listing.items)) <= high:
-        print_notice(
-            f"--data: found {count} captioned picture{'s' * (count != 1)}; this is meant for {low} "
-            f"to {high}"
+    if (count := len(listing.items)) < LEAST:
+        raise UserError(
+            f"--data: {count} captioned {plural(count, 'picture')} in {clipped(folder)}, and "
+            f"{LEAST} are the fewest that a concept is learned from; give {low} to {high}"
         )
+    if not low <= count <= high:
+        print_notice(f"--data: found {count} captioned pictures; this is meant for {low} to {high}")
     return Lessons(listing, neutral_prompts(neutral, student))
 
 

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from distill.config.recipe import Recipe
-from distill.console import print_line
+from distill.console import print_line, print_notice
 from distill.evaluation.finish import finish, finished
 from distill.files import write
+from distill.publish.card import draft
+from distill.publish.tuning import FILE
+from distill.report.page import report
 from distill.training import build, run_folder
 from distill.tuning.figures import Judged, measured
 from distill.tuning.pictures import Lessons, lessons, write_pictures, write_prompts
@@ -25,8 +28,6 @@ from distill.tuning.recipes import (
 from distill.tuning.student import Tunable, tunable
 from eval.catalogue import headline
 from teachers.errors import UserError, clipped
-
-FILE = "tune.json"  # in the student's run
 
 
 def tune(
@@ -68,6 +69,7 @@ def tune(
         "quality": quality(student, places),
     }
     write(places.out / FILE, json.dumps(figures, indent=2) + "\n")
+    write_pages(places.out)
     return figures
 
 
@@ -78,6 +80,15 @@ def earlier_figures(file: Path, samples: int) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return figures if figures.get("samples") == samples else None
+
+
+def write_pages(run: Path) -> None:
+    """Write the student's card and the run's page again, now with the figures of the tuning."""
+    try:
+        write(run / "student" / "README.md", draft(run / "student"))
+        report(run)
+    except UserError as error:
+        print_notice(f"card and page are without the figures of the tuning: {error}")
 
 
 def checked(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from students.metadata.beside import facts_beside
 from students.metadata.foreign import Method, recognise
 from students.metadata.header import Header, read_header
 from students.metadata.layers import Layers, read_layers
@@ -75,6 +76,8 @@ def report(path: Path) -> Report:
         found.add(name, header.metadata.get(key), HEADER)
     if found.ours:
         add_own(found, path, header)
+    elif (student := facts_beside(path))[0]:
+        add_student(found, *student)
     else:
         add_foreign(found, path, header, layers)
     found.add("graph", comfyui_graph(header.metadata), HEADER)
@@ -115,6 +118,14 @@ def add_own(found: Report, path: Path, header: Header) -> None:
         found.unknown["base_sha256"] = "the base was not on the machine that wrote the file"
     if "licence" not in found.facts:
         found.unknown["licence"] = "the file names none"
+
+
+def add_student(found: Report, facts: Mapping[str, Any], origin: str) -> None:
+    """Add what a student's folder says of its network's file."""
+    for name, value in facts.items():
+        found.add(name, value, origin)
+    if "licence" not in found.facts:
+        found.unknown["licence"] = "see README.md of the student's folder"
 
 
 def own_value(path: Path, key: str, text: str) -> Any:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ WEIGHT = re.compile(
     r"|down)|(?:lora_B(?:\.[^.]+)?|lora_up|lora\.up|lora_linear_layer\.up|up))\.weight"
 )
 ALPHA = re.compile(r"(?P<name>.+?)(?:\.lora|\.lora_linear_layer)?\.alpha")
+MARK = re.compile(r"lora[._]|hada_|lokr_")  # in most names of such a file, and in no model's
 METADATA = "lora_adapter_metadata"  # of the header: PEFT's settings, under which diffusers saves
 SHOWN = 3  # keys that a message names
 
@@ -107,6 +108,12 @@ def check(adapters: Any) -> list[tuple[str, Path, float]]:
             )
         entries.append((f"{key}.file", path, float(strength)))
     return entries
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether the names of a file's weights are those of a LoRA, a LoHa or a LoKr."""
+    names = list(names)
+    return 2 * sum(bool(MARK.search(name)) for name in names) > len(names)
 
 
 def read(

@@ -126,13 +126,20 @@ def file_loader(file: Path, source: str, config: str | None) -> tuple[str, Any]:
     Args:
         config: The folder or Hub id that says what a diffusion pipeline's file does not.
     """
+    from teachers.adapters import files
     from teachers.imagenet import checkpoints as imagenet
 
     who = teacher_at(source)
     if file.suffix in (".pt", ".pth"):
         return "an ImageNet transformer", imagenet.load
-    if imagenet.kind_of(single_files.names_of(file, who)):
+    names = single_files.names_of(file, who)
+    if imagenet.kind_of(names):
         return "an ImageNet transformer", imagenet.load
+    if files.is_lora(names):
+        raise UserError(
+            f"{who}: it is a LoRA, which changes a model and is none; give the model as "
+            f"teacher.source, and this file as teacher.adapters: [{{file: {clipped(file)}}}]"
+        )
     folder = single_files.settings(file, config, who)
     family, loader = loader_of(folder, source)
     if "file" not in signature(loader).parameters:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from distill.planning.doctor import takes_pictures
 from teachers import load
 from teachers.storage.plugin import import_file
 from tests.helpers.command_line import called
@@ -87,6 +88,25 @@ def test_a_network_without_weights_is_examined_for_its_structure(tmp_path, capsy
     code, _, err = called(capsys, "doctor", source, "--json", report)
     checks = {c["name"]: c["verdict"] for c in json.loads(report.read_text())["checks"]}
     assert code == 0 and checks["shape of data"] == "ok" and checks["denoising"] == "left out"
+
+
+def test_a_network_of_volumes_has_no_pictures_to_be_examined_with(tmp_path, capsys):
+    """One of Conv3d, without data and weights, and with data alone."""
+    text = PLAIN.format(name="Volume", argument="").replace(
+        "self.layer = nn.Conv1d(2, 2,",
+        "self.time = nn.Linear(1, 1)\n        self.layer = nn.Conv3d(1, 1,",
+    )
+    data = "\n\ndef data():\n    import torch\n\n    return torch.randn(4, 1, 8, 8, 8)\n"
+    (tmp_path / "volume.py").write_text(text + data)
+    code, out, err = called(capsys, "wrap", tmp_path / "volume.py")
+    assert code == 0, err
+    assert "SHAPE = (1, 64, 64, 64)" in (tmp_path / "volume_teacher.py").read_text()
+    assert "passed" in out
+    place = f"{tmp_path / 'volume.py'}:data"
+    words = ("--data", place, "--out", tmp_path / "small.py")
+    code, out, err = called(capsys, "wrap", tmp_path / "volume.py", *words)
+    assert code == 0, err
+    assert not takes_pictures(load(f"{tmp_path / 'small.py'}:teacher")) and "passed" in out
 
 
 def test_what_must_be_filled_in_is_marked(tmp_path, capsys):

@@ -90,8 +90,9 @@ MAY: dict[str, set[str]] = {
     },
     "distill.tuning": {
         "distill", "distill.config", "distill.data", "distill.data.expansion", "distill.sampling",
-        "distill.training", "distill.evaluation", "students", "students.export", "teachers",
-        "teachers.storage", "eval", "eval.shapes", "eval.metrics", "eval.protocols",
+        "distill.publish", "distill.report", "distill.training", "distill.evaluation", "students",
+        "students.export", "teachers", "teachers.storage", "eval", "eval.shapes", "eval.metrics",
+        "eval.protocols",
     },
     "distill.benchmark": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",

@@ -132,6 +132,17 @@ def test_what_is_no_such_file_is_refused(files, tmp_path):
         load(str(files / "sd15.safetensors"), config=str(files / "sd15"), nul_label=3)
 
 
+@pytest.mark.parametrize("keys", [
+    ("unet.down_blocks.0.to_q.lora_A.weight", "unet.down_blocks.0.to_q.lora_B.weight"),
+    ("lora_unet_a.lora_down.weight", "lora_unet_a.lora_up.weight", "lora_unet_a.alpha"),
+    ("lora_unet_a.hada_w1_a", "lora_unet_a.alpha"),
+])  # fmt: skip
+def test_a_lora_is_called_one_and_its_key_is_named(keys, tmp_path):
+    save_file({k: torch.ones(2, 2) for k in keys}, tmp_path / "style.safetensors")
+    with refused("teacher '*'", "it is a LoRA", "teacher.source", "teacher.adapters: [{file: "):
+        load(str(tmp_path / "style.safetensors"))
+
+
 def test_without_a_config_the_familys_settings_are_downloaded(files, monkeypatch):
     """And the weights of the parts that the file lacks, which here are none."""
     asked = {}

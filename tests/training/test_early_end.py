@@ -134,6 +134,15 @@ def test_flat_needs_a_measurement_in_training(section):
     assert Recipe.check(tree(stop_when_flat={}, protocol="digits", every=2))
 
 
+def test_samples_are_of_a_metric_and_a_protocol_has_its_own():
+    with refused("eval.samples", "512", "digits"):
+        Recipe.check(tree(protocol="digits", samples=512))
+    assert Recipe.check(
+        tree(protocol="digits", samples=256)
+    )  # the default, as resolved recipes say
+    assert Recipe.check(tree(metric="mine.py:score", samples=512)).eval.samples == 512
+
+
 SUMMARY = {"steps": 6, "wall_s": 60.0}
 
 

@@ -2,11 +2,13 @@
 
 import fcntl
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill.publish.card import card
 from distill.training import run_folder
 from distill.training.run_folder import write_recipe
 from distill.tuning import pictures as lesson
@@ -14,7 +16,7 @@ from distill.tuning import tune as tuning
 from distill.tuning.recipes import Places, Settings, student_recipe, teacher_recipe
 from distill.tuning.student import tunable
 from students.export.lora_files import DIFFUSERS, TURBO
-from teachers.errors import UserError
+from teachers.errors import UserError, note, notes_once
 from tests.helpers.command_line import called
 
 SMALL = ["--steps", 2, "--teacher-steps", 2, "--samples", 6]
@@ -108,6 +110,37 @@ def test_what_the_command_prints_and_trains(student, pictures, trained, tmp_path
     figures = json.loads((out / "tune.json").read_text())
     assert figures["quality"]["after"] == {"1": {"fd": 4.5, "accuracy": 0.9}}
     assert figures["students"]["1"] == ROW
+
+
+def test_the_figures_are_on_the_card_and_on_the_page(student, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(student, run)
+    (run / "summary.json").write_text(json.dumps({"steps": 2, "wall_s": 1.0, "metrics": {}}))
+    (run / "metrics.jsonl").write_text('{"step": 1, "student/loss": 0.5}\n')
+    unknown = {**ROW, "teacher_equivalent_steps": None, "steps_kept": None}
+    figures = {"method": "teacher", "pictures": 20, "teacher_steps": 25,
+               "students": {"1": ROW, "2": unknown}}  # fmt: skip
+    (run / "tune.json").write_text(json.dumps(figures))
+    tuning.write_pages(run)
+    assert capsys.readouterr().err == ""
+    text = (run / "student" / "README.md").read_text()
+    assert "| 1 step | 0.96 | 4 | 0.80 | 0.90 |" in text and "on 20 pictures" in text
+    assert "| 2 steps | unknown | more than 25 | 0.80 | 0.90 |" in text
+    page = (run / "report.html").read_text()
+    assert "<td>1 step</td><td>0.96</td><td>4</td>" in page and "tuned teacher in 25 steps" in page
+    assert "## Tuning" in card(run).text
+    (run / "tune.json").write_text(json.dumps({**figures, "students": {"1": {}}}))
+    tuning.write_pages(run)
+    assert "tune.json: damaged" in capsys.readouterr().err
+
+
+def test_a_note_is_written_once(capsys):
+    with notes_once():
+        for line in ("a: 72 of 72 pairs", "b: 1 of 1 pairs", "a: 72 of 72 pairs"):
+            note(line)
+    note("a: 72 of 72 pairs")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"distill: {k}" for k in ("a: 72 of 72 pairs", "b: 1 of 1 pairs")] + lines[:1]
 
 
 def test_what_was_stopped_goes_on(student, pictures, trained, tmp_path, monkeypatch):
@@ -258,6 +291,7 @@ def test_nothing_is_left_where_the_teacher_cannot_be_read(
         (["STUDENT", "--data", "nowhere"], "--data"),
         (["STUDENT", "--data", "EMPTY"], "--data"),
         (["STUDENT", "--data", "UNCAPTIONED"], "--data"),
+        (["STUDENT", "--data", "TWO"], "--data"),
         (["STUDENT", "--data", "PICTURES", "--method", "self"], "--method self"),
         (["STUDENT", "--data", "PICTURES", "--method", "magic"], "--method 'magic'"),
         (["STUDENT", "--data", "PICTURES", "--rate", "0"], "--rate"),
@@ -276,10 +310,13 @@ def test_what_cannot_be_tuned_is_refused_in_one_line_and_nothing_is_written(
     (tmp_path / "empty").mkdir()
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone/0.png").write_bytes((pictures / "0.png").read_bytes())
+    (tmp_path / "two").mkdir()
+    for name in ("0.png", "0.txt", "1.png", "1.txt"):
+        (tmp_path / "two" / name).write_bytes((pictures / name).read_bytes())
     before = sorted(tmp_path.rglob("*"))
     places = {
         "STUDENT": student, "TEACHER": teacher, "PICTURES": pictures, "EMPTY": "empty",
-        "UNCAPTIONED": "alone", "EMPTY/..": tmp_path,
+        "UNCAPTIONED": "alone", "TWO": "two", "EMPTY/..": tmp_path,
     }  # fmt: skip
     code, out, err = called(capsys, "tune", *(places.get(w, w) for w in words))
     assert (code, out) == (2, "")
