@@ -8,7 +8,7 @@
 The new shape is a wedge, a triangle with its apex down. Its word is z, a token that no caption of
 the teacher has. `draw` draws 50 of its 90 captions. `reader` measures the
 exact reader, given a fifth template, on drawings that nothing was trained on. `measure` reads what
-students draw at one step: the 50 captions, the 40 others, and the teacher's own 360.
+students draw in all their steps: the 50 captions, the 40 others, and the teacher's own 360.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def reader_figures() -> dict[str, float]:
 
 
 def student_figures(folder: Path, seed: int) -> dict[str, float]:
-    """Caption accuracy of a student at one step."""
+    """Caption accuracy of a student in all its steps."""
     generator, teacher = load_student(folder)
-    return figures(lambda c, s: student_samples(generator.at(1), teacher, c, s).images, seed)
+    return figures(lambda c, s: student_samples(generator, teacher, c, s).images, seed)
 
 
 def teacher_figures(run: Path, seed: int) -> dict[str, float]:

@@ -104,7 +104,7 @@ def checked(
     student = tunable(source, settings.overrides)
     learned = lessons(str(places.data), neutral, student.recipe)
     first = teacher_recipe(student, places, settings, learned.share)
-    second = student_recipe(student, places, settings)
+    second = student_recipe(student, places, settings, learned.share)
     if places.tuned is not None and not finished(places.tuned):
         raise UserError(
             f"--teacher: {clipped(str(places.tuned))} is no finished run of a tuned teacher; give "
@@ -134,7 +134,7 @@ def judged(
     """What the figures compare. The teacher is the tuned one, whatever the method was."""
     tree = student.recipe.tree()
     tree["players"] = {"student": {}}
-    tree = matched(tree, student, places, settings)
+    tree = matched(tree, student, places)
     recipe = Recipe.check({**tree, "critic": None}, "distill tune")
     return Judged(recipe, student.folder, places.out, places.teacher, learned, samples)
 

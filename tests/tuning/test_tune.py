@@ -211,7 +211,7 @@ def test_the_recipes_of_the_methods(student, pictures, tmp_path):
     assert first.players["student"].lr == 0.5
     assert first.objective["known_from"] == 9
     found = {
-        m: student_recipe(source, places, Settings(method=m, overrides=["train.batch=3"]))
+        m: student_recipe(source, places, Settings(method=m, overrides=["train.batch=3"]), 9)
         for m in ("teacher", "anchor", "plain")
     }
     assert {r.train.batch for r in found.values()} == {3}
@@ -221,9 +221,11 @@ def test_the_recipes_of_the_methods(student, pictures, tmp_path):
     }  # fmt: skip
     assert found["teacher"].objective["student_every"] == 2  # as in the student's run
     assert found["teacher"].players["fake"].lr == 2e-3
-    keys = ("anchor", "where")
-    assert [found["anchor"].objective[k] for k in keys] == [0.5, "steps"]
-    assert [found["plain"].objective[k] for k in keys] == [0.0, "times"]
+    keys = ("anchor", "where", "known_from")
+    assert [found["anchor"].objective[k] for k in keys] == [0.5, "steps", 9]
+    assert [found["plain"].objective[k] for k in keys] == [0.0, "times", None]
+    assert found["anchor"].data.source == str(places.pictures)  # with neutral ones
+    assert found["plain"].data.source == str(pictures.resolve())
     own = [v.file for v in found["plain"].teacher.adapters or ()]
     assert own == [str(student / "lora" / DIFFUSERS)]
 
@@ -233,7 +235,7 @@ def test_a_student_without_lora_files_is_tuned_on_its_own_weights(student, pictu
     folder.symlink_to(student / "student")
     source = tunable(str(folder))
     assert source.lora is None
-    recipe = student_recipe(source, Places(tmp_path / "out", pictures), Settings(method="plain"))
+    recipe = student_recipe(source, Places(tmp_path / "out", pictures), Settings(method="plain"), 9)
     assert recipe.teacher.source == str((student / "student").resolve())
     assert recipe.teacher.adapters is None
 
