@@ -39,7 +39,7 @@ Link = list[Any]  # a node's name and the index of one of its outputs
 
 PROMPT = "a lighthouse at dusk"
 ZSNR_SIGMA = 4518.7694  # the highest σ of ComfyUI's table where the terminal SNR is zero
-PREDICTIONS = {"v": "v_prediction", "x": "x0"}  # of ModelSamplingDiscrete; ε is the default
+PREDICTIONS = {"eps": "eps", "v": "v_prediction", "x": "x0"}  # of ModelSamplingDiscrete
 NUMBER = re.compile(r"[-+]?(?:\d*\.*\d+)")  # how ManualSigmas reads its text: without exponents
 
 
@@ -52,6 +52,7 @@ class Family:
         kind: The type that the CLIP loader is given.
         vae: The VAE's file; empty: it is in the checkpoint, as the network is.
         latent: The node of the empty latent.
+        predicts: What ComfyUI takes a network of ε or v for, unless ModelSamplingDiscrete says so.
         tables: Of networks of ε or v, ComfyUI's tables of σ; it takes one by the base's weights.
     """
 
@@ -60,6 +61,7 @@ class Family:
     vae: str = ""
     latent: str = "EmptySD3LatentImage"
     tables: tuple[Callable[[], Tabulated], ...] = (Tabulated.scaled_linear,)
+    predicts: str = "eps"
 
 
 MANY = {3: "Triple", 4: "Quadruple"}
@@ -88,6 +90,7 @@ FAMILIES = {
     "HunyuanDiT": Family(
         latent="EmptyLatentImage",
         tables=tuple(partial(Tabulated.scaled_linear, end=end) for end in (0.018, 0.03)),
+        predicts="v",
     ),
     "Krea2": Family(("qwen3vl_4b_fp8_scaled.safetensors",), "krea2", "qwen_image_vae.safetensors"),
     "PixArtAlpha": Family((T5,), "pixart", "sd_vae.safetensors", "EmptyLatentImage", PIXART),
@@ -159,7 +162,8 @@ def graph(request: Request) -> Graph:
         model = build.add(
             "LoraLoaderModelOnly", model=model, lora_name=request.lora, strength_model=1.0
         )
-    if request.predicts in PREDICTIONS:
+    usual = request.predicts == family.predicts and not request.zero_snr
+    if request.predicts in PREDICTIONS and not usual:
         model = build.add(
             "ModelSamplingDiscrete",
             model=model,
