@@ -1076,4 +1076,28 @@ MUTANTS: tuple[Mutant, ...] = (
         "cli/test_show.py::test_absurd_facts_are_shown_or_refused",
         "cli/test_show.py::test_a_strangers_text_does_not_move_the_cursor",
     ),
+    fault(
+        "scale and shift left in diffusers' order in ComfyUI's file and in what is read of it",
+        "teachers/adapters/original.py",
+        "swapped = type(parent).__name__ in SCALE_FIRST",
+        "swapped = False",
+        "students/test_comfyui_names.py::"
+        "test_every_key_is_a_layer_of_comfyuis_network_and_reads_back",
+    ),
+    fault(
+        "a fused layer's factors below one another, and not on a diagonal",
+        "students/export/combined.py",
+        "row, column = row + layer.out_features, column + rank",
+        "row = row + layer.out_features",
+        "students/test_comfyui_names.py::"
+        "test_every_key_is_a_layer_of_comfyuis_network_and_reads_back",
+    ),
+    fault(
+        "weights of a ComfyUI file that differ from the student's are let pass",
+        "students/export/combined.py",
+        "if not most <= ROUNDING * max(1.0, float(expected.abs().max())):",
+        "if not most <= float('inf'):",
+        "students/test_comfyui_names.py::"
+        "test_a_file_with_other_weights_than_the_students_is_not_written",
+    ),
 )

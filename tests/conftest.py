@@ -93,13 +93,6 @@ def _preloaded():
         yield
 
 
-@pytest.fixture
-def real_process():
-    """Exports are checked in a process of their own, as outside the tests."""
-    with preloaded.real():
-        yield
-
-
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Small random UNet2D pipelines in the real on-disk format, by kind."""

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from students.metadata.comfyui_nodes import KINDS, NODES
 from teachers.process import Tabulated
 
 Graph = dict[str, dict[str, Any]]
@@ -38,61 +39,8 @@ Link = list[Any]  # a node's name and the index of one of its outputs
 
 PROMPT = "a lighthouse at dusk"
 ZSNR_SIGMA = 4518.7694  # the highest σ of ComfyUI's table where the terminal SNR is zero
-PREDICTIONS = {"v": "v_prediction", "x": "x0"}  # of ModelSamplingDiscrete; ε is the default
+PREDICTIONS = {"eps": "eps", "v": "v_prediction", "x": "x0"}  # of ModelSamplingDiscrete
 NUMBER = re.compile(r"[-+]?(?:\d*\.*\d+)")  # how ManualSigmas reads its text: without exponents
-
-TEXT, WHOLE, REAL, YES = "STRING", "INT", "FLOAT", "BOOLEAN"
-KINDS = {TEXT: str, WHOLE: int, REAL: float, YES: bool}
-# Of each node: the kinds of its inputs, and of its outputs.
-NODES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
-    "CheckpointLoaderSimple": ({"ckpt_name": TEXT}, ("MODEL", "CLIP", "VAE")),
-    "UNETLoader": ({"unet_name": TEXT, "weight_dtype": TEXT}, ("MODEL",)),
-    "CLIPLoader": ({"clip_name": TEXT, "type": TEXT}, ("CLIP",)),
-    "DualCLIPLoader": ({"clip_name1": TEXT, "clip_name2": TEXT, "type": TEXT}, ("CLIP",)),
-    "TripleCLIPLoader": (
-        {"clip_name1": TEXT, "clip_name2": TEXT, "clip_name3": TEXT}, ("CLIP",)
-    ),
-    "QuadrupleCLIPLoader": ({f"clip_name{i}": TEXT for i in (1, 2, 3, 4)}, ("CLIP",)),
-    "T5TokenizerOptions": (
-        {"clip": "CLIP", "min_padding": WHOLE, "min_length": WHOLE}, ("CLIP",)
-    ),
-    "VAELoader": ({"vae_name": TEXT}, ("VAE",)),
-    "LoraLoaderModelOnly": (
-        {"model": "MODEL", "lora_name": TEXT, "strength_model": REAL}, ("MODEL",)
-    ),
-    "LoraLoader": (
-        {"model": "MODEL", "clip": "CLIP", "lora_name": TEXT, "strength_model": REAL,
-         "strength_clip": REAL}, ("MODEL", "CLIP"),
-    ),
-    "ModelSamplingDiscrete": ({"model": "MODEL", "sampling": TEXT, "zsnr": YES}, ("MODEL",)),
-    "CLIPTextEncode": ({"text": TEXT, "clip": "CLIP"}, ("CONDITIONING",)),
-    "CLIPTextEncodeLumina2": (
-        {"system_prompt": TEXT, "user_prompt": TEXT, "clip": "CLIP"}, ("CONDITIONING",)
-    ),
-    "FluxGuidance": ({"conditioning": "CONDITIONING", "guidance": REAL}, ("CONDITIONING",)),
-    "BasicGuider": ({"model": "MODEL", "conditioning": "CONDITIONING"}, ("GUIDER",)),
-    "KSamplerSelect": ({"sampler_name": TEXT}, ("SAMPLER",)),
-    "ManualSigmas": ({"sigmas": TEXT}, ("SIGMAS",)),
-    "RandomNoise": ({"noise_seed": WHOLE}, ("NOISE",)),
-    "EmptyLatentImage": ({"width": WHOLE, "height": WHOLE, "batch_size": WHOLE}, ("LATENT",)),
-    "EmptySD3LatentImage": ({"width": WHOLE, "height": WHOLE, "batch_size": WHOLE}, ("LATENT",)),
-    "EmptyFlux2LatentImage": (
-        {"width": WHOLE, "height": WHOLE, "batch_size": WHOLE}, ("LATENT",)
-    ),
-    "EmptyHunyuanLatentVideo": (
-        {"width": WHOLE, "height": WHOLE, "length": WHOLE, "batch_size": WHOLE}, ("LATENT",)
-    ),
-    "SamplerCustomAdvanced": (
-        {"noise": "NOISE", "guider": "GUIDER", "sampler": "SAMPLER", "sigmas": "SIGMAS",
-         "latent_image": "LATENT"}, ("LATENT", "LATENT"),
-    ),
-    "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",)),
-    "SaveImage": ({"images": "IMAGE", "filename_prefix": TEXT}, ()),
-    "SaveAnimatedWEBP": (
-        {"images": "IMAGE", "filename_prefix": TEXT, "fps": REAL, "lossless": YES,
-         "quality": WHOLE, "method": TEXT}, (),
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,6 +52,7 @@ class Family:
         kind: The type that the CLIP loader is given.
         vae: The VAE's file; empty: it is in the checkpoint, as the network is.
         latent: The node of the empty latent.
+        predicts: What ComfyUI takes a network of ε or v for, unless ModelSamplingDiscrete says so.
         tables: Of networks of ε or v, ComfyUI's tables of σ; it takes one by the base's weights.
     """
 
@@ -112,6 +61,7 @@ class Family:
     vae: str = ""
     latent: str = "EmptySD3LatentImage"
     tables: tuple[Callable[[], Tabulated], ...] = (Tabulated.scaled_linear,)
+    predicts: str = "eps"
 
 
 MANY = {3: "Triple", 4: "Quadruple"}
@@ -140,6 +90,7 @@ FAMILIES = {
     "HunyuanDiT": Family(
         latent="EmptyLatentImage",
         tables=tuple(partial(Tabulated.scaled_linear, end=end) for end in (0.018, 0.03)),
+        predicts="v",
     ),
     "Krea2": Family(("qwen3vl_4b_fp8_scaled.safetensors",), "krea2", "qwen_image_vae.safetensors"),
     "PixArtAlpha": Family((T5,), "pixart", "sd_vae.safetensors", "EmptyLatentImage", PIXART),
@@ -211,7 +162,8 @@ def graph(request: Request) -> Graph:
         model = build.add(
             "LoraLoaderModelOnly", model=model, lora_name=request.lora, strength_model=1.0
         )
-    if request.predicts in PREDICTIONS:
+    usual = request.predicts == family.predicts and not request.zero_snr
+    if request.predicts in PREDICTIONS and not usual:
         model = build.add(
             "ModelSamplingDiscrete",
             model=model,

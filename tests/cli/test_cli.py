@@ -57,28 +57,18 @@ def test_a_run_folder_holds_all_that_it_should(finished):
     assert steps == [2, 4]
 
 
-def test_sampling_gives_the_stock_pipelines_pictures(finished, tmp_path):
+def test_sampling_gives_the_stock_pipelines_pictures(finished, tmp_path, capsys):
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(finished / "student")
     pipe.set_progress_bar_config(disable=True)
     for steps in (1, 2):
         out = tmp_path / f"{steps}.npz"
-        result = command(
-            "sample",
-            finished,
-            "--steps",
-            steps,
-            "--n",
-            6,
-            "--seed",
-            5,
-            "--labels",
-            "3,1",
-            "--out",
-            out,
-        )
-        assert result.returncode == 0, result.stderr
+        code, _, err = called(
+            capsys, "sample", finished, "--steps", steps, "--n", 6, "--seed", 5, "--labels", "3,1",
+            "--out", out,
+        )  # fmt: skip
+        assert code == 0, err
         stock = pipe(
             batch_size=6, class_labels=[3, 1] * 3, num_inference_steps=steps,
             generator=torch.Generator().manual_seed(5), output_type="np",
@@ -325,11 +315,12 @@ def on_a_terminal(*words) -> str:
     return seen.decode()
 
 
-def test_a_run_says_at_once_that_it_prepares_and_only_on_a_terminal(tmp_path):
+def test_a_run_says_at_once_that_it_prepares_and_only_on_a_terminal(tmp_path, capsys):
     words = ("run", tmp_path / "nowhere.yaml")
     seen = on_a_terminal(*words)
     assert seen.index("preparing") < seen.index("no such file")
-    assert command(*words).stderr.startswith("distill: recipe")
+    code, _, err = called(capsys, *words)
+    assert code == 2 and err.startswith("distill: recipe")
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ def check_graph(name, renoise, facts, graph):
     (sampler,) = (n["inputs"] for n in graph.values() if n["class_type"] == "KSamplerSelect")
     assert sampler == {"sampler_name": "lcm" if renoise else "euler"}
     assert ("FluxGuidance" in kinds) == (name in ("flux-dev", "flux2-dev"))
-    assert ("ModelSamplingDiscrete" in kinds) == (name in ("sd2", "hunyuan"))
+    assert ("ModelSamplingDiscrete" in kinds) == (name == "sd2")
     assert ("EmptyFlux2LatentImage" in kinds) == (name in ("ernie", "flux2-dev", "flux2-klein"))
     assert ("QuadrupleCLIPLoader" in kinds) == (name == "hidream")
     assert ("T5TokenizerOptions" in kinds) == (name == "chroma")
@@ -211,6 +211,15 @@ def test_the_graph_lies_beside_the_file_and_in_its_header(name, loaders, made):
     # of two files of one content, ComfyUI maps its own whole
     (lora,) = (n["inputs"] for n in graph.values() if n["class_type"] == "LoraLoaderModelOnly")
     assert lora["lora_name"] == (COMFYUI if (folder / COMFYUI).exists() else DIFFUSERS)
+
+
+def test_a_prediction_that_comfyui_does_not_expect_is_said_in_the_graph():
+    for family, usual in (("StableDiffusion", "eps"), ("HunyuanDiT", "v")):
+        for predicts in ("eps", "v"):
+            request = comfyui.Request(family, "a", "b", [1.0, 0.0], False, (64, 64), predicts)
+            nodes = comfyui.graph(request).values()
+            said = [n["inputs"]["sampling"] for n in nodes if "sampling" in n["inputs"]]
+            assert said == ([] if predicts == usual else [comfyui.PREDICTIONS[predicts]])
 
 
 def test_a_graph_with_a_fault_is_named():

@@ -17,7 +17,7 @@ from students.export.sources import user as user_source
 from students.lora import Adapter, network_of
 from teachers import Linear, Network, Pixels, Teacher, UserError, load
 from teachers.denoiser import edm
-from tests.helpers import own
+from tests.helpers import own, preloaded
 
 
 def student_of(teacher, steps=4, renoise=True, adapter=None):
@@ -65,7 +65,8 @@ def test_a_folder_samples_as_the_student_in_another_process(dims, adapter, renoi
 def test_a_folder_needs_no_code_of_ours_and_says_what_is_in_it(tmp_path):
     teacher = load(f"{own.write(tmp_path)}:teacher")
     student = student_of(teacher, 1)
-    exported(student, teacher, tmp_path / "student")
+    with preloaded.real():
+        exported(student, teacher, tmp_path / "student")
     files = {p.name: p.read_text() for p in (tmp_path / "student").glob("*.py")}
     assert len(files) == 2 and not any("teachers" in text for text in files.values())
     assert len(files["sampler.py"].splitlines()) < 100
