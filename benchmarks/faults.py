@@ -365,8 +365,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "the worst checkpoint kept as the best",
         "distill/training/engine.py",
-        "metrics[headline] < self.best",
-        "not metrics[headline] < self.best",
+        "value < self.best",
+        "not value < self.best",
         "training/test_updates.py::test_the_checkpoint_that_is_kept_as_the_best_has_the_lowest_headline",
     ),
     # distill: data, encode, images, schedules, budget
