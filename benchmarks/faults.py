@@ -1076,4 +1076,18 @@ MUTANTS: tuple[Mutant, ...] = (
         "cli/test_show.py::test_absurd_facts_are_shown_or_refused",
         "cli/test_show.py::test_a_strangers_text_does_not_move_the_cursor",
     ),
+    fault(
+        "a caption of several lines shifts the known prompts",
+        "distill/tuning/pictures.py",
+        'return " ".join(str(prompt).split())',
+        "return str(prompt)",
+        "tuning/test_tune.py::test_a_caption_of_several_lines_shifts_no_prompt",
+    ),
+    fault(
+        "a LoRA file in a student's weights added again",
+        "students/export/earlier.py",
+        "held.pop(file.sha256, 0)",
+        "held.pop(file.path.name, 0)",
+        "tuning/test_earlier.py::test_a_lora_file_in_the_weights_is_not_added_again_under_another_name_or_strength",
+    ),
 )
