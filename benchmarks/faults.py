@@ -1090,4 +1090,11 @@ MUTANTS: tuple[Mutant, ...] = (
         "held.pop(file.path.name, 0)",
         "tuning/test_earlier.py::test_a_lora_file_in_the_weights_is_not_added_again_under_another_name_or_strength",
     ),
+    fault(
+        "a LoRA added to the codes of a quantised base",
+        "teachers/adapters/fuse.py",
+        "whole = decoded(tensors, torch.float32)[name]",
+        "whole = tensors[name].float()",
+        "teachers/test_user_lora.py::test_changes_are_added_to_what_quantised_files_stand_for",
+    ),
 )
