@@ -1097,4 +1097,11 @@ MUTANTS: tuple[Mutant, ...] = (
         "whole = tensors[name].float()",
         "teachers/test_user_lora.py::test_changes_are_added_to_what_quantised_files_stand_for",
     ),
+    fault(
+        "Ctrl-C ends a command without a word",
+        "distill/__main__.py",
+        "if code == 128 + signal.SIGINT:",
+        "if code == 128:",
+        "cli/test_cli.py::test_a_signal_outside_training_ends_in_a_line",
+    ),
 )

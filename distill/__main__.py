@@ -90,6 +90,8 @@ def main() -> None:
         warnings.simplefilter("ignore", FutureWarning)
     try:
         code = app(standalone_mode=False) or 0
+        if code == 128 + signal.SIGINT:  # typer's newer versions make Ctrl-C an exit code
+            raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write(f"distill: SIGINT: stopped{resume_hint()}\n")
         code = 128 + signal.SIGINT

@@ -391,3 +391,18 @@ def test_a_signal_in_a_run_of_auto_names_a_command_that_takes_resume(monkeypatch
         monkeypatch.setattr("sys.argv", ["distill", word, "x"])
         assert errors.signal_exit_code(Stopped(signal.SIGINT)) == 130
         assert advice in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "line"),
+    [
+        (KeyboardInterrupt, 130, "distill: SIGINT: stopped\n"),
+        (cli.Terminated, 143, "distill: SIGTERM: stopped\n"),
+    ],
+)
+def test_a_signal_outside_training_ends_in_a_line(stop, code, line, monkeypatch, capsys, tmp_path):
+    def stopped(path):
+        raise stop
+
+    monkeypatch.setattr("students.metadata.show.report", stopped)
+    assert called(capsys, "show", tmp_path / "a.safetensors") == (code, "", line)
