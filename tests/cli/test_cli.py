@@ -406,3 +406,11 @@ def test_a_signal_outside_training_ends_in_a_line(stop, code, line, monkeypatch,
 
     monkeypatch.setattr("students.metadata.show.report", stopped)
     assert called(capsys, "show", tmp_path / "a.safetensors") == (code, "", line)
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_the_shell_closed_is_no_fault(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, name, None)
+    code, _, err = called(capsys, "show", tmp_path / "a.safetensors")
+    assert code == 2 and err.startswith("" if name == "stderr" else "distill: ")
+    assert not getattr(sys, name).isatty()
