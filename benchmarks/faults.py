@@ -365,8 +365,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "the worst checkpoint kept as the best",
         "distill/training/engine.py",
-        "metrics[headline] < self.best",
-        "not metrics[headline] < self.best",
+        "value < self.best",
+        "not value < self.best",
         "training/test_updates.py::test_the_checkpoint_that_is_kept_as_the_best_has_the_lowest_headline",
     ),
     # distill: data, encode, images, schedules, budget
@@ -1099,5 +1099,33 @@ MUTANTS: tuple[Mutant, ...] = (
         "if not most <= float('inf'):",
         "students/test_comfyui_names.py::"
         "test_a_file_with_other_weights_than_the_students_is_not_written",
+    ),
+    fault(
+        "a caption of several lines shifts the known prompts",
+        "distill/tuning/pictures.py",
+        'return " ".join(str(prompt).split())',
+        "return str(prompt)",
+        "tuning/test_tune.py::test_a_caption_of_several_lines_shifts_no_prompt",
+    ),
+    fault(
+        "a LoRA file in a student's weights added again",
+        "students/export/earlier.py",
+        "held.pop(file.sha256, 0)",
+        "held.pop(file.path.name, 0)",
+        "tuning/test_earlier.py::test_a_lora_file_in_the_weights_is_not_added_again_under_another_name_or_strength",
+    ),
+    fault(
+        "a LoRA added to the codes of a quantised base",
+        "teachers/adapters/fuse.py",
+        "whole = decoded(tensors, torch.float32)[name]",
+        "whole = tensors[name].float()",
+        "teachers/test_user_lora.py::test_changes_are_added_to_what_quantised_files_stand_for",
+    ),
+    fault(
+        "Ctrl-C ends a command without a word",
+        "distill/__main__.py",
+        "if code == 128 + signal.SIGINT:",
+        "if code == 128:",
+        "cli/test_cli.py::test_a_signal_outside_training_ends_in_a_line",
     ),
 )

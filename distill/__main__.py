@@ -85,11 +85,16 @@ def main() -> None:
     """Exit codes: 0 success; 2 an error the user can correct, as one line; 130 or 143 stopped by a
     signal; 1 anything else."""
     code = 1
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by a shell
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     signal.signal(signal.SIGTERM, raise_terminated)
     if not sys.warnoptions:  # users can do nothing about our dependencies' future changes
         warnings.simplefilter("ignore", FutureWarning)
     try:
         code = app(standalone_mode=False) or 0
+        if code == 128 + signal.SIGINT:  # typer's newer versions make Ctrl-C an exit code
+            raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write(f"distill: SIGINT: stopped{resume_hint()}\n")
         code = 128 + signal.SIGINT

@@ -127,7 +127,7 @@ def check_output(teacher: Teacher, who: str) -> None:
     try:
         with torch.enable_grad():
             network.backbone.requires_grad_(True)
-            learns = called(network, x_t, t, cond, s, who).requires_grad
+            learns = called(network, x_t[:1], t[:1], first, s[:1], who).requires_grad
     finally:
         for weight in frozen:
             weight.requires_grad_(False)

@@ -118,11 +118,8 @@ def saved(recipe: str, out: Path) -> Path:
 
 
 def confirmed() -> bool:
-    """Whether the user answers yes; no without a terminal, or with a closed stream."""
-    streams = (sys.stdin, sys.stdout)  # None where a shell closed them
-    if not all(stream is not None and stream.isatty() for stream in streams):
-        return False
-    return typer.confirm("Run it now?")
+    """Whether the user answers yes; no without a terminal."""
+    return sys.stdin.isatty() and sys.stdout.isatty() and typer.confirm("Run it now?")
 
 
 def adapter_of(text: str) -> dict[str, Any]:

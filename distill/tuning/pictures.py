@@ -49,7 +49,7 @@ class Lessons:
     @property
     def captions(self) -> list[str]:
         """The pictures' captions, each once, in the order of the pictures."""
-        return list(dict.fromkeys(str(item.prompt) for item in self.listing.items))
+        return list(dict.fromkeys(one_line(item.prompt) for item in self.listing.items))
 
     @property
     def share(self) -> int:
@@ -96,7 +96,12 @@ def neutral_prompts(place: str | None, student: Recipe) -> list[str]:
         return shapes.all_captions()
     with named("--neutral"):
         prompts = list_prompts(place or student.data.prompts or "pack:starter")
-    return list(dict.fromkeys(str(item.prompt) for item in prompts.items))
+    return list(dict.fromkeys(line for item in prompts.items if (line := one_line(item.prompt))))
+
+
+def one_line(prompt: Any) -> str:
+    """A caption without line breaks, of which one more would shift all prompts after it."""
+    return " ".join(str(prompt).split())
 
 
 def write_prompts(file: Path, lessons: Lessons, seed: int) -> None:
@@ -137,7 +142,7 @@ def write_pictures(folder: Path, lessons: Lessons, recipe: Recipe, seed: int) ->
     for i, item in enumerate(cycled(items, len(prompts))):
         picture = folder / f"own-{i:04d}{Path(item.name).suffix or '.png'}"
         picture.write_bytes(item.image())  # pyright: ignore[reportOptionalCall]
-        write(picture.with_suffix(".txt"), str(item.prompt))
+        write(picture.with_suffix(".txt"), one_line(item.prompt))
     write(folder / DONE, "")
 
 

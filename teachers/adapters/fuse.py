@@ -6,7 +6,7 @@ changes, and guidance has them in both of its branches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from teachers.adapters.files import LoRAFile, Pair, check, read
 from teachers.errors import UserError, note
+from teachers.storage.packed import decoded
 from teachers.storage.variants import WEIGHTS, variant_of
 
 
@@ -65,7 +66,7 @@ class Fusion:
         for module, pairs in self.changes(part).items():
             weight = network.get_submodule(module).weight
             assert isinstance(weight, Tensor)
-            base = _in_file(files.get(f"{module}.weight"), f"{module}.weight", weight).float()
+            base = _in_file(files, f"{module}.weight", weight).float()
             delta = sum((pair.delta() for pair in pairs[1:]), pairs[0].delta()).to(base.device)
             change += float(delta.square().sum())
             weights += float(base.square().sum())
@@ -125,9 +126,18 @@ def stored(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _in_file(path: Path | None, name: str, weight: Tensor) -> Tensor:
-    """A weight as a file has it; or as it is, without a file or if it is not rounded."""
-    if path is None or weight.dtype == torch.float32:
+def _in_file(stored: Mapping[str, Path], name: str, weight: Tensor) -> Tensor:
+    """A weight as its file has it, decoded if it is quantised there; or as it is, if not rounded.
+
+    Args:
+        stored: The file of each stored tensor; empty if there are none.
+    """
+    if name not in stored or weight.dtype == torch.float32:
         return weight
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(name).to(weight.device).view(weight.shape)
+    codes = (f"{name}.", f"{name.removesuffix('weight')}SCB")  # what bitsandbytes has beside it
+    tensors = {}
+    for key in [name, *(k for k in stored if k.startswith(codes))]:
+        with safe_open(stored[key], "pt") as file:
+            tensors[key] = file.get_tensor(key)
+    whole = decoded(tensors, torch.float32)[name]
+    return whole.to(weight.device).view(weight.shape)

@@ -278,13 +278,14 @@ def _analytic(source: str) -> Teacher:
 
 def _from_function(source: str) -> Teacher:
     """The teacher that a user's own function returns."""
-    from teachers.storage.plugin import import_file
+    from teachers.storage.plugin import import_file, settings_kept
 
     place, _, name = source.rpartition(":")
     try:
         module = import_file(home(place, "teacher"))
         function = getattr(module, name, None)
-        teacher = function() if callable(function) else None
+        with settings_kept():
+            teacher = function() if callable(function) else None
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a user's module may raise anything

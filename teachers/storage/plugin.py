@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from teachers.errors import UserError, clipped, nearest
 from teachers.storage.files import home
@@ -36,11 +40,27 @@ def import_file(path: Path) -> ModuleType:
         raise FileNotFoundError(f"no such file in {Path.cwd()}")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with settings_kept():
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]  # never reuse a half-imported module
         raise
     return module
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Within it, a user's code may change torch's settings and the working folder; not for others.
+
+    Scripts for sampling switch gradients off, without which nothing would learn.
+    """
+    gradients, dtype, folder = torch.is_grad_enabled(), torch.get_default_dtype(), Path.cwd()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+        os.chdir(folder)
 
 
 def is_installed(name: str) -> bool:
@@ -86,7 +106,8 @@ def called(place: str, key: str, *args: Any) -> Any:
     """
     function = function_at(place, key)
     try:
-        return function(*args)
+        with settings_kept():
+            return function(*args)
     except UserError:
         raise
     except (Exception, SystemExit) as error:

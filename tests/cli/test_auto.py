@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from distill import console
 from distill.auto.start import start_of
 from distill.auto.subject import pictures_in, subject_of
-from distill.cli import auto, train
+from distill.cli import train
 from distill.config.recipe import Recipe
 from distill.planning import forecast
 from distill.planning.plan import Plan
@@ -168,11 +168,6 @@ def test_a_folder_with_a_recipe_is_not_written_over(place, capsys):
     assert code == 2
     refused_line(err, "--out", "recipe.yaml")
     assert (place / "o/recipe.yaml").read_text() == "mine"
-
-
-def test_a_closed_stream_is_no_yes(monkeypatch):
-    monkeypatch.setattr("sys.stdin", None)
-    assert auto.confirmed() is False
 
 
 def test_a_folder_of_pictures_below_the_home_folder_is_read(monkeypatch, tmp_path):

@@ -382,3 +382,26 @@ def test_a_signal_in_a_run_of_auto_names_a_command_that_takes_resume(monkeypatch
         monkeypatch.setattr("sys.argv", ["distill", word, "x"])
         assert errors.signal_exit_code(Stopped(signal.SIGINT)) == 130
         assert advice in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "line"),
+    [
+        (KeyboardInterrupt, 130, "distill: SIGINT: stopped\n"),
+        (cli.Terminated, 143, "distill: SIGTERM: stopped\n"),
+    ],
+)
+def test_a_signal_outside_training_ends_in_a_line(stop, code, line, monkeypatch, capsys, tmp_path):
+    def stopped(path):
+        raise stop
+
+    monkeypatch.setattr("students.metadata.show.report", stopped)
+    assert called(capsys, "show", tmp_path / "a.safetensors") == (code, "", line)
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_the_shell_closed_is_no_fault(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, name, None)
+    code, _, err = called(capsys, "show", tmp_path / "a.safetensors")
+    assert code == 2 and err.startswith("" if name == "stderr" else "distill: ")
+    assert not getattr(sys, name).isatty()

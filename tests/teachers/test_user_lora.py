@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from distill.data.fingerprint import fingerprint
 from teachers import load
 from teachers.errors import UserError
 from teachers.quantised import decode, encode
-from tests.helpers import families
+from tests.helpers import families, packed
 from tests.helpers import lora_formats as formats
 
 AB = ("{}.lora_A.weight", "{}.lora_B.weight")
@@ -259,6 +260,24 @@ def test_changes_are_added_in_float32_and_rounded_once(sd):
         weight = whole.get_submodule(name).weight.bfloat16()
         expected = decode(*encode(weight, "nf4"), layer.pairs, tuple(weight.shape), torch.bfloat16)
         assert torch.equal(layer.weight, expected), name
+
+
+@pytest.mark.parametrize("form", ["8 bits", "nf4"])
+def test_changes_are_added_to_what_quantised_files_stand_for(form, folders, tmp_path):
+    """And not to their codes; rounded once, from the decoded weights in float32."""
+    name, options = "flux-schnell", families.OPTIONS["flux-schnell"]
+    folder = shutil.copytree(folders(name), tmp_path / "packed")
+    packed.pack(folder / "transformer", form)
+    plain = load(str(folder), **options)
+    network = plain.codec.pipe.transformer
+    pairs = formats.factors(network, formats.layers_of(network, ATTENTION))
+    file = formats.save(formats.peft(pairs, "transformer"), tmp_path / "style.safetensors")
+    adapters = [{"file": str(file), "strength": 0.5}]
+    teacher = load(str(folder), **options, precision="bf16", adapters=adapters)
+    state = teacher.codec.pipe.transformer.state_dict()
+    for layer, change in dense(pairs).items():
+        expected = network.get_submodule(layer).weight + 0.5 * change
+        assert torch.equal(state[f"{layer}.weight"], expected.bfloat16()), layer
 
 
 def test_stock_diffusers_adds_the_same_change(sd):

@@ -109,7 +109,10 @@ def test_a_metric_that_training_raises_is_kept_with_the_other_sign(pipelines, tm
     engine.evaluate = lambda steps: {"raised": "score", "score": 2.0 + engine.step}
     engine.train()
     assert engine.curve == [-3.0, -4.0]
-    assert engine.best == math.inf
+    assert engine.best == -4.0
+    about = checkpoint.about(engine.root / "best")
+    assert (about["step"], about["score"]) == (2, 4.0)
+    assert engine._evaluate() == "score 4.000 at 1 step"
 
 
 def test_a_run_ends_at_the_first_logged_step_after_its_hours(pipelines, tmp_path):

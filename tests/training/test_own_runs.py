@@ -1,6 +1,7 @@
 """Runs from a network of the user's own: objectives, resuming, metrics and data of one's own."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,3 +208,16 @@ def test_integers_among_the_parameters_stay_as_they_are(tmp_path):
     assert finish(run)["failed"] == {}
     weights = load_file(tmp_path / "run" / "student" / "model.safetensors")
     assert weights["places"].tolist() == [0, 1] and weights["places"].dtype == torch.int64
+
+
+def test_a_script_that_switches_gradients_off_does_so_for_itself_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = own.FLOW.replace("SIZE = 2\n", "SIZE = 2\ntorch.set_grad_enabled(False)\n").replace(
+        "    net = Net()\n",
+        "    import os\n    os.chdir('/')\n    torch.set_default_dtype(torch.float64)\n"
+        "    net = Net().float()\n",
+    )
+    file = own.write(tmp_path, text)
+    run = trained(own.recipe_tree(file, "dmd2"), tmp_path / "run")
+    assert run.engine.step == 4 and torch.is_grad_enabled()
+    assert torch.get_default_dtype() is torch.float32 and Path.cwd() == tmp_path

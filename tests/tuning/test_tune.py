@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from distill.publish.card import card
+from distill.data.prompts import list_prompts
 from distill.training import run_folder
 from distill.training.run_folder import write_recipe
 from distill.tuning import pictures as lesson
 from distill.tuning import tune as tuning
+from distill.tuning.pictures import OWN_PROMPTS
 from distill.tuning.recipes import Places, Settings, student_recipe, teacher_recipe
 from distill.tuning.student import tunable
 from students.export.lora_files import DIFFUSERS, TURBO
@@ -250,6 +252,21 @@ def test_prompts_are_the_captions_their_phrases_anew_and_neutral_ones(
     wugs = [p for p in prompts if "wug" in p]
     assert (len(prompts), len(wugs)) == (40, 30) and all("wug" in p for p in prompts[:30])
     assert set(learned.captions) <= set(wugs)
+
+
+def test_a_caption_of_several_lines_shifts_no_prompt(student, pictures, tmp_path):
+    """The known prompts begin at a number, and so at a line of the file."""
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    (folder / "0.txt").write_text("a wug on a hill,\nin the rain\n\nsecond\x0bpart \u2028 end")
+    (tmp_path / "neutral.csv").write_text('text\n"a dog\n\nin a box"\na cat\n')
+    recipe = tunable(str(student)).recipe
+    learned = lesson.lessons(str(folder), f"{tmp_path / 'neutral.csv'}:text", recipe)
+    assert learned.captions[0] == "a wug on a hill, in the rain second part end"
+    lesson.write_prompts(tmp_path / "prompts", learned, 0)
+    listing = list_prompts(str(tmp_path / "prompts"))
+    assert not listing.bad and len(listing.items) == 1000
+    known = [item.prompt for item in listing.items[OWN_PROMPTS:]]
+    assert set(known) == {"a dog in a box", "a cat"}
 
 
 def test_pictures_are_the_users_and_as_many_of_the_teachers_own(student, pictures, tmp_path, few):
