@@ -4,12 +4,16 @@ A network reads the entries that it knows and ignores the others. One entry may 
 condition: `guidance_scale` (N,), each sample's own scale g of guidance, where 1 is unguided.
 `teachers.denoiser.Guided` guides by it; a UNet with a `time_cond_proj_dim` reads it as an input.
 
+A network that takes a picture as a condition reads the entry `picture` (N, C, H, W), in the layout
+that its family gives it. Guidance keeps it in both branches, as stock pipelines do.
+
 Source: this project's own convention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +21,29 @@ from torch import Tensor
 
 Cond = dict[str, Any] | None
 GUIDANCE_SCALE = "guidance_scale"
+PICTURE = "picture"
+
+
+@dataclass(frozen=True, eq=False)
+class Pictured:
+    """A prompt with the picture that is edited or painted in. As a string it is its text.
+
+    Args:
+        picture: (3, H, W) in [-1, 1].
+        mask: (1, H, W), 1 where the picture is painted anew and 0 where it stays; None: no mask.
+    """
+
+    text: str
+    picture: Tensor
+    mask: Tensor | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def blank(cls, text: str, height: int, width: int) -> Pictured:
+        """A prompt with a grey picture, all of which is painted anew."""
+        return cls(text, torch.zeros(3, height, width), torch.ones(1, height, width))
 
 
 def each(cond: Cond, change: Callable[[Tensor], Tensor]) -> Cond:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers import conditions
-from teachers.conditions import GUIDANCE_SCALE, Cond
+from teachers.conditions import GUIDANCE_SCALE, PICTURE, Cond
 from teachers.process import Process, expand
 
 Scale = float | Tensor  # of guidance: one g, or each sample's own (B,)
@@ -203,9 +203,12 @@ class Guided(Wrapper):
     def negative(self, key: str, like: Tensor) -> Tensor:
         """The null's entry (1, ...) on `like`'s device and in its type, moved there once.
 
-        Moving it at each call would make the host wait for the device every time.
+        Moving it at each call would make the host wait for the device every time. A picture's is
+        `like` itself: the picture is the same in both branches.
         """
         assert self.null is not None
+        if key == PICTURE:
+            return like
         place = (key, like.device, like.dtype)
         if place not in self._moved:
             self._moved[place] = self.null[key].to(like)

@@ -205,6 +205,7 @@ def families() -> dict[str, Any]:
         wan,
         zimage,
     )
+    from teachers.pictured import inpaint
     from teachers.pipelines import auraflow, chroma, ernie, flux2, hidream, hunyuan, krea2, longcat
 
     table: dict[str, Any] = dict.fromkeys(
@@ -229,6 +230,8 @@ def families() -> dict[str, Any]:
         hunyuan.HunyuanDiT,
         krea2.Krea2,
         longcat.LongCat,
+        inpaint.Inpainting,
+        inpaint.InpaintingXL,
     ):
         table |= dict.fromkeys(kind.PIPELINES, partial(base.load, kind))
     for kind in (flux.Flux, flux2.Flux2):
