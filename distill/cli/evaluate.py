@@ -41,6 +41,14 @@ def sample(
         list[str] | None,
         typer.Option(help="A prompt; give the option again for several, at most --n."),
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture to edit or to paint in; give one, or one for each prompt."),
+    ] = None,
+    mask: Annotated[
+        list[Path] | None,
+        typer.Option(help="Its mask, white where it is painted anew; by default all of it is."),
+    ] = None,
 ):
     """Generate images with a student.
 
@@ -66,13 +74,16 @@ def sample(
     if steps not in generator.counts:
         raise UserError(f"--steps {steps}: this student was trained for {step_counts(generator)}")
     distinct, is_text = distinct_prompts(teacher, labels, prompt, n)
+    files = [[expand_home(path) or path for path in v or ()] for v in (image, mask)]
+    distinct = with_pictures(teacher, distinct, *files)
     prompts = [distinct[i % len(distinct)] for i in range(n)]
     with counting(teacher) as cuts:
         teacher.codec.condition(list(dict.fromkeys(prompts)))
     print_cuts(cuts, "--prompt")
     with spinner(f"generating {n} images in {steps} step{'s' * (steps != 1)}"):
         images = teacher.codec.decode(sample_student(generator.at(steps), teacher, prompts, seed))
-    save_images(images, out, prompts if is_text else [int(p) for p in prompts], len(distinct))
+    labels_of = str if is_text else int
+    save_images(images, out, [labels_of(p) for p in prompts], len(distinct))
 
 
 def distinct_prompts(
@@ -97,6 +108,47 @@ def distinct_prompts(
     if len(names) > n:
         raise UserError(f"{option}: there are {len(names)} and --n is {n}; give --n {len(names)}")
     return names, is_text
+
+
+def with_pictures(
+    teacher: Any, prompts: list[str], images: list[Path], masks: list[Path]
+) -> list[Any]:
+    """The prompts, each with its picture and its mask, for a student that takes pictures.
+
+    Raises:
+        UserError: an option does not suit the student, or a file cannot be read.
+    """
+    from distill.data.listing import BadItem, Item
+    from distill.data.pictures import pictured
+    from teachers.errors import UserError, cut
+
+    takes = teacher.codec.pictures
+    if images and not takes:
+        raise UserError("--image: this student takes no picture; leave the option out")
+    if masks and takes != "mask":
+        raise UserError("--mask: this student does not paint in pictures; leave the option out")
+    if not takes:
+        return prompts
+    if not images:
+        raise UserError("--image: missing; this student takes a picture with each prompt: add it")
+    for option, files in (("--image", images), ("--mask", masks)):
+        if len(files) not in (0, 1, len(prompts)):
+            raise UserError(
+                f"{option}: {len(files)} files for {len(prompts)} prompts; give one, or one for "
+                "each prompt"
+            )
+        if absent := [path for path in files if not path.is_file()]:
+            raise UserError(f"{option} {cut(str(absent[0]))}: no such file; give an image")
+    read: list[Any] = []
+    for i, prompt in enumerate(prompts):
+        picture = images[i % len(images)]
+        mask = masks[i % len(masks)].read_bytes if masks else None
+        item = Item(str(picture), prompt, picture=picture.read_bytes, mask=mask)
+        result = pictured(item, *teacher.codec.size[-2:])
+        if isinstance(result, BadItem):
+            raise UserError(f"--image {cut(str(picture))}: {result.reason}; give another")
+        read.append(result[1])
+    return read
 
 
 def check_conditions(

@@ -18,7 +18,7 @@ from distill.config.schema import TrainSection
 from distill.data import cache
 from distill.data.encode import device
 from distill.data.expansion.captions import write_prompts
-from distill.data.from_recipe import encoding_job, expansion_of, source_of
+from distill.data.from_recipe import encoding_job, expansion_of, shown_prompts, source_of
 from distill.data.listing import check_labels, write_report
 from distill.data.prompts import list_prompts
 from distill.data.stream import Source
@@ -282,6 +282,8 @@ def grid_prompts(recipe: Recipe, teacher: Teacher) -> list[Any]:
     """What the sample grids show: every class in turn, or prompts of the recipe's own kind."""
     if classes := teacher.codec.classes:
         return [i % classes for i in range(80)]
+    if teacher.codec.pictures:
+        return shown_prompts(recipe, teacher)
     if teacher.codec.condition([""]) is None:
         return [0] * 80
     if "shapes" in (recipe.eval.protocol, recipe.data.source):

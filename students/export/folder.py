@@ -53,7 +53,9 @@ def pictures_in(file):
     return load_file(file)
 """
 # Runs in another process without our packages, as on a user's machine.
-SCRIPT = PICTURES + """
+SCRIPT = (
+    PICTURES
+    + """
 import functools, json, sys, torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
@@ -78,6 +80,7 @@ for steps in request["counts"]:
     images[str(steps)] = made.float().cpu().contiguous()
 save_file(images, out)
 """
+)
 
 
 class ExportError(RuntimeError):
@@ -237,11 +240,14 @@ def posterior_modes(pictures: bool) -> Iterator[None]:
     """
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Posterior
 
-    sample = Posterior.sample
-    try:
-        if pictures:
-            Posterior.sample = lambda self, generator=None: self.mode()
+    if not pictures:
         yield
+        return
+    sample = Posterior.sample
+    Posterior.sample = lambda self, generator=None: self.mode()
+    try:
+        with quiet():  # these pipelines move their VAE at each call, of which diffusers warns
+            yield
     finally:
         Posterior.sample = sample
 

@@ -306,7 +306,9 @@ def single_file(pipe: Any) -> State:
 # ---- written, once stock diffusers has drawn the student's pictures from them
 
 # Runs in another process, with none of our packages imported.
-SCRIPT = PICTURES + """
+SCRIPT = (
+    PICTURES
+    + """
 import json, sys, diffusers, torch
 from safetensors.torch import save_file
 folder, out, kind, asked = sys.argv[1:5]
@@ -330,6 +332,7 @@ for i, (whole, file) in enumerate(files):
         images[f"{i} {steps}"] = next(iter(made.values())).contiguous()
 save_file(images, out)
 """
+)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,11 @@ import pytest
 import torch
 
 from students import schedulers
-from students.export.folder import export, load_student, prompts_of, rehearse
+from students.export.folder import rehearse
 from students.lora import Adapter
 from teachers import load
-from teachers.conditions import PICTURE, Pictured
-from teachers.denoiser import Guided
 from tests.helpers import families
 from tests.helpers.disturbed import disturbed
-from tests.helpers.refusals import refused
 
 NAMES = tuple(families.PICTURED)
 
