@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from distill.cli.options import Student, check_writable, expand_home, step_counts
+from distill.cli.pictures import with_pictures
 
 MAX_IMAGES = 100_000  # of one `distill sample`, which holds all of them in memory
 MAX_SEEDS = 1000  # of one `distill eval`, which generates a whole set of samples for each
@@ -56,26 +57,16 @@ def sample(
     """
     from distill.console import spinner
     from distill.data.encode import counting, print_cuts
-    from distill.publish.results_table import advised
-    from distill.report.page import intact, read_summary
     from students.export.folder import load_student, sample_student
-    from teachers.errors import UserError, cut
+    from teachers.errors import UserError
 
-    if out.suffix not in (".png", ".npz"):
-        raise UserError(f"--out {cut(str(out))}: expected a name that ends in .png or .npz")
-    check_writable(out, "--out")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
+    check_out_and_seed(out, seed)
     generator, teacher = load_student(student)
-    if steps is None:
-        summary = student / "summary.json"
-        with intact(summary):
-            steps = advised(generator.counts, read_summary(student) if summary.is_file() else {})
+    steps = best_count(student, generator.counts) if steps is None else steps
     if steps not in generator.counts:
         raise UserError(f"--steps {steps}: this student was trained for {step_counts(generator)}")
     distinct, is_text = distinct_prompts(teacher, labels, prompt, n)
-    files = [[expand_home(path) or path for path in v or ()] for v in (image, mask)]
-    distinct = with_pictures(teacher, distinct, *files)
+    distinct = with_pictures(teacher, distinct, image or [], mask or [])
     prompts = [distinct[i % len(distinct)] for i in range(n)]
     with counting(teacher) as cuts:
         teacher.codec.condition(list(dict.fromkeys(prompts)))
@@ -84,6 +75,31 @@ def sample(
         images = teacher.codec.decode(sample_student(generator.at(steps), teacher, prompts, seed))
     labels_of = str if is_text else int
     save_images(images, out, [labels_of(p) for p in prompts], len(distinct))
+
+
+def check_out_and_seed(out: Path, seed: int) -> None:
+    """Refuse a file that cannot be written, and a seed that generators do not take.
+
+    Raises:
+        UserError: naming the option.
+    """
+    from teachers.errors import UserError, cut
+
+    if out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {cut(str(out))}: expected a name that ends in .png or .npz")
+    check_writable(out, "--out")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
+
+
+def best_count(student: Path, counts: list[int]) -> int:
+    """The step count that a student's measurements advise; the largest if it has none."""
+    from distill.publish.results_table import advised
+    from distill.report.page import intact, read_summary
+
+    summary = student / "summary.json"
+    with intact(summary):
+        return advised(counts, read_summary(student) if summary.is_file() else {})
 
 
 def distinct_prompts(
@@ -108,47 +124,6 @@ def distinct_prompts(
     if len(names) > n:
         raise UserError(f"{option}: there are {len(names)} and --n is {n}; give --n {len(names)}")
     return names, is_text
-
-
-def with_pictures(
-    teacher: Any, prompts: list[str], images: list[Path], masks: list[Path]
-) -> list[Any]:
-    """The prompts, each with its picture and its mask, for a student that takes pictures.
-
-    Raises:
-        UserError: an option does not suit the student, or a file cannot be read.
-    """
-    from distill.data.listing import BadItem, Item
-    from distill.data.pictures import pictured
-    from teachers.errors import UserError, cut
-
-    takes = teacher.codec.pictures
-    if images and not takes:
-        raise UserError("--image: this student takes no picture; leave the option out")
-    if masks and takes != "mask":
-        raise UserError("--mask: this student does not paint in pictures; leave the option out")
-    if not takes:
-        return prompts
-    if not images:
-        raise UserError("--image: missing; this student takes a picture with each prompt: add it")
-    for option, files in (("--image", images), ("--mask", masks)):
-        if len(files) not in (0, 1, len(prompts)):
-            raise UserError(
-                f"{option}: {len(files)} files for {len(prompts)} prompts; give one, or one for "
-                "each prompt"
-            )
-        if absent := [path for path in files if not path.is_file()]:
-            raise UserError(f"{option} {cut(str(absent[0]))}: no such file; give an image")
-    read: list[Any] = []
-    for i, prompt in enumerate(prompts):
-        picture = images[i % len(images)]
-        mask = masks[i % len(masks)].read_bytes if masks else None
-        item = Item(str(picture), prompt, picture=picture.read_bytes, mask=mask)
-        result = pictured(item, *teacher.codec.size[-2:])
-        if isinstance(result, BadItem):
-            raise UserError(f"--image {cut(str(picture))}: {result.reason}; give another")
-        read.append(result[1])
-    return read
 
 
 def check_conditions(

@@ -295,6 +295,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     missing_guidance_key,
     empty_guidance_interval,
     prompts_beside_images,
+    partners_without_images,
     buckets_without_images,
     batch_that_does_not_divide,
     guards_without_an_average,

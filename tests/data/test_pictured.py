@@ -1,4 +1,4 @@
-"""Pictures that come with prompts: their files, their masks, what is held out and what is refused."""
+"""Pictures that come with prompts: their files, masks, those held out, and what is refused."""
 
 from __future__ import annotations
 
