@@ -205,7 +205,7 @@ def families() -> dict[str, Any]:
         wan,
         zimage,
     )
-    from teachers.pictured import inpaint
+    from teachers.pictured import inpaint, kontext
     from teachers.pipelines import auraflow, chroma, ernie, flux2, hidream, hunyuan, krea2, longcat
 
     table: dict[str, Any] = dict.fromkeys(
@@ -234,7 +234,7 @@ def families() -> dict[str, Any]:
         inpaint.InpaintingXL,
     ):
         table |= dict.fromkeys(kind.PIPELINES, partial(base.load, kind))
-    for kind in (flux.Flux, flux2.Flux2):
+    for kind in (flux.Flux, flux2.Flux2, kontext.Kontext):
         table |= dict.fromkeys(kind.PIPELINES, partial(flux.load, kind))
     return table | dict.fromkeys(wan.Wan.PIPELINES, wan.load)
 

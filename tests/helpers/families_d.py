@@ -10,7 +10,7 @@ import diffusers
 import transformers
 
 # What they are loaded with in tests, where they make large pictures unless told otherwise.
-OPTIONS: dict[str, dict[str, Any]] = {}
+OPTIONS: dict[str, dict[str, Any]] = {"kontext": {"size": 24, "embedded_guidance": 2.5}}
 
 
 def inpaint(root: Path, channels: int = 9) -> None:
@@ -43,7 +43,15 @@ def inpaint_xl(root: Path) -> None:
     )
 
 
+def kontext(root: Path) -> None:
+    """FLUX.1 Kontext."""
+    from tests.helpers import families_a
+
+    families_a.flux(root, dev=True, pipeline=diffusers.FluxKontextPipeline)
+
+
 FAMILIES: dict[str, Callable[[Path], None]] = {
     "inpaint": inpaint,
     "inpaint-xl": inpaint_xl,
+    "kontext": kontext,
 }

@@ -24,7 +24,10 @@ from tests.helpers.refusals import refused
 from tests.helpers.stock_calls import check, time_of
 
 NAMES = tuple(families.PICTURED)
-GUIDED = {name: {"guidance_scale": 3.0} for name in NAMES}  # how each pipeline is asked for it
+GUIDED = {  # how each stock pipeline is asked for guidance of 3
+    **{name: {"guidance_scale": 3.0} for name in NAMES},
+    "kontext": {"true_cfg_scale": 3.0, "negative_prompt": ["", ""]},
+}
 
 
 @pytest.fixture
