@@ -5,7 +5,9 @@ condition: `guidance_scale` (N,), each sample's own scale g of guidance, where 1
 `teachers.denoiser.Guided` guides by it; a UNet with a `time_cond_proj_dim` reads it as an input.
 
 A network that takes a picture as a condition reads the entry `picture` (N, C, H, W), in the layout
-that its family gives it. Guidance keeps it in both branches, as stock pipelines do.
+that its family gives it. Guidance keeps it in both branches, as stock pipelines do. Where texts are
+encoded with the picture, so is the negative prompt: an entry `negative.NAME` (N, ...) is what the
+negative branch reads as NAME.
 
 Source: this project's own convention.
 """
@@ -22,6 +24,7 @@ from torch import Tensor
 Cond = dict[str, Any] | None
 GUIDANCE_SCALE = "guidance_scale"
 PICTURE = "picture"
+NEGATIVE = "negative."
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,12 @@ def each(cond: Cond, change: Callable[[Tensor], Tensor]) -> Cond:
 def moved(cond: Cond, device: torch.device | str) -> Cond:
     """The condition on a device; entries that are there already are not copied."""
     return each(cond, lambda entry: entry.to(device))
+
+
+def branches(cond: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A condition without its entries of the negative branch, and these under their plain names."""
+    plain = {k: v for k, v in cond.items() if not k.startswith(NEGATIVE)}
+    return plain, {k.removeprefix(NEGATIVE): v for k, v in cond.items() if k not in plain}
 
 
 def rows(cond: Cond, index: Any) -> Cond:

@@ -214,6 +214,12 @@ class Guided(Wrapper):
             self._moved[place] = self.null[key].to(like)
         return self._moved[place]
 
+    def branches(self, cond: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The condition, and that of the negative x̂, with the same entries (B, ...)."""
+        cond, own = conditions.branches(cond)
+        null = {k: own[k] if k in own else self.negative(k, v) for k, v in cond.items()}
+        return cond, {k: v.expand_as(cond[k]) for k, v in null.items()}
+
     def guides(self, cond: Cond) -> bool:
         """Whether there is something to move away from."""
         return cond is not None and self.null is not None
@@ -227,7 +233,8 @@ class Guided(Wrapper):
             cond: One that this guidance guides (see `guides`), without a `guidance_scale`.
         """
         assert cond is not None
-        both = {k: torch.cat([v, self.negative(k, v).expand_as(v)]) for k, v in cond.items()}
+        cond, negative = self.branches(cond)
+        both = {k: torch.cat([v, negative[k]]) for k, v in cond.items()}
         twice = s if s is None else torch.cat([s, s])
         x, x_null = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, twice).chunk(2)
         return x, x_null

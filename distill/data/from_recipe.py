@@ -278,7 +278,9 @@ def shown_prompts(recipe: Recipe, teacher: Teacher) -> list[Pictured]:
 def _listing(recipe: Recipe, teacher: Teacher) -> Listing | None:
     """The images or prompts of a recipe; None if labels are the only data."""
     data, classes = recipe.data, teacher.codec.classes
-    reads_text = not classes and teacher.codec.condition([""]) is not None
+    reads_text = not classes and (
+        bool(teacher.codec.pictures) or teacher.codec.condition([""]) is not None
+    )
     if data.source is not None:
         partners = partners_of(recipe, teacher)
         return list_images(data.source, data.captions, classes, reads_text, partners)

@@ -16,7 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from students import schedulers
@@ -48,9 +50,12 @@ def pictures_in(file):
     if not file:
         return {}
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Posterior
+    from PIL import Image
     from safetensors.torch import load_file
     Posterior.sample = lambda posterior, generator=None: posterior.mode()
-    return load_file(file)
+    def images(v):
+        return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in v]
+    return {k: images(v) if v.dtype == torch.uint8 else v for k, v in load_file(file).items()}
 """
 # Runs in another process without our packages, as on a user's machine.
 SCRIPT = (
@@ -222,9 +227,13 @@ def example(text: str, number: int, height: int, width: int) -> Pictured:
 
 
 def apart(arguments: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], str]:
-    """A pipeline's arguments without tensors, and the file that these were written to; "" if there
-    are none."""
+    """A pipeline's arguments without pictures, and the file that these were written to; "" if there
+    are none. Images of Pillow, which stand in lists, are written as uint8."""
     tensors = {k: v.contiguous() for k, v in arguments.items() if isinstance(v, Tensor)}
+    for key, value in arguments.items():
+        if isinstance(value, list) and isinstance(value[0], Image.Image):
+            pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in value]
+            tensors[key] = torch.stack(pixels).contiguous()
     if tensors:
         save_tensors(tensors, file)
     return {k: v for k, v in arguments.items() if k not in tensors}, str(file) if tensors else ""

@@ -205,7 +205,7 @@ def families() -> dict[str, Any]:
         wan,
         zimage,
     )
-    from teachers.pictured import inpaint, kontext
+    from teachers.pictured import inpaint, kontext, qwen_edit
     from teachers.pipelines import auraflow, chroma, ernie, flux2, hidream, hunyuan, krea2, longcat
 
     table: dict[str, Any] = dict.fromkeys(
@@ -232,6 +232,7 @@ def families() -> dict[str, Any]:
         longcat.LongCat,
         inpaint.Inpainting,
         inpaint.InpaintingXL,
+        qwen_edit.QwenImageEdit,
     ):
         table |= dict.fromkeys(kind.PIPELINES, partial(base.load, kind))
     for kind in (flux.Flux, flux2.Flux2, kontext.Kontext):
