@@ -76,6 +76,11 @@ def subject_of(source: str, adapters: Sequence[dict[str, Any]] = ()) -> Subject:
     else:
         teacher = outline(source, torch.device("meta"), precision="bf16")
         fit(teacher, adapters)
+    if teacher.codec.pictures:
+        raise UserError(
+            f"MODEL: {source!r} takes a picture with each prompt, and auto knows no such data; "
+            "start from a recipe of its family: distill list recipes"
+        )
     network: Any = unwrap(teacher.denoiser)
     count = parameters(network.backbone) if hasattr(network, "backbone") else 0
     family = family_of(network)

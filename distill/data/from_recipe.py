@@ -33,7 +33,7 @@ def source_of(recipe: Recipe, teacher: Teacher) -> Source:
     Raises:
         UserError: the data do not fit the teacher, or too many items are bad.
     """
-    check_pictures(recipe, teacher)
+    check_pictures(recipe, teacher.codec.pictures)
     seed, codec = recipe.train.seed, teacher.codec
     if recipe.data.source in EMBEDDED:
         return embedded_source(recipe, teacher)
@@ -178,14 +178,16 @@ def refuse_videos(recipe: Recipe, teacher: Teacher) -> None:
         )
 
 
-def check_pictures(recipe: Recipe, teacher: Teacher) -> None:
+def check_pictures(recipe: Recipe, takes: str) -> None:
     """Refuse data without the pictures that a teacher takes, or with some that it does not take.
+
+    Args:
+        takes: As `Codec.pictures`.
 
     Raises:
         UserError: naming the key.
     """
-    data, takes = recipe.data, teacher.codec.pictures
-    who = f"teacher {teacher.source!r}"
+    data, who = recipe.data, f"teacher {clipped(recipe.teacher.source)!r}"
     for key, kind, act in (("targets", "edit", "edits"), ("masks", "mask", "inpaints")):
         if getattr(data, key) is not None and takes != kind:
             raise UserError(f"data.{key}: {who} is not one that {act} pictures; remove it")
@@ -212,7 +214,7 @@ def check_places(recipe: Recipe, teacher: Teacher) -> None:
         UserError: naming the key.
     """
     refuse_videos(recipe, teacher)
-    check_pictures(recipe, teacher)
+    check_pictures(recipe, teacher.codec.pictures)
     data = recipe.data
     if is_function(data.source):
         function_at(str(data.source), "data.source")
@@ -227,7 +229,7 @@ def check_places(recipe: Recipe, teacher: Teacher) -> None:
 def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
     """The items to encode; None for embedded data, or if labels are the only data."""
     refuse_videos(recipe, teacher)
-    check_pictures(recipe, teacher)
+    check_pictures(recipe, teacher.codec.pictures)
     data, pictured = recipe.data, bool(teacher.codec.pictures)
     if data.source in EMBEDDED or is_function(data.source):
         return None
@@ -278,9 +280,7 @@ def shown_prompts(recipe: Recipe, teacher: Teacher) -> list[Pictured]:
 def _listing(recipe: Recipe, teacher: Teacher) -> Listing | None:
     """The images or prompts of a recipe; None if labels are the only data."""
     data, classes = recipe.data, teacher.codec.classes
-    reads_text = not classes and (
-        bool(teacher.codec.pictures) or teacher.codec.condition([""]) is not None
-    )
+    reads_text = reads_captions(teacher)
     if data.source is not None:
         partners = partners_of(recipe, teacher)
         return list_images(data.source, data.captions, classes, reads_text, partners)
@@ -295,6 +295,12 @@ def _listing(recipe: Recipe, teacher: Teacher) -> Listing | None:
     if data.prompts is not None or reads_text:
         return list_prompts(data.prompts or "pack:starter", "label" if classes else "caption")
     return None
+
+
+def reads_captions(teacher: Teacher) -> bool:
+    """Whether a teacher is conditioned on text; one that takes pictures is, and is not tried."""
+    codec = teacher.codec
+    return not codec.classes and (bool(codec.pictures) or codec.condition([""]) is not None)
 
 
 def partners_of(recipe: Recipe, teacher: Teacher) -> Partners | None:

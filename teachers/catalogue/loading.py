@@ -9,6 +9,7 @@ from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
+from teachers.catalogue.published import OUTLINES
 from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.storage import single_files
 from teachers.storage.files import home, read_json
@@ -238,6 +239,24 @@ def families() -> dict[str, Any]:
     for kind in (flux.Flux, flux2.Flux2, kontext.Kontext):
         table |= dict.fromkeys(kind.PIPELINES, partial(flux.load, kind))
     return table | dict.fromkeys(wan.Wan.PIPELINES, wan.load)
+
+
+def pictures_of(source: str) -> str | None:
+    """As `Codec.pictures`, from the name of a teacher's pipeline, before anything is loaded.
+
+    Returns:
+        None where the name is not known: of a repository that is not on this machine, of files that
+        are no pipeline's folder, and of a source that `load` refuses.
+    """
+    if (known := OUTLINES.get(source)) is not None:
+        name = known.pipeline
+    else:
+        index = home(source, "teacher") / "model_index.json"
+        if not isfile(index):
+            return None
+        name = str(read_json(index, teacher_at(source)).get("_class_name"))
+    kinds = getattr(families().get(name), "args", ())
+    return next((kind.PICTURES for kind in kinds if hasattr(kind, "PICTURES")), None)
 
 
 def find(source: str) -> Path:

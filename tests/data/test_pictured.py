@@ -11,14 +11,17 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.utils import save_image
 
+from distill.config.recipe import Recipe
 from distill.data import from_recipe
 from distill.data.conditions.masks import random_mask
 from distill.data.encode import COND
 from distill.data.images import list_images
 from distill.data.listing import Partners
 from distill.data.pictures import pictured
-from distill.grids import pictures_of
+from distill.grids import pictures_of as shown_pictures
+from distill.training import build
 from teachers import load
+from teachers.catalogue.loading import pictures_of
 from teachers.conditions import PICTURE
 from tests.helpers.datasets import recipe, same, toy
 from tests.helpers.refusals import refused
@@ -171,7 +174,7 @@ def test_grids_show_pictures_that_are_not_trained_on(painter, tmp_path, capsys):
     text = painter.codec.condition(shown)["text"]
     gaps = (source.cond["text"][:, None] - text).flatten(2).abs().amax(2)
     assert gaps.min() > 0.01
-    assert pictures_of(shown).shape == (2, 3, SIDE, SIDE)
+    assert shown_pictures(shown).shape == (2, 3, SIDE, SIDE)
     few = recipe("dmd2", source=str(photos(tmp_path / "few", 3)))
     assert len(from_recipe.shown_prompts(few, painter)) == 3
 
@@ -194,6 +197,28 @@ def test_data_without_the_pictures_that_a_teacher_takes_are_refused(painter, tmp
     data = {k: folder if v == "PHOTOS" else v for k, v in data.items()}
     with refused(key):
         from_recipe.source_of(recipe("dmd2", **data), painter)
+
+
+@pytest.mark.parametrize(
+    ("source", "takes"),
+    [
+        ("Qwen/Qwen-Image-Edit", "edit"),
+        ("diffusers/stable-diffusion-xl-1.0-inpainting-0.1", "mask"),
+        ("stabilityai/stable-diffusion-xl-base-1.0", ""),
+        ("someone/something", None),
+        ("digits", None),
+    ],
+)
+def test_what_a_teacher_takes_is_known_before_it_is_loaded(source, takes):
+    assert pictures_of(source) == takes
+
+
+def test_text_alone_is_refused_before_the_teacher_is_loaded(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "load_teacher", lambda section: pytest.fail("it was loaded"))
+    for source in (folders("inpaint"), "black-forest-labs/FLUX.1-Kontext-dev"):
+        tree = {"teacher": source, "objective": {"name": "dmd2"}, "train": {"steps": 1}}
+        with refused("data.source", source):
+            build.build(Recipe.check(tree), tmp_path / "run")
 
 
 @pytest.mark.parametrize("key", ["targets", "masks"])
