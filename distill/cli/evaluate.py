@@ -92,7 +92,7 @@ def check_out_and_seed(out: Path, seed: int) -> None:
         raise UserError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
 
 
-def best_count(student: Path, counts: list[int]) -> int:
+def best_count(student: Path, counts: tuple[int, ...]) -> int:
     """The step count that a student's measurements advise; the largest if it has none."""
     from distill.publish.results_table import advised
     from distill.report.page import intact, read_summary

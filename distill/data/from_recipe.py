@@ -272,8 +272,8 @@ def shown_prompts(recipe: Recipe, teacher: Teacher) -> list[Pictured]:
     listing = _listing(recipe, teacher)
     assert listing is not None
     trained, shown = held_out(listing.items)
-    _, *sides = picture_shape(teacher)
-    read = [pictured(item, *sides) for item in (shown or trained)[:SHOWN]]
+    height, width = picture_shape(teacher)[-2:]
+    read = [pictured(item, height, width) for item in (shown or trained)[:SHOWN]]
     return [part[1] for part in read if not isinstance(part, BadItem)]
 
 

@@ -121,9 +121,9 @@ def pictured(
     Args:
         image: The picture, where it was read already.
     """
-    image = image or _decoded(item, item.picture, 3, height, width)
-    if isinstance(image, BadItem):
-        return image
+    given = _decoded(item, item.picture, 3, height, width) if image is None else image
+    if isinstance(given, BadItem):
+        return given
     mask = None
     if isinstance(item.mask, int):
         mask = random_mask(item.mask, height, width)
@@ -132,7 +132,7 @@ def pictured(
         if isinstance(drawn, BadItem):
             return drawn._replace(reason=f"its mask is {drawn.reason}")
         mask = (drawn.pixels >= 128).float()
-    return image, Pictured(str(item.prompt), signed([image.pixels])[0], mask)
+    return given, Pictured(str(item.prompt), signed([given.pixels])[0], mask)
 
 
 def _decoded(

@@ -101,7 +101,7 @@ def lumina(root: Path, **shifting: Any) -> None:
     ).save_pretrained(root)
 
 
-def qwen_vl(tokenizer: Any, **tokens: int) -> Any:
+def qwen_vl(tokenizer: Any, **tokens: Any) -> Any:
     """A Qwen2.5-VL that encodes prompts; `tokens` are the ids of special ones."""
     vision = {
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,

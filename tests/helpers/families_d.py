@@ -69,7 +69,7 @@ def qwen_edit(root: Path) -> None:
         vision_end_token_id=end,
     )  # fmt: skip
     side = 28  # pixels of a token
-    sizes = {"min_pixels": side**2, "max_pixels": 9 * side**2}
+    sizes: dict[str, Any] = {"min_pixels": side**2, "max_pixels": 9 * side**2}
     pixels: Any = transformers.Qwen2VLImageProcessor(**sizes)
     videos = transformers.Qwen2VLVideoProcessor(**sizes)
     diffusers.QwenImageEditPipeline(
