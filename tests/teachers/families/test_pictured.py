@@ -13,6 +13,7 @@ from distill.planning.doctor import diagnose, pictures_for
 from students import Critic, schedulers
 from students.export.folder import load_student, posterior_modes, prompts_of, rehearse
 from students.lora import Adapter
+from students.metadata.turbo import architecture
 from teachers import load
 from teachers.conditions import PICTURE, Pictured
 from teachers.denoiser import Guided
@@ -143,6 +144,20 @@ def test_a_critic_and_a_fake_read_the_picture(opened, name):
         logits = judge(x_t, t, cond)
         other = judge(x_t, t, {**cond, PICTURE: cond[PICTURE].flip(0)})
     assert logits.shape == (2,) and (logits - other).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("inpaint", "stable-diffusion-v1"),
+        ("inpaint-xl", "stable-diffusion-xl-v1-base"),
+        ("kontext", "flux-1-dev"),
+        ("qwen-edit", "qwen-image"),
+    ],
+)
+def test_files_name_the_text_to_image_family(opened, name, family):
+    teacher = opened(name)
+    assert architecture(teacher.denoiser, teacher.codec)[0] == family
 
 
 def test_a_network_without_the_channels_of_a_mask_is_refused(tmp_path):
