@@ -230,7 +230,7 @@ def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
     """The items to encode; None for embedded data, or if labels are the only data."""
     refuse_videos(recipe, teacher)
     check_pictures(recipe, teacher.codec.pictures)
-    data, pictured = recipe.data, bool(teacher.codec.pictures)
+    data, takes = recipe.data, teacher.codec.pictures
     if data.source in EMBEDDED or is_function(data.source):
         return None
     if (listing := _listing(recipe, teacher)) is None:
@@ -239,19 +239,26 @@ def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
     if classes := teacher.codec.classes:
         listing.read_labels(classes)
     with_data = data.source is not None and recipe.needs_data
-    if not with_data and not pictured:
+    if not with_data and not takes:
         return EncodingJob(teacher, listing, [(0, 0)], False)
-    if pictured:
-        listing.items, shown = held_out(listing.items)
-        if shown:
-            print_notice(
-                f"{listing.where}: {len(shown)} of {len(listing.items) + len(shown):,} pictures "
-                "are for the sample grids alone"
-            )
+    if takes:
+        hold_out(listing)
     sizes = sizes_for(recipe, teacher)
     into_buckets(listing, sizes)
     listing.check(listing.bad, listing.total, data.skip_share)
     return EncodingJob(teacher, listing, sizes, with_data)
+
+
+def hold_out(listing: Listing) -> None:
+    """Leave out the pictures that only the sample grids show; says how many they are."""
+    listing.items, shown = held_out(listing.items)
+    if shown:
+        total = len(listing.items) + len(shown)
+        print_notice(
+            f"{listing.where}: {len(shown)} of {total:,} pictures are for the sample grids alone"
+        )
+    reason = "the sample grids show it, and no training does"
+    listing.left_out += [BadItem(item.name, "held out", reason) for item in shown]
 
 
 def held_out(items: list[Item]) -> tuple[list[Item], list[Item]]:

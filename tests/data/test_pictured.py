@@ -171,6 +171,8 @@ def test_grids_show_pictures_that_are_not_trained_on(painter, tmp_path, capsys):
     shown = from_recipe.shown_prompts(r, painter)
     assert source.size == 38 and [str(p) for p in shown] == ["noise 10", "noise 30"]
     assert "2 of 40" in capsys.readouterr().err
+    out = [Path(file["name"]).name for file in source.report["left_out"]]
+    assert out == ["10.png", "30.png"]
     text = painter.codec.condition(shown)["text"]
     gaps = (source.cond["text"][:, None] - text).flatten(2).abs().amax(2)
     assert gaps.min() > 0.01
