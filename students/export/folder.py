@@ -46,7 +46,7 @@ ROUNDING = 0.02  # of the mean pixel, for weights of half precision; a wrong tim
 
 # In a process without our packages: reads a file of pictures, arguments that JSON does not hold.
 PICTURES = """
-def pictures_in(file):
+def pictures_in(file=""):
     if not file:
         return {}
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Posterior
@@ -65,7 +65,7 @@ import functools, json, sys, torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 folder, out, request = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-pictures = pictures_in(request["pictures"])
+pictures = pictures_in(request.get("pictures", ""))
 options = {"trust_remote_code": True} if request["own"] else {}
 pipe = DiffusionPipeline.from_pretrained(folder, **options, **dict.fromkeys(request["absent"]))
 pipe.to(request["device"]).set_progress_bar_config(disable=True)

@@ -312,8 +312,8 @@ SCRIPT = (
 import json, sys, diffusers, torch
 from safetensors.torch import save_file
 folder, out, kind, asked = sys.argv[1:5]
-files, counts, absent, file = map(json.loads, sys.argv[5:])
-pictures = pictures_in(file)
+files, counts, absent, *more = map(json.loads, sys.argv[5:])
+pictures = pictures_in(*more)
 kind, images = getattr(diffusers, kind), {}
 for i, (whole, file) in enumerate(files):
     if whole:
