@@ -104,6 +104,11 @@ def subject_of(source: str, adapters: Sequence[dict[str, Any]] = ()) -> Subject:
         teacher = outline(source, torch.device("meta"), precision="bf16")
         with named_as_option():
             fit(teacher, adapters)
+    if teacher.codec.pictures:
+        raise UserError(
+            f"MODEL: {source!r} takes a picture with each prompt, and auto knows no such data; "
+            "start from a recipe of its family: distill list recipes"
+        )
     network: Any = network_of(teacher.denoiser)
     family = OWN if is_own(teacher.denoiser) else family_of(network)
     return Subject(

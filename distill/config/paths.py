@@ -35,6 +35,8 @@ KEYS = (
     "data.prompts",
     "data.prompts.hf",
     "data.captions",
+    "data.targets",
+    "data.masks",
     "objective.name",
     "eval.metric",
 )

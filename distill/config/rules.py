@@ -126,6 +126,13 @@ def prompts_beside_images(recipe: Recipe) -> str | None:
     return None
 
 
+def partners_without_images(recipe: Recipe) -> str | None:
+    for key in ("targets", "masks"):
+        if getattr(recipe.data, key) is not None and recipe.data.source is None:
+            return f"data.{key}: they belong to the images of data.source; set that as well"
+    return None
+
+
 def buckets_without_images(recipe: Recipe) -> str | None:
     if recipe.data.buckets is not None and recipe.data.source in (None, "digits"):
         return "data.buckets: there are no images to sort; remove it"
@@ -298,6 +305,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     missing_guidance_key,
     empty_guidance_interval,
     prompts_beside_images,
+    partners_without_images,
     buckets_without_images,
     batch_that_does_not_divide,
     guards_without_an_average,

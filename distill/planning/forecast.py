@@ -167,7 +167,7 @@ class FakeCodec(Codec):
         self.classes = codec.classes
         self.null_label = codec.null_label
         self.null, self.one = codec.null, codec.condition([0])
-        self.pipe = codec.pipe
+        self.pipe, self.pictures = codec.pipe, codec.pictures
 
     def condition(self, prompts: Sequence[Any]) -> Any:
         n = len(prompts)
@@ -222,8 +222,10 @@ def coding(recipe: Recipe, teacher: Teacher, fake: Any) -> Coding:
     framed = (1,) if getattr(network, "FRAMED", False) else ()
     encoding = 0
     with fake, torch.no_grad():
-        if recipe.needs_data and not frames:
-            encoding = most_bytes(vae.encode, torch.zeros(at_once(*size), 3, *framed, *size))
+        # pictures of prompts are encoded one by one
+        count = at_once(*size) if recipe.needs_data else int(bool(teacher.codec.pictures))
+        if count and not frames:
+            encoding = most_bytes(vae.encode, torch.zeros(count, 3, *framed, *size))
         latent = torch.zeros(1, channels, *(frames or framed), *teacher.shape[-2:])
         decoding = most_bytes(vae.decode, network.uncelled(latent))
     return Coding(encoding, unique((*vae.parameters(), *vae.buffers())) + decoding)
@@ -252,6 +254,8 @@ def fake_vae(teacher: Teacher, fake: Any) -> Any:
         kind, config = kinds.get(codec.outline.factor), {}
         if codec.outline.pipeline.startswith("Flux2"):
             kind = diffusers.AutoencoderKLFlux2
+        elif codec.outline.pipeline.startswith(("QwenImage", "Krea2")):
+            kind = diffusers.AutoencoderKLQwenImage
         elif kind is diffusers.AutoencoderKL:
             widths = (128, 256, 512, 512)
             if codec.outline.factor == 16:

@@ -105,8 +105,19 @@ class Facts:
     def task(self) -> str:
         if not self.text:
             return "unconditional-image-generation"
+        if self.pictures:
+            return "image-to-image"
         video = str(self.index.get("_class_name", "")).startswith("Wan")
         return "text-to-video" if video else "text-to-image"
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        """The arguments that a pipeline with a picture as its condition takes beside the prompt."""
+        kind = str(self.index.get("_class_name", ""))
+        picture = {"image": 'load_image("photo.png")'}
+        if "Inpaint" in kind:  # below strength 1 sampling would not begin at pure noise
+            return {**picture, "mask_image": 'load_image("mask.png")', "strength": "1.0"}
+        return picture if "Kontext" in kind or "Edit" in kind else {}
 
 
 def require_finished(run: Path) -> None:
@@ -288,17 +299,20 @@ def guidance_arguments(facts: Facts) -> dict[str, float]:
 
 
 def snippet(facts: Facts) -> str:
-    """Six lines of Python that load the student and save an image."""
+    """A few lines of Python that load the student and save an image."""
     prompt = "two red circles on the left" if facts.teacher == "shapes" else "a lighthouse at dusk"
     call = [json.dumps(prompt)] if facts.text else ["batch_size=16"]
+    if facts.pictures:
+        call = [f"prompt={call[0]}", *(f"{k}={v}" for k, v in facts.pictures.items())]
     call += ["class_labels=[3] * 16"] * facts.classes
     call += [f"num_inference_steps={advised(facts.counts, facts.summary)}"]
     call += [f"{k}={v}" for k, v in guidance_arguments(facts).items()]
     options = f", revision={facts.revision!r}" * (facts.revision != "main")
     options += ", trust_remote_code=True" * facts.has_code
+    extra = "\nfrom diffusers.utils import load_image" if facts.pictures else ""
     field = "frames[0]" if facts.task == "text-to-video" else "images"
     return f"""import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline{extra}
 pipe = DiffusionPipeline.from_pretrained({json.dumps(facts.where)}{options})
 generator = torch.Generator().manual_seed(0)
 images = pipe({", ".join(call)}, generator=generator).{field}

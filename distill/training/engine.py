@@ -27,7 +27,7 @@ from distill.data.encode import decoder_on
 from distill.data.stream import AHEAD, Source, Stream
 from distill.early_stop.guards import Guards
 from distill.files import write
-from distill.grids import COLUMNS, save_grid
+from distill.grids import save_samples
 from distill.objectives.base import Batch, Objective, Turn, networks_in
 from distill.objectives.validate import check_loss, check_turn
 from distill.profiling import EvaluationCounter, denoisers_in, start_peak
@@ -338,7 +338,7 @@ class Engine:
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         for steps, grid in zip(student.counts, images, strict=True):
-            save_grid(grid, folder / f"step-{self.step:06d}-at-{steps}.png", COLUMNS)
+            save_samples(grid, self.shown, folder / f"step-{self.step:06d}-at-{steps}.png")
 
     def save(self) -> None:
         """Save a checkpoint of everything, and delete all but the newest few."""

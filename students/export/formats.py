@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from students.export.folder import TOLERANCE, ExportError, child_environment
+from students.export.folder import (
+    PICTURES,
+    TOLERANCE,
+    ExportError,
+    apart,
+    child_environment,
+    posterior_modes,
+)
 from students.metadata.check import check_header, finish_header, times_used
 from teachers.adapters.ldm import ldm_names
 from teachers.errors import UserError
@@ -265,11 +273,14 @@ def single_file(pipe: Any) -> State:
 # ---- written, once stock diffusers has drawn the student's pictures from them
 
 # Runs in another process, with none of our packages imported.
-SCRIPT = """
+SCRIPT = (
+    PICTURES
+    + """
 import json, sys, diffusers, torch
 from safetensors.torch import save_file
 folder, out, kind, asked = sys.argv[1:5]
-files, counts, absent = map(json.loads, sys.argv[5:])
+files, counts, absent, *more = map(json.loads, sys.argv[5:])
+pictures = pictures_in(*more)
 kind, images = getattr(diffusers, kind), {}
 for i, (whole, file) in enumerate(files):
     if whole:
@@ -282,11 +293,13 @@ for i, (whole, file) in enumerate(files):
     for steps in counts:
         draw = torch.Generator().manual_seed(0)
         torch.manual_seed(1)
-        arguments = json.loads(asked)  # afresh: some pipelines write to their lists
+        # afresh: some pipelines write to their lists
+        arguments = json.loads(asked) | pictures
         made = pipe(num_inference_steps=steps, generator=draw, output_type="pt", **arguments)
         images[f"{i} {steps}"] = next(iter(made.values())).contiguous()
 save_file(images, out)
 """
+)
 
 
 @dataclass(frozen=True)
@@ -329,7 +342,7 @@ def write(
         student: The pipeline with the adapter merged, which pictures are compared with.
         folder: The diffusers folder of the base, with the student's scheduler.
         counts: The step counts to compare at.
-        arguments: Of the pipelines, as JSON has them, for unguided pictures.
+        arguments: Of the pipelines, for unguided pictures: as JSON has them, and pictures.
 
     Raises:
         ExportError: stock diffusers cannot load a file, its pictures differ, or its header is
@@ -346,13 +359,14 @@ def write(
         if jobs:
             theirs = drawn_elsewhere(jobs, type(student).__name__, folder, counts, arguments)
         student.set_progress_bar_config(disable=True)
+        pictured = any(isinstance(v, Tensor) for v in arguments.values())
         described, used = any(f.metadata for f in files), {}
         gaps = [0.0 if f.gap is None else f.gap(d) for f, d in zip(files, drafts, strict=True)]
         for steps in counts:
             rng = torch.Generator().manual_seed(0)
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), posterior_modes(pictured):
                 torch.manual_seed(1)  # for pipelines that do not hand their generator on
-                asked = json.loads(json.dumps(arguments))  # some write to their lists
+                asked = deepcopy(dict(arguments))  # some write to their lists
                 made = student(num_inference_steps=steps, generator=rng, output_type="pt", **asked)
             used[steps] = times_used(student.scheduler) if described else None
             ours = next(iter(made.values())).cpu()
@@ -406,7 +420,8 @@ def drawn_elsewhere(
         out = Path(scratch) / "images.safetensors"
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
-        plain = [json.dumps(v) for v in (dict(arguments), jobs, list(counts), absent)]
+        asked, file = apart(arguments, Path(scratch) / "pictures.safetensors")
+        plain = [json.dumps(v) for v in (asked, jobs, list(counts), absent, file)]
         words = [str(folder.resolve()), str(out), kind, *plain]
         result = subprocess.run(
             [sys.executable, "-I", "-c", SCRIPT, *words],

@@ -210,13 +210,17 @@ def predicts_of(config: Mapping[str, Any], process: Any) -> str:
 
 def architecture(network: Pretrained, codec: Prompted) -> tuple[str, str, str, str]:
     """Modelspec's architecture and implementation; sd-scripts' version; A1111's version."""
-    name, implementation, version, forge = ARCHITECTURES.get(family_of(codec), UNKNOWN)
+    # a network that reads a picture as well is of its text-to-image family
+    kinds = codec.kind.__mro__ if codec.pictures else ()
+    names = [family_of(codec), *(kind.__name__ for kind in kinds)]
+    family = next((name for name in names if name in ARCHITECTURES), names[0])
+    name, implementation, version, forge = ARCHITECTURES.get(family, UNKNOWN)
     config: Any = network.backbone.config
-    if codec.kind.__name__ == "StableDiffusion" and config.cross_attention_dim == 1024:
+    if family == "StableDiffusion" and config.cross_attention_dim == 1024:
         v = network.schedule.predicts == "v"
         name = "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512"
         version, forge = "sd_v2_v" if v else "sd_v2", "SD2"
-    if codec.kind.__name__ == "Flux":
+    if family == "Flux":
         name += "-dev" if config.guidance_embeds else "-schnell"
     return name, implementation, version, forge
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from teachers.catalogue.published import OUTLINES
 from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.storage import single_files
 from teachers.storage.files import home, read_json
@@ -215,6 +216,7 @@ def families() -> dict[str, Any]:
         wan,
         zimage,
     )
+    from teachers.pictured import inpaint, kontext, qwen_edit
     from teachers.pipelines import auraflow, chroma, ernie, flux2, hidream, hunyuan, krea2, longcat
 
     table: dict[str, Any] = dict.fromkeys(
@@ -239,11 +241,32 @@ def families() -> dict[str, Any]:
         hunyuan.HunyuanDiT,
         krea2.Krea2,
         longcat.LongCat,
+        inpaint.Inpainting,
+        inpaint.InpaintingXL,
+        qwen_edit.QwenImageEdit,
     ):
         table |= dict.fromkeys(kind.PIPELINES, partial(base.load, kind))
-    for kind in (flux.Flux, flux2.Flux2):
+    for kind in (flux.Flux, flux2.Flux2, kontext.Kontext):
         table |= dict.fromkeys(kind.PIPELINES, partial(flux.load, kind))
     return table | dict.fromkeys(wan.Wan.PIPELINES, wan.load)
+
+
+def pictures_of(source: str) -> str | None:
+    """As `Codec.pictures`, from the name of a teacher's pipeline, before anything is loaded.
+
+    Returns:
+        None where the name is not known: of a repository that is not on this machine, of files that
+        are no pipeline's folder, and of a source that `load` refuses.
+    """
+    if (known := OUTLINES.get(source)) is not None:
+        name = known.pipeline
+    else:
+        index = home(source, "teacher") / "model_index.json"
+        if not isfile(index):
+            return None
+        name = str(read_json(index, teacher_at(source)).get("_class_name"))
+    kinds = getattr(families().get(name), "args", ())
+    return next((kind.PICTURES for kind in kinds if hasattr(kind, "PICTURES")), None)
 
 
 def find(source: str) -> Path:

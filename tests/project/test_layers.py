@@ -21,11 +21,12 @@ MAY: dict[str, set[str]] = {
     "teachers.adapters": {"teachers", "teachers.storage"},
     "teachers.families": {"teachers", "teachers.storage", "teachers.adapters"},
     "teachers.pipelines": {"teachers", "teachers.storage", "teachers.families"},
+    "teachers.pictured": {"teachers", "teachers.families"},
     "teachers.edm": {"teachers", "teachers.storage", "teachers.families"},
     "teachers.imagenet": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
     "teachers.catalogue": {
         "teachers", "teachers.storage", "teachers.adapters", "teachers.families",
-        "teachers.pipelines", "teachers.edm", "teachers.imagenet",
+        "teachers.pipelines", "teachers.pictured", "teachers.edm", "teachers.imagenet",
     },
     "teachers.diagnosis": {"teachers"},
     "students": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
@@ -50,9 +51,11 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.objectives", "students", "teachers", "teachers.storage",
     },
     "distill.data.expansion": {"distill", "teachers", "teachers.storage", "eval"},
+    "distill.data.conditions": {"distill", "teachers", "teachers.storage", "eval"},
     "distill.data": {
-        "distill", "distill.data.expansion", "distill.objectives", "distill.config", "teachers",
-        "teachers.storage", "teachers.families", "eval", "eval.digits", "eval.shapes",
+        "distill", "distill.data.expansion", "distill.data.conditions", "distill.objectives",
+        "distill.config", "teachers", "teachers.storage", "teachers.families", "eval",
+        "eval.digits", "eval.shapes",
     },
     "distill.sampling": {
         "distill", "distill.config", "distill.data", "students", "students.export", "teachers",

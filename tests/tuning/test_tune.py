@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.publish.card import card
 from distill.data.prompts import list_prompts
+from distill.publish.card import card
 from distill.training import run_folder
 from distill.training.run_folder import write_recipe
 from distill.tuning import pictures as lesson
