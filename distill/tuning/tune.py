@@ -110,6 +110,11 @@ def checked(
             f"--teacher: {clipped(str(places.tuned))} is no finished run of a tuned teacher; give "
             "the folder OUT-teacher of an earlier tuning"
         )
+    if settings.method == "anchor" and student.recipe.student.steps == 1:
+        raise UserError(
+            "--method anchor: a student of one step sees noise alone, from which it cannot learn "
+            "your pictures; use --method teacher"
+        )
     runs = [(first, places.teacher), (second, places.out)]
     for recipe, out in runs[places.tuned is not None :]:
         run_folder.refuse_live(out)

@@ -329,16 +329,23 @@ def _from_function(source: str) -> Teacher:
             f"{teacher_at(source)}: {name}: its weight {lazy} has no shape yet; call the network "
             "once before it is returned"
         )
-    integers_as_buffers(teacher.denoiser)
+    constants_as_buffers(teacher.denoiser)
     teacher.denoiser.eval().requires_grad_(False)
     teacher.source = teacher.source or source
     return teacher
 
 
-def integers_as_buffers(network: nn.Module) -> None:
-    """Make a network's integer parameters, such as tables of positions, buffers: none can learn."""
+def constants_as_buffers(network: nn.Module) -> None:
+    """Make a network's parameters that do not learn buffers.
+
+    These are integers, such as tables of positions, and what was frozen beside parameters that
+    learn, such as random frequencies. A network that is frozen as a whole is one that was loaded
+    for inference, and all of it learns.
+    """
+    some_learn = any(p.requires_grad for p in network.parameters())
     for module in network.modules():
         for name, value in list(module.named_parameters(recurse=False)):
-            if not (value.is_floating_point() or value.is_complex()):
+            learns = value.is_floating_point() or value.is_complex()
+            if not learns or (some_learn and not value.requires_grad):
                 delattr(module, name)
                 module.register_buffer(name, value.data)

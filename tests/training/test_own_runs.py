@@ -197,17 +197,19 @@ def test_a_metric_gets_its_own_copies_and_keeps_its_settings(tmp_path):
     assert [v for row in values.values() for v in row.values()] == [10.0, 0.0, 3.0, 3.0]
 
 
-def test_integers_among_the_parameters_stay_as_they_are(tmp_path):
+@pytest.mark.parametrize("values", ["torch.arange(size)", "torch.arange(size) + 0.5"])
+def test_integers_and_frozen_parameters_stay_as_they_are(values, tmp_path):
     text = own.FLOW.replace(
         "self.size = size\n",
-        "self.size = size\n        self.places = nn.Parameter(torch.arange(size), False)\n",
-    ).replace("self.extra(x)", "(self.extra(x) + 0 * self.places)")
+        f"self.size = size\n        self.places = nn.Parameter({values}, False)\n",
+    ).replace("self.extra(x)", "(self.extra(x) + 0.1 * self.places)")
     assert text.count("self.places") == 2
     file = own.write(tmp_path, text)
     run = trained(own.recipe_tree(file, "dmd2"), tmp_path / "run")
     assert finish(run)["failed"] == {}
     weights = load_file(tmp_path / "run" / "student" / "model.safetensors")
-    assert weights["places"].tolist() == [0, 1] and weights["places"].dtype == torch.int64
+    kind, more = (torch.float32, 0.5) if "0.5" in values else (torch.int64, 0)
+    assert weights["places"].tolist() == [more, 1 + more] and weights["places"].dtype == kind
 
 
 def test_a_script_that_switches_gradients_off_does_so_for_itself_alone(tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def test_what_was_stopped_goes_on(student, pictures, trained, tmp_path, monkeypa
     trained.clear()
     assert tuning.tune(str(student), places, settings, resume=True) == figures
     other = Places(tmp_path / "other", pictures, tmp_path / "tuned-teacher")
-    tuning.tune(str(student), other, Settings(method="anchor", steps=1))
+    tuning.tune(str(student), other, Settings(method="plain", steps=1))
     assert list(trained) == ["other"]  # on the teacher that there was
     with pytest.raises(UserError) as error:  # the same folders, other settings
         changed = Settings(method="plain", steps=2, teacher_steps=2, teacher_rate=0.5)
@@ -201,6 +201,14 @@ def test_a_folder_at_work_is_refused_before_anything_is_written(student, picture
                 tuning.tune(str(student), places, Settings(), resume=resume)
             assert error.value.key == "--out"
     assert [p.name for p in places.teacher.iterdir()] == [run_folder.LOCK]
+
+
+def test_a_student_of_one_step_is_not_tuned_by_the_anchor(student, pictures, trained, tmp_path):
+    places = Places(tmp_path / "tuned", pictures)
+    with pytest.raises(UserError) as error:
+        tuning.tune(str(student), places, Settings(method="anchor"))
+    assert error.value.key == "--method" and "--method teacher" in str(error.value)
+    assert not trained and not places.out.exists() and not places.teacher.exists()
 
 
 def test_the_recipes_of_the_methods(student, pictures, tmp_path):
