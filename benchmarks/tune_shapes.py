@@ -173,8 +173,11 @@ NAMES = {
 
 def table(rows: dict[str, Any]) -> str:
     """The table of docs/tuning.md, from the results; means over seeds where there are several."""
+    tuned = [v["tune"] for v in rows.values() if "tune" in v]
+    count = next((k for v in tuned for k in v["students"]), "1")
+    first = "one step" if count == "1" else f"{count} steps"
     lines = [
-        "| one step | known captions | new, learned | new, others | steps kept | concept gained |",
+        f"| {first} | known captions | new, learned | new, others | steps kept | concept gained |",
         "|---|---|---|---|---|---|",
     ]
     for kind, name in NAMES.items():
@@ -182,11 +185,12 @@ def table(rows: dict[str, Any]) -> str:
         if not some:
             continue
         cells = [f"{100 * mean(v[k] for v in some):.1f} %" for k in ("known", "learned", "others")]
-        tunes = [v["tune"]["students"]["1"] for v in some if "tune" in v]
-        steps = next((v["tune"]["teacher_steps"] for v in rows.values() if "tune" in v), "many")
+        tunes = [v["tune"]["students"][count] for v in some if "tune" in v]
+        steps = next((v["teacher_steps"] for v in tuned), "many")
         for value in ("steps_kept", "concept_gained"):
             found = [v[value] for v in tunes]
             found = [v["student"] if isinstance(v, dict) else v for v in found]
+            found = [v for v in found if v is not None]  # as good undistilled as the teacher
             cells.append(f"{mean(found):.2f}" if found else "")
         lines.append(f"| {name.format(steps=steps)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
