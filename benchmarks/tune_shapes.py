@@ -8,7 +8,7 @@
 The new shape is a wedge, a triangle with its apex down. Its word is z, a token that no caption of
 the teacher has. `draw` draws 50 of its 90 captions. `reader` measures the
 exact reader, given a fifth template, on drawings that nothing was trained on. `measure` reads what
-students draw at one step: the 50 captions, the 40 others, and the teacher's own 360.
+students draw in all their steps: the 50 captions, the 40 others, and the teacher's own 360.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def reader_figures() -> dict[str, float]:
 
 
 def student_figures(folder: Path, seed: int) -> dict[str, float]:
-    """Caption accuracy of a student at one step."""
+    """Caption accuracy of a student in all its steps."""
     generator, teacher = load_student(folder)
-    return figures(lambda c, s: student_samples(generator.at(1), teacher, c, s).images, seed)
+    return figures(lambda c, s: student_samples(generator, teacher, c, s).images, seed)
 
 
 def teacher_figures(run: Path, seed: int) -> dict[str, float]:
@@ -173,8 +173,11 @@ NAMES = {
 
 def table(rows: dict[str, Any]) -> str:
     """The table of docs/tuning.md, from the results; means over seeds where there are several."""
+    tuned = [v["tune"] for v in rows.values() if "tune" in v]
+    count = next((k for v in tuned for k in v["students"]), "1")
+    first = "one step" if count == "1" else f"{count} steps"
     lines = [
-        "| one step | known captions | new, learned | new, others | steps kept | concept gained |",
+        f"| {first} | known captions | new, learned | new, others | steps kept | concept gained |",
         "|---|---|---|---|---|---|",
     ]
     for kind, name in NAMES.items():
@@ -182,11 +185,12 @@ def table(rows: dict[str, Any]) -> str:
         if not some:
             continue
         cells = [f"{100 * mean(v[k] for v in some):.1f} %" for k in ("known", "learned", "others")]
-        tunes = [v["tune"]["students"]["1"] for v in some if "tune" in v]
-        steps = next((v["tune"]["teacher_steps"] for v in rows.values() if "tune" in v), "many")
+        tunes = [v["tune"]["students"][count] for v in some if "tune" in v]
+        steps = next((v["teacher_steps"] for v in tuned), "many")
         for value in ("steps_kept", "concept_gained"):
             found = [v[value] for v in tunes]
             found = [v["student"] if isinstance(v, dict) else v for v in found]
+            found = [v for v in found if v is not None]  # as good undistilled as the teacher
             cells.append(f"{mean(found):.2f}" if found else "")
         lines.append(f"| {name.format(steps=steps)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ import typer
 
 from distill import __version__
 from distill.cli import auto, compat, evaluate, inspect, publish, train, tune
+from distill.cli.errors import resume_hint
 
 app = typer.Typer(
     add_completion=False,
@@ -84,11 +85,16 @@ def main() -> None:
     """Exit codes: 0 success; 2 an error the user can correct, as one line; 130 or 143 stopped by a
     signal; 1 anything else."""
     code = 1
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by a shell
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     signal.signal(signal.SIGTERM, raise_terminated)
     if not sys.warnoptions:  # users can do nothing about our dependencies' future changes
         warnings.simplefilter("ignore", FutureWarning)
     try:
         code = app(standalone_mode=False) or 0
+        if code == 128 + signal.SIGINT:  # typer's newer versions make Ctrl-C an exit code
+            raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write(f"distill: SIGINT: stopped{resume_hint()}\n")
         code = 128 + signal.SIGINT
@@ -106,20 +112,11 @@ def main() -> None:
     sys.exit(code)
 
 
-def resume_hint() -> str:
-    """How to continue the command that was stopped; empty where nothing is kept."""
-    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if command in ("run", "teach", "tune"):
-        return "; add --resume to continue"
-    if command in ("bench", "cache"):
-        return "; run the same command again to continue"
-    return ""
-
-
 def exit_code(error: Exception) -> int | None:
     """Print an expected error as one line and return its exit code; None for a bug of ours."""
     from distill.cli.errors import (
         export_error_line,
+        shown,
         signal_exit_code,
         usage_line,
         user_error_line,
@@ -133,7 +130,7 @@ def exit_code(error: Exception) -> int | None:
     if line is None:
         return None
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"distill: {' '.join(line.split())}\n")
+        sys.stderr.write(f"distill: {shown(line)}\n")
     return code
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from distill.speed import Speed
 from eval import catalogue
+from teachers.errors import printable
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ err = PipeSafeConsole(
 
 def print_notice(line: str) -> None:
     """Print what a user should know but need not act on: one line on stderr."""
-    err.print(f"distill: {line}", soft_wrap=True, markup=False)
+    err.print(f"distill: {printable(line)}", soft_wrap=True, markup=False)
 
 
 def print_line(line: str) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from teachers.conditions import Pictured
+
 COLUMNS = 10  # of a run's sample grids
 CELL = 40  # pixels: smaller images are enlarged to at least this side
 FRAMES = 8  # the most frames of a video that a grid shows
@@ -32,6 +34,22 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     factor = max(1, -(-CELL // max(images.shape[-2:])))
     images = nn.functional.interpolate(images.float(), scale_factor=factor)
     save_image(images, path, nrow=columns, normalize=True, value_range=(-1, 1), padding=factor)
+
+
+def pictures_of(prompts: Sequence[Any]) -> Tensor | None:
+    """The pictures (N, 3, H, W) of prompts, grey where they are painted anew; None if they have
+    none."""
+    if not prompts or not all(isinstance(p, Pictured) for p in prompts):
+        return None
+    return torch.stack([p.picture if p.mask is None else p.picture * (1 - p.mask) for p in prompts])
+
+
+def save_samples(images: Tensor, prompts: Sequence[Any], path: Path) -> None:
+    """Write a run's samples as a grid, below the pictures that came with their prompts."""
+    if (given := pictures_of(prompts)) is None:
+        save_grid(images, path, COLUMNS)
+    else:
+        save_grid(torch.cat([given.to(images), images]), path, len(given))
 
 
 def save_table(

@@ -240,7 +240,8 @@ def config_by_layers(adapter: Adapter, network: Network) -> Any:
 def adaptable_layers(network: Network) -> list[str]:
     """The names of a network's linear layers and convolutions, with adapters or without.
 
-    `nn.MultiheadAttention` reads the weight of the layer inside it and does not call it.
+    `nn.MultiheadAttention` reads the weight of the layer inside it and does not call it. A layer
+    whose weight is computed from others (weight or spectral norm) could not take up an adapter.
     """
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     names, hidden = [], tuple[str, ...]()
@@ -250,7 +251,8 @@ def adaptable_layers(network: Network) -> list[str]:
         layer = base_layer(module)
         if layer is not module or isinstance(module, nn.MultiheadAttention):
             hidden += (f"{name}.",)
-        if isinstance(layer, kinds):
+        computed = hasattr(layer, "parametrizations") or hasattr(layer, "weight_g")
+        if isinstance(layer, kinds) and not computed:
             names.append(name)
     return names
 

@@ -31,6 +31,7 @@ from teachers.process import Process
 from teachers.teacher import Teacher
 
 PROMPTS = ("a red circle", "two boats on a lake")  # where checks need some, and there are no labels
+WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel")  # of torch
 MIDDLES = ("mid_block", "middle_block", "middle", "mid", "bottleneck")  # usual names of a block
 
 
@@ -59,6 +60,11 @@ def check(teacher: Teacher) -> None:
             built again from what is known of it.
     """
     who, network = teacher_at(teacher.source), network_of(teacher.denoiser)
+    if (kind := type(network.backbone).__name__) in WRAPPERS:
+        raise UserError(
+            f"{who}: its backbone is a {kind}; give Network the network inside, without it "
+            "(train.compile compiles, and accelerate launch uses several GPUs)"
+        )
     inside = {id(p) for p in network.backbone.parameters()}
     if not inside:
         raise UserError(
@@ -69,6 +75,11 @@ def check(teacher: Teacher) -> None:
         raise UserError(
             f"{who}: its weight {outside[0]} is not in the backbone, which alone is exported; move "
             "it there"
+        )
+    if odd := [n for n, p in network.named_parameters() if p.is_complex()]:
+        raise UserError(
+            f"{who}: its weight {odd[0]} is complex, and averages of weights are real; keep it as "
+            "real numbers, and let forward make torch.view_as_complex of them"
         )
     if type(network).forward is not Network.forward:
         raise UserError(
@@ -81,18 +92,60 @@ def check(teacher: Teacher) -> None:
 
 @torch.no_grad()
 def check_output(teacher: Teacher, who: str) -> None:
-    """Call the network once, on two samples.
+    """Call the network on two samples, and on one of them alone.
 
     Raises:
-        UserError: it raises an exception, or its output has not the shape of x_t.
+        UserError: it raises an exception, its output has not the shape of x_t, or it is no function
+            of each sample's own x_t, t and condition whose gradient reaches the weights.
     """
     network = network_of(teacher.denoiser)
-    cond = example_condition(teacher, 2)
-    weight = next(network.backbone.parameters())
-    cond = conditions.moved(cond, weight.device)
-    x_t = torch.zeros(2, *teacher.shape, device=weight.device)
+    device = next(network.backbone.parameters()).device
+    cond = conditions.moved(example_condition(teacher, 2), device)
+    noise = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0))
+    x_t = noise.to(device)
+    t, s = x_t.new_full((2,), 0.5), x_t.new_zeros(2)
+    given = x_t.clone(), t.clone()
+    out = called(network, *given, cond, s, who)
+    for name, before, after in zip(("x_t", "t"), (x_t, t), given, strict=True):
+        if not torch.equal(before, after):
+            raise UserError(
+                f"{who}: its network writes into {name}, which other networks read after it; let "
+                "call make a new tensor (x = x * 2, not x.mul_(2))"
+            )
+    if not close(out, called(network, x_t.clone(), t.clone(), cond, s, who)):
+        raise UserError(
+            f"{who}: its network gives two outputs for one input; remove what is random in it, or "
+            "what it counts from call to call"
+        )
+    first = conditions.rows(cond, slice(0, 1))
+    if not close(out[:1], called(network, x_t[:1].clone(), t[:1].clone(), first, s[:1], who)):
+        raise UserError(
+            f"{who}: its network's output for a sample depends on the other samples of its batch; "
+            "let it treat each by itself"
+        )
+    frozen = [p for p in network.backbone.parameters() if not p.requires_grad]
     try:
-        out = network.call(x_t, x_t.new_full((2,), 0.5), cond, x_t.new_zeros(2))
+        with torch.enable_grad():
+            network.backbone.requires_grad_(True)
+            learns = called(network, x_t[:1], t[:1], first, s[:1], who).requires_grad
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+    if not learns:
+        raise UserError(
+            f"{who}: no gradient of its network's output reaches its weights; let it compute "
+            "without no_grad and detach"
+        )
+
+
+def called(network: Network, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor, who: str) -> Tensor:
+    """The network's output.
+
+    Raises:
+        UserError: it raises an exception, or returns something of another shape than x_t.
+    """
+    try:
+        out = network.call(x_t, t, cond, s)
     except Exception as error:  # a user's own code may raise anything
         raise UserError(
             f"{who}: its network raised {type(error).__name__}: "
@@ -105,6 +158,12 @@ def check_output(teacher: Teacher, who: str) -> None:
             f"{who}: for x_t {shape_of(x_t)} its network returns {got}; return a tensor shaped "
             "like x_t"
         )
+    return out
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two outputs differ by rounding at most; NaN equals NaN."""
+    return torch.allclose(a.float(), b.float(), 1e-2, 1e-2, equal_nan=True)
 
 
 def shape_of(x: Tensor) -> str:
@@ -164,21 +223,29 @@ def arguments_of(backbone: nn.Module, who: str) -> Arguments:
                 f"{who}: {kind.__name__} is built with {name!r}, and a student's folder could not "
                 f"know its value; keep it as self.{name}, a number, a text or a list of them"
             )
-    try:
-        with torch.device("meta"):
-            built = kind(**values).state_dict()
-        same = {k: v.shape for k, v in built.items()} == {
-            k: v.shape for k, v in backbone.state_dict().items()
-        }
-    except Exception:
-        same = False
-    if not same:
+    if not is_built_alike(backbone, values):
         shown = ", ".join(f"{k}={v!r}" for k, v in values.items())
         raise UserError(
             f"{who}: {kind.__name__}({clipped(shown)}) has other weights than the teacher's; keep "
             "every argument of its __init__ as an attribute of its name"
         )
     return Arguments(values, [k for k, v in values.items() if isinstance(v, tuple)])
+
+
+def is_built_alike(backbone: nn.Module, values: Mapping[str, Any]) -> bool:
+    """Whether the backbone's class, built with these arguments, has weights of the same shapes.
+
+    It is built without memory for weights, and where its code needs their values, with them.
+    """
+    shapes = {k: v.shape for k, v in backbone.state_dict().items()}
+    for device in ("meta", "cpu"):
+        try:
+            with torch.random.fork_rng(devices=()), torch.device(device):
+                built = type(backbone)(**values).state_dict()
+            return {k: v.shape for k, v in built.items()} == shapes
+        except Exception:  # code of the user's
+            continue
+    return False
 
 
 def is_plain(value: Any) -> bool:

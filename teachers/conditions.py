@@ -4,12 +4,18 @@ A network reads the entries that it knows and ignores the others. One entry may 
 condition: `guidance_scale` (N,), each sample's own scale g of guidance, where 1 is unguided.
 `teachers.denoiser.Guided` guides by it; a UNet with a `time_cond_proj_dim` reads it as an input.
 
+A network that takes a picture as a condition reads the entry `picture` (N, C, H, W), in the layout
+that its family gives it. Guidance keeps it in both branches, as stock pipelines do. Where texts are
+encoded with the picture, so is the negative prompt: an entry `negative.NAME` (N, ...) is what the
+negative branch reads as NAME.
+
 Source: this project's own convention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +23,30 @@ from torch import Tensor
 
 Cond = dict[str, Any] | None
 GUIDANCE_SCALE = "guidance_scale"
+PICTURE = "picture"
+NEGATIVE = "negative."
+
+
+@dataclass(frozen=True, eq=False)
+class Pictured:
+    """A prompt with the picture that is edited or painted in. As a string it is its text.
+
+    Args:
+        picture: (3, H, W) in [-1, 1].
+        mask: (1, H, W), 1 where the picture is painted anew and 0 where it stays; None: no mask.
+    """
+
+    text: str
+    picture: Tensor
+    mask: Tensor | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def blank(cls, text: str, height: int, width: int) -> Pictured:
+        """A prompt with a grey picture, all of which is painted anew."""
+        return cls(text, torch.zeros(3, height, width), torch.ones(1, height, width))
 
 
 def each(cond: Cond, change: Callable[[Tensor], Tensor]) -> Cond:
@@ -27,6 +57,12 @@ def each(cond: Cond, change: Callable[[Tensor], Tensor]) -> Cond:
 def moved(cond: Cond, device: torch.device | str) -> Cond:
     """The condition on a device; entries that are there already are not copied."""
     return each(cond, lambda entry: entry.to(device))
+
+
+def branches(cond: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A condition without its entries of the negative branch, and these under their plain names."""
+    plain = {k: v for k, v in cond.items() if not k.startswith(NEGATIVE)}
+    return plain, {k.removeprefix(NEGATIVE): v for k, v in cond.items() if k not in plain}
 
 
 def rows(cond: Cond, index: Any) -> Cond:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers import conditions
-from teachers.conditions import GUIDANCE_SCALE, Cond
+from teachers.conditions import GUIDANCE_SCALE, PICTURE, Cond
 from teachers.process import Process, expand
 
 Scale = float | Tensor  # of guidance: one g, or each sample's own (B,)
@@ -203,13 +203,22 @@ class Guided(Wrapper):
     def negative(self, key: str, like: Tensor) -> Tensor:
         """The null's entry (1, ...) on `like`'s device and in its type, moved there once.
 
-        Moving it at each call would make the host wait for the device every time.
+        Moving it at each call would make the host wait for the device every time. A picture's is
+        `like` itself: the picture is the same in both branches.
         """
         assert self.null is not None
+        if key == PICTURE:
+            return like
         place = (key, like.device, like.dtype)
         if place not in self._moved:
             self._moved[place] = self.null[key].to(like)
         return self._moved[place]
+
+    def branches(self, cond: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The condition, and that of the negative x̂, with the same entries (B, ...)."""
+        cond, own = conditions.branches(cond)
+        null = {k: own[k] if k in own else self.negative(k, v) for k, v in cond.items()}
+        return cond, {k: v.expand_as(cond[k]) for k, v in null.items()}
 
     def guides(self, cond: Cond) -> bool:
         """Whether there is something to move away from."""
@@ -224,7 +233,8 @@ class Guided(Wrapper):
             cond: One that this guidance guides (see `guides`), without a `guidance_scale`.
         """
         assert cond is not None
-        both = {k: torch.cat([v, self.negative(k, v).expand_as(v)]) for k, v in cond.items()}
+        cond, negative = self.branches(cond)
+        both = {k: torch.cat([v, negative[k]]) for k, v in cond.items()}
         twice = s if s is None else torch.cat([s, s])
         x, x_null = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, twice).chunk(2)
         return x, x_null

@@ -112,13 +112,23 @@ def teacher_at(source: str) -> str:
     return f"teacher {clipped(source)!r}"
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: the control characters in names of a stranger's file are replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def note(line: str) -> None:
     """One line on stderr that a user should know but need not act on."""
-    if WRITTEN.get():
-        sys.stderr.write(f"distill: {line}\n")
+    before = BEFORE.get()
+    if WRITTEN.get() and (before is None or line not in before):
+        sys.stderr.write(f"distill: {printable(line)}\n")
+        if before is not None:
+            before.add(line)
 
 
 WRITTEN = ContextVar("WRITTEN", default=True)  # whether notes are written
+# The notes that are not written again; None: every note is written.
+BEFORE: ContextVar[set[str] | None] = ContextVar("BEFORE", default=None)
 
 
 @contextmanager
@@ -129,6 +139,16 @@ def without_notes() -> Iterator[None]:
         yield
     finally:
         WRITTEN.reset(before)
+
+
+@contextmanager
+def notes_once() -> Iterator[None]:
+    """Within it, each note is written once, for a command whose runs load the same files."""
+    token = BEFORE.set(set())
+    try:
+        yield
+    finally:
+        BEFORE.reset(token)
 
 
 def first_line(error: BaseException | str) -> str:

@@ -284,7 +284,7 @@ class Adaptive(Wrapper):
         if self.active is None:
             self.active = torch.ones(len(x_t), dtype=torch.bool, device=x_t.device)
         i = self.active.nonzero()[:, 0]  # the host waits for it
-        null = {k: self.guided.negative(k, v).expand_as(v) for k, v in cond.items()}
+        cond, null = self.guided.branches(cond)
         both = {k: torch.cat([v, null[k][i]]) for k, v in cond.items()}
         times = torch.cat([t, t[i]])
         ends = s if s is None else torch.cat([s, s[i]])

@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from teachers import conditions
 from teachers.conditions import GUIDANCE_SCALE, Cond
 from teachers.denoiser import Denoiser, Guided
 from teachers.errors import UserError, nearest
-from teachers.process import expand
+from teachers.process import Process, expand
 
 
 def ddim(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
@@ -58,7 +59,7 @@ def heun_step(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond 
 def heun(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
     """Second order in (x/α, σ/α), as EDM samples. 2n - 1 evaluations, one less from pure noise."""
     process = denoiser.process
-    pure = process.scales(times[:1].cpu())[0].item() == 0  # x/α is infinite: the first step is DDIM
+    pure = is_pure_noise(process, times[:1])  # x/α is infinite: the first step is DDIM
     for t, s in pairs(times, x_t):
         if s is None:
             return denoiser(x_t, t, cond)
@@ -67,6 +68,12 @@ def heun(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> T
         else:
             x_t = heun_step(denoiser, x_t, t, s, cond)
     return x_t
+
+
+def is_pure_noise(process: Process, t: Tensor) -> bool:
+    """Whether α is 0 at a time (1,); no where the time has no value, as in a plan."""
+    alpha = process.scales(t.cpu())[0]
+    return not isinstance(alpha, FakeTensor) and alpha.item() == 0
 
 
 def dpmpp_2m(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:

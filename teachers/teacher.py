@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ class Codec:
     vae: Any = None  # the network between pixels and latents, where there is one
     pipe: Any = None  # the stock diffusers pipeline that it belongs to
     folder: Path | None = None  # the folder that it was loaded from
+    # The picture that each prompt comes with (a `conditions.Pictured`): one to "edit", or one with
+    # a "mask" where it is painted anew; empty where prompts have none.
+    pictures: Literal["", "edit", "mask"] = ""
 
     def condition(self, prompts: Sequence[Any]) -> Cond:
         """The condition of N prompts, each entry shaped (N, ...)."""
@@ -54,7 +57,7 @@ class Codec:
         return dict(parts_of(self))
 
 
-FIELDS = ("classes", "null_label", "vae", "pipe", "folder")  # of a codec, with defaults
+FIELDS = ("classes", "null_label", "vae", "pipe", "folder", "pictures")  # of a codec, with defaults
 PLAIN = (str, int, float, bool, type(None))
 DEPTH = 4  # how many attributes deep a part may be: codec.pipe.text_encoder is 2 deep
 SETTING_DEPTH = 2  # the same of tensors and plain settings: deeper ones change in use

@@ -29,7 +29,7 @@ else:
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
-from tests.helpers import fake_gpu, slow_tests, toys  # noqa: E402
+from tests.helpers import fake_gpu, preloaded, slow_tests, toys  # noqa: E402
 
 if DEVICE == "cuda":  # a run that is taken up again is compared bit for bit, values to the host's
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -84,6 +84,13 @@ def gpu(_fresh_state, monkeypatch: pytest.MonkeyPatch):
         return
     with fake_gpu.installed(monkeypatch):
         yield fake_gpu.GPU
+
+
+@pytest.fixture(scope="session", autouse=DEVICE == "cpu")
+def _preloaded():
+    """Exports are checked in forks of one process that has imported diffusers."""
+    with preloaded.checks():
+        yield
 
 
 @pytest.fixture(scope="session")

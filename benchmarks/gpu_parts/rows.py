@@ -16,8 +16,9 @@ import torch
 
 from distill.config.recipe import Recipe
 from distill.data.stream import Source
-from teachers.catalogue import outlines
-from teachers.catalogue.outlines import Outline, OutlineCodec, dtype_of_new
+from teachers.catalogue import outlines, published
+from teachers.catalogue.outlines import OutlineCodec, dtype_of_new
+from teachers.catalogue.published import Outline
 from teachers.denoiser import Cond
 from teachers.edm import adm
 from teachers.edm.checkpoints import model_config
@@ -110,7 +111,7 @@ SHARED = ("train.batch=128", "train.accumulate=1", "objective.student_every=5")
 CIFAR_SHAPE: dict[str, Any] = {"small": SMALL_CIFAR, "small_shape": (3, 8, 8)}
 ROWS = (
     Row(
-        "sdxl-dmd2-lora", "sdxl", outlines.SDXL, "sdxl/dmd2-lora",
+        "sdxl-dmd2-lora", "sdxl", published.SDXL, "sdxl/dmd2-lora",
         small={
             **UNET_SMALL, "block_out_channels": [16, 32], "cross_attention_dim": 16,
             "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
@@ -122,7 +123,7 @@ ROWS = (
     ),
     Row("edm-cifar-dmd2", "edm", EDM_CIFAR, "edm/dmd2", SHARED, compares=True, **CIFAR_SHAPE),
     Row(
-        "sd15-dmd2", "sd15", outlines.SD15, "sd15/dmd2",
+        "sd15-dmd2", "sd15", published.SD15, "sd15/dmd2",
         ("train.batch=32", "train.accumulate=2", "objective.student_every=5",
          "players.student.optimizer=adamw", "players.fake.optimizer=adamw"),
         small={
@@ -133,7 +134,7 @@ ROWS = (
         small_shape=(4, 8, 8), small_cond={"text": (7, 16)},
     ),
     Row(
-        "flux-dmd2-lora-nf4", "flux", outlines.FLUX_DEV, "flux/dmd2-lora",
+        "flux-dmd2-lora-nf4", "flux", published.FLUX_DEV, "flux/dmd2-lora",
         ("train.batch=4", "train.accumulate=4"),
         {"num_layers": 3, "num_single_layers": 6},
         {
@@ -143,11 +144,11 @@ ROWS = (
         (16, 8, 8), {"text": (7, 32), "pooled": (16,), "guidance": ()},
     ),
     Row(
-        "edm-imagenet64-dmd2", "adm", outlines.EDM_IN64, "edm/dmd2",
+        "edm-imagenet64-dmd2", "adm", published.EDM_IN64, "edm/dmd2",
         ("train.batch=40", "train.accumulate=2"), small=SMALL_ADM or {}, small_shape=(3, 16, 16),
     ),
     Row(
-        "sana-dmd2-lora", "sana", outlines.SANA_1600M, "sana/dmd2-lora",
+        "sana-dmd2-lora", "sana", published.SANA_1600M, "sana/dmd2-lora",
         (), {"num_layers": 8},
         {
             **HEADS_SMALL, "num_layers": 2, "num_cross_attention_heads": 2,
@@ -159,7 +160,7 @@ ROWS = (
     Row("edm-cifar-ect", "edm", EDM_CIFAR, "edm/ect", SHARED[:2], **CIFAR_SHAPE),
     Row("edm-cifar-fdistill", "edm", EDM_CIFAR, "edm/fdistill", SHARED, **CIFAR_SHAPE),
     Row(
-        "pixart-dmd2-lora", "pixart", outlines.PIXART_SIGMA, "pixart/dmd2-lora",
+        "pixart-dmd2-lora", "pixart", published.PIXART_SIGMA, "pixart/dmd2-lora",
         ("train.batch=4", "train.accumulate=1"), {"num_layers": 8},
         {
             **HEADS_SMALL, "num_layers": 2, "cross_attention_dim": 32, "caption_channels": 32,
@@ -168,7 +169,7 @@ ROWS = (
         (4, 8, 8), {"text": (7, 32), "mask": (7,)},
     ),
     Row(
-        "sd3-dmd2-lora", "sd3", outlines.SD35_MEDIUM, "sd3/dmd2-lora",
+        "sd3-dmd2-lora", "sd3", published.SD35_MEDIUM, "sd3/dmd2-lora",
         ("train.batch=4", "train.accumulate=1"),
         {"num_layers": 6, "dual_attention_layers": (0, 1, 2)},
         {

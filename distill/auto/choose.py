@@ -84,7 +84,8 @@ def choose(
     usable = 3600 * hours * (1 - KEPT - MEASURED * measures)
     per_sample = machine.seconds(fit.plan) / fit.plan.batch
     budget = budget_of(tree["train"], usable, per_sample, grows=start.unrun)
-    tree = laid_over(spent(tree, budget), {"train": {"hours": whole(round(hours * (1 - KEPT), 3))}})
+    most = whole(float(f"{hours * (1 - KEPT):.4g}"))  # never 0, however few
+    tree = laid_over(spent(tree, budget), {"train": {"hours": most}})
     if measures:
         every = max(1, budget.steps // EVALUATIONS)
         section = {"every": every, "stop_when_flat": {"window": WINDOW, "tolerance": TOLERANCE}}
@@ -158,7 +159,8 @@ def why_start(subject: Subject, start: Start) -> str:
     if start.relation == "family":
         return f"the recipe of this family ({subject.family}), with its papers' settings"
     if subject.small:
-        size = f"{subject.parameters / 1e6:.3g} million parameters"
+        millions, count = subject.parameters / 1e6, f"{subject.parameters:,} parameters"
+        size = f"{millions:.3g} million parameters" if millions >= 0.1 else count
         return f"of {size}, as the embedded teachers, whose best student this is"
     return f"no recipe of the family {subject.family!r}; the nearest by its prompts and process"
 

@@ -170,7 +170,7 @@ def smaller_changes(tree: dict[str, Any], subject: Subject, gpu: bool) -> list[d
     if not adapters:
         rates = {k: {"lr": LORA_RATES[k], "optimizer": "adamw"} for k in players if k in LORA_RATES}
         changes.append({"adapters": {"rank": 64}, **({"players": rates} if rates else {})})
-    quantisable = gpu and subject.family not in ("adm", "edm")
+    quantisable = gpu and subject.quantisable
     if quantisable and tree["teacher"].get("precision") != "nf4":
         changes.append({"teacher": {"precision": "nf4"}})
     if adapters and tree["adapters"].get("rank", 64) <= 16:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from distill.planning.plan import Plan
 from distill.profiling import FlopMeter, device_name
 from distill.rates import BUSY, GPUS, key_of
-from students.lora import unwrap
+from students.lora import network_of
+from students.own_network import example_condition, is_own
 from teachers import conditions
 from teachers.errors import UserError
 from teachers.teacher import Teacher
@@ -62,6 +64,9 @@ def check_gpu(gpu: str | None) -> None:
         UserError: it lists those that are known.
     """
     if gpu is not None and gpu not in GPUS:
+        plain = {re.sub(r"[^a-z0-9]", "", name): name for name in GPUS}
+        if (meant := plain.get(re.sub(r"[^a-z0-9]", "", gpu.lower()))) is not None:
+            raise UserError(f"--gpu {gpu!r}: did you mean {meant!r}?")
         known = ", ".join(f"{name} ({card.memory:g} GB)" for name, card in GPUS.items())
         raise UserError(f"--gpu {gpu!r}: an unknown card; known: {known}")
 
@@ -92,9 +97,11 @@ def machine_of(gpu: str | None, teacher: Teacher, weights: bool) -> Machine:
 @torch.no_grad()
 def network_rate(teacher: Teacher, device: torch.device) -> float:
     """FLOP/s of the teacher's network in forward passes."""
-    network = unwrap(teacher.denoiser).to(device)
+    network = network_of(teacher.denoiser).to(device)
     x = torch.randn(SAMPLES, *teacher.shape, generator=torch.Generator().manual_seed(0))
-    cond: Any = teacher.codec.condition([0] * SAMPLES if teacher.codec.classes else [""] * SAMPLES)
+    prompts = [0] * SAMPLES if teacher.codec.classes else [""] * SAMPLES
+    own = is_own(teacher.denoiser)
+    cond = example_condition(teacher, SAMPLES) if own else teacher.codec.condition(prompts)
     x, cond = x.to(device), conditions.moved(cond, device)
     t = torch.linspace(1, 0.1, SAMPLES, device=device)
     with FlopMeter() as meter:

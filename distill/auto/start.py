@@ -71,8 +71,7 @@ def start_of(subject: Subject, steps: int | None, data: Mapping[str, Any]) -> St
     rows, embedded = of_model(subject.source), not data
     if not rows and subject.small:
         rows, embedded = of_model(of_kind(subject.kind)), False
-    rows = [row for row in rows if embedded or "source" in data or not needs_data(row)]
-    if rows:
+    if rows := [row for row in rows if is_usable(row, subject, embedded or "source" in data)]:
         return measured(subject, rows, steps, data)
     names = family(subject)
     trees = {name: adapted(read_yaml(find(name)), subject, data, True) for name in names}
@@ -127,6 +126,12 @@ def tree_of(row: Evidence) -> dict[str, Any]:
     return laid_over(tree, {"train": {"steps": row.trained}})
 
 
+def is_usable(row: Evidence, subject: Subject, has_data: bool) -> bool:
+    """Whether this model can be trained as a row was, with the data at hand."""
+    critic = subject.takes_critic or "critic" not in tree_of(row)
+    return critic and (has_data or not needs_data(row))
+
+
 def needs_data(row: Evidence) -> bool:
     """Whether a row's recipe learns from real data."""
     return Recipe.check(tree_of(row)).needs_data
@@ -174,8 +179,8 @@ def settings_of_another(teacher: Mapping[str, Any], subject: Subject) -> dict[st
     """The teacher's section from a recipe of another family: guidance and precision."""
     guidance = teacher.get("guidance", 1)
     scale = guidance["scale"] if isinstance(guidance, dict) else guidance
-    kept = {"guidance": 1 if subject.kind == "none" else scale}
-    quantisable = not subject.small and subject.family not in ("adm", "edm")
+    kept = {"guidance": 1 if subject.unguided else scale}
+    quantisable = not subject.small and subject.quantisable
     return {**kept, **({"precision": "bf16"} if quantisable else {})}
 
 

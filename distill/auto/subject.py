@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from torch import nn
 from distill.data.from_recipe import examples
 from distill.planning.doctor import diagnose, has_pictures, pictures_for, verdict
 from distill.rates import family_of
-from students.lora import unwrap
+from students.lora import network_of, unwrap
+from students.own_network import example_condition, is_own, middle_of
 from teachers.adapters.files import check, read
 from teachers.catalogue.loading import load
 from teachers.catalogue.outlines import OUTLINES, outline
@@ -21,10 +24,13 @@ from teachers.errors import UserError
 from teachers.process import Karras, Linear
 from teachers.quantised import parameters
 from teachers.storage.files import home
+from teachers.storage.plugin import is_function
 from teachers.teacher import EMBEDDED, Teacher
 
+OWN = "own"  # the family of a network of the user's own, which has no recipes
 FOLDERS = {"adm": "edm"}  # of recipes, by the family of a network where the names differ
 ENCODERS = ("lora_te", "text_encoder", "text_model")  # in the keys of a LoRA's text-encoder part
+KEY = re.compile(r"teacher\.adapters(\.\d+(\.\w+)?)?: (?P<reason>.+)", re.DOTALL)  # of messages
 SMALL = 20e6  # parameters, below which the embedded teachers' settings fit better than large ones'
 
 
@@ -53,6 +59,16 @@ class Subject:
         return self.parameters < SMALL
 
     @property
+    def unguided(self) -> bool:
+        """Whether nothing conditions it, or a network of the user's own has no null condition."""
+        return self.kind == "none" or (self.family == OWN and self.teacher.codec.null is None)
+
+    @property
+    def quantisable(self) -> bool:
+        """Whether its frozen weights may be of lower precision."""
+        return self.family not in ("adm", "edm", OWN)
+
+    @property
     def flows(self) -> bool:
         """Whether its process is a rectified flow."""
         return isinstance(self.teacher.denoiser.process, Linear)
@@ -60,7 +76,17 @@ class Subject:
     @property
     def chooses_start(self) -> bool:
         """Whether its students choose the noise level that they start at, as those of EDM do."""
-        return isinstance(self.teacher.denoiser.process, Karras)
+        return self.family != OWN and isinstance(self.teacher.denoiser.process, Karras)
+
+    @property
+    def takes_critic(self) -> bool:
+        """Whether it is known which block a critic reads."""
+        if self.family != OWN:
+            return True
+        try:
+            return bool(middle_of(network_of(self.teacher.denoiser)))
+        except UserError:
+            return False
 
 
 def subject_of(source: str, adapters: Sequence[dict[str, Any]] = ()) -> Subject:
@@ -72,24 +98,43 @@ def subject_of(source: str, adapters: Sequence[dict[str, Any]] = ()) -> Subject:
     weights = source not in OUTLINES or home(source, "MODEL").exists()
     if weights:
         options = {"adapters": list(adapters)} if adapters else {}
-        teacher = load(source, **options)
+        with named_as_option():
+            teacher = load(source, **options)
     else:
         teacher = outline(source, torch.device("meta"), precision="bf16")
-        fit(teacher, adapters)
-    network: Any = unwrap(teacher.denoiser)
-    count = parameters(network.backbone) if hasattr(network, "backbone") else 0
-    family = family_of(network)
+        with named_as_option():
+            fit(teacher, adapters)
+    if teacher.codec.pictures:
+        raise UserError(
+            f"MODEL: {source!r} takes a picture with each prompt, and auto knows no such data; "
+            "start from a recipe of its family: distill list recipes"
+        )
+    network: Any = network_of(teacher.denoiser)
+    family = OWN if is_own(teacher.denoiser) else family_of(network)
     return Subject(
-        source, teacher, weights, FOLDERS.get(family, family), kind_of(teacher), count,
-        tuple(adapters),
+        source, teacher, weights, FOLDERS.get(family, family), kind_of(teacher),
+        parameters(network.backbone), tuple(adapters),
     )  # fmt: skip
+
+
+@contextmanager
+def named_as_option() -> Iterator[None]:
+    """Within it, errors about the recipe's key of LoRA files name the option of the command."""
+    try:
+        yield
+    except UserError as error:
+        if (match := KEY.fullmatch(str(error))) is None:
+            raise
+        raise UserError(f"--lora: {match['reason']}") from None
 
 
 def kind_of(teacher: Teacher) -> str:
     """What its samples are asked for by."""
     if teacher.codec.classes:
         return "labels"
-    return "none" if teacher.codec.condition([""]) is None else "text"
+    own = is_own(teacher.denoiser)
+    cond = example_condition(teacher, 1) if own else teacher.codec.condition([""])
+    return "none" if cond is None else "text"
 
 
 def fit(teacher: Teacher, adapters: Sequence[dict[str, Any]]) -> None:
@@ -141,6 +186,9 @@ def examine(subject: Subject, images: Path | None = None) -> tuple[str, str]:
 
 
 def pictures_in(data: Mapping[str, Any]) -> Path | None:
-    """The folder of images in a recipe's section of data, if it names one."""
+    """The folder of images in a recipe's section of data, or the function that makes data."""
     place = data.get("source")
-    return Path(place) if isinstance(place, str) and Path(place).is_dir() else None
+    if isinstance(place, str) and is_function(place):
+        return Path(place)
+    folder = None if not isinstance(place, str) else Path(place).expanduser()
+    return folder if folder is not None and folder.is_dir() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from distill.cli.options import expand_home
+
+MOST_HOURS = 100_000  # eleven years
 
 
 def auto(
@@ -85,8 +86,9 @@ def checked(
     from distill.console import spinner
     from teachers.errors import UserError
 
-    if not math.isfinite(hours) or hours <= 0:
-        raise UserError(f"--hours {hours:g}: expected hours above 0, such as 8")
+    if not 0 < hours <= MOST_HOURS:  # NaN is neither
+        most = f"{MOST_HOURS:,}"
+        raise UserError(f"--hours {hours:g}: expected hours above 0, at most {most}, such as 8")
     with spinner("distill: preparing"):  # the imports take seconds
         from distill.auto.machine import check_gpu
         from distill.auto.start import names_data

@@ -45,6 +45,24 @@ def signal_exit_code(error: Exception) -> int | None:
         done = "the last step is finished and saved"
         if not stopped.saved:
             done = "stopped while compiling; what follows the last checkpoint is lost"
-        sys.stderr.write(f"distill: {error}: {done}; add --resume to continue\n")
+        advice = resume_hint() or "; distill run RECIPE --resume continues"  # RECIPE is auto's
+        sys.stderr.write(f"distill: {error}: {done}{advice}\n")
         return 128 + stopped.number
     return None
+
+
+def shown(line: str) -> str:
+    """A message for the terminal: on one line, without control characters of a stranger's file."""
+    from teachers.errors import printable
+
+    return printable(" ".join(line.split()))
+
+
+def resume_hint() -> str:
+    """How to continue the command that was stopped; empty where nothing is kept."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if command in ("run", "teach", "tune"):
+        return "; add --resume to continue"
+    if command in ("bench", "cache"):
+        return "; run the same command again to continue"
+    return ""

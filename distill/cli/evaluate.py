@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from distill.cli.options import Student, check_writable, expand_home, step_counts
+from distill.cli.pictures import with_pictures
 
 MAX_IMAGES = 100_000  # of one `distill sample`, which holds all of them in memory
 MAX_SEEDS = 1000  # of one `distill eval`, which generates a whole set of samples for each
@@ -41,6 +42,14 @@ def sample(
         list[str] | None,
         typer.Option(help="A prompt; give the option again for several, at most --n."),
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture to edit or to paint in; give one, or one for each prompt."),
+    ] = None,
+    mask: Annotated[
+        list[Path] | None,
+        typer.Option(help="Its mask, white where it is painted anew; by default all of it is."),
+    ] = None,
 ):
     """Generate images with a student.
 
@@ -48,9 +57,32 @@ def sample(
     """
     from distill.console import spinner
     from distill.data.encode import counting, print_cuts
-    from distill.publish.results_table import advised
-    from distill.report.page import intact, read_summary
     from students.export.folder import load_student, sample_student
+    from teachers.errors import UserError
+
+    check_out_and_seed(out, seed)
+    generator, teacher = load_student(student)
+    steps = best_count(student, generator.counts) if steps is None else steps
+    if steps not in generator.counts:
+        raise UserError(f"--steps {steps}: this student was trained for {step_counts(generator)}")
+    distinct, is_text = distinct_prompts(teacher, labels, prompt, n)
+    distinct = with_pictures(teacher, distinct, image or [], mask or [])
+    prompts = [distinct[i % len(distinct)] for i in range(n)]
+    with counting(teacher) as cuts:
+        teacher.codec.condition(list(dict.fromkeys(prompts)))
+    print_cuts(cuts, "--prompt")
+    with spinner(f"generating {n} images in {steps} step{'s' * (steps != 1)}"):
+        images = teacher.codec.decode(sample_student(generator.at(steps), teacher, prompts, seed))
+    labels_of = str if is_text else int
+    save_images(images, out, [labels_of(p) for p in prompts], len(distinct))
+
+
+def check_out_and_seed(out: Path, seed: int) -> None:
+    """Refuse a file that cannot be written, and a seed that generators do not take.
+
+    Raises:
+        UserError: naming the option.
+    """
     from teachers.errors import UserError, cut
 
     if out.suffix not in (".png", ".npz"):
@@ -58,21 +90,16 @@ def sample(
     check_writable(out, "--out")
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed}: expected a number from 0 to 2^63 - 1")
-    generator, teacher = load_student(student)
-    if steps is None:
-        summary = student / "summary.json"
-        with intact(summary):
-            steps = advised(generator.counts, read_summary(student) if summary.is_file() else {})
-    if steps not in generator.counts:
-        raise UserError(f"--steps {steps}: this student was trained for {step_counts(generator)}")
-    distinct, is_text = distinct_prompts(teacher, labels, prompt, n)
-    prompts = [distinct[i % len(distinct)] for i in range(n)]
-    with counting(teacher) as cuts:
-        teacher.codec.condition(list(dict.fromkeys(prompts)))
-    print_cuts(cuts, "--prompt")
-    with spinner(f"generating {n} images in {steps} step{'s' * (steps != 1)}"):
-        images = teacher.codec.decode(sample_student(generator.at(steps), teacher, prompts, seed))
-    save_images(images, out, prompts if is_text else [int(p) for p in prompts], len(distinct))
+
+
+def best_count(student: Path, counts: tuple[int, ...]) -> int:
+    """The step count that a student's measurements advise; the largest if it has none."""
+    from distill.publish.results_table import advised
+    from distill.report.page import intact, read_summary
+
+    summary = student / "summary.json"
+    with intact(summary):
+        return advised(counts, read_summary(student) if summary.is_file() else {})
 
 
 def distinct_prompts(

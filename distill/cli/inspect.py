@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from distill.cli.options import Overrides, RecipeArg, check_writable, expand_home
 
+TeacherArg = Annotated[
+    str, typer.Argument(help="As in a recipe's teacher.source, or FILE.py:FUNCTION.")
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a single file: a diffusers folder or Hub id of the same family.",
+        show_default="the family's",
+    ),
+]
+
 
 def doctor(
-    teacher: Annotated[
-        str, typer.Argument(help="As in a recipe's teacher.source, or FILE.py:FUNCTION.")
-    ],
+    teacher: TeacherArg,
     image: Annotated[
         Path | None,
         typer.Option(
@@ -26,6 +36,7 @@ def doctor(
     null_label: Annotated[
         int | None, typer.Option(min=0, help="The class that means no class, if there is one.")
     ] = None,
+    config: Config = None,
     structure_only: Annotated[
         bool, typer.Option("--structure-only", help="Skip the checks that need trained weights.")
     ] = False,
@@ -38,9 +49,6 @@ def doctor(
 
     Exit code 2 if a check fails.
     """
-    import json
-    from dataclasses import asdict
-
     from distill.console import out as console
     from distill.data.encode import device
     from distill.data.from_recipe import examples
@@ -51,7 +59,8 @@ def doctor(
 
     if json_file is not None:
         check_writable(json_file, "--json")
-    loaded = load(teacher, **({} if null_label is None else {"null_label": null_label}))
+    options = {"null_label": null_label, "config": config}
+    loaded = load(teacher, **{k: v for k, v in options.items() if v is not None})
     loaded.denoiser.to(device())
     if teacher in EMBEDDED and image is None:
         images, prompts = examples(teacher)
@@ -64,13 +73,19 @@ def doctor(
     checks = diagnose(loaded, images, prompts, structure_only)
     console.print(table(teacher, checks))
     if json_file is not None:
-        plain = {"teacher": teacher, "checks": [asdict(c) for c in checks]}
-        json_file.write_text(
-            json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_checks(teacher, checks, json_file)
     console.print(verdict(checks))
     if failed := [c for c in checks if c.verdict in ("broken", "untrained?")]:
         raise UserError(f"doctor {teacher!r}: {failed[0].remedy}")
+
+
+def write_checks(teacher: str, checks: Sequence[Any], file: Path) -> None:
+    """Write the doctor's checks as JSON."""
+    import json
+    from dataclasses import asdict
+
+    plain = {"teacher": teacher, "checks": [asdict(c) for c in checks]}
+    file.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def wrap(
@@ -102,6 +117,11 @@ def wrap(
     out = out or path.with_name(f"{path.stem}_teacher.py")
     if out.exists():
         raise UserError(f"--out {out}: it exists; give another file, or remove it")
+    if out.suffix != ".py" or out.resolve().parent != path.resolve().parent:
+        raise UserError(
+            f"--out {out}: the adapter imports {path.name} from its own folder; give a .py file in "
+            f"{path.parent}"
+        )
     check_writable(out, "--out")
     text, complete = wrapping.adapter(path, kind, data, weights)
     out.write_text(text, encoding="utf-8")

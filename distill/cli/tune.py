@@ -72,7 +72,7 @@ def tune(
     """
     from distill.console import out as console
     from distill.console import spinner
-    from teachers.errors import UserError
+    from teachers.errors import UserError, notes_once
 
     for name, value in (("rate", rate), ("teacher-rate", teacher_rate)):
         if value is not None and not 0 < value < float("inf"):
@@ -85,7 +85,8 @@ def tune(
     name = student.name if student.name != "student" else student.resolve().parent.name
     places = Places(out or Path("runs") / f"tune-{name}", data, teacher)
     settings = Settings(chosen, steps, teacher_steps, rate, teacher_rate, seed, overrides or ())
-    figures = run(str(student), places, settings, neutral, samples, resume)
+    with notes_once():
+        figures = run(str(student), places, settings, neutral, samples, resume)
     for line in lines(figures, places):
         console.print(line, soft_wrap=True, markup=False)
 

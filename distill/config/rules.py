@@ -126,6 +126,13 @@ def prompts_beside_images(recipe: Recipe) -> str | None:
     return None
 
 
+def partners_without_images(recipe: Recipe) -> str | None:
+    for key in ("targets", "masks"):
+        if getattr(recipe.data, key) is not None and recipe.data.source is None:
+            return f"data.{key}: they belong to the images of data.source; set that as well"
+    return None
+
+
 def buckets_without_images(recipe: Recipe) -> str | None:
     if recipe.data.buckets is not None and recipe.data.source in (None, "digits"):
         return "data.buckets: there are no images to sort; remove it"
@@ -258,6 +265,16 @@ def two_measures(recipe: Recipe) -> str | None:
     return None
 
 
+def samples_beside_a_protocol(recipe: Recipe) -> str | None:
+    measure = recipe.eval
+    if measure.protocol is None or measure.samples == type(measure).model_fields["samples"].default:
+        return None
+    return (
+        f"eval.samples: {measure.samples} are for eval.metric, and the protocol "
+        f"{measure.protocol} has its own number; remove it"
+    )
+
+
 def flat_without_evaluations(recipe: Recipe) -> str | None:
     measure = recipe.eval
     if measure.stop_when_flat is None:
@@ -288,10 +305,12 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     missing_guidance_key,
     empty_guidance_interval,
     prompts_beside_images,
+    partners_without_images,
     buckets_without_images,
     batch_that_does_not_divide,
     guards_without_an_average,
     two_measures,
+    samples_beside_a_protocol,
     flat_without_evaluations,
 )
 

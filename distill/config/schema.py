@@ -195,6 +195,13 @@ class DataSection(Section):
     # classes), .tar shards, or "DATASET:COLUMN". By default none.
     source: Place | None = None
     prompts: Place | None = None  # a text file, "pack:starter" (default), or "DATASET:COLUMN"
+    # For teachers that edit a picture: the edited pictures, which objectives that need real data
+    # learn from. A folder with a file of the same name for each image of `source`, or a column of
+    # its table.
+    targets: Name | None = None
+    # For teachers that inpaint: masks, white where the image is painted anew; a folder or a column
+    # as for `targets`. By default each image has a mask that is drawn at random.
+    masks: Name | None = None
     # Captions of images: "txt" or "json:KEY" for files beside them, "folder" for the folder's name,
     # "metadata:COLUMN" for the folder's table, or a column of the dataset. By default a folder's
     # table if there is one, else .txt, else .json. Without `source`: a folder of .txt files, or a

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from distill import console
 from distill.config.schema import DataSection
+from distill.data.conditions.masks import VERSION as MASKS
 from distill.data.encode import (
     TOGETHER,
     Encoding,
@@ -158,20 +159,23 @@ class Cache:
             "teacher": job.teacher.source,
             "encoder": fingerprint(job.teacher),
             "items": self._items(),
-            "sizes": job.sizes if job.with_data else [],
+            "sizes": job.sizes if job.with_data or job.pictured else [],
             "data": job.with_data,
             "shards": [(s.bucket, len(s.items)) for s in self.shards],
             **_split(job),
+            **({"masks": MASKS} if job.pictured else {}),
         }
         text = json.dumps(self.about, sort_keys=True)
         self.folder = root / hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def _items(self) -> str:
-        """A hash of the items: their captions, and the bytes of their files."""
+        """A hash of the items: their captions, drawn masks, and the bytes of their files."""
         digest = hashlib.blake2b(digest_size=16)
         for item in self.job.listing.items:
             digest.update(f"{item.prompt!r}\n".encode())
-        if self.job.with_data:
+            if isinstance(item.mask, int):
+                digest.update(f"mask {item.mask}\n".encode())
+        if self.job.with_data or self.job.pictured:
             for content in self.digests(self.job.listing.contents):
                 digest.update(f"{content}\n".encode())
         return digest.hexdigest()
@@ -261,9 +265,8 @@ class Cache:
         sources: list[Source] = []
         for bucket in self.job.groups:
             files = [self.folder / s.file for s in self.shards if s.bucket == bucket]
-            shapes = self.job.shapes(bucket)
-            shape = shapes.get("x", self.job.teacher.shape)
-            sources.append(Cached(files, list(shapes), shape, bucket_seed(seed, bucket)))
+            names, shape = list(self.job.shapes(bucket)), self.job.datum(bucket)
+            sources.append(Cached(files, names, shape, bucket_seed(seed, bucket)))
         return join_buckets(
             sources, seed, listing.report(listing.total, notes.bad, notes.first_frames)
         )

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from distill.console import print_notice
 from distill.data.fingerprint import networks
 from distill.data.listing import BadItem, Item, Listing
-from distill.data.pictures import READERS, Picture, picture, signed
+from distill.data.pictures import READERS, Picture, picture, pictured, signed
 from distill.data.stream import Buckets, Source
 from distill.seeds import seed_of
+from teachers.conditions import PICTURE, Pictured
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.families.base import Prompted
@@ -53,13 +54,25 @@ class Encoding(NamedTuple):
     cuts: Cuts
 
 
+class ReadItem(NamedTuple):
+    """An item that was read.
+
+    pictures: Its image, if data are encoded, and the picture of its prompt, if it has one.
+    prompt: As `Codec.condition` takes it.
+    """
+
+    pictures: list[Picture]
+    prompt: Any
+
+
 class EncodingJob:
     """Items, and how they are encoded.
 
     Args:
         listing: The items, each with its bucket.
         sizes: Height and width in pixels of each bucket.
-        with_data: Whether images are encoded too, or only their prompts.
+        with_data: Whether images are encoded too, or only their prompts, with the pictures of these
+            where the teacher takes them.
 
     Raises:
         UserError: an encoded image does not have the teacher's shape.
@@ -71,6 +84,7 @@ class EncodingJob:
     ) -> None:
         self.teacher, self.listing, self.sizes = teacher, listing, sizes
         self.with_data = with_data
+        self.pictured = bool(teacher.codec.pictures)
         self.device = device()
         self.channels = picture_shape(teacher)[0] if with_data else 0
         used = sorted({i.bucket for i in listing.items})
@@ -85,12 +99,29 @@ class EncodingJob:
         if self.with_data:
             images = torch.zeros(1, self.channels, *self.sizes[bucket])
         first = self.groups[bucket][0]
-        tensors = self._encoded(images, [first.prompt])
+        prompt = first.prompt
+        if self.pictured:
+            prompt = Pictured.blank(prompt, *self.sizes[bucket])
+        tensors = self._encoded(images, [prompt])
         name = f"a grey picture, and the prompt of {first.name}"
         check_finite(tensors, [name], self.teacher, self.listing.where)
-        if self.with_data:
-            self._check_shape(tuple(tensors["x"].shape[1:]))
+        if self.with_data or self.pictured:
+            self._check_shape(self._datum(bucket, tensors))
         return tensors
+
+    def datum(self, bucket: int) -> tuple[int, ...]:
+        """The shape of one datum, without the batch."""
+        return self._datum(bucket, self.samples[bucket])
+
+    def _datum(self, bucket: int, tensors: Encoded) -> tuple[int, ...]:
+        if "x" in tensors:
+            return tuple(tensors["x"].shape[1:])
+        if not self.pictured:
+            return self.teacher.shape
+        channels, *sides = self.teacher.shape  # noise is as large as the pictures of the bucket
+        _, *pixels = picture_shape(self.teacher)
+        size = self.sizes[bucket]
+        return (channels, *(n * s // p for n, s, p in zip(size, sides, pixels, strict=True)))
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         """Refuse data that the teacher does not take; with several buckets, sides may differ."""
@@ -121,21 +152,21 @@ class EncodingJob:
         bad: list[BadItem] = []
         images: list[Tensor] = []
         first_frames: list[str] = []
-        good = items
-        if self.with_data:
-            good = []
+        good, prompts = items, [i.prompt for i in items]
+        if self.with_data or self.pictured:
+            good, prompts = [], []
             with ThreadPoolExecutor(READERS) as pool:
-                for item, image in zip(items, pool.map(self._picture, items), strict=True):
-                    if isinstance(image, BadItem):
-                        bad.append(image)
+                for item, read in zip(items, pool.map(self._read, items), strict=True):
+                    if isinstance(read, BadItem):
+                        bad.append(read)
                         continue
                     good.append(item)
-                    images.append(image.pixels)
-                    first_frames += [item.name] * image.first
+                    prompts.append(read.prompt)
+                    first_frames += [item.name] * any(p.first for p in read.pictures)
+                    images += [p.pixels for p in read.pictures[: self.with_data]]
         if not good:
             return Encoding({}, bad, [], Cuts())
         x = signed(images) if self.with_data else None
-        prompts = [i.prompt for i in good]
         with counting(self.teacher) as cuts:
             tensors = self._encoded(x, prompts)
         check_finite(tensors, [i.name for i in good], self.teacher, self.listing.where)
@@ -180,8 +211,20 @@ class EncodingJob:
         tensors |= {f"{COND}{k}": v for k, v in (cond or {}).items()}
         return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
 
-    def _picture(self, item: Item) -> Picture | BadItem:
-        return picture(item, self.channels, *self.sizes[item.bucket])
+    def _read(self, item: Item) -> ReadItem | BadItem:
+        size = self.sizes[item.bucket]
+        pictures: list[Picture] = []
+        if self.with_data:
+            image = picture(item, self.channels, *size)
+            if isinstance(image, BadItem):
+                return image
+            pictures.append(image)
+        if not self.pictured:
+            return ReadItem(pictures, item.prompt)
+        # of one that is painted in, the image itself is the picture of the prompt
+        same = pictures[0] if pictures and item.image is item.picture else None
+        read = pictured(item, *size, same)
+        return read if isinstance(read, BadItem) else ReadItem([*pictures, read[0]], read[1])
 
 
 def images_at_once(teacher: Teacher, height: int, width: int) -> int:
@@ -216,7 +259,7 @@ def check_finite(tensors: Encoded, names: list[str], teacher: Teacher, where: st
         row = int(rows.nonzero()[0])
         kind = "NaN" if torch.isnan(value[row]).any() else "infinity"
         vae = teacher.codec.vae
-        if key == "x":
+        if key in ("x", f"{COND}{PICTURE}"):
             call, parts = "codec.encode", [] if vae is None else [vae]
         else:
             call = f"codec.condition, {key.removeprefix(COND)}"
@@ -305,8 +348,7 @@ def encode_in_memory(job: EncodingJob, seed: int, share: float) -> Source:
                 cuts.add(encoding.cuts)
                 listing.check(bad, total, share)
             x, cond = split({k: v[:rows] for k, v in tensors.items()})
-            shape = job.shapes(bucket).get("x", job.teacher.shape)
-            sources.append(Source(shape, x, cond, bucket_seed(seed, bucket), rows))
+            sources.append(Source(job.datum(bucket), x, cond, bucket_seed(seed, bucket), rows))
     job.print_notes(first_frames, cuts)
     return join_buckets(sources, seed, listing.report(total, bad, first_frames))
 

@@ -7,19 +7,24 @@ from typing import Any
 from torch import Tensor
 
 from distill.config.recipe import Recipe
+from distill.console import print_notice
 from distill.data import cache
 from distill.data.encode import COND, EncodingJob, check_finite, picture_shape
 from distill.data.expansion.captions import Prompts, expanded, print_summary, read_captions
 from distill.data.images import list_images, place_of_images
-from distill.data.listing import Item, Listing
-from distill.data.pictures import into_buckets, sizes_of
+from distill.data.listing import BadItem, Item, Listing, Partners
+from distill.data.pictures import into_buckets, pictured, sizes_of
 from distill.data.prompts import list_prompts, place_of_prompts
 from distill.data.stream import Source
 from eval import digits, shapes
+from teachers.conditions import Pictured
 from teachers.errors import UserError, clipped
 from teachers.families.base import Prompted
 from teachers.storage.plugin import called, function_at, is_function
 from teachers.teacher import EMBEDDED, Teacher
+
+SHOWN = 10  # pictures in a sample grid, at most
+HELD_OUT = 20  # one of so many pictures is held out for the grids
 
 
 def source_of(recipe: Recipe, teacher: Teacher) -> Source:
@@ -28,6 +33,7 @@ def source_of(recipe: Recipe, teacher: Teacher) -> Source:
     Raises:
         UserError: the data do not fit the teacher, or too many items are bad.
     """
+    check_pictures(recipe, teacher.codec.pictures)
     seed, codec = recipe.train.seed, teacher.codec
     if recipe.data.source in EMBEDDED:
         return embedded_source(recipe, teacher)
@@ -172,6 +178,35 @@ def refuse_videos(recipe: Recipe, teacher: Teacher) -> None:
         )
 
 
+def check_pictures(recipe: Recipe, takes: str) -> None:
+    """Refuse data without the pictures that a teacher takes, or with some that it does not take.
+
+    Args:
+        takes: As `Codec.pictures`.
+
+    Raises:
+        UserError: naming the key.
+    """
+    data, who = recipe.data, f"teacher {clipped(recipe.teacher.source)!r}"
+    for key, kind, act in (("targets", "edit", "edits"), ("masks", "mask", "inpaints")):
+        if getattr(data, key) is not None and takes != kind:
+            raise UserError(f"data.{key}: {who} is not one that {act} pictures; remove it")
+    if not takes:
+        return
+    if data.source is None or data.source in EMBEDDED or is_function(data.source):
+        given = "missing" if data.source is None else f"{clipped(str(data.source))!r}"
+        act = "edits" if takes == "edit" else "inpaints"
+        raise UserError(
+            f"data.source: {given}; {who} {act} pictures, and takes one with each prompt; give a "
+            "folder of images with captions, or a table of them"
+        )
+    if takes == "edit" and recipe.needs_data and data.targets is None:
+        raise UserError(
+            f"data.targets: missing; {recipe.objective['name']} learns from real data, which for "
+            f"{who} are edited pictures; give their folder, or an objective that needs none"
+        )
+
+
 def check_places(recipe: Recipe, teacher: Teacher) -> None:
     """Refuse paths of data or prompts that do not exist; reads no data and does not ask the Hub.
 
@@ -179,6 +214,7 @@ def check_places(recipe: Recipe, teacher: Teacher) -> None:
         UserError: naming the key.
     """
     refuse_videos(recipe, teacher)
+    check_pictures(recipe, teacher.codec.pictures)
     data = recipe.data
     if is_function(data.source):
         function_at(str(data.source), "data.source")
@@ -193,7 +229,8 @@ def check_places(recipe: Recipe, teacher: Teacher) -> None:
 def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
     """The items to encode; None for embedded data, or if labels are the only data."""
     refuse_videos(recipe, teacher)
-    data = recipe.data
+    check_pictures(recipe, teacher.codec.pictures)
+    data, takes = recipe.data, teacher.codec.pictures
     if data.source in EMBEDDED or is_function(data.source):
         return None
     if (listing := _listing(recipe, teacher)) is None:
@@ -201,20 +238,59 @@ def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
     listing.check(listing.bad, listing.total, data.skip_share)
     if classes := teacher.codec.classes:
         listing.read_labels(classes)
-    if data.source is None or not recipe.needs_data:
+    with_data = data.source is not None and recipe.needs_data
+    if not with_data and not takes:
         return EncodingJob(teacher, listing, [(0, 0)], False)
+    if takes:
+        hold_out(listing)
     sizes = sizes_for(recipe, teacher)
     into_buckets(listing, sizes)
     listing.check(listing.bad, listing.total, data.skip_share)
-    return EncodingJob(teacher, listing, sizes, True)
+    return EncodingJob(teacher, listing, sizes, with_data)
+
+
+def hold_out(listing: Listing) -> None:
+    """Leave out the pictures that only the sample grids show; says how many they are."""
+    listing.items, shown = held_out(listing.items)
+    if shown:
+        total = len(listing.items) + len(shown)
+        print_notice(
+            f"{listing.where}: {len(shown)} of {total:,} pictures are for the sample grids alone"
+        )
+    reason = "the sample grids show it, and no training does"
+    listing.left_out += [BadItem(item.name, "held out", reason) for item in shown]
+
+
+def held_out(items: list[Item]) -> tuple[list[Item], list[Item]]:
+    """The items to train on, and those that only the sample grids show: one in twenty, at most ten.
+
+    They are spread evenly over the list; of fewer than twenty, none is held out.
+    """
+    count = min(SHOWN, len(items) // HELD_OUT)
+    places = {(2 * i + 1) * len(items) // (2 * count) for i in range(count)}
+    parts = ([], [])
+    for place, item in enumerate(items):
+        parts[place in places].append(item)
+    return parts
+
+
+def shown_prompts(recipe: Recipe, teacher: Teacher) -> list[Pictured]:
+    """The prompts of the sample grids, with their pictures; of few data, those of the training."""
+    listing = _listing(recipe, teacher)
+    assert listing is not None
+    trained, shown = held_out(listing.items)
+    height, width = picture_shape(teacher)[-2:]
+    read = [pictured(item, height, width) for item in (shown or trained)[:SHOWN]]
+    return [part[1] for part in read if not isinstance(part, BadItem)]
 
 
 def _listing(recipe: Recipe, teacher: Teacher) -> Listing | None:
     """The images or prompts of a recipe; None if labels are the only data."""
     data, classes = recipe.data, teacher.codec.classes
-    reads_text = not classes and teacher.codec.condition([""]) is not None
+    reads_text = reads_captions(teacher)
     if data.source is not None:
-        return list_images(data.source, data.captions, classes, reads_text)
+        partners = partners_of(recipe, teacher)
+        return list_images(data.source, data.captions, classes, reads_text, partners)
     if data.captions is not None and not reads_text:
         raise UserError(
             f"data.captions: {teacher.source!r} takes no prompts to expand them into; remove it"
@@ -226,6 +302,18 @@ def _listing(recipe: Recipe, teacher: Teacher) -> Listing | None:
     if data.prompts is not None or reads_text:
         return list_prompts(data.prompts or "pack:starter", "label" if classes else "caption")
     return None
+
+
+def reads_captions(teacher: Teacher) -> bool:
+    """Whether a teacher is conditioned on text; one that takes pictures is, and is not tried."""
+    codec = teacher.codec
+    return not codec.classes and (bool(codec.pictures) or codec.condition([""]) is not None)
+
+
+def partners_of(recipe: Recipe, teacher: Teacher) -> Partners | None:
+    """What comes with each image; None if the teacher takes no pictures."""
+    data, takes = recipe.data, teacher.codec.pictures
+    return Partners(takes, data.targets, data.masks) if takes else None
 
 
 def expansion_of(recipe: Recipe) -> Prompts | None:

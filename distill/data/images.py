@@ -20,7 +20,8 @@ from distill.data.captions import (
     sidecars_in,
     tables_in,
 )
-from distill.data.listing import BadItem, Item, Listing, Needs
+from distill.data.conditions.partners import partners_in, stem_of
+from distill.data.listing import BadItem, Item, Listing, Needs, Partners
 from distill.data.shards import list_shards, note_files_beside, shards_at
 from distill.data.tables import SUFFIXES as TABLES
 from distill.data.tables import (
@@ -32,12 +33,16 @@ from distill.data.tables import (
     parse_column,
 )
 from eval.images import files_in, is_hidden, is_image
-from teachers.errors import UserError
+from teachers.errors import UserError, clipped
 from teachers.storage.files import home
 
 
 def list_images(
-    place: str | Column, captions: str | None, classes: int, captioned: bool
+    place: str | Column,
+    captions: str | None,
+    classes: int,
+    captioned: bool,
+    partners: Partners | None = None,
 ) -> Listing:
     """The images that `data.source` names.
 
@@ -49,13 +54,14 @@ def list_images(
             .txt, then .json.
         classes: How many labels a class-conditional teacher knows, else 0.
         captioned: Whether the teacher reads text.
+        partners: What comes with each image, if the teacher takes a picture with each prompt.
 
     Raises:
         UserError: there are no images, or no folder of classes where labels are needed.
     """
     location, needs = place_of_images(place), needs_of(classes, captioned)
     if isinstance(location, Column):
-        listing = _table(location, captions, needs)
+        listing = _table(location, captions, needs, partners)
     else:
         where = f"data.source: {place!r}"
         try:
@@ -66,6 +72,8 @@ def list_images(
                     note_files_beside(listing, folder, location)
             else:
                 listing = _folder(location, where, captions, needs)
+            if partners is not None:
+                _join_partners(listing, location, partners)
         except OSError as error:
             file, reason = error.filename or "a file", error.strerror or error
             raise UserError(
@@ -215,16 +223,44 @@ def _no_file(path: Path) -> str:
     return "it is a link to a file that does not exist" if path.is_symlink() else "it was deleted"
 
 
+def _join_partners(listing: Listing, place: Path | list[Path], partners: Partners) -> None:
+    """Give each image the file of its name in the partners' folder, if there is one."""
+    files: dict[str, Path] | None = None
+    if partners.place is not None:
+        if isinstance(place, list):
+            raise UserError(
+                f"{partners.key}: {listing.where} are shards, whose images have no files of the "
+                "same name; give a folder or a table of images"
+            )
+        files = partners_in(partners.place, partners.key)
+    items, listing.items = listing.items, []
+    for number, item in enumerate(items):
+        partner = None
+        if files is not None and isinstance(place, Path):
+            stem = stem_of(Path(item.name), place)
+            if stem not in files:
+                reason = f"{partners.key}: no image {clipped(stem)!r} in {partners.place}"
+                listing.bad.append(BadItem(item.name, "missing partner", reason))
+                continue
+            listing.contents.append(files[stem])
+            partner = files[stem].read_bytes
+        listing.items.append(partners.joined(item, number, partner))
+
+
 # ---- tables
 
 
-def _table(place: Column, captions: str | None, needs: Needs) -> Listing:
+def _table(
+    place: Column, captions: str | None, needs: Needs, partners: Partners | None = None
+) -> Listing:
     """The images in a column of a table, with captions or labels from another column."""
     where = f"data.source: '{place.hf}:{place.column}'"
     table = open_table(place.hf, place.split, where)
     table.check_column(place.column, where)
     if needs and captions is None:
         raise UserError(f"data.captions: missing; name the column of {where} that holds {needs}s")
+    if (other := partners and partners.place) is not None:
+        table.check_column(other, partners.key if partners else "")
     prompts: list[Any] = [None] * table.size
     listing = Listing(where, contents=[table.contents])
     if captions is not None:
@@ -233,8 +269,11 @@ def _table(place: Column, captions: str | None, needs: Needs) -> Listing:
         listing.numbered = table.numbered(captions)
     for row, prompt in enumerate(prompts):
         text = prompt.strip() if isinstance(prompt, str) else prompt
-        read = partial(_cell, table, row, place.column)
-        listing.add(Item(f"{table.name}[{row}]", text, read), needs)
+        item = Item(f"{table.name}[{row}]", text, partial(_cell, table, row, place.column))
+        if partners is not None:
+            partner = None if other is None else partial(_cell, table, row, other)
+            item = partners.joined(item, row, partner)
+        listing.add(item, needs)
     return listing
 
 

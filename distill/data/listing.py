@@ -33,12 +33,49 @@ class Item(NamedTuple):
     prompt: Its caption or its label, as `Codec.condition` takes it.
     image: Reads its encoded bytes (PNG, JPEG, …); None if there are only prompts.
     bucket: Index of the size that its image is cropped to.
+    picture: Reads the bytes of the picture that its prompt comes with; None if it has none.
+    mask: Reads the bytes of that picture's mask, or is the number of one that is drawn.
     """
 
     name: str
     prompt: Any
     image: Callable[[], bytes] | None = None
     bucket: int = 0
+    picture: Callable[[], bytes] | None = None
+    mask: Callable[[], bytes] | int | None = None
+
+
+class Partners(NamedTuple):
+    """What comes with each image, for a teacher that takes a picture with each prompt.
+
+    takes: What the teacher takes: a picture to "edit", or one with a "mask".
+    targets, masks: As `data.targets` and `data.masks` have them.
+    """
+
+    takes: Literal["edit", "mask"]
+    targets: str | None = None
+    masks: str | None = None
+
+    @property
+    def place(self) -> str | None:
+        """The folder or the column of the partners; None where there are none."""
+        return self.targets if self.takes == "edit" else self.masks
+
+    @property
+    def key(self) -> str:
+        """The recipe's key that names it."""
+        return "data.targets" if self.takes == "edit" else "data.masks"
+
+    def joined(self, item: Item, number: int, partner: Callable[[], bytes] | None) -> Item:
+        """An item whose image is the picture of its prompt, with its partner.
+
+        Args:
+            number: Of the item in the data; masks that are drawn depend on it.
+            partner: Reads the edited picture, or the mask; None where there is no file.
+        """
+        if self.takes == "edit":
+            return item._replace(picture=item.image, image=partner)
+        return item._replace(picture=item.image, mask=number if partner is None else partner)
 
 
 class BadItem(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from distill.config.schema import Bucketing
+from distill.data.conditions.masks import random_mask
 from distill.data.listing import BadItem, Item, Listing
 from eval.images import is_first_of_many, open_image, size_of, to_srgb
+from teachers.conditions import Pictured
 from teachers.errors import UserError
 
 MOST_SIDES = 10_000  # different sides of buckets
@@ -75,7 +78,8 @@ def into_buckets(listing: Listing, sizes: list[tuple[int, int]]) -> None:
 def aspect_of(item: Item) -> float | BadItem:
     """An image's height divided by its width, from its header."""
     try:
-        width, height = size_of(open_image(_stream(item)))
+        shown = item._replace(image=item.picture or item.image)
+        width, height = size_of(open_image(_stream(shown)))
         return height / width
     except Exception as error:  # Pillow raises many types for bad files
         return _corrupt(item.name, error)
@@ -107,6 +111,35 @@ def picture(item: Item, channels: int, height: int, width: int) -> Picture | Bad
     size = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
     image = tf.center_crop(tf.resize(image, size, antialias=True), [height, width])  # pyright: ignore
     return Picture(tf.pil_to_tensor(image), first)  # pyright: ignore
+
+
+def pictured(
+    item: Item, height: int, width: int, image: Picture | None = None
+) -> tuple[Picture, Pictured] | BadItem:
+    """The picture of an item's prompt, and the prompt with it and with its mask.
+
+    Args:
+        image: The picture, where it was read already.
+    """
+    given = _decoded(item, item.picture, 3, height, width) if image is None else image
+    if isinstance(given, BadItem):
+        return given
+    mask = None
+    if isinstance(item.mask, int):
+        mask = random_mask(item.mask, height, width)
+    elif item.mask is not None:
+        drawn = _decoded(item, item.mask, 1, height, width)
+        if isinstance(drawn, BadItem):
+            return drawn._replace(reason=f"its mask is {drawn.reason}")
+        mask = (drawn.pixels >= 128).float()
+    return given, Pictured(str(item.prompt), signed([given.pixels])[0], mask)
+
+
+def _decoded(
+    item: Item, read: Callable[[], bytes] | None, channels: int, height: int, width: int
+) -> Picture | BadItem:
+    """A file that comes with an item, as its image is read."""
+    return picture(item._replace(image=read), channels, height, width)
 
 
 def _stream(item: Item) -> io.BytesIO:

@@ -118,7 +118,10 @@ class Measurement:
             return None
         channels, *sides = picture_shape(self.teacher)
         read = [picture(Item(f.name, "", f.read_bytes), channels, *sides) for f in files]
-        images = signed([p.pixels for p in read if isinstance(p, Picture)])
+        whole = [p.pixels for p in read if isinstance(p, Picture)]
+        if not whole:
+            return None
+        images = signed(whole)
         pieces = images.split(images_at_once(self.teacher, *sides))
         encoded = [self.teacher.codec.encode(piece.to(self.device)).cpu() for piece in pieces]
         return torch.cat(encoded).float()

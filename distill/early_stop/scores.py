@@ -1,10 +1,13 @@
 """Scores of a student's samples against its teacher's, at fixed prompts; 1 is as good as it.
 
 Every score is at most 1, so that a student of more variety than its teacher, as untrained ones are,
-sets no standard that later checks fall short of. Distances are root mean squares in data space.
+sets no standard that later checks fall short of. Samples that are not finite have the score 0.
+Distances are root mean squares in data space.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -52,4 +55,6 @@ def nearest(student: Tensor, teacher: Tensor, pictures: Tensor) -> float:
 
 
 def _share(part: float, whole: float) -> float:
+    if not (math.isfinite(part) and math.isfinite(whole)):  # min(1.0, nan) is 1.0
+        return 0.0
     return min(1.0, part / whole) if whole > 0 else 1.0

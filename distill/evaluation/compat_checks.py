@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from distill.config.paths import from_start
 from distill.config.recipe import Recipe
 from distill.config.renamed import current_names
 from distill.console import print_notice
@@ -139,7 +140,7 @@ def recipe_of(request: Request) -> Recipe:
     tree = read_json(folder / SIDECAR, who).get("recipe")
     if not isinstance(tree, dict) or not isinstance(tree.get("teacher"), dict):
         raise UserError(f"{who}: {SIDECAR} has no recipe, so its teacher is unknown; export again")
-    tree = current_names(tree, quiet=True)
+    tree = from_start(current_names(tree, quiet=True), folder.parent)
     section = {**tree["teacher"], **({"source": request.teacher} if request.teacher else {})}
     told = tree.get("eval") or {}
     evaluation = {k: told[k] for k in OWN if told.get(k) is not None}

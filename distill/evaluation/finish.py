@@ -15,7 +15,7 @@ import torch
 from distill import __version__
 from distill.attempts import FIGURES, LOG, append_traceback, one_line
 from distill.files import write
-from distill.grids import COLUMNS, save_grid
+from distill.grids import save_samples
 from distill.profiling import device_name, peak_memory
 from distill.publish.card import draft
 from distill.publish.licence import licence_of
@@ -33,6 +33,7 @@ from students.export import lora_files
 from students.export.folder import ExportError
 from students.form import Normal
 from students.generator import Generator
+from teachers.conditions import Pictured
 from teachers.guidance import describe
 
 TEACHER_FEW = (1, 2, 4)  # step counts of the teacher that are measured beside the student
@@ -117,12 +118,13 @@ def save_pictures(run: Run, student: Generator) -> None:
     """Write grids of the teacher's and the student's images, all from the same noise."""
     folder, shown = run.out / "samples" / PICTURES, run.engine.shown
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prompts.json").write_text(json.dumps(shown), encoding="utf-8")
+    texts = [str(v) if isinstance(v, Pictured) else v for v in shown]
+    (folder / "prompts.json").write_text(json.dumps(texts), encoding="utf-8")
 
     def save(kind: str, steps: int, sample: Callable[[], Samples]) -> None:
         name = f"{kind}-{steps}.png"
         with run.engine.extras.attempt(f"samples/{PICTURES}/{name}"):
-            save_grid(sample().images / 127.5 - 1, folder / name, COLUMNS)
+            save_samples(sample().images / 127.5 - 1, shown, folder / name)
 
     for steps in (run.recipe.eval.teacher_steps, 1):
         save(

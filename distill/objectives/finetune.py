@@ -30,7 +30,8 @@ class FineTuning(Objective):
     where: Literal["times", "steps"] = "times"
     times: Times = Uniform(0.0, 1.0)
     # Of items of the data from this number on, the teacher's output is learned, not the picture:
-    # without a change of the network they have no gradient, and so no noise.
+    # without a change of the network they have no gradient, and so no noise. The anchor then holds
+    # these items alone, since on the others it would pull against the pictures.
     known_from: NonNegativeInt | None = None
 
     def loss(self, batch: Batch, step: int) -> Loss:
@@ -51,8 +52,15 @@ class FineTuning(Objective):
             x_t = states(student, batch.noise, batch.cond, places)
         with torch.no_grad():
             before = self.teacher(x_t, t, batch.cond)
-        drift = (weight * mean_square(network(x_t, t, batch.cond), before)).mean()
+        drift = weight * mean_square(network(x_t, t, batch.cond), before)
+        drift = (self.held(batch, drift) * drift).mean()
         return Loss(fit + self.anchor * drift, {"fit": fit, "drift": drift})
+
+    def held(self, batch: Batch, like: Tensor) -> Tensor:
+        """1 for samples that the anchor holds, else 0, (B,): of known items, if some are known."""
+        if self.known_from is None or batch.items is None:
+            return torch.ones_like(like)
+        return (batch.items >= self.known_from).to(like)
 
     @torch.no_grad()
     def target(self, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:

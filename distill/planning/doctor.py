@@ -124,8 +124,11 @@ def is_exact(teacher: Teacher) -> bool:
 
 
 def takes_pictures(teacher: Teacher) -> bool:
-    """Whether a teacher of data that nothing encodes has the shape of pictures or videos."""
-    return len(teacher.shape) in (3, 4) and teacher.shape[0] in (1, 3)
+    """Whether a teacher of data that nothing encodes has the shape of pictures.
+
+    Data of four dimensions are volumes, or videos without a codec: no picture stands for these.
+    """
+    return len(teacher.shape) == 3 and teacher.shape[0] in (1, 3)
 
 
 def own_data(teacher: Teacher, place: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,13 +20,16 @@ from distill.objectives.base import Batch
 from distill.planning.plan import Plan, play
 from distill.profiling import FusedAttention, Meter, unique
 from distill.rates import family_of
+from distill.training import custom_objective
 from distill.training.networks import assembled, build_networks, player_networks
 from distill.training.optimizers import optimizer_bytes
 from students.export.forms import StockForm, form_of
-from students.lora import unwrap
+from students.lora import network_of, unwrap, view_of
+from students.own_network import is_own
 from teachers import conditions
 from teachers.catalogue.loading import load
 from teachers.catalogue.outlines import OUTLINES, OutlineCodec, dtype_of_new, outline
+from teachers.errors import UserError, clipped, first_line, teacher_at
 from teachers.quantised import FORMS, parameters, quantise
 from teachers.storage.diffusers_config import CM
 from teachers.storage.files import home
@@ -48,7 +52,7 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
     teacher = shape_of(recipe.teacher, fake) if shape is None else shape(fake)
     train, parts = recipe.train, recipe.train.accumulate
     n = train.batch // parts
-    base = parameters(unwrap(teacher.denoiser).backbone)  # before adapters are on it
+    base = parameters(network_of(teacher.denoiser).backbone)  # before adapters are on it
     form, student = form_of(teacher, recipe.kind.few_step), recipe.student
     if isinstance(form, StockForm):  # values, which fake tensors lack, decide the times
         form = form.fixed(student.steps, student.start, student.renoise)
@@ -63,9 +67,10 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
         batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
         steps = getattr(objective, "student_every", 1)
         random.seed(0)
-        most, gradients, flops, evaluations = play(
-            objective, movers, batch, parts, max(steps, 4), train.precision
-        )
+        with explained(recipe, teacher):
+            most, gradients, flops, evaluations = play(
+                objective, movers, batch, parts, max(steps, 4), train.precision
+            )
     networks = [v for v in vars(objective).values() if isinstance(v, nn.Module)]
     tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
     weights = unique(tensors)
@@ -82,7 +87,7 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
         beside=beside,
         build=max(beside + codes.encoding, weights + codes.decoding),
         grids=drawing if train.sample_every and form.leaves_pipeline else 0,
-        family=family_of(unwrap(teacher.denoiser)),
+        family=family_of(network_of(teacher.denoiser)),
         adapter="full" if recipe.adapters is None else recipe.adapters.kind,
         base=base,
         batch=train.batch,
@@ -106,6 +111,8 @@ def shape_of(section: TeacherSection, fake: Any) -> Teacher:
     if source in OUTLINES and not home(source, "teacher.source").exists():
         return outline(source, fake, section.size, precision or "fp32")
     teacher = load(source, **section.options())
+    if is_own(teacher.denoiser):
+        return shape_of_own(teacher, fake)
     network = unwrap(teacher.denoiser)
     before: Any = network.backbone
     with fake, dtype_of_new(next(before.parameters()).dtype):
@@ -118,6 +125,41 @@ def shape_of(section: TeacherSection, fake: Any) -> Teacher:
     return Teacher(twin, FakeCodec(teacher.codec), teacher.shape, teacher.source)
 
 
+def shape_of_own(teacher: Teacher, fake: Any) -> Teacher:
+    """A network of the user's own on fake tensors: a copy of it, since no config builds it."""
+    from torch._subclasses.fake_tensor import FakeCopyMode
+
+    twin = view_of(network_of(teacher.denoiser))
+    with FakeCopyMode(fake):
+        twin.backbone = deepcopy(twin.backbone).requires_grad_(False).eval()
+    return Teacher(twin, FakeCodec(teacher.codec), teacher.shape, teacher.source)
+
+
+@contextmanager
+def explained(recipe: Recipe, teacher: Teacher) -> Iterator[None]:
+    """Within it, what the user's own code cannot do without values is a UserError.
+
+    Raises:
+        UserError: naming the network or the objective, and what its code raised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a user's own code may raise anything
+        if custom_objective.file_of(recipe) is not None:
+            who = f"objective.name: {clipped(recipe.objective['name'])}"
+        elif is_own(teacher.denoiser):
+            who = teacher_at(teacher.source)
+        else:
+            raise
+        reason = clipped(f"{type(error).__name__}: {first_line(error)}", 150)
+        raise UserError(
+            f"{who}: it cannot be planned, since its code reads values that a plan has none of "
+            f"({reason}); try a step of the run on the card itself"
+        ) from None
+
+
 class FakeCodec(Codec):
     """A codec that gives every prompt the same condition, encoded before tensors are fake."""
 
@@ -125,7 +167,7 @@ class FakeCodec(Codec):
         self.classes = codec.classes
         self.null_label = codec.null_label
         self.null, self.one = codec.null, codec.condition([0])
-        self.pipe = codec.pipe
+        self.pipe, self.pictures = codec.pipe, codec.pictures
 
     def condition(self, prompts: Sequence[Any]) -> Any:
         n = len(prompts)
@@ -180,8 +222,10 @@ def coding(recipe: Recipe, teacher: Teacher, fake: Any) -> Coding:
     framed = (1,) if getattr(network, "FRAMED", False) else ()
     encoding = 0
     with fake, torch.no_grad():
-        if recipe.needs_data and not frames:
-            encoding = most_bytes(vae.encode, torch.zeros(at_once(*size), 3, *framed, *size))
+        # pictures of prompts are encoded one by one
+        count = at_once(*size) if recipe.needs_data else int(bool(teacher.codec.pictures))
+        if count and not frames:
+            encoding = most_bytes(vae.encode, torch.zeros(count, 3, *framed, *size))
         latent = torch.zeros(1, channels, *(frames or framed), *teacher.shape[-2:])
         decoding = most_bytes(vae.decode, network.uncelled(latent))
     return Coding(encoding, unique((*vae.parameters(), *vae.buffers())) + decoding)
@@ -210,6 +254,8 @@ def fake_vae(teacher: Teacher, fake: Any) -> Any:
         kind, config = kinds.get(codec.outline.factor), {}
         if codec.outline.pipeline.startswith("Flux2"):
             kind = diffusers.AutoencoderKLFlux2
+        elif codec.outline.pipeline.startswith(("QwenImage", "Krea2")):
+            kind = diffusers.AutoencoderKLQwenImage
         elif kind is diffusers.AutoencoderKL:
             widths = (128, 256, 512, 512)
             if codec.outline.factor == 16:

@@ -8,10 +8,12 @@ checks the file.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from teachers.diagnosis.evidence import SKILL, errors_of
 from teachers.errors import UserError, clipped, first_line, nearest
 from teachers.process import Karras, Linear, Process, Tabulated, Trig
 from teachers.storage.files import home
-from teachers.storage.plugin import called, import_file
+from teachers.storage.plugin import called, import_file, is_installed
 from teachers.teacher import Pixels, Teacher
 
 # The processes that are tried, by the source that makes them.
@@ -47,6 +49,7 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # Usual names of a network's second argument, by which it is told from its blocks.
 CLOCKS = {"t", "time", "times", "timestep", "timesteps", "sigma", "noise_labels", "noise_level"}
+CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # and the dimensions of their data
 ITEMS = 64  # of the data, on which guesses are tried
 
 
@@ -101,13 +104,18 @@ def python_file(file: str, place: str) -> Path:
     """The file of Python that "mine.py" or "mine" names; it may be missing.
 
     Raises:
-        UserError: it names a file of another kind.
+        UserError: it names a file of another kind, or one that no other file could import.
     """
     path = home(file if file.endswith(".py") else f"{file}.py", "wrap")
     if not path.is_file() and home(file, "wrap").is_file():
         raise UserError(
             f"wrap {clipped(place)!r}: it is no file of Python; give FILE.py, which has the class "
             "of the network"
+        )
+    if not path.stem.isidentifier() or iskeyword(path.stem) or is_installed(path.stem):
+        raise UserError(
+            f"wrap {clipped(place)!r}: the adapter imports the file by its name, and {path.stem!r} "
+            "is no name for a module or that of an installed one; rename the file"
         )
     return path
 
@@ -127,10 +135,14 @@ def shape_for(network: nn.Module, x: Tensor | None) -> tuple[int, ...] | None:
     """The shape of one datum: that of the data, or one that the network maps to itself."""
     if x is not None:
         return tuple(x.shape[1:])
-    first = next((m for m in network.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d
-                                                             | nn.Linear)), None)  # fmt: skip
+    layers = list(network.modules())
+    conv = next((m for m in layers if isinstance(m, tuple(CONVOLUTIONS))), None)
+    first = conv or next((m for m in layers if isinstance(m, nn.Linear)), None)
     width = getattr(first, "in_channels", getattr(first, "in_features", 1))
-    for channels, dims in product((width, 1, 3), (0, 1, 2, 3)):
+    # A convolution also takes a sample without a batch, so its own dimensions are tried first.
+    own = [dims for kind, dims in CONVOLUTIONS.items() if isinstance(conv, kind)]
+    known = dict.fromkeys((*own, 0, 1, 2, 3))
+    for dims, channels in product(known, (width, 1, 3)):
         for side in (64, 32, 256, 2048)[: 5 - dims]:
             shape = (channels, *(side,) * dims)
             if (out := output(network, shape)) is not None and out.shape[1:] == shape:
@@ -196,9 +208,10 @@ def skeleton(
     )
     cond = ", cond" if len(names) > 2 else ""
     arguments = ", ".join(f"{name}=..." for name in required(kind))
-    load = f'    network.load_state_dict(load_file("{weights}"))\n' if weights else (
-        "    # TODO: network.load_state_dict(...), the trained weights\n"
-    )  # fmt: skip
+    load = "    # TODO: network.load_state_dict(...), the trained weights\n"
+    if weights:
+        place = json.dumps(weights, ensure_ascii=False)  # in double quotes
+        load = f"    network.load_state_dict(load_file({place}))\n"
     process = guess.process.partition("(")[0].partition(".")[0]
     imports = "from safetensors.torch import load_file\n\n" if weights else "\n"
     size = "...  # TODO: the shape of one datum" if shape is None else repr(shape)
@@ -255,6 +268,9 @@ def own_tensor(place: str) -> Tensor:
     x = result[0] if isinstance(result, tuple) and result else result
     if not isinstance(x, Tensor) or x.ndim < 2:
         raise UserError(f"--data {place}: it returned {type(x).__name__}; return data (N, ...)")
+    if not len(x) or not x.isfinite().all():
+        fault = "NaN or infinity" if len(x) else "no items"
+        raise UserError(f"--data {place}: its data hold {fault}; return data (N, ...)")
     return x
 
 

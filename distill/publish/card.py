@@ -15,6 +15,7 @@ from typing import Any
 from distill.publish.licence import Licence, check_licence, folder_of, hub_id, licence_of
 from distill.publish.papers import PAPERS
 from distill.publish.results_table import SPREAD, advised, many, rows_of, steps_of
+from distill.publish.tuning import HEADS, Tuning, tuning_of
 from eval import catalogue
 from teachers.errors import UserError, intact
 from teachers.storage.files import read_json
@@ -50,6 +51,7 @@ class Facts:
             trust_remote_code.
         stretched: Whether its scheduler stretches the times to a last one (`shift_terminal`), for
             which a schedule needs two steps.
+        tuning: What a tuned student kept and gained; None if it was not tuned.
     """
 
     index: dict[str, Any]
@@ -63,6 +65,7 @@ class Facts:
     override: str = ""
     has_code: bool = False
     stretched: bool = False
+    tuning: Tuning | None = None
 
     def setting(self, section: str, key: str, default: Any = None) -> Any:
         """A value of the recipe; the default if the recipe does not have it."""
@@ -102,8 +105,19 @@ class Facts:
     def task(self) -> str:
         if not self.text:
             return "unconditional-image-generation"
+        if self.pictures:
+            return "image-to-image"
         video = str(self.index.get("_class_name", "")).startswith("Wan")
         return "text-to-video" if video else "text-to-image"
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        """The arguments that a pipeline with a picture as its condition takes beside the prompt."""
+        kind = str(self.index.get("_class_name", ""))
+        picture = {"image": 'load_image("photo.png")'}
+        if "Inpaint" in kind:  # below strength 1 sampling would not begin at pure noise
+            return {**picture, "mask_image": 'load_image("mask.png")', "strength": "1.0"}
+        return picture if "Kontext" in kind or "Edit" in kind else {}
 
 
 def require_finished(run: Path) -> None:
@@ -187,6 +201,7 @@ def facts_of(
         lora,
         has_code=has_code,
         stretched=bool(scheduler.get("shift_terminal")),
+        tuning=tuning_of(folder.parent),
     )
 
 
@@ -215,6 +230,7 @@ def write_card(facts: Facts, licence: Licence) -> str:
         f"## Use\n\n```python\n{snippet(facts)}\n```",
         training(facts),
         quality(facts),
+        tuned(facts),
         limitations(facts),
         licence_section(facts, licence),
         citation(facts),
@@ -283,17 +299,20 @@ def guidance_arguments(facts: Facts) -> dict[str, float]:
 
 
 def snippet(facts: Facts) -> str:
-    """Six lines of Python that load the student and save an image."""
+    """A few lines of Python that load the student and save an image."""
     prompt = "two red circles on the left" if facts.teacher == "shapes" else "a lighthouse at dusk"
     call = [json.dumps(prompt)] if facts.text else ["batch_size=16"]
+    if facts.pictures:
+        call = [f"prompt={call[0]}", *(f"{k}={v}" for k, v in facts.pictures.items())]
     call += ["class_labels=[3] * 16"] * facts.classes
     call += [f"num_inference_steps={advised(facts.counts, facts.summary)}"]
     call += [f"{k}={v}" for k, v in guidance_arguments(facts).items()]
     options = f", revision={facts.revision!r}" * (facts.revision != "main")
     options += ", trust_remote_code=True" * facts.has_code
+    extra = "\nfrom diffusers.utils import load_image" if facts.pictures else ""
     field = "frames[0]" if facts.task == "text-to-video" else "images"
     return f"""import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline{extra}
 pipe = DiffusionPipeline.from_pretrained({json.dumps(facts.where)}{options})
 generator = torch.Generator().manual_seed(0)
 images = pipe({", ".join(call)}, generator=generator).{field}
@@ -382,6 +401,15 @@ def quality(facts: Facts) -> str:
         f"## Quality\n\nProtocol `{student['protocol']}`: {student['n']} samples, {seeds}; "
         f"{SPREAD}. Evaluations are network evaluations per image.\n\n" + "\n".join(table)
     )
+
+
+def tuned(facts: Facts) -> str:
+    """The section on what a tuned student kept and gained."""
+    if facts.tuning is None:
+        return ""
+    table = ["| | " + " | ".join(HEADS) + " |", "|---" * (len(HEADS) + 1) + "|"]
+    table += [f"| {name} | {' | '.join(row)} |" for name, row in facts.tuning.rows]
+    return f"## Tuning\n\n{facts.tuning.sentence}\n\n" + "\n".join(table)
 
 
 def figure(row: Mapping[str, Any], key: str) -> str:

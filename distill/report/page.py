@@ -23,6 +23,7 @@ from distill.publish.card import (
     teacher_name,
 )
 from distill.publish.results_table import SPREAD, Row, best, many, rows_of, steps_of
+from distill.publish.tuning import HEADS
 from distill.report import curves
 from distill.report.charts import chart
 from eval import catalogue
@@ -83,6 +84,8 @@ def render(run: Path) -> str:
         table=metrics,
         protocol=note,
         timings=timings(run),
+        tuning=facts.tuning,
+        tuning_heads=HEADS,
         curves=first,
         more={k: v for k, v in charts.items() if k not in first},
         reference=reference,

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from distill.config.schema import GuidanceSection, TeacherSection
 from distill.data.encode import counting, print_cuts
-from teachers.catalogue.loading import load
+from teachers.catalogue.loading import load, pictures_of
 from teachers.denoiser import Denoiser, Guided, Mix, Reparametrised, linear
 from teachers.errors import UserError
 from teachers.guidance import (
@@ -34,6 +34,11 @@ def load_teacher(section: TeacherSection) -> Teacher:
             f"{section.source!r} has none; set teacher.null_label, or guidance to 1"
         )
     return teacher
+
+
+def known_pictures(section: TeacherSection) -> str | None:
+    """The picture that the teacher takes with each prompt, as far as can be known unloaded."""
+    return pictures_of(section.source)
 
 
 def guidance_of(section: TeacherSection) -> GuidanceSection:

@@ -2,8 +2,9 @@
 
 `score(samples)` returns a number, or numbers by name, of samples (N, ...) as the network makes
 them, before any decoding. With a second argument it is given the teacher's samples from the same
-noise and conditions, and with a third one the conditions. Lower is better, unless the function has
-the attribute `higher_is_better = True`.
+noise and conditions, and with a third one the conditions. An argument with a default other than
+None is the function's own setting. Lower is better, unless the function has the attribute
+`higher_is_better = True`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from numbers import Real
 from typing import Any
 
@@ -34,6 +36,8 @@ from teachers.teacher import Teacher
 
 KEY = "eval.metric"
 BATCH = 256  # samples in one call of the networks
+# What a row of figures holds beside the metric's numbers.
+TAKEN = {"protocol", "n", "seeds", "spread", "evaluations", "solver", "steps", "headline", "raised"}
 OTHER_SEED = 10_000  # apart from the seed of the samples that a teacher's own are compared with
 
 
@@ -48,6 +52,7 @@ class OwnMetric:
         assert recipe.eval.metric is not None
         self.recipe, self.teacher, self.place = recipe, teacher, recipe.eval.metric
         self.function = function_at(self.place, KEY)
+        self.arguments = arguments_of(self.function)
         self.n = recipe.eval.samples
         index = torch.arange(self.n) % source.size
         self.cond: Cond = source.take(index).cond
@@ -66,9 +71,10 @@ class OwnMetric:
         Raises:
             UserError: it raises an exception, or returns something else.
         """
-        count = len(inspect.signature(self.function).parameters)
-        args = (samples.cpu(), reference.cpu(), self.cond)[: max(1, min(count, 3))]
-        result = called(self.place, KEY, *args)
+        # copies, since it may write into its arguments, and these are read again
+        given = (samples.cpu().clone(), reference.cpu().clone(), deepcopy(self.cond))
+        with torch.random.fork_rng(devices=()):
+            result = called(self.place, KEY, *given[: self.arguments])
         named = result if isinstance(result, Mapping) else {self.place.rpartition(":")[2]: result}
         values = {str(k): number(v) for k, v in named.items()}
         if not values or None in values.values():
@@ -76,7 +82,18 @@ class OwnMetric:
                 f"{KEY}: {clipped(self.place)!r} returned {clipped(type(result).__name__)}; return "
                 "a number, or a dict of numbers by name"
             )
-        return {k: v for k, v in values.items() if v is not None}
+        if taken := sorted(TAKEN & values.keys()):
+            raise UserError(
+                f"{KEY}: {clipped(self.place)!r} calls a number {taken[0]!r}, which is a fact of "
+                "every row; give it another name"
+            )
+        numbers = {k: v for k, v in values.items() if v is not None}
+        if bad := next((k for k, v in numbers.items() if not math.isfinite(v)), None):
+            raise UserError(
+                f"{KEY}: {clipped(self.place)!r}: {clipped(bad)!r} is {numbers[bad]}; return "
+                "finite numbers for any samples, noise included"
+            )
+        return numbers
 
     def student(self, student: Generator, seeds: int) -> dict[str, Any]:
         """The figures of a student in all of its steps, with its present weights."""
@@ -158,6 +175,20 @@ class OwnMetric:
                 str(k): self.of_teacher(k, cfg.teacher_seeds, False) for k in student.counts
             }
         return tree
+
+
+def arguments_of(function: Callable[..., Any]) -> int:
+    """How many of samples, the teacher's samples and conditions a function takes."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of compiled code
+        return 1
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return 3
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    own = [p.default is not p.empty and p.default is not None for p in places]
+    count = own.index(True) if True in own else len(places)
+    return max(1, min(count, 3))
 
 
 def number(value: Any) -> float | None:

@@ -48,6 +48,8 @@ def conditioning(teacher: Teacher) -> str:
     """What a teacher is conditioned on: "captions", "labels of 10 classes", or "nothing"."""
     if classes := teacher.codec.classes:
         return f"labels of {classes} classes"
+    if teacher.codec.pictures:
+        return "captions with pictures"
     return "nothing" if teacher.codec.condition([""]) is None else "captions"
 
 

@@ -18,7 +18,13 @@ from distill.config.schema import TrainSection
 from distill.data import cache
 from distill.data.encode import device
 from distill.data.expansion.captions import write_prompts
-from distill.data.from_recipe import encoding_job, expansion_of, source_of
+from distill.data.from_recipe import (
+    check_pictures,
+    encoding_job,
+    expansion_of,
+    shown_prompts,
+    source_of,
+)
 from distill.data.listing import check_labels, write_report
 from distill.data.prompts import list_prompts
 from distill.data.stream import Source
@@ -26,7 +32,7 @@ from distill.early_stop.measurement import guards_of
 from distill.objectives.base import Objective
 from distill.objectives.validate import check_first
 from distill.publish.licence import check_licence
-from distill.sampling.guided_teacher import guidance_of, load_teacher
+from distill.sampling.guided_teacher import guidance_of, known_pictures, load_teacher
 from distill.sampling.own_metric import OwnMetric
 from distill.sampling.student_sampler import check_protocol, evaluate_student
 from distill.seeds import seed_all
@@ -122,6 +128,8 @@ def check(recipe: Recipe, out: Path, resume: bool) -> None:
         check_licence(origin, recipe.export.licence_override)
     if recipe.train.precision == "fp16" and device().type == "cpu":
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32")
+    if (takes := known_pictures(recipe.teacher)) is not None:
+        check_pictures(recipe, takes)
     for name, configs in recipe.players.items():
         optimizers.check(configs.optimizer, name)
     trackers(recipe.train.trackers, out)
@@ -282,6 +290,8 @@ def grid_prompts(recipe: Recipe, teacher: Teacher) -> list[Any]:
     """What the sample grids show: every class in turn, or prompts of the recipe's own kind."""
     if classes := teacher.codec.classes:
         return [i % classes for i in range(80)]
+    if teacher.codec.pictures:
+        return shown_prompts(recipe, teacher)
     if teacher.codec.condition([""]) is None:
         return [0] * 80
     if "shapes" in (recipe.eval.protocol, recipe.data.source):

@@ -27,7 +27,7 @@ from distill.data.encode import decoder_on
 from distill.data.stream import AHEAD, Source, Stream
 from distill.early_stop.guards import Guards
 from distill.files import write
-from distill.grids import COLUMNS, save_grid
+from distill.grids import save_samples
 from distill.objectives.base import Batch, Objective, Turn, networks_in
 from distill.objectives.validate import check_loss, check_turn
 from distill.profiling import EvaluationCounter, denoisers_in, start_peak
@@ -338,7 +338,7 @@ class Engine:
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         for steps, grid in zip(student.counts, images, strict=True):
-            save_grid(grid, folder / f"step-{self.step:06d}-at-{steps}.png", COLUMNS)
+            save_samples(grid, self.shown, folder / f"step-{self.step:06d}-at-{steps}.png")
 
     def save(self) -> None:
         """Save a checkpoint of everything, and delete all but the newest few."""
@@ -441,16 +441,16 @@ class Engine:
             metrics = evaluate(steps)
         values = {f"eval/{k}": v for k, v in metrics.items() if isinstance(v, float)}
         self.accelerator.log(values, step=self.step)
-        headline = metrics.get("headline")  # the name of the metric that training lowers
-        shown = [k for k in (headline, "coverage", "accuracy") if k in metrics]
-        if headline is not None and metrics[headline] < self.best:
-            self.best = metrics[headline]
+        raised = metrics.get("raised")  # the name of the metric, if training raises it
+        name = metrics.get("headline", raised)
+        value = math.nan if name is None else -metrics[name] if raised else metrics[name]
+        if name is not None and value < self.best:
+            self.best = value
             state = {"ema": self.ema.state_dict(), "step": self.step}
-            checkpoint.save(state, self.root / "best", {"step": self.step, headline: self.best})
+            checkpoint.save(state, self.root / "best", {"step": self.step, name: metrics[name]})
+        shown = [k for k in dict.fromkeys((name, "coverage", "accuracy")) if k in metrics]
         line = "  ".join(f"{k} {metrics[k]:.3f}" for k in shown) + f" at {steps} step"
-        raised = metrics.get("raised")  # or of the one that it raises
-        value = metrics[headline] if headline is not None else math.nan
-        return line, -metrics[raised] if raised is not None else value
+        return line, value
 
     def _log(self, logs: dict[str, Tensor]) -> tuple[dict[str, float], Speed | None]:
         """Average the scalars over processes, fetch them in one transfer, and log them.

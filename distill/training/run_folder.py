@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import yaml
 
 from distill.config.compare import differences
+from distill.config.paths import note_start
 from distill.config.recipe import Recipe, read_yaml
 from distill.config.renamed import current_names
 from distill.console import print_notice
@@ -225,7 +226,11 @@ def check_checkpoints(out: Path) -> None:
 
 
 def write_recipe(recipe: Recipe, out: Path) -> None:
-    """Write recipe.yaml, with every default, and a copy of the user's own objective beside it."""
+    """Write recipe.yaml, with every default, and a copy of the user's own objective beside it.
+
+    And the working folder, which the recipe's paths are relative to.
+    """
+    note_start(out)
     write(out / "recipe.yaml", yaml.safe_dump(recipe.tree(), sort_keys=False))
     custom_objective.keep(recipe, out)
 

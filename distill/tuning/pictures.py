@@ -26,9 +26,10 @@ from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.teacher_sampler import recipe_sampler
 from distill.seeds import seed_of
 from eval import shapes
-from teachers.errors import UserError
+from teachers.errors import UserError, clipped, plural
 
 USUAL = (20, 200)  # numbers of pictures for which this is meant
+LEAST = 3  # pictures; DreamBooth's are three to five (arXiv:2208.12242)
 PRIOR = 200  # the teacher's own pictures, of neutral prompts
 OWN_PROMPTS = NEUTRAL_PROMPTS = 500  # prompts of the student, in this order
 DONE = "done"  # a file that says that the pictures beside it are complete
@@ -48,7 +49,7 @@ class Lessons:
     @property
     def captions(self) -> list[str]:
         """The pictures' captions, each once, in the order of the pictures."""
-        return list(dict.fromkeys(str(item.prompt) for item in self.listing.items))
+        return list(dict.fromkeys(one_line(item.prompt) for item in self.listing.items))
 
     @property
     def share(self) -> int:
@@ -69,11 +70,13 @@ def lessons(folder: str, neutral: str | None, student: Recipe) -> Lessons:
         listing = list_images(folder, None, 0, True)
         listing.check(listing.bad, listing.total, student.data.skip_share)
     low, high = USUAL
-    if not low <= (count := len(listing.items)) <= high:
-        print_notice(
-            f"--data: found {count} captioned picture{'s' * (count != 1)}; this is meant for {low} "
-            f"to {high}"
+    if (count := len(listing.items)) < LEAST:
+        raise UserError(
+            f"--data: {count} captioned {plural(count, 'picture')} in {clipped(folder)}, and "
+            f"{LEAST} are the fewest that a concept is learned from; give {low} to {high}"
         )
+    if not low <= count <= high:
+        print_notice(f"--data: found {count} captioned pictures; this is meant for {low} to {high}")
     return Lessons(listing, neutral_prompts(neutral, student))
 
 
@@ -93,7 +96,12 @@ def neutral_prompts(place: str | None, student: Recipe) -> list[str]:
         return shapes.all_captions()
     with named("--neutral"):
         prompts = list_prompts(place or student.data.prompts or "pack:starter")
-    return list(dict.fromkeys(str(item.prompt) for item in prompts.items))
+    return list(dict.fromkeys(line for item in prompts.items if (line := one_line(item.prompt))))
+
+
+def one_line(prompt: Any) -> str:
+    """A caption without line breaks, of which one more would shift all prompts after it."""
+    return " ".join(str(prompt).split())
 
 
 def write_prompts(file: Path, lessons: Lessons, seed: int) -> None:
@@ -134,7 +142,7 @@ def write_pictures(folder: Path, lessons: Lessons, recipe: Recipe, seed: int) ->
     for i, item in enumerate(cycled(items, len(prompts))):
         picture = folder / f"own-{i:04d}{Path(item.name).suffix or '.png'}"
         picture.write_bytes(item.image())  # pyright: ignore[reportOptionalCall]
-        write(picture.with_suffix(".txt"), str(item.prompt))
+        write(picture.with_suffix(".txt"), one_line(item.prompt))
     write(folder / DONE, "")
 
 

@@ -15,7 +15,8 @@ from students.export.lora_files import DIFFUSERS, TURBO
 from teachers.errors import UserError, nearest
 
 # teacher: the teacher learns the pictures, and is then matched by the student (DMD2).
-# anchor: the student learns the pictures at the times of its steps, held to its own output.
+# anchor: the student learns the pictures at the times of its steps, and of neutral ones its own
+#   output; at the states of its chains it is held to its own output as well.
 # plain: the student learns the pictures as any diffusion model, for comparison.
 Method = Literal["teacher", "anchor", "plain"]
 ANCHOR = 0.5  # weight of the distance to the student before; 0.25 to 0.5 are usual
@@ -111,8 +112,12 @@ def teacher_recipe(student: Tunable, places: Places, settings: Settings, own: in
     return Recipe.check(tree, "distill tune: the teacher's recipe")
 
 
-def student_recipe(student: Tunable, places: Places, settings: Settings) -> Recipe:
-    """The run that tunes the student."""
+def student_recipe(student: Tunable, places: Places, settings: Settings, own: int) -> Recipe:
+    """The run that tunes the student.
+
+    Args:
+        own: How many of the teacher's pictures are the user's; they come first.
+    """
     base = student.recipe.tree()
     steps = settings.steps or min(2 * student.recipe.train.steps, MOST)
     match = settings.method == "teacher"
@@ -123,14 +128,14 @@ def student_recipe(student: Tunable, places: Places, settings: Settings) -> Reci
         "eval": {**base["eval"], "teacher_seeds": 0},  # measured with the student's own run
         "critic": None,
     }
-    with_method = matched if match else fitted
-    tree = override(with_method(tree, student, places, settings), settings.overrides)
-    return Recipe.check(tree, "distill tune")
+    tree = matched(tree, student, places) if match else fitted(tree, student, places)
+    if settings.method == "anchor":
+        tree["objective"] |= {"anchor": ANCHOR, "where": "steps", "known_from": own}
+        tree["data"] |= {"source": str(places.pictures), "captions": "txt"}
+    return Recipe.check(override(tree, settings.overrides), "distill tune")
 
 
-def matched(
-    tree: dict[str, Any], student: Tunable, places: Places, settings: Settings
-) -> dict[str, Any]:
+def matched(tree: dict[str, Any], student: Tunable, places: Places) -> dict[str, Any]:
     """The recipe of the method `teacher`: DMD2 from the student as it is, of the tuned teacher."""
     base = student.recipe
     own = base.objective["name"] in ("dmd2", "dmd2-anchored")
@@ -149,9 +154,7 @@ def matched(
     }  # fmt: skip
 
 
-def fitted(
-    tree: dict[str, Any], student: Tunable, places: Places, settings: Settings
-) -> dict[str, Any]:
+def fitted(tree: dict[str, Any], student: Tunable, places: Places) -> dict[str, Any]:
     """The recipe of the methods `anchor` and `plain`: a new adapter on the student's own weights.
 
     These are the teacher's with the student's LoRA in them, so that the files of the run fit the
@@ -163,12 +166,11 @@ def fitted(
         entry = {"file": str(student.lora.resolve()), "strength": 1.0}
         before = tree["teacher"]
         teacher = {**before, "guidance": 1.0, "adapters": [*(before["adapters"] or ()), entry]}
-    anchor = {"anchor": ANCHOR, "where": "steps"} if settings.method == "anchor" else {}
     return {
         **tree,
         "teacher": teacher,
         "student": {**tree["student"], "source": None},
-        "objective": {"name": "finetune", **anchor},
+        "objective": {"name": "finetune"},
         "adapters": lora_like(student),
         "data": {"source": str(places.data.resolve()), "size": tree["data"]["size"]},
     }

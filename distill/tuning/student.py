@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.config.paths import from_start
 from distill.config.recipe import Recipe, override
 from distill.config.renamed import current_names
 from distill.sampling.student_sampler import conditioning
@@ -48,7 +49,10 @@ def tunable(source: str, overrides: Sequence[str] = ()) -> Tunable:
     if not isinstance(tree, dict):
         raise UserError(f"{who}: {SIDECAR} has no recipe; export the run again")
     recipe = Recipe.check(
-        override(current_names(tree, quiet=True), [v for v in overrides if v.startswith(SHARED)]),
+        override(
+            from_start(current_names(tree, quiet=True), folder.parent),
+            [v for v in overrides if v.startswith(SHARED)],
+        ),
         f"{who}: recipe",
     )
     _, teacher = load_student(folder)

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from distill.config.recipe import Recipe
-from distill.console import print_line
+from distill.console import print_line, print_notice
 from distill.evaluation.finish import finish, finished
 from distill.files import write
+from distill.publish.card import draft
+from distill.publish.tuning import FILE
+from distill.report.page import report
 from distill.training import build, run_folder
 from distill.tuning.figures import Judged, measured
 from distill.tuning.pictures import Lessons, lessons, write_pictures, write_prompts
@@ -25,8 +28,6 @@ from distill.tuning.recipes import (
 from distill.tuning.student import Tunable, tunable
 from eval.catalogue import headline
 from teachers.errors import UserError, clipped
-
-FILE = "tune.json"  # in the student's run
 
 
 def tune(
@@ -58,8 +59,8 @@ def tune(
     if not finished(places.out):
         print_line(f"the student is tuned ({settings.method}), in {places.out}")
         train(second, places.out)
-    if (file := places.out / FILE).exists():
-        return json.loads(file.read_text(encoding="utf-8"))
+    if (before := earlier_figures(places.out / FILE, samples)) is not None:
+        return before
     print_line("comparing the student with the tuned teacher")
     figures = {
         "method": settings.method,
@@ -67,8 +68,27 @@ def tune(
         **measured(judged(student, places, settings, learned, samples)),
         "quality": quality(student, places),
     }
-    write(file, json.dumps(figures, indent=2) + "\n")
+    write(places.out / FILE, json.dumps(figures, indent=2) + "\n")
+    write_pages(places.out)
     return figures
+
+
+def earlier_figures(file: Path, samples: int) -> dict[str, Any] | None:
+    """The figures that a finished tuning has left, if they are from as many pictures."""
+    try:
+        figures = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return figures if figures.get("samples") == samples else None
+
+
+def write_pages(run: Path) -> None:
+    """Write the student's card and the run's page again, now with the figures of the tuning."""
+    try:
+        write(run / "student" / "README.md", draft(run / "student"))
+        report(run)
+    except UserError as error:
+        print_notice(f"card and page are without the figures of the tuning: {error}")
 
 
 def checked(
@@ -84,14 +104,20 @@ def checked(
     student = tunable(source, settings.overrides)
     learned = lessons(str(places.data), neutral, student.recipe)
     first = teacher_recipe(student, places, settings, learned.share)
-    second = student_recipe(student, places, settings)
+    second = student_recipe(student, places, settings, learned.share)
     if places.tuned is not None and not finished(places.tuned):
         raise UserError(
             f"--teacher: {clipped(str(places.tuned))} is no finished run of a tuned teacher; give "
             "the folder OUT-teacher of an earlier tuning"
         )
+    if settings.method == "anchor" and student.recipe.student.steps == 1:
+        raise UserError(
+            "--method anchor: a student of one step sees noise alone, from which it cannot learn "
+            "your pictures; use --method teacher"
+        )
     runs = [(first, places.teacher), (second, places.out)]
     for recipe, out in runs[places.tuned is not None :]:
+        run_folder.refuse_live(out)
         begun = (out / "recipe.yaml").exists()
         if resume and begun:
             run_folder.check_same_run(recipe, out)
@@ -113,7 +139,7 @@ def judged(
     """What the figures compare. The teacher is the tuned one, whatever the method was."""
     tree = student.recipe.tree()
     tree["players"] = {"student": {}}
-    tree = matched(tree, student, places, settings)
+    tree = matched(tree, student, places)
     recipe = Recipe.check({**tree, "critic": None}, "distill tune")
     return Judged(recipe, student.folder, places.out, places.teacher, learned, samples)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,20 @@ def lora_of(folder: Path) -> Path | None:
 
 
 def new_files(folder: Path, teacher: Any) -> list[dict[str, Any]]:
-    """The teacher's LoRA files that are not in the weights of the student in a folder."""
-    known = read_json(folder / SIDECAR, KEY).get("adapters") or []
-    fusion = teacher.fusion
-    return [
-        {"file": str(file.path), "strength": file.strength}
-        for file, content in zip(fusion.files, fusion.contents(), strict=True)
-        if content not in known
-    ] if fusion is not None else []  # fmt: skip
+    """The teacher's LoRA files, by as much as the weights of the student in a folder lack of them.
+
+    A file is known by its content, because it may have another name or strength now.
+    """
+    if teacher.fusion is None:
+        return []
+    lacking: list[dict[str, Any]] = []
+    held: Counter[str] = Counter()
+    for entry in read_json(folder / SIDECAR, KEY).get("adapters") or []:
+        held[entry["sha256"]] += entry["strength"]
+    for file in teacher.fusion.files:
+        if strength := file.strength - held.pop(file.sha256, 0):
+            lacking.append({"file": str(file.path), "strength": strength})
+    return lacking
 
 
 @torch.no_grad()

@@ -16,7 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from students import schedulers
@@ -27,12 +29,13 @@ from students.lora import adapter_of, network_of, unwrap
 from students.two_time import check_landing, in_place, stock_backbone
 from teachers import conditions
 from teachers.catalogue.loading import load
+from teachers.conditions import Pictured
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
 from teachers.families.base import Pretrained, Prompted, images_of, quiet
 from teachers.families.unet import UNet
 from teachers.quantised import Precision
-from teachers.storage.files import open_to_readers, read_json
+from teachers.storage.files import open_to_readers, read_json, save_tensors
 from teachers.teacher import Teacher
 
 SIDECAR = "fewstep.json"  # describes the student; diffusers ignores it
@@ -41,12 +44,28 @@ SHAPING = ("size", "frames", "embedded_guidance")  # options of a teacher that s
 TOLERANCE = 1e-3  # of any pixel in [0, 1]: a quarter of a grey level
 ROUNDING = 0.02  # of the mean pixel, for weights of half precision; a wrong time exceeds it
 
+# In a process without our packages: reads a file of pictures, arguments that JSON does not hold.
+PICTURES = """
+def pictures_in(file=""):
+    if not file:
+        return {}
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Posterior
+    from PIL import Image
+    from safetensors.torch import load_file
+    Posterior.sample = lambda posterior, generator=None: posterior.mode()
+    def images(v):
+        return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in v]
+    return {k: images(v) if v.dtype == torch.uint8 else v for k, v in load_file(file).items()}
+"""
 # Runs in another process without our packages, as on a user's machine.
-SCRIPT = """
+SCRIPT = (
+    PICTURES
+    + """
 import functools, json, sys, torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 folder, out, request = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+pictures = pictures_in(request.get("pictures", ""))
 options = {"trust_remote_code": True} if request["own"] else {}
 pipe = DiffusionPipeline.from_pretrained(folder, **options, **dict.fromkeys(request["absent"]))
 pipe.to(request["device"]).set_progress_bar_config(disable=True)
@@ -58,6 +77,7 @@ for steps in request["counts"]:
         again = torch.Generator().manual_seed(1)
         pipe.scheduler.step = functools.partial(step, generator=again)
     arguments = json.loads(sys.argv[3])["arguments"]  # afresh: some pipelines write to their lists
+    arguments |= pictures
     out_ = pipe(num_inference_steps=steps, generator=draw, output_type="pt", **arguments)
     made = next(iter(out_.values()))
     if not torch.is_tensor(made):  # DiT's pipeline before diffusers 0.41, whatever it is asked
@@ -65,6 +85,7 @@ for steps in request["counts"]:
     images[str(steps)] = made.float().cpu().contiguous()
 save_file(images, out)
 """
+)
 
 
 class ExportError(RuntimeError):
@@ -190,7 +211,54 @@ def prompts_of(teacher: Teacher) -> list[Any]:
     """The labels or prompts that checks of its students sample."""
     if classes := teacher.codec.classes:
         return [i % classes for i in range(4)]
-    return ["a red circle", "two boats on a lake"]
+    prompts = ["a red circle", "two boats on a lake"]
+    if not teacher.codec.pictures:
+        return prompts
+    assert isinstance(teacher.codec, Prompted)
+    return [example(text, i, *teacher.codec.size[-2:]) for i, text in enumerate(prompts)]
+
+
+def example(text: str, number: int, height: int, width: int) -> Pictured:
+    """A prompt with a picture of smooth waves, and with a rectangle in it as its mask."""
+    y, x = torch.linspace(0, 1, height)[:, None], torch.linspace(0, 1, width)[None]
+    waves = [torch.sin((3 + number) * x + (2 + k) * y + k) for k in range(3)]
+    mask = ((x > 0.25) & (x < 0.75) & (y > 0.3 - 0.2 * number)).float()
+    return Pictured(text, 0.9 * torch.stack(waves), mask[None])
+
+
+def apart(arguments: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], str]:
+    """A pipeline's arguments without pictures, and the file that these were written to; "" if there
+    are none. Images of Pillow, which stand in lists, are written as uint8."""
+    tensors = {k: v.contiguous() for k, v in arguments.items() if isinstance(v, Tensor)}
+    for key, value in arguments.items():
+        if isinstance(value, list) and isinstance(value[0], Image.Image):
+            pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in value]
+            tensors[key] = torch.stack(pixels).contiguous()
+    if tensors:
+        save_tensors(tensors, file)
+    return {k: v for k, v in arguments.items() if k not in tensors}, str(file) if tensors else ""
+
+
+@contextmanager
+def posterior_modes(pictures: bool) -> Iterator[None]:
+    """Within it, VAEs of stock pipelines take the mode of their posterior, as our codecs do, and
+    not a sample.
+
+    Args:
+        pictures: Whether the pipeline has a picture as its condition; else nothing changes.
+    """
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Posterior
+
+    if not pictures:
+        yield
+        return
+    sample = Posterior.sample
+    Posterior.sample = lambda self, generator=None: self.mode()
+    try:
+        with quiet():  # these pipelines move their VAE at each call, of which diffusers warns
+            yield
+    finally:
+        Posterior.sample = sample
 
 
 def absent_parts(teacher: Teacher) -> list[str]:
@@ -215,7 +283,6 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
     network = unwrap(generator.denoiser)
     job = {
         "counts": generator.counts,
-        "arguments": arguments,
         "absent": absent_parts(teacher),
         "device": device,
         "own": brings_source(network),
@@ -223,6 +290,8 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "images.safetensors"
+        plain, file = apart(arguments, Path(scratch) / "pictures.safetensors")
+        job |= {"arguments": plain, "pictures": file}
         # -I: the child finds our packages neither in this folder nor by PYTHONPATH
         command = [
             sys.executable,
@@ -301,6 +370,7 @@ def rehearse(
         with (
             encoders.on_host(device),
             decoding_singly(teacher, device),
+            posterior_modes(bool(teacher.codec.pictures)),
             torch.autocast(device.type, network.dtype, enabled=half),
         ):
             pipe = pipeline(generator, teacher, merge=isinstance(network, UNet))

@@ -5,15 +5,13 @@
 | diffusers LoRA | `unet.….lora_A.weight`, `transformer.….lora_A.weight` |
 | kohya LoRA of SD 1.x, 2.x | `lora_unet_down_blocks_0_….lora_down.weight`, `.alpha` |
 | kohya LoRA of SDXL | `lora_unet_input_blocks_4_….lora_down.weight`, `.alpha` |
-| ComfyUI LoRA of Wan | `diffusion_model.blocks.0.self_attn.q.lora_A.weight` |
+| ComfyUI LoRA of transformers | `diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight` |
 | single file of SD 1.x, SDXL | LDM's, such as `model.diffusion_model.input_blocks.…` |
 
-Diffusers reads all of them; ComfyUI the last four, and the first of SD3, FLUX, Qwen-Image and
-Z-Image.
+Diffusers reads all of them but the fourth, of which it reads some networks'; ComfyUI the last four.
 Kohya's own trainer names SD 1.x by diffusers' blocks and SDXL by LDM's, and so do we: diffusers
 0.42 mistakes LDM's input block 1 for 10 and 11, which SDXL does not have, and knows SDXL's added
-embedding by LDM's name only. Other transformers (SD3, FLUX, Z-Image, Qwen-Image, …) have no other
-form than diffusers' here.
+embedding by LDM's name only. The fourth form is made in `combined.py`.
 
 Every LoRA file is made so that strength 1.0 is the student: W + B A, with kohya's alpha = rank.
 All conversions are pure functions on dicts of tensors.
@@ -26,7 +24,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from students.export.folder import TOLERANCE, ExportError, child_environment
+from students.export.folder import (
+    PICTURES,
+    TOLERANCE,
+    ExportError,
+    apart,
+    child_environment,
+    posterior_modes,
+)
 from students.metadata.check import check_header, finish_header, times_used
 from teachers.adapters.ldm import ldm_names
 from teachers.errors import UserError
@@ -97,7 +103,7 @@ def to_kohya(lora: Mapping[str, Tensor], names: Mapping[str, str] | None = None)
         names: LDM's name of each module, as by `ldm_names`, for SDXL; else diffusers' own.
 
     Raises:
-        UserError: it is a transformer's, which ComfyUI reads in diffusers' own form.
+        UserError: it is a transformer's, which `combined.to_original` converts.
     """
     made: State = {}
     for key, value in lora.items():
@@ -143,37 +149,6 @@ def from_kohya(
 
 def kohya_name(module: str, names: Mapping[str, str] | None) -> str:
     return "lora_unet_" + (module if names is None else names[module]).replace(".", "_")
-
-
-# The parts of a Wan transformer by its authors' names, which ComfyUI uses.
-WAN = {
-    "attn1.to_q": "self_attn.q",
-    "attn1.to_k": "self_attn.k",
-    "attn1.to_v": "self_attn.v",
-    "attn1.to_out.0": "self_attn.o",
-    "attn2.to_q": "cross_attn.q",
-    "attn2.to_k": "cross_attn.k",
-    "attn2.to_v": "cross_attn.v",
-    "attn2.to_out.0": "cross_attn.o",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-}
-
-
-def to_wan(lora: Mapping[str, Tensor]) -> State:
-    """A Wan transformer's diffusers LoRA by its authors' names, which ComfyUI and diffusers read.
-
-    Raises:
-        UserError: it holds a layer that has no such name here.
-    """
-    made: State = {}
-    for key, value in lora.items():
-        module, kind = parts(key)
-        match = re.fullmatch(r"transformer\.(blocks\.\d+)\.(.+)", module)
-        if match is None or match[2] not in WAN:
-            raise UserError(f"LoRA: {key!r} has no name in ComfyUI's Wan; use diffusers' LoRA")
-        made[f"diffusion_model.{match[1]}.{WAN[match[2]]}.lora_{kind}.weight"] = value
-    return made
 
 
 # ---- LDM's names, which single files use
@@ -298,11 +273,14 @@ def single_file(pipe: Any) -> State:
 # ---- written, once stock diffusers has drawn the student's pictures from them
 
 # Runs in another process, with none of our packages imported.
-SCRIPT = """
+SCRIPT = (
+    PICTURES
+    + """
 import json, sys, diffusers, torch
 from safetensors.torch import save_file
 folder, out, kind, asked = sys.argv[1:5]
-files, counts, absent = map(json.loads, sys.argv[5:])
+files, counts, absent, *more = map(json.loads, sys.argv[5:])
+pictures = pictures_in(*more)
 kind, images = getattr(diffusers, kind), {}
 for i, (whole, file) in enumerate(files):
     if whole:
@@ -315,11 +293,13 @@ for i, (whole, file) in enumerate(files):
     for steps in counts:
         draw = torch.Generator().manual_seed(0)
         torch.manual_seed(1)
-        arguments = json.loads(asked)  # afresh: some pipelines write to their lists
+        # afresh: some pipelines write to their lists
+        arguments = json.loads(asked) | pictures
         made = pipe(num_inference_steps=steps, generator=draw, output_type="pt", **arguments)
         images[f"{i} {steps}"] = next(iter(made.values())).contiguous()
 save_file(images, out)
 """
+)
 
 
 @dataclass(frozen=True)
@@ -329,6 +309,8 @@ class File:
     Args:
         metadata: The header's, as `students/metadata/turbo.py` makes it; empty for none.
         beside: Text files that appear beside it, by name.
+        gap: Compares it with the student and returns the largest difference, as `weight_gap` does,
+            where stock diffusers is not asked to draw with it.
     """
 
     path: Path
@@ -336,6 +318,7 @@ class File:
     whole: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, str] = field(default_factory=dict)
+    gap: Callable[[Path], float] | None = None
 
 
 # What pictures are compared on, unless the family asks for other arguments.
@@ -359,7 +342,7 @@ def write(
         student: The pipeline with the adapter merged, which pictures are compared with.
         folder: The diffusers folder of the base, with the student's scheduler.
         counts: The step counts to compare at.
-        arguments: Of the pipelines, as JSON has them, for unguided pictures.
+        arguments: Of the pipelines, for unguided pictures: as JSON has them, and pictures.
 
     Raises:
         ExportError: stock diffusers cannot load a file, its pictures differ, or its header is
@@ -370,20 +353,25 @@ def write(
         for file, draft in zip(files, drafts, strict=True):
             tensors = {k: v.contiguous() for k, v in file.state.items()}
             save_tensors(tensors, draft, file.metadata or None)
-        jobs = [(f.whole, str(d.resolve())) for f, d in zip(files, drafts, strict=True)]
-        theirs = drawn_elsewhere(jobs, type(student).__name__, folder, counts, arguments)
+        drawn = [i for i, file in enumerate(files) if file.gap is None]
+        jobs = [(files[i].whole, str(drafts[i].resolve())) for i in drawn]
+        theirs: State = {}
+        if jobs:
+            theirs = drawn_elsewhere(jobs, type(student).__name__, folder, counts, arguments)
         student.set_progress_bar_config(disable=True)
-        described, used, gaps = any(f.metadata for f in files), {}, [0.0] * len(files)
+        pictured = any(isinstance(v, Tensor) for v in arguments.values())
+        described, used = any(f.metadata for f in files), {}
+        gaps = [0.0 if f.gap is None else f.gap(d) for f, d in zip(files, drafts, strict=True)]
         for steps in counts:
             rng = torch.Generator().manual_seed(0)
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), posterior_modes(pictured):
                 torch.manual_seed(1)  # for pipelines that do not hand their generator on
-                asked = json.loads(json.dumps(arguments))  # some write to their lists
+                asked = deepcopy(dict(arguments))  # some write to their lists
                 made = student(num_inference_steps=steps, generator=rng, output_type="pt", **asked)
             used[steps] = times_used(student.scheduler) if described else None
             ours = next(iter(made.values())).cpu()
-            for i, file in enumerate(files):
-                gap = compare(ours, theirs[f"{i} {steps}"], steps, file.path.name)
+            for place, i in enumerate(drawn):
+                gap = compare(ours, theirs[f"{place} {steps}"], steps, files[i].path.name)
                 gaps[i] = max(gaps[i], gap)
         for file, draft, gap in zip(files, drafts, gaps, strict=True):
             publish(file, draft, used, gap)
@@ -432,7 +420,8 @@ def drawn_elsewhere(
         out = Path(scratch) / "images.safetensors"
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
-        plain = [json.dumps(v) for v in (dict(arguments), jobs, list(counts), absent)]
+        asked, file = apart(arguments, Path(scratch) / "pictures.safetensors")
+        plain = [json.dumps(v) for v in (asked, jobs, list(counts), absent, file)]
         words = [str(folder.resolve()), str(out), kind, *plain]
         result = subprocess.run(
             [sys.executable, "-I", "-c", SCRIPT, *words],

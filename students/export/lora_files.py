@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from students.export.combined import joined, kohya_encoders
+from students.export.combined import joined, kohya_encoders, to_original, weight_gap
 from students.export.folder import SIDECAR, pipeline, request
-from students.export.formats import File, State, diffusers_lora, ldm_names, to_kohya, to_wan, write
+from students.export.formats import File, State, diffusers_lora, ldm_names, to_kohya, write
 from students.export.unquantised import base_folder, base_path, with_file_weights
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, unwrap
 from students.metadata import keys
 from students.metadata.turbo import Turbo, describe
+from teachers.adapters import original
 from teachers.errors import UserError
 from teachers.families.base import Pretrained, Prompted, quiet
-from teachers.families.stable_diffusion import SDXL
-from teachers.families.wan import Wan
+from teachers.families.stable_diffusion import SDXL, Kolors
 from teachers.quantised import is_quantised
 from teachers.storage.components import module
 from teachers.storage.files import read_json
 from teachers.teacher import Teacher
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
-COMFYUI = "comfyui_lora.safetensors"  # a UNet's has kohya's keys
+COMFYUI = "comfyui_lora.safetensors"  # kohya's keys of UNets, the original code's of transformers
 # Of a teacher with LoRA files in its weights, the two files above hold those files as well. These
 # are the student's adapter alone.
 TURBO = {DIFFUSERS: "turbo_only_lora.safetensors", COMFYUI: "turbo_only_comfyui_lora.safetensors"}
@@ -38,17 +40,30 @@ TURBO = {DIFFUSERS: "turbo_only_lora.safetensors", COMFYUI: "turbo_only_comfyui_
 
 def possible(generator: Generator, teacher: Teacher) -> bool:
     """Whether LoRA files can be written: of plain LoRA on the teacher's own weights, for pipelines
-    that load LoRA."""
+    that load LoRA and for networks that ComfyUI has."""
     student, codec = generator.denoiser, teacher.codec
     if not isinstance(student, AdaptedDenoiser) or not isinstance(codec, Prompted):
         return False
     if unwrap(student).backbone is not unwrap(teacher.denoiser).backbone:
         return False  # it is on the weights of an earlier student
-    from diffusers.loaders.lora_base import LoraBaseMixin
-
-    if not isinstance(codec.pipe, LoraBaseMixin):
+    if not loads_lora(codec.pipe) and not original.places(unwrap(student).backbone):
         return False
     return type(student.config).__name__ == "LoraConfig" and not student.config.use_dora
+
+
+def loads_lora(pipe: Any) -> bool:
+    """Whether a pipeline of diffusers has `load_lora_weights`."""
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
+    return isinstance(pipe, LoraBaseMixin)
+
+
+def by_original(name: str, network: Pretrained) -> bool:
+    """Whether a file has the names of a transformer's original code.
+
+    Stock diffusers reads those of some networks only, so the file is compared weight by weight.
+    """
+    return name in (COMFYUI, TURBO[COMFYUI]) and network.PART != "unet"
 
 
 def export_lora(
@@ -62,9 +77,11 @@ def export_lora(
     """Write the adapter's files to `out`, with the scheduler that it was trained for.
 
     Stock diffusers samples with each file in another process, on the teacher's own weights at
-    strength 1.0; the files appear only if the pictures equal the student's. The weights on which it
-    samples are without the LoRA files of `teacher.adapters`: one file of each form has these in it,
-    and one is the adapter alone, whose pictures are compared with the adapter's on these weights.
+    strength 1.0; the files appear only if the pictures equal the student's. A file by a
+    transformer's original names is read back instead, and its weights are compared with the
+    student's. The teacher's own weights are without the LoRA files of `teacher.adapters`: one file
+    of each form has these in it, and one is the adapter alone, whose pictures are compared with the
+    adapter's on these weights.
 
     Args:
         student: The folder of the exported student, whose other parts and scheduler are used.
@@ -78,7 +95,11 @@ def export_lora(
     states, _ = forms(generator, teacher)
     recipe = read_json(student / SIDECAR, f"student {str(student)!r}").get("recipe") or {}
     turbo = describe(generator, teacher, recipe, licence, base_path(teacher))
-    files = [described(out / name, state, turbo, states) for name, state in states.items()]
+    network = unwrap(generator.denoiser)
+    files = [
+        described(out / name, state, turbo, states, by_original(name, network))
+        for name, state in states.items()
+    ]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for fused in (True, False):
@@ -121,6 +142,11 @@ def write_on_base(
         pipe = pipeline(exact, teacher).to("cpu")
         if not fused:
             pipe.register_modules(**{k: plain_encoder(pipe, source, k) for k in encoders})
+        gap = partial(weight_gap, pipe=pipe, base=base, part=network.PART)
+        files = [
+            replace(file, gap=gap) if by_original(file.path.name, network) else file
+            for file in files
+        ]
 
         def write_checked(some: list[File]) -> None:
             write(some, pipe, base, generator.counts, arguments)
@@ -137,21 +163,27 @@ def plain_encoder(pipe: Any, source: Path, part: str) -> Any:
     return module(kind, source / part, "export", part, torch_dtype=torch.float32).eval()
 
 
-def described(path: Path, state: State, turbo: Turbo, states: dict[str, State]) -> File:
+def described(
+    path: Path, state: State, turbo: Turbo, states: dict[str, State], compared: bool = False
+) -> File:
     """A LoRA file with its header, its ComfyUI graph and the notes that Forge reads.
 
-    Where there are two files of one content, ComfyUI maps the whole of its own only; both have the
-    graph of that.
+    Of two files of one content, ComfyUI maps its own whole; both have the graph of that.
+
+    Args:
+        states: All files by name.
+        compared: Whether its weights are compared, and not pictures that stock diffusers draws.
     """
-    names = {DIFFUSERS: DIFFUSERS, COMFYUI: COMFYUI}
+    file = COMFYUI
     if path.name in TURBO.values():
-        names, turbo = TURBO, replace(turbo, contains=())
-    own = turbo.family in ("StableDiffusion", "SDXL", "Wan")
+        file, turbo = TURBO[COMFYUI], replace(turbo, contains=())
     graph = None
-    if names[COMFYUI] in states or not own:
+    if file in states:
         encoders = any(k.startswith(("text_encoder", "lora_te")) for k in state)
-        graph = turbo.graph(names[COMFYUI if own else DIFFUSERS], lora=True, encoders=encoders)
+        graph = turbo.graph(file, lora=True, encoders=encoders)
     header = keys.header(turbo, path.name, graph, lora=True) | keys.lora_fields(state)
+    if compared:
+        header[keys.VERIFIED] = json.dumps({"of": "weights", "max_abs": keys.UNVERIFIED})
     beside = {f"{path.stem}.json": keys.forge_notes(turbo)}
     if graph is not None:
         beside[f"{path.stem}.comfyui.json"] = keys.graph_file(graph)
@@ -186,44 +218,55 @@ def forms(generator: Generator, teacher: Teacher) -> tuple[dict[str, State], dic
     scale = adapter.config.lora_alpha / adapter.config.r
     state = {k.removeprefix("backbone."): v.detach().cpu() for k, v in adapter.trainable().items()}
     turbo = diffusers_lora(state, scale, network.PART)
+    pipe: Any = teacher.codec.pipe
     if teacher.fusion is None:
-        return keyed(turbo, network)
-    alone, without = keyed(turbo, network)
+        return keyed(turbo, network, pipe)
+    alone, without = keyed(turbo, network, pipe)
     states = {TURBO[name]: v for name, v in alone.items()}
     without = {TURBO[name]: why for name, why in without.items()}
-    pipe: Any = teacher.codec.pipe
     try:
-        whole, lacking = keyed(joined(turbo, teacher.fusion, pipe, network.PART), network)
+        whole, lacking = keyed(joined(turbo, teacher.fusion, pipe, network.PART), network, pipe)
     except UserError as error:
         return states, {**without, DIFFUSERS: str(error)}
     return {**whole, **states}, {**without, **lacking}
 
 
-def keyed(lora: State, network: Pretrained) -> tuple[dict[str, State], dict[str, str]]:
+def keyed(lora: State, network: Pretrained, pipe: Any) -> tuple[dict[str, State], dict[str, str]]:
     """A diffusers LoRA with the keys of each program, and why one is left out, by file name."""
-    if isinstance(network, Wan):
-        try:
-            return {DIFFUSERS: lora, COMFYUI: to_wan(lora)}, {}
-        except UserError as error:
-            return {DIFFUSERS: lora}, {COMFYUI: str(error)}
-    if network.PART != "unet":
-        return {DIFFUSERS: lora}, {}
+    states, without = {DIFFUSERS: lora}, {}
+    if not loads_lora(pipe):
+        states, without = {}, {DIFFUSERS: f"diffusers' {type(pipe).__name__} loads no LoRA"}
+    try:
+        states[COMFYUI] = for_comfyui(lora, network)
+    except UserError as error:
+        without[COMFYUI] = str(error)
+    return states, without
+
+
+def for_comfyui(lora: State, network: Pretrained) -> State:
+    """A diffusers LoRA with keys all of which ComfyUI maps to its own network.
+
+    Raises:
+        UserError: ComfyUI has no such network, or a layer has no name in it.
+    """
+    if isinstance(network, Kolors):
+        raise UserError("LoRA: ComfyUI's core has no Kolors; use diffusers' LoRA")
     backbone: Any = network.backbone
+    if network.PART != "unet":
+        return to_original(lora, backbone)
     unet = {k: v for k, v in lora.items() if k.startswith("unet.")}
     modules = [k.removeprefix("unet.").split(".lora_")[0] for k in unet]
     sdxl = isinstance(network, SDXL)
-    try:
-        # SDXL is known by LDM's names, SD 1.x and 2.x by diffusers' own
-        names = ldm_names(modules, backbone.config) if sdxl else None
-        encoders = {k: v for k, v in lora.items() if k not in unet}
-        kohya = {**to_kohya(unet, names), **kohya_encoders(encoders, sdxl)}
-        return {DIFFUSERS: lora, COMFYUI: kohya}, {}
-    except UserError as error:  # the UNet has blocks that LDM's lacks
-        return {DIFFUSERS: lora}, {COMFYUI: str(error)}
+    # SDXL is known by LDM's names, SD 1.x and 2.x by diffusers' own
+    names = ldm_names(modules, backbone.config) if sdxl else None
+    encoders = {k: v for k, v in lora.items() if k not in unet}
+    return {**to_kohya(unet, names), **kohya_encoders(encoders, sdxl)}
 
 
 def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
     """Before training, check that stock diffusers maps the files' keys to the network's layers.
+
+    Files by a transformer's original names are made of the table that reads them.
 
     Returns:
         By file name, why a file will not be written.
@@ -235,11 +278,14 @@ def rehearse(generator: Generator, teacher: Teacher) -> dict[str, str]:
     turbo = describe(generator, teacher, {})
     for name, state in states.items():
         described(Path(name), state, turbo, states)
+    network = unwrap(generator.denoiser)
     kind = type(teacher.codec.pipe)  # pyright: ignore[reportAttributeAccessIssue]
-    config = getattr(unwrap(generator.denoiser).backbone, "config", None)
+    config = getattr(network.backbone, "config", None)
     unets = any(k.startswith("unet.") for state in states.values() for k in state)
     unet = {"unet_config": config} if unets else {}
     for name, state in states.items():
+        if by_original(name, network):
+            continue
         try:
             with quiet():
                 found = kind.lora_state_dict(dict(state), **unet)

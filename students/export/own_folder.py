@@ -1,4 +1,4 @@
-"""Export of a network of the user's own: weights, times, its source, and a sampler of 90 lines.
+"""Export of a network of the user's own: weights, times, its source, and a sampler.
 
 The folder needs torch and safetensors and no code of ours. Another process loads it and compares
 its samples with the student's.
@@ -31,7 +31,7 @@ from students.export.folder import ExportError, child_environment, sample_studen
 from students.export.sources.user import sources_of
 from students.generator import Generator
 from students.lora import adapter_of, merged_weight, network_of, view_of
-from students.own_network import arguments_of, example_condition
+from students.own_network import arguments_of, example_condition, is_plain
 from teachers.denoiser import PREDICTIONS, Cond, Network
 from teachers.errors import UserError, first_line, teacher_at
 from teachers.process import Process, Tabulated
@@ -96,6 +96,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
         write(plain, teacher, folder)
         cond = example_condition(teacher, SAMPLES)
         for steps in generator.counts:
+            ours = tried_samples(plain, teacher, steps, cond)
             try:
                 with imports_forgotten():
                     theirs = sampler_file.sample(folder, SAMPLES, steps, 0, cond)
@@ -105,11 +106,35 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
                     f"({type(error).__name__}: {first_line(error)}); define what the network's "
                     "class needs at the top of its file"
                 ) from None
-            if fault := difference(samples_of(plain, teacher, steps, cond), theirs):
+            if fault := difference(ours, theirs):
+                kind = type(network_of(plain.denoiser).backbone).__name__
                 raise UserError(
-                    f"{who}: a student's folder {fault}; is an argument of "
-                    f"{type(network_of(plain.denoiser).backbone).__name__} no attribute of it?"
+                    f"{who}: a student's folder {fault}; is an argument of {kind} no attribute of "
+                    "it, or a buffer not persistent?"
                 )
+
+
+def tried_samples(generator: Generator, teacher: Teacher, steps: int, cond: Cond) -> Tensor:
+    """The untrained student's samples.
+
+    Raises:
+        UserError: its network raises an exception, or they are not finite.
+    """
+    who = teacher_at(teacher.source)
+    try:
+        samples = samples_of(generator, teacher, steps, cond)
+    except Exception as error:  # a user's own code may raise anything
+        raise UserError(
+            f"{who}: its student, whose weights are of float32, raised {type(error).__name__}: "
+            f"{first_line(error)}; convert x_t to the dtype of the weights in call"
+        ) from None
+    if not samples.isfinite().all():
+        times = ", ".join(f"{t:g}" for t in generator.at(steps).times)
+        raise UserError(
+            f"{who}: the untrained student's samples at t = {times} hold NaN or infinity; examine "
+            "it with distill doctor, or set a lower student.start"
+        )
+    return samples
 
 
 @contextmanager
@@ -199,7 +224,8 @@ def described(process: Process) -> dict[str, Any]:
     """A process by its name and settings, for people: the chains hold its values."""
     settings: dict[str, Any] = {}
     if is_dataclass(process) and not isinstance(process, type):
-        settings = asdict(process)
+        # a user's own process may hold what JSON does not, such as a tensor
+        settings = {k: v for k, v in asdict(process).items() if is_plain(v)}
     if isinstance(process, Tabulated):
         settings = {"indices": process.last + 1}
     return {"name": type(process).__name__, **settings}

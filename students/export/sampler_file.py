@@ -8,7 +8,6 @@ the noise there, and the c_skip and c_out by which the network's output F become
 expects behind x_t: x = c_skip x_t + c_out F.
 """
 
-import importlib
 import importlib.util
 import json
 import sys
@@ -21,6 +20,8 @@ from safetensors.torch import load_file
 
 def read_module(path):
     """The module in a file, which may import the files beside it."""
+    beside = {p.stem for p in path.parent.glob("*.py")}
+    others = {k: sys.modules.pop(k) for k in beside & sys.modules.keys()}  # of other folders
     name = f"_{path.stem}_{abs(hash(str(path)))}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -30,6 +31,9 @@ def read_module(path):
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.parent))
+        for k in beside:
+            sys.modules.pop(k, None)
+        sys.modules.update(others)
     return module
 
 
@@ -62,8 +66,10 @@ def checked(cond, n, wanted, device):
         entries = {k: f"{v['dtype']} {[n, *v['shape']]}" for k, v in (wanted or {}).items()}
         raise ValueError(f"cond: expected {entries or None}")
     for name, entry in cond.items():
-        if not torch.is_tensor(entry) or len(entry) != n:
-            raise ValueError(f"cond: {name!r} must be a tensor of {n} rows, one for each sample")
+        dims, dtype = 1 + len(wanted[name]["shape"]), getattr(torch, wanted[name]["dtype"])
+        same = torch.is_tensor(entry) and entry.is_floating_point() == dtype.is_floating_point
+        if not same or entry.ndim != dims or len(entry) != n:
+            raise ValueError(f"cond: {name!r} must be {dtype}, with {dims} axes and {n} rows")
     return {k: v.to(device) for k, v in cond.items()}
 
 
@@ -72,8 +78,8 @@ def sample(folder, n, steps=None, seed=0, cond=None, device="cpu"):
     """n samples (n, ...) in `steps` steps, by default the most; cond holds tensors of n rows."""
     network, config = load(folder, device)
     steps = max(config["steps"]) if steps is None else steps
-    if steps not in config["steps"]:
-        raise ValueError(f"steps: {steps} is none of {config['steps']}")
+    if n < 1 or steps not in config["steps"]:
+        raise ValueError(f"n, steps: {n}, {steps}; n is 1 or more, steps one of {config['steps']}")
     cond = checked(cond, n, config["condition"], device)
     draw = torch.Generator().manual_seed(seed)  # on the CPU, so that every device has its noise
     noise = lambda: torch.randn(n, *config["shape"], generator=draw).to(device)  # noqa: E731

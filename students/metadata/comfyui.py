@@ -8,23 +8,30 @@ The names of nodes and inputs are from ComfyUI's source. A graph holds the stude
 | SD 1.x, 2.x, SDXL | checkpoint | EmptyLatentImage | ModelSamplingDiscrete, for v and x |
 | SD 3 | checkpoint, two or three CLIPs | EmptySD3LatentImage | |
 | FLUX.1 | UNET, two CLIPs, VAE | EmptySD3LatentImage | FluxGuidance, if the network reads it |
-| Qwen-Image, Z-Image | UNET, CLIP, VAE | EmptySD3LatentImage | |
+| Qwen-Image, Z-Image, Krea 2, LongCat-Image | UNET, CLIP, VAE | EmptySD3LatentImage | |
+| Lumina 2 | UNET, CLIP, VAE | EmptySD3LatentImage | CLIPTextEncodeLumina2 |
+| Chroma | UNET, CLIP, VAE | EmptySD3LatentImage | T5TokenizerOptions: one token of padding |
+| FLUX.2, ERNIE-Image | UNET, CLIP, VAE | EmptyFlux2LatentImage | FluxGuidance, as FLUX.1 |
+| HiDream | UNET, four CLIPs, VAE | EmptySD3LatentImage | |
+| AuraFlow, HunyuanDiT | checkpoint | EmptyLatentImage | |
+| PixArt | UNET, CLIP, VAE | EmptyLatentImage | |
 | Wan | UNET, CLIP, VAE | EmptyHunyuanLatentVideo | SaveAnimatedWEBP |
 
-Students of SANA and Lumina 2 have no graph: ComfyUI's core has no SANA, and its Lumina 2 keeps
-query, key and value in one matrix, so that it maps none of the LoRA's keys to it.
+Students of SANA and Kolors have no graph, because ComfyUI's core has neither.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from students.metadata.comfyui_nodes import KINDS, NODES
 from teachers.process import Tabulated
 
 Graph = dict[str, dict[str, Any]]
@@ -32,51 +39,8 @@ Link = list[Any]  # a node's name and the index of one of its outputs
 
 PROMPT = "a lighthouse at dusk"
 ZSNR_SIGMA = 4518.7694  # the highest σ of ComfyUI's table where the terminal SNR is zero
-PREDICTIONS = {"v": "v_prediction", "x": "x0"}  # of ModelSamplingDiscrete; ε is the default
+PREDICTIONS = {"eps": "eps", "v": "v_prediction", "x": "x0"}  # of ModelSamplingDiscrete
 NUMBER = re.compile(r"[-+]?(?:\d*\.*\d+)")  # how ManualSigmas reads its text: without exponents
-
-TEXT, WHOLE, REAL, YES = "STRING", "INT", "FLOAT", "BOOLEAN"
-KINDS = {TEXT: str, WHOLE: int, REAL: float, YES: bool}
-# Of each node: the kinds of its inputs, and of its outputs.
-NODES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
-    "CheckpointLoaderSimple": ({"ckpt_name": TEXT}, ("MODEL", "CLIP", "VAE")),
-    "UNETLoader": ({"unet_name": TEXT, "weight_dtype": TEXT}, ("MODEL",)),
-    "CLIPLoader": ({"clip_name": TEXT, "type": TEXT}, ("CLIP",)),
-    "DualCLIPLoader": ({"clip_name1": TEXT, "clip_name2": TEXT, "type": TEXT}, ("CLIP",)),
-    "TripleCLIPLoader": (
-        {"clip_name1": TEXT, "clip_name2": TEXT, "clip_name3": TEXT}, ("CLIP",)
-    ),
-    "VAELoader": ({"vae_name": TEXT}, ("VAE",)),
-    "LoraLoaderModelOnly": (
-        {"model": "MODEL", "lora_name": TEXT, "strength_model": REAL}, ("MODEL",)
-    ),
-    "LoraLoader": (
-        {"model": "MODEL", "clip": "CLIP", "lora_name": TEXT, "strength_model": REAL,
-         "strength_clip": REAL}, ("MODEL", "CLIP"),
-    ),
-    "ModelSamplingDiscrete": ({"model": "MODEL", "sampling": TEXT, "zsnr": YES}, ("MODEL",)),
-    "CLIPTextEncode": ({"text": TEXT, "clip": "CLIP"}, ("CONDITIONING",)),
-    "FluxGuidance": ({"conditioning": "CONDITIONING", "guidance": REAL}, ("CONDITIONING",)),
-    "BasicGuider": ({"model": "MODEL", "conditioning": "CONDITIONING"}, ("GUIDER",)),
-    "KSamplerSelect": ({"sampler_name": TEXT}, ("SAMPLER",)),
-    "ManualSigmas": ({"sigmas": TEXT}, ("SIGMAS",)),
-    "RandomNoise": ({"noise_seed": WHOLE}, ("NOISE",)),
-    "EmptyLatentImage": ({"width": WHOLE, "height": WHOLE, "batch_size": WHOLE}, ("LATENT",)),
-    "EmptySD3LatentImage": ({"width": WHOLE, "height": WHOLE, "batch_size": WHOLE}, ("LATENT",)),
-    "EmptyHunyuanLatentVideo": (
-        {"width": WHOLE, "height": WHOLE, "length": WHOLE, "batch_size": WHOLE}, ("LATENT",)
-    ),
-    "SamplerCustomAdvanced": (
-        {"noise": "NOISE", "guider": "GUIDER", "sampler": "SAMPLER", "sigmas": "SIGMAS",
-         "latent_image": "LATENT"}, ("LATENT", "LATENT"),
-    ),
-    "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",)),
-    "SaveImage": ({"images": "IMAGE", "filename_prefix": TEXT}, ()),
-    "SaveAnimatedWEBP": (
-        {"images": "IMAGE", "filename_prefix": TEXT, "fps": REAL, "lossless": YES,
-         "quality": WHOLE, "method": TEXT}, (),
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,24 +52,50 @@ class Family:
         kind: The type that the CLIP loader is given.
         vae: The VAE's file; empty: it is in the checkpoint, as the network is.
         latent: The node of the empty latent.
+        predicts: What ComfyUI takes a network of ε or v for, unless ModelSamplingDiscrete says so.
+        tables: Of networks of ε or v, ComfyUI's tables of σ; it takes one by the base's weights.
     """
 
     clips: tuple[str, ...] = ()
     kind: str = ""
     vae: str = ""
     latent: str = "EmptySD3LatentImage"
+    tables: tuple[Callable[[], Tabulated], ...] = (Tabulated.scaled_linear,)
+    predicts: str = "eps"
 
 
+MANY = {3: "Triple", 4: "Quadruple"}
 SD3_CLIPS = ("clip_g.safetensors", "clip_l.safetensors", "t5xxl_fp16.safetensors")
-# By the names of the classes in teachers/families.
+QWEN_VL = "qwen_2.5_vl_7b_fp8_scaled.safetensors"
+T5 = "t5xxl_fp16.safetensors"
+FLUX2 = ("flux2", "flux2-vae.safetensors", "EmptyFlux2LatentImage")
+PIXART: tuple[Callable[[], Tabulated], ...] = (Tabulated.linear,)
+# By the names of the classes in teachers/families and teachers/pipelines.
 FAMILIES = {
     "StableDiffusion": Family(latent="EmptyLatentImage"),
     "SDXL": Family(latent="EmptyLatentImage"),
     "StableDiffusion3": Family(SD3_CLIPS, "sd3"),
-    "Flux": Family(("clip_l.safetensors", "t5xxl_fp16.safetensors"), "flux", "ae.safetensors"),
-    "QwenImage": Family(
-        ("qwen_2.5_vl_7b_fp8_scaled.safetensors",), "qwen_image", "qwen_image_vae.safetensors"
+    "Flux": Family(("clip_l.safetensors", T5), "flux", "ae.safetensors"),
+    "Flux2": Family(("mistral_3_small_flux2_bf16.safetensors",), *FLUX2),
+    "Flux2Klein": Family(("qwen_3_4b.safetensors",), *FLUX2),
+    "Chroma": Family((T5,), "chroma", "ae.safetensors"),
+    "LongCat": Family((QWEN_VL,), "longcat_image", "ae.safetensors"),
+    "Lumina2": Family(("gemma_2_2b_fp16.safetensors",), "lumina2", "ae.safetensors"),
+    "AuraFlow": Family(latent="EmptyLatentImage"),
+    "Ernie": Family(("ministral-3-3b.safetensors",), *FLUX2),
+    "HiDream": Family(
+        ("clip_l_hidream.safetensors", "clip_g_hidream.safetensors", T5,
+         "llama_3.1_8b_instruct_fp8_scaled.safetensors"), "hidream", "ae.safetensors",
     ),
+    "HunyuanDiT": Family(
+        latent="EmptyLatentImage",
+        tables=tuple(partial(Tabulated.scaled_linear, end=end) for end in (0.018, 0.03)),
+        predicts="v",
+    ),
+    "Krea2": Family(("qwen3vl_4b_fp8_scaled.safetensors",), "krea2", "qwen_image_vae.safetensors"),
+    "PixArtAlpha": Family((T5,), "pixart", "sd_vae.safetensors", "EmptyLatentImage", PIXART),
+    "PixArtSigma": Family((T5,), "pixart", "sdxl_vae.safetensors", "EmptyLatentImage", PIXART),
+    "QwenImage": Family((QWEN_VL,), "qwen_image", "qwen_image_vae.safetensors"),
     "ZImage": Family(("qwen_3_4b.safetensors",), "lumina2", "ae.safetensors"),
     "Wan": Family(
         ("umt5_xxl_fp8_e4m3fn_scaled.safetensors",), "wan", "wan_2.1_vae.safetensors",
@@ -172,14 +162,15 @@ def graph(request: Request) -> Graph:
         model = build.add(
             "LoraLoaderModelOnly", model=model, lora_name=request.lora, strength_model=1.0
         )
-    if request.predicts in PREDICTIONS:
+    usual = request.predicts == family.predicts and not request.zero_snr
+    if request.predicts in PREDICTIONS and not usual:
         model = build.add(
             "ModelSamplingDiscrete",
             model=model,
             sampling=PREDICTIONS[request.predicts],
             zsnr=request.zero_snr,
         )
-    text = build.add("CLIPTextEncode", text=PROMPT, clip=clip)
+    text = encoded(build, request.family, clip)
     if request.guidance is not None:
         text = build.add("FluxGuidance", conditioning=text, guidance=float(request.guidance))
     *frames, height, width = request.size
@@ -203,6 +194,17 @@ def graph(request: Request) -> Graph:
     return build.nodes
 
 
+def encoded(build: Builder, family: str, clip: Link) -> Link:
+    """A link to the encoded prompt, as diffusers' pipeline of the family encodes it."""
+    if family == "Lumina2":
+        return build.add(
+            "CLIPTextEncodeLumina2", system_prompt="superior", user_prompt=PROMPT, clip=clip
+        )
+    if family == "Chroma":
+        clip = build.add("T5TokenizerOptions", clip=clip, min_padding=1, min_length=0)
+    return build.add("CLIPTextEncode", text=PROMPT, clip=clip)
+
+
 def loaders(build: Builder, family: Family, request: Request) -> tuple[Link, Link, Link]:
     """Links to the base's network, its text encoders and its VAE."""
     if family.vae:
@@ -221,7 +223,7 @@ def loaders(build: Builder, family: Family, request: Request) -> tuple[Link, Lin
         return model, build.add("CLIPLoader", clip_name=clips[0], type=family.kind), vae
     if len(clips) == 2:
         return model, build.add("DualCLIPLoader", **names, type=family.kind), vae
-    return model, build.add("TripleCLIPLoader", **names), vae
+    return model, build.add(f"{MANY[len(clips)]}CLIPLoader", **names), vae
 
 
 def sigma_text(sigmas: Sequence[float]) -> str:
@@ -235,13 +237,19 @@ def comfyui_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
     return tuple(min(s, ZSNR_SIGMA) for s in sigmas)
 
 
-def reads_indices(sigmas: Sequence[float], timesteps: Sequence[int], zero_snr: bool) -> bool:
+def reads_indices(
+    sigmas: Sequence[float],
+    timesteps: Sequence[int],
+    zero_snr: bool,
+    process: Callable[[], Tabulated] = Tabulated.scaled_linear,
+) -> bool:
     """Whether ComfyUI, which finds the index that is nearest in log σ, calls the network of ε or v
     at these timesteps.
 
-    Its table is that of Stable Diffusion's betas. A base with other betas has no graph.
+    Args:
+        process: With the family's betas. A base with others has no graph.
     """
-    table = Tabulated.scaled_linear().log_ratio
+    table = process().log_ratio
     if zero_snr:
         bar = torch.sigmoid(-2 * table).sqrt()
         bar = (bar - bar[-1]) * bar[0] / (bar[0] - bar[-1])

@@ -67,7 +67,7 @@ def read_layers(tensors: Tensors) -> Layers:
         other = next((v for k, v in OTHER_ADAPTERS.items() if any(k in n for n in tensors)), None)
         kind = f"{other}, {len(tensors)} tensors" if other else whole_kind(tensors)
         return Layers(kind, model, False, False, reads)
-    ranks = sorted({shape[0] for shape in down.values() if shape})
+    ranks = sorted({shape[0] if shape else 0 for shape in down.values()})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     keys = next((v for k, v in FORMATS.items() if any(re.match(k, n) for n in down)), "bare keys")
     like = all(any(re.search(pattern, name) for name in down) for pattern in DISTILLATION)

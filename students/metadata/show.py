@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from students.metadata.beside import facts_beside
 from students.metadata.foreign import Method, recognise
 from students.metadata.header import Header, read_header
 from students.metadata.layers import Layers, read_layers
-from teachers.errors import UserError, clipped
+from teachers.errors import UserError, clipped, printable
 
 HEADER, TENSORS, CARD = "the header", "the tensors", "its authors' model card"
 LONGEST = 400  # characters of a value that is shown
+LARGEST = 1e30  # of a number in a schedule
+DEEPEST = 8  # levels of lists and maps in a value
 MARK = "turbo.version"
 SAMPLING = ("steps", "sampler", "sigmas", "timesteps", "cfg", "strength")
 # Keys of the header that other trainers write, by the fact that they state.
@@ -74,6 +76,8 @@ def report(path: Path) -> Report:
         found.add(name, header.metadata.get(key), HEADER)
     if found.ours:
         add_own(found, path, header)
+    elif (student := facts_beside(path))[0]:
+        add_student(found, *student)
     else:
         add_foreign(found, path, header, layers)
     found.add("graph", comfyui_graph(header.metadata), HEADER)
@@ -116,6 +120,14 @@ def add_own(found: Report, path: Path, header: Header) -> None:
         found.unknown["licence"] = "the file names none"
 
 
+def add_student(found: Report, facts: Mapping[str, Any], origin: str) -> None:
+    """Add what a student's folder says of its network's file."""
+    for name, value in facts.items():
+        found.add(name, value, origin)
+    if "licence" not in found.facts:
+        found.unknown["licence"] = "see README.md of the student's folder"
+
+
 def own_value(path: Path, key: str, text: str) -> Any:
     """The value of a `turbo.*` key.
 
@@ -125,9 +137,23 @@ def own_value(path: Path, key: str, text: str) -> Any:
     if key in ("turbo.sampler", "turbo.recipe", "turbo.objective"):
         return text
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         raise damaged(path, key, "not valid JSON") from None
+    if is_deep(value):
+        raise damaged(path, key, "nested too deeply")
+    return value
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and maps are nested in more than `DEEPEST` levels, which no export writes."""
+    level = [value]
+    for _ in range(DEEPEST):
+        parts = [
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
+        ]
+        level = [v for part in parts for v in part]
+    return any(isinstance(v, dict | list) for v in level)
 
 
 def check_own(path: Path, values: Mapping[str, Any]) -> None:
@@ -175,7 +201,8 @@ def is_schedule(levels: Any, steps: int) -> bool:
     """Whether these are the σ of so many steps, falling to a final 0."""
     if not isinstance(levels, list) or len(levels) != steps + 1:
         return False
-    if not all(type(s) in (int, float) and math.isfinite(s) for s in levels):
+    # a comparison, because math.isfinite raises an error for integers beyond floats
+    if not all(type(s) in (int, float) and abs(s) < LARGEST for s in levels):
         return False
     return levels[-1] == 0 and all(a > b for a, b in zip(levels, levels[1:], strict=False))
 
@@ -252,14 +279,9 @@ def shown(value: Any) -> str:
     """A fact's value on one line, without control characters of a stranger's file."""
     if isinstance(value, list):
         value = ", ".join(
-            shown(v)
-            if isinstance(v, dict)
-            else f"{v:.8g}"
-            if isinstance(v, int | float)
-            else str(v)
+            shown(v) if isinstance(v, dict) else f"{v:.8g}" if isinstance(v, float) else str(v)
             for v in value
         )
     elif isinstance(value, dict):
         value = "; ".join(f"{k}: {shown(v)}" for k, v in value.items())
-    text = clipped(value, LONGEST)
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return printable(clipped(value, LONGEST))

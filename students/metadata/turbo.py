@@ -24,17 +24,26 @@ from teachers.teacher import EMBEDDED, Teacher
 
 # By family: modelspec's architecture, its implementation, sd-scripts' and A1111's version.
 GENERATIVE = "https://github.com/Stability-AI/generative-models"
+BFL = "https://github.com/black-forest-labs"
 ARCHITECTURES = {
     "StableDiffusion": ("stable-diffusion-v1", "diffusers", "sd_v1", "SD1"),
     "SDXL": ("stable-diffusion-xl-v1-base", GENERATIVE, "sdxl_base_v1-0", "SDXL"),
     "StableDiffusion3": ("stable-diffusion-3", "diffusers", "sd3", "Unknown"),
-    "Flux": ("flux-1", "https://github.com/black-forest-labs/flux", "flux1", "Unknown"),
+    "Flux": ("flux-1", f"{BFL}/flux", "flux1", "Unknown"),
+    "Flux2": ("flux-2-dev", f"{BFL}/flux2", "flux2", "Unknown"),
+    "Flux2Klein": ("flux-2-klein", f"{BFL}/flux2", "flux2", "Unknown"),
     "Lumina2": ("lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0", "lumina2", "Unknown"),
     "QwenImage": ("qwen-image", "diffusers", "qwen-image", "Unknown"),
     "ZImage": ("z-image", "diffusers", "z-image", "Unknown"),
     "Sana": ("sana", "diffusers", "sana", "Unknown"),
     "Wan": ("wan-2.1", "diffusers", "wan-2.1", "Unknown"),
-}
+    **{kind: (name, "diffusers", name, "Unknown") for kind, name in (
+        ("AuraFlow", "auraflow"), ("Chroma", "chroma"), ("Ernie", "ernie-image"),
+        ("HiDream", "hidream-i1"), ("HunyuanDiT", "hunyuan-dit"), ("Kolors", "kolors"),
+        ("Krea2", "krea-2"), ("LongCat", "longcat-image"), ("PixArtAlpha", "pixart-alpha"),
+        ("PixArtSigma", "pixart-sigma"),
+    )},
+}  # fmt: skip
 UNKNOWN = ("unknown", "diffusers", "unknown", "Unknown")
 
 
@@ -98,8 +107,10 @@ class Turbo:
         if self.family not in comfyui.FAMILIES:
             return None
         sigmas = self.sigmas[steps]
-        if self.timesteps and not comfyui.reads_indices(
-            sigmas, self.timesteps[steps], self.zero_snr
+        tables = comfyui.FAMILIES[self.family].tables
+        if self.timesteps and not any(
+            comfyui.reads_indices(sigmas, self.timesteps[steps], self.zero_snr, table)
+            for table in tables
         ):
             return None
         name = str(self.base["repo"]).rpartition("/")[2].removesuffix(".safetensors")
@@ -164,7 +175,7 @@ def describe(
         shift=process.shift if isinstance(process, Linear) else None,
         zero_snr=bool(stock.config.get("rescale_betas_zero_snr", False)),
         embedded_guidance=getattr(codec, "guidance", None),
-        family=codec.kind.__name__,
+        family=family_of(codec),
         architecture=architecture(network, codec),
         base=base_of(network, teacher.source, folder),
         size=tuple(int(n) for n in codec.size),
@@ -175,6 +186,12 @@ def describe(
         t5=getattr(codec.pipe, "text_encoder_3", None) is not None,
         contains=() if teacher.fusion is None else tuple(teacher.fusion.contents()),
     )
+
+
+def family_of(codec: Prompted) -> str:
+    """The family's class; FLUX.2's two pipelines have text encoders of two kinds."""
+    klein = type(codec.pipe).__name__ == "Flux2KleinPipeline"
+    return "Flux2Klein" if klein else codec.kind.__name__
 
 
 def as_float64(times: tuple[float, ...]) -> Tensor:
@@ -193,13 +210,17 @@ def predicts_of(config: Mapping[str, Any], process: Any) -> str:
 
 def architecture(network: Pretrained, codec: Prompted) -> tuple[str, str, str, str]:
     """Modelspec's architecture and implementation; sd-scripts' version; A1111's version."""
-    name, implementation, version, forge = ARCHITECTURES.get(codec.kind.__name__, UNKNOWN)
+    # a network that reads a picture as well is of its text-to-image family
+    kinds = codec.kind.__mro__ if codec.pictures else ()
+    names = [family_of(codec), *(kind.__name__ for kind in kinds)]
+    family = next((name for name in names if name in ARCHITECTURES), names[0])
+    name, implementation, version, forge = ARCHITECTURES.get(family, UNKNOWN)
     config: Any = network.backbone.config
-    if codec.kind.__name__ == "StableDiffusion" and config.cross_attention_dim == 1024:
+    if family == "StableDiffusion" and config.cross_attention_dim == 1024:
         v = network.schedule.predicts == "v"
         name = "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512"
         version, forge = "sd_v2_v" if v else "sd_v2", "SD2"
-    if codec.kind.__name__ == "Flux":
+    if family == "Flux":
         name += "-dev" if config.guidance_embeds else "-schnell"
     return name, implementation, version, forge
 

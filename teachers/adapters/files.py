@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ WEIGHT = re.compile(
     r"|down)|(?:lora_B(?:\.[^.]+)?|lora_up|lora\.up|lora_linear_layer\.up|up))\.weight"
 )
 ALPHA = re.compile(r"(?P<name>.+?)(?:\.lora|\.lora_linear_layer)?\.alpha")
+MARK = re.compile(r"lora[._]|hada_|lokr_")  # in most names of such a file, and in no model's
 METADATA = "lora_adapter_metadata"  # of the header: PEFT's settings, under which diffusers saves
 SHOWN = 3  # keys that a message names
 
@@ -75,6 +76,7 @@ class Raw:
     up: Tensor | None = None
     alpha: float | None = None
     key: str = ""
+    again: str = ""  # a key that is a second factor of the same side
 
 
 def check(adapters: Any) -> list[tuple[str, Path, float]]:
@@ -108,6 +110,12 @@ def check(adapters: Any) -> list[tuple[str, Path, float]]:
     return entries
 
 
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether the names of a file's weights are those of a LoRA, a LoHa or a LoKr."""
+    names = list(names)
+    return 2 * sum(bool(MARK.search(name)) for name in names) > len(names)
+
+
 def read(
     path: Path,
     key: str,
@@ -136,6 +144,7 @@ def read(
             f"{where} is in no LoRA format that is known: it holds {kind} (first key: {first}); "
             "give a plain LoRA"
         )
+    check_factors(layers, where)
     half = [raw.key for raw in layers.values() if raw.down is None or raw.up is None]
     count, known = len(layers), {part: places(part, module) for part, module in networks.items()}
 
@@ -146,6 +155,7 @@ def read(
     if not half and any(place_of(name)[2] is None for name in layers):
         layers, strange = _converted(pipeline, tensors, len(layers)) or (layers, strange)
     pairs: list[Pair] = []
+    names: dict[tuple[str, str], str] = {}  # in the file, of the modules here
     for name, raw in layers.items():
         if raw.down is None or raw.up is None:
             continue
@@ -153,6 +163,12 @@ def read(
         if place is None:
             strange.append(raw.key)
             continue
+        for module in place.modules:
+            if (other := names.setdefault((part, module), name)) != name:
+                raise UserError(
+                    f"{where}: {clipped(other)} and {clipped(name)} are one layer of this model, "
+                    f"{module}; give a file with one of them"
+                )
         scale = _scale(raw, part, rest, settings, where)
         pairs += _fitted(raw, part, place, scale, networks[part], where)
     if strange or half:
@@ -227,6 +243,36 @@ def _content(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]
     return tensors, settings
 
 
+def check_factors(layers: Mapping[str, Raw], where: str) -> None:
+    """Refuse tensors that are no pair of factors: several, of other shapes, or not finite.
+
+    Raises:
+        UserError: it names the first of them.
+    """
+    for raw in layers.values():
+        if raw.again:
+            raise UserError(
+                f"{where}: {cut(raw.again, WORD)} is a second factor of one layer, as of two "
+                "adapters in one file; give a file of one"
+            )
+        for value in (raw.down, raw.up):
+            if value is None:
+                continue
+            if value.ndim < 2 or not value.numel():
+                shape = "×".join(map(str, value.shape)) or "one number"
+                fault = f"{cut(raw.key, WORD)} is of {shape}, and a LoRA's factors are matrices"
+            elif not value.float().isfinite().all():
+                fault = f"{cut(raw.key, WORD)} holds NaN or infinity"
+            else:
+                continue
+            raise UserError(f"{where}: {fault}; download or train it again")
+        if raw.alpha is not None and not math.isfinite(raw.alpha):
+            raise UserError(
+                f"{where}: the alpha of {cut(raw.key, WORD)} is no finite number; download or "
+                "train it again"
+            )
+
+
 def _layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Raw], list[str]]:
     """The layers that a file changes, by its own names, and the keys that are of no such pair."""
     layers: dict[str, Raw] = {}
@@ -235,17 +281,17 @@ def _layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Raw], list[str]]:
         if match := WEIGHT.fullmatch(key):
             raw = layers.setdefault(match["name"], Raw())
             raw.key = raw.key or key
-            if match["down"]:
-                raw.down = value
-            else:
-                raw.up = value
+            side = "down" if match["down"] else "up"
+            raw.again = raw.again if getattr(raw, side) is None else key
+            setattr(raw, side, value)
         elif match := ALPHA.fullmatch(key):
             alphas[match["name"]] = key
         else:
             strange.append(key)
     for name, key in alphas.items():
         if name in layers:
-            layers[name].alpha = float(tensors[key])
+            value = tensors[key]
+            layers[name].alpha = value.item() if value.numel() == 1 else math.nan
         else:
             strange.append(key)
     return layers, strange
@@ -265,7 +311,15 @@ def _scale(raw: Raw, part: str, name: str, settings: Mapping[str, Any], where: s
         raise UserError(f"{where} is a DoRA, which is no low-rank change alone; give a plain LoRA")
     if raw.alpha is not None:
         return raw.alpha / rank
-    alpha = _matched(mine.get("alpha_pattern"), name, mine.get("lora_alpha"))
+    try:
+        alpha = _matched(mine.get("alpha_pattern"), name, mine.get("lora_alpha"))
+        if alpha is not None and not math.isfinite(alpha):
+            raise ValueError(alpha)
+    except (ValueError, TypeError, AttributeError, re.error):
+        raise UserError(
+            f"{where}: lora_alpha or alpha_pattern in its settings is no number or no pattern; "
+            "save the file again"
+        ) from None
     if alpha is None:
         return 1.0
     return alpha / (math.sqrt(rank) if mine.get("use_rslora") else rank)

@@ -6,7 +6,7 @@ changes, and guidance has them in both of its branches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from teachers.adapters.files import LoRAFile, Pair, check, read
-from teachers.errors import note
+from teachers.errors import UserError, note
+from teachers.storage.packed import decoded
 from teachers.storage.variants import WEIGHTS, variant_of
 
 
@@ -61,15 +62,21 @@ class Fusion:
             The norm of all changes over the norm of the weights that they change.
         """
         change = weights = 0.0
-        stored = {} if folder is None else _stored(folder)
+        files = {} if folder is None else stored(folder)
         for module, pairs in self.changes(part).items():
             weight = network.get_submodule(module).weight
             assert isinstance(weight, Tensor)
-            base = _in_file(stored.get(f"{module}.weight"), f"{module}.weight", weight).float()
+            base = _in_file(files, f"{module}.weight", weight).float()
             delta = sum((pair.delta() for pair in pairs[1:]), pairs[0].delta()).to(base.device)
             change += float(delta.square().sum())
             weights += float(base.square().sum())
-            weight.copy_(base + delta)
+            changed = (base + delta).to(weight.dtype)
+            if not changed.isfinite().all():
+                raise UserError(
+                    f"teacher.adapters: {part}.{module}.weight is no longer finite with these "
+                    "files; check their strengths, and the base's weights"
+                )
+            weight.copy_(changed)
         return (change / weights) ** 0.5 if weights else 0.0
 
 
@@ -99,27 +106,38 @@ def fuse(pipe: Any, network: str, adapters: Iterable[Any], folder: Path | None) 
     ]
     fusion = Fusion(tuple(sorted(files, key=lambda f: (f.sha256, f.strength))))
     shares = [fusion.apply(p, networks[p], folder and folder / p) for p in sorted(fusion.parts())]
-    for file in files:
+    for number, file in enumerate(files):
+        if any(other.sha256 == file.sha256 for other in files[:number]):
+            note(f"{file.key}: {file.path.name} is in the list twice, and its strengths add up")
         note(f"{file.path.name}: {file.count} of {file.count} pairs, strength {file.strength:g}")
     if shares:
         note(f"teacher.adapters: they change the weights by {max(shares):.2g} of their norm")
     return fusion
 
 
-def _stored(folder: Path) -> dict[str, Path]:
+def stored(folder: Path) -> dict[str, Path]:
     """The file that each weight of a component is read from."""
     files = {p: match["variant"] for p in folder.iterdir() if (match := WEIGHTS.fullmatch(p.name))}
     variant = variant_of(p.name for p in files)
-    stored: dict[str, Path] = {}
+    found: dict[str, Path] = {}
     for path in sorted(p for p, v in files.items() if v == variant):
         with safe_open(path, "pt") as file:
-            stored |= dict.fromkeys(file.keys(), path)
-    return stored
+            found |= dict.fromkeys(file.keys(), path)
+    return found
 
 
-def _in_file(path: Path | None, name: str, weight: Tensor) -> Tensor:
-    """A weight as a file has it; or as it is, without a file or if it is not rounded."""
-    if path is None or weight.dtype == torch.float32:
+def _in_file(stored: Mapping[str, Path], name: str, weight: Tensor) -> Tensor:
+    """A weight as its file has it, decoded if it is quantised there; or as it is, if not rounded.
+
+    Args:
+        stored: The file of each stored tensor; empty if there are none.
+    """
+    if name not in stored or weight.dtype == torch.float32:
         return weight
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(name).to(weight.device).view(weight.shape)
+    codes = (f"{name}.", f"{name.removesuffix('weight')}SCB")  # what bitsandbytes has beside it
+    tensors = {}
+    for key in [name, *(k for k in stored if k.startswith(codes))]:
+        with safe_open(stored[key], "pt") as file:
+            tensors[key] = file.get_tensor(key)
+    whole = decoded(tensors, torch.float32)[name]
+    return whole.to(weight.device).view(weight.shape)

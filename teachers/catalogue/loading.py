@@ -9,6 +9,10 @@ from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from teachers.catalogue.published import OUTLINES
 from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.storage import single_files
 from teachers.storage.files import home, read_json
@@ -123,13 +127,20 @@ def file_loader(file: Path, source: str, config: str | None) -> tuple[str, Any]:
     Args:
         config: The folder or Hub id that says what a diffusion pipeline's file does not.
     """
+    from teachers.adapters import files
     from teachers.imagenet import checkpoints as imagenet
 
     who = teacher_at(source)
     if file.suffix in (".pt", ".pth"):
         return "an ImageNet transformer", imagenet.load
-    if imagenet.kind_of(single_files.names_of(file, who)):
+    names = single_files.names_of(file, who)
+    if imagenet.kind_of(names):
         return "an ImageNet transformer", imagenet.load
+    if files.is_lora(names):
+        raise UserError(
+            f"{who}: it is a LoRA, which changes a model and is none; give the model as "
+            f"teacher.source, and this file as teacher.adapters: [{{file: {clipped(file)}}}]"
+        )
     folder = single_files.settings(file, config, who)
     family, loader = loader_of(folder, source)
     if "file" not in signature(loader).parameters:
@@ -205,6 +216,7 @@ def families() -> dict[str, Any]:
         wan,
         zimage,
     )
+    from teachers.pictured import inpaint, kontext, qwen_edit
     from teachers.pipelines import auraflow, chroma, ernie, flux2, hidream, hunyuan, krea2, longcat
 
     table: dict[str, Any] = dict.fromkeys(
@@ -229,11 +241,32 @@ def families() -> dict[str, Any]:
         hunyuan.HunyuanDiT,
         krea2.Krea2,
         longcat.LongCat,
+        inpaint.Inpainting,
+        inpaint.InpaintingXL,
+        qwen_edit.QwenImageEdit,
     ):
         table |= dict.fromkeys(kind.PIPELINES, partial(base.load, kind))
-    for kind in (flux.Flux, flux2.Flux2):
+    for kind in (flux.Flux, flux2.Flux2, kontext.Kontext):
         table |= dict.fromkeys(kind.PIPELINES, partial(flux.load, kind))
     return table | dict.fromkeys(wan.Wan.PIPELINES, wan.load)
+
+
+def pictures_of(source: str) -> str | None:
+    """As `Codec.pictures`, from the name of a teacher's pipeline, before anything is loaded.
+
+    Returns:
+        None where the name is not known: of a repository that is not on this machine, of files that
+        are no pipeline's folder, and of a source that `load` refuses.
+    """
+    if (known := OUTLINES.get(source)) is not None:
+        name = known.pipeline
+    else:
+        index = home(source, "teacher") / "model_index.json"
+        if not isfile(index):
+            return None
+        name = str(read_json(index, teacher_at(source)).get("_class_name"))
+    kinds = getattr(families().get(name), "args", ())
+    return next((kind.PICTURES for kind in kinds if hasattr(kind, "PICTURES")), None)
 
 
 def find(source: str) -> Path:
@@ -268,13 +301,14 @@ def _analytic(source: str) -> Teacher:
 
 def _from_function(source: str) -> Teacher:
     """The teacher that a user's own function returns."""
-    from teachers.storage.plugin import import_file
+    from teachers.storage.plugin import import_file, settings_kept
 
     place, _, name = source.rpartition(":")
     try:
         module = import_file(home(place, "teacher"))
         function = getattr(module, name, None)
-        teacher = function() if callable(function) else None
+        with settings_kept():
+            teacher = function() if callable(function) else None
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a user's module may raise anything
@@ -290,6 +324,28 @@ def _from_function(source: str) -> Teacher:
     if not isinstance(teacher, Teacher):
         kind = type(teacher).__name__
         raise UserError(f"{teacher_at(source)}: {name}: expected a Teacher from it, not {kind}")
+    if lazy := next((k for k, v in teacher.denoiser.named_parameters() if is_lazy(v)), None):
+        raise UserError(
+            f"{teacher_at(source)}: {name}: its weight {lazy} has no shape yet; call the network "
+            "once before it is returned"
+        )
+    constants_as_buffers(teacher.denoiser)
     teacher.denoiser.eval().requires_grad_(False)
     teacher.source = teacher.source or source
     return teacher
+
+
+def constants_as_buffers(network: nn.Module) -> None:
+    """Make a network's parameters that do not learn buffers.
+
+    These are integers, such as tables of positions, and what was frozen beside parameters that
+    learn, such as random frequencies. A network that is frozen as a whole is one that was loaded
+    for inference, and all of it learns.
+    """
+    some_learn = any(p.requires_grad for p in network.parameters())
+    for module in network.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            learns = value.is_floating_point() or value.is_complex()
+            if not learns or (some_learn and not value.requires_grad):
+                delattr(module, name)
+                module.register_buffer(name, value.data)

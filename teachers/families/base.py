@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers.adapters.fuse import fuse
+from teachers.conditions import Pictured
 from teachers.denoiser import Cond, Network, coefficients
 from teachers.errors import UserError, clipped, nearest, teacher_at
 from teachers.prompt_limits import Cuts
@@ -48,6 +49,7 @@ class Pretrained(Network):
     SQUARE: ClassVar[bool] = False  # the pipeline samples one square size only
     SCALED: ClassVar[bool] = False  # works with EDM schedulers, which scale the input
     FLOWS: ClassVar[bool] = True  # the pipeline works with rectified-flow schedulers
+    PICTURES: ClassVar[Literal["", "edit", "mask"]] = ""  # as `Codec.pictures`
     # Regex of the layers whose output embeds the time; a landing time is added there
     # (students/two_time.py).
     TIME: ClassVar[str] = ""
@@ -107,6 +109,16 @@ class Pretrained(Network):
     def embed_negative(cls, pipe: Any, prompt: Any, size: tuple[int, ...]) -> dict[str, Tensor]:
         """The negative prompt's condition: entries (1, ...)."""
         return cls.embed(pipe, [prompt], size)
+
+    @classmethod
+    def embed_pictures(cls, codec: Prompted, prompts: list[Pictured]) -> dict[str, Tensor]:
+        """The entries (N, ...) of N prompts' pictures, beside those of their texts."""
+        raise NotImplementedError
+
+    @classmethod
+    def picture_arguments(cls, prompts: list[Pictured]) -> dict[str, Any]:
+        """Keyword arguments for the stock pipeline that are these prompts' pictures."""
+        raise NotImplementedError
 
     @staticmethod
     def kept(pipe: Any, limit: int) -> int:
@@ -248,7 +260,7 @@ class Prompted(Codec):
         classes: int = 0,
     ) -> None:
         self.pipe, self.kind, self.size = pipe, kind, size
-        self.negative, self.classes = negative, classes
+        self.negative, self.classes, self.pictures = negative, classes, kind.PICTURES
         self._null: dict[str, Tensor] | None = None
         self._cuts: Cuts | None = None
 
@@ -268,6 +280,7 @@ class Prompted(Codec):
         if self._null is None:
             with torch.no_grad(), quiet(), self._watched([str(self.negative)]):
                 self._null = self.kind.embed_negative(self.pipe, self.negative, self.size)
+                self._null |= self._pictured([self.negative])
         return self._null
 
     def condition(self, prompts: Sequence[Any]) -> dict[str, Tensor]:
@@ -276,9 +289,22 @@ class Prompted(Codec):
         Raises:
             UserError: a label is not an integer in [0, classes).
         """
-        if not self.classes:
-            return self._embed([str(p) for p in prompts])
-        return self._embed(labels_of(prompts, self.classes))
+        if self.classes:
+            return self._embed(labels_of(prompts, self.classes))
+        return self._embed([str(p) for p in prompts]) | self._pictured(prompts)
+
+    def with_pictures(self, prompts: Sequence[Any]) -> list[Pictured]:
+        """The prompts, those that are texts alone with a grey picture."""
+        height, width = self.size[-2:]
+        return [
+            p if isinstance(p, Pictured) else Pictured.blank(str(p), height, width) for p in prompts
+        ]
+
+    @torch.no_grad()
+    def _pictured(self, prompts: Sequence[Any]) -> dict[str, Tensor]:
+        if not self.pictures:
+            return {}
+        return self.kind.embed_pictures(self, self.with_pictures(prompts))
 
     def parts(self) -> dict[str, Any]:
         """Its own settings, and of the pipeline its encoders, tokenizers and plain settings."""
@@ -295,7 +321,10 @@ class Prompted(Codec):
 
     def arguments(self, prompts: list[Any]) -> dict[str, Any]:
         """Keyword arguments for the stock pipeline to sample these prompts."""
-        return self.kind.arguments(prompts, self.size)
+        if not self.pictures:
+            return self.kind.arguments(prompts, self.size)
+        pictures = self.kind.picture_arguments(self.with_pictures(prompts))
+        return {**self.kind.arguments([str(p) for p in prompts], self.size), **pictures}
 
     @contextmanager
     def counting(self) -> Iterator[Cuts]:

@@ -33,10 +33,9 @@ class Flux(Pretrained):
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
         assert cond is not None
         text, pooled = cond["text"].to(self.dtype), cond["pooled"].to(self.dtype)
-        rows, columns = (torch.arange(n // 2, device=x_t.device) for n in x_t.shape[-2:])
-        grid = torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)
+        tokens, grid = self.image(x_t, cond)
         out = self.backbone(
-            self.pack(x_t).to(self.dtype),
+            tokens.to(self.dtype),
             text,
             pooled,
             self.time(t) / 1000,  # the network multiplies by 1000
@@ -45,7 +44,12 @@ class Flux(Pretrained):
             cond.get("guidance"),
             return_dict=False,
         )[0]
-        return self.unpack(out, tuple(x_t.shape[1:]))
+        count = x_t.shape[-2] * x_t.shape[-1] // 4  # of a picture, which may follow, none is read
+        return self.unpack(out[:, :count], tuple(x_t.shape[1:]))
+
+    def image(self, x_t: Tensor, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The tokens (B, N, 4 C) that the network reads beside text, and their places (N, 3)."""
+        return self.pack(x_t), places(x_t)
 
     @staticmethod
     def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:
@@ -81,6 +85,12 @@ class Flux(Pretrained):
         channels, height, width = shape
         patches = x.unflatten(2, (channels, 2, 2)).unflatten(1, (height // 2, width // 2))
         return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def places(x: Tensor, first: int = 0) -> Tensor:
+    """The places (H W / 4, 3) of the patches of x (B, C, H, W): `first`, row and column."""
+    rows, columns = (torch.arange(n // 2, device=x.device) for n in x.shape[-2:])
+    return torch.cartesian_prod(torch.full_like(rows[:1], first), rows, columns)
 
 
 class GuidanceCodec(Prompted):

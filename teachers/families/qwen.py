@@ -26,16 +26,22 @@ class QwenImage(Pretrained):
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
         assert cond is not None
-        _, height, width = shape = x_t.shape[1:]
+        tokens, shapes = self.image(x_t, cond)
         out = self.backbone(
-            self.pack(x_t).to(self.dtype),
+            tokens.to(self.dtype),
             cond["text"].to(self.dtype),
             cond["mask"],
             self.time(t) / 1000,
-            [[(1, height // 2, width // 2)]] * len(x_t),
+            [shapes] * len(x_t),
             return_dict=False,
         )[0]
-        return self.unpack(out, tuple(shape))
+        count = x_t.shape[-2] * x_t.shape[-1] // 4  # of a picture, which may follow, none is read
+        return self.unpack(out[:, :count], tuple(x_t.shape[1:]))
+
+    def image(self, x_t: Tensor, cond: dict[str, Any]) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """The tokens (B, N, 4 C) that the network reads beside text, and the sizes of their grids:
+        frames, rows and columns."""
+        return self.pack(x_t), [(1, x_t.shape[-2] // 2, x_t.shape[-1] // 2)]
 
     @staticmethod
     def embed(pipe: Any, prompts: list[Any], size: tuple[int, ...]) -> dict[str, Tensor]:

@@ -93,9 +93,7 @@ def load(
     schedule = schedule_of(kind, config, shift, who)
     weights = ours(weights, NAMES[kind])
     channels = config["in_channels"]
-    if len(weights["out.bias"]) == 2 * channels * config["patch_size"] ** 2:
-        for name in ("out.weight", "out.bias"):
-            weights[name] = without_variance(weights[name], channels)
+    drop_variance(weights, config, who)
     _, model = MODELS[kind]
     with torch.device("meta"):
         network = model(**config)
@@ -104,6 +102,23 @@ def load(
         known = "VA-VAE's file" if kind == "LightningDiTModel" else "stabilityai/sd-vae-ft-ema"
         raise UserError(f"{who}: vae is missing, and the network is of latents; give {known}")
     return assembled(network, autoencoders.load(vae, channels, who), schedule, source, precision)
+
+
+def drop_variance(weights: dict[str, Tensor], config: dict[str, Any], who: str) -> None:
+    """Take a learned variance out of the weights of the last layer, in place.
+
+    Raises:
+        UserError: the last layer is missing, or is of no such shape.
+    """
+    channels, last = config["in_channels"], ("out.weight", "out.bias")
+    try:
+        if len(weights["out.bias"]) == 2 * channels * config["patch_size"] ** 2:
+            weights |= {k: without_variance(weights[k], channels) for k in last}
+    except KeyError as error:
+        raise UserError(f"{who}: the weights lack {error}; copy the file again") from None
+    except (RuntimeError, TypeError):
+        raise UserError(f"{who}: the last layer has no shape of such a network; copy the file "
+                        "again") from None  # fmt: skip
 
 
 def load_folder(folder: Path, source: str, precision: Precision = "fp32") -> Teacher:
@@ -206,7 +221,7 @@ def config_of(kind: str, weights: dict[str, Tensor], heads: int | None, who: str
         return sizes(kind, weights, heads, who)
     except KeyError as error:
         raise UserError(f"{who}: the weights lack {error}; copy the file again") from None
-    except (ValueError, IndexError, ZeroDivisionError) as error:
+    except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         raise UserError(
             f"{who}: the weights have no shapes of such a network ({clipped(error)}); copy the "
             "file again"

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from teachers.errors import UserError, clipped
+from teachers.errors import UserError, clipped, first_line
 from teachers.storage import bfl, gguf_files, packed
 from teachers.storage.components import more
 
@@ -40,6 +40,16 @@ def network(file: Path, dtype: torch.dtype, who: str) -> dict[str, Tensor] | Non
         raise UserError(
             f"{who}: the weights in {file} are not whole: {error} is missing; copy it again"
         ) from None
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:  # of wrong shapes and forms
+        raise UserError(
+            f"{who}: the weights in {file} are damaged ({clipped(first_line(error))}); copy it "
+            "again"
+        ) from None
+    if whole := sorted(k for k, v in ours.items() if not v.is_floating_point()):
+        raise UserError(
+            f"{who}: {file} holds quantised weights without their scales ({whole[0]}"
+            f"{more(whole)}); give a file in fp32, bf16, fp16 or fp8"
+        )
     if unknown:
         raise UserError(
             f"{who}: {file} holds {clipped(unknown[0])}{more(unknown)}, which {kind}'s network "

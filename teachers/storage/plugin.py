@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
+import re
 import sys
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from teachers.errors import UserError, clipped, nearest
 from teachers.storage.files import home
@@ -22,19 +30,43 @@ def import_file(path: Path) -> ModuleType:
     folder = str(path.resolve().parent)
     if folder not in sys.path:  # a file imports its neighbours, as a script does
         sys.path.append(folder)
-    name = f"fewstep_user_{path.stem}"
-    if name in sys.modules and sys.modules[name].__file__ == str(path.resolve()):
+    # files of one name in two folders are two modules: code is looked up by its module's name
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    name = "_".join(["fewstep_user", re.sub(r"\W", "_", path.stem), digest])
+    if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"no such file in {Path.cwd()}")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with settings_kept():
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]  # never reuse a half-imported module
         raise
     return module
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Within it, a user's code may change torch's settings and the working folder; not for others.
+
+    Scripts for sampling switch gradients off, without which nothing would learn.
+    """
+    gradients, dtype, folder = torch.is_grad_enabled(), torch.get_default_dtype(), Path.cwd()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+        os.chdir(folder)
+
+
+def is_installed(name: str) -> bool:
+    """Whether Python finds a module of this name before the files beside a user's."""
+    places = [sysconfig.get_path(k) for k in ("purelib", "platlib")]
+    return name in sys.stdlib_module_names or PathFinder.find_spec(name, places) is not None
 
 
 def is_function(place: Any) -> bool:
@@ -74,7 +106,8 @@ def called(place: str, key: str, *args: Any) -> Any:
     """
     function = function_at(place, key)
     try:
-        return function(*args)
+        with settings_kept():
+            return function(*args)
     except UserError:
         raise
     except (Exception, SystemExit) as error:

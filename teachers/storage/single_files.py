@@ -26,6 +26,7 @@ from teachers.storage.components import (
     quiet,
     silent,
     tokenizer,
+    whole_numbers,
 )
 from teachers.storage.files import home, read_json
 
@@ -78,11 +79,15 @@ def check_plain(names: Iterable[str], file: Path, who: str) -> None:
     """Refuse quantised weights whose scales diffusers would drop: all but FLUX.1's and SD 3's.
 
     Raises:
-        UserError: the file has scales.
+        UserError: the file has scales, or integers for weights.
     """
     mine = original.own(names)
     decoded = set(mine) if original.kind_of(mine) is not None else set()
-    if scale := next((k for k in names if packed.is_scale(k) and k not in decoded), None):
+    quantised = [k for k in names if packed.is_scale(k)]
+    if file.suffix != gguf_files.SUFFIX:
+        parts = (*HELD["unet"], *HELD["transformer"], *HELD["vae"])  # an encoder may have indices
+        quantised += [k for k in whole_numbers(file) if k.startswith(parts)]
+    if scale := next((k for k in quantised if k not in decoded), None):
         raise UserError(
             f"{who}: {file} holds quantised weights ({clipped(scale)}); give a file in fp32, bf16, "
             "fp16 or plain fp8, and teacher.precision nf4 or fp8 for less memory"

@@ -177,6 +177,13 @@ def test_a_batch_grows_beyond_the_recipes_only_where_the_recipe_was_never_run():
     assert budget_of(train, 40_000, 1.0, True).batch == 32
 
 
+def test_a_second_is_no_limit_of_0_hours():
+    fast = Machine("this", 24.0, rate=1e18)
+    choice = choose(SUBJECTS["digits"], fast, 1 / 3600, None, {}, planned)
+    assert choice.tree["train"]["hours"] == pytest.approx(0.9 / 3600, rel=1e-3)
+    assert Recipe.check(choice.tree).train.hours
+
+
 def test_hours_that_buy_no_run_are_refused_with_how_many_do():
     with refused("--hours", "3 training steps of 64 samples", "1.5 hours"):
         budget_of({"steps": 1000}, 64 * 3.0, 1.0, False)

@@ -9,10 +9,14 @@ import yaml
 from safetensors.torch import save_file
 
 from distill import console
+from distill.auto.start import start_of
+from distill.auto.subject import pictures_in, subject_of
 from distill.cli import train
 from distill.config.recipe import Recipe
 from distill.planning import forecast
 from distill.planning.plan import Plan
+from students.export import sampler_file
+from tests.helpers import own
 from tests.helpers.command_line import called
 from tests.helpers.refusals import refused_line
 
@@ -82,11 +86,37 @@ def test_a_dash_prints_the_recipe_alone(place, capsys):
     assert list(place.iterdir()) == []
 
 
+def test_a_network_of_ones_own_gets_a_recipe_that_runs(tmp_path, monkeypatch, capsys):
+    """Without data an objective that needs none; its critic's block is not known, so no critic."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console.out, "width", 80)
+    file = own.write(tmp_path)
+    words = ("auto", f"{file}:teacher", "--gpu", "rtx-4090", "--hours", "1", "--out", "o")
+    code, out, err = called(capsys, *words)
+    assert code == 0, err
+    recipe, said = Recipe.load("o/recipe.yaml"), " ".join(out.split())
+    assert (recipe.objective["name"], recipe.student.start) == ("sid", None)
+    assert "doctor: passed" in said and "10 parameters" in Path("o/recipe.yaml").read_text()
+    code, _, err = called(capsys, "run", "o/recipe.yaml", "train.steps=20", "--out", "o/run")
+    assert code == 0, err
+    assert sampler_file.sample(Path("o/run/student"), 5, seed=0).shape == (5, 2)
+    tree = start_of(subject_of(f"{file}:teacher"), None, {"source": f"{file}:data"}).tree
+    assert "critic" not in tree and tree["data"] == {"source": f"{file}:data"}
+
+
+def test_a_closed_form_is_refused(place, capsys):
+    code, _, err = called(capsys, "auto", "analytic:gaussian")
+    assert code == 2
+    refused_line(err, "teacher", "Gaussian")
+
+
 REFUSED = {
     "gpu": (["--gpu", "rtx-9999"], "--gpu", "rtx-4090 (24 GB)", "h200 (141 GB)"),
+    "gpu without dash": (["--gpu", "RTX4090"], "--gpu", "did you mean 'rtx-4090'?"),
     "no hours": (["--hours", "0"], "--hours"),
     "negative": (["--hours", "-1"], "--hours", "-1"),
     "nan": (["--hours", "nan"], "--hours", "nan"),
+    "endless": (["--hours", "1e300"], "--hours", "1e+300"),
     "few": (["--hours", "0.01", "--gpu", "rtx-4090"], "--hours", "training steps of 8 samples"),
     "lora": (["--lora", "none.safetensors:0.5"], "--lora", "none.safetensors"),
     "data": (["--data", "nowhere"], "--data", "nowhere"),
@@ -114,7 +144,7 @@ def test_too_little_memory_says_what_the_smallest_form_needs(place, capsys, monk
 
 
 LORAS = {  # the first key of a file, the place that is named, and a value of the line
-    "another model's": ("transformer.blocks.0.to_q", "teacher.adapters.0.file", "0 of 1 pairs"),
+    "another model's": ("transformer.blocks.0.to_q", "--lora", "0 of 1 pairs"),
     "of an encoder": ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "--lora",
                       "text encoders"),
 }  # fmt: skip
@@ -138,3 +168,9 @@ def test_a_folder_with_a_recipe_is_not_written_over(place, capsys):
     assert code == 2
     refused_line(err, "--out", "recipe.yaml")
     assert (place / "o/recipe.yaml").read_text() == "mine"
+
+
+def test_a_folder_of_pictures_below_the_home_folder_is_read(monkeypatch, tmp_path):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert pictures_in({"source": "~/photos"}) == tmp_path / "photos"

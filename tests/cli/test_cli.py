@@ -57,28 +57,18 @@ def test_a_run_folder_holds_all_that_it_should(finished):
     assert steps == [2, 4]
 
 
-def test_sampling_gives_the_stock_pipelines_pictures(finished, tmp_path):
+def test_sampling_gives_the_stock_pipelines_pictures(finished, tmp_path, capsys):
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(finished / "student")
     pipe.set_progress_bar_config(disable=True)
     for steps in (1, 2):
         out = tmp_path / f"{steps}.npz"
-        result = command(
-            "sample",
-            finished,
-            "--steps",
-            steps,
-            "--n",
-            6,
-            "--seed",
-            5,
-            "--labels",
-            "3,1",
-            "--out",
-            out,
-        )
-        assert result.returncode == 0, result.stderr
+        code, _, err = called(
+            capsys, "sample", finished, "--steps", steps, "--n", 6, "--seed", 5, "--labels", "3,1",
+            "--out", out,
+        )  # fmt: skip
+        assert code == 0, err
         stock = pipe(
             batch_size=6, class_labels=[3, 1] * 3, num_inference_steps=steps,
             generator=torch.Generator().manual_seed(5), output_type="np",
@@ -325,11 +315,12 @@ def on_a_terminal(*words) -> str:
     return seen.decode()
 
 
-def test_a_run_says_at_once_that_it_prepares_and_only_on_a_terminal(tmp_path):
+def test_a_run_says_at_once_that_it_prepares_and_only_on_a_terminal(tmp_path, capsys):
     words = ("run", tmp_path / "nowhere.yaml")
     seen = on_a_terminal(*words)
     assert seen.index("preparing") < seen.index("no such file")
-    assert command(*words).stderr.startswith("distill: recipe")
+    code, _, err = called(capsys, *words)
+    assert code == 2 and err.startswith("distill: recipe")
 
 
 @pytest.mark.slow
@@ -381,3 +372,36 @@ def test_a_run_without_a_student_yet_is_named_with_the_command_that_goes_on(tmp_
 def test_a_stopped_command_says_how_it_goes_on(monkeypatch, words, advice):
     monkeypatch.setattr("sys.argv", ["distill", *words])
     assert cli.resume_hint() == advice
+
+
+def test_a_signal_in_a_run_of_auto_names_a_command_that_takes_resume(monkeypatch, capsys):
+    from distill.cli import errors
+    from distill.training.engine import Stopped
+
+    for word, advice in (("auto", "distill run RECIPE --resume"), ("run", "add --resume")):
+        monkeypatch.setattr("sys.argv", ["distill", word, "x"])
+        assert errors.signal_exit_code(Stopped(signal.SIGINT)) == 130
+        assert advice in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "line"),
+    [
+        (KeyboardInterrupt, 130, "distill: SIGINT: stopped\n"),
+        (cli.Terminated, 143, "distill: SIGTERM: stopped\n"),
+    ],
+)
+def test_a_signal_outside_training_ends_in_a_line(stop, code, line, monkeypatch, capsys, tmp_path):
+    def stopped(path):
+        raise stop
+
+    monkeypatch.setattr("students.metadata.show.report", stopped)
+    assert called(capsys, "show", tmp_path / "a.safetensors") == (code, "", line)
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_the_shell_closed_is_no_fault(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, name, None)
+    code, _, err = called(capsys, "show", tmp_path / "a.safetensors")
+    assert code == 2 and err.startswith("" if name == "stderr" else "distill: ")
+    assert not getattr(sys, name).isatty()

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from distill.config.paths import START, note_start
 from distill.evaluation import compat as compat_module
 from distill.evaluation.compat import compare
-from distill.evaluation.compat_checks import Request, turbo_file
+from distill.evaluation.compat_checks import Request, recipe_of, turbo_file
 from students import schedulers
 from students.export import folder as exporting
 from students.export.lora_files import COMFYUI, DIFFUSERS, TURBO, forms
@@ -24,7 +25,7 @@ from teachers import load
 from tests.helpers import families, lora_formats
 from tests.helpers.command_line import called
 from tests.helpers.disturbed import disturbed
-from tests.helpers.refusals import refused_line
+from tests.helpers.refusals import refused, refused_line
 
 PROMPTS = ["a cat", "two dogs", "a red hat"]
 
@@ -105,6 +106,22 @@ def test_a_lora_is_added_to_both_as_its_factors_say(made):
         theirs = pictures["student"][0, strength]
         assert (ours.int() - theirs.int()).abs().max() <= 1
         assert not torch.equal(theirs, pictures["student"][None])
+
+
+def test_a_lora_beside_the_runs_start_is_found_from_any_folder(made, tmp_path, monkeypatch):
+    """And one that is gone is named where it was."""
+    monkeypatch.chdir(made.root)
+    note_start(made.run)
+    monkeypatch.chdir(tmp_path)
+    with teacher_section(made, adapters=[{"file": "style.safetensors"}]):
+        (entry,) = recipe_of(request(made, 1.0)).teacher.adapters or ()
+        assert entry.file == str(made.style)
+    with (
+        teacher_section(made, adapters=[{"file": "gone.safetensors"}]),
+        refused("teacher.adapters.0.file", made.root / "gone.safetensors"),
+    ):
+        compare(request(made, 1.0))
+    (made.run / START).unlink()
 
 
 @contextmanager

@@ -65,6 +65,25 @@ def test_an_own_file_says_everything(own, capsys):
     assert (origins["kind"], origins["sigmas"]) == ("the tensors", "the header")
 
 
+def test_the_students_own_network_is_known_from_the_file_beside_it(own, capsys, tmp_path):
+    path = next((own.parent / "student" / "unet").glob("*.safetensors"))
+    facts = tree(capsys, path)
+    values = {name: fact["value"] for name, fact in facts["facts"].items()}
+    assert (values["steps"], values["base"], values["objective"]) == ([2, 1], "teacher", "dmd2")
+    assert values["times"] == pytest.approx([1.0, 499 / 999], abs=1e-3)
+    assert values["sampler"].startswith("LCM") and values["scheduler"] == "LCMScheduler"
+    assert facts["facts"]["steps"]["from"] == "fewstep.json"
+    vae = next((own.parent / "student" / "vae").glob("*.safetensors"))
+    assert "steps" not in tree(capsys, vae)["facts"]
+    copy = tmp_path / "student"
+    (copy / "unet").mkdir(parents=True)
+    (copy / "unet" / path.name).write_bytes(path.read_bytes())
+    (copy / "fewstep.json").write_text('{"steps": [2], "times": "half"}')
+    code, _, err = called(capsys, "show", copy / "unet" / path.name)
+    assert code == 2
+    refused_line(err, "*fewstep.json", "times", "damaged")
+
+
 def test_files_that_are_part_of_a_file_are_shown_in_words():
     inside = {"file": "style.safetensors", "sha256": "ab12", "strength": 0.85}
     assert in_words([inside]) == "file: style.safetensors; sha256: ab12; strength: 0.85"
@@ -223,6 +242,32 @@ def test_a_strangers_text_does_not_move_the_cursor(capsys, tmp_path):
     path = foreign(tmp_path / "a.safetensors", metadata={"modelspec.title": "a\x1b[2Jb\nc"})
     out = shown(capsys, path)
     assert "\x1b" not in out and "a\N{REPLACEMENT CHARACTER}[2Jb c" in out
+
+
+BIG = "1" + 400 * "0"  # beyond floats
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "code"),
+    [
+        ("turbo.sigmas", f'{{"2": [{BIG}, 1, 0], "1": [1, 0]}}', 2),
+        ("turbo.timesteps", f'{{"2": [{BIG}, 1], "1": [1]}}', 0),
+        ("turbo.verified", f'{{"max_abs": [{BIG}]}}', 0),
+        ("turbo.cfg", 900 * '{"a":' + "1" + 900 * "}", 2),
+        ("turbo.cfg", 900 * "[" + 900 * "]", 2),
+        ("turbo.\x1b[31m", "{", 2),
+    ],
+)  # fmt: skip
+def test_absurd_facts_are_shown_or_refused(key, value, code, own, capsys, tmp_path):
+    path = own / "comfyui_lora.safetensors"
+    tensors = {"a.lora_A.weight": torch.zeros(1)[0]}
+    save_file(tensors, tmp_path / "a.safetensors", {**read_header(path).metadata, key: value})
+    got, out, err = called(capsys, "show", tmp_path / "a.safetensors")
+    assert got == code and "\x1b" not in out + err
+    if code:
+        refused_line(
+            err, f"{tmp_path / 'a.safetensors'}", key.replace("\x1b", "\N{REPLACEMENT CHARACTER}")
+        )
 
 
 # ---- other files

@@ -1,12 +1,13 @@
 """Relative paths of a recipe's file: beside it, and from any working folder."""
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 from distill.benchmark.spec import Bench
-from distill.config.paths import beside, located
+from distill.config.paths import START, beside, from_start, located, note_start
 from distill.config.recipe import SHIPPED, Recipe, read_recipe, shipped
 
 TREE = {
@@ -94,6 +95,40 @@ def test_the_recipe_in_a_run_is_read_as_it_is(folders):
     (recipes / "checkpoints").mkdir()
     tree = {"objective": {"name": "mine.py:Mine"}}
     assert located(tree, recipes / "recipe.yaml")["objective"]["name"] == "mine.py:Mine"
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_finished_runs_paths_are_looked_up_where_it_was_started(
+    moved, folders, tmp_path, monkeypatch
+):
+    """Also where the run moved together with that folder."""
+    start, work = folders
+    monkeypatch.chdir(start)
+    run = Path("runs/one")
+    run.mkdir(parents=True)
+    note_start(run)
+    tree = yaml.safe_load(yaml.safe_dump(TREE))
+    here = from_start(yaml.safe_load(yaml.safe_dump(TREE)), run)
+    assert here["data"] == tree["data"] and here["teacher"]["source"] == "model"
+    monkeypatch.chdir(work)
+    place = start
+    if moved:
+        place = start.rename(tmp_path / "elsewhere")
+    found = from_start(tree, place / run)
+    full = {name: os.path.normpath(place / name) for name in NAMES}
+    files = [entry["file"] for entry in found["teacher"]["adapters"]]
+    assert files == [full["style.safetensors"], str(start / "absent.safetensors")]
+    assert found["teacher"]["source"] == full["model"]
+    assert found["data"] == {"prompts": full["table.csv"] + ":text", "captions": full["captions"]}
+    assert found["objective"]["name"] == full["mine.py"] + ":Mine"
+
+
+def test_a_run_that_notes_no_start_is_read_as_it_is(folders):
+    recipes, _ = folders
+    tree = yaml.safe_load(yaml.safe_dump(TREE))
+    assert from_start(tree, recipes) == TREE
+    (recipes / START).write_text('{"folder": 3}')
+    assert from_start(tree, recipes) == TREE
 
 
 def test_a_benchmark_finds_its_recipes_and_files(folders):

@@ -64,6 +64,12 @@ def test_the_trigger_is_what_the_captions_share_and_comes_first(captions, trigge
     assert first is None or first in made
 
 
+def test_a_trigger_is_counted_once_in_a_caption():
+    captions = ["soft, soft, a fox", "b dog", "c owl, soft", "d cat"]
+    assert Grammar.of(captions).trigger == ""  # in a half of them
+    assert Grammar.of([*captions, *(f"{n}, soft" for n in range(6))]).trigger == "soft"
+
+
 def test_new_captions_are_of_old_phrases_and_new_as_a_whole():
     made = expand(CAPTIONS, 200, 0)
     known = {p for pool in made.grammar.pools.values() for p in pool}
@@ -148,7 +154,7 @@ def test_captions_of_images_are_not_expanded(tmp_path):
     assert expansion_of(recipe(tmp_path, "txt", source="shapes")) is None
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00", b",\n , \n"])
 def test_captions_that_cannot_be_read_are_refused(content, tmp_path):
     if content is not None:
         (tmp_path / "c.txt").write_bytes(content)

@@ -115,7 +115,7 @@ def test_grids_and_figures_that_fail_while_training_stop_no_run(
     tree = recipe_tree("consistency", pipelines["edm"], steps=3, sample_every=1)
     run = build.build(Recipe.check(tree), tmp_path / "run")
     run.engine.evaluate, run.engine.evaluate_every = failing, 2
-    monkeypatch.setattr(engine, "save_grid", failing)
+    monkeypatch.setattr(engine, "save_samples", failing)
     before = [p.clone() for p in run.engine.ema.params]
     run.engine.train()
     assert run.engine.step == 3
@@ -138,14 +138,14 @@ def test_trackers_that_cannot_be_closed_cost_no_summary(
 def test_one_picture_that_fails_leaves_the_others(pipelines, unchecked, monkeypatch, tmp_path):
     run = build.build(Recipe.check(recipe_tree("ect", pipelines["edm"], steps=1)), tmp_path / "run")
     run.engine.train()
-    real = finish.save_grid
+    real = finish.save_samples
 
-    def save(images, path, columns):
+    def save(images, prompts, path):
         if path.name == "teacher-1.png":
             raise OSError(28, "No space left on device")
-        real(images, path, columns)
+        real(images, prompts, path)
 
-    monkeypatch.setattr(finish, "save_grid", save)
+    monkeypatch.setattr(finish, "save_samples", save)
     failed = finish.finish(run)["failed"]
     assert failed.keys() == {"samples/final/teacher-1.png"}
     names = {p.name for p in (tmp_path / "run/samples/final").glob("*.png")}

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 GPU = torch.device("lazy")
 
@@ -284,7 +284,7 @@ def _wait(name: str) -> None:
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation, by the rules of a GPU."""
     name = func.overloadpacket.__name__
-    flat, spec = tree_flatten((args, kwargs))
+    flat = _flat(args, kwargs)
     there = any(isinstance(v, OnGPU) for v in flat)
     asked = kwargs.get("device")
     target = GPU.type if there and asked is None else asked and torch.device(asked).type
@@ -301,9 +301,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return False
     if name in ("_pin_memory", "pin_memory"):
         return args[0].clone()
-    inner_args, inner_kwargs = tree_unflatten(
-        [v.inner if isinstance(v, OnGPU) else v for v in flat], spec
-    )
+    inner_args, inner_kwargs = map(_inner, args), {k: _inner(v) for k, v in kwargs.items()}
     if asked is not None and target == GPU.type:
         inner_kwargs["device"] = torch.device("cpu")
     inner_kwargs.pop("pin_memory", None)
@@ -322,7 +320,25 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return given[id(value)]
         return OnGPU(value) if target == GPU.type and id(value) not in same else value
 
-    return tree_map(wrapped, found)
+    return wrapped(found) if isinstance(found, Tensor) else tree_map(wrapped, found)
+
+
+def _flat(args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """All arguments; an operation has lists of tensors, and no lists of lists."""
+    flat = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, list | tuple):
+            flat += value
+        else:
+            flat.append(value)
+    return flat
+
+
+def _inner(value: Any) -> Any:
+    """An argument with the host's tensors in the place of the GPU's."""
+    if isinstance(value, list | tuple):
+        return type(value)([v.inner if isinstance(v, OnGPU) else v for v in value])
+    return value.inner if isinstance(value, OnGPU) else value
 
 
 def _check_copy(name: str, args: Any, kwargs: dict[str, Any], target: str | None) -> None:

@@ -11,7 +11,7 @@ import diffusers
 import torch
 import transformers
 
-from tests.helpers import families_a, families_b, families_c
+from tests.helpers import families_a, families_b, families_c, families_d
 
 
 def clip_tokenizer(folder: Path, length: int = 40) -> Any:
@@ -75,7 +75,12 @@ def stable(root: Path, prediction: str = "epsilon") -> None:
     ).save_pretrained(root)
 
 
-def sdxl(root: Path, unet: dict[str, Any] | None = None, **encoders: Any) -> None:
+def sdxl(
+    root: Path,
+    unet: dict[str, Any] | None = None,
+    pipeline: Any = diffusers.StableDiffusionXLPipeline,
+    **encoders: Any,
+) -> None:
     """SDXL; `unet` and `encoders` are settings of its network's and its text encoders' configs."""
     tokenizer = clip_tokenizer(root / "scratch")
     second = transformers.CLIPTextModelWithProjection(
@@ -83,7 +88,7 @@ def sdxl(root: Path, unet: dict[str, Any] | None = None, **encoders: Any) -> Non
     )
     scheduler: Any = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading")
     depths: dict[str, Any] = {"attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2)}
-    diffusers.StableDiffusionXLPipeline(
+    pipeline(
         vae=kl_vae(scaling_factor=0.13025),
         text_encoder=transformers.CLIPTextModel(clip_config(tokenizer, **encoders)),
         text_encoder_2=second,
@@ -110,11 +115,13 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     **families_b.FAMILIES,
 }
 RECENT = families_c.FAMILIES  # those of the generic adapter, which have tests of their own
-OPTIONS = families_a.OPTIONS | families_b.OPTIONS | families_c.OPTIONS  # what each is loaded with
+PICTURED = families_d.FAMILIES  # those with a picture as a condition
+# What each is loaded with.
+OPTIONS = families_a.OPTIONS | families_b.OPTIONS | families_c.OPTIONS | families_d.OPTIONS
 
 
 def build(name: str, root: Path) -> Path:
     """The folder of a small pipeline of this family."""
     torch.manual_seed(0)
-    (FAMILIES | RECENT)[name](root)
+    (FAMILIES | RECENT | PICTURED)[name](root)
     return root

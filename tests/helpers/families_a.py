@@ -110,10 +110,10 @@ def sd3(root: Path, large: bool, second: int = 32) -> None:
     ).save_pretrained(root)
 
 
-def flux(root: Path, dev: bool) -> None:
+def flux(root: Path, dev: bool, pipeline: Any = diffusers.FluxPipeline) -> None:
     tokenizer, encoder = clip(root / "scratch", False)
     tokenizer_2, encoder_2 = t5()
-    diffusers.FluxPipeline(
+    pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
             shift=3.0 if dev else 1.0, use_dynamic_shifting=dev, base_shift=0.5, max_shift=1.15
         ),

@@ -101,8 +101,8 @@ def lumina(root: Path, **shifting: Any) -> None:
     ).save_pretrained(root)
 
 
-def qwen_vl(tokenizer: Any) -> Any:
-    """A Qwen2.5-VL that encodes prompts."""
+def qwen_vl(tokenizer: Any, **tokens: Any) -> Any:
+    """A Qwen2.5-VL that encodes prompts; `tokens` are the ids of special ones."""
     vision = {
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
         "out_hidden_size": 16, "fullatt_block_indexes": [0],
@@ -112,25 +112,31 @@ def qwen_vl(tokenizer: Any) -> Any:
     config = transformers.Qwen2_5_VLConfig(
         text_config={**LANGUAGE, "vocab_size": len(tokenizer), **named},
         vision_config=vision,
+        **tokens,
     )
     return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-def qwen_vae() -> Any:
-    """A video autoencoder; images are videos of one frame."""
+def qwen_vae(levels: int = 1) -> Any:
+    """A video autoencoder that halves sides `levels` times; images are videos of one frame."""
     return diffusers.AutoencoderKLQwenImage(
-        base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        base_dim=4, z_dim=4, dim_mult=[1] * (levels + 1), num_res_blocks=1,
+        temperal_downsample=[False] * levels,
         latents_mean=MEAN, latents_std=STD,
     ).eval()  # fmt: skip
+
+
+def qwen_network() -> Any:
+    return diffusers.QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 2, 2),
+    )  # fmt: skip
 
 
 def qwen(root: Path) -> None:
     tokenizer = qwen_tokenizer()
     vae = qwen_vae()
-    network = diffusers.QwenImageTransformer2DModel(
-        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=16, axes_dims_rope=(4, 2, 2),
-    )  # fmt: skip
+    network = qwen_network()
     diffusers.QwenImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192,

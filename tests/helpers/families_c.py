@@ -151,7 +151,7 @@ def hunyuan(root: Path) -> None:
         tokenizer=tokenizer,
         transformer=network,
         scheduler=diffusers.DDPMScheduler(  # pyright: ignore
-            beta_start=0.00085, beta_end=0.02, beta_schedule="scaled_linear", clip_sample=False,
+            beta_start=0.00085, beta_end=0.018, beta_schedule="scaled_linear", clip_sample=False,
             prediction_type="v_prediction", steps_offset=1,
         ),
         safety_checker=None,  # pyright: ignore

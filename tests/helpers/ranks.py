@@ -1,5 +1,6 @@
 """Train small runs in one or two processes and leave their final weights: see test_ranks.py."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from distill.__main__ import destroy_process_group, exit_now
 from distill.config.recipe import Recipe
 from distill.training import build
+from tests.helpers import ranks_stopped
 from tests.helpers.toys import FIVE, recipe_tree
 
 
@@ -37,9 +39,9 @@ def main(teacher: str, folder: Path) -> None:
     for name in FIVE:
         AcceleratorState._reset_state()
         GradientState._reset_state()
-        tree = recipe_tree(name, teacher, steps=20, batch=16, log_every=10, save_every=20)
+        tree = recipe_tree(name, teacher, steps=10, batch=16, log_every=5, save_every=10)
         if name == "progressive":
-            tree["objective"]["stage_steps"] = 7
+            tree["objective"]["stage_steps"] = 4
         engine = build.build(Recipe.check(tree), folder / name).engine
         engine.train()
         rank = engine.accelerator.process_index
@@ -50,6 +52,8 @@ def main(teacher: str, folder: Path) -> None:
         }
         save_file(state, folder / f"{name}-{rank}.safetensors")
     guarded(teacher, folder)
+    if os.environ.get("WORLD_SIZE") == "2":
+        ranks_stopped.main(teacher, folder / "stopped")
     destroy_process_group()
     exit_now(0)
 

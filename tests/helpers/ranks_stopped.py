@@ -5,14 +5,11 @@ It is sent SIGTERM in the midst of a step, measures flat evaluations, or has tra
 
 import json
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from distill.__main__ import destroy_process_group, exit_now
 from distill.config.recipe import Recipe
 from distill.config.schema import FlatSection
 from distill.training import build
@@ -42,7 +39,7 @@ def end_early(teacher: str, folder: Path) -> None:
 
 
 def main(teacher: str, folder: Path) -> None:
-    torch.set_num_threads(1)
+    folder.mkdir(exist_ok=True)
     end_early(teacher, folder)
     for when in (3, STEPS):
         AcceleratorState._reset_state()
@@ -64,9 +61,3 @@ def main(teacher: str, folder: Path) -> None:
             found = str(stopped)
         report = {"signal": found, "step": engine.step}
         (folder / f"{when}-{rank}.json").write_text(json.dumps(report))
-    destroy_process_group()
-    exit_now(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

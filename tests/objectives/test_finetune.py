@@ -99,6 +99,19 @@ def test_of_known_items_the_teachers_output_is_learned_and_without_a_change_noth
     assert torch.equal(other.target(known, x_t, t), known.data)  # unless the key is set
 
 
+def test_the_anchor_holds_known_items_alone():
+    """One chain place, so that the drift of a held sample is (0.2 σ)² |z|², of others 0."""
+    one = Generator(slopes(0.5, 0.0), (1.0,))
+    tuned = FineTuning(
+        teacher=slopes(0.3, 0.0), student=one, where="steps", anchor=1.0, known_from=2
+    )
+    some = batch()._replace(items=torch.tensor([2, 0, 3, 1]))
+    sigma = PROCESS.scales(TIMES[:1])[1].item()
+    held = some.noise[[0, 2]].square().mean(1).sum().item() / 4
+    drift = tuned.loss(some, 0).logs["drift"].item()
+    assert abs(drift / ((0.2 * sigma) ** 2 * held) - 1) < 1e-5
+
+
 # ---- DMD2 with the same anchor
 
 

@@ -12,6 +12,8 @@ from distill.config.recipe import Recipe
 from distill.planning import forecast
 from distill.planning.plan import GPUS, Plan, advice
 from distill.training import build
+from teachers import load
+from tests.helpers import own
 from tests.helpers.engines import stream
 from tests.helpers.refusals import refused
 from tests.helpers.toys import SMALL, recipe_tree
@@ -105,6 +107,27 @@ def test_a_plan_that_does_not_fit_says_which_keys_to_change(pipelines):
     for key in ("adapters", "teacher.precision", "train.precision", "train.checkpointing"):
         assert key in lines
     assert advice(small(pipelines), plan, GPUS["h100"]) == []
+
+
+def test_a_network_of_ones_own_is_planned_as_a_copy_of_it(tmp_path):
+    """Three networks of sid's, two of which learn; under adapters one base with two small ones."""
+    file = own.write(tmp_path, own.CONV)
+    whole = forecast.plan(Recipe.check(own.recipe_tree(file, "sid", "two", train={"steps": 1})))
+    count = sum(p.numel() for p in load(f"{file}:two").denoiser.parameters())
+    assert (whole.base, whole.weights, whole.gradients) == (count, 12 * count, 4 * count)
+    assert whole.flops > 0 and whole.grids == 0 and whole.beside == 0
+    adapters = {"rank": 1, "targets": "middle"}
+    less = forecast.plan(Recipe.check(own.recipe_tree(file, "sid", "two", adapters=adapters)))
+    assert 4 * count < less.weights < 5 * count
+
+
+def test_one_whose_code_reads_values_is_refused(tmp_path):
+    text = own.FLOW.replace(
+        "        return s / total", "        assert x.sum().item() < 1e9\n        return s / total"
+    )
+    file = own.write(tmp_path, text)
+    with refused("teacher '*:teacher'", "reads values"):
+        forecast.plan(Recipe.check(own.recipe_tree(file, "sid")))
 
 
 def test_an_unknown_card_is_named(tmp_path):

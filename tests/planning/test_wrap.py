@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from distill.planning.doctor import takes_pictures
 from teachers import load
 from teachers.storage.plugin import import_file
 from tests.helpers.command_line import called
@@ -89,6 +90,25 @@ def test_a_network_without_weights_is_examined_for_its_structure(tmp_path, capsy
     assert code == 0 and checks["shape of data"] == "ok" and checks["denoising"] == "left out"
 
 
+def test_a_network_of_volumes_has_no_pictures_to_be_examined_with(tmp_path, capsys):
+    """One of Conv3d, without data and weights, and with data alone."""
+    text = PLAIN.format(name="Volume", argument="").replace(
+        "self.layer = nn.Conv1d(2, 2,",
+        "self.time = nn.Linear(1, 1)\n        self.layer = nn.Conv3d(1, 1,",
+    )
+    data = "\n\ndef data():\n    import torch\n\n    return torch.randn(4, 1, 8, 8, 8)\n"
+    (tmp_path / "volume.py").write_text(text + data)
+    code, out, err = called(capsys, "wrap", tmp_path / "volume.py")
+    assert code == 0, err
+    assert "SHAPE = (1, 64, 64, 64)" in (tmp_path / "volume_teacher.py").read_text()
+    assert "passed" in out
+    place = f"{tmp_path / 'volume.py'}:data"
+    words = ("--data", place, "--out", tmp_path / "small.py")
+    code, out, err = called(capsys, "wrap", tmp_path / "volume.py", *words)
+    assert code == 0, err
+    assert not takes_pictures(load(f"{tmp_path / 'small.py'}:teacher")) and "passed" in out
+
+
 def test_what_must_be_filled_in_is_marked(tmp_path, capsys):
     (tmp_path / "wide_net.py").write_text(PLAIN.format(name="Wide", argument=", width"))
     code, out, err = called(capsys, "wrap", tmp_path / "wide_net.py")
@@ -106,3 +126,37 @@ def test_files_without_one_network_are_refused(place, tmp_path, capsys):
     assert code == 2 and len(err.strip().splitlines()) == 1
     assert ("no such file" in err) == (place == "none.py")
     assert not list(tmp_path.glob("*_teacher.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "key"),
+    [
+        ("my-net.py", [], "wrap 'my-net.py'"),
+        ("random.py", [], "wrap 'random.py'"),
+        ("torch.py", [], "wrap 'torch.py'"),
+        ("net.py", ["--out", "other/teacher.py"], "--out"),
+        ("net.py", ["--out", "teacher.txt"], "--out"),
+        ("net.py", ["--data", "net.py:empty"], "--data"),
+        ("net.py", ["--data", "net.py:unknown"], "--data"),
+    ],
+)
+def test_adapters_that_no_run_could_import_are_not_written(
+    name, words, key, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    data = "\n\ndef empty():\n    return torch.zeros(0, 2, 8)\n"
+    data += "\n\ndef unknown():\n    return torch.zeros(3, 2, 8) / 0\n"
+    (tmp_path / name).write_text("import torch\n" + PLAIN.format(name="Net", argument="") + data)
+    code, _, err = called(capsys, "wrap", name, *words)
+    assert code == 2
+    refused_line(err, key)
+    assert {p.name for p in tmp_path.rglob("*.*") if p.suffix in (".py", ".txt")} == {name}
+
+
+def test_a_weights_file_with_a_quote_in_its_name_is_loaded(tmp_path, capsys):
+    file = tmp_path / 'the "best".safetensors'
+    (tmp_path / "quoted_net.py").write_text(PLAIN.format(name="Net", argument=""))
+    save_file(import_file(tmp_path / "quoted_net.py").Net().state_dict(), file)
+    code, _, err = called(capsys, "wrap", tmp_path / "quoted_net.py", "--weights", file)
+    assert (code, err) == (0, "")

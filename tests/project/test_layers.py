@@ -23,17 +23,18 @@ MAY: dict[str, set[str]] = {
     "teachers.adapters": {"teachers", "teachers.storage"},
     "teachers.families": {"teachers", "teachers.storage", "teachers.adapters"},
     "teachers.pipelines": {"teachers", "teachers.storage", "teachers.families"},
+    "teachers.pictured": {"teachers", "teachers.families"},
     "teachers.edm": {"teachers", "teachers.storage", "teachers.families"},
     "teachers.imagenet": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
     "teachers.catalogue": {
         "teachers", "teachers.storage", "teachers.adapters", "teachers.families",
-        "teachers.pipelines", "teachers.edm", "teachers.imagenet",
+        "teachers.pipelines", "teachers.pictured", "teachers.edm", "teachers.imagenet",
     },
     "teachers.diagnosis": {"teachers"},
     "students": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
     "students.metadata": {"students", "teachers", "teachers.storage", "teachers.families"},
     "students.export.sources": {
-        "students", "teachers", "teachers.edm", "teachers.imagenet",
+        "students", "teachers", "teachers.edm", "teachers.imagenet", "teachers.storage",
     },
     "students.export": {
         "students", "students.export.sources", "students.metadata", "teachers",
@@ -55,9 +56,11 @@ MAY: dict[str, set[str]] = {
         "distill.objectives.distribution", "students", "teachers", "teachers.storage",
     },
     "distill.data.expansion": {"distill", "teachers", "teachers.storage", "eval"},
+    "distill.data.conditions": {"distill", "teachers", "teachers.storage", "eval"},
     "distill.data": {
-        "distill", "distill.data.expansion", "distill.objectives", "distill.config", "teachers",
-        "teachers.storage", "teachers.families", "eval", "eval.digits", "eval.shapes",
+        "distill", "distill.data.expansion", "distill.data.conditions", "distill.objectives",
+        "distill.config", "teachers", "teachers.storage", "teachers.families", "eval",
+        "eval.digits", "eval.shapes",
     },
     "distill.sampling": {
         "distill", "distill.config", "distill.data", "students", "students.export", "teachers",
@@ -95,8 +98,9 @@ MAY: dict[str, set[str]] = {
     },
     "distill.tuning": {
         "distill", "distill.config", "distill.data", "distill.data.expansion", "distill.sampling",
-        "distill.training", "distill.evaluation", "students", "students.export", "teachers",
-        "teachers.storage", "eval", "eval.shapes", "eval.metrics", "eval.protocols",
+        "distill.publish", "distill.report", "distill.training", "distill.evaluation", "students",
+        "students.export", "teachers", "teachers.storage", "eval", "eval.shapes", "eval.metrics",
+        "eval.protocols",
     },
     "distill.benchmark": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",

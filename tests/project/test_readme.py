@@ -4,8 +4,6 @@ import re
 import runpy
 import shlex
 import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import typer
@@ -15,9 +13,8 @@ from distill.benchmark.spec import Bench
 from distill.config.recipe import Recipe
 from distill.planning.plan import GPUS
 from tests.helpers.command_line import called
+from tests.helpers.readme import BLOCKS, INLINE, README, ROOT, SHELL, of_kind
 
-ROOT = Path(__file__).parent.parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = ("train.steps=4", "train.batch=8", "train.log_every=2", "train.save_every=4",
          "train.sample_every=0", "eval.protocol=null")  # fmt: skip
 
@@ -32,34 +29,6 @@ UNPARSED = {
     "pip install -e '.[data]'": "it would change the environment of the tests",
 }
 START = "distill run digits/dmd2 --out runs/quickstart"  # the Makefile's, and small
-
-
-class Block(NamedTuple):
-    """A fenced block: its language and its text."""
-
-    kind: str
-    text: str
-
-    @property
-    def file(self) -> str | None:
-        """The name of the file that the block is, by the comment at its start."""
-        first = re.match(r"# (\w+\.\w+)\b", self.text)
-        return first[1] if first else None
-
-
-BLOCKS = [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)]
-SHELL = [
-    shlex.join(words)
-    for block in BLOCKS
-    if block.kind == "bash"
-    for line in block.text.splitlines()
-    if (words := shlex.split(line, comments=True))
-]
-INLINE = re.findall(r"`(distill\s[^`…]*)`", README)
-
-
-def of_kind(kind: str) -> list[Block]:
-    return [block for block in BLOCKS if block.kind == kind]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """LoRA files and single files: round trips, and stock diffusers drawing the student's pictures."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from students.export import formats
 from students.export.folder import ExportError
+from tests.helpers import preloaded
 from tests.helpers.formats import sd15
 from tests.helpers.refusals import refused
 
@@ -65,19 +67,6 @@ def names_for(pipe):
 # ---- LoRA
 
 
-def test_wans_layers_have_their_authors_names_and_others_none():
-    state = {
-        f"transformer.blocks.3.{layer}.lora_{side}.weight": torch.ones(2, 2)
-        for layer in ("attn1.to_out.0", "attn2.to_k", "ffn.net.0.proj")
-        for side in "AB"
-    }
-    names = {key.removesuffix(".lora_A.weight") for key in formats.to_wan(state) if "_A" in key}
-    blocks = "diffusion_model.blocks.3."
-    assert names == {blocks + "self_attn.o", blocks + "cross_attn.k", blocks + "ffn.0"}
-    with refused("LoRA", "patch_embedding"):
-        formats.to_wan({"transformer.patch_embedding.lora_A.weight": torch.ones(2, 2)})
-
-
 def test_stock_diffusers_draws_the_merged_student_from_every_file(pipe, lora, folder, tmp_path):
     """At strength 1.0, in another process, at one and two steps."""
     state, student = lora
@@ -87,7 +76,9 @@ def test_stock_diffusers_draws_the_merged_student_from_every_file(pipe, lora, fo
         formats.File(tmp_path / "kohya.safetensors", kohya),
         formats.File(tmp_path / "whole.safetensors", formats.single_file(student), whole=True),
     ]
-    formats.write(files, student, folder, [1, 2])  # compares
+    # one in a process of its own, as outside the tests
+    with preloaded.real() if type(pipe) is StableDiffusionXLPipeline else nullcontext():
+        formats.write(files, student, folder, [1, 2])  # compares
     assert {p.name for p in tmp_path.iterdir()} == {f.path.name for f in files}
     assert load_file(tmp_path / "kohya.safetensors").keys() == kohya.keys()
     block = "input_blocks_4_1" if isinstance(pipe, StableDiffusionXLPipeline) else (

@@ -50,8 +50,7 @@ def test_both_files_draw_in_stock_diffusers(name, tmp_path):
     export(student, teacher, tmp_path / "student", {})
     export_lora(student, teacher, tmp_path / "student", tmp_path / "lora")
     names = {p.name for p in (tmp_path / "lora").glob("*.safetensors")}
-    forms = {DIFFUSERS, COMFYUI} if name in ("sd", "sdxl") else {DIFFUSERS}
-    assert names == forms | {TURBO[k] for k in forms}
+    assert names == {DIFFUSERS, COMFYUI, *TURBO.values()}
 
     both = load_file(tmp_path / "lora" / DIFFUSERS)
     alone = load_file(tmp_path / "lora" / TURBO[DIFFUSERS])
@@ -70,8 +69,7 @@ def test_both_files_draw_in_stock_diffusers(name, tmp_path):
         # a text encoder's part is drawn with only by the loader of both
         encoders = file == DIFFUSERS and part == "unet"
         assert node["class_type"] == ("LoraLoader" if encoders else "LoraLoaderModelOnly")
-        own = COMFYUI if part == "unet" else DIFFUSERS
-        assert node["inputs"]["lora_name"] == (own if file == DIFFUSERS else TURBO[own])
+        assert node["inputs"]["lora_name"] == (COMFYUI if file == DIFFUSERS else TURBO[COMFYUI])
 
 
 @pytest.mark.slow

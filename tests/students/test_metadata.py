@@ -155,25 +155,40 @@ def test_new_metadata_leave_the_tensors_and_their_places(made, tmp_path):
 # ---- graphs
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
-@pytest.mark.parametrize("renoise", [True, False])
-def test_the_graph_of_every_family_is_one_that_comfyui_takes(name, renoise, tmp_path):
-    if name.startswith(("dit", "pixart")):
-        pytest.skip("it has no LoRA files")
+ENCODERS = {  # CLIPLoader's type, by its source; the others have a checkpoint or several files
+    "qwen": "qwen_image", "zimage": "lumina2", "lumina": "lumina2", "wan": "wan",
+    "chroma": "chroma", "longcat": "longcat_image", "krea2": "krea2", "ernie": "flux2",
+    "flux2-dev": "flux2", "flux2-klein": "flux2", "pixart-alpha": "pixart",
+    "pixart-sigma": "pixart",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in families.FAMILIES | families.RECENT if n != "dit"])
+def test_the_graph_of_every_family_is_one_that_comfyui_takes(name, tmp_path):
     teacher = load(str(families.build(name, tmp_path)), **families.OPTIONS.get(name, {}))
-    student = schedulers.student(teacher, 2, None, renoise, Adapter(rank=2))
-    facts = describe(student, teacher, {})
-    graph = facts.graph("mine.safetensors", lora=True)
-    assert (graph is None) == (name in ("sana", "lumina"))
-    if graph is None:
-        return
+    for renoise in (True, False):
+        student = schedulers.student(teacher, 2, None, renoise, Adapter(rank=2))
+        facts = describe(student, teacher, {})
+        graph = facts.graph("mine.safetensors", lora=True)
+        assert (graph is None) == (name == "sana")
+        if graph is not None:
+            check_graph(name, renoise, facts, graph)
+
+
+def check_graph(name, renoise, facts, graph):
     assert comfyui.faults(graph) == []
     assert comfyui.graph_sigmas(graph) == pytest.approx(facts.sigmas[2], abs=1e-6)
     kinds = [node["class_type"] for node in graph.values()]
     (sampler,) = (n["inputs"] for n in graph.values() if n["class_type"] == "KSamplerSelect")
     assert sampler == {"sampler_name": "lcm" if renoise else "euler"}
-    assert ("FluxGuidance" in kinds) == (name == "flux-dev")
+    assert ("FluxGuidance" in kinds) == (name in ("flux-dev", "flux2-dev"))
     assert ("ModelSamplingDiscrete" in kinds) == (name == "sd2")
+    assert ("EmptyFlux2LatentImage" in kinds) == (name in ("ernie", "flux2-dev", "flux2-klein"))
+    assert ("QuadrupleCLIPLoader" in kinds) == (name == "hidream")
+    assert ("T5TokenizerOptions" in kinds) == (name == "chroma")
+    assert ("CLIPTextEncodeLumina2" in kinds) == (name == "lumina")
+    types = [n["inputs"]["type"] for n in graph.values() if n["class_type"] == "CLIPLoader"]
+    assert types == ([ENCODERS[name]] if name in ENCODERS else [])
     assert not {"ModelSamplingSD3", "ModelSamplingFlux", "ModelSamplingAuraFlow"} & {*kinds}
     (lora,) = (n["inputs"] for n in graph.values() if n["class_type"] == "LoraLoaderModelOnly")
     assert (lora["lora_name"], lora["strength_model"]) == ("mine.safetensors", 1.0)
@@ -193,9 +208,18 @@ def test_the_graph_lies_beside_the_file_and_in_its_header(name, loaders, made):
     )
     notes = json.loads((folder / "pytorch_lora_weights.json").read_text())
     assert notes["preferred weight"] == 1.0 and notes["sd version"] in ("SD1", "SDXL", "Unknown")
-    # of a UNet's two files, ComfyUI maps kohya's keys whole
+    # of two files of one content, ComfyUI maps its own whole
     (lora,) = (n["inputs"] for n in graph.values() if n["class_type"] == "LoraLoaderModelOnly")
     assert lora["lora_name"] == (COMFYUI if (folder / COMFYUI).exists() else DIFFUSERS)
+
+
+def test_a_prediction_that_comfyui_does_not_expect_is_said_in_the_graph():
+    for family, usual in (("StableDiffusion", "eps"), ("HunyuanDiT", "v")):
+        for predicts in ("eps", "v"):
+            request = comfyui.Request(family, "a", "b", [1.0, 0.0], False, (64, 64), predicts)
+            nodes = comfyui.graph(request).values()
+            said = [n["inputs"]["sampling"] for n in nodes if "sampling" in n["inputs"]]
+            assert said == ([] if predicts == usual else [comfyui.PREDICTIONS[predicts]])
 
 
 def test_a_graph_with_a_fault_is_named():

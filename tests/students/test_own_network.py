@@ -17,7 +17,7 @@ from students.export.sources import user as user_source
 from students.lora import Adapter, network_of
 from teachers import Linear, Network, Pixels, Teacher, UserError, load
 from teachers.denoiser import edm
-from tests.helpers import own
+from tests.helpers import own, preloaded
 
 
 def student_of(teacher, steps=4, renoise=True, adapter=None):
@@ -53,14 +53,20 @@ def test_a_folder_samples_as_the_student_in_another_process(dims, adapter, renoi
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="class_labels"):
         sampler.sample(tmp_path / "student", 5)
-    with pytest.raises(ValueError, match="none of"):
+    with pytest.raises(ValueError, match="one of"):
         sampler.sample(tmp_path / "student", 5, 3, cond=cond)
+    with pytest.raises(ValueError, match="n is 1"):
+        sampler.sample(tmp_path / "student", 0, 4, cond={"class_labels": torch.zeros(0).long()})
+    for wrong in (torch.zeros(5), torch.zeros(5, 1).long(), torch.zeros(4).long(), 3):
+        with pytest.raises(ValueError, match="class_labels"):
+            sampler.sample(tmp_path / "student", 5, 4, cond={"class_labels": wrong})
 
 
 def test_a_folder_needs_no_code_of_ours_and_says_what_is_in_it(tmp_path):
     teacher = load(f"{own.write(tmp_path)}:teacher")
     student = student_of(teacher, 1)
-    exported(student, teacher, tmp_path / "student")
+    with preloaded.real():
+        exported(student, teacher, tmp_path / "student")
     files = {p.name: p.read_text() for p in (tmp_path / "student").glob("*.py")}
     assert len(files) == 2 and not any("teachers" in text for text in files.values())
     assert len(files["sampler.py"].splitlines()) < 100
@@ -229,3 +235,113 @@ def test_the_needed_part_of_a_file_is_taken_word_for_word(tmp_path):
     (tmp_path / "mine_too.py").write_text("Y = 2\n")
     files = user_source.standalone(tmp_path / "plain.py", ["X"], "teacher")
     assert files == {"plain.py": "import mine_too\nX = 1  # all of it\n", "mine_too.py": "Y = 2\n"}
+
+
+# ---- networks of careless users
+
+NET = """
+import torch
+from torch import nn
+{more}
+
+class Net(nn.Module):
+    def __init__(self, size=4):
+        super().__init__()
+        self.size = size
+        self.a = {layer}
+        {init}
+
+    def forward(self, x, t):
+        {first}
+        return self.a(x) + t[:, None]
+
+
+def teacher():
+    from teachers import Linear, Network, Pixels, Teacher
+
+    torch.manual_seed(0)
+    return Teacher(Network({made}, Linear(), "flow"), Pixels(), (4,))
+"""
+PLAIN = {"more": "", "layer": "nn.Linear(size, size)", "init": "", "first": "", "made": "Net()"}
+NORMED = "nn.utils.parametrizations.weight_norm(nn.Linear(size, size))"
+
+
+def of(folder, name="mine.py", **parts):
+    (folder / name).write_text(NET.format(**{**PLAIN, **parts}), encoding="utf-8")
+    return f"{folder / name}:teacher"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"init": "self.rates = [v.item() for v in torch.linspace(0, 1, 3)]"},
+        {"init": "self.k = nn.Parameter(torch.arange(size), requires_grad=False)"},
+        {"more": "\x0c\nX = 'a\u2028b'\n", "init": "self.x = X"},
+        {"layer": NORMED},
+        {"init": "self.a.weight = nn.Parameter(self.a.weight.t())"},
+        {"layer": "nn.Sequential(nn.Linear(size, size), nn.Dropout(0.5), nn.BatchNorm1d(size))"},
+    ],
+)
+def test_unusual_networks_become_students(parts, tmp_path):
+    teacher = load(of(tmp_path, **parts))
+    own_network.check(teacher)
+    own_folder.rehearse(student_of(teacher, 2), teacher)
+
+
+@pytest.mark.parametrize(
+    ("parts", "word"),
+    [
+        ({"first": "x.mul_(2)"}, "writes into x_t"),
+        ({"first": "t.mul_(1000)"}, "writes into t,"),
+        ({"first": "x = x + torch.randn_like(x)"}, "two outputs"),
+        ({"first": "x = x / 0"}, "NaN or infinity"),
+        ({"first": "x = x - x.mean(0)"}, "other samples of its batch"),
+        ({"first": "return (self.a(x) + t[:, None]).detach()"}, "no gradient"),
+        ({"made": "nn.DataParallel(Net())"}, "DataParallel"),
+        ({"made": "Net().bfloat16()", "first": "x = x.bfloat16()"}, "of float32, raised"),
+        ({"layer": "nn.LazyLinear(size)"}, "no shape yet"),
+        ({"init": "self.c = nn.Parameter(torch.ones(2, dtype=torch.complex64))"}, "is complex"),
+        ({"name": "sampler.py"}, "rename"),
+        ({"name": "random.py"}, "rename"),
+    ],
+)
+def test_what_would_fail_or_mislead_later_is_refused(parts, word, tmp_path):
+    with pytest.raises(UserError, match=word) as refused:
+        teacher = load(of(tmp_path, **parts))
+        own_network.check(teacher)
+        own_folder.rehearse(own_network.student(teacher, 1, None, True, None), teacher)
+    assert refused.value.key.startswith("teacher") and ";" in str(refused.value)
+
+
+def test_a_layer_with_a_computed_weight_gets_no_adapter(tmp_path):
+    teacher = load(of(tmp_path, layer=NORMED, init="self.b = nn.Linear(size, size)"))
+    student = student_of(teacher, 1, adapter=Adapter(rank=2))
+    assert {n.split(".lora")[0] for n in student.denoiser.names} == {"backbone.b"}
+
+
+def test_two_folders_have_their_own_files_of_one_name(tmp_path):
+    """In training and in the samplers: the first folder's helper does not stand in the other's."""
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "torch.py").write_text("raise ImportError('not torch')\n")
+        if number == 1:
+            (folder / "helper_of_two.py").write_text("SCALE = 5.0\n")
+        else:
+            (folder / "helper_of_two.py").write_text("SCALE = -3.0\n")
+        (folder / "net_of_two.py").write_text(
+            f"import torch\nfrom torch import nn\n{'from helper_of_two import SCALE'}\n\n\n"
+            "class Net(nn.Linear):\n    def forward(self, x, t):\n"
+            "        return SCALE * super().forward(x)\n"
+        )
+    from teachers.storage.plugin import import_file
+
+    kinds = [import_file(tmp_path / k / "net_of_two.py").Net for k in "12"]
+    assert [user_source.file_of(k, "teacher").parent.name for k in kinds] == ["1", "2"]
+    for k in "12":
+        files = user_source.standalone(tmp_path / k / "net_of_two.py", ["Net"], "teacher")
+        assert files.keys() == {"net_of_two.py", "helper_of_two.py"}  # and not torch.py
+        (tmp_path / k / "torch.py").unlink()
+    modules = [own_folder.sampler_file.read_module(tmp_path / k / "net_of_two.py") for k in "12"]
+    assert [m.SCALE for m in modules] == [5.0, -3.0]
+    assert "helper_of_two" in sys.modules  # of the training process, as it was

@@ -5,8 +5,6 @@ The package `gguf` is optional. Without it a stand-in with two forms of its own 
 
 import importlib.util
 import sys
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,42 +15,18 @@ from students.export.unquantised import base_folder, unquantised
 from students.lora import Adapter
 from teachers import load
 from teachers.storage import original
-from tests.helpers import families, single_files
+from tests.helpers import families, gguf_files, single_files
 from tests.helpers.disturbed import disturbed
+from tests.helpers.gguf_files import write
 from tests.helpers.refusals import refused
 
 NAMES = ["flux-dev", "sd3"]
 HERE = importlib.util.find_spec("gguf") is not None
 
 
-class Reader:
-    """A stand-in for GGUFReader, of what `torch.save` wrote: by name, data, form and shape."""
-
-    def __init__(self, file):
-        content = torch.load(file, weights_only=True)
-        self.fields: dict[str, Any] = {
-            f"comfy.gguf.orig_shape.{k}": SimpleNamespace(parts=[[n] for n in shape],
-                                                          data=range(len(shape)))
-            for k, (_, form, shape) in content.items() if form == "flat"
-        }  # fmt: skip
-        self.tensors = [
-            SimpleNamespace(name=k, data=v.numpy(), tensor_type=form, shape=v.shape[::-1])
-            for k, (v, form, _) in content.items()
-        ]
-
-
-def dequantize(data, form):
-    if form == "unknown":
-        raise NotImplementedError(f"{form} is not decoded")
-    return data.astype("float32") / (64 if form == "bytes" else 1)
-
-
 @pytest.fixture
 def stand_in(monkeypatch):
-    module: Any = ModuleType("gguf")
-    module.GGUFReader = Reader
-    module.quants = SimpleNamespace(dequantize=dequantize)
-    monkeypatch.setitem(sys.modules, "gguf", module)
+    monkeypatch.setitem(sys.modules, "gguf", gguf_files.stand_in())
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +38,6 @@ def made(tmp_path_factory):
 
 def options(name):
     return families.OPTIONS.get(name, {})
-
-
-def write(state, path, forms=("bytes",)):
-    """A stand-in's file: matrices as bytes, the rest in float32; and the weights that it is of."""
-    content, exact = {}, {}
-    for i, (k, v) in enumerate(state.items()):
-        form, value = "plain", v
-        if v.ndim >= 2:
-            form = forms[i % len(forms)]
-            value = (v * 64).round().clamp(-127, 127).to(torch.int8)
-            exact[k] = value.float() / 64
-            if form == "flat":
-                value, form = value.float().flatten() / 64, "flat"
-        exact.setdefault(k, v)
-        content[k] = (value, form, list(v.shape))
-    torch.save(content, path)
-    return str(path), exact
 
 
 def converted(exact):

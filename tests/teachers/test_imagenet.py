@@ -202,6 +202,23 @@ def test_damaged_weights_are_refused_in_one_line(folder, change, words):
         read(folder, weights)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("uvit", "decoder_pred.bias", None),
+        ("uvit", "label_emb.weight", torch.tensor(1.0)),
+        ("sit", "final_layer.linear.bias", torch.tensor(1.0)),
+        ("sit", "final_layer.linear.weight", torch.ones(3)),
+    ],
+)
+def test_damaged_ends_of_networks_are_refused_in_one_line(folder, name, key, value):
+    weights = imagenet.PUBLISHED[name]()
+    assert key in weights
+    weights = {k: v for k, v in weights.items() if k != key}
+    with refused("teacher '*'"):
+        read(folder, weights if value is None else {**weights, key: value})
+
+
 class Foreign:
     """A class that no weight file needs."""
 

@@ -240,3 +240,36 @@ def test_scaled_weights_of_other_parts_are_refused(made, encoder, tmp_path):
     file = changed(made, "flux-dev", tmp_path, lambda s: s.update(extra))
     with refused("teacher '*'", "scale_weight", "precision"):
         load(file, config=str(made["flux-dev"][0]), **OPTIONS["flux-dev"])
+
+
+def quantised(state, name, text):
+    """A weight with settings of 4 bits, which are of this text."""
+    settings = torch.tensor(list(text), dtype=torch.uint8)
+    scales = {f"{name}.absmax": torch.ones(1), f"{name}.quant_map": torch.ones(16)}
+    return {**state, **scales, f"{name}.quant_state.bitsandbytes__nf4": settings}
+
+
+QKV = {
+    "flux-schnell": "double_blocks.0.img_attn.qkv.weight",
+    "sd3": "joint_blocks.0.x_block.attn.qkv.weight",
+}
+DAMAGED = {
+    "a number": lambda s, k: {**s, k: torch.tensor(1.0)},
+    "a third": lambda s, k: {**s, k: s[k][:5]},
+    "integers": lambda s, k: {**s, k: (100 * s[k]).to(torch.int8)},
+    "no settings": lambda s, k: quantised(s, k, b'{"shape": [4'),
+    "no codes": lambda s, k: quantised(s, k, b'{"shape": [4, 4], "blocksize": 64}'),
+    "wrong scales": lambda s, k: {
+        **s, k: s[k].to(torch.float8_e4m3fn), k.replace("weight", "scale_weight"): torch.ones(7)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", DAMAGED)
+@pytest.mark.parametrize("name", QKV)
+def test_damaged_weights_of_a_file_are_refused_in_one_line(made, name, fault, tmp_path):
+    folder, teacher = made[name]
+    state = DAMAGED[fault](single_files.network(teacher.codec.pipe), QKV[name])
+    file = single_files.save(state, tmp_path / "a.safetensors")
+    with refused("teacher '*'"):
+        load(file, config=str(folder), **OPTIONS.get(name, {}))

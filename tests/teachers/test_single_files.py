@@ -106,6 +106,14 @@ def test_files_that_are_not_whole_are_refused(files, part, tmp_path):
         load(str(tmp_path / "part.safetensors"), config=str(files / "sd15"))
 
 
+def test_integers_without_scales_are_refused(files, tmp_path):
+    weights = load_file(files / "sd15.safetensors")
+    name = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
+    save_file({**weights, name: weights[name].to(torch.int8)}, tmp_path / "int8.safetensors")
+    with refused("teacher '*'", name):
+        load(str(tmp_path / "int8.safetensors"), config=str(files / "sd15"))
+
+
 def test_what_is_no_such_file_is_refused(files, tmp_path):
     file = tmp_path / "other.safetensors"
     save_file({"a.weight": torch.ones(2)}, file)
@@ -122,6 +130,17 @@ def test_what_is_no_such_file_is_refused(files, tmp_path):
         load(str(files / "sd15"), config=str(files / "sd15"))
     with refused("teacher '*'", "nul_label"):
         load(str(files / "sd15.safetensors"), config=str(files / "sd15"), nul_label=3)
+
+
+@pytest.mark.parametrize("keys", [
+    ("unet.down_blocks.0.to_q.lora_A.weight", "unet.down_blocks.0.to_q.lora_B.weight"),
+    ("lora_unet_a.lora_down.weight", "lora_unet_a.lora_up.weight", "lora_unet_a.alpha"),
+    ("lora_unet_a.hada_w1_a", "lora_unet_a.alpha"),
+])  # fmt: skip
+def test_a_lora_is_called_one_and_its_key_is_named(keys, tmp_path):
+    save_file({k: torch.ones(2, 2) for k in keys}, tmp_path / "style.safetensors")
+    with refused("teacher '*'", "it is a LoRA", "teacher.source", "teacher.adapters: [{file: "):
+        load(str(tmp_path / "style.safetensors"))
 
 
 def test_without_a_config_the_familys_settings_are_downloaded(files, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from distill.data.fingerprint import fingerprint
 from teachers import load
 from teachers.errors import UserError
 from teachers.quantised import decode, encode
-from tests.helpers import families
+from tests.helpers import families, packed
 from tests.helpers import lora_formats as formats
 
 AB = ("{}.lora_A.weight", "{}.lora_B.weight")
@@ -261,6 +262,24 @@ def test_changes_are_added_in_float32_and_rounded_once(sd):
         assert torch.equal(layer.weight, expected), name
 
 
+@pytest.mark.parametrize("form", ["8 bits", "nf4"])
+def test_changes_are_added_to_what_quantised_files_stand_for(form, folders, tmp_path):
+    """And not to their codes; rounded once, from the decoded weights in float32."""
+    name, options = "flux-schnell", families.OPTIONS["flux-schnell"]
+    folder = shutil.copytree(folders(name), tmp_path / "packed")
+    packed.pack(folder / "transformer", form)
+    plain = load(str(folder), **options)
+    network = plain.codec.pipe.transformer
+    pairs = formats.factors(network, formats.layers_of(network, ATTENTION))
+    file = formats.save(formats.peft(pairs, "transformer"), tmp_path / "style.safetensors")
+    adapters = [{"file": str(file), "strength": 0.5}]
+    teacher = load(str(folder), **options, precision="bf16", adapters=adapters)
+    state = teacher.codec.pipe.transformer.state_dict()
+    for layer, change in dense(pairs).items():
+        expected = network.get_submodule(layer).weight + 0.5 * change
+        assert torch.equal(state[f"{layer}.weight"], expected.bfloat16()), layer
+
+
 def test_stock_diffusers_adds_the_same_change(sd):
     folder, plain, file, _ = sd
     path = file()
@@ -311,6 +330,57 @@ def test_keys_that_are_no_low_rank_change_are_refused(key, alone, sd, tmp_path):
     with pytest.raises(UserError) as error:
         loaded(folder, "sd", (path, 1.0))
     assert error.value.key == "teacher.adapters.0.file" and key in str(error.value)
+
+
+FAULTS = {  # what is done to a file's tensors, of which `a` and `b` are a layer's factors
+    "nan": lambda s, a, b: {**s, b: s[b] / 0 * 0},
+    "infinite": lambda s, a, b: {**s, a: s[a] / 0},
+    "no rank": lambda s, a, b: {**s, a: s[a][:0], b: s[b][:, :0]},
+    "vector": lambda s, a, b: {**s, a: torch.ones(3)},
+    "number": lambda s, a, b: {**s, b: torch.tensor(1.0)},
+    "ranks differ": lambda s, a, b: {**s, a: torch.cat([s[a], s[a]])},
+    "two adapters": lambda s, a, b: {**s, a.replace(".weight", ".second.weight"): s[a]},
+    "two names": lambda s, a, b: {
+        **s, **{"lora_unet_" + k[5:].replace(".", "_", k.count(".") - 2): s[k] for k in (a, b)}
+    },
+    "alpha nan": lambda s, a, b: {**s, a.replace(".lora_A.weight", ".alpha"): torch.tensor(1) / 0},
+    "alphas": lambda s, a, b: {**s, a.replace(".lora_A.weight", ".alpha"): torch.ones(2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_with_a_damaged_layer_is_refused(fault, sd, tmp_path):
+    folder, plain, _, layers = sd
+    state = formats.peft(formats.factors(plain.codec.pipe.unet, layers), "unet")
+    factors = (f"unet.{layers[1]}.lora_A.weight", f"unet.{layers[1]}.lora_B.weight")
+    path = formats.save(FAULTS[fault](state, *factors), tmp_path / "odd.safetensors")
+    with pytest.raises(UserError) as error:
+        loaded(folder, "sd", (path, 1.0))
+    assert error.value.key == "teacher.adapters.0.file"
+    assert layers[1].replace(".", "_") in str(error.value).replace(".", "_")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lora_alpha": "much"}, {"lora_alpha": float("nan")}, {"alpha_pattern": ["to_q"]},
+     {"alpha_pattern": {"(": 2}}],
+)  # fmt: skip
+def test_damaged_settings_are_refused(settings, sd):
+    folder, _, file, _ = sd
+    with pytest.raises(UserError, match="lora_alpha or alpha_pattern") as error:
+        loaded(folder, "sd", (file(settings=settings), 1.0))
+    assert error.value.key == "teacher.adapters.0.file"
+
+
+def test_an_absurd_strength_is_refused_and_a_file_given_twice_is_told(sd, capsys):
+    folder, plain, file, layers = sd
+    with pytest.raises(UserError, match="no longer finite") as error:
+        loaded(folder, "sd", (file(), 1e39))
+    assert error.value.key == "teacher.adapters"
+    twice = loaded(folder, "sd", (file(), 0.5), (file(), 0.25))
+    assert "in the list twice" in capsys.readouterr().err
+    expected = dense(formats.factors(plain.codec.pipe.unet, layers))
+    check(changes(twice, plain, "unet"), expected, 0.75)
 
 
 def test_a_file_for_another_base_is_refused(sd, tmp_path):

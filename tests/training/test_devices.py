@@ -4,6 +4,8 @@ Under `make test` the device is the fake one of helpers/fake_gpu.py; under `make
 GPU. Inside `hot()` either also refuses what makes the host wait.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,7 +15,9 @@ from distill.data.stream import Stream
 from distill.evaluation import subject
 from distill.objectives.trajectory.progressive import Progressive
 from distill.planning.doctor import diagnose
+from distill.sampling import teacher_sampler
 from distill.sampling.guided_teacher import guided, load_teacher
+from distill.sampling.timesteps import gits
 from distill.training import build
 from students import schedulers
 from students.export import formats, lora_files
@@ -71,6 +75,7 @@ def test_every_objective_trains_samples_and_resumes(name, way, pipelines, tmp_pa
     assert all(v.isfinite() for log in logs for v in log.values())
     assert {v.device.type for v in engine.ema.mean} == {gpu.type}
     engine.latest = logs[-1]
+    engine.shown = engine.shown[:6]  # two batches
     engine.sample()
     assert list((tmp_path / "run" / "samples").iterdir())
     engine.save()
@@ -139,7 +144,8 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("how", DRAWN)
-def test_a_teachers_pictures_are_the_hosts(how, gpu):
+def test_a_teachers_pictures_are_the_hosts(how, gpu, monkeypatch):
+    monkeypatch.setattr(teacher_sampler, "gits", partial(gits, fine_steps=12))
     pairs = []
     for device in (torch.device("cpu"), gpu):
         found = subject.teacher("digits", device, **DRAWN[how])

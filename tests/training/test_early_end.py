@@ -109,7 +109,10 @@ def test_a_metric_that_training_raises_is_kept_with_the_other_sign(pipelines, tm
     engine.evaluate = lambda steps: {"raised": "score", "score": 2.0 + engine.step}
     engine.train()
     assert engine.curve == [-3.0, -4.0]
-    assert engine.best == math.inf
+    assert engine.best == -4.0
+    about = checkpoint.about(engine.root / "best")
+    assert (about["step"], about["score"]) == (2, 4.0)
+    assert engine._evaluate() == "score 4.000 at 1 step"
 
 
 def test_a_run_ends_at_the_first_logged_step_after_its_hours(pipelines, tmp_path):
@@ -132,6 +135,15 @@ def test_flat_needs_a_measurement_in_training(section):
     with refused("eval.stop_when_flat", "set eval"):
         Recipe.check(tree(stop_when_flat={}, **section))
     assert Recipe.check(tree(stop_when_flat={}, protocol="digits", every=2))
+
+
+def test_samples_are_of_a_metric_and_a_protocol_has_its_own():
+    with refused("eval.samples", "512", "digits"):
+        Recipe.check(tree(protocol="digits", samples=512))
+    assert Recipe.check(
+        tree(protocol="digits", samples=256)
+    )  # the default, as resolved recipes say
+    assert Recipe.check(tree(metric="mine.py:score", samples=512)).eval.samples == 512
 
 
 SUMMARY = {"steps": 6, "wall_s": 60.0}

@@ -1,6 +1,7 @@
 """Guards: scores of known samples, and runs that stop at planted scores."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from PIL import Image
 from distill.cli.train import goes_on
 from distill.config.recipe import Recipe
 from distill.config.schema import GuardsSection
-from distill.early_stop import scores
+from distill.early_stop import measurement, scores
 from distill.early_stop.guards import Guards
 from distill.early_stop.measurement import pictures_beside
 from distill.evaluation.finish import summarise
@@ -61,6 +62,14 @@ def test_nearest_is_the_share_of_the_teachers_distance_to_the_pictures():
     assert scores.nearest(teacher + 1, teacher, teacher[0]) == 1.0  # of distance 0 there is no part
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_samples_that_are_not_finite_have_the_score_0(value):
+    teacher, student = normal(4, 4, 16, seed=0), normal(4, 4, 16, seed=1)
+    student[1, 2, 3] = value
+    assert scores.diversity(student, teacher) == scores.matching(student, teacher) == 0
+    assert scores.nearest(student, teacher, teacher[0]) == 0
+
+
 def test_pictures_of_the_user_lie_beside_captions(tmp_path):
     for name in ("a.txt", "b.txt", "b.json"):
         (tmp_path / name).touch()
@@ -68,6 +77,15 @@ def test_pictures_of_the_user_lie_beside_captions(tmp_path):
         Image.new("RGB", (2, 2)).save(tmp_path / name)
     assert [p.name for p in pictures_beside(str(tmp_path))] == ["a.PNG", "b.jpg"]
     assert pictures_beside(str(tmp_path / "a.txt")) == pictures_beside(None) == []
+
+
+def test_pictures_that_cannot_be_read_are_no_pictures(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "a.png").write_text("no picture")
+    monkeypatch.setattr(measurement, "picture_shape", lambda teacher: (3, 4, 4))
+    data = SimpleNamespace(captions=str(tmp_path), source=None)
+    check = SimpleNamespace(recipe=SimpleNamespace(data=data), teacher=None)
+    assert measurement.Measurement._pictures(check) is None
 
 
 # ---- verdicts

@@ -1,9 +1,11 @@
 """Runs from a network of the user's own: objectives, resuming, metrics and data of one's own."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distill.config.recipe import Recipe
 from distill.evaluation.finish import finish
@@ -99,12 +101,18 @@ def test_checkpointing_and_grids_where_the_network_has_them(tmp_path):
         ("{file}:linear", "raised"),
         ("{file}:words", "returned str"),
         ("score", "file.py:function"),
+        ("{file}:unknown", "is nan"),
+        ("{file}:named", "'steps'"),
     ],
 )
 def test_metrics_that_give_no_number_are_refused_before_anything_is_written(
     metric, part, tmp_path, capsys
 ):
-    text = own.FLOW + "\n\ndef words(samples):\n    return 'good'\n"
+    text = own.FLOW + (
+        "\n\ndef words(samples):\n    return 'good'\n"
+        "\n\ndef unknown(samples):\n    return samples.mean() * float('nan')\n"
+        "\n\ndef named(samples):\n    return {'steps': 1.0}\n"
+    )
     file = own.write(tmp_path, text)
     tree = tree_of(file, "sid", eval={"metric": metric.format(file=file)})
     with pytest.raises(UserError, match=part) as refused:
@@ -140,3 +148,78 @@ def test_a_compiled_network_exports(tmp_path):
     except UserError as error:
         pytest.skip(str(error))  # this machine cannot compile
     assert finish(run)["failed"] == {}
+
+
+METRICS = """
+
+def in_place(samples, reference):
+    reference.zero_()
+    torch.manual_seed(1)
+    return samples.mul_(0).sum() + 1
+
+
+def with_setting(samples, bins=10):
+    return bins
+
+
+def with_reference(samples, reference=None):
+    return (samples - reference).norm()
+
+
+def anything(*given):
+    return len(given)
+
+
+class Kept:
+    def __call__(self, samples, *, bins=3):
+        return bins
+
+
+kept = Kept()
+"""
+
+
+def test_a_metric_gets_its_own_copies_and_keeps_its_settings(tmp_path):
+    file = own.write(tmp_path, own.FLOW + METRICS)
+
+    def metric(name):
+        tree = tree_of(file, "sid", eval={"metric": f"{file}:{name}", "samples": 8})
+        return build.build(Recipe.check(tree), tmp_path / name).metric
+
+    spoiling = metric("in_place")
+    samples, state = torch.ones(8, 2), torch.random.get_rng_state()
+    before = spoiling.reference(0).clone()
+    assert spoiling.numbers(samples, spoiling.reference(0)) == {"in_place": 1.0}
+    assert torch.equal(spoiling.reference(0), before) and samples.sum() == 16
+    assert torch.equal(torch.random.get_rng_state(), state)
+    values = {k: metric(k).numbers(samples, samples) for k in
+              ("with_setting", "with_reference", "anything", "kept")}  # fmt: skip
+    assert [v for row in values.values() for v in row.values()] == [10.0, 0.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("values", ["torch.arange(size)", "torch.arange(size) + 0.5"])
+def test_integers_and_frozen_parameters_stay_as_they_are(values, tmp_path):
+    text = own.FLOW.replace(
+        "self.size = size\n",
+        f"self.size = size\n        self.places = nn.Parameter({values}, False)\n",
+    ).replace("self.extra(x)", "(self.extra(x) + 0.1 * self.places)")
+    assert text.count("self.places") == 2
+    file = own.write(tmp_path, text)
+    run = trained(own.recipe_tree(file, "dmd2"), tmp_path / "run")
+    assert finish(run)["failed"] == {}
+    weights = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    kind, more = (torch.float32, 0.5) if "0.5" in values else (torch.int64, 0)
+    assert weights["places"].tolist() == [more, 1 + more] and weights["places"].dtype == kind
+
+
+def test_a_script_that_switches_gradients_off_does_so_for_itself_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = own.FLOW.replace("SIZE = 2\n", "SIZE = 2\ntorch.set_grad_enabled(False)\n").replace(
+        "    net = Net()\n",
+        "    import os\n    os.chdir('/')\n    torch.set_default_dtype(torch.float64)\n"
+        "    net = Net().float()\n",
+    )
+    file = own.write(tmp_path, text)
+    run = trained(own.recipe_tree(file, "dmd2"), tmp_path / "run")
+    assert run.engine.step == 4 and torch.is_grad_enabled()
+    assert torch.get_default_dtype() is torch.float32 and Path.cwd() == tmp_path

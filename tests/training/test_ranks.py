@@ -1,4 +1,4 @@
-"""Two processes are one process: the same weights after 20 steps, for each family."""
+"""Two processes are one process: the same weights after 10 steps, for each family."""
 
 import json
 import os
@@ -21,12 +21,12 @@ ENV = {
 }
 
 
-def launch(n: int, port: int, script: str, *words) -> None:
-    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+def launch(n: int, *words) -> None:
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     command = [
         sys.executable,
         *(["-m", *launcher] if n == 2 else []),
-        str(ROOT / "tests" / "helpers" / script),
+        str(ROOT / "tests" / "helpers" / "ranks.py"),
     ]
     result = subprocess.run([*command, *map(str, words)], env=ENV, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -38,7 +38,7 @@ def trained(pipelines, tmp_path_factory) -> dict[int, Path]:
     folders = {}
     for n in (1, 2):
         folders[n] = tmp_path_factory.mktemp(f"ranks{n}")
-        launch(n, 29517, "ranks.py", pipelines["edm"], folders[n])
+        launch(n, pipelines["edm"], folders[n])
     return folders
 
 
@@ -68,11 +68,9 @@ def test_guards_stop_all_processes_at_one_step_with_the_best_student(trained):
 
 
 @pytest.fixture(scope="module")
-def stopped(pipelines, tmp_path_factory) -> Path:
+def stopped(trained) -> Path:
     """What two processes did when one of them, and not the other, was asked to stop."""
-    folder = tmp_path_factory.mktemp("stopped")
-    launch(2, 29519, "ranks_stopped.py", pipelines["edm"], folder)
-    return folder
+    return trained[2] / "stopped"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 """A student that starts as an earlier one."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,10 +12,12 @@ from distill.config.recipe import Recipe
 from distill.sampling.guided_teacher import load_teacher
 from distill.training.networks import build_networks, objective_of
 from students.export import earlier, lora_files
-from students.export.folder import load_student, sample_student
+from students.export.folder import SIDECAR, load_student, sample_student
 from students.export.forms import form_of
 from students.lora import Adapter, adapter_of
 from teachers import load
+from teachers.adapters.files import LoRAFile
+from teachers.adapters.fuse import Fusion
 from teachers.errors import UserError
 from tests.helpers import lora_formats
 from tests.tuning.conftest import tree_of
@@ -90,6 +96,24 @@ def test_without_a_lora_file_it_starts_on_the_weights_in_the_folder(teacher, stu
         assert any(p.requires_grad or adapters for p in made.parameters())
         assert (adapter_of(made.denoiser) is not None) is (adapters is not None)
         assert not lora_files.possible(made, codec)  # a file would need these weights below it
+
+
+def test_a_lora_file_in_the_weights_is_not_added_again_under_another_name_or_strength(tmp_path):
+    known = {"file": "style.safetensors", "sha256": "ab", "strength": 0.75}
+    (tmp_path / SIDECAR).write_text(json.dumps({"adapters": [known]}))
+
+    def file(name, sha256, strength):
+        return LoRAFile(tmp_path / name, "key", strength, sha256, (), 0)
+
+    def lacking(*files):
+        found = earlier.new_files(tmp_path, SimpleNamespace(fusion=Fusion(files)))
+        return [(Path(f["file"]).name, f["strength"]) for f in found]
+
+    assert lacking(file("renamed.safetensors", "ab", 0.75)) == []
+    assert lacking(file("style.safetensors", "ab", 1.0)) == [("style.safetensors", 0.25)]
+    assert lacking(file("style.safetensors", "cd", 0.75)) == [("style.safetensors", 0.75)]
+    twice = (file("style.safetensors", "ab", 0.75), file("copy.safetensors", "ab", 0.5))
+    assert lacking(*twice) == [("copy.safetensors", 0.5)]
 
 
 def test_a_plan_reads_no_weights_of_an_earlier_student(teacher):

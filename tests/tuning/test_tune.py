@@ -1,18 +1,24 @@
 """`distill tune` on a tiny pipeline: what it leaves, what it refuses, and how it goes on."""
 
+import fcntl
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill.data.prompts import list_prompts
+from distill.publish.card import card
+from distill.training import run_folder
 from distill.training.run_folder import write_recipe
 from distill.tuning import pictures as lesson
 from distill.tuning import tune as tuning
+from distill.tuning.pictures import OWN_PROMPTS
 from distill.tuning.recipes import Places, Settings, student_recipe, teacher_recipe
 from distill.tuning.student import tunable
 from students.export.lora_files import DIFFUSERS, TURBO
-from teachers.errors import UserError
+from teachers.errors import UserError, note, notes_once
 from tests.helpers.command_line import called
 
 SMALL = ["--steps", 2, "--teacher-steps", 2, "--samples", 6]
@@ -108,6 +114,37 @@ def test_what_the_command_prints_and_trains(student, pictures, trained, tmp_path
     assert figures["students"]["1"] == ROW
 
 
+def test_the_figures_are_on_the_card_and_on_the_page(student, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(student, run)
+    (run / "summary.json").write_text(json.dumps({"steps": 2, "wall_s": 1.0, "metrics": {}}))
+    (run / "metrics.jsonl").write_text('{"step": 1, "student/loss": 0.5}\n')
+    unknown = {**ROW, "teacher_equivalent_steps": None, "steps_kept": None}
+    figures = {"method": "teacher", "pictures": 20, "teacher_steps": 25,
+               "students": {"1": ROW, "2": unknown}}  # fmt: skip
+    (run / "tune.json").write_text(json.dumps(figures))
+    tuning.write_pages(run)
+    assert capsys.readouterr().err == ""
+    text = (run / "student" / "README.md").read_text()
+    assert "| 1 step | 0.96 | 4 | 0.80 | 0.90 |" in text and "on 20 pictures" in text
+    assert "| 2 steps | unknown | more than 25 | 0.80 | 0.90 |" in text
+    page = (run / "report.html").read_text()
+    assert "<td>1 step</td><td>0.96</td><td>4</td>" in page and "tuned teacher in 25 steps" in page
+    assert "## Tuning" in card(run).text
+    (run / "tune.json").write_text(json.dumps({**figures, "students": {"1": {}}}))
+    tuning.write_pages(run)
+    assert "tune.json: damaged" in capsys.readouterr().err
+
+
+def test_a_note_is_written_once(capsys):
+    with notes_once():
+        for line in ("a: 72 of 72 pairs", "b: 1 of 1 pairs", "a: 72 of 72 pairs"):
+            note(line)
+    note("a: 72 of 72 pairs")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"distill: {k}" for k in ("a: 72 of 72 pairs", "b: 1 of 1 pairs")] + lines[:1]
+
+
 def test_what_was_stopped_goes_on(student, pictures, trained, tmp_path, monkeypatch):
     """Stopped between the two runs, and then after the second: nothing is trained twice."""
     places = Places(tmp_path / "tuned", pictures)
@@ -129,12 +166,49 @@ def test_what_was_stopped_goes_on(student, pictures, trained, tmp_path, monkeypa
     trained.clear()
     assert tuning.tune(str(student), places, settings, resume=True) == figures
     other = Places(tmp_path / "other", pictures, tmp_path / "tuned-teacher")
-    tuning.tune(str(student), other, Settings(method="anchor", steps=1))
+    tuning.tune(str(student), other, Settings(method="plain", steps=1))
     assert list(trained) == ["other"]  # on the teacher that there was
     with pytest.raises(UserError) as error:  # the same folders, other settings
         changed = Settings(method="plain", steps=2, teacher_steps=2, teacher_rate=0.5)
         tuning.tune(str(student), places, changed, resume=True)
     assert error.value.key == "--resume"
+
+
+def test_figures_of_another_number_of_pictures_are_no_answer(
+    student, pictures, trained, tmp_path, monkeypatch
+):
+    places, settings = Places(tmp_path / "tuned", pictures), Settings(steps=2, teacher_steps=2)
+    drawn = []
+    measured = tuning.measured
+    monkeypatch.setattr(
+        tuning, "measured",
+        lambda judged: drawn.append(judged.samples) or {**measured(judged), "samples": drawn[-1]},
+    )  # fmt: skip
+    for samples in (4, 4, 8):
+        tuning.tune(str(student), places, settings, samples=samples, resume=bool(drawn))
+    assert drawn == [4, 8]
+    (places.out / "tune.json").write_text("{cut off")
+    assert tuning.tune(str(student), places, settings, samples=8, resume=True)["samples"] == 8
+
+
+def test_a_folder_at_work_is_refused_before_anything_is_written(student, pictures, tmp_path):
+    places = Places(tmp_path / "tuned", pictures)
+    places.teacher.mkdir()
+    with (places.teacher / run_folder.LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for resume in (False, True):
+            with pytest.raises(UserError) as error:
+                tuning.tune(str(student), places, Settings(), resume=resume)
+            assert error.value.key == "--out"
+    assert [p.name for p in places.teacher.iterdir()] == [run_folder.LOCK]
+
+
+def test_a_student_of_one_step_is_not_tuned_by_the_anchor(student, pictures, trained, tmp_path):
+    places = Places(tmp_path / "tuned", pictures)
+    with pytest.raises(UserError) as error:
+        tuning.tune(str(student), places, Settings(method="anchor"))
+    assert error.value.key == "--method" and "--method teacher" in str(error.value)
+    assert not trained and not places.out.exists() and not places.teacher.exists()
 
 
 def test_the_recipes_of_the_methods(student, pictures, tmp_path):
@@ -147,7 +221,7 @@ def test_the_recipes_of_the_methods(student, pictures, tmp_path):
     assert first.players["student"].lr == 0.5
     assert first.objective["known_from"] == 9
     found = {
-        m: student_recipe(source, places, Settings(method=m, overrides=["train.batch=3"]))
+        m: student_recipe(source, places, Settings(method=m, overrides=["train.batch=3"]), 9)
         for m in ("teacher", "anchor", "plain")
     }
     assert {r.train.batch for r in found.values()} == {3}
@@ -157,9 +231,11 @@ def test_the_recipes_of_the_methods(student, pictures, tmp_path):
     }  # fmt: skip
     assert found["teacher"].objective["student_every"] == 2  # as in the student's run
     assert found["teacher"].players["fake"].lr == 2e-3
-    keys = ("anchor", "where")
-    assert [found["anchor"].objective[k] for k in keys] == [0.5, "steps"]
-    assert [found["plain"].objective[k] for k in keys] == [0.0, "times"]
+    keys = ("anchor", "where", "known_from")
+    assert [found["anchor"].objective[k] for k in keys] == [0.5, "steps", 9]
+    assert [found["plain"].objective[k] for k in keys] == [0.0, "times", None]
+    assert found["anchor"].data.source == str(places.pictures)  # with neutral ones
+    assert found["plain"].data.source == str(pictures.resolve())
     own = [v.file for v in found["plain"].teacher.adapters or ()]
     assert own == [str(student / "lora" / DIFFUSERS)]
 
@@ -169,7 +245,7 @@ def test_a_student_without_lora_files_is_tuned_on_its_own_weights(student, pictu
     folder.symlink_to(student / "student")
     source = tunable(str(folder))
     assert source.lora is None
-    recipe = student_recipe(source, Places(tmp_path / "out", pictures), Settings(method="plain"))
+    recipe = student_recipe(source, Places(tmp_path / "out", pictures), Settings(method="plain"), 9)
     assert recipe.teacher.source == str((student / "student").resolve())
     assert recipe.teacher.adapters is None
 
@@ -184,6 +260,21 @@ def test_prompts_are_the_captions_their_phrases_anew_and_neutral_ones(
     wugs = [p for p in prompts if "wug" in p]
     assert (len(prompts), len(wugs)) == (40, 30) and all("wug" in p for p in prompts[:30])
     assert set(learned.captions) <= set(wugs)
+
+
+def test_a_caption_of_several_lines_shifts_no_prompt(student, pictures, tmp_path):
+    """The known prompts begin at a number, and so at a line of the file."""
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    (folder / "0.txt").write_text("a wug on a hill,\nin the rain\n\nsecond\x0bpart \u2028 end")
+    (tmp_path / "neutral.csv").write_text('text\n"a dog\n\nin a box"\na cat\n')
+    recipe = tunable(str(student)).recipe
+    learned = lesson.lessons(str(folder), f"{tmp_path / 'neutral.csv'}:text", recipe)
+    assert learned.captions[0] == "a wug on a hill, in the rain second part end"
+    lesson.write_prompts(tmp_path / "prompts", learned, 0)
+    listing = list_prompts(str(tmp_path / "prompts"))
+    assert not listing.bad and len(listing.items) == 1000
+    known = [item.prompt for item in listing.items[OWN_PROMPTS:]]
+    assert set(known) == {"a dog in a box", "a cat"}
 
 
 def test_pictures_are_the_users_and_as_many_of_the_teachers_own(student, pictures, tmp_path, few):
@@ -227,6 +318,7 @@ def test_nothing_is_left_where_the_teacher_cannot_be_read(
         (["STUDENT", "--data", "nowhere"], "--data"),
         (["STUDENT", "--data", "EMPTY"], "--data"),
         (["STUDENT", "--data", "UNCAPTIONED"], "--data"),
+        (["STUDENT", "--data", "TWO"], "--data"),
         (["STUDENT", "--data", "PICTURES", "--method", "self"], "--method self"),
         (["STUDENT", "--data", "PICTURES", "--method", "magic"], "--method 'magic'"),
         (["STUDENT", "--data", "PICTURES", "--rate", "0"], "--rate"),
@@ -245,10 +337,13 @@ def test_what_cannot_be_tuned_is_refused_in_one_line_and_nothing_is_written(
     (tmp_path / "empty").mkdir()
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone/0.png").write_bytes((pictures / "0.png").read_bytes())
+    (tmp_path / "two").mkdir()
+    for name in ("0.png", "0.txt", "1.png", "1.txt"):
+        (tmp_path / "two" / name).write_bytes((pictures / name).read_bytes())
     before = sorted(tmp_path.rglob("*"))
     places = {
         "STUDENT": student, "TEACHER": teacher, "PICTURES": pictures, "EMPTY": "empty",
-        "UNCAPTIONED": "alone", "EMPTY/..": tmp_path,
+        "UNCAPTIONED": "alone", "TWO": "two", "EMPTY/..": tmp_path,
     }  # fmt: skip
     code, out, err = called(capsys, "tune", *(places.get(w, w) for w in words))
     assert (code, out) == (2, "")

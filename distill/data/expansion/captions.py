@@ -94,7 +94,7 @@ def read_captions(place: str) -> list[str]:
             f"{where}: no such folder or file; give a folder of .txt files, or a text file with a "
             "caption on each line (or data.source, whose captions this key names)"
         )
-    captions = [c for c in captions if c]
+    captions = [c for c in captions if c.strip(" ,")]
     if not captions:
         raise UserError(f"{where} holds no captions in .txt; give 20 to 200")
     return captions

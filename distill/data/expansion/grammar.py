@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +107,7 @@ def _without_trigger(captions: list[str]) -> tuple[str, str, list[str]]:
         rests = [c[len(lead) :].strip(" ,") for c in captions]
         return lead.rstrip(","), ", " if lead.endswith(",") else " ", rests
     parts = [[p.strip() for p in c.split(",")] for c in captions]
-    counts = {p: sum(p in some for some in parts) for some in parts for p in some}
+    counts = Counter(p for some in parts for p in set(some))
     for phrase in sorted(counts, key=lambda p: (-counts[p], p)):
         if counts[phrase] < max(2, SHARED * len(captions)):
             break

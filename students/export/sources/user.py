@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 from students.own_network import is_plain
 from teachers.denoiser import Network
 from teachers.errors import UserError
+from teachers.storage.plugin import is_installed
 
 OURS = ("teachers", "students", "distill", "eval")
+RESERVED = ("sampler.py", "call.py")  # of a student's folder
 FUTURE = "from __future__ import annotations\n"
 
 
@@ -53,6 +55,10 @@ def sources_of(network: Network, who: str) -> Sources:
         )
     path = file_of(kind, who)
     files = {} if path is None else standalone(path, [kind.__name__], who)
+    if clash := next((k for k in files if k in RESERVED or is_installed(Path(k).stem)), None):
+        raise UserError(
+            f"{who}: {clash} would hide another module in a student's folder; rename your file"
+        )
     call, attributes = None, {}
     if type(network).call is not Network.call:
         call, text, attributes = call_of(network, who)
@@ -90,24 +96,42 @@ def standalone(path: Path, names: Iterable[str], who: str) -> dict[str, str]:
     Raises:
         UserError: they need something of ours.
     """
-    text = path.read_text(encoding="utf-8")
+    text = source_text(path, who)
     tree = ast.parse(text)
     if any(of_ours(node) for node in imports_of(tree.body)):
         text = part_of(text, names, path, who)
     files = {path.name: text}
-    todo = [path.parent / f"{m}.py" for m in modules_of(ast.parse(text).body)]
+    todo = neighbours(ast.parse(text).body, path.parent)
     for neighbour in todo:
-        if neighbour.name in files or not neighbour.is_file():
+        if neighbour.name in files:
             continue
-        files[neighbour.name] = text = neighbour.read_text(encoding="utf-8")
+        files[neighbour.name] = text = source_text(neighbour, who)
         body = ast.parse(text).body
         if any(of_ours(node) for node in imports_of(body)):
             raise UserError(
                 f"{who}: {path.name} imports {neighbour.name}, which imports this project's "
                 "packages; move what the network needs to a file that does not"
             )
-        todo += [path.parent / f"{m}.py" for m in modules_of(body)]
+        todo += neighbours(body, path.parent)
     return files
+
+
+def source_text(path: Path, who: str) -> str:
+    """The text of a Python file.
+
+    Raises:
+        UserError: it is not in UTF-8, as a student's folder has it.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")  # ast.parse takes no byte-order mark
+    except UnicodeDecodeError:
+        raise UserError(f"{who}: {path.name} is not in UTF-8; save it as UTF-8") from None
+
+
+def neighbours(body: list[ast.stmt], folder: Path) -> list[Path]:
+    """The files in a folder that code imports; not those that an installed module goes before."""
+    files = [folder / f"{m}.py" for m in modules_of(body) if not is_installed(m)]
+    return [file for file in files if file.is_file()]
 
 
 def imports_of(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
@@ -143,7 +167,8 @@ def part_of(text: str, names: Iterable[str], path: Path, who: str) -> str:
     Raises:
         UserError: one of them is an import of ours.
     """
-    body, lines = ast.parse(text).body, text.splitlines()
+    # Python's lines end at \n alone; str.splitlines also splits at a form feed and others
+    body, lines = ast.parse(text).body, text.split("\n")
     defined: dict[str, list[int]] = {}
     for i, node in enumerate(body):
         for name in stored_in(node):
@@ -234,15 +259,14 @@ def call_of(network: Network, who: str) -> tuple[str, dict[str, str], dict[str, 
         raise UserError(f"{where}: it calls super(), which a student's folder lacks; write it out")
     path = Path(inspect.getfile(kind)).resolve()
     names = loaded - {a.arg for a in function.args.args}
-    part = part_of(path.read_text(encoding="utf-8"), names, path, who)
-    neighbours = standalone_imports(part, path, who)
-    return "call.py", {"call.py": f"{part}\n\n{text}", **neighbours}, attributes
+    part = part_of(source_text(path, who), names, path, who)
+    beside = standalone_imports(part, path, who)
+    return "call.py", {"call.py": f"{part}\n\n{text}", **beside}, attributes
 
 
 def standalone_imports(text: str, path: Path, who: str) -> dict[str, str]:
     """The files beside `path` that a text imports."""
     files: dict[str, str] = {}
-    for name in modules_of(ast.parse(text).body):
-        if (neighbour := path.parent / f"{name}.py").is_file():
-            files |= standalone(neighbour, [], who)
+    for neighbour in neighbours(ast.parse(text).body, path.parent):
+        files |= standalone(neighbour, [], who)
     return files

@@ -1,0 +1,1 @@
+"""Pipelines that take a picture as a condition, one file for each family."""
