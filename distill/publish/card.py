@@ -166,9 +166,13 @@ def card(run: Path, repo: str = "", licence_override: str = "", revision: str = 
     return Card(text, grid, licence)
 
 
-def draft(folder: Path) -> str:
-    """The card of an exported student that is not measured yet."""
-    facts = facts_of(folder, {})
+def draft(folder: Path, summary: dict[str, Any] | None = None) -> str:
+    """The card in an exported student's folder, without pictures.
+
+    Args:
+        summary: The run's, once the student is measured.
+    """
+    facts = facts_of(folder, summary or {})
     return write_card(facts, licence_of(facts.teacher))
 
 
