@@ -208,6 +208,7 @@ def test_the_labels_of_data_are_given_to_the_network(
     text = LABELS.format(entries=entries, argument=argument, labels=labels, returned="labels")
     out, err, source = wrapped(tmp_path, text, capsys)
     assert "nothing was guessed" not in out and "passed" in out, (out, err)
+    assert ("error with the description" in out) == ("null" in codec)  # the doctor has the labels
     assert codec in source and f"return self.backbone(x_t, t{call}" in source
     assert 'PREDICTS = "flow"' in source and "guessed: x̂ has" in source
     (moved := tmp_path / "elsewhere").mkdir()
