@@ -27,6 +27,7 @@ import os  # noqa: E402
 import random  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
+import tempfile  # noqa: E402
 import traceback  # noqa: E402
 from collections import Counter  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -34,7 +35,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", "/tmp/emoji-inductor")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "emoji-inductor")))
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "1")
 
@@ -47,7 +48,7 @@ from torch.nn.functional import cross_entropy, l1_loss, mse_loss  # noqa: E402
 
 from eval.emoji.grid import Grid, draw, load, still  # noqa: E402
 from eval.emoji.networks import ConvNeXt, Reader, ResNet  # noqa: E402
-from eval.emoji.train import spoil  # noqa: E402
+from eval.emoji.train import judged, spoil  # noqa: E402
 
 LENGTH = 24  # tokens of a caption
 VARIANTS = 6  # caption variants of a cell: plain, four with tags, one without style
@@ -426,15 +427,7 @@ def read(run: Run, network: Reader, index: Tensor, x: Tensor | None = None) -> d
     network.eval()
     x = run.pictures(index) if x is None else x
     with run.autocast():
-        outs = [network(part) for part in x.split(500)]
-    concept, style = (torch.cat([o[k] for o in outs]).float() for k in (0, 1))
-    target = run.grid.concept[index]
-    top = concept.topk(5, 1).indices == target[:, None]
-    return {
-        "concept": top[:, 0].float().mean().item(),
-        "concept_top5": top.any(1).float().mean().item(),
-        "style": (style.argmax(1) == run.grid.style[index]).float().mean().item(),
-    }
+        return judged(network, x, run.grid.concept[index], run.grid.style[index])
 
 
 class Latents:
@@ -941,7 +934,7 @@ def main() -> None:
         p.add_argument("--small-lr", type=float, default=1.2e-3)
         p.add_argument("--every", type=int, default=100, help="steps between lines of the log")
         p.add_argument("--seed", type=int, default=0)
-        p.add_argument("--state", type=Path, default=Path("/tmp/emoji-state"))
+        p.add_argument("--state", type=Path, default=Path(tempfile.gettempdir(), "emoji-state"))
         p.add_argument("--resume", type=Path, help="a folder of weights to go on from")
         p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
         p.add_argument("--warm", action=argparse.BooleanOptionalAction, default=True)

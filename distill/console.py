@@ -244,6 +244,16 @@ def columns_of(rows: dict[str, dict[str, Any]], base: str | None) -> dict[str, l
     return columns
 
 
+def memory_text(gb: float) -> str:
+    """Memory in GB, or in MB where that says more."""
+    return f"{gb:.2f} GB" if gb >= 0.1 or not gb else f"{1e3 * gb:.2g} MB"
+
+
+def hours_text(hours: float) -> str:
+    """A time in hours, or in seconds where it is less than six minutes."""
+    return f"{hours:.2g} h" if hours >= 0.1 else f"{3600 * hours:.2g} s"
+
+
 def plan_table(tree: dict[str, Any], memory: float, reserve: float) -> Table:
     """A plan as a table: memory by part, then compute, time and cost.
 
@@ -260,14 +270,14 @@ def plan_table(tree: dict[str, Any], memory: float, reserve: float) -> Table:
     table.add_column("memory, time and cost")
     table.add_column("estimate", justify="right")
     for name, size in tree["parts_gb"].items():
-        table.add_row(name, f"{size:.2f} GB")
+        table.add_row(name, memory_text(size))
     table.add_section()
     peak, verdict = tree["peak_gb"], "fits" if tree["fits"] else "does not fit"
-    table.add_row("peak", f"{peak:.2f} GB")
+    table.add_row("peak", memory_text(peak))
     if tree["build_gb"] > tree["peak_gb"]:
-        table.add_row("peak before step 0: encoders and a rehearsal", f"{tree['build_gb']:.2f} GB")
+        table.add_row("peak before step 0: encoders and a rehearsal", memory_text(tree["build_gb"]))
     if tree["grids_gb"] > tree["peak_gb"]:
-        table.add_row("peak between steps: sample grids", f"{tree['grids_gb']:.2f} GB")
+        table.add_row("peak between steps: sample grids", memory_text(tree["grids_gb"]))
     peak = max(tree[key] for key in ("peak_gb", "build_gb", "grids_gb"))
     table.add_row(
         f"peak, and {reserve:g} GB for CUDA itself",
@@ -278,15 +288,15 @@ def plan_table(tree: dict[str, Any], memory: float, reserve: float) -> Table:
         f"{tree['bytes_per_base_param']:.2f} bytes per teacher parameter",
     )
     if tree["encoders_gb"]:
-        table.add_row("encoders, only before training", f"{tree['encoders_gb']:.2f} GB")
+        table.add_row("encoders, only before training", memory_text(tree["encoders_gb"]))
     if tree["host_gb"]:
-        table.add_row("optimizer state in host memory", f"{tree['host_gb']:.2f} GB")
+        table.add_row("optimizer state in host memory", memory_text(tree["host_gb"]))
     table.add_section()
     samples = ", ".join(f"{k} {v:g}" for k, v in tree["evaluations_per_step"].items() if v)
     table.add_row("evaluations per step", samples)
     table.add_row("compute per step", f"{tree['tflop_per_step']:.3g} TFLOP")
     share = f"{tree['share_of_peak']:.0%} of the card's rate"
-    table.add_row(f"1,000 steps at {share}", f"{tree['hours_per_1k_steps']:.2g} h")
+    table.add_row(f"1,000 steps at {share}", hours_text(tree["hours_per_1k_steps"]))
     table.add_row("rent of 1,000 steps", f"${tree['dollars_per_1k_steps']:.2f}")
     return table
 

@@ -48,7 +48,7 @@ def sample(
     ] = None,
     mask: Annotated[
         list[Path] | None,
-        typer.Option(help="Its mask, white where it is painted anew; by default all of it is."),
+        typer.Option(help="A mask for each --image to paint in, white where it is painted anew."),
     ] = None,
 ):
     """Generate images with a student.

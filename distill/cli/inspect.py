@@ -52,7 +52,7 @@ def doctor(
     from distill.console import out as console
     from distill.data.encode import device
     from distill.data.from_recipe import examples
-    from distill.planning.doctor import diagnose, has_pictures, pictures_for, table, verdict
+    from distill.planning.doctor import diagnose, examples_for, has_pictures, table, verdict
     from teachers.catalogue.loading import load
     from teachers.errors import UserError
     from teachers.teacher import EMBEDDED
@@ -65,7 +65,7 @@ def doctor(
     if teacher in EMBEDDED and image is None:
         images, prompts = examples(teacher)
     else:
-        images, prompts = pictures_for(loaded, image), None
+        images, prompts = examples_for(loaded, image)
     if prompt is not None:
         prompts = [prompt] * len(images)
     if image is None and not has_pictures(loaded):
@@ -123,10 +123,14 @@ def wrap(
             f"{path.parent}"
         )
     check_writable(out, "--out")
-    text, complete = wrapping.adapter(path, kind, data, weights)
-    out.write_text(text, encoding="utf-8")
+    adapter = wrapping.adapter(path, kind, data, weights)
+    out.write_text(adapter.source, encoding="utf-8")
     console.print(f"wrote {out}", soft_wrap=True, markup=False)
-    if not complete:
+    if adapter.fault:
+        console.print(
+            f"nothing was guessed: {kind.__name__}: {adapter.fault}", soft_wrap=True, markup=False
+        )
+    if not adapter.complete:
         console.print("fill in what is marked TODO, and then run: distill doctor "
                       f"{out}:teacher", soft_wrap=True, markup=False)  # fmt: skip
         return

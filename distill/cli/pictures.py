@@ -14,7 +14,7 @@ def with_pictures(
     """The prompts, each with its picture and its mask, for a student that takes pictures.
 
     Args:
-        images, masks: One file, or one for each prompt; without masks, all is painted anew.
+        images, masks: One file, or one for each prompt.
 
     Raises:
         UserError: an option does not suit the student, or a file cannot be read.
@@ -57,6 +57,11 @@ def check_files(takes: str, count: int, images: list[Path], masks: list[Path]) -
         raise UserError("--mask: this student does not paint in pictures; leave the option out")
     if takes and not images:
         raise UserError("--image: missing; this student takes a picture with each prompt: add it")
+    if takes == "mask" and not masks:
+        raise UserError(
+            "--mask: missing; this student paints in pictures: add one, white where --image is "
+            "painted anew"
+        )
     for option, files in (("--image", images), ("--mask", masks)):
         if len(files) not in (0, 1, count):
             raise UserError(

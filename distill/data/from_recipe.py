@@ -25,6 +25,7 @@ from teachers.teacher import EMBEDDED, Teacher
 
 SHOWN = 10  # pictures in a sample grid, at most
 HELD_OUT = 20  # one of so many pictures is held out for the grids
+FEW, QUARTER = 4, 4  # but so many of small data, if that is at most one of so many
 
 
 def source_of(recipe: Recipe, teacher: Teacher) -> Source:
@@ -264,9 +265,9 @@ def hold_out(listing: Listing) -> None:
 def held_out(items: list[Item]) -> tuple[list[Item], list[Item]]:
     """The items to train on, and those that only the sample grids show: one in twenty, at most ten.
 
-    They are spread evenly over the list; of fewer than twenty, none is held out.
+    They are at least four, or a quarter of fewer than sixteen, and spread evenly over the list.
     """
-    count = min(SHOWN, len(items) // HELD_OUT)
+    count = min(SHOWN, max(len(items) // HELD_OUT, min(FEW, len(items) // QUARTER)))
     places = {(2 * i + 1) * len(items) // (2 * count) for i in range(count)}
     parts = ([], [])
     for place, item in enumerate(items):
@@ -275,12 +276,15 @@ def held_out(items: list[Item]) -> tuple[list[Item], list[Item]]:
 
 
 def shown_prompts(recipe: Recipe, teacher: Teacher) -> list[Pictured]:
-    """The prompts of the sample grids, with their pictures; of few data, those of the training."""
+    """The prompts of the sample grids, with their pictures; of few data, those of the training.
+
+    Masks that are drawn are never everything, since such a sample does not show the picture.
+    """
     listing = _listing(recipe, teacher)
     assert listing is not None
     trained, shown = held_out(listing.items)
     height, width = picture_shape(teacher)[-2:]
-    read = [pictured(item, height, width) for item in (shown or trained)[:SHOWN]]
+    read = [pictured(item, height, width, partial=True) for item in (shown or trained)[:SHOWN]]
     return [part[1] for part in read if not isinstance(part, BadItem)]
 
 

@@ -114,19 +114,20 @@ def picture(item: Item, channels: int, height: int, width: int) -> Picture | Bad
 
 
 def pictured(
-    item: Item, height: int, width: int, image: Picture | None = None
+    item: Item, height: int, width: int, image: Picture | None = None, partial: bool = False
 ) -> tuple[Picture, Pictured] | BadItem:
     """The picture of an item's prompt, and the prompt with it and with its mask.
 
     Args:
         image: The picture, where it was read already.
+        partial: As `random_mask` takes it, for a mask that is drawn.
     """
     given = _decoded(item, item.picture, 3, height, width) if image is None else image
     if isinstance(given, BadItem):
         return given
     mask = None
     if isinstance(item.mask, int):
-        mask = random_mask(item.mask, height, width)
+        mask = random_mask(item.mask, height, width, partial)
     elif item.mask is not None:
         drawn = _decoded(item, item.mask, 1, height, width)
         if isinstance(drawn, BadItem):

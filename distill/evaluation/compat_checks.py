@@ -32,6 +32,7 @@ from eval.text import decoded, lines
 from students.export.folder import SIDECAR, load_student, student_folder
 from students.export.lora_files import COMFYUI, DIFFUSERS, TURBO
 from teachers.adapters.files import LoRAFile, Pair
+from teachers.catalogue.loading import pictures_of
 from teachers.errors import UserError, clipped, nearest, without_notes
 from teachers.quantised import FORMS
 from teachers.storage.files import read_json
@@ -101,6 +102,7 @@ def prepared(request: Request) -> Comparison:
     Raises:
         UserError: naming what does not fit.
     """
+    refuse_pictures(request)
     for path in request.loras:
         if not path.is_file():
             raise UserError(f"LORA {clipped(path)}: no such file; give a .safetensors file")
@@ -127,6 +129,19 @@ def prepared(request: Request) -> Comparison:
     return Comparison(
         request, recipe, steps, prompts, tuple(files), turbo, features, rule, score
     )  # fmt: skip
+
+
+def refuse_pictures(request: Request) -> None:
+    """Refuse a student that takes a picture with each prompt, before it is loaded.
+
+    Raises:
+        UserError: it is one.
+    """
+    if pictures_of(str(student_folder(request.student))):
+        raise UserError(
+            f"student {clipped(request.student)!r}: it takes a picture with each prompt, and "
+            "compat draws from prompts alone; give a student of a text-to-image model"
+        )
 
 
 def recipe_of(request: Request) -> Recipe:

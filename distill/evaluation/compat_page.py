@@ -31,7 +31,7 @@ def table(tree: Mapping[str, Any]) -> Group:
     pairs = ["saturation", "clipped", *["prompt_score"] * bool(score)]
     heads = {"clipped": "clipped %", "prompt_score": catalogue.narrow(score) if score else ""}
     result.add_column("LoRA", overflow="fold", max_width=NAME)
-    for head in ("strength", "shift", "cosine", *(heads.get(p, p) for p in pairs)):
+    for head in ("at", "shift", "cosine", *(heads.get(p, p) for p in pairs)):
         result.add_column(head, justify="right", no_wrap=True)
     if overlaps:
         result.add_column("overlap", justify="right", no_wrap=True)
@@ -64,7 +64,7 @@ def both_of(row: Mapping[str, Any], key: str) -> str:
     """The teacher's value, then the student's."""
     scale = 100 if key == "clipped" else 1
     form = ".1f" if key == "clipped" else ".3f"
-    return " → ".join(f"{row[who][key] * scale:{form}}" for who in ("teacher", "student"))
+    return "→".join(f"{row[who][key] * scale:{form}}" for who in ("teacher", "student"))
 
 
 def signed(key: str, value: float) -> str:
@@ -79,11 +79,12 @@ def number(value: float | None) -> str:
 def notes(tree: Mapping[str, Any], overlaps: bool) -> Table:
     """What the columns mean, and what one may expect of them."""
     result = Table.grid(padding=(0, 2))
+    result.add_row("at", "strength of the LoRA")
     result.add_row("shift", "of the features' mean by the LoRA: the student's over the teacher's")
     own = [v for r in tree["rows"] if (v := r["teacher_halves_cosine"]) is not None]
     ceiling = f"; of the teacher's own in two halves of its pictures {min(own):.2f}" if own else ""
     result.add_row("cosine", f"of these two shifts{ceiling}")
-    result.add_row("a → b", "the teacher's, the student's; mean and worst: by how much it differs")
+    result.add_row("a→b", "the teacher's, the student's; mean and worst: by how much it differs")
     if overlaps:
         rows = [r["overlap"] for r in tree["rows"] if (r["overlap"] or {}).get("layers")]
         result.add_row(

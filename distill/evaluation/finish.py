@@ -60,6 +60,8 @@ def finish(run: Run) -> dict[str, Any]:
                 metrics = measure_all(run, student)
         summary = summarise(run, metrics)
         if run.form.leaves_pipeline:
+            with engine.extras.attempt("student/README.md"):
+                write(run.out / "student" / "README.md", draft(run.out / "student", summary))
             with engine.extras.attempt("report.html"):
                 save_summary(run, summary)  # the report reads it
                 report(run.out)

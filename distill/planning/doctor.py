@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,17 @@ def diagnose(
 
     Args: as for `examine`.
     """
-    checks = examine(teacher, images, prompts, structure_only=structure_only)
-    if any(c.verdict == "broken" for c in checks):
-        return checks
 
     def students() -> Iterator[Check]:
         yield trained_as_sampled(subject_of(teacher, images, prompts, None))
 
-    return [*checks, *checks_of("students", students)]
+    with warnings.catch_warnings():
+        # PyTorch says so of each norm whose weight autocast leaves in float32
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+        checks = examine(teacher, images, prompts, structure_only=structure_only)
+        if any(c.verdict == "broken" for c in checks):
+            return checks
+        return [*checks, *checks_of("students", students)]
 
 
 def trained_as_sampled(subject: Subject) -> Check:
@@ -77,6 +81,14 @@ def trained_as_sampled(subject: Subject) -> Check:
     )  # fmt: skip
 
 
+def examples_for(teacher: Teacher, path: Path | None) -> tuple[Tensor, list[Any] | None]:
+    """What `pictures_for` returns, and its labels or prompts if a function returns these too."""
+    if path is None or is_exact(teacher) or not is_function(str(path)):
+        return pictures_for(teacher, path), None
+    x, prompts = own_data(teacher, str(path))
+    return x, prompts if teacher.codec.classes else None
+
+
 def pictures_for(teacher: Teacher, path: Path | None) -> Tensor:
     """Pictures of the teacher's size: from a file or a folder, or synthetic ones without a path.
 
@@ -95,7 +107,7 @@ def pictures_for(teacher: Teacher, path: Path | None) -> Tensor:
             return denoiser.items
         return denoiser.sample(256)
     if path is not None and is_function(str(path)):
-        return own_data(teacher, str(path))
+        return own_data(teacher, str(path))[0]
     if not has_pictures(teacher):
         if path is not None:
             raise UserError(
@@ -131,18 +143,28 @@ def takes_pictures(teacher: Teacher) -> bool:
     return len(teacher.shape) == 3 and teacher.shape[0] in (1, 3)
 
 
-def own_data(teacher: Teacher, place: str) -> Tensor:
-    """Data (N, ...) that a function in the user's file returns, alone or with their labels.
+def own_data(teacher: Teacher, place: str) -> tuple[Tensor, list[Any] | None]:
+    """Data (N, ...) that a function in the user's file returns, and their labels, if any.
 
     Raises:
-        UserError: it raises an exception, or they are of another shape.
+        UserError: it raises an exception, or they are of another shape, or not as many.
     """
     result = called(place, "--image")
-    x = result[0] if isinstance(result, tuple) and result else result
+    x, prompts = result, None
+    if isinstance(result, tuple) and result:
+        x, prompts = result[0], result[1] if len(result) == 2 else None
     if not isinstance(x, Tensor) or x.shape[1:] != teacher.shape:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise UserError(f"--image {place}: it returned {got}; return data (N, {teacher.shape})")
-    return x[:: max(1, len(x) // ROWS)][:ROWS].float()
+    few = slice(None, None, max(1, len(x) // ROWS))
+    if prompts is not None:
+        prompts = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
+        if len(prompts) != len(x):
+            raise UserError(
+                f"--image {place}: {len(x)} data and {len(prompts)} labels; return as many of each"
+            )
+        prompts = prompts[few][:ROWS]
+    return x[few][:ROWS].float(), prompts
 
 
 def files_in(path: Path) -> list[Path]:

@@ -10,61 +10,30 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from keyword import iskeyword
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teachers.denoiser import PREDICTIONS, Network
-from teachers.diagnosis.checks import Subject
-from teachers.diagnosis.evidence import SKILL, errors_of
+from distill.planning.wrap_guess import Guess, best_guess
+from distill.planning.wrap_labels import LabelReading, label_reading, own_data
+from teachers.diagnosis.evidence import SKILL
 from teachers.errors import UserError, clipped, first_line, nearest
-from teachers.process import Karras, Linear, Process, Tabulated, Trig
 from teachers.storage.files import home
-from teachers.storage.plugin import called, import_file, is_installed
-from teachers.teacher import Pixels, Teacher
+from teachers.storage.plugin import import_file, is_installed
 
-# The processes that are tried, by the source that makes them.
-PROCESSES: dict[str, Process] = {
-    "Linear()": Linear(),
-    "Tabulated.linear()": Tabulated.linear(),
-    "Tabulated.scaled_linear()": Tabulated.scaled_linear(),
-    "Trig()": Trig(),
-    "Karras()": Karras(),
-}
-# Times that networks read, as the adapter's source has them, and as functions of t.
-LEVEL = "(0.002 ** (1 / 7) + t * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7"  # σ of Karras()
-TIMES: dict[str, Callable[[Tensor], Tensor]] = {
-    "t": lambda t: t,
-    "1000 * t": lambda t: 1000 * t,
-    "999 * t": lambda t: 999 * t,
-    "1 - t": lambda t: 1 - t,
-    LEVEL: lambda t: Karras().scales(t)[1],
-    f"({LEVEL}).log() / 4": lambda t: Karras().scales(t)[1].log() / 4,
-}
 # Usual names of a network's second argument, by which it is told from its blocks.
 CLOCKS = {"t", "time", "times", "timestep", "timesteps", "sigma", "noise_labels", "noise_level"}
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # and the dimensions of their data
-ITEMS = 64  # of the data, on which guesses are tried
-
-
-@dataclass(frozen=True)
-class Guess:
-    """How a network may be read.
-
-    process, predicts, time: Keys of PROCESSES, PREDICTIONS and TIMES.
-    error: Of denoising, over the trivial estimate's; infinite where nothing was tried.
-    """
-
-    process: str = "Linear()"
-    predicts: str = "flow"
-    time: str = "t"
-    error: float = math.inf
+# Above the call of a network that reads a condition, where the data have no labels.
+CONDITION = """\
+        # TODO: what it reads as its condition. With Pixels(classes=K) below, cond is a dict:
+        # {"class_labels": LongTensor (B,)}. With Pixels(), cond is None.
+"""
+NO_SHAPE = "no shape of data was found that it takes; give --data, with labels where it reads them"
 
 
 def network_class(place: str) -> tuple[Path, type[nn.Module]]:
@@ -160,65 +129,34 @@ def output(network: nn.Module, shape: tuple[int, ...]) -> Tensor | None:
         return None
 
 
-class Timed(Network):
-    """A network that is given its time in the unit that TIMES has under `unit`."""
-
-    unit = "t"
-
-    def call(self, x_t: Tensor, t: Tensor, cond: Any, s: Tensor | None) -> Tensor:
-        return self.backbone(x_t, TIMES[self.unit](t))
-
-
-def guesses(network: nn.Module, x: Tensor) -> Iterator[Guess]:
-    """Every reading of a network that does not raise, with its error on data (N, ...)."""
-    x = x[:: max(1, len(x) // ITEMS)][:ITEMS].float()
-    for name, process in PROCESSES.items():
-        for time, predicts in product(TIMES, PREDICTIONS):
-            if "0.002" not in time or name == "Karras()":
-                denoiser = Timed(network, process, predicts)
-                denoiser.unit = time
-                teacher = Teacher(denoiser, Pixels(), tuple(x.shape[1:]))
-                subject = Subject(teacher, x, x, None, False, None)
-                try:
-                    with torch.no_grad():
-                        errors = errors_of(subject, lambda x_t, t, d=denoiser: d(x_t, t))
-                except Exception:
-                    continue
-                if all(map(math.isfinite, errors)):
-                    mean = math.exp(sum(math.log(max(e, 1e-12)) for e in errors) / len(errors))
-                    yield Guess(name, predicts, time, mean)
-
-
-def best_guess(network: nn.Module, x: Tensor | None) -> Guess:
-    """The reading that denoises data best; the usual one where none denoises better than a gain."""
-    found = [] if x is None else list(guesses(network, x))
-    best = min(found, key=lambda g: g.error, default=Guess())
-    return best if best.error < SKILL else replace(Guess(), error=best.error)
-
-
 def skeleton(
-    path: Path, kind: type[nn.Module], guess: Guess, shape: tuple[int, ...] | None, weights: str
+    path: Path,
+    kind: type[nn.Module],
+    guess: Guess,
+    shape: tuple[int, ...] | None,
+    weights: Path | None,
+    reading: LabelReading,
 ) -> str:
-    """The source of the adapter file."""
-    names, known = arguments_of(kind), math.isfinite(guess.error) and guess.error < SKILL
+    """The source of the adapter file, which lies beside the network's."""
+    known = math.isfinite(guess.error) and guess.error < SKILL
     note = (
         f"guessed: x̂ has {guess.error:.2g} of the trivial estimate's error"
         if known
         else "TODO: as it was trained; not known"
     )
-    cond = ", cond" if len(names) > 2 else ""
+    cond = reading.source if reading.value else ""
     arguments = ", ".join(f"{name}=..." for name in required(kind))
     load = "    # TODO: network.load_state_dict(...), the trained weights\n"
-    if weights:
-        place = json.dumps(weights, ensure_ascii=False)  # in double quotes
-        load = f"    network.load_state_dict(load_file({place}))\n"
+    if weights is not None:
+        load = f"    network.load_state_dict(load_file({place_of(weights, path)}))\n"
     process = guess.process.partition("(")[0].partition(".")[0]
-    imports = "from safetensors.torch import load_file\n\n" if weights else "\n"
+    imports = "\n" if weights is None else "from safetensors.torch import load_file\n\n"
+    pathlib = "from pathlib import Path\n\n" if "Path(" in load else ""
     size = "...  # TODO: the shape of one datum" if shape is None else repr(shape)
-    comment = "  # TODO: what it reads as cond; Pixels() gives None" if cond else ""
+    comment = CONDITION if cond and not reading.classes else ""
     return f'''"""{kind.__name__} of {path.name} as a teacher; written by `distill wrap`."""
 
-from {path.stem} import {kind.__name__}
+{pathlib}from {path.stem} import {kind.__name__}
 {imports}from teachers import {", ".join(sorted({process, "Network", "Pixels", "Teacher"}))}
 
 PROCESS = {guess.process}  # {note}
@@ -228,50 +166,53 @@ SHAPE = {size}
 
 class Adapter(Network):
     def call(self, x_t, t, cond, s):
-        return self.backbone(x_t, {guess.time}{cond}){comment}
+{comment}        return self.backbone(x_t, {guess.time}{cond})
 
 
 def teacher():
     network = {kind.__name__}({arguments})
-{load}    return Teacher(Adapter(network, PROCESS, PREDICTS), Pixels(), SHAPE)
+{load}    return Teacher(Adapter(network, PROCESS, PREDICTS), {reading.codec}, SHAPE)
 '''
 
 
-def adapter(
-    path: Path, kind: type[nn.Module], data: str | None, weights: Path | None
-) -> tuple[str, bool]:
-    """The adapter's source, and whether it can be used as it is.
+def place_of(weights: Path, path: Path) -> str:
+    """The source of the weights' place: relative to the file where they lie beside or below it."""
+    weights, folder = weights.resolve(), path.resolve().parent
+    if weights.is_relative_to(folder):
+        name = weights.relative_to(folder).as_posix()
+        return f"Path(__file__).parent / {json.dumps(name, ensure_ascii=False)}"
+    return json.dumps(str(weights), ensure_ascii=False)  # in double quotes
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's source, whether it can be used as it is, and why the network was not tried."""
+
+    source: str
+    complete: bool
+    fault: str = ""
+
+
+def adapter(path: Path, kind: type[nn.Module], data: str | None, weights: Path | None) -> Adapter:
+    """The adapter of a network's class.
 
     Raises:
         UserError: the data or the weights are not the network's.
     """
-    x = None if data is None else own_tensor(data)
-    missing = required(kind)
-    network = None if missing else built(kind, weights)
-    shape = tuple(x.shape[1:]) if x is not None else None
-    if network is not None:
-        shape = shape_for(network, x)
-    trained = network is not None and weights is not None
-    guess = best_guess(network, x) if trained and network is not None else Guess()
-    file = "" if weights is None else str(weights.resolve())
-    complete = network is not None and shape is not None and output(network, shape) is not None
-    return skeleton(path, kind, guess, shape, file), complete
-
-
-def own_tensor(place: str) -> Tensor:
-    """Data (N, ...) that a function in a user's file returns, alone or with their labels.
-
-    Raises:
-        UserError: it raises an exception, or returns something else.
-    """
-    result = called(place, "--data")
-    x = result[0] if isinstance(result, tuple) and result else result
-    if not isinstance(x, Tensor) or x.ndim < 2:
-        raise UserError(f"--data {place}: it returned {type(x).__name__}; return data (N, ...)")
-    if not len(x) or not x.isfinite().all():
-        fault = "NaN or infinity" if len(x) else "no items"
-        raise UserError(f"--data {place}: its data hold {fault}; return data (N, ...)")
-    return x
+    x, labels = (None, None) if data is None else own_data(data)
+    network = None if required(kind) else built(kind, weights)
+    reading = label_reading(kind, network, x, labels)
+    if network is None:
+        shape = None if x is None else tuple(x.shape[1:])
+        return Adapter(skeleton(path, kind, Guess(), shape, weights, reading), False)
+    guess, shape, fault = Guess(), shape_for(network, x), NO_SHAPE
+    if x is not None and weights is not None:
+        guess = best_guess(network, x, labels, reading)
+        fault = guess.fault
+    elif shape is not None:
+        example = torch.zeros(1, *shape) if x is None else x[:2].float()
+        fault = reading.fault(network, example, None if labels is None else labels[:2])
+    return Adapter(skeleton(path, kind, guess, shape, weights, reading), not fault, fault)
 
 
 def built(kind: type[nn.Module], weights: Path | None) -> nn.Module:

@@ -121,21 +121,42 @@ class Facts:
 
 
 def require_finished(run: Path) -> None:
-    """Refuse a folder that does not hold a finished run.
+    """Refuse a folder that does not hold a finished run of a diffusers student.
 
     Raises:
-        UserError: it is not a run, or the run is not finished, or its summary is damaged.
+        UserError: it is not a run, or the run is not finished, or its student is of a network of
+            the user's own, or its summary is damaged.
     """
     who = f"run {str(run)!r}"
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{who}: no recipe.yaml there; give the folder of a `distill run`")
     if not (run / "summary.json").is_file() or not (run / "student").is_dir():
         raise UserError(f"{who}: not finished; continue it with `distill run … --resume`")
+    refuse_own_network(run)
     summary = read_json(run / "summary.json", who)
     if missing := sorted({"steps", "wall_s", "metrics"} - summary.keys()):
         raise UserError(
             f"{who}: summary.json is damaged: it lacks {', '.join(missing)}; "
             "write it again with `distill run … --resume`"
+        )
+
+
+def refuse_own_network(run: Path) -> None:
+    """Refuse a run whose student is of a network of the user's own.
+
+    Cards, pages and uploads describe pipelines of diffusers; such a student has a README.md.
+
+    Raises:
+        UserError: it is one.
+    """
+    from students.export.folder import SAMPLER, SIDECAR  # it imports torch
+
+    student = run / "student"
+    if (student / SAMPLER).is_file() and not (student / SIDECAR).is_file():
+        raise UserError(
+            f"run {str(run)!r}: its student is of a network of your own, and cards, reports and "
+            f"uploads are for diffusers pipelines; read {student / 'README.md'}, which has its use "
+            f"and figures, and {run / 'metrics.jsonl'}, which has its curves"
         )
 
 
@@ -166,9 +187,13 @@ def card(run: Path, repo: str = "", licence_override: str = "", revision: str = 
     return Card(text, grid, licence)
 
 
-def draft(folder: Path) -> str:
-    """The card of an exported student that is not measured yet."""
-    facts = facts_of(folder, {})
+def draft(folder: Path, summary: dict[str, Any] | None = None) -> str:
+    """The card in an exported student's folder, without pictures.
+
+    Args:
+        summary: The run's, once the student is measured.
+    """
+    facts = facts_of(folder, summary or {})
     return write_card(facts, licence_of(facts.teacher))
 
 

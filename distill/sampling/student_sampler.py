@@ -45,11 +45,11 @@ def check_protocol(measure: Protocol, teacher: Teacher) -> None:
 
 
 def conditioning(teacher: Teacher) -> str:
-    """What a teacher is conditioned on: "captions", "labels of 10 classes", or "nothing"."""
+    """What a teacher is conditioned on: "captions", "labels of 10 classes", "nothing", …"""
     if classes := teacher.codec.classes:
         return f"labels of {classes} classes"
     if teacher.codec.pictures:
-        return "captions with pictures"
+        return "a picture with each caption"
     return "nothing" if teacher.codec.condition([""]) is None else "captions"
 
 

@@ -57,8 +57,10 @@ def tunable(source: str, overrides: Sequence[str] = ()) -> Tunable:
     )
     _, teacher = load_student(folder)
     if (kind := conditioning(teacher)) != "captions":
-        raise UserError(f"{who}: it takes {kind}, and tuning is on captioned pictures; give a "
-                        "student of a text-to-image model")  # fmt: skip
+        raise UserError(
+            f"{who}: it takes {kind}, and tune is for students that draw from captions alone; give "
+            "a student of a text-to-image model"
+        )
     pipe: Any = teacher.codec.pipe  # pyright: ignore[reportAttributeAccessIssue]
     if not hasattr(type(pipe), "load_lora_weights"):
         raise UserError(

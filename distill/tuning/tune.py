@@ -28,6 +28,7 @@ from distill.tuning.recipes import (
 from distill.tuning.student import Tunable, tunable
 from eval.catalogue import headline
 from teachers.errors import UserError, clipped
+from teachers.storage.files import read_json
 
 
 def tune(
@@ -85,7 +86,8 @@ def earlier_figures(file: Path, samples: int) -> dict[str, Any] | None:
 def write_pages(run: Path) -> None:
     """Write the student's card and the run's page again, now with the figures of the tuning."""
     try:
-        write(run / "student" / "README.md", draft(run / "student"))
+        summary = read_json(run / "summary.json", f"run {str(run)!r}")
+        write(run / "student" / "README.md", draft(run / "student", summary))
         report(run)
     except UserError as error:
         print_notice(f"card and page are without the figures of the tuning: {error}")

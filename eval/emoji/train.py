@@ -70,7 +70,7 @@ def accuracy(network: Reader, grid: Grid, index: Tensor) -> dict[str, float]:
 def judged(network: Reader, x: Tensor, concept: Tensor, style: Tensor) -> dict[str, float]:
     """The same of pictures x (N, 3, 64, 64) with the concepts and styles that they should show."""
     outs = [network(part) for part in x.split(250)]
-    concepts, styles = (torch.cat([o[k] for o in outs]) for k in (0, 1))
+    concepts, styles = (torch.cat([o[k].float() for o in outs]) for k in (0, 1))
     best = concepts.topk(5, 1).indices == concept[:, None]
     return {
         "concept": best[:, 0].double().mean().item(),

@@ -251,6 +251,9 @@ def page(config: Mapping[str, Any], files: Mapping[str, str]) -> str:
 It samples tensors of shape {config["shape"]} in {steps} step(s):
 
 ```python
+import sys
+
+sys.path.insert(0, "this/folder")  # for sampler.py
 from sampler import sample
 
 x = sample("this/folder", 16, steps={max(config["steps"])}, seed=0{cond})

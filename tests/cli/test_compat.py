@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 
 from distill.config.paths import START, note_start
 from distill.evaluation import compat as compat_module
+from distill.evaluation import compat_page
 from distill.evaluation.compat import compare
 from distill.evaluation.compat_checks import Request, recipe_of, turbo_file
 from students import schedulers
@@ -90,6 +93,25 @@ def test_the_command_writes_figures_and_pictures_and_prints_a_table(made, tmp_pa
     # 64 pixels for each of three pictures of 16, two rows
     assert picture.height > 2 * 64 and picture.width > 4 * 3 * 64
     assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
+
+
+def test_the_table_keeps_a_name_on_one_line_of_eighty_columns():
+    figures = {"saturation": 0.337, "clipped": 0.003, "prompt_score": 31.203}
+    row = {
+        "lora": "monochrome", "strength": 0.5, "shift_ratio": 0.91, "shift_cosine": 0.94,
+        "teacher_halves_cosine": 0.99, "overlap": {"layers": 3, "mean": 0.22, "by_chance": 0.21},
+    }  # fmt: skip
+    both = {"teacher": figures, "student": figures}
+    tree = {
+        "teacher": {"steps": 32, "solver": "heun"}, "steps": 4, "samples": 120, "plain": both,
+        "prompt_score": "clip_score", "rows": [row | both], "features": "pixels",
+    }  # fmt: skip
+    console = Console(width=80, file=StringIO())
+    console.print(compat_page.table(tree))
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert [
+        "monochrome", "0.5", "0.91", "0.94", "0.337→0.337", "0.3→0.3", "31.203→31.203", "0.22",
+    ] in lines  # fmt: skip
 
 
 def test_a_lora_is_added_to_both_as_its_factors_say(made):

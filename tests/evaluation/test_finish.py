@@ -73,6 +73,17 @@ def test_what_fails_beside_the_student_costs_nothing_else(
     assert all((out / name).exists() for name in EXTRAS)
 
 
+def test_the_students_card_is_written_again_with_its_figures(
+    recipe, unchecked, monkeypatch, tmp_path, capsys
+):
+    out, given = tmp_path / "run", []
+    monkeypatch.setattr(finish, "draft", lambda _, summary=None: given.append(summary) or "card")
+    monkeypatch.setattr(finish, "report", lambda _: None)
+    called(capsys, "run", recipe, "--out", out)
+    assert given[0] is None and given[1] == {**summary_of(out), "failed": {}}
+    assert (out / "student" / "README.md").read_text() == "card"
+
+
 def test_a_run_whose_measuring_failed_keeps_all_else_and_ends_in_one(
     recipe, unchecked, monkeypatch, tmp_path, capsys
 ):

@@ -137,7 +137,7 @@ def test_an_unknown_card_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_sdxl_under_adapters_holds_at_most_three_and_a_half_bytes_a_parameter(tmp_path):
-    """SDXL's plan: 2.87 bytes a base parameter when last looked at, 12.3 GB with CUDA's own."""
+    """SDXL's plan: 2.87 bytes a base parameter when last looked at, 12.7 GB with CUDA's own."""
     file = tmp_path / "plan.json"
     app(["plan", "sdxl/dmd2-lora", "--json", str(file)], standalone_mode=False)
     plan = json.loads(file.read_text())

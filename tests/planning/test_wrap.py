@@ -42,6 +42,34 @@ def data():
     return (signs - 0.5).expand(64, 1, 16)
 """
 
+# The exact flow of N((k, -k), 0.1²) for each label k of 3; the null label 3 is read as label 1.
+LABELS = """
+import torch
+from torch import nn
+
+
+class Flow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding({entries}, 2)
+        with torch.no_grad():
+            k = torch.tensor([0.0, 1.0, 2.0, 1.0])[:{entries}]
+            self.table.weight.copy_(torch.stack([k, -k], 1))
+
+    def forward(self, x, t, {argument}):
+        mean, t = self.table({labels}), t[:, None]
+        a = 1 - t
+        x0 = mean + a * 0.01 / (a**2 * 0.01 + t**2) * (x - a * mean)
+        return (x - x0) / t.clamp(min=1e-4)
+
+
+def data():
+    labels = torch.arange(30) % 3
+    k = labels.float()
+    noise = torch.randn(30, 2, generator=torch.Generator().manual_seed(1))
+    return torch.stack([k, -k], 1) + 0.1 * noise, {returned}
+"""
+
 PLAIN = """
 from torch import nn
 
@@ -160,3 +188,59 @@ def test_a_weights_file_with_a_quote_in_its_name_is_loaded(tmp_path, capsys):
     save_file(import_file(tmp_path / "quoted_net.py").Net().state_dict(), file)
     code, _, err = called(capsys, "wrap", tmp_path / "quoted_net.py", "--weights", file)
     assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("entries", "argument", "labels", "codec", "call"),
+    [
+        (4, "y", "y", "Pixels(classes=3, null=3)", ', cond["class_labels"])'),
+        (3, "y", "y", "Pixels(classes=3)", ', cond["class_labels"])'),
+        (3, "a=1, *, y", "y", "Pixels(classes=3)", ', y=cond["class_labels"])'),
+        (4, "cond=None", "3 + 0 * t.long() if cond is None else cond['class_labels']",
+         "Pixels(classes=3, null=3)", ", cond)"),
+        (4, "c=None", "3 + 0 * t.long() if c is None else c",
+         "Pixels(classes=3, null=3)", ', cond["class_labels"])'),
+    ],
+)  # fmt: skip
+def test_the_labels_of_data_are_given_to_the_network(
+    entries, argument, labels, codec, call, tmp_path, capsys
+):
+    text = LABELS.format(entries=entries, argument=argument, labels=labels, returned="labels")
+    out, err, source = wrapped(tmp_path, text, capsys)
+    assert "nothing was guessed" not in out and "passed" in out, (out, err)
+    assert ("error with the description" in out) == ("null" in codec)  # the doctor has the labels
+    assert codec in source and f"return self.backbone(x_t, t{call}" in source
+    assert 'PREDICTS = "flow"' in source and "guessed: x̂ has" in source
+    (moved := tmp_path / "elsewhere").mkdir()
+    for file in list(tmp_path.glob("*_net*")):  # the weights are named relative to the file
+        file.rename(moved / file.name)
+    (file,) = moved.glob("*_teacher.py")
+    teacher = load(f"{file}:teacher")
+    cond = teacher.codec.condition([2])
+    x = teacher.denoiser(torch.tensor([[0.3, 0.1]]), torch.tensor([0.6]), cond)
+    assert x.flatten().tolist() == pytest.approx([2.0, -2.0], abs=0.02)
+
+
+def test_a_network_that_could_not_be_tried_is_said_to_be_so(tmp_path, capsys):
+    """Without labels, and with prompts that are no labels."""
+    for i, returned in enumerate(["None", "['red'] * 30"]):
+        text = LABELS.format(entries=4, argument="y", labels="y", returned=returned)
+        (folder := tmp_path / str(i)).mkdir()
+        out, _, source = wrapped(folder, text, capsys)
+        line = next(k for k in out.splitlines() if k.startswith("nothing was guessed: Flow: "))
+        assert "embedding" in line and "passed" not in out
+        assert "LongTensor (B,)" in source and "Pixels(), SHAPE" in source
+
+
+def wrapped(folder, text, capsys):
+    """What `distill wrap` prints and writes of a class Flow with data and weights."""
+    name = f"a{abs(hash(text))}_net"  # the adapter imports the file by its name, once a process
+    file, weights = folder / f"{name}.py", folder / f"{name}.safetensors"
+    file.write_text(text)
+    save_file(import_file(file).Flow().state_dict(), weights)
+    words = ("--data", f"{file}:data", "--weights", weights)
+    code, out, err = called(capsys, "wrap", f"{file}:Flow", *words)
+    assert code == 0, err
+    source = (folder / f"{name}_teacher.py").read_text()
+    assert str(folder) not in source
+    return out, err, source

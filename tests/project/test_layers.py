@@ -87,8 +87,8 @@ MAY: dict[str, set[str]] = {
     "distill.evaluation": {
         "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",
         "distill.report", "distill.training", "students", "students.export", "teachers",
-        "teachers.storage", "teachers.adapters", "eval", "eval.shapes", "eval.metrics",
-        "eval.protocols",
+        "teachers.storage", "teachers.adapters", "teachers.catalogue", "eval", "eval.shapes",
+        "eval.metrics", "eval.protocols",
     },
     "distill.pretrain": {
         "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",

@@ -1,11 +1,13 @@
 """The doctor: a good adapter passes, and each wrong one is caught by the name of its mistake."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
+from distill.planning import doctor
 from distill.planning.doctor import diagnose, pictures_for
 from eval import digits
 from teachers import Guided, Teacher, load
@@ -49,6 +51,19 @@ def test_the_embedded_teacher_passes_every_check(teacher, data):
     checks = diagnose(teacher, *data)
     assert {c.verdict for c in checks} == {"ok"}, first_broken(checks)
     assert len({c.name for c in checks}) == len(checks) >= 20
+
+
+def test_a_norm_that_autocast_slows_down_is_no_warning(teacher, data, monkeypatch):
+    def with_norm(*args, **more):
+        x = torch.ones(2, 8, dtype=torch.bfloat16)
+        torch.nn.functional.rms_norm(x, (8,), torch.ones(8))  # PyTorch warns of these types
+        warnings.warn("another", stacklevel=1)
+        return examine(*args, **more)
+
+    monkeypatch.setattr(doctor, "examine", with_norm)
+    with pytest.warns(UserWarning, match="another") as seen:
+        diagnose(teacher, *data)
+    assert not [w for w in seen if "Mismatch dtype" in str(w.message)]
 
 
 class Other(Network):

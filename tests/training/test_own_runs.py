@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from distill.config.recipe import Recipe
 from distill.evaluation.finish import finish
+from distill.publish.card import card
+from distill.report.page import report
 from distill.training import build
 from teachers import UserError
 from tests.helpers import own
@@ -54,6 +56,10 @@ def test_a_student_learns_the_distribution_that_is_known(tmp_path):
     assert summary["metrics"]["metric"] == f"{file}:score" and summary["failed"] == {}
     page = (tmp_path / "run" / "student" / "README.md").read_text()
     assert "| student, 1 step | 1 |" in page
+    for write in (card, report):  # these describe pipelines of diffusers
+        with pytest.raises(UserError, match=r"network of your own.*README\.md"):
+            write(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -32,15 +32,20 @@ class Draws:
         return int(torch.randint(low, high + 1, (), generator=self.rng))
 
 
-def random_mask(number: int, height: int, width: int) -> Tensor:
+def random_mask(number: int, height: int, width: int, partial: bool = False) -> Tensor:
     """The mask of picture `number` (1, height, width): 1 where it is painted anew, 0 elsewhere.
 
     A fifth of the masks is everything. Two fifths are 1 to 3 rectangles, whose sides are 1/8 to 3/4
     of the picture's. Two fifths are 1 to 4 strokes of 3 to 10 points, 1/20 to 1/6 of the shorter
     side wide.
+
+    Args:
+        partial: Draw rectangles or strokes where the mask would be everything.
     """
     draws = Draws(seed_of("mask", number))
     kind = draws.real(0, 1)
+    if partial and kind < EVERYTHING:
+        kind = EVERYTHING + (1 - EVERYTHING) * kind / EVERYTHING  # uniform among the other kinds
     if kind < EVERYTHING:
         return torch.ones(1, height, width)
     image = Image.new("L", (width, height), 0)

@@ -191,5 +191,7 @@ def test_a_whole_run_leaves_what_stock_pipelines_draw(folders, name, tmp_path, c
     words = ("sample", str(out), "--out", str(tmp_path / "g.png"), "--n", "2", "--prompt", "noise")
     code, _, said = called(capsys, *words)
     assert code == 2 and "--image" in said
-    code, _, said = called(capsys, *words, "--image", str(photos / "1.png"))
+    given = ("--image", "--mask") if name.startswith("inpaint") else ("--image",)
+    words += tuple(word for option in given for word in (option, str(photos / "1.png")))
+    code, _, said = called(capsys, *words)
     assert code == 0 and (tmp_path / "g.png").is_file(), said

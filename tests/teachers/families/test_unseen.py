@@ -118,14 +118,14 @@ def test_it_is_of_the_size_that_it_was_read_with(ovis):
 
 
 def test_a_clear_no_is_one_line_and_code_2(folders, tmp_path, capsys):
-    """A pipeline that needs a picture: SDXL's inpainting, on the same parts."""
+    """A pipeline that needs a picture: SDXL's image to image, on the same parts."""
     copy = shutil.copytree(folders("sdxl"), tmp_path / "t")
     index = json.loads((copy / "model_index.json").read_text())
-    index["_class_name"] = "StableDiffusionXLInpaintPipeline"
+    index["_class_name"] = "StableDiffusionXLImg2ImgPipeline"
     (copy / "model_index.json").write_text(json.dumps(index))
     code, _, err = called(capsys, "doctor", copy)
     assert code == 2
-    refused_line(err, "teacher '*'", "StableDiffusionXLInpaintPipeline")
+    refused_line(err, "teacher '*'", "StableDiffusionXLImg2ImgPipeline")
 
 
 def test_a_class_that_diffusers_has_not_is_refused_as_before(folders, tmp_path):
