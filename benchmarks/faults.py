@@ -187,14 +187,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     fault(
         "consistency's target network keeps the wrong share",
-        "distill/objectives/trajectory/pairwise.py",
+        "distill/objectives/consistency/pairwise.py",
         "1 - self.kept(step))",
         "self.kept(step))",
         "objectives/test_trajectory.py::test_the_target_network_follows_only_after_the_turn",
     ),
     fault(
         "ECT's stages start one too early",
-        "distill/objectives/trajectory/consistency.py",
+        "distill/objectives/consistency/consistency.py",
         "step // self.stage_steps + 1)",
         "step // self.stage_steps)",
         "objectives/test_trajectory.py::test_ects_steps_shrink_as_published",
@@ -215,14 +215,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     fault(
         "iCT's Huber constant without the root of the size",
-        "distill/objectives/trajectory/pairwise.py",
+        "distill/objectives/consistency/pairwise.py",
         "0.00054 * x[0].numel() ** 0.5",
         "0.00054",
         "objectives/test_trajectory.py::test_hubers_constant_is_what_the_recipe_says",
     ),
     fault(
         "Huber constant of a recipe times the root of the size",
-        "distill/objectives/trajectory/pairwise.py",
+        "distill/objectives/consistency/pairwise.py",
         "if self.huber_c is None else self.huber_c",
         "if self.huber_c is None else self.huber_c * x[0].numel() ** 0.5",
         "objectives/test_trajectory.py::test_hubers_constant_is_what_the_recipe_says",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill.objectives.base import Batch
-from distill.objectives.trajectory.consistency_training import ConsistencyTraining
+from distill.objectives.consistency.consistency_training import ConsistencyTraining
 from students.generator import Generator
 from teachers.analytic import Gaussian
 from teachers.process import Karras, Linear

@@ -5,8 +5,8 @@ import torch
 
 from distill.config.objectives import Consistency, ConsistencyTuning
 from distill.objectives.base import Batch
+from distill.objectives.consistency.consistency import posterior_mean
 from distill.objectives.losses import LogNormal, huber
-from distill.objectives.trajectory.consistency import posterior_mean
 from distill.objectives.trajectory.progressive import Progressive
 from students.generator import Generator
 from teachers.analytic import Finite, Gaussian

@@ -1,1 +1,1 @@
-"""The student follows the teacher's paths: consistency and progressive distillation."""
+"""One step of the student learns several of the teacher: progressive, guided, latent."""

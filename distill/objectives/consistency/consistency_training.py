@@ -30,8 +30,8 @@ from torch import Tensor
 
 from distill.field_types import Finite, NonNegative, Positive, PositiveInt
 from distill.objectives.base import Batch, Loss
+from distill.objectives.consistency.pairwise import Pairwise
 from distill.objectives.losses import mean_square
-from distill.objectives.trajectory.pairwise import Pairwise
 from teachers.errors import UserError
 
 SHARE = 0.25  # of the intervals, those of least noise, where the diffusion loss is added
