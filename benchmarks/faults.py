@@ -46,14 +46,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     fault(
         "LogNormal.std ignored",
-        "distill/objectives/losses.py",
+        "distill/objectives/noise_levels.py",
         "self.std * normal",
         "normal",
         "objectives/test_losses.py::test_log_normal_times_have_noise_levels_of_that_mean_and_deviation",
     ),
     fault(
         "Uniform reaches beyond its high end",
-        "distill/objectives/losses.py",
+        "distill/objectives/noise_levels.py",
         "self.low + (self.high - self.low) * u",
         "self.low + self.high * u",
         "objectives/test_losses.py::test_uniform_times_fill_their_range_evenly",

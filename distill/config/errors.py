@@ -9,6 +9,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from distill.objectives.noise_levels import Times
 from teachers.errors import cut, nearest, plural, quoted
 
 
@@ -46,7 +47,8 @@ def _other_member(problem: ErrorDetails, problems: list[ErrorDetails]) -> bool:
 
 
 def _is_tag(part: int | str) -> bool:
-    return isinstance(part, str) and (part in ("Uniform", "LogNormal") or "[" in part)
+    kinds = {kind.__name__ for kind in get_args(Times)}
+    return isinstance(part, str) and (part in kinds or "[" in part)
 
 
 def _expected(problem: ErrorDetails) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from distill.field_types import Fraction, NonNegativeInt
 from distill.objectives.base import Batch, Loss, Objective
-from distill.objectives.losses import LogNormal, Times
+from distill.objectives.noise_levels import LogNormal, Times
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from distill.field_types import NonNegative, NonNegativeInt
 from distill.objectives.base import Batch, Loss, Objective
-from distill.objectives.losses import Times, Uniform, mean_square
+from distill.objectives.losses import mean_square
+from distill.objectives.noise_levels import Times, Uniform
 from students.generator import Generator
 from teachers import conditions
 from teachers.denoiser import Cond

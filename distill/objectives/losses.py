@@ -6,17 +6,10 @@ whether that scalar sums or averages over dimensions, because that changes the a
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from annotated_types import Interval
-from pydantic.dataclasses import dataclass
 from torch import Tensor
-
-from distill.field_types import Finite, Fraction
-from teachers.process import Process
 
 
 def mean_square(x: Tensor, y: Tensor) -> Tensor:
@@ -58,36 +51,3 @@ def all_sum(x: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(x)
     return x
-
-
-@dataclass(frozen=True, config={"extra": "forbid"})
-class Uniform:
-    """Times uniform in the process's own t, between `low` and `high`."""
-
-    low: Fraction = 0.0
-    high: Fraction = 1.0
-
-    def __post_init__(self) -> None:
-        if self.low > self.high:
-            raise ValueError(f"low, {self.low}, is above high, {self.high}; lower it")
-
-    def sample(self, like: Tensor, process: Process) -> Tensor:
-        """One time for each item of `like` (B, ...), shaped (B,)."""
-        u = torch.rand(len(like), device=like.device)
-        return self.low + (self.high - self.low) * u
-
-
-@dataclass(frozen=True, config={"extra": "forbid"})
-class LogNormal:
-    """Noise levels σ/α whose logarithm is N(mean, std²), as EDM trains (arXiv:2206.00364)."""
-
-    mean: Annotated[float, *Finite, Interval(ge=-20, le=20)]
-    std: Annotated[float, *Finite, Interval(ge=0, le=20)]
-
-    def sample(self, like: Tensor, process: Process) -> Tensor:
-        """One time for each item of `like` (B, ...), shaped (B,), clamped to [0, 1]."""
-        normal = torch.randn(len(like), device=like.device)
-        return process.time((self.mean + self.std * normal).exp()).clamp(0, 1)
-
-
-Times = Uniform | LogNormal

@@ -29,6 +29,12 @@ PAPERS = {
         2023,
         "2303.01469",
     ),
+    "ct": Paper(
+        "Improved Techniques for Training Consistency Models",
+        "Song, Yang and Dhariwal, Prafulla",
+        2023,
+        "2310.14189",
+    ),
     "diffusion": Paper(
         "Elucidating the Design Space of Diffusion-Based Generative Models",
         "Karras, Tero and Aittala, Miika and Aila, Timo and Laine, Samuli",

@@ -8,7 +8,7 @@ from distill.config import renamed
 from distill.config.objective_schema import networks_of
 from distill.config.objectives import OBJECTIVES
 from distill.config.recipe import Recipe, find, read_yaml, shipped
-from distill.objectives.losses import LogNormal, Uniform
+from distill.objectives.noise_levels import LogNormal, Uniform
 from tests.helpers.refusals import refused
 from tests.helpers.toys import recipe_tree
 
@@ -29,7 +29,7 @@ def test_defaults_are_spelled_out(tmp_path):
     recipe = load(tmp_path, GOOD)
     assert recipe.objective == {
         "name": "sid", "alpha": 1.2, "fake_sees": "places", "scale": 100.0,
-        "times": {"low": 0.0, "high": 0.8}, "fake_times": {"mean": -1.2, "std": 1.2},
+        "times": {"low": 0.0, "high": 0.8, "shift": 1.0}, "fake_times": {"mean": -1.2, "std": 1.2},
     }  # fmt: skip
     assert Recipe.check(recipe.tree()) == recipe
 
@@ -161,6 +161,7 @@ def test_small_recipes_of_the_tests_are_valid(pipelines):
     assert Recipe.check(recipe_tree("dmd2", pipelines["edm"])).objective["times"] == {
         "low": 0.02,
         "high": 0.98,
+            "shift": 1.0,
     }
     assert Uniform(0.02, 0.98) == OBJECTIVES["dmd2"].times
 

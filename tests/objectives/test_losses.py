@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from distill.objectives.losses import (
-    LogNormal,
-    Uniform,
     critic_loss,
     generator_loss,
     mean_abs,
     mean_square,
 )
+from distill.objectives.noise_levels import LogNormal, Uniform
 from teachers.process import Karras, Linear
 
 
@@ -65,3 +64,19 @@ def test_log_normal_times_have_noise_levels_of_that_mean_and_deviation(mean, std
 def test_log_normal_times_are_held_within_the_process():
     t = LogNormal(0.0, 20.0).sample(torch.zeros(1000, 2), Karras())
     assert t.min() == 0 and t.max() == 1
+
+
+def test_shifted_times_have_the_noise_levels_of_a_shifted_flow():
+    torch.manual_seed(0)
+    plain = Uniform().sample(torch.zeros(50_000, 2), Linear()).double()
+    torch.manual_seed(0)
+    shifted = Uniform(shift=3.0).sample(torch.zeros(50_000, 2), Linear()).double()
+    torch.testing.assert_close(shifted, 3 * plain / (1 + 2 * plain), atol=1e-6, rtol=1e-5)
+
+
+def test_a_flows_logit_normal_times_are_log_normal_levels():
+    torch.manual_seed(0)
+    t = LogNormal(-0.4, 1.0).sample(torch.zeros(100_000, 2), Linear()).double()
+    logit = (t / (1 - t)).log()
+    assert logit.mean().item() == pytest.approx(-0.4, abs=0.02)
+    assert logit.std().item() == pytest.approx(1.0, abs=0.02)

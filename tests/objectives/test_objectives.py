@@ -7,7 +7,8 @@ import torch
 
 from distill.config.objectives import DMD2, OBJECTIVES, FDistill, SiD
 from distill.objectives.base import Batch
-from distill.objectives.losses import Uniform, generator_loss, surrogate
+from distill.objectives.losses import generator_loss, surrogate
+from distill.objectives.noise_levels import Uniform
 from students.generator import Generator
 from teachers.analytic import Gaussian
 from teachers.process import Karras

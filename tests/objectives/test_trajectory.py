@@ -6,7 +6,8 @@ import torch
 from distill.config.objectives import Consistency, ConsistencyTuning
 from distill.objectives.base import Batch
 from distill.objectives.consistency.consistency import posterior_mean
-from distill.objectives.losses import LogNormal, huber
+from distill.objectives.losses import huber
+from distill.objectives.noise_levels import LogNormal
 from distill.objectives.trajectory.progressive import Progressive
 from students.generator import Generator
 from teachers.analytic import Finite, Gaussian

@@ -9,7 +9,7 @@ from torch import nn
 from distill.config.objectives import DMD2, Consistency, FDistill, SiD
 from distill.objectives.base import Batch
 from distill.objectives.diffusion import Diffusion
-from distill.objectives.losses import LogNormal, Uniform
+from distill.objectives.noise_levels import LogNormal, Uniform
 from students.generator import Generator
 from teachers.denoiser import Denoiser
 from teachers.process import Karras

@@ -18,7 +18,7 @@ from torch import Tensor
 from distill.field_types import Finite, NonNegative, PositiveInt
 from distill.objectives.base import Batch
 from distill.objectives.consistency.pairwise import Pairwise
-from distill.objectives.losses import LogNormal, Times
+from distill.objectives.noise_levels import LogNormal, Times
 from teachers.process import Process, expand
 from teachers.solver import heun_step
 

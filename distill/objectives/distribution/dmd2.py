@@ -23,13 +23,12 @@ from torch import Tensor
 from distill.field_types import NonNegative, PositiveInt
 from distill.objectives.base import Batch, Loss, Objective, Turn
 from distill.objectives.losses import (
-    Times,
-    Uniform,
     critic_loss,
     generator_loss,
     mean_abs,
     surrogate,
 )
+from distill.objectives.noise_levels import Times, Uniform
 from students.critic import Critic
 from students.generator import ChainSamples, Generator
 from teachers import conditions

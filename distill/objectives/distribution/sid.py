@@ -19,7 +19,8 @@ from torch import Tensor
 
 from distill.field_types import NonNegative, Positive
 from distill.objectives.base import Batch, Loss, Objective, Turn
-from distill.objectives.losses import LogNormal, Times, Uniform, mean_abs
+from distill.objectives.losses import mean_abs
+from distill.objectives.noise_levels import LogNormal, Times, Uniform
 from students.generator import ChainSamples, Generator
 from teachers.denoiser import Denoiser
 

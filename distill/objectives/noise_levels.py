@@ -1,0 +1,60 @@
+"""How an objective draws its times: kinds of distributions that a recipe's `times` can name.
+
+The keys say which kind it is. Each draws noise levels, so that it means the same on any process.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from annotated_types import Interval
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from distill.field_types import Finite, Fraction, Positive
+from teachers.process import Process
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
+class Uniform:
+    """Times uniform in the process's own t, between `low` and `high`.
+
+    shift: Then multiply σ/α by it, as rectified flows do for large images (arXiv:2403.03206).
+    """
+
+    low: Fraction = 0.0
+    high: Fraction = 1.0
+    shift: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"low, {self.low}, is above high, {self.high}; lower it")
+
+    def sample(self, like: Tensor, process: Process) -> Tensor:
+        """One time for each item of `like` (B, ...), shaped (B,)."""
+        u = torch.rand(len(like), device=like.device)
+        t = self.low + (self.high - self.low) * u
+        if self.shift == 1:
+            return t
+        alpha, sigma = process.scales(t.double())
+        return process.time(sigma * self.shift / alpha).clamp(0, 1).to(t.dtype)
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
+class LogNormal:
+    """Noise levels σ/α whose logarithm is N(mean, std²), as EDM trains (arXiv:2206.00364).
+
+    The logit of a rectified flow's t is log σ/α, so this is also its logit-normal distribution.
+    """
+
+    mean: Annotated[float, *Finite, Interval(ge=-20, le=20)]
+    std: Annotated[float, *Finite, Interval(ge=0, le=20)]
+
+    def sample(self, like: Tensor, process: Process) -> Tensor:
+        """One time for each item of `like` (B, ...), shaped (B,), clamped to [0, 1]."""
+        normal = torch.randn(len(like), device=like.device)
+        return process.time((self.mean + self.std * normal).exp()).clamp(0, 1)
+
+
+Times = Uniform | LogNormal
