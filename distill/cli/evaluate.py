@@ -213,7 +213,7 @@ Guidance = Annotated[
 ]
 NullLabel = Annotated[int | None, typer.Option(help="Of a teacher: the class that means no class.")]
 Schedule = Annotated[
-    str, typer.Option(help="Timesteps of our solvers: own, ays, gits or searched.")
+    str, typer.Option(help="Timesteps of our solvers: own, ays, gits, searched or truncated.")
 ]
 Adaptive = Annotated[
     float | None,

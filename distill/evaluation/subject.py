@@ -27,7 +27,7 @@ from distill.sampling import speed
 from distill.sampling.baselines import Baseline, Stock, StockEDM
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import check_protocol, student_samples
-from distill.sampling.timesteps import COMPUTED, FINE_STEPS
+from distill.sampling.timesteps import COMPUTED, FINE_STEPS, TRUNCATED
 from eval.metrics.perceptual import lpips, psnr
 from eval.protocols.measure import PROTOCOLS, Protocol, Sampler
 from eval.stream import ONE_PROCESS, Processes
@@ -81,7 +81,8 @@ class Subject:
             )
         if self.counts is not None and (wrong := sorted(set(steps) - set(self.counts))):
             known = ", ".join(map(str, self.counts))
-            raise UserError(f"--steps {wrong[0]}: this student was trained for {known}; give those")
+            by = "this student was trained" if self.kind == "student" else "truncated times exist"
+            raise UserError(f"--steps {wrong[0]}: {by} for {known}; give those")
 
 
 def is_student(source: str) -> bool:
@@ -182,6 +183,9 @@ def teacher(
     loaded.denoiser.to(device)
     key = "solver" if solver in SOLVERS else "scheduler"
     tree: dict[str, Any] = {key: solver, "schedule": schedule, "cache": cache}
+    counts = tuple(TRUNCATED) if schedule == "truncated" else None
+    if counts is not None:
+        tree["steps"] = counts
     if adaptive is not None:
         tree |= {"guidance": "adaptive", "threshold": adaptive}
     baseline = baseline_of(tree)
@@ -197,7 +201,7 @@ def teacher(
     max_steps = FINE_STEPS if schedule in COMPUTED else None
     identity = {**section, **tree, "files": stamps(source)}
     return Subject(
-        "teacher", loaded, None, sampler, identity, loaded.denoiser, max_steps, baseline.name
+        "teacher", loaded, counts, sampler, identity, loaded.denoiser, max_steps, baseline.name
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
+import torch
 from annotated_types import MinLen
 from pydantic import Field, model_validator
 
@@ -20,26 +21,36 @@ from distill.field_types import PositiveInt
 from distill.sampling.deepcache import deep_part
 from distill.sampling.guided_teacher import guidance_of
 from distill.sampling.teacher_sampler import PipelineSampler, Sampler, SolverSampler
-from distill.sampling.timesteps import AYS, COMPUTED, FINE_STEPS, check_steps, pipeline_class
+from distill.sampling.timesteps import (
+    AYS,
+    COMPUTED,
+    FINE_STEPS,
+    TRUNCATED,
+    check_steps,
+    pipeline_class,
+)
 from eval.protocols.measure import Protocol
 from students.lora import unwrap
 from teachers.errors import UserError
 from teachers.families.base import Prompted
 from teachers.guidance import AGREED
 from teachers.process import Karras
+from teachers.solver import is_pure_noise
 from teachers.teacher import Teacher
 
 # diffusers' schedulers, by the process that they support
 Stock = Literal["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
                 "DEISMultistepScheduler", "SASolverScheduler"]  # fmt: skip
 StockEDM = Literal["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
-Schedule = Literal["own", "ays", "gits", "searched"]
+Schedule = Literal["own", "ays", "gits", "searched", "truncated"]
 SCHEDULE_NAMES = {
     "own": "",
     "ays": ", Align Your Steps",
     "gits": ", GITS",
     "searched": ", searched",
+    "truncated": ", truncated",
 }
+STOPPABLE = ("ddim", "dpmpp_2m")  # solvers that never look beyond the time where a step lands
 
 
 class Baseline(Section):
@@ -129,8 +140,27 @@ class Baseline(Section):
                 f"{where}: Align Your Steps publishes no schedule for {teacher.source!r}; "
                 "use schedule: gits"
             )
+        if self.schedule == "truncated":
+            self._check_truncated(teacher, where)
         if self.schedule in COMPUTED:
             check_steps(max(self.steps), FINE_STEPS, where)
+
+    def _check_truncated(self, teacher: Teacher, where: str) -> None:
+        if impossible := [n for n in self.steps if n not in TRUNCATED]:
+            raise UserError(
+                f"{where}: {impossible[0]} steps; truncated schedules are published for "
+                f"{', '.join(map(str, TRUNCATED))}; give one of these"
+            )
+        if self.solver not in STOPPABLE:
+            raise UserError(
+                f"{where}: {self.solver} cannot stop at a noise level; use ddim, as published for "
+                "5 and 6 steps, or dpmpp_2m, for 8"
+            )
+        if is_pure_noise(teacher.denoiser.process, torch.ones(1)):
+            raise UserError(
+                f"{where}: the process of {teacher.source!r} begins at pure noise, for which no "
+                "truncated schedule is published; use schedule: gits"
+            )
 
     def _check_adaptive(self, guidance: GuidanceSection, where: str) -> None:
         adaptive = self.guidance == "adaptive"

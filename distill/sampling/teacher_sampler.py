@@ -20,10 +20,12 @@ from distill.sampling.student_sampler import decode, default_batch, timed
 from distill.sampling.timesteps import (
     PATHS,
     SAMPLES,
+    Truncated,
     align_your_steps,
     gits,
     initial_state,
     searched,
+    truncated,
 )
 from eval.protocols.measure import Protocol, images_to_samples
 from eval.samples import Samples
@@ -118,11 +120,17 @@ class SolverSampler(Sampler):
         with counted(self.networks) as sizes:
             self.times = self.schedule_times(schedule, steps, prompts)
         self.search_evaluations = sum(sizes)
+        self.end = float(self.times[-1]) if schedule == "truncated" else None
 
     def schedule_times(self, schedule: str, steps: int, prompts: Sequence[Any]) -> Tensor:
-        """The times of the network calls, from noise to data: (steps,) float64."""
+        """The times of the network calls, from noise to data: (steps,) float64.
+
+        A truncated schedule has one more, at which the chain stops.
+        """
         if schedule == "ays":
             return align_your_steps(self.teacher, steps)
+        if schedule == "truncated":
+            return truncated(self.teacher, steps)
         if schedule == "own":
             return self.denoiser.process.grid(steps)
         count = PATHS if schedule == "gits" else SAMPLES
@@ -154,10 +162,11 @@ class SolverSampler(Sampler):
 
     def batch_denoiser(self) -> Denoiser:
         """The denoiser for one batch: adaptive guidance is stateful, so each batch has its own."""
-        if self.threshold is None:
-            return self.denoiser
-        assert isinstance(self.denoiser, Guided)
-        return Adaptive(self.denoiser, self.threshold)
+        denoiser = self.denoiser
+        if self.threshold is not None:
+            assert isinstance(denoiser, Guided)
+            denoiser = Adaptive(denoiser, self.threshold)
+        return denoiser if self.end is None else Truncated(denoiser, self.end)
 
 
 def recipe_sampler(recipe: Recipe, teacher: Teacher, steps: int) -> SolverSampler:

@@ -5,6 +5,7 @@
 | Align Your Steps, arXiv:2404.14507 | `align_your_steps`, as its authors publish it |
 | GITS, arXiv:2405.11326 | `gits`: minimises the sum of single-step errors, by dynamic programming |
 | AutoDiffusion, arXiv:2309.10438 | `searched`: minimises a distance of samples, by evolution |
+| Hyperparameters are all you need, arXiv:2510.02390 | `truncated`: fixed; ends at a noise level |
 
 AutoDiffusion minimises the FID of a candidate's images to real ones, and prunes layers too. This
 search changes times only, and its objective is the energy distance, in data space, of samples to
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from teachers import conditions
-from teachers.denoiser import Cond, Denoiser
+from teachers.denoiser import Cond, Denoiser, Wrapper
 from teachers.errors import UserError
 from teachers.families.base import Prompted
 from teachers.teacher import Teacher
@@ -32,6 +33,11 @@ Nodes = tuple[int, ...]
 
 AYS = {"StableDiffusionPipeline": "StableDiffusionSigmas",
        "StableDiffusionXLPipeline": "StableDiffusionXLSigmas"}  # fmt: skip
+# Of truncated schedules, by step count: the levels and ρ of a grid of noise levels, and which of
+# them is the last, as the authors' code has them for Stable Diffusion 1.5 and for SDXL.
+TRUNCATED = {4: (8, 5.0, 5), 5: (8, 5.0, 6), 6: (8, 5.0, 6), 8: (12, 7.0, 9)}
+TRUNCATED_SDXL = {4: (8, 5.0, 6), 5: (8, 5.0, 6), 6: (8, 5.0, 6), 8: (12, 12.0, 10)}
+TRUNCATED_RHO = 1.2  # t^(1/ρ) is even between the first and the last
 COMPUTED = ("gits", "searched")  # the schedules that are computed here, for given prompts
 FINE_STEPS = 64  # times that a schedule is chosen from
 PATHS = 32  # trajectories on which GITS measures errors
@@ -54,6 +60,43 @@ def align_your_steps(teacher: Teacher, steps: int) -> Tensor:
     below = position.floor().long().clamp(max=len(sigmas) - 2)
     log_sigma = torch.lerp(sigmas[below], sigmas[below + 1], position - below)
     return teacher.denoiser.process.time(log_sigma.exp()).clamp(0, 1)
+
+
+def truncated(teacher: Teacher, steps: int) -> Tensor:
+    """The times (steps + 1,) of the fixed schedule for few steps (arXiv:2510.02390).
+
+    The last one is where the samples stay: with noise of that level, which the authors found better
+    than none. `Truncated` stops a solver there. Their code's FreeU and noise network are not here.
+
+    Raises:
+        KeyError: there is no such schedule for this number of steps.
+    """
+    sdxl = pipeline_class(teacher) == "StableDiffusionXLPipeline"
+    levels, rho, last = (TRUNCATED_SDXL if sdxl else TRUNCATED)[steps]
+    process = teacher.denoiser.process
+    alpha, sigma = process.scales(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    high, low = (sigma / alpha) ** (1 / rho)
+    start, end = process.time((high + torch.tensor([0, last]) / (levels - 1) * (low - high)) ** rho)
+    roots = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    first, final = start ** (1 / TRUNCATED_RHO), end ** (1 / TRUNCATED_RHO)
+    return (final + roots * (first - final)) ** TRUNCATED_RHO
+
+
+class Truncated(Wrapper):
+    """A denoiser that, at one time, takes a sample for denoised: a solver ends there.
+
+    Args:
+        end: That time, the last of a solver's.
+    """
+
+    def __init__(self, denoiser: Denoiser, end: float) -> None:
+        super().__init__(denoiser)
+        self.end = end
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        if t[0].item() < self.end + 1e-6:  # a solver's samples are all at one time, in its type
+            return x_t / self.process.at(t, x_t)[0]
+        return self.denoiser(x_t, t, cond, s)
 
 
 @torch.no_grad()

@@ -220,6 +220,12 @@ def test_the_cost_of_a_search_is_told_and_bounded(digits, monkeypatch):
             ("baselines", "65"),
         ),
         ({"solver": "ddim", "schedule": "gits", "steps": [70]}, "digits", 1.0, ("baselines", "64")),
+        (
+            {"solver": "ddim", "schedule": "truncated", "steps": [5, 7]},
+            "digits",
+            1.0,
+            ("baselines", "7", "4, 5, 6, 8"),
+        ),
     ],
 )
 def test_what_cannot_be_sampled_so_is_refused(words, source, guidance, line, request):
@@ -240,12 +246,14 @@ def test_names_say_all_that_is_not_usual():
         Baseline(solver="ddim", guidance="adaptive"),
         Baseline(solver="ddim", guidance="adaptive", threshold=0.95),
         Baseline(scheduler="UniPCMultistepScheduler", cache=3),
+        Baseline(solver="ddim", schedule="truncated", steps=(5,)),
     ]
     assert [b.name for b in named] == [
         "heun, searched",
         "ddim, adaptive guidance",
         "ddim, adaptive guidance 0.95",
         "diffusers UniPC, DeepCache 3",
+        "ddim, truncated",
     ]
 
 

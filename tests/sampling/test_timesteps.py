@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from distill.sampling.timesteps import (
+    Truncated,
     align_your_steps,
     cheapest_path,
     energy_distance,
@@ -16,10 +17,11 @@ from distill.sampling.timesteps import (
     initial_state,
     offspring,
     searched,
+    truncated,
 )
 from teachers import load
 from teachers.analytic import Gaussian, Mixture, ring
-from teachers.solver import SOLVERS, ddim
+from teachers.solver import SOLVERS, ddim, dpmpp_2m
 from tests.helpers.refusals import refused
 
 
@@ -41,6 +43,38 @@ def test_align_your_steps_are_the_published_noise_levels(shapes):
     assert nineteen[::2] == pytest.approx(published, rel=2e-3)
     assert nineteen[3] == pytest.approx((6.475 * 3.861) ** 0.5, rel=1e-3)
     assert sigma(align_your_steps(shapes, 1)) == pytest.approx(published[:1], rel=2e-3)
+
+
+@pytest.mark.parametrize(("steps", "levels", "rho", "last"), [(5, 8, 5, 6), (8, 12, 7, 9)])
+def test_truncated_times_are_the_published_ones(shapes, steps, levels, rho, last):
+    # in indices of 1,000, from the first to that of the grid's last level, even in index^(1/1.2)
+    bar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+    sigma = ((1 - bar) / bar).sqrt()
+    ends = sigma[[-1, 0]] ** (1 / rho)
+    level = (ends[0] + last / (levels - 1) * (ends[1] - ends[0])) ** rho
+    above = int((sigma < level).sum())
+    share = (level / sigma[above - 1]).log() / (sigma[above] / sigma[above - 1]).log()
+    final = above - 1 + share.item()
+    roots = torch.linspace(999 ** (1 / 1.2), final ** (1 / 1.2), steps + 1, dtype=torch.float64)
+    torch.testing.assert_close(truncated(shapes, steps) * 999, roots**1.2, rtol=1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("solver", [ddim, dpmpp_2m])
+def test_a_truncated_chain_calls_no_network_at_its_last_level(solver):
+    teacher, calls = Gaussian(torch.zeros(1), torch.ones(1)), []
+    teacher.register_forward_hook(lambda m, args, out: calls.append(args[1][0].item()))
+    solver(Truncated(teacher, 0.4), torch.ones(2, 1), torch.tensor([1.0, 0.7, 0.4]))
+    assert calls == pytest.approx([1.0, 0.7])
+
+
+def test_a_truncated_chain_stays_at_its_last_level():
+    teacher, times = Gaussian(torch.zeros(1), torch.ones(1)), torch.tensor([1.0, 0.7, 0.4])
+    high, middle, low = teacher.process.scales(times)[1].tolist()
+    x = ddim(Truncated(teacher, times[2].item()), torch.full((1, 1), high), times)
+    gain = 1.0  # of a step from a to b: b/a + (1 - b/a) / (1 + a²)
+    for a, b in ((high, middle), (middle, low)):
+        gain *= b / a + (1 - b / a) / (1 + a**2)
+    assert x.item() == pytest.approx(high * gain, rel=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
