@@ -118,6 +118,15 @@ def missing_data(recipe: Recipe) -> str | None:
     )
 
 
+def coupling_without_data(recipe: Recipe) -> str | None:
+    if recipe.data.coupling is not None and not recipe.needs_data:
+        return (
+            f"data.coupling: {_objective(recipe)} draws no data that noise could be coupled with; "
+            "remove it"
+        )
+    return None
+
+
 def prompts_beside_images(recipe: Recipe) -> str | None:
     if recipe.data.prompts is not None and recipe.data.source is not None:
         return (
@@ -296,6 +305,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     useless_critic,
     missing_critic,
     missing_data,
+    coupling_without_data,
     weights_without_counts,
     weights_for_other_counts,
     counts_that_do_not_divide,

@@ -188,6 +188,21 @@ Place = Annotated[
 ]
 
 
+class CouplingSection(Section):
+    """Which noise of a batch each datum gets, in place of any: shorter, straighter paths.
+
+    Within a shard of a batch (`train.accumulate`), so that the number of processes does not matter.
+    """
+
+    # transport: the assignment of least squared distance (arXiv:2302.00482); immiscible: of least
+    # distance in 16 bits, and nearest: the nearest of `candidates` new draws (both
+    # arXiv:2406.12303). An assignment keeps the batch's noise as it is; nearest does not, and its
+    # noise is a little smaller.
+    kind: Literal["transport", "immiscible", "nearest"] = "transport"
+    candidates: Annotated[PositiveInt, Ge(2)] = 4  # nearest: draws for each datum
+    by_label: bool = False  # assign only among data of one class
+
+
 class DataSection(Section):
     """Images with labels or captions, or prompts only."""
 
@@ -215,6 +230,7 @@ class DataSection(Section):
     in_memory_gb: NonNegative = 4.0  # encoded data of more GB are read from a cache
     cache: Name = "~/.cache/fewstep"  # folder of all caches
     cache_limit_gb: NonNegative = 100.0  # largest size of one cache in GB
+    coupling: CouplingSection | None = None  # of data and noise; by default independent
     skip_share: Fraction = 0.01  # share of items that may be bad; with more, the run stops
 
 

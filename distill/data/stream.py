@@ -12,13 +12,17 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from distill.config.schema import CouplingSection
 from distill.objectives.base import Batch
 from distill.seeds import seed_of
 from teachers import conditions
 from teachers.denoiser import Cond
+from teachers.errors import UserError
 
+LABELS = "class_labels"  # the condition of class-conditional networks
 AHEAD = 3  # shards that are prepared in advance
 
 
@@ -55,6 +59,7 @@ class Source:
         self.shape, self.x, self.cond, self.seed, self.noise = shape, x, cond, seed, noise
         self.size = size
         self.report: dict[str, Any] | None = None  # for data-report.json, if files were read
+        self.coupling: CouplingSection | None = None
         self._order = lru_cache(2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> Tensor:
@@ -79,7 +84,27 @@ class Source:
         if noise is None:
             rng = torch.Generator().manual_seed(seed_of(self.seed, "noise", draw, shard))
             noise = torch.randn(size, *self.shape, generator=rng)
+            if self.coupling is not None and x is not None:
+                noise = coupled(self.coupling, x, noise, cond, rng)
         return Batch(x, noise, cond, index)
+
+    def couple(self, coupling: CouplingSection | None) -> None:
+        """Give each datum its noise by this coupling from now on.
+
+        Raises:
+            UserError: the noise is stored, each with the datum that was made from it; or the data
+                have no labels to assign by.
+        """
+        if coupling is None:
+            return
+        if self.noise is not None:
+            raise UserError(
+                "data.coupling: the data are stored with the noise that they were made from; "
+                "remove it"
+            )
+        if coupling.by_label and LABELS not in (self.take(torch.tensor([0])).cond or {}):
+            raise UserError("data.coupling.by_label: the data have no labels; set it to false")
+        self.coupling = coupling
 
     def take(self, index: Tensor) -> Items:
         """The items with the numbers `index` (B,)."""
@@ -101,6 +126,10 @@ class Buckets(Source):
         self.parts = parts
         self._rounds = lru_cache(2)(self._round)
 
+    def couple(self, coupling: CouplingSection | None) -> None:
+        for part in self.parts:
+            part.couple(coupling)
+
     def _round(self, number: int) -> tuple[Tensor, Tensor]:
         """For each of a round's `size` batches: its part, and how many of it came before."""
         rng = torch.Generator().manual_seed(seed_of(self.seed, "buckets", number))
@@ -117,6 +146,38 @@ class Buckets(Source):
         part, turn = (int(v[place]) for v in self._rounds(number))
         source = self.parts[part]
         return source.batch(number * source.size + turn, shard, shards, size)
+
+
+def coupled(
+    coupling: CouplingSection, x: Tensor, noise: Tensor, cond: Cond, rng: torch.Generator
+) -> Tensor:
+    """The noise (B, ...) of each datum of x (B, ...).
+
+    Args:
+        noise: Independent of x.
+        rng: Where further draws come from.
+    """
+    if coupling.kind == "nearest":
+        more = torch.randn(coupling.candidates - 1, *noise.shape, generator=rng)
+        draws = torch.cat([noise[None], more])
+        nearest = (draws - x).flatten(2).square().sum(2).argmin(0)
+        return draws[nearest, torch.arange(len(x))]
+    groups = (cond or {})[LABELS] if coupling.by_label else torch.zeros(len(x))
+    result = noise.clone()
+    for group in groups.unique():
+        places = (groups == group).nonzero()[:, 0]
+        result[places] = noise[places[assigned(coupling, x[places], noise[places])]]
+    return result
+
+
+def assigned(coupling: CouplingSection, x: Tensor, noise: Tensor) -> Tensor:
+    """The permutation (B,) of the noise (B, ...) that is nearest to x (B, ...) in sum."""
+    a, b = x.flatten(1), noise.flatten(1)
+    if coupling.kind == "immiscible":
+        cost = torch.cdist(a.half().float(), b.half().float()).half()
+    else:  # squared distances, up to terms that all assignments share
+        cost = -(a.double() @ b.double().T)
+    return torch.from_numpy(linear_sum_assignment(cost.float().numpy())[1])
 
 
 class Stream:

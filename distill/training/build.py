@@ -154,6 +154,7 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         measure.check()
     check_form(recipe, form)
     source = source_of(recipe, teacher)
+    source.couple(recipe.data.coupling)
     metric = OwnMetric(recipe, teacher, source) if recipe.eval.metric else None
     if resume and source.report is not None:
         check_labels(out, source.report)

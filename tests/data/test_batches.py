@@ -1,12 +1,16 @@
 """Batches: epochs, shards, conditions beside their data, class folders."""
 
+import itertools
+
 import pytest
 import torch
 
 from distill.config.recipe import Recipe
+from distill.config.schema import CouplingSection
 from distill.data import from_recipe
 from distill.data.stream import Source, Stream
 from distill.sampling import guided_teacher
+from tests.helpers.refusals import refused
 from tests.helpers.toys import recipe_tree
 
 
@@ -124,3 +128,98 @@ def test_noise_that_is_stored_with_the_data_is_used():
     batch = pairs.batch(2, 0, 1, 5)
     assert torch.equal(batch.noise, -batch.x)
     assert not torch.equal(source().batch(2, 0, 1, 5).noise, -batch.x)
+
+
+# ---- couplings of data and noise
+
+
+def coupled_source(n=64, d=6, **keys):
+    torch.manual_seed(0)
+    labels = {"class_labels": torch.arange(n) % 4}
+    made = Source((d,), torch.randn(n, d), labels, seed=0, size=n)
+    made.couple(CouplingSection(**keys) if keys else None)
+    return made
+
+
+def squares(batch):
+    return (batch.x - batch.noise).square().sum(1)
+
+
+@pytest.mark.parametrize("kind", ["transport", "immiscible"])
+def test_an_assignment_permutes_the_noise_and_nothing_else(kind):
+    plain, batch = coupled_source().batch(0, 0, 1, 16), coupled_source(kind=kind).batch(0, 0, 1, 16)
+    assert torch.equal(plain.x, batch.x) and torch.equal(plain.items, batch.items)
+    assert torch.equal(plain.cond["class_labels"], batch.cond["class_labels"])
+    assert sorted(plain.noise.tolist()) == sorted(batch.noise.tolist())
+    assert squares(batch).sum() < squares(plain).sum()
+
+
+def test_transport_is_the_best_of_all_assignments():
+    plain = coupled_source().batch(0, 0, 1, 5)
+    batch = coupled_source(kind="transport").batch(0, 0, 1, 5)
+    totals = [
+        (plain.x - plain.noise[list(order)]).square().sum().item()
+        for order in itertools.permutations(range(5))
+    ]
+    assert squares(batch).sum().item() == pytest.approx(min(totals))
+
+
+def test_an_immiscible_assignment_is_the_best_by_distance():
+    plain = coupled_source().batch(0, 0, 1, 5)
+    batch = coupled_source(kind="immiscible").batch(0, 0, 1, 5)
+    totals = [
+        (plain.x - plain.noise[list(order)]).norm(dim=1).sum().item()
+        for order in itertools.permutations(range(5))
+    ]
+    assert squares(batch).sqrt().sum().item() == pytest.approx(min(totals), rel=1e-3)  # of 16 bits
+
+
+def test_in_one_dimension_transport_is_monotone():
+    made = Source((1,), torch.linspace(-1, 1, 9)[:, None], None, seed=0, size=9)
+    made.couple(CouplingSection())
+    batch = made.batch(0, 0, 1, 9)
+    assert torch.equal(batch.x.argsort(0), batch.noise.argsort(0))
+
+
+def test_an_assignment_by_label_stays_within_classes():
+    plain = coupled_source().batch(0, 0, 1, 32)
+    batch = coupled_source(by_label=True).batch(0, 0, 1, 32)
+    for label in range(4):
+        here = plain.cond["class_labels"] == label
+        assert sorted(plain.noise[here].tolist()) == sorted(batch.noise[here].tolist())
+    assert squares(batch).sum() < squares(plain).sum()
+
+
+def test_the_nearest_draw_is_nearer_and_the_first_is_the_uncoupled_one():
+    plain = coupled_source().batch(0, 0, 1, 32)
+    batch = coupled_source(kind="nearest", candidates=8).batch(0, 0, 1, 32)
+    same = (plain.noise == batch.noise).all(1)
+    assert 0 < same.sum() < 16  # about one in eight keeps its own
+    assert (squares(batch) <= squares(plain)).all()
+
+
+def test_couplings_depend_on_the_shard_alone():
+    for kind in ("transport", "nearest"):
+        one, other = (coupled_source(kind=kind).batch(3, 1, 2, 8) for _ in range(2))
+        assert torch.equal(one.noise, other.noise)
+
+
+def test_stored_noise_is_not_coupled_anew():
+    x = torch.zeros(4, 2)
+    stored = Source((2,), x, None, seed=0, size=4, noise=torch.ones(4, 2))
+    with refused("data.coupling", "remove"):
+        stored.couple(CouplingSection())
+
+
+def test_an_assignment_by_label_needs_labels():
+    with refused("data.coupling.by_label", "labels"):
+        Source((2,), torch.zeros(4, 2), None, 0, 4).couple(CouplingSection(by_label=True))
+
+
+def test_an_objective_without_data_has_none_to_couple():
+    tree = {
+        "teacher": "digits", "objective": {"name": "sid"}, "train": {"steps": 1},
+        "data": {"coupling": {"kind": "nearest"}},
+    }  # fmt: skip
+    with refused("data.coupling", "sid"):
+        Recipe.check(tree)
