@@ -23,6 +23,12 @@ class Paper(NamedTuple):
 
 # By the objective's name in a recipe.
 PAPERS = {
+    "ayf": Paper(
+        "Align Your Flow: Scaling Continuous-Time Flow Map Distillation",
+        "Sabour, Amirmojtaba and Fidler, Sanja and Kreis, Karsten",
+        2025,
+        "2506.14603",
+    ),
     "consistency": Paper(
         "Consistency Models",
         "Song, Yang and Dhariwal, Prafulla and Chen, Mark and Sutskever, Ilya",
@@ -34,6 +40,13 @@ PAPERS = {
         "Song, Yang and Dhariwal, Prafulla",
         2023,
         "2310.14189",
+    ),
+    "ctm": Paper(
+        "Consistency Trajectory Models: Learning Probability Flow ODE Trajectory of Diffusion",
+        "Kim, Dongjun and Lai, Chieh-Hsin and Liao, Wei-Hsiang and Murata, Naoki and Takida, Yuhta "
+        "and Uesaka, Toshimitsu and He, Yutong and Mitsufuji, Yuki and Ermon, Stefano",
+        2024,
+        "2310.02279",
     ),
     "diffusion": Paper(
         "Elucidating the Design Space of Diffusion-Based Generative Models",
@@ -72,6 +85,12 @@ PAPERS = {
         "Ho, Jonathan and Jain, Ajay and Abbeel, Pieter",
         2020,
         "2006.11239",
+    ),
+    "meanflow": Paper(
+        "Mean Flows for One-step Generative Modeling",
+        "Geng, Zhengyang and Deng, Mingyang and Bai, Xingjian and Kolter, J. Zico and He, Kaiming",
+        2025,
+        "2505.13447",
     ),
     "progressive": Paper(
         "Progressive Distillation for Fast Sampling of Diffusion Models",
