@@ -10,7 +10,9 @@ from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
 from distill.objectives.finetune import FineTuning
 from distill.objectives.flow_maps.ctm import CTM
+from distill.objectives.flow_maps.imm import IMM
 from distill.objectives.flow_maps.meanflow import AYF, MeanFlow
+from distill.objectives.flow_maps.shortcut import Shortcut
 from distill.objectives.trajectory.progressive import Progressive
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -24,7 +26,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ect": ConsistencyTuning,
     "fdistill": FDistill,
     "finetune": FineTuning,
+    "imm": IMM,
     "meanflow": MeanFlow,
     "progressive": Progressive,
+    "shortcut": Shortcut,
     "sid": SiD,
 }

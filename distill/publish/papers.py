@@ -86,6 +86,12 @@ PAPERS = {
         2020,
         "2006.11239",
     ),
+    "imm": Paper(
+        "Inductive Moment Matching",
+        "Zhou, Linqi and Ermon, Stefano and Song, Jiaming",
+        2025,
+        "2503.07565",
+    ),
     "meanflow": Paper(
         "Mean Flows for One-step Generative Modeling",
         "Geng, Zhengyang and Deng, Mingyang and Bai, Xingjian and Kolter, J. Zico and He, Kaiming",
@@ -97,6 +103,12 @@ PAPERS = {
         "Salimans, Tim and Ho, Jonathan",
         2022,
         "2202.00512",
+    ),
+    "shortcut": Paper(
+        "One Step Diffusion via Shortcut Models",
+        "Frans, Kevin and Hafner, Danijar and Levine, Sergey and Abbeel, Pieter",
+        2024,
+        "2410.12557",
     ),
     "sid": Paper(
         "Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion "
