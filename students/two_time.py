@@ -3,7 +3,8 @@
 Flow maps need it: CTM (arXiv:2310.02279), shortcut models (arXiv:2410.12557), MeanFlow
 (arXiv:2505.13447), AYF (arXiv:2506.14603). An embedding of the landing time s is added to the
 network's own embedding of t. Its last layer starts at zero, so the student starts as its teacher,
-bit for bit.
+bit for bit. Most of these methods differentiate along time, so that students keep to the smooth
+part of their time embedding (`keep_slow`).
 
 Stock pipelines hand a network one time. A student that always lands at 0 needs no other:
 `stock_backbone` adds the embedding of s = 0 to the bias of the time embedding, which gives a stock
@@ -112,7 +113,22 @@ def two_time(generator: Generator) -> Generator:
         UserError: the student is no pretrained network, or its family names no time embedding.
     """
     generator.denoiser = TwoTime(generator.denoiser)
+    keep_slow(unwrap(generator.denoiser).backbone)
     return generator
+
+
+def keep_slow(backbone: nn.Module) -> None:
+    """Have a network train with those sinusoids of its time that its first layer reads now.
+
+    Students of EDM in the time units of consistency models read the slow ones only (`retime`). The
+    fast ones have thousands of radians in the range of times: weights that training moves away from
+    0 would make derivatives along time as large. Gradients to these weights become 0.
+    """
+    first = getattr(getattr(backbone, "time_embedding", None), "linear_1", None)
+    if isinstance(first, nn.Linear) and first.weight.requires_grad:
+        read = first.weight.detach().any(0)
+        if not read.all():
+            first.weight.register_hook(lambda grad: grad * read.to(grad.device))
 
 
 def time_layers(network: Pretrained) -> list[str]:

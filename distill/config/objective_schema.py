@@ -54,11 +54,6 @@ def objective_class(name: str, where: str = "recipe") -> type[Objective]:
     except Exception as error:  # an unknown name in a type hint, or a type that YAML cannot hold
         reason = str(error).splitlines()[0]
         raise UserError(f"{key}: a field of {class_name}: {reason}; correct its type") from None
-    if "critic" in networks_of(kind) and "fake" not in networks_of(kind):
-        raise UserError(
-            f"{key}: {class_name} has a critic but no field fake; add the field fake, whose "
-            "features the critic reads"
-        )
     return kind
 
 

@@ -9,17 +9,26 @@ from distill.objectives.distribution.dmd2 import DMD2
 from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
 from distill.objectives.finetune import FineTuning
+from distill.objectives.flow_maps.ctm import CTM
+from distill.objectives.flow_maps.imm import IMM
+from distill.objectives.flow_maps.meanflow import AYF, MeanFlow
+from distill.objectives.flow_maps.shortcut import Shortcut
 from distill.objectives.trajectory.progressive import Progressive
 
 OBJECTIVES: dict[str, type[Objective]] = {
+    "ayf": AYF,
     "consistency": Consistency,
     "ct": ConsistencyTraining,
+    "ctm": CTM,
     "diffusion": Diffusion,
     "dmd2": DMD2,
     "dmd2-anchored": AnchoredDMD2,
     "ect": ConsistencyTuning,
     "fdistill": FDistill,
     "finetune": FineTuning,
+    "imm": IMM,
+    "meanflow": MeanFlow,
     "progressive": Progressive,
+    "shortcut": Shortcut,
     "sid": SiD,
 }

@@ -98,9 +98,9 @@ class Objective:
     """Trains a student. Its fields are its networks, then its hyper-parameters.
 
     A field typed `Denoiser` beyond the teacher is a trainable copy of it; one typed `Critic` is a
-    critic on the field `fake`; one typed by a subclass of `Auxiliary` is that network. All become
-    players of their field's name. Every other field is a hyper-parameter, and so a key of the
-    recipe's `objective` section.
+    critic on the field `fake`, or on the teacher where there is none; one typed by a subclass of
+    `Auxiliary` is that network. All become players of their field's name. Every other field is a
+    hyper-parameter, and so a key of the recipe's `objective` section.
 
     An objective yields whose turn it is and computes losses. Optimisers, devices, the student's
     average and logging are the engine's.

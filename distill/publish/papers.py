@@ -23,6 +23,12 @@ class Paper(NamedTuple):
 
 # By the objective's name in a recipe.
 PAPERS = {
+    "ayf": Paper(
+        "Align Your Flow: Scaling Continuous-Time Flow Map Distillation",
+        "Sabour, Amirmojtaba and Fidler, Sanja and Kreis, Karsten",
+        2025,
+        "2506.14603",
+    ),
     "consistency": Paper(
         "Consistency Models",
         "Song, Yang and Dhariwal, Prafulla and Chen, Mark and Sutskever, Ilya",
@@ -34,6 +40,13 @@ PAPERS = {
         "Song, Yang and Dhariwal, Prafulla",
         2023,
         "2310.14189",
+    ),
+    "ctm": Paper(
+        "Consistency Trajectory Models: Learning Probability Flow ODE Trajectory of Diffusion",
+        "Kim, Dongjun and Lai, Chieh-Hsin and Liao, Wei-Hsiang and Murata, Naoki and Takida, Yuhta "
+        "and Uesaka, Toshimitsu and He, Yutong and Mitsufuji, Yuki and Ermon, Stefano",
+        2024,
+        "2310.02279",
     ),
     "diffusion": Paper(
         "Elucidating the Design Space of Diffusion-Based Generative Models",
@@ -73,11 +86,29 @@ PAPERS = {
         2020,
         "2006.11239",
     ),
+    "imm": Paper(
+        "Inductive Moment Matching",
+        "Zhou, Linqi and Ermon, Stefano and Song, Jiaming",
+        2025,
+        "2503.07565",
+    ),
+    "meanflow": Paper(
+        "Mean Flows for One-step Generative Modeling",
+        "Geng, Zhengyang and Deng, Mingyang and Bai, Xingjian and Kolter, J. Zico and He, Kaiming",
+        2025,
+        "2505.13447",
+    ),
     "progressive": Paper(
         "Progressive Distillation for Fast Sampling of Diffusion Models",
         "Salimans, Tim and Ho, Jonathan",
         2022,
         "2202.00512",
+    ),
+    "shortcut": Paper(
+        "One Step Diffusion via Shortcut Models",
+        "Frans, Kevin and Hafner, Danijar and Levine, Sergey and Abbeel, Pieter",
+        2024,
+        "2410.12557",
     ),
     "sid": Paper(
         "Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion "

@@ -65,7 +65,9 @@ def build_networks(
         networks[name] = adapt(teacher, adapters[name], name)
     networks["teacher"] = guided(recipe.teacher, teacher)
     if recipe.critic is not None:
-        networks["critic"] = critic_of(recipe.critic, networks["fake"], teacher)
+        networks["critic"] = critic_of(
+            recipe.critic, networks.get("fake", teacher.denoiser), teacher
+        )
     auxiliaries: dict[str, type[Any]] = network_types(recipe.kind, Auxiliary)
     for name, auxiliary in auxiliaries.items():
         networks[name] = auxiliary.for_objective(teacher).requires_grad_(True)
@@ -107,14 +109,14 @@ def shared_weights(section: AdaptersSection | None, names: Sequence[str]) -> dic
     return dict.fromkeys(shared, section.adapter)
 
 
-def critic_of(section: CriticSection, fake: Any, teacher: Teacher) -> Critic:
-    """A critic that reads the fake score's features.
+def critic_of(section: CriticSection, network: Any, teacher: Teacher) -> Critic:
+    """A critic that reads the fake score's features, or the teacher's where there is no fake score.
 
     Raises:
-        UserError: the fake score has no such blocks.
+        UserError: it has no such blocks.
     """
-    blocks = (middle_of(network_of(fake)),) if section.blocks is None else section.blocks
-    return Critic(fake, teacher.shape, teacher.codec.condition([0]), blocks)
+    blocks = (middle_of(network_of(network)),) if section.blocks is None else section.blocks
+    return Critic(network, teacher.shape, teacher.codec.condition([0]), blocks)
 
 
 def check_form(recipe: Recipe, form: StudentForm) -> None:

@@ -18,6 +18,8 @@ SHARED = (
     "noise_levels",
     "validate",
     "pairwise",
+    "balance",
+    "rectified",
 )  # no objective of its own
 OBJECTIVES = [
     p for p in sorted((ROOT / "distill/objectives").rglob("*.py")) if p.stem not in SHARED
@@ -57,14 +59,16 @@ MAY: dict[str, set[str]] = {
     "distill": {"teachers", "teachers.storage", "eval"},
     "distill.objectives": {"distill", "students", "teachers"},
     "distill.objectives.consistency": {"distill", "distill.objectives", "teachers"},
-    "distill.objectives.flow_maps": set(),
+    "distill.objectives.flow_maps": {
+        "distill", "distill.objectives", "distill.objectives.consistency", "students", "teachers",
+    },
     "distill.objectives.pairs": set(),
     "distill.objectives.trajectory": {"distill", "distill.objectives", "teachers"},
     "distill.objectives.distribution": {"distill", "distill.objectives", "students", "teachers"},
     "distill.config": {
         "distill", "distill.objectives", "distill.objectives.consistency",
-        "distill.objectives.trajectory", "distill.objectives.distribution", "students",
-        "teachers", "teachers.storage",
+        "distill.objectives.flow_maps", "distill.objectives.trajectory",
+        "distill.objectives.distribution", "students", "teachers", "teachers.storage",
     },
     "distill.data.expansion": {"distill", "teachers", "teachers.storage", "eval"},
     "distill.data.conditions": {"distill", "teachers", "teachers.storage", "eval"},

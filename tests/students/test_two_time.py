@@ -220,3 +220,24 @@ def test_edms_networks_read_it_and_bring_it_in_their_own_source(tmp_path, name):
 def test_a_closed_form_has_no_time_embedding():
     with pytest.raises(UserError, match="no weights"):
         TwoTime(load("analytic:ring").denoiser)
+
+
+def test_sinusoids_that_a_student_does_not_read_at_first_stay_unread():
+    teacher = load("digits")
+    student = two_time(schedulers.student(teacher, 1)).denoiser
+    first = unwrap(student).backbone.time_embedding.linear_1
+    read = first.weight.any(0)
+    assert 0 < read.sum() < len(read)
+    x, t, cond = inputs(teacher)
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-2)
+    student(x, t, cond, at(0.1, t)).square().sum().backward()
+    before = first.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(first.weight.any(0), read)
+    assert (first.weight[:, read] != before[:, read]).any()
+
+
+def test_an_adapters_shared_time_embedding_stays_frozen():
+    teacher = load("digits")
+    student = two_time(schedulers.student(teacher, 1, adapter=Adapter(rank=2))).denoiser
+    assert not unwrap(student).backbone.time_embedding.linear_1.weight.requires_grad

@@ -1,0 +1,132 @@
+"""Flow maps by a total derivative: the average velocity from t to s obeys a differential equation.
+
+MeanFlow, Geng et al. 2025 (arXiv:2505.13447). Let u(z, t, s) be the average velocity of the
+rectified flow from its time t to s, and v the velocity at t. Then u = v - (t - s) du/dt along the
+path, and the loss is the error of this identity with the right-hand side held fixed. Fields choose:
+
+- `velocity`: v of the teacher (distillation), or of the datum, ε - x (training).
+- `direction`: du/dt along that v, or along the student's own velocity u(z, t, t), as improved
+  MeanFlow has it (arXiv:2512.02012). Then the prediction of v depends on z alone, not on the datum.
+
+`AYF` is Align Your Flow, Sabour et al. 2025 (arXiv:2506.14603), Eulerian: the same error as a
+tangent of limited length, with the derivative's weight rising during training.
+
+All of it is written with x̂ = z - t u, so any process will do (`rectified.py`); guidance comes in
+through the teacher's x̂. Costs forwards: 1 for the student, 1 of the teacher if it gives v, and for
+samples with s < t 2 for the derivative and 1 for the student's own velocity if that is followed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill.field_types import Fraction, NonNegative, NonNegativeInt, Positive
+from distill.objectives.base import Batch, Learns, Loss, Objective
+from distill.objectives.flow_maps.rectified import flow_time
+from distill.objectives.noise_levels import LogNormal, Times
+from distill.objectives.tangent import How, tangent
+from teachers import conditions
+from teachers.process import expand
+
+
+class Jump(NamedTuple):
+    """Samples at t, and where they land: x_t (B, ...), t and s (B,)."""
+
+    x_t: Tensor
+    t: Tensor
+    s: Tensor
+
+
+@dataclass(kw_only=True)
+class MeanFlow(Objective):
+    velocity: Literal["teacher", "data"] = "teacher"
+    direction: Literal["velocity", "own"] = "velocity"
+    times: Times = LogNormal(-0.4, 1.0)  # of t and s, sorted; this is the paper's logit-normal
+    landings: Times | None = None  # a distribution of its own for the second draw
+    equal: Fraction = 0.75  # the share of samples with s = t, which learn v
+    power: NonNegative = 1.0  # p of the weight 1 / (|error|² + offset)^p
+    offset: Positive = 0.01
+    derivative: How = "forward"
+
+    two_times: ClassVar[bool] = True
+    learns: ClassVar[Learns] = "all-times"
+
+    def loss(self, batch: Batch, step: int) -> Loss:
+        f, process = self.student.denoiser, self.student.denoiser.process
+        t, s = self.sample_times(batch.data)
+        jump = Jump(process.noise(batch.data, t, batch.noise), t, s)
+        x = f(jump.x_t, t, batch.cond, s)
+        with torch.no_grad():
+            error = self.error(x.detach(), jump, batch, step)
+        tau = expand(flow_time(process, t).tau, x).to(x.dtype)
+        square = ((x - x.detach() - error) / tau).square().flatten(1).sum(1)
+        size = square.detach()
+        return Loss((self.weight(size) * square).mean(), {"error": size.mean()}, x)
+
+    def sample_times(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Times t ≥ s (B,) for data x (B, ...); equal in the first samples of the batch."""
+        process = self.student.denoiser.process
+        first = self.times.sample(x, process)
+        second = (self.landings or self.times).sample(x, process)
+        t, s = torch.maximum(first, second), torch.minimum(first, second)
+        return t, torch.where(torch.arange(len(x), device=x.device) < self.count(x), t, s)
+
+    def count(self, x: Tensor) -> int:
+        """How many samples of a batch have s = t."""
+        return round(self.equal * len(x))
+
+    def error(self, x: Tensor, jump: Jump, batch: Batch, step: int) -> Tensor:
+        """What x̂ (B, ...) lacks to obey the identity: t times the error of u."""
+        teacher = self.velocity == "teacher"
+        end = self.teacher(jump.x_t, jump.t, batch.cond) if teacher else batch.data
+        error, rows = end - x, slice(self.count(x), None)
+        if len(x[rows]):
+            part = Batch(None, batch.noise[rows], conditions.rows(batch.cond, rows))
+            jump = Jump(*(v[rows] for v in jump))
+            error[rows] += self.share(step) * self.change(x[rows], end[rows], jump, part)
+        return error
+
+    def change(self, x: Tensor, end: Tensor, jump: Jump, batch: Batch) -> Tensor:
+        """t (t - s) du/dt (B, ...) along the path to `end`, or to the student's own x̂ at (t, t)."""
+        (x_t, t, s), process, f = jump, self.student.denoiser.process, self.student.denoiser
+        if self.direction == "own":
+            end = f(x_t, t, batch.cond, t)
+        along = (process.velocity(x_t, end, t), torch.ones_like(t), torch.zeros_like(s))
+        call = lambda x_t, t, s: f(x_t, t, batch.cond, s)  # noqa: E731
+        slope = tangent(call, (x_t, t, s), along, self.derivative)[1]  # in the process's time
+        (tau, rate), landing = flow_time(process, t), flow_time(process, s).tau
+        kept, scale = (
+            expand(v, x).to(x.dtype) for v in (1 - landing / tau, (tau - landing) / rate)
+        )
+        return kept * (x - end) - scale * slope
+
+    def share(self, step: int) -> float:
+        """The weight of the derivative."""
+        return 1.0
+
+    def weight(self, square: Tensor) -> Tensor:
+        """Each sample's weight (B,), of its squared error summed over dimensions."""
+        return (square + self.offset) ** -self.power
+
+
+@dataclass(kw_only=True)
+class AYF(MeanFlow):
+    """Descends along the tangent g / (|g| + offset) of u, where -g is MeanFlow's error.
+
+    At s = t this is flow matching, and at s = 0 it is sCM's tangent (arXiv:2410.11081).
+    """
+
+    equal: Fraction = 0.0
+    offset: Positive = 0.1
+    warmup: NonNegativeInt = 0  # steps until the derivative has its weight
+    limit: Fraction = 0.99  # that weight; below 1, a little of the pull towards v stays
+
+    def share(self, step: int) -> float:
+        return self.limit * min(1.0, step / self.warmup if self.warmup else 1.0)
+
+    def weight(self, square: Tensor) -> Tensor:
+        return 1 / (square.sqrt() + self.offset)
