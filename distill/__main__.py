@@ -65,6 +65,7 @@ COMMANDS = {
     "doctor": (inspect.doctor, "Check a teacher before training from it."),
     "plan": (inspect.plan, "Estimate a run's memory, time and cost."),
     "cache": (train.cache, "Encode prompts and images before training."),
+    "pairs": (train.pairs, "Make pairs of noise and the teacher's sample."),
     "teach": (train.teach, "Train a small teacher from scratch."),
     "bench": (train.bench, "Compare objectives at one training budget."),
     "list": (inspect.listing, "List objectives, recipes, teachers and metrics."),

@@ -9,6 +9,8 @@ from distill.objectives.distribution.dmd2 import DMD2
 from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
 from distill.objectives.finetune import FineTuning
+from distill.objectives.pairs.kd import KD
+from distill.objectives.pairs.reflow import Reflow
 from distill.objectives.trajectory.progressive import Progressive
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -20,6 +22,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ect": ConsistencyTuning,
     "fdistill": FDistill,
     "finetune": FineTuning,
+    "kd": KD,
     "progressive": Progressive,
+    "reflow": Reflow,
     "sid": SiD,
 }

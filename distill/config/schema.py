@@ -188,12 +188,25 @@ Place = Annotated[
 ]
 
 
+PAIRS = "pairs"  # the `data.source` of stored pairs
+PairSolver = Literal["heun", "ddim", "dpmpp_2m", "euler"]  # the deterministic ones
+
+
 class DataSection(Section):
-    """Images with labels or captions, or prompts only."""
+    """Images with labels or captions, prompts only, or stored pairs of noise and sample."""
 
     # "digits", "shapes", a folder of images (with a subfolder for each class, if the teacher has
-    # classes), .tar shards, or "DATASET:COLUMN". By default none.
+    # classes), .tar shards, or "DATASET:COLUMN"; or "pairs": noise and the sample that the guided
+    # teacher makes of it. By default none.
     source: Place | None = None
+    # Of pairs: their folder, as `distill pairs` makes it; where there is none yet, the run makes it
+    # first. By default a folder in `cache`.
+    path: Name | None = None
+    count: PositiveInt | None = None  # of pairs to make; by default 8192
+    solver: PairSolver | None = None  # of the teacher that makes them; by default heun
+    steps: PositiveInt | None = None  # of that solver; by default 18
+    inverted: NonNegativeInt | None = None  # further pairs: data, and the noise the ODE leads to
+    images: Place | None = None  # the data of inverted pairs, as for `source`
     prompts: Place | None = None  # a text file, "pack:starter" (default), or "DATASET:COLUMN"
     # For teachers that edit a picture: the edited pictures, which objectives that need real data
     # learn from. A folder with a file of the same name for each image of `source`, or a column of

@@ -55,6 +55,7 @@ class Source:
         self.shape, self.x, self.cond, self.seed, self.noise = shape, x, cond, seed, noise
         self.size = size
         self.report: dict[str, Any] | None = None  # for data-report.json, if files were read
+        self.evaluations = 0  # of the teacher's network, that its items took to make
         self._order = lru_cache(2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> Tensor:

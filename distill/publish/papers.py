@@ -73,11 +73,23 @@ PAPERS = {
         2020,
         "2006.11239",
     ),
+    "kd": Paper(
+        "Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed",
+        "Luhman, Eric and Luhman, Troy",
+        2021,
+        "2101.02388",
+    ),
     "progressive": Paper(
         "Progressive Distillation for Fast Sampling of Diffusion Models",
         "Salimans, Tim and Ho, Jonathan",
         2022,
         "2202.00512",
+    ),
+    "reflow": Paper(
+        "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow",
+        "Liu, Xingchao and Gong, Chengyue and Liu, Qiang",
+        2022,
+        "2209.03003",
     ),
     "sid": Paper(
         "Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion "

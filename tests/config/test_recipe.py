@@ -161,7 +161,7 @@ def test_small_recipes_of_the_tests_are_valid(pipelines):
     assert Recipe.check(recipe_tree("dmd2", pipelines["edm"])).objective["times"] == {
         "low": 0.02,
         "high": 0.98,
-            "shift": 1.0,
+        "shift": 1.0,
     }
     assert Uniform(0.02, 0.98) == OBJECTIVES["dmd2"].times
 
