@@ -1220,4 +1220,33 @@ MUTANTS: tuple[Mutant, ...] = (
         "return x_t",
         "pairs/test_pairs.py::test_inverted_data_lead_back_to_themselves_and_are_the_flow_maps_noise",
     ),
+    # distill/training/ema.py and distill/averaging
+    fault(
+        "EDM2's exponent without its one",
+        "distill/training/ema.py",
+        "** (gamma + 1)",
+        "** gamma",
+        "averaging/test_averaging.py::test_the_average_begins_at_the_weights_and_follows_its_recurrence",
+    ),
+    fault(
+        "inner products of profiles with the exponents swapped",
+        "distill/averaging/posthoc.py",
+        "torch.where(t < other_t, other_gamma, -gamma)",
+        "torch.where(t < other_t, gamma, -other_gamma)",
+        "averaging/test_averaging.py::test_inner_products_are_the_integrals_of_profiles",
+    ),
+    fault(
+        "searched coefficients whose sum is not 1",
+        "distill/averaging/search.py",
+        "(*free, 1 - sum(free))",
+        "(*free, b[-1])",
+        "averaging/test_averaging.py::test_the_search_finds_a_combination_that_no_average_is_and_repeats_itself",
+    ),
+    fault(
+        "averages of an earlier stage combined with those of the last",
+        "distill/averaging/posthoc.py",
+        "for stage, entry in found if stage == last",
+        "for _, entry in found",
+        "averaging/test_averaging.py::test_snapshots_of_an_earlier_stage_have_no_part",
+    ),
 )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Interval, MinLen
+from annotated_types import Ge, Interval, Le, MinLen
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Strict, Tag
 
 from distill.field_types import (
@@ -253,6 +253,10 @@ class GuardsSection(Section):
 Compile = Annotated[Mode, BeforeValidator(lambda v: "off" if v is False else v)]
 
 
+# Below that of an even average over all steps, √(1/12).
+Length = Annotated[Positive, Le(0.28)]
+
+
 class TrainSection(Section):
     """Length, batch size, precision, and the intervals of logs and checkpoints."""
 
@@ -262,6 +266,10 @@ class TrainSection(Section):
     hours: Positive | None = None  # end training after so many hours, evaluations included
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the computation (autocast)
     ema: Fraction = 0.999  # decay of the student's average, which is exported; 0 means no average
+    # Lengths of further averages, by a power of the time, as a share of the training, as EDM2's
+    # [0.05, 0.1]. They are saved with each checkpoint, and give the average of any length later:
+    # `distill average`. By default none.
+    ema_lengths: tuple[Length, ...] | None = None
     seed: Seed = 0  # of all random numbers
     log_every: PositiveInt = 50  # steps between lines of metrics.jsonl
     save_every: PositiveInt = 500  # steps between checkpoints

@@ -107,6 +107,11 @@ MAY: dict[str, set[str]] = {
         "teachers.storage", "teachers.adapters", "teachers.catalogue", "eval", "eval.shapes",
         "eval.metrics", "eval.protocols",
     },
+    "distill.averaging": {
+        "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",
+        "distill.training", "students", "students.export", "teachers", "teachers.storage", "eval",
+        "eval.protocols",
+    },
     "distill.pretrain": {
         "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",
         "distill.training", "distill.evaluation", "students.export", "teachers",
@@ -132,10 +137,10 @@ MAY: dict[str, set[str]] = {
     "distill.cli": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
         "distill.pairs", "distill.publish", "distill.report", "distill.training",
-        "distill.planning", "distill.auto", "distill.evaluation", "distill.pretrain",
-        "distill.tuning", "distill.benchmark", "students", "students.metadata", "students.export",
-        "teachers", "teachers.storage", "teachers.edm", "teachers.catalogue", "eval",
-        "eval.protocols",
+        "distill.planning", "distill.auto", "distill.evaluation", "distill.averaging",
+        "distill.pretrain", "distill.tuning", "distill.benchmark", "students", "students.metadata",
+        "students.export", "teachers", "teachers.storage", "teachers.edm", "teachers.catalogue",
+        "eval", "eval.protocols",
     },
 }  # fmt: skip
 # What others call: names gathered for them, and the command. Nothing of ours imports these.
