@@ -38,6 +38,9 @@ class Maker:
     def __init__(self, settings: PairSettings, teacher: Teacher) -> None:
         self.settings, self.teacher = settings, teacher
         self.prompts = prompts_of(settings, teacher)
+        self.places = list(range(len(self.prompts)))  # of prompts, in the order of pairs
+        if not teacher.codec.classes:  # few pairs are of prompts from the whole list
+            self.places = self._shuffled("prompts", len(self.prompts)).tolist()
         self.data: Source | None = data_of(settings, teacher)
         self.denoiser = guided(settings.teacher, teacher)
         self.batch = default_batch(teacher)
@@ -63,7 +66,7 @@ class Maker:
 
     def _sampled(self, numbers: range) -> dict[str, Tensor]:
         z = torch.stack([self._noise(i) for i in numbers])
-        places = [i % len(self.prompts) for i in numbers]
+        places = [self.places[i % len(self.places)] for i in numbers]
         cond = encoded(self.teacher, [self.prompts[p] for p in places])
         where, settings = device(), self.settings
         x = solve(
@@ -78,7 +81,7 @@ class Maker:
     def _inverted(self, numbers: range) -> dict[str, Tensor]:
         assert self.data is not None
         index = torch.tensor([(i - self.settings.count) % self.data.size for i in numbers])
-        x, cond, _ = self.data.take(self._order(index))
+        x, cond, _ = self.data.take(self._shuffled("inverted", self.data.size)[index])
         assert x is not None
         where, second = device(), self.settings.solver != "ddim"
         z = invert(
@@ -90,11 +93,10 @@ class Maker:
         )
         return _tensors(z, x, cond, torch.full((len(x),), -1))
 
-    def _order(self, index: Tensor) -> Tensor:
-        """Items of the data in an order of the seed, so that few pairs are of all classes."""
-        assert self.data is not None
-        rng = torch.Generator().manual_seed(seed_of(self.settings.seed, "inverted"))
-        return torch.randperm(self.data.size, generator=rng)[index]
+    def _shuffled(self, name: str, size: int) -> Tensor:
+        """The numbers below `size` in an order of the seed and the name."""
+        rng = torch.Generator().manual_seed(seed_of(self.settings.seed, name))
+        return torch.randperm(size, generator=rng)
 
     def _noise(self, number: int) -> Tensor:
         rng = torch.Generator().manual_seed(seed_of(self.settings.seed, "pair", number))

@@ -295,7 +295,7 @@ def test_the_distillation_begins_at_its_step_and_resets_once():
     torch.testing.assert_close(next(made.turns(6)).loss(batch).value, kd)
 
 
-@pytest.mark.parametrize("name", ["digits/kd"])
+@pytest.mark.parametrize("name", ["digits/kd", "digits/reflow", "digits/simple-reflow"])
 def test_recipes_spend_the_budget_with_their_pairs(name):
     recipe = Recipe.load(name)
     data, per = recipe.data, {"dpmpp_2m": 1}[recipe.data.solver]

@@ -104,8 +104,10 @@ def test_text_and_guidance_are_those_of_each_pairs_prompt(tmp_path):
     given = settings("shapes", guidance=2.0, count=3, steps=2, solver="ddim")
     index, teacher = made(tmp_path / "pairs", given)
     tensors = load_file(tmp_path / "pairs" / "pairs-00000.safetensors")
-    prompts = Maker(given, teacher).prompts[:3]
-    cond = teacher.codec.condition(prompts)
+    prompts = Maker(given, teacher).prompts
+    places = tensors["prompt"].tolist()
+    assert len(set(places)) == 3 and places != [0, 1, 2]  # from the whole list
+    cond = teacher.codec.condition([prompts[i] for i in places])
     assert index["conditions"] == {k: list(v.shape[1:]) for k, v in cond.items()}
     for name, entry in cond.items():
         torch.testing.assert_close(tensors[f"cond.{name}"], entry)
@@ -180,6 +182,17 @@ def test_killed_making_goes_on_to_the_same_bytes_and_two_processes_share_it(tmp_
     whole = files_of(tmp_path / "whole")
     assert len(whole) == 5 + 2
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "two") == whole
+
+
+def test_the_command_makes_pairs_and_says_how_to_learn_from_them(tmp_path, capsys):
+    words = ("--count", 4, "--steps", 3, "--solver", "ddim", "--seed", 5)
+    code, text, err = called(capsys, "pairs", GAUSSIAN, "--out", tmp_path / "pairs", *words)
+    assert code == 0, err
+    assert "12 network evaluations" in text and "data.source=pairs" in text
+    index = json.loads((tmp_path / "pairs" / "index.json").read_text())
+    assert (index["pairs"], index["seed"], index["solver"]) == (4, 5, "ddim")
+    given = settings_of(recipe_of("digits/kd", {"count": 7}))  # the rest is the recipe's
+    assert (given.count, given.solver, given.steps) == (7, "dpmpp_2m", 12)
 
 
 # ---- refusals
