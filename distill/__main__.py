@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from distill import __version__
-from distill.cli import auto, compat, evaluate, inspect, publish, train, tune
+from distill.cli import auto, average, compat, evaluate, inspect, publish, train, tune
 from distill.cli.errors import resume_hint
 
 app = typer.Typer(
@@ -55,6 +55,7 @@ COMMANDS = {
     "compat": (compat.compat, "Try LoRA files in a student and in its teacher."),
     "draw": (evaluate.draw, "Generate images for GenEval or DPG-Bench."),
     "reference": (evaluate.reference, "Compute the reference statistics of protocols."),
+    "average": (average.average, "Average a run's saved weights anew, or search."),
     "report": (publish.report, "Write the HTML report of a finished run."),
     "compare": (publish.compare, "Compare training curves with known-good runs."),
     "card": (publish.card, "Write the model card of a finished run."),
@@ -65,6 +66,7 @@ COMMANDS = {
     "doctor": (inspect.doctor, "Check a teacher before training from it."),
     "plan": (inspect.plan, "Estimate a run's memory, time and cost."),
     "cache": (train.cache, "Encode prompts and images before training."),
+    "pairs": (train.pairs, "Make pairs of noise and the teacher's sample."),
     "teach": (train.teach, "Train a small teacher from scratch."),
     "bench": (train.bench, "Compare objectives at one training budget."),
     "list": (inspect.listing, "List objectives, recipes, teachers and metrics."),

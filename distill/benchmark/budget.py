@@ -18,8 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from distill.config.recipe import Recipe
+from distill.config.schema import PAIRS
 from distill.data.stream import Stream
 from distill.objectives.base import Batch
+from distill.pairs.folder import read_index
+from distill.pairs.making import Maker
+from distill.pairs.settings import settings_of
+from distill.pairs.source import folder_of
 from distill.profiling import EvaluationCounter, denoisers_in
 from distill.sampling.guided_teacher import load_teacher
 from distill.seeds import seed_all
@@ -43,8 +48,9 @@ def steps_for_evaluations(recipe: Recipe, budget: float, most: int | None = None
     Raises:
         UserError: the budget is below one step, or a step evaluates no network.
     """
-    steps, spent, total = 0, 0, 0
-    for total in islice(evaluations_after_steps(recipe), most):
+    before = pair_evaluations(recipe)
+    steps, spent, total = 0, before, before
+    for total in islice((before + n for n in evaluations_after_steps(recipe)), most):
         if total == spent:
             raise UserError(
                 f"budget: step {steps + 1} evaluates no network, so steps are free; use seconds"
@@ -58,6 +64,23 @@ def steps_for_evaluations(recipe: Recipe, budget: float, most: int | None = None
             "raise it"
         )
     return steps
+
+
+def pair_evaluations(recipe: Recipe) -> int:
+    """The network evaluations of the pairs that a run learns from; 0 for one without pairs."""
+    if recipe.data.source != PAIRS:
+        return 0
+    teacher, settings = load_teacher(recipe.teacher), settings_of(recipe)
+    folder = folder_of(recipe, teacher)
+    if (index := read_index(folder)) is not None:
+        return int(index["evaluations"])
+    maker = Maker(settings, teacher)
+    maker.denoiser = echo_networks({"teacher": maker.denoiser})["teacher"]  # pyright: ignore
+    sampled = maker.make(range(1))[1] * settings.count
+    if not settings.inverted:
+        return sampled
+    first = range(settings.count, settings.count + 1)
+    return sampled + maker.make(first)[1] * settings.inverted
 
 
 def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:

@@ -29,6 +29,7 @@ NEEDS = {
     "always": "Needs data.",
     "never": "Needs no data.",
     "critic": "Needs data if it has a critic.",
+    "pairs": "Needs pairs, which the teacher makes.",
 }
 
 

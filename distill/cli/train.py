@@ -1,4 +1,4 @@
-"""`distill run`, `teach`, `bench`, `cache`: the commands that train or prepare training data."""
+"""`distill run`, `teach`, `bench`, `cache`, `pairs`: what trains, or prepares training data."""
 
 from __future__ import annotations
 
@@ -259,3 +259,55 @@ def cache(recipe: RecipeArg, overrides: Overrides = None):
     kinds = ", ".join(f"{n} {kind}" for kind, n in report["by_kind"].items())
     skipped = f"; {report['skipped']} skipped ({kinds}), see data-report.json" if kinds else ""
     print_line(f"{report['items'] - report['skipped']:,} items cached{skipped}")
+
+
+def pairs(
+    source: Annotated[
+        str,
+        typer.Argument(help="A teacher, as in a recipe; or a recipe, for its teacher and data."),
+    ],
+    out: Annotated[Path, typer.Option(callback=expand_home, help="The folder of the pairs.")],
+    count: Annotated[
+        int | None, typer.Option(min=1, help="How many pairs.", show_default="8192")
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="heun, dpmpp_2m, ddim or euler.", show_default="heun")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Its steps.", show_default="18")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="The teacher's guidance scale; 1 is none.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts, as data.prompts in a recipe.")
+    ] = None,
+    inverted: Annotated[
+        int | None, typer.Option(min=0, help="Further pairs: data, and the noise they lead to.")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="The data of these, as data.source in a recipe.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise.", show_default="0")] = None,
+):
+    """Make pairs of noise and the teacher's sample from it, for objectives that learn from pairs.
+
+    The same command goes on where it was stopped. Under `accelerate launch`, each process makes a
+    part of the files; the pairs do not depend on the number of processes.
+    """
+    from distill.console import print_line, spinner
+
+    given = {"count": count, "solver": solver, "steps": steps, "prompts": prompts,
+             "inverted": inverted, "images": images}  # fmt: skip
+    with spinner("distill: preparing"):
+        from distill.data.encode import device
+        from distill.pairs.folder import fill
+        from distill.pairs.settings import recipe_of, settings_of
+        from distill.sampling.guided_teacher import load_teacher
+
+        settings = settings_of(recipe_of(source, given, guidance, seed))
+        teacher = load_teacher(settings.teacher)
+        teacher.denoiser.to(device())
+    index = fill(out, settings, teacher)
+    print_line(
+        f"{index['pairs']:,} pairs in {out}, {index['evaluations']:,} network evaluations; learn "
+        f"from them with data.source=pairs data.path={out}"
+    )

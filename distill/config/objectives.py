@@ -13,6 +13,8 @@ from distill.objectives.flow_maps.ctm import CTM
 from distill.objectives.flow_maps.imm import IMM
 from distill.objectives.flow_maps.meanflow import AYF, MeanFlow
 from distill.objectives.flow_maps.shortcut import Shortcut
+from distill.objectives.pairs.kd import KD
+from distill.objectives.pairs.reflow import Reflow
 from distill.objectives.trajectory.progressive import Progressive
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -27,8 +29,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "fdistill": FDistill,
     "finetune": FineTuning,
     "imm": IMM,
+    "kd": KD,
     "meanflow": MeanFlow,
     "progressive": Progressive,
+    "reflow": Reflow,
     "shortcut": Shortcut,
     "sid": SiD,
 }

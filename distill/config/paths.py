@@ -32,6 +32,9 @@ KEYS = (
     FILE,
     "data.source",
     "data.source.hf",
+    "data.path",
+    "data.images",
+    "data.images.hf",
     "data.prompts",
     "data.prompts.hf",
     "data.captions",
@@ -41,6 +44,7 @@ KEYS = (
     "eval.metric",
 )
 CODE = ("objective.name", "eval.metric")
+RESERVED = (*EMBEDDED, "pairs")  # names that are never paths
 NAMES = ("analytic:", "pack:")  # begin values that are no paths
 RUN = (".lock", "metrics.jsonl", "checkpoints")  # one of them lies beside the recipe of a run
 START = ".started-in.json"  # in a run's folder: the folder that its recipe's paths are relative to
@@ -117,7 +121,7 @@ def beside(value: Any, folder: Path, code: bool = False) -> Any:
     Args:
         code: Only "path/to/file.py:NAME" is a path.
     """
-    if not isinstance(value, str) or value in EMBEDDED or value.startswith(NAMES):
+    if not isinstance(value, str) or value in RESERVED or value.startswith(NAMES):
         return value
     if code and not is_function(value):
         return value

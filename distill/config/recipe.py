@@ -61,7 +61,7 @@ class Recipe(Section):
     def needs_data(self) -> bool:
         """Whether batches must hold real data; if not, prompts or labels are enough."""
         needs = self.kind.needs_data
-        return needs == "always" or (needs == "critic" and self.critic is not None)
+        return needs in ("always", "pairs") or (needs == "critic" and self.critic is not None)
 
     def keys_schema(self) -> type[BaseModel]:
         """The checked form of the objective's hyper-parameters."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from distill.config.objective_schema import network_types, networks_of
-from distill.config.schema import GuidanceSection
+from distill.config.schema import PAIRS, GuidanceSection
 from teachers.denoiser import Denoiser
 from teachers.errors import cut, nearest
 from teachers.quantised import FORMS
@@ -104,6 +104,33 @@ def missing_critic(recipe: Recipe) -> str | None:
 # ---- data
 
 
+def missing_pairs(recipe: Recipe) -> str | None:
+    if recipe.kind.needs_data != PAIRS or recipe.data.source == PAIRS:
+        return None
+    return (
+        f"data.source: {_objective(recipe)} learns from the teacher's own samples and the noise of "
+        "each; set it to 'pairs'"
+    )
+
+
+def useless_pairs(recipe: Recipe) -> str | None:
+    if recipe.data.source == PAIRS and not recipe.needs_data:
+        return f"data.source: {_objective(recipe)} learns from no data; remove the pairs"
+    return None
+
+
+def key_of_pairs(recipe: Recipe) -> str | None:
+    if recipe.data.source == PAIRS:
+        for key in ("targets", "masks", "captions", "size", "buckets"):
+            if getattr(recipe.data, key) is not None:
+                return f"data.{key}: pairs have none; remove it"
+        return None
+    for key in ("path", "count", "solver", "steps", "inverted", "images"):
+        if getattr(recipe.data, key) is not None:
+            return f"data.{key}: only pairs have it; set data.source to 'pairs', or remove it"
+    return None
+
+
 def missing_data(recipe: Recipe) -> str | None:
     if not recipe.needs_data or recipe.data.source is not None:
         return None
@@ -128,7 +155,7 @@ def coupling_without_data(recipe: Recipe) -> str | None:
 
 
 def prompts_beside_images(recipe: Recipe) -> str | None:
-    if recipe.data.prompts is not None and recipe.data.source is not None:
+    if recipe.data.prompts is not None and recipe.data.source not in (None, PAIRS):
         return (
             "data.prompts: the images of data.source have their own captions; remove one of the two"
         )
@@ -304,6 +331,9 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     dora_on_quantised_weights,
     useless_critic,
     missing_critic,
+    missing_pairs,
+    useless_pairs,
+    key_of_pairs,
     missing_data,
     coupling_without_data,
     weights_without_counts,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Interval, MinLen
+from annotated_types import Ge, Interval, Le, MinLen
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Strict, Tag
 
 from distill.field_types import (
@@ -203,12 +203,25 @@ class CouplingSection(Section):
     by_label: bool = False  # assign only among data of one class
 
 
+PAIRS = "pairs"  # the `data.source` of stored pairs
+PairSolver = Literal["heun", "ddim", "dpmpp_2m", "euler"]  # the deterministic ones
+
+
 class DataSection(Section):
-    """Images with labels or captions, or prompts only."""
+    """Images with labels or captions, prompts only, or stored pairs of noise and sample."""
 
     # "digits", "shapes", a folder of images (with a subfolder for each class, if the teacher has
-    # classes), .tar shards, or "DATASET:COLUMN". By default none.
+    # classes), .tar shards, or "DATASET:COLUMN"; or "pairs": noise and the sample that the guided
+    # teacher makes of it. By default none.
     source: Place | None = None
+    # Of pairs: their folder, as `distill pairs` makes it; where there is none yet, the run makes it
+    # first. By default a folder in `cache`.
+    path: Name | None = None
+    count: PositiveInt | None = None  # of pairs to make; by default 8192
+    solver: PairSolver | None = None  # of the teacher that makes them; by default heun
+    steps: PositiveInt | None = None  # of that solver; by default 18
+    inverted: NonNegativeInt | None = None  # further pairs: data, and the noise the ODE leads to
+    images: Place | None = None  # the data of inverted pairs, as for `source`
     prompts: Place | None = None  # a text file, "pack:starter" (default), or "DATASET:COLUMN"
     # For teachers that edit a picture: the edited pictures, which objectives that need real data
     # learn from. A folder with a file of the same name for each image of `source`, or a column of
@@ -256,6 +269,10 @@ class GuardsSection(Section):
 Compile = Annotated[Mode, BeforeValidator(lambda v: "off" if v is False else v)]
 
 
+# Below that of an even average over all steps, √(1/12).
+Length = Annotated[Positive, Le(0.28)]
+
+
 class TrainSection(Section):
     """Length, batch size, precision, and the intervals of logs and checkpoints."""
 
@@ -265,6 +282,10 @@ class TrainSection(Section):
     hours: Positive | None = None  # end training after so many hours, evaluations included
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the computation (autocast)
     ema: Fraction = 0.999  # decay of the student's average, which is exported; 0 means no average
+    # Lengths of further averages, by a power of the time, as a share of the training, as EDM2's
+    # [0.05, 0.1]. They are saved with each checkpoint, and give the average of any length later:
+    # `distill average`. By default none.
+    ema_lengths: tuple[Length, ...] | None = None
     seed: Seed = 0  # of all random numbers
     log_every: PositiveInt = 50  # steps between lines of metrics.jsonl
     save_every: PositiveInt = 500  # steps between checkpoints

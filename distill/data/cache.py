@@ -296,6 +296,10 @@ class Cached(Source):
         self._open = lru_cache(128)(_open)
 
     def take(self, index: Tensor) -> Items:
+        return Items(*split(self.rows_of(index)))
+
+    def rows_of(self, index: Tensor) -> dict[str, Tensor]:
+        """The rows (B, ...) of each tensor with the numbers `index` (B,)."""
         rows: dict[str, list[Tensor]] = {name: [] for name in self.names}
         for item in index.tolist():
             number = bisect.bisect_right(self.starts, item) - 1
@@ -303,7 +307,7 @@ class Cached(Source):
             for name in self.names:
                 tensor = self._open(self.files[number]).get_slice(name)
                 rows[name].append(tensor[row : row + 1])
-        return Items(*split({k: torch.cat(v) for k, v in rows.items()}))
+        return {k: torch.cat(v) for k, v in rows.items()}
 
 
 class _Digests:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from distill.config.recipe import Recipe
+from distill.config.schema import PAIRS
 from distill.console import print_notice
 from distill.data import cache
 from distill.data.encode import COND, EncodingJob, check_finite, picture_shape
@@ -169,7 +170,7 @@ def examples(name: str) -> tuple[Tensor, list[Any]]:
 
 def refuse_videos(recipe: Recipe, teacher: Teacher) -> None:
     """Refuse to learn from real videos: no source reads them."""
-    if len(teacher.shape) == 4 and recipe.needs_data:
+    if len(teacher.shape) == 4 and recipe.needs_data and recipe.data.source != PAIRS:
         name = recipe.objective["name"]
         critic = recipe.kind.needs_data == "critic"
         remedy = "remove the critic section" if critic else "take another objective, such as dmd2"
@@ -219,7 +220,7 @@ def check_places(recipe: Recipe, teacher: Teacher) -> None:
     data = recipe.data
     if is_function(data.source):
         function_at(str(data.source), "data.source")
-    elif data.source is not None and data.source not in EMBEDDED:
+    elif data.source is not None and data.source not in (*EMBEDDED, PAIRS):
         place_of_images(data.source)
     if data.prompts is not None:
         place_of_prompts(data.prompts)
@@ -232,7 +233,7 @@ def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
     refuse_videos(recipe, teacher)
     check_pictures(recipe, teacher.codec.pictures)
     data, takes = recipe.data, teacher.codec.pictures
-    if data.source in EMBEDDED or is_function(data.source):
+    if data.source in (*EMBEDDED, PAIRS) or is_function(data.source):
         return None
     if (listing := _listing(recipe, teacher)) is None:
         return None

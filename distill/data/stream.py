@@ -60,6 +60,7 @@ class Source:
         self.size = size
         self.report: dict[str, Any] | None = None  # for data-report.json, if files were read
         self.coupling: CouplingSection | None = None
+        self.evaluations = 0  # of the teacher's network, that its items took to make
         self._order = lru_cache(2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> Tensor:

@@ -192,6 +192,9 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     """The content of summary.json: the run's settings, cost and figures."""
     engine = run.engine
     device = engine.accelerator.device
+    evaluations = dict(engine.evaluations)
+    if engine.source.evaluations:  # the teacher's, before training
+        evaluations["pairs"] = engine.source.evaluations
     threads = torch.get_num_threads()
     versions = {p: version(p) for p in ("torch", "accelerate", "diffusers")}
     versions["fewstep"] = __version__  # of the running code, which may not be installed
@@ -202,8 +205,8 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         "seed": run.recipe.train.seed,
         "guidance": describe(guided(run.recipe.teacher, run.teacher)),
         "wall_s": engine.seconds,
-        "network_evaluations": sum(engine.evaluations.values()),
-        "network_evaluations_by_network": engine.evaluations,
+        "network_evaluations": sum(evaluations.values()),
+        "network_evaluations_by_network": evaluations,
         **({} if engine.guards is None else {"guards": engine.guards.state_dict()}),
         "peak_memory_gb": peak_memory(device),
         "metrics": metrics,

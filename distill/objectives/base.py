@@ -109,8 +109,9 @@ class Objective:
     teacher: Denoiser
     student: Generator
 
-    # Whether batches must hold real data: always, never, or only when there is a critic.
-    needs_data: ClassVar[Literal["always", "never", "critic"]] = "always"
+    # Whether batches must hold real data: always, never, or only when there is a critic. "pairs":
+    # data that the teacher's ODE leads the batch's noise to.
+    needs_data: ClassVar[Literal["always", "never", "critic", "pairs"]] = "always"
     # Whether the student is a few-step copy in a stock form, or the teacher's network as it is.
     few_step: ClassVar[bool] = True
     # What the student learns: the chains of the step counts that it is trained for; every time, and

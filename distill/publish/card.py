@@ -371,6 +371,7 @@ def training(facts: Facts) -> str:
     lines = [
         f"- **Teacher**: {teacher_name(facts)}, {scale}. The student is sampled without guidance.",
         *lora_lines(facts),
+        *([f"- **Weights**: {line}."] if (line := facts.sidecar.get("average")) else []),
         f"- **Data**: {data}.",
     ]
     if summary := facts.summary:

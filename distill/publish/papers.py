@@ -92,6 +92,12 @@ PAPERS = {
         2025,
         "2503.07565",
     ),
+    "kd": Paper(
+        "Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed",
+        "Luhman, Eric and Luhman, Troy",
+        2021,
+        "2101.02388",
+    ),
     "meanflow": Paper(
         "Mean Flows for One-step Generative Modeling",
         "Geng, Zhengyang and Deng, Mingyang and Bai, Xingjian and Kolter, J. Zico and He, Kaiming",
@@ -103,6 +109,12 @@ PAPERS = {
         "Salimans, Tim and Ho, Jonathan",
         2022,
         "2202.00512",
+    ),
+    "reflow": Paper(
+        "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow",
+        "Liu, Xingchao and Gong, Chengyue and Liu, Qiang",
+        2022,
+        "2209.03003",
     ),
     "shortcut": Paper(
         "One Step Diffusion via Shortcut Models",

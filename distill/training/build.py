@@ -14,7 +14,7 @@ from torch import nn
 
 from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe
-from distill.config.schema import TrainSection
+from distill.config.schema import PAIRS, TrainSection
 from distill.data import cache
 from distill.data.encode import device
 from distill.data.expansion.captions import write_prompts
@@ -31,6 +31,7 @@ from distill.data.stream import Source
 from distill.early_stop.measurement import guards_of
 from distill.objectives.base import Objective
 from distill.objectives.validate import check_first
+from distill.pairs.source import pair_source
 from distill.publish.licence import check_licence
 from distill.sampling.guided_teacher import guidance_of, known_pictures, load_teacher
 from distill.sampling.own_metric import OwnMetric
@@ -153,7 +154,7 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         check_protocol(measure, teacher)
         measure.check()
     check_form(recipe, form)
-    source = source_of(recipe, teacher)
+    source = (pair_source if recipe.data.source == PAIRS else source_of)(recipe, teacher)
     source.couple(recipe.data.coupling)
     metric = OwnMetric(recipe, teacher, source) if recipe.eval.metric else None
     if resume and source.report is not None:

@@ -34,7 +34,7 @@ from distill.profiling import EvaluationCounter, denoisers_in, start_peak
 from distill.seeds import seed_all
 from distill.speed import Speed, Speedometer, Work
 from distill.training import checkpoint
-from distill.training.ema import EMA
+from distill.training.ema import EMA, SNAPSHOTS, PowerEMA
 from distill.training.player import Player
 from students.export.folder import sample_student
 from students.lora import AdaptedDenoiser
@@ -123,6 +123,7 @@ class Engine:
         self.stop_when_flat = stop_when_flat
         self.guards, self.extras = guards, Attempts(out)
         self.ema = EMA(players["student"].params, train.ema)
+        self.power = PowerEMA(players["student"].params, train.ema_lengths or ())
         self._shown: Cond = None  # the grids' condition, encoded at the first grid
         self.step = self.draws = 0
         self.seconds, self.best = 0.0, math.inf
@@ -277,6 +278,7 @@ class Engine:
                 # the code after a yield draws the same numbers on all ranks
                 seed_all(seed, "turns", self.step, i + 1)
         self.ema.update()
+        self.power.update()
         self.step += 1
         return logs
 
@@ -291,6 +293,7 @@ class Engine:
         shards, logs = len(stream.mine), {}
         if turn.reset and "student" in players:
             self.ema.restart()  # so that no weights of the stage before are in the average
+            self.power.restart()
         with ExitStack() as stack:
             for player in players.values():
                 stack.enter_context(player.turn(self.step, turn.reset))
@@ -349,6 +352,7 @@ class Engine:
             about = {"step": self.step, "draws": self.draws}
             checkpoint.save(self.state_dict(), self.root / f"step-{self.step:06d}", about)
             checkpoint.prune(self.root, self.cfg.keep)
+            self.power.save(self.out / SNAPSHOTS, self.step)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
@@ -384,6 +388,7 @@ class Engine:
             "latest": self.latest,
             "players": {name: player.state_dict() for name, player in self.players.items()},
             "ema": self.ema.state_dict(),
+            **({"power": self.power.state_dict()} if self.power.lengths else {}),
             "objective": self.objective.state_dict(),
         }
 
@@ -398,6 +403,8 @@ class Engine:
         for name, player in self.players.items():
             player.load_state_dict(state["players"][name])
         self.ema.load_state_dict(state["ema"])
+        if self.power.lengths:
+            self.power.load_state_dict(state["power"])
         self.objective.load_state_dict(state["objective"])
 
     def total_evaluations(self) -> None:
@@ -622,6 +629,9 @@ def forget_after(step: int, out: Path) -> None:
     if log.exists():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         write(log, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+    for snapshot in (out / SNAPSHOTS).glob("step-*"):
+        if int(snapshot.stem[5:]) > step:
+            snapshot.unlink()
     shutil.rmtree(out / "student", ignore_errors=True)  # it was made from later weights
 
 

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import combinations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eval import fetch
 from eval.errors import MetricError, unknown
@@ -28,9 +28,8 @@ TRUNKS = {
 }
 
 
-@cache
-def lpips(trunk: str = "vgg") -> Distance:
-    """LPIPS with the trunk `vgg`, as papers use for diversity, or `alex`.
+def lpips_network(trunk: str = "vgg") -> nn.Module:
+    """The frozen network of LPIPS on the CPU: of images (N, 3, H, W) in [-1, 1], with gradients.
 
     The trunk's weights are loaded here, because the package would unpickle them.
 
@@ -44,7 +43,17 @@ def lpips(trunk: str = "vgg") -> Distance:
     with torch.no_grad():
         for name, parameter in network.net.named_parameters():  # slice1.0.weight, …
             parameter.copy_(weights["features." + name.partition(".")[2]])
-    network = network.requires_grad_(False).to(device())
+    return network.requires_grad_(False)
+
+
+@cache
+def lpips(trunk: str = "vgg") -> Distance:
+    """LPIPS with the trunk `vgg`, as papers use for diversity, or `alex`.
+
+    Raises:
+        MetricError: as `lpips_network`.
+    """
+    network = lpips_network(trunk).to(device())
 
     @torch.no_grad()
     def distance(a: Tensor, b: Tensor) -> Tensor:

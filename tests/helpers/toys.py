@@ -102,6 +102,9 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         objective["student_every"] = 2
         tree["critic"] = {}
         tree["student"] = {"steps": 2, "counts": [1, 2]}
+    if name in ("kd", "reflow"):
+        tree["student"] = {"renoise": False}
+        tree["data"] = {"source": "pairs", "path": f"{teacher}-pairs", "count": 16, "steps": 2}
     if name == "progressive":
         objective |= {"initial_steps": 4, "stage_steps": 2}
     if name == "fdistill":

@@ -20,6 +20,7 @@ SHARED = (
     "pairwise",
     "balance",
     "rectified",
+    "regression",
 )  # no objective of its own
 OBJECTIVES = [
     p for p in sorted((ROOT / "distill/objectives").rglob("*.py")) if p.stem not in SHARED
@@ -62,12 +63,15 @@ MAY: dict[str, set[str]] = {
     "distill.objectives.flow_maps": {
         "distill", "distill.objectives", "distill.objectives.consistency", "students", "teachers",
     },
-    "distill.objectives.pairs": set(),
+    "distill.objectives.pairs": {
+        "distill", "distill.objectives", "teachers", "eval.metrics",
+    },
     "distill.objectives.trajectory": {"distill", "distill.objectives", "teachers"},
     "distill.objectives.distribution": {"distill", "distill.objectives", "students", "teachers"},
     "distill.config": {
         "distill", "distill.objectives", "distill.objectives.consistency",
-        "distill.objectives.flow_maps", "distill.objectives.trajectory",
+        "distill.objectives.flow_maps", "distill.objectives.pairs",
+        "distill.objectives.trajectory",
         "distill.objectives.distribution", "students", "teachers", "teachers.storage",
     },
     "distill.data.expansion": {"distill", "teachers", "teachers.storage", "eval"},
@@ -85,13 +89,17 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.config", "distill.data", "distill.sampling", "students",
         "students.export", "teachers", "teachers.storage",
     },
+    "distill.pairs": {
+        "distill", "distill.config", "distill.data", "distill.sampling", "eval.shapes", "teachers",
+        "teachers.storage",
+    },
     "distill.publish": {"distill", "students.export", "teachers", "teachers.storage", "eval"},
     "distill.report": {"distill", "distill.config", "distill.publish", "teachers", "eval"},
     "distill.training": {
         "distill", "distill.objectives", "distill.objectives.distribution", "distill.config",
         "distill.data", "distill.data.expansion", "distill.sampling", "distill.early_stop",
-        "distill.publish", "distill.report", "students", "students.export", "teachers",
-        "teachers.storage", "eval", "eval.shapes", "eval.protocols",
+        "distill.pairs", "distill.publish", "distill.report", "students", "students.export",
+        "teachers", "teachers.storage", "eval", "eval.shapes", "eval.protocols",
     },
     "distill.planning": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.training",
@@ -103,6 +111,11 @@ MAY: dict[str, set[str]] = {
         "distill.report", "distill.training", "students", "students.export", "teachers",
         "teachers.storage", "teachers.adapters", "teachers.catalogue", "eval", "eval.shapes",
         "eval.metrics", "eval.protocols",
+    },
+    "distill.averaging": {
+        "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",
+        "distill.training", "students", "students.export", "teachers", "teachers.storage", "eval",
+        "eval.protocols",
     },
     "distill.pretrain": {
         "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",
@@ -118,8 +131,8 @@ MAY: dict[str, set[str]] = {
     },
     "distill.benchmark": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
-        "distill.training", "distill.evaluation", "students", "students.export", "teachers",
-        "eval", "eval.protocols",
+        "distill.pairs", "distill.training", "distill.evaluation", "students", "students.export",
+        "teachers", "eval", "eval.protocols",
     },
     "distill.auto": {
         "distill", "distill.config", "distill.data", "distill.planning", "distill.benchmark",
@@ -128,10 +141,11 @@ MAY: dict[str, set[str]] = {
     },
     "distill.cli": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
-        "distill.publish", "distill.report", "distill.training", "distill.planning",
-        "distill.auto", "distill.evaluation", "distill.pretrain", "distill.tuning",
-        "distill.benchmark", "students", "students.metadata", "students.export", "teachers",
-        "teachers.storage", "teachers.edm", "teachers.catalogue", "eval", "eval.protocols",
+        "distill.pairs", "distill.publish", "distill.report", "distill.training",
+        "distill.planning", "distill.auto", "distill.evaluation", "distill.averaging",
+        "distill.pretrain", "distill.tuning", "distill.benchmark", "students", "students.metadata",
+        "students.export", "teachers", "teachers.storage", "teachers.edm", "teachers.catalogue",
+        "eval", "eval.protocols",
     },
 }  # fmt: skip
 # What others call: names gathered for them, and the command. Nothing of ours imports these.

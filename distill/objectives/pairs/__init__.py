@@ -1,1 +1,1 @@
-"""The student learns from stored pairs of noise and the teacher's sample."""
+"""The student learns from the teacher's own samples, each with the noise that it was made from."""

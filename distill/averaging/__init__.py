@@ -1,0 +1,1 @@
+"""Students of a finished run's saved weights: averages after training, searched combinations."""

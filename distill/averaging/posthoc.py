@@ -1,0 +1,105 @@
+"""Post-hoc EMA: the average of any length, from snapshots of averages of other lengths.
+
+Karras et al. 2023 (arXiv:2312.02696), with their power functions: an average at update t has the
+profile p(τ) = (γ + 1) τ^γ / t^(γ + 1) on [0, t]. The profiles of the snapshots are combined so that
+they are nearest to the wanted one in L², and the weights with the same coefficients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from distill.training.ema import SNAPSHOTS, exponent
+from teachers.errors import UserError
+
+
+class Snapshot(NamedTuple):
+    """An average that was saved during training.
+
+    length: Relative.
+    updates: How many updates it had seen.
+    """
+
+    file: Path
+    length: float
+    updates: int
+
+    def tensor(self, number: int) -> Tensor:
+        """The average of the parameter of that number."""
+        with safe_open(self.file, framework="pt") as file:
+            return file.get_tensor(f"{self.length:g}/{number}")
+
+
+def inner(t: Tensor, gamma: Tensor, other_t: Tensor, other_gamma: Tensor) -> Tensor:
+    """∫ p q dτ of two profiles; all arguments broadcast, in float64."""
+    ratio = t / other_t
+    power = torch.where(t < other_t, other_gamma, -gamma)
+    scale = (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1)
+    return scale * ratio**power / torch.maximum(t, other_t)
+
+
+def coefficients(updates: Tensor, gammas: Tensor, at: float, gamma: float) -> Tensor:
+    """Coefficients (N,) of the snapshots, whose sum is 1; some are negative.
+
+    The solution's own sum is 1 to 0.2 %; it is divided by it, so that weights keep their scale.
+
+    Args:
+        updates, gammas: Of the N snapshots.
+        at, gamma: The wanted average's.
+    """
+    t, g = updates.double(), gammas.double()
+    gram = inner(t[:, None], g[:, None], t[None], g[None])
+    target = inner(t, g, torch.tensor(float(at)).double(), torch.tensor(gamma).double())
+    solution = torch.linalg.lstsq(gram, target[:, None], driver="gelsd").solution[:, 0]
+    return solution / solution.sum()
+
+
+def snapshots(run: Path) -> list[Snapshot]:
+    """The snapshots of a run's last stage, the oldest first.
+
+    Raises:
+        UserError: there are none, or a file is damaged.
+    """
+    found: list[tuple[int, Snapshot]] = []
+    for file in sorted((run / SNAPSHOTS).glob("step-*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                about = opened.metadata()
+                lengths = {k.partition("/")[0] for k in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"RUN: {file} is damaged ({error}); delete it") from None
+        entries = [Snapshot(file, float(v), int(about["updates"])) for v in sorted(lengths)]
+        found += [(int(about["stage"]), entry) for entry in entries]
+    if not found:
+        raise UserError(
+            f"RUN: {run} has no averages for --ema-length; train with train.ema_lengths=[0.05,0.1]"
+        )
+    last = max(stage for stage, _ in found)
+    return [entry for stage, entry in found if stage == last]
+
+
+def averaged(entries: list[Snapshot], length: float, count: int) -> tuple[Tensor, Iterator[Tensor]]:
+    """The average of that length at the last snapshot.
+
+    Args:
+        count: Of the parameters.
+
+    Returns:
+        The coefficients of the snapshots, and each parameter's average in float64.
+    """
+    updates = torch.tensor([e.updates for e in entries])
+    gammas = torch.tensor([exponent(e.length) for e in entries]).double()
+    c = coefficients(updates, gammas, int(updates.max()), exponent(length))
+
+    def parameters() -> Iterator[Tensor]:
+        for number in range(count):
+            parts = (v.tensor(number).double() for v in entries)
+            yield sum((w * p for w, p in zip(c.tolist(), parts, strict=True)), torch.zeros(()))
+
+    return c, parameters()

@@ -1,0 +1,114 @@
+"""Stored pairs as the data of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.config.recipe import Recipe
+from distill.data.cache import Cached
+from distill.data.encode import device, split
+from distill.data.stream import Items, Source
+from distill.pairs.folder import ABOUT, fill, opened, read_index
+from distill.pairs.settings import identity, plain, prompts_of, settings_of, teacher_identity
+from teachers.errors import UserError, clipped
+from teachers.storage.files import home
+from teachers.teacher import Teacher
+
+KEY = "data.path"
+GIVEN = ("count", "solver", "steps", "inverted", "images")  # keys that must agree with the folder
+GB = 1e9
+NAMES = ("noise", "x")
+
+
+def pair_source(recipe: Recipe, teacher: Teacher) -> Source:
+    """The pairs of a recipe whose `data.source` is "pairs"; missing ones are made first.
+
+    Raises:
+        UserError: the folder holds other pairs than the recipe asks for, or half of them.
+    """
+    folder = folder_of(recipe, teacher)
+    index = read_index(folder)
+    asked = any(getattr(recipe.data, name) is not None for name in GIVEN)
+    begun = (folder / ABOUT).exists()
+    if recipe.data.path is None or (index is None and (asked or not begun)):
+        teacher.denoiser.to(device())
+        index = fill(folder, settings_of(recipe), teacher, KEY)
+    if index is None:
+        raise UserError(
+            f"{KEY}: {clipped(str(folder))} is not finished; run the distill pairs that began it "
+            "again, with the same options"
+        )
+    check_pairs(folder, index, recipe, teacher)
+    return open_pairs(folder, index, recipe)
+
+
+def folder_of(recipe: Recipe, teacher: Teacher) -> Path:
+    """The folder that `data.path` names, or else one in the cache that is named by a hash."""
+    if recipe.data.path is not None:
+        return home(recipe.data.path, KEY)
+    settings = settings_of(recipe)
+    settings.check(teacher)
+    about = identity(settings, teacher, prompts_of(settings, teacher))
+    text = json.dumps(about, sort_keys=True)
+    name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return home(recipe.data.cache, "data.cache") / "pairs" / name
+
+
+def check_pairs(folder: Path, index: dict[str, Any], recipe: Recipe, teacher: Teacher) -> None:
+    """Refuse pairs of another teacher, guidance or shape, or made in another way than is asked for.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    where = f"{KEY}: the pairs in {clipped(str(folder))}"
+    for name, value in teacher_identity(recipe.teacher, teacher).items():
+        if name != "teacher" and index.get(name) != value:
+            shown = "" if name in ("weights", "levels") else f" {index.get(name)!r}, not {value!r}"
+            raise UserError(
+                f"{where} are of the teacher {clipped(str(index.get('teacher')))!r} with other "
+                f"{name}{shown}; name that teacher, or make pairs of this one"
+            )
+    for name in GIVEN:
+        value = getattr(recipe.data, name)
+        value = plain(value) if name == "images" else value
+        if value is not None and index.get(name) != value:
+            raise UserError(
+                f"data.{name}: {value!r}, and the pairs in {clipped(str(folder))} have "
+                f"{index.get(name)!r}; remove the key, or give another data.path"
+            )
+
+
+def open_pairs(folder: Path, index: dict[str, Any], recipe: Recipe) -> Source:
+    """The pairs, in memory if they fit, else read from memory-mapped files."""
+    files = [folder / entry["file"] for entry in index["shards"]]
+    names = [*NAMES, *(f"cond.{k}" for k in index["conditions"])]
+    shape, seed = tuple(index["shape"]), recipe.train.seed
+    size = sum(file.stat().st_size for file in files)
+    if size > recipe.data.in_memory_gb * GB:
+        source: Source = StoredPairs(files, names, shape, seed)
+    else:
+        parts: list[dict[str, Tensor]] = []
+        for file in files:
+            with opened(file) as shard:
+                parts.append({k: shard.get_tensor(k) for k in names})
+        tensors = {k: torch.cat([p[k] for p in parts]) for k in names}
+        noise = tensors.pop("noise")
+        x, cond = split(tensors)
+        source = Source(shape, x, cond, seed, len(noise), noise)
+    source.evaluations = int(index["evaluations"])
+    return source
+
+
+class StoredPairs(Cached):
+    """Pairs in safetensors files."""
+
+    def take(self, index: Tensor) -> Items:
+        tensors = self.rows_of(index)
+        noise = tensors.pop("noise")
+        return Items(*split(tensors), noise)
