@@ -582,6 +582,21 @@ MUTANTS: tuple[Mutant, ...] = (
         "students/test_two_time.py::test_folding_adds_the_embedding_of_0_to_the_bias",
     ),
     fault(
+        "a guidance scale for a whole batch",
+        "distill/data/stream.py",
+        "(self.high - self.low) * torch.rand(len(batch.noise), generator=rng)",
+        "(self.high - self.low) * torch.rand(1, generator=rng).expand(len(batch.noise))",
+        "data/test_scaled.py::test_each_sample_has_its_own_scale_and_nothing_else_changes",
+    ),
+    fault(
+        "guidance scales read at the wrong place of their range",
+        "students/scale_reading.py",
+        "((own - low) / (high - low)).clamp(0, 1)",
+        "((high - own) / (high - low)).clamp(0, 1)",
+        "students/test_scale_reading.py::test_it_is_exported_in_a_stock_form_at_the_scale_of_its_samples",
+        "students/test_scale_reading.py::test_two_numbers_are_read_side_by_side_and_folded_together",
+    ),
+    fault(
         "use of an adapter not undone",
         "students/adapter_layers.py",
         "        selection.name = before",

@@ -221,6 +221,31 @@ def missing_guidance_key(recipe: Recipe) -> str | None:
     return None
 
 
+def misplaced_sampling_scale(recipe: Recipe) -> str | None:
+    guidance = recipe.teacher.guidance
+    if not isinstance(guidance, GuidanceSection):
+        return None
+    if guidance.range is None:
+        if guidance.sampling_scale is not None:
+            return (
+                "teacher.guidance.sampling_scale: scale is one number, which samples are made with "
+                "as well; remove it, or give scale a range"
+            )
+        return None
+    low, high = guidance.range
+    if low >= high:
+        return (
+            f"teacher.guidance.scale: low, {low:g}, is not below high, {high:g}; write it as "
+            "[low, high]"
+        )
+    if not low <= guidance.one_scale <= high:
+        return (
+            f"teacher.guidance.sampling_scale: {guidance.one_scale:g} is outside the range "
+            f"[{low:g}, {high:g}] of scale; give one inside it"
+        )
+    return None
+
+
 def empty_guidance_interval(recipe: Recipe) -> str | None:
     guidance = recipe.teacher.guidance
     if not isinstance(guidance, GuidanceSection) or guidance.interval is None:
@@ -303,6 +328,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     counts_of_one_chain,
     guidance_key_of_another_kind,
     missing_guidance_key,
+    misplaced_sampling_scale,
     empty_guidance_interval,
     prompts_beside_images,
     partners_without_images,

@@ -38,10 +38,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# A number is one scale; a pair is a range, from which each sample of a batch draws its own.
+Scale = Annotated[
+    Annotated[NonNegative, Tag("[scale]")]
+    | Annotated[tuple[NonNegative, NonNegative], Tag("[range]")],
+    Discriminator(lambda v: "[range]" if isinstance(v, list | tuple) else "[scale]"),
+]
+
+
 class GuidanceSection(Section):
     """Guidance of the teacher; see teachers/guidance.py."""
 
-    scale: NonNegative  # g = 1 + w of classifier-free guidance; 1 means no guidance
+    # g = 1 + w of classifier-free guidance; 1 means no guidance. Or a range [low, high]: each
+    # sample's own is drawn from it evenly, and the student reads it.
+    scale: Scale
+    # With a range: the scale that teacher and student are sampled at; by default its middle.
+    sampling_scale: NonNegative | None = None
     # cfg: classifier-free guidance; apg: adaptive projected guidance; skip: guidance away from the
     # network with some blocks skipped; auto: away from a weaker network (autoguidance)
     kind: Literal["cfg", "apg", "skip", "auto"] = "cfg"
@@ -52,6 +64,18 @@ class GuidanceSection(Section):
     channels: PositiveInt | None = None  # guided, the first of x̂; by default all
     blocks: tuple[str, ...] = ()  # skip: names of the blocks to skip
     weaker: Name | None = None  # auto: source of the weaker teacher
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """The scales that samples draw from in training; None where there is one scale."""
+        return self.scale if isinstance(self.scale, tuple) else None
+
+    @property
+    def one_scale(self) -> float:
+        """The scale, or of a range the one that samples are made with."""
+        if not isinstance(self.scale, tuple):
+            return self.scale
+        return sum(self.scale) / 2 if self.sampling_scale is None else self.sampling_scale
 
 
 # A number is a scale. `explain` drops tags, which it knows by their brackets, from a key's path.

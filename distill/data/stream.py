@@ -17,6 +17,7 @@ from torch import Tensor
 from distill.objectives.base import Batch
 from distill.seeds import seed_of
 from teachers import conditions
+from teachers.conditions import GUIDANCE_SCALE
 from teachers.denoiser import Cond
 
 AHEAD = 3  # shards that are prepared in advance
@@ -117,6 +118,28 @@ class Buckets(Source):
         part, turn = (int(v[place]) for v in self._rounds(number))
         source = self.parts[part]
         return source.batch(number * source.size + turn, shard, shards, size)
+
+
+class Scaled(Source):
+    """A source whose conditions have a guidance scale, drawn evenly from a range for each sample.
+
+    Args:
+        source: Its conditions are not None.
+        low, high: The range of scales g.
+    """
+
+    def __init__(self, source: Source, low: float, high: float) -> None:
+        super().__init__(source.shape, source.x, source.cond, source.seed, source.size)
+        self.source, self.low, self.high, self.report = source, low, high, source.report
+
+    def batch(self, draw: int, shard: int, shards: int, size: int) -> Batch:
+        batch = self.source.batch(draw, shard, shards, size)
+        rng = torch.Generator().manual_seed(seed_of(self.seed, "guidance", draw, shard))
+        scale = self.low + (self.high - self.low) * torch.rand(len(batch.noise), generator=rng)
+        return batch._replace(cond={**(batch.cond or {}), GUIDANCE_SCALE: scale})
+
+    def take(self, index: Tensor) -> Items:
+        return self.source.take(index)
 
 
 class Stream:

@@ -27,7 +27,7 @@ from distill.data.from_recipe import (
 )
 from distill.data.listing import check_labels, write_report
 from distill.data.prompts import list_prompts
-from distill.data.stream import Source
+from distill.data.stream import Scaled, Source
 from distill.early_stop.measurement import guards_of
 from distill.objectives.base import Objective
 from distill.objectives.validate import check_first
@@ -154,6 +154,8 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         measure.check()
     check_form(recipe, form)
     source = source_of(recipe, teacher)
+    if (scales := guidance_of(recipe.teacher).range) is not None:
+        source = Scaled(source, *scales)
     metric = OwnMetric(recipe, teacher, source) if recipe.eval.metric else None
     if resume and source.report is not None:
         check_labels(out, source.report)

@@ -13,7 +13,7 @@ from distill.config.recipe import Recipe
 from distill.config.schema import AdaptersSection, CriticSection
 from distill.objectives.base import Auxiliary, Objective
 from distill.objectives.distribution.anchored import AnchoredDMD2
-from distill.sampling.guided_teacher import guided
+from distill.sampling.guided_teacher import guidance_of, guided
 from students.checkpointing import checkpointing
 from students.critic import Critic
 from students.export import earlier
@@ -22,6 +22,7 @@ from students.form import StudentForm, StudentRequest
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, Adapter, adapt, network_of
 from students.own_network import middle_of
+from students.scale_reading import scale_reading
 from students.two_time import two_time
 from teachers.denoiser import Denoiser, Network
 from teachers.teacher import Teacher
@@ -60,6 +61,9 @@ def build_networks(
     # copies first: a copy that is made after the adapters would contain them
     networks: dict[str, nn.Module] = {n: form.network() for n in names if n not in adapters}
     student = student_of(recipe, form, adapters.get("student"), planned)
+    guidance = guidance_of(recipe.teacher)
+    if guidance.range is not None:
+        student = scale_reading(student, guidance.range, guidance.one_scale)
     networks["student"] = two_time(student) if recipe.kind.two_times else student
     for name in [n for n in names if n in adapters]:
         networks[name] = adapt(teacher, adapters[name], name)

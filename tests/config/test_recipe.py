@@ -75,6 +75,11 @@ def test_overrides_reach_any_depth(tmp_path):
         (["objective.name=nowhere.py:Mine"], ("objective.name", "nowhere.py")),
         (["train.steps=2020-13-45"], ("override 'train.steps=2020-13-45'", "'2020-13-45'")),
         (["teacher.guidance=.inf"], ("teacher.guidance", "finite")),
+        (["teacher.guidance.scale=[3, 2]"], ("teacher.guidance.scale", "3", "2")),
+        (["teacher.guidance={scale: 2, sampling_scale: 2}"],
+            ("teacher.guidance.sampling_scale", "scale")),
+        (["teacher.guidance={scale: [1, 3], sampling_scale: 4}"],
+            ("teacher.guidance.sampling_scale", "4", "[1, 3]")),
         (["players.student.lr=true"], ("players.student.lr", "True")),
         (["student={steps: 4, counts: [3, 4]}"], ("student.counts", "3", "student.steps")),
         (["student={steps: 4, counts: [1, 2]}"], ("student.counts", "[1, 2]", "student.steps, 4")),
@@ -161,7 +166,7 @@ def test_small_recipes_of_the_tests_are_valid(pipelines):
     assert Recipe.check(recipe_tree("dmd2", pipelines["edm"])).objective["times"] == {
         "low": 0.02,
         "high": 0.98,
-            "shift": 1.0,
+        "shift": 1.0,
     }
     assert Uniform(0.02, 0.98) == OBJECTIVES["dmd2"].times
 
