@@ -9,6 +9,9 @@ from distill.objectives.distribution.dmd2 import DMD2
 from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
 from distill.objectives.finetune import FineTuning
+from distill.objectives.trajectory.guided import GuidedDistillation
+from distill.objectives.trajectory.lcm import LCM
+from distill.objectives.trajectory.pcm import PCM, TCD
 from distill.objectives.trajectory.progressive import Progressive
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -20,6 +23,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ect": ConsistencyTuning,
     "fdistill": FDistill,
     "finetune": FineTuning,
+    "guided": GuidedDistillation,
+    "lcm": LCM,
+    "pcm": PCM,
     "progressive": Progressive,
     "sid": SiD,
+    "tcd": TCD,
 }

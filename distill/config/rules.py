@@ -187,6 +187,18 @@ def counts_without_steps(recipe: Recipe) -> str | None:
     return None
 
 
+def gamma_of_chains(recipe: Recipe) -> str | None:
+    student = recipe.student
+    if student.gamma is None:
+        return None
+    if recipe.kind.learns != "all-times" or not student.renoise or student.gamma == 0:
+        return (
+            "student.gamma: it needs an objective that trains all times, such as tcd, and "
+            "student.renoise; remove it, or for 0 set student.renoise to false"
+        )
+    return None
+
+
 def counts_of_one_chain(recipe: Recipe) -> str | None:
     student, learns = recipe.student, recipe.kind.learns
     if learns == "one-chain" and student.counts not in (None, (student.steps,)):
@@ -326,6 +338,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     counts_that_do_not_divide,
     counts_without_steps,
     counts_of_one_chain,
+    gamma_of_chains,
     guidance_key_of_another_kind,
     missing_guidance_key,
     misplaced_sampling_scale,

@@ -143,6 +143,9 @@ class StudentSection(Section):
     weights: tuple[Positive, ...] | None = None
     start: Positive | None = None  # σ/α of the first step; by default the teacher's highest
     renoise: bool = True  # between steps, add new noise (true) or follow the ODE (false)
+    # Of renoising: the share of the way to the next time that noise is added from, TCD's γ. By
+    # default x̂ itself is renoised. Stock pipelines take it as `eta`.
+    gamma: Fraction | None = None
     # An earlier student that this one starts as: a run's folder, or an exported student. By default
     # it starts as the teacher.
     source: Name | None = None

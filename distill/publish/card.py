@@ -324,8 +324,10 @@ def guidance_arguments(facts: Facts) -> dict[str, float]:
     """The argument that turns off the pipeline's guidance, which is built into the student."""
     if not facts.text:
         return {}
+    gamma = facts.sidecar.get("gamma")
+    eta = {} if gamma is None else {"eta": float(gamma)}
     if facts.read_scale is not None:  # an input of the network: the pipeline does not guide
-        return {"guidance_scale": facts.guidance}
+        return {"guidance_scale": facts.guidance, **eta}
     kind = str(facts.index.get("_class_name", ""))
     if kind.startswith("QwenImage"):
         return {"true_cfg_scale": 1.0}
@@ -333,7 +335,7 @@ def guidance_arguments(facts: Facts) -> dict[str, float]:
         return {"guidance_scale": 0.0}
     if kind.startswith("Flux"):  # its scale is a condition of the network, not guidance
         return {"guidance_scale": facts.guidance}
-    return {"guidance_scale": 1.0}
+    return {"guidance_scale": 1.0, **eta}
 
 
 def snippet(facts: Facts) -> str:

@@ -73,6 +73,27 @@ PAPERS = {
         2020,
         "2006.11239",
     ),
+    "guided": Paper(
+        "On Distillation of Guided Diffusion Models",
+        "Meng, Chenlin and Rombach, Robin and Gao, Ruiqi and Kingma, Diederik P. and Ermon, "
+        "Stefano and Ho, Jonathan and Salimans, Tim",
+        2022,
+        "2210.03142",
+    ),
+    "lcm": Paper(
+        "Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference",
+        "Luo, Simian and Tan, Yiqin and Huang, Longbo and Li, Jian and Zhao, Hang",
+        2023,
+        "2310.04378",
+    ),
+    "pcm": Paper(
+        "Phased Consistency Models",
+        "Wang, Fu-Yun and Huang, Zhaoyang and Bergman, Alexander William and Shen, Dazhong and "
+        "Gao, Peng and Lingelbach, Michael and Sun, Keqiang and Bian, Weikang and Song, Guanglu "
+        "and Liu, Yu and Wang, Xiaogang and Li, Hongsheng",
+        2024,
+        "2405.18407",
+    ),
     "progressive": Paper(
         "Progressive Distillation for Fast Sampling of Diffusion Models",
         "Salimans, Tim and Ho, Jonathan",
@@ -85,5 +106,12 @@ PAPERS = {
         "Zhou, Mingyuan and Zheng, Huangjie and Wang, Zhendong and Yin, Mingzhang and Huang, Hai",
         2024,
         "2404.04057",
+    ),
+    "tcd": Paper(
+        "Trajectory Consistency Distillation",
+        "Zheng, Jianbin and Hu, Minghui and Fan, Zhongyi and Wang, Chaoyue and Ding, Changxing and "
+        "Tao, Dacheng and Cham, Tat-Jen",
+        2024,
+        "2402.19159",
     ),
 }

@@ -23,6 +23,7 @@ from students.generator import Generator
 from students.lora import AdaptedDenoiser, Adapter, adapt, network_of
 from students.own_network import middle_of
 from students.scale_reading import scale_reading
+from students.schedulers import renoised_in_part
 from students.two_time import two_time
 from teachers.denoiser import Denoiser, Network
 from teachers.teacher import Teacher
@@ -95,6 +96,8 @@ def student_of(
         student = form.student(s.steps, s.start, s.renoise, adapter)
     else:
         student = earlier.student(s.source, form, s.steps, s.renoise, adapter)
+    if s.gamma is not None:
+        student = renoised_in_part(student, s.gamma)
     counts = s.trained(recipe.kind.learns, student.counts)
     return student.keep(*counts, weights=list(counts.values()))
 

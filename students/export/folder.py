@@ -146,6 +146,7 @@ def sidecar(generator: Generator, teacher: Teacher, recipe: Mapping[str, Any]) -
         "steps": list(generator.counts),
         "times": list(generator.times),
         "renoise": generator.renoise,
+        **({} if generator.gamma is None else {"gamma": generator.gamma}),
         "teacher": teacher.source,
         "options": {k: v for k, v in teacher.options.items() if k in SHAPING},
         "adapters": [] if teacher.fusion is None else teacher.fusion.contents(),
@@ -207,6 +208,8 @@ def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str
         reading = reading_of(generator.denoiser)
         if reading is not None and reading.embedding is None:  # the pipeline passes the scale
             arguments["guidance_scale"] = reading.scale
+        if generator.gamma is not None:
+            arguments["eta"] = generator.gamma
         return prompts, arguments
     arguments = kind.arguments([*prompts], teacher.shape[-2:])
     if issubclass(kind, UNet) and not teacher.codec.classes:
@@ -537,6 +540,8 @@ def load_student(
             f"student {str(folder)!r}: {SIDECAR}: steps: {min(unknown)} is no step count of this "
             "student; export the run again"
         )
+    if "gamma" in sidecar:
+        like = schedulers.renoised_in_part(like, sidecar["gamma"])
     guidance = sidecar.get("guidance") or {}  # older students have none
     if guidance.get("input"):
         like = scale_reading(like, tuple(guidance["range"]), guidance["scale"])

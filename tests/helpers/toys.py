@@ -104,6 +104,8 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         tree["student"] = {"steps": 2, "counts": [1, 2]}
     if name == "progressive":
         objective |= {"initial_steps": 4, "stage_steps": 2}
+    if name == "guided":
+        objective |= {"first_steps": 1, "initial_steps": 4, "stage_steps": 2}
     if name == "fdistill":
         objective["divergence"] = "forward-kl"
     return tree

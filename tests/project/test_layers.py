@@ -59,7 +59,9 @@ MAY: dict[str, set[str]] = {
     "distill.objectives.consistency": {"distill", "distill.objectives", "teachers"},
     "distill.objectives.flow_maps": set(),
     "distill.objectives.pairs": set(),
-    "distill.objectives.trajectory": {"distill", "distill.objectives", "teachers"},
+    "distill.objectives.trajectory": {
+        "distill", "distill.objectives", "distill.objectives.consistency", "teachers",
+    },
     "distill.objectives.distribution": {"distill", "distill.objectives", "students", "teachers"},
     "distill.config": {
         "distill", "distill.objectives", "distill.objectives.consistency",
