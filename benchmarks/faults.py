@@ -631,6 +631,21 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_guided_distillation.py::test_weights_are_the_errors_of_x_of_noise_and_of_v",
     ),
     fault(
+        "a reward lowered",
+        "distill/rewards/rewards.py",
+        "value=loss.value - value",
+        "value=loss.value + value",
+        "objectives/test_reward_guided.py::test_a_reward_is_taken_from_losses_of_the_student_with_samples_and_from_no_other",
+    ),
+    fault(
+        "a latent proxy of the reward that learns the opposite order",
+        "distill/objectives/trajectory/rg_lcd.py",
+        "wanted, given = expert[pairs].log_softmax(1)",
+        "wanted, given = (-expert[pairs]).log_softmax(1)",
+        "objectives/test_reward_guided.py::test_the_proxys_loss_is_the_kl_of_pairs",
+        "objectives/test_reward_guided.py::test_a_proxy_learns_the_rewards_order",
+    ),
+    fault(
         "a guidance scale for a whole batch",
         "distill/data/stream.py",
         "(self.high - self.low) * torch.rand(len(batch.noise), generator=rng)",

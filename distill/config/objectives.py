@@ -13,6 +13,7 @@ from distill.objectives.trajectory.guided import GuidedDistillation
 from distill.objectives.trajectory.lcm import LCM
 from distill.objectives.trajectory.pcm import PCM, TCD
 from distill.objectives.trajectory.progressive import Progressive
+from distill.objectives.trajectory.rg_lcd import RewardGuidedLCM
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "consistency": Consistency,
@@ -27,6 +28,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "lcm": LCM,
     "pcm": PCM,
     "progressive": Progressive,
+    "rg-lcd": RewardGuidedLCM,
     "sid": SiD,
     "tcd": TCD,
 }

@@ -101,6 +101,15 @@ def missing_critic(recipe: Recipe) -> str | None:
     return None
 
 
+def missing_reward(recipe: Recipe) -> str | None:
+    if recipe.kind.needs_reward and not recipe.rewards:
+        return (
+            f"rewards: missing; {_objective(recipe)} learns from them; name a function, as in "
+            "'rewards: [{function: mine.py:reward}]'"
+        )
+    return None
+
+
 # ---- data
 
 
@@ -332,6 +341,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     dora_on_quantised_weights,
     useless_critic,
     missing_critic,
+    missing_reward,
     missing_data,
     weights_without_counts,
     weights_for_other_counts,

@@ -330,6 +330,15 @@ class EvalSection(Section):
     teacher_solver: Literal["heun", "ddim", "dpmpp_2m", "euler", "ancestral"] = "heun"
 
 
+class RewardSection(Section):
+    """A differentiable reward that the student's samples shall raise."""
+
+    # "file.py:function", which returns (B,) for images (B, C, H, W) in [-1, 1] and a list of B
+    # prompts or labels; or "shapes", how sure a classifier is of the caption.
+    function: Name
+    weight: Positive = 1.0  # β: the loss has -β times the mean reward
+
+
 class ExportSection(Section):
     """Export of the student."""
 

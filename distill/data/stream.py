@@ -56,6 +56,7 @@ class Source:
         self.shape, self.x, self.cond, self.seed, self.noise = shape, x, cond, seed, noise
         self.size = size
         self.report: dict[str, Any] | None = None  # for data-report.json, if files were read
+        self.prompts: Sequence[Any] | None = None  # of each item, where they are kept
         self._order = lru_cache(2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> Tensor:
@@ -130,7 +131,8 @@ class Scaled(Source):
 
     def __init__(self, source: Source, low: float, high: float) -> None:
         super().__init__(source.shape, source.x, source.cond, source.seed, source.size)
-        self.source, self.low, self.high, self.report = source, low, high, source.report
+        self.source, self.low, self.high = source, low, high
+        self.report, self.prompts = source.report, source.prompts
 
     def batch(self, draw: int, shard: int, shards: int, size: int) -> Batch:
         batch = self.source.batch(draw, shard, shards, size)

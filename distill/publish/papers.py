@@ -100,6 +100,12 @@ PAPERS = {
         2022,
         "2202.00512",
     ),
+    "rg-lcd": Paper(
+        "Reward Guided Latent Consistency Distillation",
+        "Li, Jiachen and Feng, Weixi and Chen, Wenhu and Wang, William Yang",
+        2024,
+        "2403.11027",
+    ),
     "sid": Paper(
         "Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion "
         "Models for One-Step Generation",

@@ -85,8 +85,13 @@ MAY: dict[str, set[str]] = {
     },
     "distill.publish": {"distill", "students.export", "teachers", "teachers.storage", "eval"},
     "distill.report": {"distill", "distill.config", "distill.publish", "teachers", "eval"},
+    "distill.rewards": {
+        "distill.objectives", "distill.config", "distill.data", "teachers", "teachers.storage",
+        "eval.shapes",
+    },
     "distill.training": {
-        "distill", "distill.objectives", "distill.objectives.distribution", "distill.config",
+        "distill", "distill.rewards", "distill.objectives", "distill.objectives.distribution",
+        "distill.config",
         "distill.data", "distill.data.expansion", "distill.sampling", "distill.early_stop",
         "distill.publish", "distill.report", "students", "students.export", "teachers",
         "teachers.storage", "eval", "eval.shapes", "eval.protocols",
