@@ -105,7 +105,7 @@ def missing_reward(recipe: Recipe) -> str | None:
     if recipe.kind.needs_reward and not recipe.rewards:
         return (
             f"rewards: missing; {_objective(recipe)} learns from them; name a function, as in "
-            "'rewards: [{function: mine.py:reward}]'"
+            "'rewards: {mine: {function: mine.py:reward}}'"
         )
     return None
 

@@ -38,7 +38,7 @@ def reward_of(
             "rewards: they read prompts or labels, which this data source does not keep in memory; "
             "set data.source to 'digits' or 'shapes'"
         )
-    functions = [(function_of(r.function, i), r.weight) for i, r in enumerate(recipe.rewards)]
+    functions = [(function_of(r.function, k), r.weight) for k, r in recipe.rewards.items()]
     prompts, vae = source.prompts, teacher.codec.vae
     if vae is not None:
         vae.requires_grad_(False)
@@ -54,13 +54,13 @@ def reward_of(
     return reward
 
 
-def function_of(name: str, place: int) -> Function:
+def function_of(name: str, key: str) -> Function:
     """The built-in reward, or the user's.
 
     Raises:
         UserError: there is no such function.
     """
-    return caption_certainty if name == "shapes" else function_at(name, f"rewards.{place}.function")
+    return caption_certainty if name == "shapes" else function_at(name, f"rewards.{key}.function")
 
 
 def checked(values: Tensor, size: int) -> Tensor:

@@ -105,7 +105,7 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
     if name == "progressive":
         objective |= {"initial_steps": 4, "stage_steps": 2}
     if name == "rg-lcd":
-        tree["rewards"] = [{"function": f"{__file__}:brightness"}]
+        tree["rewards"] = {"bright": {"function": f"{__file__}:brightness"}}
     if name == "guided":
         objective |= {"first_steps": 1, "initial_steps": 4, "stage_steps": 2}
     if name == "fdistill":

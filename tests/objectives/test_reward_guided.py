@@ -125,7 +125,7 @@ def test_a_run_hands_a_function_the_images_and_labels_of_its_batch(tmp_path, pip
     file = tmp_path / "mine.py"
     file.write_text("def seen(images, labels):\n    return images[:, 0, 0, 0] * 0 + len(labels)\n")
     tree = recipe_tree("ect", pipelines["edm"])
-    tree["rewards"] = [{"function": f"{file}:seen", "weight": 0.5}]
+    tree["rewards"] = {"mine": {"function": f"{file}:seen", "weight": 0.5}}
     parts = build.networks(Recipe.check(tree), tmp_path / "run", False)
     data = parts.source.batch(0, 0, 1, 4)
     assert parts.objective.reward(data.x, data).tolist() == [2.0] * 4
@@ -139,6 +139,6 @@ def test_rewards_without_prompts_or_needed_and_missing_are_refused(teacher, pipe
         reward_of(recipe, teacher, source)
     with refused("rewards", "mine.py:reward"):
         try:
-            Recipe.check({**tree, "rewards": []})
+            Recipe.check({**tree, "rewards": {}})
         except Exception as error:
             raise type(error)(str(error).removeprefix("recipe: ")) from None
