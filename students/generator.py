@@ -29,6 +29,11 @@ class Generator(nn.Module):
             first time. DDPM's samplers use 1, although α is not 0 at their last index.
         grids: The times for each step count. By default, a count that divides the number of times
             uses every second of them, every third, and so on.
+
+    Attributes:
+        gamma: Of renoising, the share of the way to the next time that noise is added from (TCD,
+            arXiv:2402.19159): a DDIM step leads further down, and then as much noise is added. The
+            last step leads to time 0. None renoises x̂ itself.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class Generator(nn.Module):
         super().__init__()
         self.denoiser, self.times, self.renoise = denoiser, tuple(times), renoise
         self.floor, self.start = floor, start
+        self.gamma: float | None = None
         if not self.times or any(s >= t for t, s in zip(times, times[1:], strict=False)):
             raise ValueError(f"times must decrease, and there must be at least one: {self.times}")
         grids = divisor_grids(self.times) if grids is None else grids
@@ -69,7 +75,10 @@ class Generator(nn.Module):
             for k in range(last):
                 x_t = self.step(x_t, k, cond, noises[k] if noises else None)
         t = z.new_full((len(z),), self.times[last])
-        return self.denoiser(x_t, t, cond, torch.zeros_like(t))  # what is returned lands at 0
+        x = self.denoiser(x_t, t, cond, torch.zeros_like(t))  # what is returned lands at 0
+        if self.gamma is not None:
+            return self.denoiser.process.step(x_t, x, t, torch.zeros_like(t))
+        return x
 
     def scale(self, z: Tensor) -> Tensor | float:
         """The standard deviation of the noise that the chain starts from."""
@@ -91,8 +100,22 @@ class Generator(nn.Module):
         if not self.renoise:
             return self.denoiser.process.step(x_t, x, t, s)
         noise = torch.randn_like(x) if noise is None else noise
+        if self.gamma is not None:
+            return self.partly_renoised(x_t, x, t, s, noise)
         alpha, sigma = self.denoiser.process.at(s, x)
         return alpha * x + (sigma**2 - (alpha * self.floor) ** 2).sqrt() * noise
+
+    def partly_renoised(
+        self, x_t: Tensor, x: Tensor, t: Tensor, s: Tensor, noise: Tensor
+    ) -> Tensor:
+        """x_s: a DDIM step to (1 - γ) s, and from there noise up to s."""
+        process = self.denoiser.process
+        assert self.gamma is not None
+        low = process.rounded((1 - self.gamma) * s.double()).to(s.dtype)
+        (alpha, sigma), (alpha_low, sigma_low) = process.at(s, x), process.at(low, x)
+        kept = alpha / alpha_low
+        added = (sigma**2 - (kept * sigma_low) ** 2).clamp(min=0).sqrt()
+        return kept * process.step(x_t, x, t, low) + added * noise
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -120,7 +143,9 @@ class Generator(nn.Module):
             raise ValueError(f"a student of {len(self.times)} steps runs in {self.counts}")
         grids = {k: v for k, v in self.grids.items() if steps % k == 0}
         times = self.grids[steps]
-        return Generator(self.denoiser, times, self.renoise, self.floor, self.start, grids)
+        made = Generator(self.denoiser, times, self.renoise, self.floor, self.start, grids)
+        made.gamma = self.gamma
+        return made
 
     def sample_chain(self) -> tuple[Generator, int]:
         """Draw the chain of one training step: the student at one of its counts, and the place at

@@ -8,6 +8,7 @@ scheduler of diffusers, chosen here before training:
 | EDM | renoising | CMStochasticIterative | equal steps in σ^(1/ρ), on its 40-level grid |
 | EDM, a UNet2DModel | the ODE | EDMEuler | equal steps in σ^(1/ρ), of one count only |
 | DDPM betas | renoising | LCM | equal steps of its 50-index grid |
+| DDPM betas | renoising in part (`student.gamma`) | TCD | the same |
 | DDPM betas | the ODE | DDIM, trailing | equal steps of the index |
 | flow | renoising | FlowMatchEuler, stochastic | its own for each count |
 | flow | the ODE | FlowMatchEuler | its own for each count |
@@ -238,6 +239,26 @@ def student(
     return student_in(form(source_of(teacher), steps, start, renoise, exported), teacher, adapter)
 
 
+def renoised_in_part(student: Generator, gamma: float) -> Generator:
+    """The student, in place, in the form of the TCD scheduler with this γ.
+
+    It has the times of the LCM scheduler, and no boundary: its network is read as the teacher's is.
+
+    Raises:
+        UserError: it does not renoise, or its noise has no DDPM indices.
+    """
+    network = unwrap(student.denoiser)
+    if not student.renoise or not isinstance(network.process, Tabulated):
+        raise UserError(
+            "student.gamma: only students that renoise, of teachers with DDPM's noise, have it; "
+            "remove it"
+        )
+    predicts: Any = network.schedule.predicts
+    network.adopt(replace(network.schedule, predicts=predicts.keywords["own"]))
+    student.gamma = gamma
+    return student
+
+
 def source_of(teacher: Teacher) -> Pretrained:
     """The network that a student is a copy of.
 
@@ -398,7 +419,8 @@ def scheduler(generator: Generator) -> Any:
               "prediction_type", "rescale_betas_zero_snr")  # fmt: skip
     config = {k: v for k, v in schedule.config.items() if k in shared}
     if generator.renoise:
-        return diffusers.LCMScheduler.from_config(
+        kind = diffusers.LCMScheduler if generator.gamma is None else diffusers.TCDScheduler
+        return kind.from_config(
             config, original_inference_steps=lcm_levels(process), clip_sample=False,
             thresholding=False, timestep_scaling=LCM_SCALE, steps_offset=1,
         )  # fmt: skip

@@ -47,43 +47,66 @@ class Shifts(NamedTuple):
 _SHIFTS: WeakKeyDictionary[nn.Module, Shifts] = WeakKeyDictionary()  # by backbone, while it runs
 
 
-class TwoTime(Wrapper):
-    """A denoiser whose network reads the landing time s (B,); without s it lands at 0.
+class NumberReading(Wrapper):
+    """A denoiser whose network reads a number in [0, 1] beside its time, added to its embedding.
 
     Args:
         denoiser: A pretrained network, or an adapter on one.
+        usual: The number with which stock pipelines call the network: it is folded into the bias.
+        what: The number in words, for messages.
 
     Raises:
         UserError: its family names no time embedding.
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    embedding: NumberEmbedding | None
+
+    def __init__(self, denoiser: Denoiser, usual: float, what: str) -> None:
         super().__init__(denoiser)
+        self.usual = usual
         network = unwrap(denoiser)
-        self.names = time_layers(network)
+        self.names = time_layers(network, what)
         layers = [network.backbone.get_submodule(name) for name in self.names]
-        self.embedding = LandingEmbedding([channels(layer) for layer in layers])
+        self.embedding = NumberEmbedding([channels(layer) for layer in layers])
         self.embedding.to(next(network.backbone.parameters()).device)
+
+    def shifts(self, number: Tensor) -> Shifts:
+        """What numbers (B,) add to the time layers of the backbone."""
+        assert self.embedding is not None
+        backbone = unwrap(self).backbone
+        layers = [backbone.get_submodule(name) for name in self.names]
+        return Shifts(layers, self.embedding(number))
+
+    def usual_shifts(self) -> Shifts:
+        """What the number of stock pipelines adds, (1, channels) for each layer."""
+        assert self.embedding is not None
+        return self.shifts(torch.full((1,), self.usual, device=self.embedding.out.weight.device))
+
+
+class TwoTime(NumberReading):
+    """A denoiser whose network reads the landing time s (B,); without s it lands at 0."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__(denoiser, 0.0, "a landing time")
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
         s = torch.zeros_like(t) if s is None else s
         with shifted(unwrap(self).backbone, self.shifts(s)):
             return self.denoiser(x_t, t, cond, s)
 
-    def shifts(self, s: Tensor) -> Shifts:
-        """What the landing times s (B,) add to the time layers of the backbone."""
-        backbone = unwrap(self).backbone
-        layers = [backbone.get_submodule(name) for name in self.names]
-        return Shifts(layers, self.embedding(s))
 
-    @property
-    def zero(self) -> Tensor:
-        """The landing time 0, (1,), on the network's device."""
-        return torch.zeros(1, device=self.embedding.out.weight.device)
+def readings(denoiser: Denoiser) -> list[NumberReading]:
+    """The numbers that a student reads beside its time, the outermost wrapper first."""
+    chain: list[NumberReading] = []
+    while isinstance(denoiser, Wrapper):
+        if isinstance(denoiser, NumberReading) and denoiser.embedding is not None:
+            chain.append(denoiser)
+        denoiser = denoiser.denoiser
+    return chain
 
 
-class LandingEmbedding(nn.Module):
-    """An embedding of s for each of a network's time layers, zero at first.
+class NumberEmbedding(nn.Module):
+    """An embedding of a number for each of a network's time layers, zero at first.
 
     Args:
         widths: The number of output channels of each of the layers.
@@ -98,7 +121,7 @@ class LandingEmbedding(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, s: Tensor) -> tuple[Tensor, ...]:
-        """For each layer (B, channels), of s (B,)."""
+        """For each layer (B, channels), of numbers s (B,) in [0, 1]."""
         weight = self.hidden.weight
         powers = torch.linspace(0, 1, self.sinusoids, device=s.device)
         angle = s.float()[:, None] * FASTEST**powers
@@ -131,8 +154,11 @@ def keep_slow(backbone: nn.Module) -> None:
             first.weight.register_hook(lambda grad: grad * read.to(grad.device))
 
 
-def time_layers(network: Pretrained) -> list[str]:
+def time_layers(network: Pretrained, what: str = "a landing time") -> list[str]:
     """The names of the layers whose outputs are the network's embedding of its time, in order.
+
+    Args:
+        what: What is to be added to them, for the message.
 
     Raises:
         UserError: there are none.
@@ -141,8 +167,8 @@ def time_layers(network: Pretrained) -> list[str]:
     names = [name for name in modules if re.fullmatch(network.TIME, name)]
     if not (network.TIME and names):
         raise UserError(
-            f"student: {type(network).__name__} names no time embedding, so it cannot read a "
-            "landing time; set its attribute TIME, or train an objective of one time"
+            f"student: {type(network).__name__} names no time embedding, so it cannot read {what}; "
+            "set its attribute TIME, or train an objective and a guidance that need none"
         )
     return names
 
@@ -155,7 +181,10 @@ def channels(layer: nn.Module) -> int:
 
 @contextmanager
 def shifted(backbone: nn.Module, shifts: Shifts | None) -> Iterator[None]:
-    """Run the backbone with these shifts added to its time layers' outputs; None adds nothing."""
+    """Run the backbone with these shifts added to its time layers' outputs; None adds nothing.
+
+    Within another use, both are added.
+    """
     if shifts is None:
         yield
         return
@@ -164,11 +193,17 @@ def shifted(backbone: nn.Module, shifts: Shifts | None) -> Iterator[None]:
         return lambda module, args, out: out + value.to(out.dtype)
 
     handles = [m.register_forward_hook(adding(v)) for m, v in zip(*shifts, strict=True)]
-    _SHIFTS[backbone] = shifts
+    outer = _SHIFTS.get(backbone)
+    both = shifts
+    if outer is not None:
+        both = Shifts([*outer.layers, *shifts.layers], [*outer.values, *shifts.values])
+    _SHIFTS[backbone] = both
     try:
         yield
     finally:
         _SHIFTS.pop(backbone)
+        if outer is not None:
+            _SHIFTS[backbone] = outer
         for handle in handles:
             handle.remove()
 
@@ -197,36 +232,42 @@ def check_landing(generator: Generator) -> None:
 
 @contextmanager
 def in_place(denoiser: Denoiser) -> Iterator[None]:
-    """Within it, the backbone called by anyone is this student's, whose steps land at 0."""
+    """Within it, the backbone called by anyone is this student's, whose steps land at 0 and whose
+    guidance scale is the one of its samples."""
     adapter, backbone = adapter_of(denoiser), unwrap(denoiser).backbone
     with ExitStack() as stack:
         if adapter is not None:
             stack.enter_context(using(adapter.denoiser, adapter.name))
-        if isinstance(denoiser, TwoTime):
-            stack.enter_context(shifted(backbone, denoiser.shifts(denoiser.zero)))
+        for reading in readings(denoiser):
+            stack.enter_context(shifted(backbone, reading.usual_shifts()))
         yield
 
 
 @torch.no_grad()
 def stock_backbone(denoiser: Denoiser) -> nn.Module:
-    """A student's backbone as stock pipelines call it: its adapter merged, its landing at 0 folded.
+    """A student's backbone as stock pipelines call it: its adapter merged, what it reads folded.
 
-    The embedding of s = 0 becomes part of the time layers' biases. Other weights are shared with
-    the student's where it is no adapter.
+    The embedding of s = 0, or of the guidance scale of its samples, becomes part of the time
+    layers' biases. Other weights are shared with the student's where it is no adapter.
 
     Raises:
         UserError: a time layer has no bias.
     """
-    backbone = merged_backbone(denoiser.denoiser if isinstance(denoiser, TwoTime) else denoiser)
-    if not isinstance(denoiser, TwoTime):
+    numbers, inner = readings(denoiser), denoiser
+    while isinstance(inner, NumberReading):
+        inner = inner.denoiser
+    backbone = merged_backbone(inner)
+    if not numbers:
         return backbone
     backbone = deepcopy(backbone, {id(p): p for p in backbone.parameters()})
-    for name, value in zip(denoiser.names, denoiser.embedding(denoiser.zero), strict=True):
+    folded = ((k, v) for r in numbers for k, v in zip(r.names, r.usual_shifts().values))
+    for name, value in folded:
         layer: Any = backbone.get_submodule(name)
         if not isinstance(layer, nn.Linear) or layer.bias is None:
             raise UserError(
                 f"student: the time embedding of {type(unwrap(denoiser)).__name__}'s network has "
-                "no bias to fold the landing time into; train an objective of one time"
+                "no bias to fold the landing time into; train an objective of one time and of one "
+                "guidance scale"
             )
         total = layer.bias + value[0]  # in the wider type of the two
         layer.bias = nn.Parameter(total.to(layer.bias.dtype))

@@ -107,6 +107,7 @@ class Network(Denoiser):
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:
         """The backbone's raw output; subclasses match its signature and its time units."""
+        _, cond = conditions.without(cond, GUIDANCE_SCALE)
         return self.backbone(x_t, t, cond) if self.reads_cond else self.backbone(x_t, t)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:

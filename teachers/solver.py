@@ -135,6 +135,29 @@ def cfgpp(
     return x_t
 
 
+def double_steps(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
+    """The stochastic sampler of guided distillation (arXiv:2210.03142, section 3.2).
+
+    From each time a DDIM step of twice the length, then noise back to the next time, by the forward
+    process. The last two steps lead to data: they end on x̂ of the last time. n evaluations.
+    """
+    process = denoiser.process
+    steps = [*pairs(times, x_t)]
+    for k, (t, s) in enumerate(steps):
+        x = denoiser(x_t, t, cond)
+        if s is None:
+            return x
+        further = steps[k + 1][1]
+        if further is None:  # twice the length ends on data
+            x_t = process.noise(x, s, torch.randn_like(x))
+            continue
+        (alpha, sigma), (alpha_r, sigma_r) = process.at(s, x_t), process.at(further, x_t)
+        x_r = process.step(x_t, x, t, further)
+        added = sigma**2 - (alpha / alpha_r * sigma_r) ** 2
+        x_t = alpha / alpha_r * x_r + added.clamp(min=0).sqrt() * torch.randn_like(x)
+    return x_t
+
+
 def renoise(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
     """Consistency sampling: x̂, then new noise of the next time's level. n evaluations."""
     for t, s in pairs(times, x_t):

@@ -179,6 +179,8 @@ def settings_of_another(teacher: Mapping[str, Any], subject: Subject) -> dict[st
     """The teacher's section from a recipe of another family: guidance and precision."""
     guidance = teacher.get("guidance", 1)
     scale = guidance["scale"] if isinstance(guidance, dict) else guidance
+    if isinstance(scale, list | tuple):  # a range
+        scale = guidance.get("sampling_scale") or sum(scale) / 2
     kept = {"guidance": 1 if subject.unguided else scale}
     quantisable = not subject.small and subject.quantisable
     return {**kept, **({"precision": "bf16"} if quantisable else {})}

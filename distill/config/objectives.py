@@ -15,7 +15,11 @@ from distill.objectives.flow_maps.meanflow import AYF, MeanFlow
 from distill.objectives.flow_maps.shortcut import Shortcut
 from distill.objectives.pairs.kd import KD
 from distill.objectives.pairs.reflow import Reflow
+from distill.objectives.trajectory.guided import GuidedDistillation
+from distill.objectives.trajectory.lcm import LCM
+from distill.objectives.trajectory.pcm import PCM, TCD
 from distill.objectives.trajectory.progressive import Progressive
+from distill.objectives.trajectory.rg_lcd import RewardGuidedLCM
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "ayf": AYF,
@@ -28,11 +32,16 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ect": ConsistencyTuning,
     "fdistill": FDistill,
     "finetune": FineTuning,
+    "guided": GuidedDistillation,
     "imm": IMM,
     "kd": KD,
+    "lcm": LCM,
     "meanflow": MeanFlow,
+    "pcm": PCM,
     "progressive": Progressive,
     "reflow": Reflow,
+    "rg-lcd": RewardGuidedLCM,
     "shortcut": Shortcut,
     "sid": SiD,
+    "tcd": TCD,
 }

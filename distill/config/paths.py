@@ -21,8 +21,8 @@ from teachers.storage.plugin import is_function
 from teachers.teacher import EMBEDDED
 
 FILE = "teacher.adapters.*.file"  # the key whose values are paths and never names
-# Keys whose values may be paths, alone or before a colon; `*` is every item of a list. Of
-# `objective.name` and `eval.metric`, only files of Python.
+# Keys whose values may be paths, alone or before a colon; `*` is every item of a list or a
+# mapping. Those in CODE are only files of Python.
 KEYS = (
     "teacher",
     "teacher.source",
@@ -42,8 +42,9 @@ KEYS = (
     "data.masks",
     "objective.name",
     "eval.metric",
+    "rewards.*.function",
 )
-CODE = ("objective.name", "eval.metric")
+CODE = ("objective.name", "eval.metric", "rewards.*.function")
 RESERVED = (*EMBEDDED, "pairs")  # names that are never paths
 NAMES = ("analytic:", "pack:")  # begin values that are no paths
 RUN = (".lock", "metrics.jsonl", "checkpoints")  # one of them lies beside the recipe of a run
@@ -156,6 +157,7 @@ def _places(node: Any, key: Sequence[str]) -> Iterator[tuple[Any, Any]]:
     places: list[Any]
     if name == "*":
         places = list(range(len(node))) if isinstance(node, list) else []
+        places = list(node) if isinstance(node, dict) else places
     else:
         places = [name] if isinstance(node, dict) and name in node else []
     for place in places:

@@ -22,6 +22,7 @@ from distill.config.schema import (
     DataSection,
     EvalSection,
     ExportSection,
+    RewardSection,
     Section,
     StudentSection,
     TeacherSection,
@@ -41,6 +42,7 @@ class Recipe(Section):
     objective: dict[str, Any]
     adapters: AdaptersSection | None = None
     critic: CriticSection | None = None
+    rewards: dict[str, RewardSection] = Field(default_factory=dict)  # by names of one's own
     players: dict[str, OptimizerConfig] = Field(default_factory=dict)
     data: DataSection = DataSection()
     train: TrainSection

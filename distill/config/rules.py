@@ -101,6 +101,15 @@ def missing_critic(recipe: Recipe) -> str | None:
     return None
 
 
+def missing_reward(recipe: Recipe) -> str | None:
+    if recipe.kind.needs_reward and not recipe.rewards:
+        return (
+            f"rewards: missing; {_objective(recipe)} learns from them; name a function, as in "
+            "'rewards: {mine: {function: mine.py:reward}}'"
+        )
+    return None
+
+
 # ---- data
 
 
@@ -223,6 +232,18 @@ def counts_without_steps(recipe: Recipe) -> str | None:
     return None
 
 
+def gamma_of_chains(recipe: Recipe) -> str | None:
+    student = recipe.student
+    if student.gamma is None:
+        return None
+    if recipe.kind.learns != "all-times" or not student.renoise or student.gamma == 0:
+        return (
+            "student.gamma: it needs an objective that trains all times, such as tcd, and "
+            "student.renoise; remove it, or for 0 set student.renoise to false"
+        )
+    return None
+
+
 def counts_of_one_chain(recipe: Recipe) -> str | None:
     student, learns = recipe.student, recipe.kind.learns
     if learns == "one-chain" and student.counts not in (None, (student.steps,)):
@@ -254,6 +275,31 @@ def missing_guidance_key(recipe: Recipe) -> str | None:
     for key in _REQUIRED:
         if _KINDS[key] == guidance.kind and getattr(guidance, key) in (None, ()):
             return f"teacher.guidance.{key}: kind {guidance.kind!r} needs it; add the key"
+    return None
+
+
+def misplaced_sampling_scale(recipe: Recipe) -> str | None:
+    guidance = recipe.teacher.guidance
+    if not isinstance(guidance, GuidanceSection):
+        return None
+    if guidance.range is None:
+        if guidance.sampling_scale is not None:
+            return (
+                "teacher.guidance.sampling_scale: scale is one number, which samples are made with "
+                "as well; remove it, or give scale a range"
+            )
+        return None
+    low, high = guidance.range
+    if low >= high:
+        return (
+            f"teacher.guidance.scale: low, {low:g}, is not below high, {high:g}; write it as "
+            "[low, high]"
+        )
+    if not low <= guidance.one_scale <= high:
+        return (
+            f"teacher.guidance.sampling_scale: {guidance.one_scale:g} is outside the range "
+            f"[{low:g}, {high:g}] of scale; give one inside it"
+        )
     return None
 
 
@@ -334,6 +380,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     missing_pairs,
     useless_pairs,
     key_of_pairs,
+    missing_reward,
     missing_data,
     coupling_without_data,
     weights_without_counts,
@@ -341,8 +388,10 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     counts_that_do_not_divide,
     counts_without_steps,
     counts_of_one_chain,
+    gamma_of_chains,
     guidance_key_of_another_kind,
     missing_guidance_key,
+    misplaced_sampling_scale,
     empty_guidance_interval,
     prompts_beside_images,
     partners_without_images,

@@ -38,10 +38,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# A number is one scale; a pair is a range, from which each sample of a batch draws its own.
+Scale = Annotated[
+    Annotated[NonNegative, Tag("[scale]")]
+    | Annotated[tuple[NonNegative, NonNegative], Tag("[range]")],
+    Discriminator(lambda v: "[range]" if isinstance(v, list | tuple) else "[scale]"),
+]
+
+
 class GuidanceSection(Section):
     """Guidance of the teacher; see teachers/guidance.py."""
 
-    scale: NonNegative  # g = 1 + w of classifier-free guidance; 1 means no guidance
+    # g = 1 + w of classifier-free guidance; 1 means no guidance. Or a range [low, high]: each
+    # sample's own is drawn from it evenly, and the student reads it.
+    scale: Scale
+    # With a range: the scale that teacher and student are sampled at; by default its middle.
+    sampling_scale: NonNegative | None = None
     # cfg: classifier-free guidance; apg: adaptive projected guidance; skip: guidance away from the
     # network with some blocks skipped; auto: away from a weaker network (autoguidance)
     kind: Literal["cfg", "apg", "skip", "auto"] = "cfg"
@@ -52,6 +64,18 @@ class GuidanceSection(Section):
     channels: PositiveInt | None = None  # guided, the first of x̂; by default all
     blocks: tuple[str, ...] = ()  # skip: names of the blocks to skip
     weaker: Name | None = None  # auto: source of the weaker teacher
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """The scales that samples draw from in training; None where there is one scale."""
+        return self.scale if isinstance(self.scale, tuple) else None
+
+    @property
+    def one_scale(self) -> float:
+        """The scale, or of a range the one that samples are made with."""
+        if not isinstance(self.scale, tuple):
+            return self.scale
+        return sum(self.scale) / 2 if self.sampling_scale is None else self.sampling_scale
 
 
 # A number is a scale. `explain` drops tags, which it knows by their brackets, from a key's path.
@@ -119,6 +143,9 @@ class StudentSection(Section):
     weights: tuple[Positive, ...] | None = None
     start: Positive | None = None  # σ/α of the first step; by default the teacher's highest
     renoise: bool = True  # between steps, add new noise (true) or follow the ODE (false)
+    # Of renoising: the share of the way to the next time that noise is added from, TCD's γ. By
+    # default x̂ itself is renoised. Stock pipelines take it as `eta`.
+    gamma: Fraction | None = None
     # An earlier student that this one starts as: a run's folder, or an exported student. By default
     # it starts as the teacher.
     source: Name | None = None
@@ -338,6 +365,15 @@ class EvalSection(Section):
     teacher_seeds: NonNegativeInt = 1  # the same for the teacher; 0 means it is not measured
     teacher_steps: PositiveInt = 18  # solver steps of the teacher
     teacher_solver: Literal["heun", "ddim", "dpmpp_2m", "euler", "ancestral"] = "heun"
+
+
+class RewardSection(Section):
+    """A differentiable reward that the student's samples shall raise."""
+
+    # "file.py:function", which returns (B,) for images (B, C, H, W) in [-1, 1] and a list of B
+    # prompts or labels; or "shapes", how sure a classifier is of the caption.
+    function: Name
+    weight: Positive = 1.0  # β: the loss has -β times the mean reward
 
 
 class ExportSection(Section):

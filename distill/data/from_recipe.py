@@ -75,7 +75,10 @@ def embedded_source(recipe: Recipe, teacher: Teacher) -> Source:
     tensors = {f"{COND}{k}": v for k, v in (cond or {}).items()} | ({} if x is None else {"x": x})
     names = [f"picture {i} of {prompt!r}" for i, prompt in enumerate(prompts)]
     check_finite(tensors, names, teacher, f"data.source: {name!r}")
-    return Source(teacher.shape, x if needs_data else None, cond, recipe.train.seed, len(prompts))
+    kept = x if needs_data else None
+    source = Source(teacher.shape, kept, cond, recipe.train.seed, len(prompts))
+    source.prompts = prompts
+    return source
 
 
 def _digits(teacher: Teacher) -> tuple[Tensor, list[Any]]:

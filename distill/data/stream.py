@@ -19,6 +19,7 @@ from distill.config.schema import CouplingSection
 from distill.objectives.base import Batch
 from distill.seeds import seed_of
 from teachers import conditions
+from teachers.conditions import GUIDANCE_SCALE
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 
@@ -61,6 +62,7 @@ class Source:
         self.report: dict[str, Any] | None = None  # for data-report.json, if files were read
         self.coupling: CouplingSection | None = None
         self.evaluations = 0  # of the teacher's network, that its items took to make
+        self.prompts: Sequence[Any] | None = None  # of each item, where they are kept
         self._order = lru_cache(2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> Tensor:
@@ -179,6 +181,30 @@ def assigned(coupling: CouplingSection, x: Tensor, noise: Tensor) -> Tensor:
     else:  # squared distances, up to terms that all assignments share
         cost = -(a.double() @ b.double().T)
     return torch.from_numpy(linear_sum_assignment(cost.float().numpy())[1])
+
+
+class Scaled(Source):
+    """A source whose conditions have a guidance scale, drawn evenly from a range for each sample.
+
+    Args:
+        source: Its conditions are not None.
+        low, high: The range of scales g.
+    """
+
+    def __init__(self, source: Source, low: float, high: float) -> None:
+        super().__init__(source.shape, source.x, source.cond, source.seed, source.size)
+        self.source, self.low, self.high = source, low, high
+        self.report, self.prompts = source.report, source.prompts
+        self.evaluations = source.evaluations
+
+    def batch(self, draw: int, shard: int, shards: int, size: int) -> Batch:
+        batch = self.source.batch(draw, shard, shards, size)
+        rng = torch.Generator().manual_seed(seed_of(self.seed, "guidance", draw, shard))
+        scale = self.low + (self.high - self.low) * torch.rand(len(batch.noise), generator=rng)
+        return batch._replace(cond={**(batch.cond or {}), GUIDANCE_SCALE: scale})
+
+    def take(self, index: Tensor) -> Items:
+        return self.source.take(index)
 
 
 class Stream:

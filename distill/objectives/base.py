@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -119,6 +119,12 @@ class Objective:
     learns: ClassVar[Learns] = "chains"
     # Whether the student's network reads the time s that its step lands on: denoiser(x_t, t, c, s).
     two_times: ClassVar[bool] = False
+    # Whether the objective calls `reward` itself; otherwise a recipe's rewards are added to every
+    # loss of the student's turn.
+    needs_reward: ClassVar[bool] = False
+    # The weighted rewards (B,) of the student's x̂ (B, ...) with its graph, for the prompts of a
+    # batch; None where the recipe has no rewards.
+    reward: Callable[[Tensor, Batch], Tensor] | None = field(default=None, init=False)
 
     def turns(self, step: int) -> Iterator[Turn]:
         """The updates that make up step `step`, in order.

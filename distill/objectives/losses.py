@@ -31,6 +31,15 @@ def huber(x: Tensor, y: Tensor, c: float = 0.0) -> Tensor:
     return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt() - c
 
 
+def element_huber(x: Tensor, y: Tensor, c: float = 1e-3) -> Tensor:
+    """Pseudo-Huber distance √(δ² + c²) - c of each element, averaged over dimensions, (B,).
+
+    LCM's (arXiv:2310.04378). It is not `huber`, which is of a whole sample.
+    """
+    square = (x - y).square() + c**2
+    return (square.clamp(min=torch.finfo(square.dtype).tiny).sqrt() - c).flatten(1).mean(1)
+
+
 def generator_loss(logits: Tensor) -> Tensor:
     """Non-saturating generator loss of the critic's logits (B,) for fakes."""
     return F.softplus(-logits).mean()

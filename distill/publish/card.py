@@ -76,7 +76,18 @@ class Facts:
     def guidance(self) -> float:
         """The teacher's guidance scale g; 1 is unguided."""
         guidance = self.setting("teacher", "guidance", 1.0)
-        return float(guidance["scale"] if isinstance(guidance, dict) else guidance)
+        if not isinstance(guidance, dict):
+            return float(guidance)
+        scale = guidance["scale"]
+        if isinstance(scale, list | tuple):  # a range: the scale that samples are made with
+            scale = guidance.get("sampling_scale") or sum(scale) / 2
+        return float(scale)
+
+    @property
+    def read_scale(self) -> tuple[float, float] | None:
+        """The guidance scales that the student's network reads as an input; None if it does not."""
+        reading = self.sidecar.get("guidance") or {}
+        return tuple(reading["range"]) if reading.get("input") else None
 
     @property
     def weaker(self) -> str | None:
@@ -313,6 +324,10 @@ def guidance_arguments(facts: Facts) -> dict[str, float]:
     """The argument that turns off the pipeline's guidance, which is built into the student."""
     if not facts.text:
         return {}
+    gamma = facts.sidecar.get("gamma")
+    eta = {} if gamma is None else {"eta": float(gamma)}
+    if facts.read_scale is not None:  # an input of the network: the pipeline does not guide
+        return {"guidance_scale": facts.guidance, **eta}
     kind = str(facts.index.get("_class_name", ""))
     if kind.startswith("QwenImage"):
         return {"true_cfg_scale": 1.0}
@@ -320,7 +335,7 @@ def guidance_arguments(facts: Facts) -> dict[str, float]:
         return {"guidance_scale": 0.0}
     if kind.startswith("Flux"):  # its scale is a condition of the network, not guidance
         return {"guidance_scale": facts.guidance}
-    return {"guidance_scale": 1.0}
+    return {"guidance_scale": 1.0, **eta}
 
 
 def snippet(facts: Facts) -> str:
@@ -368,8 +383,12 @@ def training(facts: Facts) -> str:
     places = [facts.setting("data", key) for key in ("source", "captions", "prompts")]
     source = next(filter(None, places), None)
     data = f"`{Path(str(source)).name if folder_of(str(source)) else source}`" if source else "none"
+    sampled = "The student is sampled without guidance."
+    if facts.read_scale is not None:
+        low, high = facts.read_scale
+        sampled = f"The student reads a `guidance_scale` from {low:g} to {high:g} in one pass."
     lines = [
-        f"- **Teacher**: {teacher_name(facts)}, {scale}. The student is sampled without guidance.",
+        f"- **Teacher**: {teacher_name(facts)}, {scale}. {sampled}",
         *lora_lines(facts),
         *([f"- **Weights**: {line}."] if (line := facts.sidecar.get("average")) else []),
         f"- **Data**: {data}.",

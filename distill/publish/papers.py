@@ -86,6 +86,13 @@ PAPERS = {
         2020,
         "2006.11239",
     ),
+    "guided": Paper(
+        "On Distillation of Guided Diffusion Models",
+        "Meng, Chenlin and Rombach, Robin and Gao, Ruiqi and Kingma, Diederik P. and Ermon, "
+        "Stefano and Ho, Jonathan and Salimans, Tim",
+        2022,
+        "2210.03142",
+    ),
     "imm": Paper(
         "Inductive Moment Matching",
         "Zhou, Linqi and Ermon, Stefano and Song, Jiaming",
@@ -98,11 +105,25 @@ PAPERS = {
         2021,
         "2101.02388",
     ),
+    "lcm": Paper(
+        "Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference",
+        "Luo, Simian and Tan, Yiqin and Huang, Longbo and Li, Jian and Zhao, Hang",
+        2023,
+        "2310.04378",
+    ),
     "meanflow": Paper(
         "Mean Flows for One-step Generative Modeling",
         "Geng, Zhengyang and Deng, Mingyang and Bai, Xingjian and Kolter, J. Zico and He, Kaiming",
         2025,
         "2505.13447",
+    ),
+    "pcm": Paper(
+        "Phased Consistency Models",
+        "Wang, Fu-Yun and Huang, Zhaoyang and Bergman, Alexander William and Shen, Dazhong and "
+        "Gao, Peng and Lingelbach, Michael and Sun, Keqiang and Bian, Weikang and Song, Guanglu "
+        "and Liu, Yu and Wang, Xiaogang and Li, Hongsheng",
+        2024,
+        "2405.18407",
     ),
     "progressive": Paper(
         "Progressive Distillation for Fast Sampling of Diffusion Models",
@@ -116,6 +137,12 @@ PAPERS = {
         2022,
         "2209.03003",
     ),
+    "rg-lcd": Paper(
+        "Reward Guided Latent Consistency Distillation",
+        "Li, Jiachen and Feng, Weixi and Chen, Wenhu and Wang, William Yang",
+        2024,
+        "2403.11027",
+    ),
     "shortcut": Paper(
         "One Step Diffusion via Shortcut Models",
         "Frans, Kevin and Hafner, Danijar and Levine, Sergey and Abbeel, Pieter",
@@ -128,5 +155,12 @@ PAPERS = {
         "Zhou, Mingyuan and Zheng, Huangjie and Wang, Zhendong and Yin, Mingzhang and Huang, Hai",
         2024,
         "2404.04057",
+    ),
+    "tcd": Paper(
+        "Trajectory Consistency Distillation",
+        "Zheng, Jianbin and Hu, Minghui and Fan, Zhongyi and Wang, Chaoyue and Ding, Changxing and "
+        "Tao, Dacheng and Cham, Tat-Jen",
+        2024,
+        "2402.19159",
     ),
 }

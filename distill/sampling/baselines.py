@@ -129,7 +129,7 @@ class Baseline(Section):
                 f"{where}: stock pipelines support guidance of kind cfg only, without interval "
                 "and rescale; use a solver"
             )
-        if guidance.scale != 1 and not isinstance(teacher.codec, Prompted):
+        if guidance.one_scale != 1 and not isinstance(teacher.codec, Prompted):
             raise UserError(
                 f"{where}: the stock pipeline for class labels has no guidance; use a solver"
             )
@@ -164,7 +164,7 @@ class Baseline(Section):
 
     def _check_adaptive(self, guidance: GuidanceSection, where: str) -> None:
         adaptive = self.guidance == "adaptive"
-        if adaptive and guidance.scale == 1:
+        if adaptive and guidance.one_scale == 1:
             raise UserError(
                 f"{where}: adaptive guidance needs a scale other than 1; raise teacher.guidance"
             )

@@ -54,7 +54,7 @@ def guided(section: TeacherSection, teacher: Teacher) -> Denoiser:
         UserError: a block to skip does not exist, or the weaker teacher does not fit.
     """
     guidance, denoiser = guidance_of(section), teacher.denoiser
-    scale = guidance.scale
+    scale = guidance.one_scale
     mix: Mix = linear
     if guidance.kind == "apg":
         mix = Projected(guidance.eta or 0.0, guidance.threshold)

@@ -196,7 +196,7 @@ class PipelineSampler(Sampler):
     ) -> None:
         super().__init__(teacher, teacher.denoiser, cache, batch)
         self.networks = [unwrap(teacher.denoiser).backbone]  # pipelines call the backbone directly
-        self.scale, self.steps = guidance_of(recipe.teacher).scale, steps
+        self.scale, self.steps = guidance_of(recipe.teacher).one_scale, steps
         self.pipe = pipeline(teacher, scheduler)
 
     def sample(self, prompts: list[Any], seed: int) -> tuple[Tensor, float]:

@@ -27,12 +27,13 @@ from distill.data.from_recipe import (
 )
 from distill.data.listing import check_labels, write_report
 from distill.data.prompts import list_prompts
-from distill.data.stream import Source
+from distill.data.stream import Scaled, Source
 from distill.early_stop.measurement import guards_of
 from distill.objectives.base import Objective
 from distill.objectives.validate import check_first
 from distill.pairs.source import pair_source
 from distill.publish.licence import check_licence
+from distill.rewards.rewards import reward_of
 from distill.sampling.guided_teacher import guidance_of, known_pictures, load_teacher
 from distill.sampling.own_metric import OwnMetric
 from distill.sampling.student_sampler import check_protocol, evaluate_student
@@ -156,6 +157,8 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     check_form(recipe, form)
     source = (pair_source if recipe.data.source == PAIRS else source_of)(recipe, teacher)
     source.couple(recipe.data.coupling)
+    if (scales := guidance_of(recipe.teacher).range) is not None:
+        source = Scaled(source, *scales)
     metric = OwnMetric(recipe, teacher, source) if recipe.eval.metric else None
     if resume and source.report is not None:
         check_labels(out, source.report)
@@ -165,6 +168,8 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
     objective = objective_of(recipe, teacher, accelerator.device)
+    if recipe.rewards:
+        objective.reward = reward_of(recipe, teacher, source)
     if guidance_of(recipe.teacher).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)
     flops = check_finite(objective.teacher, teacher, source, recipe.train, accelerator)

@@ -16,7 +16,7 @@ from distill.training.engine import first_batch
 from distill.training.player import Player
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, network_of
-from students.two_time import TwoTime
+from students.two_time import NumberReading
 from teachers import conditions
 from teachers.compiled import (
     Mode,
@@ -118,8 +118,8 @@ def needs_blocks(recipe: Recipe, networks: dict[str, nn.Module]) -> str | None:
         "train.checkpointing recomputes blocks": recipe.train.checkpointing,
         "the critic reads a block's output": recipe.critic is not None,
         "skip-layer guidance skips blocks": any(isinstance(m, SkipLayerGuided) for m in modules),
-        "the landing time is added inside the network": any(
-            isinstance(m, TwoTime) for m in modules
+        "a landing time or a guidance scale is added inside the network": any(
+            isinstance(m, NumberReading) for m in modules
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -31,6 +31,7 @@ from distill.grids import save_samples
 from distill.objectives.base import Batch, Objective, Turn, networks_in
 from distill.objectives.validate import check_loss, check_turn
 from distill.profiling import EvaluationCounter, denoisers_in, start_peak
+from distill.rewards.rewards import rewarded
 from distill.seeds import seed_all
 from distill.speed import Speed, Speedometer, Work
 from distill.training import checkpoint
@@ -301,7 +302,7 @@ class Engine:
                 batch = next(stream)
                 seed_all(self.cfg.seed, self.step, place, shard)
                 with self.accelerator.autocast():
-                    loss = turn.loss(batch)
+                    loss = rewarded(turn.loss(batch), batch, turn, self.objective)
                 check_loss(loss, self.objective)
                 self.accelerator.backward(loss.value / shards)
                 for key, value in {"loss": loss.value, **loss.logs}.items():

@@ -13,7 +13,7 @@ from distill.config.recipe import Recipe
 from distill.config.schema import AdaptersSection, CriticSection
 from distill.objectives.base import Auxiliary, Objective
 from distill.objectives.distribution.anchored import AnchoredDMD2
-from distill.sampling.guided_teacher import guided
+from distill.sampling.guided_teacher import guidance_of, guided
 from students.checkpointing import checkpointing
 from students.critic import Critic
 from students.export import earlier
@@ -22,6 +22,8 @@ from students.form import StudentForm, StudentRequest
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, Adapter, adapt, network_of
 from students.own_network import middle_of
+from students.scale_reading import scale_reading
+from students.schedulers import renoised_in_part
 from students.two_time import two_time
 from teachers.denoiser import Denoiser, Network
 from teachers.teacher import Teacher
@@ -60,6 +62,9 @@ def build_networks(
     # copies first: a copy that is made after the adapters would contain them
     networks: dict[str, nn.Module] = {n: form.network() for n in names if n not in adapters}
     student = student_of(recipe, form, adapters.get("student"), planned)
+    guidance = guidance_of(recipe.teacher)
+    if guidance.range is not None:
+        student = scale_reading(student, guidance.range, guidance.one_scale)
     networks["student"] = two_time(student) if recipe.kind.two_times else student
     for name in [n for n in names if n in adapters]:
         networks[name] = adapt(teacher, adapters[name], name)
@@ -93,6 +98,8 @@ def student_of(
         student = form.student(s.steps, s.start, s.renoise, adapter)
     else:
         student = earlier.student(s.source, form, s.steps, s.renoise, adapter)
+    if s.gamma is not None:
+        student = renoised_in_part(student, s.gamma)
     counts = s.trained(recipe.kind.learns, student.counts)
     return student.keep(*counts, weights=list(counts.values()))
 

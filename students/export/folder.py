@@ -26,6 +26,7 @@ from students.export.encoders import RecordedEncoders
 from students.export.portable import make_portable
 from students.generator import Generator
 from students.lora import adapter_of, network_of, unwrap
+from students.scale_reading import reading_of, scale_reading
 from students.two_time import check_landing, in_place, stock_backbone
 from teachers import conditions
 from teachers.catalogue.loading import load
@@ -139,10 +140,13 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
 
 def sidecar(generator: Generator, teacher: Teacher, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The sidecar of an exported folder: what diffusers' own files do not hold."""
+    reading = reading_of(generator.denoiser)
     return {
+        "guidance": None if reading is None else reading.facts(),
         "steps": list(generator.counts),
         "times": list(generator.times),
         "renoise": generator.renoise,
+        **({} if generator.gamma is None else {"gamma": generator.gamma}),
         "teacher": teacher.source,
         "options": {k: v for k, v in teacher.options.items() if k in SHAPING},
         "adapters": [] if teacher.fusion is None else teacher.fusion.contents(),
@@ -200,7 +204,13 @@ def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str
     """What checks of a student sample: prompts, and the stock pipeline's arguments for them."""
     kind, prompts = type(unwrap(generator.denoiser)), prompts_of(teacher)
     if isinstance(teacher.codec, Prompted):
-        return prompts, teacher.codec.arguments([*prompts])
+        arguments = teacher.codec.arguments([*prompts])
+        reading = reading_of(generator.denoiser)
+        if reading is not None and reading.embedding is None:  # the pipeline passes the scale
+            arguments["guidance_scale"] = reading.scale
+        if generator.gamma is not None:
+            arguments["eta"] = generator.gamma
+        return prompts, arguments
     arguments = kind.arguments([*prompts], teacher.shape[-2:])
     if issubclass(kind, UNet) and not teacher.codec.classes:
         arguments["class_labels"] = None
@@ -530,4 +540,9 @@ def load_student(
             f"student {str(folder)!r}: {SIDECAR}: steps: {min(unknown)} is no step count of this "
             "student; export the run again"
         )
+    if "gamma" in sidecar:
+        like = schedulers.renoised_in_part(like, sidecar["gamma"])
+    guidance = sidecar.get("guidance") or {}  # older students have none
+    if guidance.get("input"):
+        like = scale_reading(like, tuple(guidance["range"]), guidance["scale"])
     return like.keep(*counts).eval().requires_grad_(False), teacher

@@ -17,7 +17,7 @@ from torch import nn
 from students.adapter_layers import adapter_layers, adapter_names
 from students.generator import Generator
 from students.lora import adapter_of, unwrap, with_schedule
-from students.two_time import TwoTime
+from students.two_time import readings
 from teachers.catalogue.loading import find, load
 from teachers.errors import UserError, first_line
 from teachers.families.base import Pretrained, quiet
@@ -64,10 +64,13 @@ def with_file_weights(
     view = with_schedule(network, network.schedule)
     view.backbone = backbone.requires_grad_(False).eval()
     twin = copy(generator)
-    twin._modules = {"denoiser": view}
-    if isinstance(student := generator.denoiser, TwoTime):
-        twin._modules["denoiser"] = around = copy(student)
-        around._modules = {"denoiser": view, "embedding": deepcopy(student.embedding).cpu()}
+    inner: nn.Module = view
+    for number in reversed(readings(generator.denoiser)):
+        around, embedding = copy(number), deepcopy(number.embedding)
+        assert embedding is not None
+        around._modules = {"denoiser": inner, "embedding": embedding.cpu()}
+        inner = around
+    twin._modules = {"denoiser": inner}
     return twin
 
 

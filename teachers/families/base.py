@@ -91,6 +91,11 @@ class Pretrained(Network):
         """The dtype of the weights, to which inputs are cast."""
         return next(self.backbone.parameters()).dtype
 
+    def add_scale_input(self) -> bool:
+        """Give the network an input of the guidance scale that its stock pipeline passes, with zero
+        weights; whether there is such an input."""
+        return False
+
     @classmethod
     def of(cls, pipe: Any, size: int | None, who: str) -> type[Pretrained]:
         """The family of this pipeline: this one, unless it is found by looking at the pipeline."""

@@ -45,6 +45,10 @@ class StableDiffusion(Pretrained):
         embedding[:, half : 2 * half] = 1
         return embedding
 
+    def add_scale_input(self) -> bool:
+        self.unguided(self.backbone)
+        return True
+
     @staticmethod
     def unguided(backbone: Any) -> None:
         """Add a guidance input with zero weights: these pipelines never guide such a network."""

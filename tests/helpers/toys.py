@@ -107,9 +107,18 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         tree["data"] = {"source": "pairs", "path": f"{teacher}-pairs", "count": 16, "steps": 2}
     if name == "progressive":
         objective |= {"initial_steps": 4, "stage_steps": 2}
+    if name == "rg-lcd":
+        tree["rewards"] = {"bright": {"function": f"{__file__}:brightness"}}
+    if name == "guided":
+        objective |= {"first_steps": 1, "initial_steps": 4, "stage_steps": 2}
     if name == "fdistill":
         objective["divergence"] = "forward-kl"
     return tree
+
+
+def brightness(images: Tensor, prompts: Any) -> Tensor:
+    """A reward: the mean of each image."""
+    return images.flatten(1).mean(1)
 
 
 FIVE = ("dmd2", "sid", "fdistill", "consistency", "progressive")

@@ -241,7 +241,7 @@ def test_the_loss_is_the_larger_of_the_errors_of_x_and_eps():
     torch.manual_seed(3)
     value = objective.loss(batch, 0).value.item()
     torch.manual_seed(3)
-    t, m, r = (v.double() for v in objective.times(batch.x))
+    t, m, r = (v.double() for v in objective.step_times(batch.x))
     process = Trig()
     x_t = process.noise(batch.x, t, batch.noise)
     target, x = objective.target(x_t, t, m, r, None), objective.student.denoiser(x_t, t)

@@ -66,7 +66,9 @@ MAY: dict[str, set[str]] = {
     "distill.objectives.pairs": {
         "distill", "distill.objectives", "teachers", "eval.metrics",
     },
-    "distill.objectives.trajectory": {"distill", "distill.objectives", "teachers"},
+    "distill.objectives.trajectory": {
+        "distill", "distill.objectives", "distill.objectives.consistency", "teachers",
+    },
     "distill.objectives.distribution": {"distill", "distill.objectives", "students", "teachers"},
     "distill.config": {
         "distill", "distill.objectives", "distill.objectives.consistency",
@@ -95,8 +97,13 @@ MAY: dict[str, set[str]] = {
     },
     "distill.publish": {"distill", "students.export", "teachers", "teachers.storage", "eval"},
     "distill.report": {"distill", "distill.config", "distill.publish", "teachers", "eval"},
+    "distill.rewards": {
+        "distill.objectives", "distill.config", "distill.data", "teachers", "teachers.storage",
+        "eval.shapes",
+    },
     "distill.training": {
-        "distill", "distill.objectives", "distill.objectives.distribution", "distill.config",
+        "distill", "distill.rewards", "distill.objectives", "distill.objectives.distribution",
+        "distill.config",
         "distill.data", "distill.data.expansion", "distill.sampling", "distill.early_stop",
         "distill.pairs", "distill.publish", "distill.report", "students", "students.export",
         "teachers", "teachers.storage", "eval", "eval.shapes", "eval.protocols",

@@ -152,6 +152,19 @@ def test_a_text_pipelines_card_prompts_it_unguided(tmp_path):
     assert len(re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1].splitlines()) == 6
 
 
+def test_a_student_that_reads_the_guidance_scale_is_prompted_with_one():
+    index = {"_class_name": "StableDiffusionPipeline", "tokenizer": ["transformers", "x"]}
+    guidance = {"scale": [1.0, 5.0], "sampling_scale": 2.0}
+    sidecar = {"steps": [1], "teacher": "shapes", "recipe": {"teacher": {"guidance": guidance}},
+               "guidance": {"range": [1.0, 5.0], "scale": 2.0, "input": True}}  # fmt: skip
+    facts = card.Facts(index, sidecar)
+    assert card.guidance_arguments(facts) == {"guidance_scale": 2.0}
+    assert "`guidance_scale` from 1 to 5" in card.training(facts)
+    sidecar["guidance"]["input"] = False
+    facts = card.Facts(index, sidecar)
+    assert card.guidance_arguments(facts) == {"guidance_scale": 1.0}
+
+
 def test_the_newest_grid_at_the_most_steps_lies_beside_the_card(run):
     for name in ("step-000002-at-2", "step-000009-at-1", "step-000009-at-2"):
         (run / "samples" / f"{name}.png").write_text(name)

@@ -1,0 +1,1 @@
+"""Rewards: what the student's images shall raise, beside its objective."""

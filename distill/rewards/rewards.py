@@ -1,0 +1,106 @@
+"""Rewards of a recipe: functions of the student's images that its loss shall raise.
+
+RG-LCD (arXiv:2403.11027) and ReFL (arXiv:2304.05977) differentiate a reward through the last step
+of the student. Here -β R is added to any loss of the student's turn that has samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.config.recipe import Recipe
+from distill.data.stream import Source
+from distill.objectives.base import Batch, Loss, Objective, Turn
+from eval import shapes
+from eval.shapes.classifier import classifier, labels
+from teachers.errors import UserError
+from teachers.storage.plugin import function_at
+from teachers.teacher import Teacher
+
+# Images (B, C, H, W) in [-1, 1] with their graph, and their prompts or labels -> (B,).
+Function = Callable[[Tensor, Sequence[Any]], Tensor]
+
+
+def reward_of(
+    recipe: Recipe, teacher: Teacher, source: Source
+) -> Callable[[Tensor, Batch], Tensor]:
+    """The weighted sum of a recipe's rewards (B,), of data (B, ...) and the batch they are for.
+
+    Raises:
+        UserError: there is no such function, or the data source keeps no prompts.
+    """
+    if source.prompts is None:
+        raise UserError(
+            "rewards: they read prompts or labels, which this data source does not keep in memory; "
+            "set data.source to 'digits' or 'shapes'"
+        )
+    functions = [(function_of(r.function, k), r.weight) for k, r in recipe.rewards.items()]
+    prompts, vae = source.prompts, teacher.codec.vae
+    if vae is not None:
+        vae.requires_grad_(False)
+
+    def reward(x: Tensor, batch: Batch) -> Tensor:
+        assert batch.items is not None
+        if vae is not None:
+            vae.to(x.device)
+        images, texts = teacher.codec.decode(x), [prompts[i] for i in batch.items.tolist()]
+        values = [weight * checked(f(images, texts), len(x)) for f, weight in functions]
+        return torch.stack(values).sum(0)
+
+    return reward
+
+
+def function_of(name: str, key: str) -> Function:
+    """The built-in reward, or the user's.
+
+    Raises:
+        UserError: there is no such function.
+    """
+    return caption_certainty if name == "shapes" else function_at(name, f"rewards.{key}.function")
+
+
+def checked(values: Tensor, size: int) -> Tensor:
+    """A function's values.
+
+    Raises:
+        UserError: they are not one number for each image.
+    """
+    if not isinstance(values, Tensor) or values.shape != (size,):
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise UserError(f"rewards: a function returned {shape}; return a tensor of ({size},)")
+    return values
+
+
+def caption_certainty(images: Tensor, prompts: Sequence[Any]) -> Tensor:
+    """The log-probability (B,) of captions of the embedded shapes by their small classifier.
+
+    The features of the protocol `shapes` are this network's, so its distance is no fair judge of a
+    student of this reward. Its share of right captions is, as it is read from the pixels.
+    """
+    network = classifier().to(images.device)
+    wanted = labels([shapes.parse(p) for p in prompts]).to(images.device)
+    logits = [head.log_softmax(1) for head in network(images)]
+    chosen = [row.gather(1, wanted[:, k : k + 1])[:, 0] for k, row in enumerate(logits)]
+    return torch.stack(chosen).sum(0)
+
+
+def rewarded(loss: Loss, batch: Batch, turn: Turn, objective: Objective) -> Loss:
+    """A loss of the student's turn with its rewards, unless the objective adds them itself.
+
+    Raises:
+        UserError: the loss has no samples.
+    """
+    reward = objective.reward
+    if reward is None or objective.needs_reward or "student" not in turn.players:
+        return loss
+    if loss.samples is None:
+        raise UserError(
+            f"rewards: {type(objective).__name__} gives no samples of the student to reward; "
+            "return Loss(value, logs, samples), or remove the section"
+        )
+    value = reward(loss.samples, batch).mean()
+    return loss._replace(value=loss.value - value, logs={**loss.logs, "reward": value.detach()})

@@ -1,0 +1,158 @@
+"""Phased and trajectory consistency: their limits, their edges, and closed forms."""
+
+import pytest
+import torch
+
+from distill.objectives.base import Batch
+from distill.objectives.trajectory.lcm import LCM
+from distill.objectives.trajectory.pcm import PCM, TCD, edges_of
+from students.generator import Generator
+from teachers.analytic import Gaussian
+from teachers.process import Karras, Linear, Tabulated
+from tests.helpers.refusals import refused
+from tests.helpers.toys import Slopes
+
+D = torch.float64
+DDPM = Tabulated.scaled_linear()
+DDIM4 = tuple(i / 999 for i in (999, 749, 499, 249))  # the stock scheduler's
+
+
+def gaussian(process, c=0.5):
+    return Gaussian(torch.zeros(1, dtype=D), torch.tensor([c**2], dtype=D), process)
+
+
+def make(kind, process, levels, times=(1.0,), renoise=False, **keys):
+    network = Slopes(process.levels(levels), torch.ones(levels + 1, dtype=D), process)
+    student = Generator(network, times, renoise)
+    keys = {"target_ema": 0.0, "distance": "square", **keys}
+    objective = kind(teacher=gaussian(process), student=student, levels=levels, **keys)
+    return objective, network
+
+
+def drawn(n=512):
+    return Batch(0.5 * torch.randn(n, 1, dtype=D), torch.randn(n, 1, dtype=D))
+
+
+def slope(process, teacher, t, r, one=torch.ones(1, 1, dtype=D)):  # noqa: B008
+    return process.step(one, teacher(one, t[None], None), t[None], r[None]).item()
+
+
+# ---- the edges
+
+
+def test_the_papers_edges_are_the_times_below_its_grid():
+    index = DDPM.index(DDPM.levels(50))[edges_of(50, 4)]
+    torch.testing.assert_close(index, torch.tensor([0, 239, 499, 739], dtype=D))
+
+
+def test_a_cell_belongs_to_the_phase_that_it_starts_in():
+    objective, _ = make(PCM, DDPM, 40, DDIM4)
+    cells = torch.tensor([0, 9, 10, 19, 20, 39])
+    assert objective.edge(cells).tolist() == [0, 0, 10, 10, 20, 30]
+
+
+def test_phases_that_do_not_end_on_the_students_times_are_refused():
+    with refused("objective.levels", "50", "4", "40"):
+        make(PCM, DDPM, 50, DDIM4)
+    with refused("student.renoise"):
+        make(PCM, DDPM, 40, DDIM4, renoise=True)
+    with refused("objective.levels", "48"):
+        make(LCM, DDPM, 48)
+
+
+def test_tcds_edges_are_every_level_from_r_down_and_as_likely():
+    objective, _ = make(TCD, DDPM, 50)
+    torch.manual_seed(0)
+    edge = objective.edge(torch.full((30_000,), 9))
+    share = torch.bincount(edge, minlength=10) / 30_000
+    torch.testing.assert_close(share, torch.full((10,), 0.1), atol=0.01, rtol=0)
+    assert objective.edge(torch.zeros(100, dtype=torch.long)).max() == 0
+
+
+# ---- limits
+
+
+def test_one_phase_is_latent_consistency():
+    """Where t = 0 is data, the step to the edge is x̂ itself."""
+    batch, values = drawn(), []
+    for kind in (LCM, PCM):
+        objective, network = make(kind, Linear(), 20, distance="huber")
+        with torch.no_grad():
+            network.slopes.copy_(torch.linspace(0.3, 0.9, 21, dtype=D))
+        torch.manual_seed(3)
+        loss = objective.loss(batch, 0).value
+        values.append((loss, *torch.autograd.grad(loss, network.slopes)))
+    for lcm, pcm in zip(*values, strict=True):
+        torch.testing.assert_close(lcm, pcm)
+
+
+@pytest.mark.parametrize("process", [DDPM, Karras(), Linear()], ids=["ddpm", "karras", "flow"])
+def test_as_many_phases_as_levels_regress_the_teachers_own_step(process):
+    levels = 5
+    times = tuple(process.levels(levels)[1:].flip(0).tolist())
+    objective, network = make(PCM, process, levels, times)
+    with torch.no_grad():
+        network.slopes.mul_(0.7)
+    batch = drawn()
+    torch.manual_seed(0)
+    loss = objective.loss(batch, 0).value
+    torch.manual_seed(0)
+    cell = torch.randint(levels, (512,))
+    t, r = process.levels(levels)[cell + 1], process.levels(levels)[cell]
+    x_t = process.noise(batch.x, t, batch.noise)
+    teachers = process.step(x_t, objective.teacher(x_t, t, None), t, r)
+    mine = process.step(x_t, network(x_t, t), t, r)
+    torch.testing.assert_close(loss, (mine - teachers).square().mean())
+
+
+def optimum(process, levels, edges):
+    """x̂'s slopes at the levels from 0 up: products of the teacher's steps to each phase's edge."""
+    times, teacher, one = process.levels(levels), gaussian(process), torch.ones(1, 1, dtype=D)
+    slopes, landing = [1.0], 1.0
+    for k in range(1, levels + 1):
+        edge = max(e for e in edges if e < k)
+        before = 1.0 if k - 1 == edge else landing
+        landing = before * slope(process, teacher, times[k], times[k - 1])
+        end = process.end(one, landing * one, times[k][None], times[edge][None])
+        slopes.append(end.item())
+    return torch.tensor(slopes, dtype=D)
+
+
+@pytest.mark.parametrize("process", [DDPM, Karras(), Linear()], ids=["ddpm", "karras", "flow"])
+def test_at_its_optimum_nothing_is_left_to_learn(process):
+    times = DDIM4 if process is DDPM else (1.0, 0.75, 0.5, 0.25)
+    objective, network = make(PCM, process, 40, times)
+    with torch.no_grad():
+        network.slopes.copy_(optimum(process, 40, edges_of(40, 4).tolist()))
+    loss = objective.loss(drawn(4096), 0)
+    assert loss.value.item() < 1e-12
+    loss.value.backward()
+    assert network.slopes.grad.abs().max() < 1e-6
+
+
+def test_a_student_at_its_optimum_walks_as_its_teacher_does_in_40_steps():
+    process = DDPM
+    objective, network = make(PCM, process, 40, DDIM4)
+    with torch.no_grad():
+        network.slopes.copy_(optimum(process, 40, edges_of(40, 4).tolist()))
+    x, times = torch.ones(1, 1, dtype=D), process.levels(40)
+    expected = 1.0
+    for k in range(40, 10, -1):  # as far as the last edge
+        expected *= slope(process, objective.teacher, times[k], times[k - 1])
+    for k in range(3):
+        x = objective.student.step(x, k)
+    assert x.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_tcd_of_one_step_to_each_level_is_zero_at_the_teacher_where_steps_are_exact():
+    """Data of one point: the path is the line, so any edge has the same x̂."""
+    process = Karras()
+    network = Slopes(process.levels(20), torch.zeros(21, dtype=D), process)
+    objective = TCD(
+        teacher=gaussian(process, 0.0), student=Generator(network), levels=20, distance="square"
+    )
+    zero = Batch(torch.zeros(256, 1, dtype=D), torch.randn(256, 1, dtype=D))
+    assert objective.loss(zero, 0).value.item() < 1e-20
+    with torch.no_grad():
+        network.slopes.add_(0.1)
+    assert objective.loss(zero, 0).value.item() > 1e-4
