@@ -1,0 +1,178 @@
+"""What a step of each objective costs: forward and backward passes of each network, for a sample.
+
+A pass that also carries a derivative counts as two. A backward pass is counted where a gradient
+reaches the output of a forward pass; it costs about as much as two forward passes.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from distill.config.objective_schema import network_types
+from distill.config.objectives import OBJECTIVES
+from distill.objectives.base import Auxiliary, Batch
+try:
+    from distill.profiling import has_tangent
+except ImportError:
+    from torch.autograd import forward_ad
+    def has_tangent(v):
+        return forward_ad._current_level >= 0 and forward_ad.unpack_dual(v).tangent is not None
+from students.critic import Critic
+from students.generator import Generator
+from teachers.denoiser import Denoiser, Guided
+from teachers.process import Karras, Tabulated
+from teachers.teacher import Pixels, Teacher
+
+SIZE = 16
+
+
+class Counted(Denoiser):
+    """x̂ = w x_t, and it counts the samples of its passes; copies of it count with it."""
+
+    def __init__(self, process, counts, name):
+        super().__init__()
+        self.process, self.counts, self.name = process, counts, name
+        self.w = nn.Parameter(torch.tensor(0.5))
+        self.last = nn.Linear(1, 1)  # where some objectives balance their gradients
+
+    def __deepcopy__(self, memo):
+        copy = Counted(self.process, self.counts, self.name)
+        copy.load_state_dict(self.state_dict())
+        return copy
+
+    def forward(self, x_t, t, cond=None, s=None):
+        self.count("forward", len(x_t) * (2 if has_tangent(x_t) else 1))
+        x = self.w * self.last(x_t[..., None])[..., 0]
+        if x.requires_grad:
+            x.register_hook(lambda grad: self.count("backward", len(grad)))
+        return x
+
+    def count(self, kind, samples):
+        key = f"{self.name} {kind}"
+        self.counts[key] = self.counts.get(key, 0) + samples / SIZE
+
+    def weight(self, t):
+        return torch.ones_like(t)
+
+
+class Judging(nn.Module):
+    """A critic's place: a pass of the network whose features it reads."""
+
+    def __init__(self, denoiser):
+        super().__init__()
+        self._denoiser = (denoiser,)
+        self.head = nn.Parameter(torch.ones(()))
+
+    def forward(self, x_t, t, cond=None):
+        return self.head * self._denoiser[0](x_t, t, cond).flatten(1).mean(1)
+
+
+def costs(name, step=0, guided=False, critic=False, student=None, **fields):
+    """The passes of each network in one step, for each sample of its batches."""
+    torch.manual_seed(0)
+    kind, counts = OBJECTIVES[name], {}
+    tabulated = name in ("lcm", "pcm", "tcd", "rg-lcd")
+    process = Tabulated.scaled_linear() if tabulated else Karras()
+    teacher = Counted(process, counts, "teacher").requires_grad_(False)
+    described = Teacher(teacher, Pixels(), (3, 8, 8))
+    if guided:
+        teacher = Guided(teacher, 2.0, {"class_labels": torch.tensor(0)})
+    networks = {"teacher": teacher}
+    networks["student"] = Generator(Counted(process, counts, "student"), **(student or {}))
+    for field in network_types(kind, Denoiser):
+        if field not in networks:
+            networks[field] = Counted(process, counts, field)
+    for field, auxiliary in network_types(kind, Auxiliary).items():
+        networks[field] = auxiliary.for_objective(described)
+    if critic and "critic" in network_types(kind, Critic):
+        networks["critic"] = Judging(networks.get("fake", teacher))
+    objective = kind(**networks, **fields)
+    if hasattr(objective, "reward"):
+        objective.reward = lambda x, batch: x.flatten(1).mean(1)
+    labels = {"class_labels": torch.zeros(SIZE, dtype=torch.long)} if guided else None
+    for turn in objective.turns(step):
+        for key, network in networks.items():
+            network.requires_grad_(key in turn.players)
+        batch = Batch(torch.randn(SIZE, 3, 8, 8), torch.randn(SIZE, 3, 8, 8), labels)
+        turn.loss(batch).value.backward()
+    return {k: round(v, 3) for k, v in sorted(counts.items())}
+
+
+TWO = {"times": (1.0, 0.5)}
+ODE = {**TWO, "renoise": False}
+HALVING = {"initial_steps": 2, "stage_steps": 5}
+# By objective and case: what the step is made of, and the passes.
+COSTS = {
+    ("ayf", "the value, and a value with its derivative"): (
+        {}, {"student forward": 3, "student backward": 1, "teacher forward": 1}),
+    ("consistency", "Heun's two calls"): (
+        {}, {"student forward": 2, "student backward": 1, "teacher forward": 2}),
+    ("consistency", "one call of DDIM"): (
+        {"solver": "ddim"}, {"student forward": 2, "student backward": 1, "teacher forward": 1}),
+    ("ct", "both ends of an interval"): ({}, {"student forward": 2, "student backward": 1}),
+    ("ct", "an averaged target"): (
+        {"target_ema": 0.9}, {"student forward": 2, "student backward": 1}),
+    ("ctm", "three steps of Heun"): (
+        {"solver_steps": 1, "denoising_weight": 0},
+        {"student forward": 4, "student backward": 2, "teacher forward": 2}),
+    ("diffusion", "one"): ({}, {"student forward": 1, "student backward": 1}),
+    ("dmd2", "each network once in its turn"): ({}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 1,
+        "fake forward": 2, "fake backward": 1}),
+    ("dmd2", "the critic reads fakes and data"): ({"critic": True}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 1,
+        "fake forward": 5, "fake backward": 4}),
+    ("dmd2-anchored", "as DMD2"): ({}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 1,
+        "fake forward": 2, "fake backward": 1}),
+    ("ect", "both ends of a pair"): ({}, {"student forward": 2, "student backward": 1}),
+    ("ect", "references are no passes"): (
+        {"references": True}, {"student forward": 2, "student backward": 1}),
+    ("fdistill", "DMD2 and the ratio"): ({"critic": True}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 1,
+        "fake forward": 6, "fake backward": 4}),
+    ("finetune", "one"): ({}, {"student forward": 1, "student backward": 1}),
+    ("finetune", "the anchor"): ({"anchor": 0.5}, {
+        "student forward": 2, "student backward": 2, "teacher forward": 1}),
+    ("guided", "the first stage"): (
+        {"guided": True, "student": ODE, **HALVING},
+        {"student forward": 1, "student backward": 1, "teacher forward": 2}),
+    ("guided", "later stages have an unguided teacher"): (
+        {"guided": True, "student": ODE, "first_steps": 1, "step": 1, **HALVING},
+        {"student forward": 3, "student backward": 1}),  # its teacher is a copy of the student
+    ("imm", "from t and from r"): ({}, {"student forward": 2, "student backward": 1}),
+    ("kd", "one"): ({}, {"student forward": 1, "student backward": 1}),
+    ("lcm", "one call of an unguided teacher"): (
+        {}, {"student forward": 2, "student backward": 1, "teacher forward": 1}),
+    ("lcm", "a guided teacher"): (
+        {"guided": True}, {"student forward": 2, "student backward": 1, "teacher forward": 2}),
+    ("lcm", "one's own images"): (
+        {"path": "data"}, {"student forward": 2, "student backward": 1}),
+    ("meanflow", "the derivative of a quarter of the batch"): (
+        {}, {"student forward": 1.5, "student backward": 1, "teacher forward": 1}),
+    ("meanflow", "of all of it, along the student's own velocity"): (
+        {"equal": 0.0, "direction": "own", "velocity": "data"},
+        {"student forward": 4, "student backward": 1}),
+    ("pcm", "as LCM"): ({}, {"student forward": 2, "student backward": 1, "teacher forward": 1}),
+    ("progressive", "two steps of the teacher"): (
+        {}, {"student forward": 1, "student backward": 1, "teacher forward": 2}),
+    ("reflow", "one"): ({}, {"student forward": 1, "student backward": 1}),
+    ("rg-lcd", "LCM's, and two that the proxy compares"): (
+        {}, {"student forward": 4, "student backward": 1, "teacher forward": 1}),
+    ("shortcut", "two halves for an eighth of the batch"): (
+        {}, {"student forward": 1.25, "student backward": 1, "teacher forward": 0.875}),
+    ("sid", "through teacher and fake"): ({}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
+        "fake forward": 2, "fake backward": 2}),
+    ("tcd", "as LCM"): ({}, {"student forward": 2, "student backward": 1, "teacher forward": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "case"), COSTS, ids=" · ".join)
+def test_a_step_costs_no_more_than_it_must(name, case):
+    settings, expected = COSTS[name, case]
+    assert costs(name, **settings) == expected
+
+
+def test_every_objective_has_its_cost():
+    assert {name for name, _ in COSTS} == set(OBJECTIVES)
