@@ -172,6 +172,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_imm.py::test_groups_share_their_times_and_r_lies_between",
     ),
     fault(
+        "CMT's states regress the data and not their trajectory's end",
+        "distill/objectives/flow_maps/cmt.py",
+        "torch.cat([end] * self.points)",
+        "torch.cat([batch.data[rows]] * self.points)",
+        "objectives/test_cmt.py::test_an_exact_student_has_the_solvers_error_alone",
+    ),
+    fault(
         "students of two times learn from fast sinusoids",
         "students/two_time.py",
         "lambda grad: grad * read.to(grad.device)",
@@ -668,9 +675,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     fault(
         "the landing at 0 left out of an export",
-        "students/two_time.py",
-        "total = layer.bias + value[0]",
-        "total = layer.bias + 0 * value[0]",
+        "students/landing.py",
+        "total = layer.bias + change.bias",
+        "total = layer.bias + 0 * change.bias",
         "students/test_two_time.py::test_folding_adds_the_embedding_of_0_to_the_bias",
     ),
     fault(
@@ -1175,6 +1182,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "student.norm().item() / length if length",
         "length / student.norm().item() if length",
         "evaluation/test_style_figures.py::test_a_students_shift_of_half_the_length_and_another_direction",
+    ),
+    fault(
+        "all steps of an exported chain land at 0",
+        "students/landing.py",
+        "s = torch.cat([t[1:], t.new_zeros(1)])",
+        "s = torch.zeros_like(t)",
+        "students/test_two_time.py::test_a_folded_chain_is_the_student_at_each_of_its_times",
     ),
     fault(
         "scale of a user's LoRA forgotten in the joined file",

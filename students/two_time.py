@@ -4,28 +4,24 @@ Flow maps need it: CTM (arXiv:2310.02279), shortcut models (arXiv:2410.12557), M
 (arXiv:2505.13447), AYF (arXiv:2506.14603). An embedding of the landing time s is added to the
 network's own embedding of t. Its last layer starts at zero, so the student starts as its teacher,
 bit for bit. Most of these methods differentiate along time, so that students keep to the smooth
-part of their time embedding (`keep_slow`).
-
-Stock pipelines hand a network one time. A student that always lands at 0 needs no other:
-`stock_backbone` adds the embedding of s = 0 to the bias of the time embedding, which gives a stock
-network.
+part of their time embedding (`keep_slow`). `landing.py` exports such
+students to stock pipelines, which hand a network one time.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from copy import deepcopy
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from students.adapter_layers import base_layer, using
+from students.adapter_layers import base_layer
 from students.generator import Generator
-from students.lora import adapter_of, merged_backbone, unwrap
+from students.lora import unwrap
 from teachers.denoiser import Cond, Denoiser, Wrapper
 from teachers.errors import UserError
 from teachers.families.base import Pretrained
@@ -52,7 +48,7 @@ class NumberReading(Wrapper):
 
     Args:
         denoiser: A pretrained network, or an adapter on one.
-        usual: The number with which stock pipelines call the network: it is folded into the bias.
+        usual: The number with which stock pipelines call the network (`students/landing.py`).
         what: The number in words, for messages.
 
     Raises:
@@ -211,64 +207,3 @@ def shifted(backbone: nn.Module, shifts: Shifts | None) -> Iterator[None]:
 def current_shifts(backbone: nn.Module) -> Shifts | None:
     """What `shifted` now adds in this backbone, for recomputing a part of it later."""
     return _SHIFTS.get(backbone)
-
-
-def check_landing(generator: Generator) -> None:
-    """Refuse a student that no stock pipeline can sample: its steps land elsewhere than 0.
-
-    Chains that renoise land at 0 at every step, since they return with fresh noise from there.
-
-    Raises:
-        UserError: the student reads its landing times, and some are not 0.
-    """
-    if not isinstance(generator.denoiser, TwoTime):
-        return
-    if not generator.renoise and max(generator.counts) > 1:
-        raise UserError(
-            "student.renoise: no stock pipeline hands a network the time that its step lands on; "
-            "set it to true, or student.steps to 1"
-        )
-
-
-@contextmanager
-def in_place(denoiser: Denoiser) -> Iterator[None]:
-    """Within it, the backbone called by anyone is this student's, whose steps land at 0 and whose
-    guidance scale is the one of its samples."""
-    adapter, backbone = adapter_of(denoiser), unwrap(denoiser).backbone
-    with ExitStack() as stack:
-        if adapter is not None:
-            stack.enter_context(using(adapter.denoiser, adapter.name))
-        for reading in readings(denoiser):
-            stack.enter_context(shifted(backbone, reading.usual_shifts()))
-        yield
-
-
-@torch.no_grad()
-def stock_backbone(denoiser: Denoiser) -> nn.Module:
-    """A student's backbone as stock pipelines call it: its adapter merged, what it reads folded.
-
-    The embedding of s = 0, or of the guidance scale of its samples, becomes part of the time
-    layers' biases. Other weights are shared with the student's where it is no adapter.
-
-    Raises:
-        UserError: a time layer has no bias.
-    """
-    numbers, inner = readings(denoiser), denoiser
-    while isinstance(inner, NumberReading):
-        inner = inner.denoiser
-    backbone = merged_backbone(inner)
-    if not numbers:
-        return backbone
-    backbone = deepcopy(backbone, {id(p): p for p in backbone.parameters()})
-    folded = ((k, v) for r in numbers for k, v in zip(r.names, r.usual_shifts().values))
-    for name, value in folded:
-        layer: Any = backbone.get_submodule(name)
-        if not isinstance(layer, nn.Linear) or layer.bias is None:
-            raise UserError(
-                f"student: the time embedding of {type(unwrap(denoiser)).__name__}'s network has "
-                "no bias to fold the landing time into; train an objective of one time and of one "
-                "guidance scale"
-            )
-        total = layer.bias + value[0]  # in the wider type of the two
-        layer.bias = nn.Parameter(total.to(layer.bias.dtype))
-    return backbone

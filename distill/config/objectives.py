@@ -9,6 +9,7 @@ from distill.objectives.distribution.dmd2 import DMD2
 from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
 from distill.objectives.finetune import FineTuning
+from distill.objectives.flow_maps.cmt import CMT
 from distill.objectives.flow_maps.ctm import CTM
 from distill.objectives.flow_maps.imm import IMM
 from distill.objectives.flow_maps.meanflow import AYF, MeanFlow
@@ -23,6 +24,7 @@ from distill.objectives.trajectory.rg_lcd import RewardGuidedLCM
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "ayf": AYF,
+    "cmt": CMT,
     "consistency": Consistency,
     "ct": ConsistencyTraining,
     "ctm": CTM,

@@ -29,6 +29,12 @@ PAPERS = {
         2025,
         "2506.14603",
     ),
+    "cmt": Paper(
+        "CMT: Mid-Training for Efficient Learning of Consistency, Mean Flow, and Flow Map Models",
+        "Hu, Zheyuan and Lai, Chieh-Hsin and Mitsufuji, Yuki and Ermon, Stefano",
+        2025,
+        "2509.24526",
+    ),
     "consistency": Paper(
         "Consistency Models",
         "Song, Yang and Dhariwal, Prafulla and Chen, Mark and Sutskever, Ilya",

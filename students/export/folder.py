@@ -25,9 +25,17 @@ from students import schedulers
 from students.export.encoders import RecordedEncoders
 from students.export.portable import make_portable
 from students.generator import Generator
+from students.landing import (
+    Fold,
+    check_landing,
+    folds,
+    in_place,
+    landing_of,
+    lands_at_0,
+    stock_backbone,
+)
 from students.lora import adapter_of, network_of, unwrap
 from students.scale_reading import reading_of, scale_reading
-from students.two_time import check_landing, in_place, stock_backbone
 from teachers import conditions
 from teachers.catalogue.loading import load
 from teachers.conditions import Pictured
@@ -170,15 +178,16 @@ def write_source(folder: Path, network: Pretrained, pipe: Any) -> None:
     source.write(folder, pipe)
 
 
-def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
+def pipeline(generator: Generator, teacher: Teacher, merge: bool = True, cond: Cond = None) -> Any:
     """The stock pipeline that samples this student, with its network and its scheduler.
 
     Args:
         merge: Merge an adapter into new weights. Otherwise the pipeline has the shared weights,
             which are the student's within `in_place` only.
+        cond: A condition of `prompts_of`, if it is known already.
 
     Raises:
-        UserError: the student has no scheduler form, or reads landing times other than 0.
+        UserError: the student has no scheduler form, or several landings of one time.
     """
     import diffusers
 
@@ -187,7 +196,9 @@ def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
     except UserError as error:
         raise UserError(f"export: {error}") from None
     check_landing(generator)
-    backbone = stock_backbone(generator.denoiser) if merge else network.backbone
+    backbone: Any = network.backbone
+    if merge:
+        backbone = stock_backbone(generator.denoiser, landing_folds(generator, teacher, cond))
     scheduler = schedulers.scheduler(generator)
     if isinstance(network, UNet):
         if adapter_of(generator.denoiser) is not None:
@@ -198,6 +209,17 @@ def pipeline(generator: Generator, teacher: Teacher, merge: bool = True) -> Any:
     known = inspect.signature(type(before).__init__).parameters
     settings = {k: v for k, v in before.config.items() if k in known and k not in parts}
     return type(before)(**parts, **settings)
+
+
+def landing_folds(generator: Generator, teacher: Teacher, cond: Cond = None) -> list[Fold]:
+    """What the time layers of a student of two times take up; nothing of other students.
+
+    Args:
+        cond: A condition of `prompts_of`, if it is known already.
+    """
+    if landing_of(generator) is not None and not lands_at_0(generator) and cond is None:
+        cond = teacher.codec.condition(prompts_of(teacher))
+    return folds(generator, teacher.shape, cond)
 
 
 def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str, Any]]:
@@ -383,7 +405,8 @@ def rehearse(
             posterior_modes(bool(teacher.codec.pictures)),
             torch.autocast(device.type, network.dtype, enabled=half),
         ):
-            pipe = pipeline(generator, teacher, merge=isinstance(network, UNet))
+            pipe = pipeline(generator, teacher, isinstance(network, UNet), cond)
+            changes = landing_folds(generator, teacher, cond)
             pipe.set_progress_bar_config(disable=True)
             step = pipe.scheduler.step
             for steps in generator.counts:
@@ -391,7 +414,7 @@ def rehearse(
                 if not network.SEEDED:  # on a GPU, the global generator draws other numbers
                     pipe.scheduler.step = partial(step, generator=torch.Generator().manual_seed(1))
                 _, arguments = request(generator, teacher)  # afresh: some write to their lists
-                with torch.random.fork_rng(), in_place(generator.denoiser):
+                with torch.random.fork_rng(), in_place(generator.denoiser, changes):
                     torch.manual_seed(1)
                     out = pipe(
                         num_inference_steps=steps, generator=rng, output_type="pt", **arguments

@@ -11,12 +11,16 @@ from torch import nn
 from distill.config.objective_schema import network_types
 from distill.config.objectives import OBJECTIVES
 from distill.objectives.base import Auxiliary, Batch
+
 try:
     from distill.profiling import has_tangent
 except ImportError:
     from torch.autograd import forward_ad
+
     def has_tangent(v):
         return forward_ad._current_level >= 0 and forward_ad.unpack_dual(v).tangent is not None
+
+
 from students.critic import Critic
 from students.generator import Generator
 from teachers.denoiser import Denoiser, Guided

@@ -7,9 +7,10 @@ import torch
 
 from students import schedulers
 from students.export.folder import export, load_student, rehearse, sample_student
+from students.landing import folds, stock_backbone
 from students.lora import Adapter, unwrap
 from students.scale_reading import ScaleReading, reading_of, scale_reading
-from students.two_time import TwoTime, current_shifts, stock_backbone, two_time
+from students.two_time import TwoTime, current_shifts, two_time
 from teachers import load
 from teachers.conditions import GUIDANCE_SCALE
 
@@ -82,7 +83,8 @@ def test_stable_diffusions_copy_reads_the_embedding_that_its_pipeline_passes():
 def test_two_numbers_are_read_side_by_side_and_folded_together():
     teacher = load("digits")
     x, t, cond = inputs(teacher)
-    student = two_time(scale_reading(schedulers.student(teacher, 1), RANGE, 3.0)).denoiser
+    generator = two_time(scale_reading(schedulers.student(teacher, 1), RANGE, 3.0))
+    student = generator.denoiser
     assert isinstance(student, TwoTime)
     with torch.no_grad():
         for p in [*student.embedding.parameters(), *reading_of(student).embedding.parameters()]:
@@ -91,7 +93,8 @@ def test_two_numbers_are_read_side_by_side_and_folded_together():
         assert (student(x, t, cond, t) - expected).abs().max() > 1e-6
         assert (student(x, t, scaled(cond, 1.0, 1.0)) - expected).abs().max() > 1e-6
         network = unwrap(student)
-        folded = network.twin(stock_backbone(student), network.schedule)
+        changes = folds(generator, teacher.shape, cond)
+        folded = network.twin(stock_backbone(student, changes), network.schedule)
         torch.testing.assert_close(folded(x, t, cond), expected, atol=1e-5, rtol=1e-4)
     assert current_shifts(network.backbone) is None
 

@@ -8,9 +8,10 @@ import torch
 from students import Generator, schedulers
 from students.checkpointing import checkpointing
 from students.export.folder import export, load_student, pipeline, rehearse, sample_student
+from students.landing import folds, in_place, stock_backbone
 from students.lora import Adapter, unwrap
-from students.two_time import TwoTime, stock_backbone, two_time
-from teachers import UserError, load
+from students.two_time import TwoTime, two_time
+from teachers import UserError, conditions, load
 from teachers.edm import checkpoints
 from tests.helpers import edm_pickles, families
 from tests.helpers.toys import Affine
@@ -74,7 +75,8 @@ def test_a_folded_network_is_the_student_that_lands_at_0(teacher_of, name):
     teacher = teacher_of(name)
     x, t, cond = inputs(teacher)
     student = moved(TwoTime(teacher.denoiser.double()), 0.2).double()
-    plain = unwrap(student).twin(stock_backbone(student), unwrap(student).schedule)
+    changes = folds(Generator(student), teacher.shape, cond)
+    plain = unwrap(student).twin(stock_backbone(student, changes), unwrap(student).schedule)
     with torch.no_grad():
         before = teacher.denoiser(x, t, cond)
         found, expected = plain(x, t, cond), student(x, t, cond)
@@ -88,7 +90,8 @@ def test_folding_adds_the_embedding_of_0_to_the_bias():
     teacher = load("digits")
     student = moved(TwoTime(teacher.denoiser))
     bias = teacher.denoiser.backbone.time_embedding.linear_2.bias
-    folded = stock_backbone(student).time_embedding.linear_2.bias
+    changes = folds(Generator(student), teacher.shape, None)
+    folded = stock_backbone(student, changes).time_embedding.linear_2.bias
     with torch.no_grad():
         torch.testing.assert_close(folded, bias + student.embedding(torch.zeros(1))[0][0])
 
@@ -180,12 +183,61 @@ def test_a_student_that_lands_at_0_is_exported_as_a_stock_folder(tmp_path, name,
     )
 
 
-def test_a_student_that_lands_elsewhere_than_0_is_refused_before_it_trains():
+def test_one_time_with_several_landings_is_refused_before_it_trains():
     teacher = load("shapes")
     student = two_time(schedulers.student(teacher, 2, renoise=False))
-    with pytest.raises(UserError, match=r"^student\.renoise: .*set it to true"):
+    with pytest.raises(UserError, match=r"^student\.counts: .*set it to \[2\]"):
         rehearse(student, teacher)
     assert pipeline(student.keep(1), teacher) is not None  # one step lands at 0
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_folded_chain_is_the_student_at_each_of_its_times(teacher_of, name):
+    teacher = teacher_of(name)
+    x, _, cond = inputs(teacher, 3)
+    cond = conditions.rows(cond, torch.tensor([0, 1, 0]))
+    student = moved(TwoTime(teacher.denoiser.double()), 0.2).double()
+    t, s = torch.tensor([1.0, 0.75, 0.5]).double(), torch.tensor([0.75, 0.5, 0.0]).double()
+    changes = folds(Generator(student, t.tolist(), renoise=False).keep(3), teacher.shape, cond)
+    plain = unwrap(student).twin(stock_backbone(student, changes), unwrap(student).schedule)
+    with torch.no_grad():
+        before = teacher.denoiser(x, t, cond)
+        found, expected = plain(x, t, cond), student(x, t, cond, s)
+        with in_place(student, changes):
+            within = teacher.denoiser(x, t, cond)
+    assert (expected - before).abs().max() > 1e-5
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(within, found, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"), [("digits", None), ("shapes", Adapter(rank=2))], ids=["copy", "adapter"]
+)
+def test_a_chain_along_the_ode_runs_in_a_stock_pipeline_at_its_one_count(name, adapter):
+    teacher = load(name)
+    student = two_time(schedulers.student(teacher, 4, renoise=False, adapter=adapter)).keep(4)
+    moved(student.denoiser)
+    rehearse(student, teacher)  # compares pixels
+    with torch.no_grad():  # and not by chance: the landings matter
+        student.denoiser.embedding.out.weight.add_(0.1)
+    prompts = [1, 2] if name == "digits" else ["a red circle", "a blue square"]
+    first = sample_student(student, teacher, prompts, 7)
+    zeroed = deepcopy(student)
+    zeroed.denoiser.forward = lambda x, t, cond, s: type(student.denoiser).forward(
+        zeroed.denoiser, x, t, cond, 0 * s
+    )
+    assert (sample_student(zeroed, teacher, prompts, 7) - first).abs().max() > 1e-3
+    rehearse(student, teacher)
+
+
+def test_times_that_a_network_does_not_tell_apart_cannot_be_folded():
+    teacher = load("digits")
+    student = moved(two_time(schedulers.student(teacher, 2)).denoiser)
+    cond = teacher.codec.condition([1])
+    with torch.no_grad():
+        unwrap(student).backbone.time_embedding.linear_1.weight.zero_()
+    with pytest.raises(UserError, match=r"^student\.steps: .* 2 steps apart"):
+        folds(Generator(student, (1.0, 0.5), renoise=False).keep(2), teacher.shape, cond)
 
 
 def test_a_network_without_a_bias_in_its_time_embedding_is_refused(tmp_path):
