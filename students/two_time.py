@@ -238,7 +238,7 @@ def stock_backbone(denoiser: Denoiser) -> nn.Module:
         UserError: a time layer has no bias.
     """
     numbers, inner = readings(denoiser), denoiser
-    while isinstance(inner, NumberReading):
+    while isinstance(inner, Wrapper):
         inner = inner.denoiser
     backbone = merged_backbone(inner)
     if not numbers:

@@ -14,6 +14,7 @@ from distill.objectives.trajectory.lcm import LCM
 from distill.objectives.trajectory.pcm import PCM, TCD
 from distill.objectives.trajectory.progressive import Progressive
 from distill.objectives.trajectory.rg_lcd import RewardGuidedLCM
+from distill.objectives.trajectory.snapfusion import SnapFusion
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "consistency": Consistency,
@@ -30,5 +31,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "progressive": Progressive,
     "rg-lcd": RewardGuidedLCM,
     "sid": SiD,
+    "snapfusion": SnapFusion,
     "tcd": TCD,
 }
