@@ -745,6 +745,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_reward_guided.py::test_a_proxy_learns_the_rewards_order",
     ),
     fault(
+        "SnapFusion's diffusion loss of guided samples",
+        "distill/objectives/trajectory/snapfusion.py",
+        "(vanilla * mean_square(",
+        "(~vanilla * mean_square(",
+        "objectives/test_snapfusion.py::test_the_diffusion_loss_is_of_the_samples_that_are_not_guided",
+    ),
+    fault(
+        "a guided student left with an input of the scale, so that no pipeline guides it",
+        "students/export/folder.py",
+        "if not isinstance(generator.denoiser, GuidedStudent):",
+        "if generator is not None:",
+        "objectives/test_snapfusion.py::test_stock_diffusers_guides_the_exported_student",
+    ),
+    fault(
         "a guidance scale for a whole batch",
         "distill/data/stream.py",
         "(self.high - self.low) * torch.rand(len(batch.noise), generator=rng)",

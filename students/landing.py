@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from students.adapter_layers import using
 from students.generator import Generator
 from students.lora import adapter_of, merged_backbone, unwrap
-from students.two_time import NumberReading, TwoTime, readings
+from students.two_time import TwoTime, readings
 from teachers import conditions
-from teachers.denoiser import Cond, Denoiser
+from teachers.denoiser import Cond, Denoiser, Wrapper
 from teachers.errors import UserError
 
 
@@ -167,7 +167,7 @@ def stock_backbone(denoiser: Denoiser, changes: Sequence[Fold] = ()) -> nn.Modul
         UserError: a time layer has no bias.
     """
     inner = denoiser
-    while isinstance(inner, NumberReading):
+    while isinstance(inner, Wrapper):
         inner = inner.denoiser
     backbone = merged_backbone(inner)
     if not changes:

@@ -1,4 +1,4 @@
-"""Students that read a guidance scale: one network for a range of them, in one pass.
+"""Students of several guidance scales: those that read one in one pass, and guided ones.
 
 Guided distillation (arXiv:2210.03142) and latent consistency models (arXiv:2310.04378) train
 students on the scale of each sample, which stands in its condition as `guidance_scale`. It enters
@@ -19,7 +19,7 @@ from students.lora import adapter_of, unwrap
 from students.two_time import NumberReading, shifted
 from teachers import conditions
 from teachers.conditions import GUIDANCE_SCALE
-from teachers.denoiser import Cond, Denoiser, Wrapper
+from teachers.denoiser import Cond, Denoiser, Guided, Wrapper
 
 
 class ScaleReading(NumberReading):
@@ -59,6 +59,14 @@ class ScaleReading(NumberReading):
         return {"range": list(self.range), "scale": self.scale, "input": self.embedding is None}
 
 
+class GuidedStudent(Guided):
+    """A student that stays guided: its stock pipeline mixes two passes, as SnapFusion's does."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a student's folder says: the scale of samples, at which its pipeline guides."""
+        return {"scale": self.scale, "guided": True}
+
+
 def scale_reading(generator: Generator, range: tuple[float, float], scale: float) -> Generator:
     """Have a student read guidance scales, in place: the student.
 
@@ -67,6 +75,14 @@ def scale_reading(generator: Generator, range: tuple[float, float], scale: float
     """
     generator.denoiser = ScaleReading(generator.denoiser, range, scale)
     return generator
+
+
+def pipeline_scale(denoiser: Denoiser) -> float | None:
+    """The `guidance_scale` that a student's stock pipeline needs; None if it needs none."""
+    if isinstance(denoiser, GuidedStudent):
+        return denoiser.scale
+    reading = reading_of(denoiser)
+    return reading.scale if reading is not None and reading.embedding is None else None
 
 
 def reading_of(denoiser: Denoiser) -> ScaleReading | None:

@@ -86,6 +86,17 @@ def joined(*conds: Cond) -> Cond:
     return {name: torch.cat([cond[name] for cond in given]) for name in given[0]}
 
 
+def with_scale_one(cond: Cond, rows: Tensor) -> Cond:
+    """The condition with the guidance scale 1 for some samples; itself where it has no scales.
+
+    Args:
+        rows: Which samples, booleans (N,).
+    """
+    if cond is None or GUIDANCE_SCALE not in cond:
+        return cond
+    return {**cond, GUIDANCE_SCALE: cond[GUIDANCE_SCALE].masked_fill(rows, 1.0)}
+
+
 def without(cond: Cond, name: str) -> tuple[Tensor | None, Cond]:
     """One entry, and the condition of the others.
 

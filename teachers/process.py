@@ -32,9 +32,9 @@ class Process:
         """
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
 
-    def levels(self, n: int) -> Tensor:
-        """n + 1 times from 0 up to 1 that divide the path into n steps; float64."""
-        return torch.linspace(0, 1, n + 1, dtype=torch.float64)
+    def levels(self, n: int) -> list[float]:
+        """n + 1 times from 0 up to 1 that divide the path into n steps."""
+        return [k / n for k in range(n + 1)]
 
     def rounded(self, t: Tensor) -> Tensor:
         """Times down to which a sampler rounds t: of a discrete process, whole indices."""
@@ -231,7 +231,7 @@ class Tabulated(Process):
         """The fractional index at t, which is the time that such networks were trained to read."""
         return t * self.last
 
-    def levels(self, n: int) -> Tensor:
+    def levels(self, n: int) -> list[float]:
         """Those of DDIM's grid, at indices: 0, then the last of each of n runs of as many indices.
 
         Of 1000 indices and 50 levels: 0, 19, 39, …, 999. A remainder is left out at the top.
@@ -241,8 +241,8 @@ class Tabulated(Process):
         """
         if n > self.last + 1:
             raise ValueError(f"{n} levels of {self.last + 1} indices")
-        runs = torch.arange(n + 1, dtype=torch.float64) * ((self.last + 1) // n)
-        return (runs - 1).clamp(min=0) / self.last
+        run = (self.last + 1) // n
+        return [max(k * run - 1, 0) / self.last for k in range(n + 1)]
 
     def rounded(self, t: Tensor) -> Tensor:
         return (self.index(t) + 1e-6).floor() / self.last  # t may be rounded from an index

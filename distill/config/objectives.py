@@ -21,6 +21,7 @@ from distill.objectives.trajectory.lcm import LCM
 from distill.objectives.trajectory.pcm import PCM, TCD
 from distill.objectives.trajectory.progressive import Progressive
 from distill.objectives.trajectory.rg_lcd import RewardGuidedLCM
+from distill.objectives.trajectory.snapfusion import SnapFusion
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "ayf": AYF,
@@ -45,5 +46,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "rg-lcd": RewardGuidedLCM,
     "shortcut": Shortcut,
     "sid": SiD,
+    "snapfusion": SnapFusion,
     "tcd": TCD,
 }

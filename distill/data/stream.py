@@ -95,8 +95,7 @@ class Source:
         """Give each datum its noise by this coupling from now on.
 
         Raises:
-            UserError: the noise is stored, each with the datum that was made from it; or the data
-                have no labels to assign by.
+            UserError: the noise is stored, each with the datum that was made from it.
         """
         if coupling is None:
             return
@@ -105,8 +104,6 @@ class Source:
                 "data.coupling: the data are stored with the noise that they were made from; "
                 "remove it"
             )
-        if coupling.by_label and LABELS not in (self.take(torch.tensor([0])).cond or {}):
-            raise UserError("data.coupling.by_label: the data have no labels; set it to false")
         self.coupling = coupling
 
     def take(self, index: Tensor) -> Items:
@@ -165,7 +162,8 @@ def coupled(
         draws = torch.cat([noise[None], more])
         nearest = (draws - x).flatten(2).square().sum(2).argmin(0)
         return draws[nearest, torch.arange(len(x))]
-    groups = (cond or {})[LABELS] if coupling.by_label else torch.zeros(len(x))
+    labels = (cond or {}).get(LABELS) if coupling.by_label else None
+    groups = torch.zeros(len(x)) if labels is None else labels
     result = noise.clone()
     for group in groups.unique():
         places = (groups == group).nonzero()[:, 0]

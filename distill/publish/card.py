@@ -90,6 +90,11 @@ class Facts:
         return tuple(reading["range"]) if reading.get("input") else None
 
     @property
+    def guided(self) -> bool:
+        """Whether the student's pipeline guides it, as it guided the teacher."""
+        return bool((self.sidecar.get("guidance") or {}).get("guided"))
+
+    @property
     def weaker(self) -> str | None:
         """The weaker model that guided the teacher, under autoguidance; else None."""
         guidance = self.setting("teacher", "guidance")
@@ -326,7 +331,7 @@ def guidance_arguments(facts: Facts) -> dict[str, float]:
         return {}
     gamma = facts.sidecar.get("gamma")
     eta = {} if gamma is None else {"eta": float(gamma)}
-    if facts.read_scale is not None:  # an input of the network: the pipeline does not guide
+    if facts.guided or facts.read_scale is not None:  # an input of the network, or guidance
         return {"guidance_scale": facts.guidance, **eta}
     kind = str(facts.index.get("_class_name", ""))
     if kind.startswith("QwenImage"):
@@ -384,6 +389,8 @@ def training(facts: Facts) -> str:
     source = next(filter(None, places), None)
     data = f"`{Path(str(source)).name if folder_of(str(source)) else source}`" if source else "none"
     sampled = "The student is sampled without guidance."
+    if facts.guided:
+        sampled = "The student is sampled with the same guidance, in two passes for each step."
     if facts.read_scale is not None:
         low, high = facts.read_scale
         sampled = f"The student reads a `guidance_scale` from {low:g} to {high:g} in one pass."

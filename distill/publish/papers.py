@@ -162,6 +162,13 @@ PAPERS = {
         2024,
         "2404.04057",
     ),
+    "snapfusion": Paper(
+        "SnapFusion: Text-to-Image Diffusion Model on Mobile Devices within Two Seconds",
+        "Li, Yanyu and Wang, Huan and Jin, Qing and Hu, Ju and Chemerys, Pavlo and Fu, Yun and "
+        "Wang, Yanzhi and Tulyakov, Sergey and Ren, Jian",
+        2023,
+        "2306.00980",
+    ),
     "tcd": Paper(
         "Trajectory Consistency Distillation",
         "Zheng, Jianbin and Hu, Minghui and Fan, Zhongyi and Wang, Chaoyue and Ding, Changxing and "

@@ -6,9 +6,11 @@ from functools import lru_cache
 
 from distill.config.schema import GuidanceSection, TeacherSection
 from distill.data.encode import counting, print_cuts
+from students.scale_reading import GuidedStudent
 from teachers.catalogue.loading import load, pictures_of
 from teachers.denoiser import Denoiser, Guided, Mix, Reparametrised, linear
 from teachers.errors import UserError
+from teachers.families.base import Prompted
 from teachers.guidance import (
     AutoGuided,
     FirstChannels,
@@ -76,6 +78,27 @@ def guided(section: TeacherSection, teacher: Teacher) -> Denoiser:
     else:
         result = Guided(denoiser, scale, teacher.codec.null, mix)
     return result if guidance.interval is None else Interval(result, *guidance.interval)
+
+
+def guided_student(section: TeacherSection, teacher: Teacher, student: Denoiser) -> Denoiser:
+    """A student that its stock pipeline guides, with the teacher's scale.
+
+    Raises:
+        UserError: the pipeline does not guide, or not as this teacher is guided.
+    """
+    guidance = guidance_of(section)
+    given = guidance.model_dump(exclude_defaults=True).keys()
+    if given - {"scale", "sampling_scale"}:
+        raise UserError(
+            "teacher.guidance: the student's pipeline guides by classifier-free guidance alone; "
+            "leave the other keys out, or choose an objective whose student is not guided"
+        )
+    if not isinstance(teacher.codec, Prompted):
+        raise UserError(
+            "objective.name: this teacher's stock pipeline guides no student; choose progressive, "
+            "or set teacher.guidance to 1"
+        )
+    return GuidedStudent(student, guidance.one_scale, teacher.codec.null)
 
 
 def weaker_denoiser(source: str, null_label: int | None, teacher: Teacher) -> Denoiser:

@@ -13,7 +13,7 @@ from distill.config.recipe import Recipe
 from distill.config.schema import AdaptersSection, CriticSection
 from distill.objectives.base import Auxiliary, Objective
 from distill.objectives.distribution.anchored import AnchoredDMD2
-from distill.sampling.guided_teacher import guidance_of, guided
+from distill.sampling.guided_teacher import guidance_of, guided, guided_student
 from students.checkpointing import checkpointing
 from students.critic import Critic
 from students.export import earlier
@@ -62,9 +62,7 @@ def build_networks(
     # copies first: a copy that is made after the adapters would contain them
     networks: dict[str, nn.Module] = {n: form.network() for n in names if n not in adapters}
     student = student_of(recipe, form, adapters.get("student"), planned)
-    guidance = guidance_of(recipe.teacher)
-    if guidance.range is not None:
-        student = scale_reading(student, guidance.range, guidance.one_scale)
+    student = with_guidance(recipe, teacher, student)
     networks["student"] = two_time(student) if recipe.kind.two_times else student
     for name in [n for n in names if n in adapters]:
         networks[name] = adapt(teacher, adapters[name], name)
@@ -102,6 +100,20 @@ def student_of(
         student = renoised_in_part(student, s.gamma)
     counts = s.trained(recipe.kind.learns, student.counts)
     return student.keep(*counts, weights=list(counts.values()))
+
+
+def with_guidance(recipe: Recipe, teacher: Teacher, student: Generator) -> Generator:
+    """The student, in place, that is guided or reads a guidance scale where its recipe says so.
+
+    Raises:
+        UserError: its stock pipeline does not guide it so, or its network cannot read a scale.
+    """
+    guidance = guidance_of(recipe.teacher)
+    if recipe.kind.mixes_student and guidance.scale != 1:
+        student.denoiser = guided_student(recipe.teacher, teacher, student.denoiser)
+    elif guidance.range is not None:
+        scale_reading(student, guidance.range, guidance.one_scale)
+    return student
 
 
 def shared_weights(section: AdaptersSection | None, names: Sequence[str]) -> dict[str, Adapter]:

@@ -35,7 +35,7 @@ from students.landing import (
     stock_backbone,
 )
 from students.lora import adapter_of, network_of, unwrap
-from students.scale_reading import reading_of, scale_reading
+from students.scale_reading import GuidedStudent, pipeline_scale, reading_of, scale_reading
 from teachers import conditions
 from teachers.catalogue.loading import load
 from teachers.conditions import Pictured
@@ -124,7 +124,8 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
     """
     pipe = pipeline(generator, teacher)
     network = unwrap(generator.denoiser)
-    network.unguided(getattr(pipe, network.PART))
+    if not isinstance(generator.denoiser, GuidedStudent):
+        network.unguided(getattr(pipe, network.PART))
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}-*"):  # of an export that was killed
         shutil.rmtree(stale, ignore_errors=True)
@@ -148,9 +149,10 @@ def export(generator: Generator, teacher: Teacher, path: Path, recipe: Mapping[s
 
 def sidecar(generator: Generator, teacher: Teacher, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The sidecar of an exported folder: what diffusers' own files do not hold."""
-    reading = reading_of(generator.denoiser)
+    student = generator.denoiser
+    scaled = student if isinstance(student, GuidedStudent) else reading_of(student)
     return {
-        "guidance": None if reading is None else reading.facts(),
+        "guidance": None if scaled is None else scaled.facts(),
         "steps": list(generator.counts),
         "times": list(generator.times),
         "renoise": generator.renoise,
@@ -227,9 +229,8 @@ def request(generator: Generator, teacher: Teacher) -> tuple[list[Any], dict[str
     kind, prompts = type(unwrap(generator.denoiser)), prompts_of(teacher)
     if isinstance(teacher.codec, Prompted):
         arguments = teacher.codec.arguments([*prompts])
-        reading = reading_of(generator.denoiser)
-        if reading is not None and reading.embedding is None:  # the pipeline passes the scale
-            arguments["guidance_scale"] = reading.scale
+        if (scale := pipeline_scale(generator.denoiser)) is not None:
+            arguments["guidance_scale"] = scale
         if generator.gamma is not None:
             arguments["eta"] = generator.gamma
         return prompts, arguments
@@ -568,4 +569,6 @@ def load_student(
     guidance = sidecar.get("guidance") or {}  # older students have none
     if guidance.get("input"):
         like = scale_reading(like, tuple(guidance["range"]), guidance["scale"])
+    elif guidance.get("guided"):
+        like.denoiser = GuidedStudent(like.denoiser, guidance["scale"], teacher.codec.null)
     return like.keep(*counts).eval().requires_grad_(False), teacher

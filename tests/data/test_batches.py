@@ -137,7 +137,7 @@ def coupled_source(n=64, d=6, **keys):
     torch.manual_seed(0)
     labels = {"class_labels": torch.arange(n) % 4}
     made = Source((d,), torch.randn(n, d), labels, seed=0, size=n)
-    made.couple(CouplingSection(**keys) if keys else None)
+    made.couple(CouplingSection(**{"by_label": False, **keys}) if keys else None)
     return made
 
 
@@ -209,11 +209,6 @@ def test_stored_noise_is_not_coupled_anew():
     stored = Source((2,), x, None, seed=0, size=4, noise=torch.ones(4, 2))
     with refused("data.coupling", "remove"):
         stored.couple(CouplingSection())
-
-
-def test_an_assignment_by_label_needs_labels():
-    with refused("data.coupling.by_label", "labels"):
-        Source((2,), torch.zeros(4, 2), None, 0, 4).couple(CouplingSection(by_label=True))
 
 
 def test_an_objective_without_data_has_none_to_couple():

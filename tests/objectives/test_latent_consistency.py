@@ -18,6 +18,12 @@ from teachers.process import Karras, Linear, Tabulated, expand
 from tests.helpers.toys import Slopes
 
 D = torch.float64
+
+
+def levels_of(process, n):
+    return torch.tensor(process.levels(n), dtype=D)
+
+
 PROCESSES = [Tabulated.scaled_linear(), Karras(), Linear()]
 
 
@@ -33,16 +39,18 @@ def test_the_elements_huber_is_of_each_element_and_averaged():
 
 def test_ddpms_grid_is_the_papers_indices_and_its_first_step_ends_at_0():
     process = Tabulated.scaled_linear()
-    index = process.index(process.levels(50))
+    index = process.index(levels_of(process, 50))
     torch.testing.assert_close(index[1:], torch.arange(19, 1000, 20, dtype=D))
     assert index[0] == 0
     with pytest.raises(ValueError, match="1001"):
-        process.levels(1001)
+        levels_of(process, 1001)
 
 
 @pytest.mark.parametrize("process", PROCESSES[1:], ids=["karras", "flow"])
 def test_other_grids_divide_the_path_evenly(process):
-    torch.testing.assert_close(process.levels(4), torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=D))
+    torch.testing.assert_close(
+        levels_of(process, 4), torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=D)
+    )
 
 
 # ---- the published step
@@ -123,7 +131,7 @@ def test_it_is_diffusers_published_training_step_in_value_and_gradient():
 def slopes_of(process, levels, path="teacher", distance="square", c=0.5, **keys):
     """LCM on data N(0, c²) with a student of free slopes, and the slopes of its optimum."""
     teacher = Gaussian(torch.zeros(1, dtype=D), torch.tensor([c**2], dtype=D), process)
-    times = process.levels(levels)
+    times = levels_of(process, levels)
     student = Slopes(times, torch.ones(levels + 1, dtype=D), process)
     objective = LCM(
         teacher=teacher, student=Generator(student), levels=levels, path=path, target_ema=0,
@@ -159,7 +167,7 @@ def test_lcfs_loss_at_its_optimum_is_its_floor():
     shape = (400_000, 1)
     batch = Batch(0.5 * torch.randn(shape, dtype=D), torch.randn(shape, dtype=D))
     loss = objective.loss(batch, 0).value
-    sigma = process.scales(process.levels(levels))[1]
+    sigma = process.scales(levels_of(process, levels))[1]
     gap, total = sigma.diff(), 0.25 + sigma[1:] ** 2
     floor = (slopes[:-1] ** 2 * 0.25 * gap**2 / total).mean()
     assert loss.item() == pytest.approx(floor.item(), rel=0.02)
@@ -181,7 +189,7 @@ def test_the_target_of_an_average_is_another_network():
 def test_the_step_follows_the_mix_of_both_predictions():
     """Guidance of x̂ is guidance of ε̂: a DDIM step is affine in either."""
     process = Tabulated.scaled_linear()
-    t, r = process.levels(50)[[30]], process.levels(50)[[29]]
+    t, r = levels_of(process, 50)[[30]], levels_of(process, 50)[[29]]
     x_t, x, null = torch.randn(3, 1, 4, dtype=D).unbind()
     mixed = null + 3.0 * (x - null)
     eps, eps_null = process.eps(x_t, x, t), process.eps(x_t, null, t)

@@ -13,6 +13,12 @@ from tests.helpers.refusals import refused
 from tests.helpers.toys import Slopes
 
 D = torch.float64
+
+
+def levels_of(process, n):
+    return torch.tensor(process.levels(n), dtype=D)
+
+
 DDPM = Tabulated.scaled_linear()
 DDIM4 = tuple(i / 999 for i in (999, 749, 499, 249))  # the stock scheduler's
 
@@ -22,7 +28,7 @@ def gaussian(process, c=0.5):
 
 
 def make(kind, process, levels, times=(1.0,), renoise=False, **keys):
-    network = Slopes(process.levels(levels), torch.ones(levels + 1, dtype=D), process)
+    network = Slopes(levels_of(process, levels), torch.ones(levels + 1, dtype=D), process)
     student = Generator(network, times, renoise)
     keys = {"target_ema": 0.0, "distance": "square", **keys}
     objective = kind(teacher=gaussian(process), student=student, levels=levels, **keys)
@@ -41,7 +47,7 @@ def slope(process, teacher, t, r, one=torch.ones(1, 1, dtype=D)):  # noqa: B008
 
 
 def test_the_papers_edges_are_the_times_below_its_grid():
-    index = DDPM.index(DDPM.levels(50))[edges_of(50, 4)]
+    index = DDPM.index(levels_of(DDPM, 50))[edges_of(50, 4)]
     torch.testing.assert_close(index, torch.tensor([0, 239, 499, 739], dtype=D))
 
 
@@ -89,7 +95,7 @@ def test_one_phase_is_latent_consistency():
 @pytest.mark.parametrize("process", [DDPM, Karras(), Linear()], ids=["ddpm", "karras", "flow"])
 def test_as_many_phases_as_levels_regress_the_teachers_own_step(process):
     levels = 5
-    times = tuple(process.levels(levels)[1:].flip(0).tolist())
+    times = tuple(levels_of(process, levels)[1:].flip(0).tolist())
     objective, network = make(PCM, process, levels, times)
     with torch.no_grad():
         network.slopes.mul_(0.7)
@@ -98,7 +104,7 @@ def test_as_many_phases_as_levels_regress_the_teachers_own_step(process):
     loss = objective.loss(batch, 0).value
     torch.manual_seed(0)
     cell = torch.randint(levels, (512,))
-    t, r = process.levels(levels)[cell + 1], process.levels(levels)[cell]
+    t, r = levels_of(process, levels)[cell + 1], levels_of(process, levels)[cell]
     x_t = process.noise(batch.x, t, batch.noise)
     teachers = process.step(x_t, objective.teacher(x_t, t, None), t, r)
     mine = process.step(x_t, network(x_t, t), t, r)
@@ -107,7 +113,7 @@ def test_as_many_phases_as_levels_regress_the_teachers_own_step(process):
 
 def optimum(process, levels, edges):
     """x̂'s slopes at the levels from 0 up: products of the teacher's steps to each phase's edge."""
-    times, teacher, one = process.levels(levels), gaussian(process), torch.ones(1, 1, dtype=D)
+    times, teacher, one = levels_of(process, levels), gaussian(process), torch.ones(1, 1, dtype=D)
     slopes, landing = [1.0], 1.0
     for k in range(1, levels + 1):
         edge = max(e for e in edges if e < k)
@@ -123,7 +129,7 @@ def test_at_its_optimum_nothing_is_left_to_learn(process):
     times = DDIM4 if process is DDPM else (1.0, 0.75, 0.5, 0.25)
     objective, network = make(PCM, process, 40, times)
     with torch.no_grad():
-        network.slopes.copy_(optimum(process, 40, edges_of(40, 4).tolist()))
+        network.slopes.copy_(optimum(process, 40, edges_of(40, 4)))
     loss = objective.loss(drawn(4096), 0)
     assert loss.value.item() < 1e-12
     loss.value.backward()
@@ -134,8 +140,8 @@ def test_a_student_at_its_optimum_walks_as_its_teacher_does_in_40_steps():
     process = DDPM
     objective, network = make(PCM, process, 40, DDIM4)
     with torch.no_grad():
-        network.slopes.copy_(optimum(process, 40, edges_of(40, 4).tolist()))
-    x, times = torch.ones(1, 1, dtype=D), process.levels(40)
+        network.slopes.copy_(optimum(process, 40, edges_of(40, 4)))
+    x, times = torch.ones(1, 1, dtype=D), levels_of(process, 40)
     expected = 1.0
     for k in range(40, 10, -1):  # as far as the last edge
         expected *= slope(process, objective.teacher, times[k], times[k - 1])
@@ -147,7 +153,7 @@ def test_a_student_at_its_optimum_walks_as_its_teacher_does_in_40_steps():
 def test_tcd_of_one_step_to_each_level_is_zero_at_the_teacher_where_steps_are_exact():
     """Data of one point: the path is the line, so any edge has the same x̂."""
     process = Karras()
-    network = Slopes(process.levels(20), torch.zeros(21, dtype=D), process)
+    network = Slopes(levels_of(process, 20), torch.zeros(21, dtype=D), process)
     objective = TCD(
         teacher=gaussian(process, 0.0), student=Generator(network), levels=20, distance="square"
     )

@@ -55,7 +55,8 @@ class LCM(Pairwise):
     def grid(self, x: Tensor) -> Tensor:
         """The times of the grid, from 0 up to 1, on the device of x."""
         times = self.student.denoiser.process.levels(self.levels)
-        return times.to(x.device, torch.promote_types(x.dtype, torch.float32))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.tensor(times, dtype=dtype).to(x.device, non_blocking=True)
 
     def ode_step(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
         """x_r: one DDIM step of the guided teacher, or with LCF on the line to the datum."""

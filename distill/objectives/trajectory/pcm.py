@@ -58,13 +58,13 @@ class PCM(LCM):
     def ends_on_times(self, levels: int) -> bool:
         """Whether phases of a grid begin and end on the student's times."""
         times = self.student.denoiser.process.levels(levels)
-        edges = times[edges_of(levels, len(self.student.times))].tolist()
+        edges = [times[k] for k in edges_of(levels, len(self.student.times))]
         starts = sorted(self.student.times)
         return all(abs(e - t) < 1e-6 for e, t in zip([*edges[1:], times[-1]], starts, strict=True))
 
     def edge(self, cell: Tensor) -> Tensor:
         """The level that the student goes to from cells (B,) of the grid, at or below them."""
-        edges = edges_of(self.levels, len(self.student.times)).to(cell.device)
+        edges = torch.tensor(edges_of(self.levels, len(self.student.times))).to(cell.device)
         return edges[torch.searchsorted(edges, cell, right=True) - 1]
 
     def loss(self, batch: Batch, step: int) -> Loss:
@@ -95,6 +95,6 @@ class TCD(PCM):
         return (share * (cell + 1)).long()
 
 
-def edges_of(levels: int, phases: int) -> Tensor:
-    """The lower edges of the phases, as levels of the grid from 0 up: (phases,) int64."""
-    return torch.arange(phases) * levels // phases
+def edges_of(levels: int, phases: int) -> list[int]:
+    """The lower edges of the phases, as levels of the grid from 0 up."""
+    return [m * levels // phases for m in range(phases)]
