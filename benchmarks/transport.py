@@ -21,7 +21,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,44 +29,68 @@ from torch import Tensor, nn
 from distill.config.objective_schema import network_types
 from distill.config.objectives import OBJECTIVES
 from distill.objectives.base import Auxiliary, Batch
+from distill.objectives.noise_levels import LogNormal
 from students.generator import Generator
 from teachers.analytic import Mixture
 from teachers.denoiser import Cond, Denoiser, edm
-from teachers.process import Karras
+from teachers.process import Karras, Process, Tabulated
 from teachers.solver import ddim
 from teachers.teacher import Pixels, Teacher
 
 MEANS, STD = (-1.0, 1.0), 0.2
 SIGMA_MIN, BATCH, QUANTILES = 0.002, 512, 999
 MIDDLE = 0.8  # σ of the second step
+HALF = 499 / 999  # its time on DDPM's indices, where it is a level of every grid
 
 
 @dataclass(frozen=True)
 class Row:
-    """An objective with its fields; `renoise` and `counts` as a recipe's student has them."""
+    """An objective with its fields; `renoise` and `counts` as a recipe's student has them.
+
+    process: EDM's, or that of Stable Diffusion, on whose indices some methods are defined.
+    """
 
     objective: str
     fields: dict[str, Any] = field(default_factory=dict)
     counts: tuple[int, ...] = (1, 2)
     renoise: bool = True
+    process: Literal["edm", "ddpm"] = "edm"
     lr: float = 1e-3
 
 
+FLOW = {"equal": 0.25, "power": 0.5, "times": LogNormal(1.0, 2.0), "landings": LogNormal(-3.0, 2.0)}
+CT = {"curriculum": "square-root", "index": "uniform", "distance": "square", "gaps": "even"}
 ROWS = {
-    "CD, Heun": Row("consistency", {"pairs": "grid", "levels": 40, "target_ema": 0.95}),
+    "CD": Row("consistency", {"pairs": "grid", "levels": 40, "target_ema": 0.95}),
+    "CT": Row("ct", {**CT, "first": 2, "last": 40, "stage_steps": 2000, "target_ema": 0.9}),
+    "iCT": Row("ct", {"stage_steps": 500, "last": 160, "mean": -0.5}),
     "ECT": Row("ect", {"q": 4, "stage_steps": 500}),
     "SCT": Row("ect", {"q": 4, "stage_steps": 500, "references": True}),
-    "iCT": Row("ct", {"stage_steps": 500, "last": 160, "mean": -0.5}),
-    "progressive": Row("progressive", {"initial_steps": 16, "stage_steps": 700}, (1,)),
+    "LCM": Row("lcm", {"distance": "square"}, process="ddpm"),
+    "PCM": Row("pcm", {"distance": "square", "levels": 40}, (2,), renoise=False, process="ddpm"),
+    "TCD": Row("tcd", {"distance": "square"}, renoise=False, process="ddpm"),
+    "progressive": Row("progressive", {"initial_steps": 16, "stage_steps": 500}, (1,)),
+    "guided": Row("guided", {"initial_steps": 16, "stage_steps": 500, "first_steps": 500}, (1,)),
+    "MeanFlow": Row("meanflow", FLOW, renoise=False),
+    "improved MeanFlow": Row("meanflow", {**FLOW, "direction": "own"}, renoise=False),
+    "AYF": Row("ayf", {k: FLOW[k] for k in ("times", "landings")}, renoise=False),
+    "CTM": Row("ctm", {"denoising_weight": 0.0, "target_ema": 0.9}, renoise=False),
+    "shortcut": Row("shortcut", {"bootstrap": 0.5, "target_ema": 0.9}, renoise=False),
+    "IMM": Row("imm", {"group": 16, "sigma_data": 1.0}, renoise=False),
+    "KD": Row("kd", {}, renoise=False),
+    "ReFlow": Row("reflow", {}, renoise=False),
+    "ReFlow, distilled": Row("reflow", {"distil_from": 2000}, renoise=False),
 }
 
 
 class Net(Denoiser):
     """A small network in one dimension, that reads t and s as features of log σ/α."""
 
-    def __init__(self, process: Karras, width: int = 128, features: int = 16) -> None:
+    def __init__(self, process: Process, width: int = 128, features: int = 16) -> None:
         super().__init__()
-        self.process, self.coefficients = process, edm(1.0, SIGMA_MIN)
+        self.process = process
+        floor = SIGMA_MIN if isinstance(process, Karras) else 0.0
+        self.coefficients = edm(1.0, floor)
         self.register_buffer("rates", 2.0 ** torch.linspace(-2, 2, features // 2))
         self.body = nn.Sequential(
             nn.Linear(1 + 2 * features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
@@ -90,11 +114,14 @@ class Net(Denoiser):
         return ((sigma**2 + alpha**2) / sigma**2).to(t.dtype)
 
 
+PROCESSES: dict[str, Process] = {"edm": Karras(SIGMA_MIN), "ddpm": Tabulated.scaled_linear()}
+
+
 @lru_cache
-def denoiser(updates: int) -> Net:
-    """A network that has learned the teacher's x̂ in so many updates."""
+def denoiser(name: str, updates: int) -> Net:
+    """A network that has learned the teacher's x̂ in so many updates, under a named process."""
     torch.manual_seed(0)
-    teacher, net = modes(), Net(modes().process)
+    teacher, net = modes(PROCESSES[name]), Net(PROCESSES[name])
     optimiser = torch.optim.Adam(net.parameters(), 2e-3, (0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, updates)
     for _ in range(updates):
@@ -108,20 +135,33 @@ def denoiser(updates: int) -> Net:
     return net
 
 
-def modes() -> Mixture:
+def modes(process: Process = PROCESSES["edm"]) -> Mixture:
     """The teacher."""
-    return Mixture(torch.tensor(MEANS)[:, None], STD, Karras(SIGMA_MIN))
+    return Mixture(torch.tensor(MEANS)[:, None], STD, process)
+
+
+@lru_cache
+def pairs(name: str, count: int = 2**14) -> tuple[Tensor, Tensor]:
+    """Noise, and what the ODE makes of it; (count, 1) each."""
+    torch.manual_seed(1)
+    z, known = torch.randn(count, 1), transport(PROCESSES[name])
+    z = z.clamp(known[0][0], known[0][-1])
+    place = torch.searchsorted(known[0][:, 0], z[:, 0]).clamp(1, len(known[0]) - 1)
+    (low, high), (x, y) = (tuple(v[place + k] for k in (-1, 0)) for v in known)
+    return z, torch.lerp(x, y, (z - low) / (high - low))
 
 
 def train(row: Row, updates: int, seed: int = 0) -> Generator:
     """The student after so many updates, averaged over the last of them."""
-    start = deepcopy(denoiser(updates))
+    start = deepcopy(denoiser(row.process, updates))
     torch.manual_seed(seed)
-    teacher, process = modes(), start.process
-    middle = process.time(torch.tensor(MIDDLE)).item()
+    process = start.process
+    teacher = modes(process)
+    middle = process.time(torch.tensor(MIDDLE)).item() if row.process == "edm" else HALF
     times = (1.0, middle) if max(row.counts) == 2 else (1.0,)
     kind = OBJECTIVES[row.objective]
-    student = Generator(start, times, row.renoise, SIGMA_MIN)
+    floor = SIGMA_MIN if row.process == "edm" else 0.0
+    student = Generator(start, times, row.renoise, floor)
     networks: dict[str, Any] = {"teacher": teacher, "student": student}
     described = Teacher(teacher, Pixels(), (1,))
     for name, auxiliary in network_types(kind, Auxiliary).items():
@@ -140,6 +180,10 @@ def train(row: Row, updates: int, seed: int = 0) -> Generator:
     for step in range(updates):
         for turn in objective.turns(step):
             batch = Batch(teacher.sample(BATCH), torch.randn(BATCH, 1))
+            if kind.needs_data == "pairs":
+                z, x = pairs(row.process)
+                some = torch.randint(len(z), (BATCH,))
+                batch = Batch(x[some], z[some])
             turn.loss(batch).value.backward()
             for name in turn.players:
                 nn.utils.clip_grad_norm_(players[name].parameters(), 1.0)
@@ -156,32 +200,32 @@ def quantiles() -> Tensor:
     return (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
 
 
-def transport(process: Karras) -> tuple[Tensor, Tensor]:
+def transport(process: Process) -> tuple[Tensor, Tensor]:
     """Unit noise (N, 1) at t = 1, and the data (N, 1) that the ODE takes it to."""
-    sigma = process.scales(torch.ones(1, dtype=torch.float64))[1].item()
-    noisy = inverse(quantiles(), (STD**2 + sigma**2) ** 0.5)
+    alpha, sigma = (v.item() for v in process.scales(torch.ones(1, dtype=torch.float64)))
+    noisy = inverse(quantiles(), (alpha**2 * STD**2 + sigma**2) ** 0.5, alpha)
     return (noisy / sigma).float()[:, None], inverse(quantiles(), STD).float()[:, None]
 
 
-def inverse(share: Tensor, std: float) -> Tensor:
-    """The points at which the two modes, of this deviation, have these shares below; bisection."""
+def inverse(share: Tensor, std: float, scale: float = 1.0) -> Tensor:
+    """Where two modes, so scaled and of this deviation, have these shares below; by bisection."""
     low, high = torch.full_like(share, -8 * std - 2), torch.full_like(share, 8 * std + 2)
     for _ in range(80):
         middle = (low + high) / 2
-        below = sum(torch.special.ndtr((middle - m) / std) for m in MEANS) / len(MEANS) < share
+        below = sum(torch.special.ndtr((middle - scale * m) / std) for m in MEANS) / 2 < share
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return (low + high) / 2
 
 
 @torch.no_grad()
-def error(sampled: Callable[[Tensor], Tensor], process: Karras) -> float:
+def error(sampled: Callable[[Tensor], Tensor], process: Process) -> float:
     """The mean distance of a sampler's data to the map's."""
     z, x = transport(process)
     return (sampled(z) - x).abs().mean().item()
 
 
 @torch.no_grad()
-def renoised_error(student: Generator, process: Karras) -> float:
+def renoised_error(student: Generator, process: Process) -> float:
     """Of two steps with new noise, which keep no quantile: the distance between sorted samples."""
     torch.manual_seed(0)
     x = student(torch.randn(200 * QUANTILES, 1))
@@ -190,7 +234,7 @@ def renoised_error(student: Generator, process: Karras) -> float:
 
 def teacher_errors() -> dict[int, float]:
     """Of the teacher's DDIM in one and two steps."""
-    teacher, process = modes(), Karras(SIGMA_MIN)
+    teacher, process = modes(), PROCESSES["edm"]
     middle = process.time(torch.tensor([MIDDLE]))
     grids = {1: torch.ones(1), 2: torch.cat([torch.ones(1), middle])}
     sigma = process.scales(torch.ones(1))[1]
