@@ -86,7 +86,7 @@ class MeanFlow(Objective):
         error, rows = end - x, slice(self.count(x), None)
         if len(x[rows]):
             part = Batch(None, batch.noise[rows], conditions.rows(batch.cond, rows))
-            jump = Jump(*(v[rows] for v in jump))
+            jump = Jump(*(v[rows].clone() for v in jump))  # views may not carry tangents
             error[rows] += self.share(step) * self.change(x[rows], end[rows], jump, part)
         return error
 
