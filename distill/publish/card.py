@@ -368,6 +368,8 @@ def training(facts: Facts) -> str:
     places = [facts.setting("data", key) for key in ("source", "captions", "prompts")]
     source = next(filter(None, places), None)
     data = f"`{Path(str(source)).name if folder_of(str(source)) else source}`" if source else "none"
+    if source == "pairs":
+        data = "the teacher's own samples, each with its noise"
     lines = [
         f"- **Teacher**: {teacher_name(facts)}, {scale}. The student is sampled without guidance.",
         *lora_lines(facts),
