@@ -388,6 +388,8 @@ def training(facts: Facts) -> str:
     places = [facts.setting("data", key) for key in ("source", "captions", "prompts")]
     source = next(filter(None, places), None)
     data = f"`{Path(str(source)).name if folder_of(str(source)) else source}`" if source else "none"
+    if source == "pairs":
+        data = "the teacher's own samples, each with its noise"
     sampled = "The student is sampled without guidance."
     if facts.guided:
         sampled = "The student is sampled with the same guidance, in two passes for each step."
