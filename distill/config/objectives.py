@@ -3,6 +3,8 @@
 from distill.objectives.base import Objective
 from distill.objectives.consistency.consistency import Consistency, ConsistencyTuning
 from distill.objectives.consistency.consistency_training import ConsistencyTraining
+from distill.objectives.consistency.scm import ContinuousConsistency
+from distill.objectives.consistency.tcm import TruncatedConsistency
 from distill.objectives.diffusion import Diffusion
 from distill.objectives.distribution.anchored import AnchoredDMD2
 from distill.objectives.distribution.dmd2 import DMD2
@@ -21,5 +23,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "fdistill": FDistill,
     "finetune": FineTuning,
     "progressive": Progressive,
+    "scm": ContinuousConsistency,
     "sid": SiD,
+    "tcm": TruncatedConsistency,
 }

@@ -79,11 +79,24 @@ PAPERS = {
         2022,
         "2202.00512",
     ),
+    "scm": Paper(
+        "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
+        "Lu, Cheng and Song, Yang",
+        2024,
+        "2410.11081",
+    ),
     "sid": Paper(
         "Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion "
         "Models for One-Step Generation",
         "Zhou, Mingyuan and Zheng, Huangjie and Wang, Zhendong and Yin, Mingzhang and Huang, Hai",
         2024,
         "2404.04057",
+    ),
+    "tcm": Paper(
+        "Truncated Consistency Models",
+        "Lee, Sangyun and Xu, Yilun and Geffner, Tomas and Fanti, Giulia and Kreis, Karsten and "
+        "Vahdat, Arash and Nie, Weili",
+        2024,
+        "2410.14895",
     ),
 }
