@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from teachers.compiled import has_tangent
 from teachers.denoiser import computes
 
 
@@ -104,8 +105,9 @@ class FusedAttention(TorchFunctionMode):
     """Inside it, attention never makes its N × M matrix, and its FLOPs are added to `meter`.
 
     It is a mode of functions, since torch decomposes attention before a mode of dispatch sees it.
-    Outputs have shapes and no values: for fake tensors. `loss.backward()` keeps the mode for what
-    gradient checkpointing recomputes; `torch.autograd.grad` does not.
+    Outputs have shapes and no values: for fake tensors. Queries that carry a tangent make the
+    matrix, as in a run, where fused kernels have no forward mode. `loss.backward()` keeps the mode
+    for what gradient checkpointing recomputes; `torch.autograd.grad` does not.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -114,7 +116,8 @@ class FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        inputs = (*args, *kwargs.values())
+        if func is F.scaled_dot_product_attention and not any(map(has_tangent, inputs)):
             return _Attention.apply(*_inputs(*args, **kwargs), self.meter)
         if func is Tensor.backward:
             with self:  # torch leaves the mode to call this handler
@@ -135,6 +138,9 @@ def _backward(loss: Tensor, gradient: Tensor | None = None, *args: Any, **kwargs
 
 class EvaluationCounter:
     """Counts the samples that pass through networks, under each name, while it is entered.
+
+    A sample that carries a tangent counts twice: forward-mode differentiation computes as much for
+    the derivative as for the value.
 
     Its hooks stay until `remove`: a deep copy of a network then counts as its original does,
     whenever it was made.
@@ -161,7 +167,8 @@ class EvaluationCounter:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.active:
                 inputs = (*args, *kwargs.values())
-                self.counts[name] += len(next(v for v in inputs if isinstance(v, Tensor | list)))
+                samples = len(next(v for v in inputs if isinstance(v, Tensor | list)))
+                self.counts[name] += samples * (2 if any(map(has_tangent, inputs)) else 1)
 
         return count
 

@@ -17,12 +17,14 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from students.adapter_layers import active_adapter, parameters_of, using
 from students.two_time import Shifts, current_shifts, shifted
+from teachers.compiled import has_tangent
 from teachers.errors import UserError
 from teachers.features import hooked_modules, replaced
 
@@ -58,6 +60,8 @@ def checkpointing(backbone: Any) -> None:
             if all(isinstance(v, PLAIN) for v in values):
                 return recomputed(block, backbone, values, spec)
         call = block.__call__ if isinstance(block, nn.Module) else block
+        if any(map(has_tangent, (*args, *kwargs.values()))):  # PyTorch's would find other tensors
+            return call(*args, **kwargs)
         contexts = lambda: (nullcontext(), replayed(backbone, name, shifts))  # noqa: E731
         return checkpoint(partial(call, **kwargs), *args, use_reentrant=False, context_fn=contexts)
 
@@ -88,6 +92,7 @@ class Call(NamedTuple):
     backbone, adapter: The network, and the adapter that it runs with.
     spec: How the block's arguments are built from the flat list.
     count: The length of that list, which the learning weights follow.
+    known: The flat outputs, where a derivative was computed with them; else they are computed.
     """
 
     block: nn.Module
@@ -96,6 +101,7 @@ class Call(NamedTuple):
     adapter: str | None
     spec: TreeSpec
     count: int
+    known: tuple[list[Any], TreeSpec] | None = None
 
     def run(self, values: Sequence[Any]) -> tuple[list[Any], TreeSpec]:
         """The flat outputs, and how they are put together."""
@@ -120,12 +126,31 @@ def recomputed(block: nn.Module, backbone: nn.Module, values: list[Any], spec: T
         values, spec = tree_flatten((args, kwargs))
         call = Call(block, forward, backbone, name, spec, len(values))
         out: list[TreeSpec] = []
+        if any(map(has_tangent, values)):
+            return with_tangents(call, values, learning)
         outputs = _Recomputed.apply(call, out, *values, *learning)
         return tree_unflatten(list(outputs), out[0])  # pyright: ignore
 
     args, kwargs = tree_unflatten(values, spec)
     with replaced(block, keep_inputs):
         return block(*args, **kwargs)
+
+
+def with_tangents(call: Call, values: list[Any], learning: list[nn.Parameter]) -> Any:
+    """The block's outputs with their tangents; the backward pass recomputes the outputs alone.
+
+    The tangents have no graph, so a derivative keeps as little as a plain call does.
+    """
+    with torch.no_grad():
+        outputs, spec = call.run(values)
+    pairs = [forward_ad.unpack_dual(v) if isinstance(v, Tensor) else (v, None) for v in outputs]
+    known = [v.detach() if isinstance(v, Tensor) else v for v, _ in pairs]
+    call = call._replace(known=(known, spec))
+    plain = [forward_ad.unpack_dual(v).primal if isinstance(v, Tensor) else v for v in values]
+    results: Any = _Recomputed.apply(call, [], *plain, *learning)
+    both = zip(results, (tangent for _, tangent in pairs), strict=True)
+    duals = [v if tangent is None else forward_ad.make_dual(v, tangent) for v, tangent in both]
+    return tree_unflatten(duals, spec)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -141,7 +166,8 @@ class _Recomputed(torch.autograd.Function):
         device = next(t.device for t in tensors if t is not None)
         ctx.autocast = autocast_now(device.type)
         ctx.random = Random.now(device)
-        outputs, spec = call.run(inputs)
+        outputs, spec = call.known or call.run(inputs)
+        ctx.call = call._replace(known=None)
         out.append(spec)
         return tuple(outputs)
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from teachers.errors import UserError, first_line, plural
 
@@ -236,6 +237,13 @@ def running_eagerly() -> Iterator[None]:
         yield
     finally:
         Compiled.running = before
+
+
+def has_tangent(value: object) -> bool:
+    """Whether this is a tensor that carries a tangent, inside forward-mode differentiation."""
+    if not isinstance(value, Tensor) or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(value).tangent is not None
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from distill.objectives.base import Objective
 from distill.objectives.consistency.consistency import Consistency, ConsistencyTuning
 from distill.objectives.consistency.consistency_training import ConsistencyTraining
+from distill.objectives.consistency.scm import ContinuousConsistency
+from distill.objectives.consistency.tcm import TruncatedConsistency
 from distill.objectives.diffusion import Diffusion
 from distill.objectives.distribution.anchored import AnchoredDMD2
 from distill.objectives.distribution.dmd2 import DMD2
@@ -44,8 +46,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "progressive": Progressive,
     "reflow": Reflow,
     "rg-lcd": RewardGuidedLCM,
+    "scm": ContinuousConsistency,
     "shortcut": Shortcut,
     "sid": SiD,
     "snapfusion": SnapFusion,
     "tcd": TCD,
+    "tcm": TruncatedConsistency,
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal
 
 from annotated_types import Interval
 from pydantic.dataclasses import dataclass
+from torch import nn
 
 from distill.field_types import Finite, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
+from teachers.errors import UserError
 
 Name = Literal["adamw", "adamw8bit", "adamw-offloaded"]
 
@@ -30,6 +33,33 @@ class OptimizerConfig:
     decay: Literal["constant", "linear", "cosine"] = "constant"  # of lr after the warmup
     decay_steps: PositiveInt | None = None  # training steps of the decay; by default train.steps
     lr_end: Fraction = 0.0  # learning rate after the decay, as a share of lr
+    frozen: str | None = None  # a regular expression found in the names of weights that stay
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.frozen or "")
+        except re.error as error:
+            raise ValueError(
+                f"frozen, {self.frozen!r}, is no regular expression: {error}"
+            ) from None
+
+    def learning(self, network: nn.Module, player: str) -> list[nn.Parameter]:
+        """The weights of a player's network that learn: all whose names `frozen` is not found in.
+
+        Raises:
+            UserError: they are all, or none is left.
+        """
+        named = dict(network.named_parameters())
+        if self.frozen is None:
+            return list(named.values())
+        rest = [p for name, p in named.items() if not re.search(self.frozen, name)]
+        if rest and len(rest) < len(named):
+            return rest
+        which = "no" if rest else "all"
+        raise UserError(
+            f"players.{player}.frozen: it is found in the names of {which} weights, which are like "
+            f"{min(named)}; change it"
+        )
 
     def rate(self, age: int, steps: int) -> float:
         """The learning rate `age` steps after the schedule's start, in a run of `steps` steps."""

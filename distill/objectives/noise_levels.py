@@ -57,4 +57,40 @@ class LogNormal:
         return process.time((self.mean + self.std * normal).exp()).clamp(0, 1)
 
 
-Times = Uniform | LogNormal
+@dataclass(frozen=True, config={"extra": "forbid"})
+class LogStudent:
+    """Noise levels σ/α whose logarithm is Student's t, truncated to log low … log high.
+
+    With few degrees of freedom the density is nearly 1/|log σ - mean|: most times are near the
+    mean, and the tail still reaches `high`. TCM's second stage (arXiv:2410.14895).
+    """
+
+    mean: Annotated[float, *Finite, Interval(ge=-20, le=20)]
+    std: Annotated[Positive, Interval(le=20)]  # the scale
+    dof: Positive  # degrees of freedom
+    low: Positive = 1.0
+    high: Positive = 80.0
+
+    def __post_init__(self) -> None:
+        if self.low >= self.high:
+            raise ValueError(f"low, {self.low}, is not below high, {self.high}; lower it")
+
+    def sample(self, like: Tensor, process: Process) -> Tensor:
+        """One time for each item of `like` (B, ...), shaped (B,), clamped to [0, 1]."""
+        kind = {"dtype": torch.float64, "device": like.device}
+        scale = self.std * self.dof**0.5
+        # Even in asinh, which follows the density's own scale.
+        ends = (torch.tensor([self.low, self.high], **kind).log() - self.mean) / scale
+        share = torch.linspace(0, 1, 4097, **kind)
+        place = (ends.asinh()[0] + share * ends.asinh().diff()).sinh()
+        middle = (place[1:] + place[:-1]) / 2
+        mass = ((1 + middle**2) ** (-(self.dof + 1) / 2) * place.diff()).cumsum(0)
+        u = torch.rand(len(like), **kind) * mass[-1]
+        cell = torch.searchsorted(mass, u).clamp(max=len(mass) - 1)
+        before = torch.cat([mass.new_zeros(1), mass])[cell]
+        part = (u - before) / (mass[cell] - before)
+        log_sigma = self.mean + scale * (place[cell] + part * place.diff()[cell])
+        return process.time(log_sigma.exp()).clamp(0, 1).to(torch.float32)
+
+
+Times = Uniform | LogNormal | LogStudent

@@ -16,7 +16,7 @@ from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe
 from distill.config.schema import TeacherSection
 from distill.data.encode import at_once
-from distill.objectives.base import Batch
+from distill.objectives.base import Batch, Objective
 from distill.planning.plan import Plan, play
 from distill.profiling import FusedAttention, Meter, unique
 from distill.rates import family_of
@@ -60,7 +60,7 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
         networks = build_networks(recipe, teacher, form)
         objective = assembled(recipe, networks, torch.device("cpu"))
     with fake:
-        movers = {k: list(v.parameters()) for k, v in player_networks(objective).items()}
+        movers = movers_of(recipe, objective)
         x = torch.zeros(n, *teacher.shape)
         cond = teacher.codec.condition([0] * n)
         cond = conditions.each(cond, torch.clone)
@@ -185,6 +185,14 @@ def precision_of(recipe: Recipe) -> str:
     if recipe.train.precision != "fp32":
         return recipe.train.precision
     return recipe.teacher.precision or "fp32"
+
+
+def movers_of(recipe: Recipe, objective: Objective) -> dict[str, list[nn.Parameter]]:
+    """The weights that learn, by player."""
+    return {
+        name: recipe.players.get(name, OptimizerConfig()).learning(network, name)
+        for name, network in player_networks(objective).items()
+    }
 
 
 def moments_of(recipe: Recipe, movers: dict[str, list[nn.Parameter]]) -> tuple[int, int]:

@@ -149,6 +149,12 @@ PAPERS = {
         2024,
         "2403.11027",
     ),
+    "scm": Paper(
+        "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
+        "Lu, Cheng and Song, Yang",
+        2024,
+        "2410.11081",
+    ),
     "shortcut": Paper(
         "One Step Diffusion via Shortcut Models",
         "Frans, Kevin and Hafner, Danijar and Levine, Sergey and Abbeel, Pieter",
@@ -175,5 +181,12 @@ PAPERS = {
         "Tao, Dacheng and Cham, Tat-Jen",
         2024,
         "2402.19159",
+    ),
+    "tcm": Paper(
+        "Truncated Consistency Models",
+        "Lee, Sangyun and Xu, Yilun and Geffner, Tomas and Fanti, Giulia and Kreis, Karsten and "
+        "Vahdat, Arash and Nie, Weili",
+        2024,
+        "2410.14895",
     ),
 }

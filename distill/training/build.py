@@ -264,8 +264,9 @@ def players_of(
     """
     movers = player_networks(objective)
     check_first(objective, movers)
+    chosen = {name: configs.get(name, OptimizerConfig()) for name in movers}
     return {
-        name: Player(network.parameters(), accelerator, configs.get(name, OptimizerConfig()), steps)
+        name: Player(chosen[name].learning(network, name), accelerator, chosen[name], steps)
         for name, network in movers.items()
     }
 

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from distill.objectives.tangent import tangent
-from students.lora import Adapter
+from distill.profiling import Meter, evaluations_of
+from students.checkpointing import checkpointing
+from students.lora import Adapter, unwrap
 from students.schedulers import student
 from teachers import load
 from tests.helpers import families
@@ -34,6 +36,43 @@ def test_neither_the_value_nor_the_slope_holds_a_graph():
     for how in WAYS:
         found = tangent(layer, (torch.ones(1, 2),), (torch.ones(1, 2),), how)
         assert not any(v.requires_grad for v in found)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_value_with_a_graph_has_the_gradient_of_a_plain_call(how):
+    layer = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    x, v = torch.randn(2, 3, 2, dtype=torch.float64)
+    value, slope = tangent(layer, (x,), (v,), how, step=1e-6, graph=True)
+    assert len(calls) == (2 if how == "difference" else 1)
+    assert value.requires_grad and not slope.requires_grad
+    torch.testing.assert_close(slope, torch.func.jvp(layer, (x,), (v,))[1], atol=1e-4, rtol=1e-4)
+    found = torch.autograd.grad(value.square().sum(), list(layer.parameters()))
+    wanted = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_value_with_a_graph_keeps_no_more_than_a_plain_calls():
+    layer = nn.Sequential(*[nn.Sequential(nn.Linear(32, 32), nn.SiLU()) for _ in range(4)])
+    x, v = torch.randn(2, 64, 32)
+    known = {p.untyped_storage()._cdata for p in (*layer.parameters(), x, v)}
+    with Meter(set(known)) as plain:
+        y = layer(x)
+        kept = plain.now
+    with Meter(set(known)) as meter:
+        value, slope = tangent(layer, (x,), (v,), graph=True)
+        assert meter.now <= kept + 2 * slope.numel() * 4  # the derivative itself
+    torch.testing.assert_close(value, y)
+
+
+def test_a_derivative_counts_as_two_evaluations():
+    layer, x = nn.Linear(2, 2), torch.ones(3, 2)
+    for graph in (False, True):
+        with evaluations_of({"layer": [layer]}) as counts:
+            layer(x)
+            tangent(layer, (x,), (x,), graph=graph)
+        assert counts["layer"] == 3 + 2 * 3
 
 
 def test_attention_and_autocast_do_not_stop_forward_mode():
@@ -75,6 +114,10 @@ def test_forward_mode_is_the_central_difference_for_every_family(folders, name, 
         return denoiser(x, t, cond)
 
     value, slope = tangent(f, (x, t), (v, u))
+    with_graph = tangent(f, (x, t), (v, u), graph=True)
+    close = {"atol": 1e-4, "rtol": 1e-4}  # adapters without gradients add in single precision
+    torch.testing.assert_close(with_graph[1], slope, **close)
+    torch.testing.assert_close(with_graph[0].detach(), value, **close)
     h = 2e-4  # no less: times are embedded in single precision, whatever the weights are
     with torch.no_grad():
         torch.testing.assert_close(value, f(x, t), atol=1e-4, rtol=1e-4)
@@ -82,3 +125,34 @@ def test_forward_mode_is_the_central_difference_for_every_family(folders, name, 
     scale = want.square().mean().sqrt()
     gap = ((slope - want).square().mean().sqrt() / scale).item()
     assert gap < 1e-2
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["digits", "sana"])
+def test_activation_checkpointing_recomputes_the_value_alone(folders, name, adapter):
+    teacher = load(name if name == "digits" else folders(name))
+    denoiser, cond = double(teacher, adapter)
+    torch.manual_seed(0)
+    x, v = torch.randn(2, 2, *teacher.shape, dtype=torch.float64)
+    t, u = torch.tensor([[0.6004, 0.3003], [0.1, -0.2]], dtype=torch.float64)
+    weights = list(denoiser.parameters())
+    for p in weights:
+        p.requires_grad_(True)
+
+    def found():
+        value, slope = tangent(lambda x, t: denoiser(x, t, cond), (x, t), (v, u), graph=True)
+        return value, slope, torch.autograd.grad(value.square().sum(), weights, allow_unused=True)
+
+    plain = found()
+    backbone = unwrap(denoiser).backbone
+    blocks = []
+    checkpointing(backbone)
+    for block in backbone.modules():
+        if type(block).__name__ in ("ResnetBlock2D", "SanaTransformerBlock"):
+            block.register_forward_hook(lambda *_: blocks.append(1))
+    again = found()
+    assert blocks  # each ran once with its hooks, and again without them
+    for a, b in zip((*plain[:2], *plain[2]), (*again[:2], *again[2]), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

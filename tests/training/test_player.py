@@ -10,6 +10,7 @@ from torch import nn
 from distill.config.optimizer import OptimizerConfig
 from distill.training import player as players
 from distill.training.player import Player, average_gradients
+from tests.helpers.refusals import refused
 
 
 def player(moves, *shapes, steps=10):
@@ -117,3 +118,18 @@ def test_gradients_of_two_processes_are_averaged_bucket_by_bucket(monkeypatch):
         torch.testing.assert_close(weight.grad, 2 * mine)
     assert not weights[3].grad.any()  # it had none here, and may have one there
     assert both.lengths == [7, 8]
+
+
+def test_frozen_weights_are_those_in_whose_names_the_expression_is_found():
+    network = nn.ModuleDict({"time_embedding": nn.Linear(2, 2), "out": nn.Linear(2, 1)})
+    assert len(OptimizerConfig().learning(network, "student")) == 4
+    found = OptimizerConfig(frozen="time_embedding").learning(network, "student")
+    assert found == list(network["out"].parameters())
+    assert OptimizerConfig(frozen=r"bias$").learning(network, "student") == [
+        network["time_embedding"].weight, network["out"].weight,
+    ]  # fmt: skip
+    for none in ("nothing", ".*"):
+        with refused("players.student.frozen", "out.bias"):
+            OptimizerConfig(frozen=none).learning(network, "student")
+    with pytest.raises(ValueError, match="no regular expression"):
+        OptimizerConfig(frozen="(")

@@ -40,13 +40,17 @@ class Consistency(Pairwise):
         if self.pairs == "grid":
             cell = torch.randint(self.levels - 1, (len(x),), device=x.device)
             return (cell + 1) / (self.levels - 1), cell / (self.levels - 1)
+        t = self.times.sample(x, self.student.denoiser.process)
+        return t, self.earlier(t, step)
+
+    def earlier(self, t: Tensor, step: int) -> Tensor:
+        """The times r (B,) before t whose gap shrinks with the step."""
         process = self.student.denoiser.process
-        t = self.times.sample(x, process)
         sigma = self.ratio(t)
         finest = self.q ** -(step // self.stage_steps + 1)  # underflows to 0 in late stages
         ratio = 1 - (1 + 8 * torch.sigmoid(-sigma)) * finest
         r = process.time(sigma * ratio.clamp(0, self.ratio_max)).clamp(min=0)
-        return t, torch.minimum(r, t)
+        return torch.minimum(r, t)
 
     def ode_step(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
         """x_r, on the teacher's path through x_t."""
