@@ -90,8 +90,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "MeanFlow's derivative with the wrong sign",
         "distill/objectives/flow_maps/meanflow.py",
-        "kept * (x - end) - scale * slope",
-        "kept * (x - end) + scale * slope",
+        "kept * (x.detach() - end) - scale * slope",
+        "kept * (x.detach() - end) + scale * slope",
         "objectives/test_meanflow.py::test_an_exact_flow_map_has_no_error",
     ),
     fault(

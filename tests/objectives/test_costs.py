@@ -11,7 +11,6 @@ from torch import nn
 from distill.config.objective_schema import network_types
 from distill.config.objectives import OBJECTIVES
 from distill.objectives.base import Auxiliary, Batch
-
 from distill.profiling import has_tangent
 from students.critic import Critic
 from students.generator import Generator
@@ -103,8 +102,8 @@ ODE = {**TWO, "renoise": False}
 HALVING = {"initial_steps": 2, "stage_steps": 5}
 # By objective and case: what the step is made of, and the passes.
 COSTS = {
-    ("ayf", "the value, and a value with its derivative"): (
-        {}, {"student forward": 3, "student backward": 1, "teacher forward": 1}),
+    ("ayf", "the value with its derivative"): (
+        {}, {"student forward": 2, "student backward": 1, "teacher forward": 1}),
     ("consistency", "Heun's two calls"): (
         {}, {"student forward": 2, "student backward": 1, "teacher forward": 2}),
     ("consistency", "one call of DDIM"): (
@@ -151,10 +150,10 @@ COSTS = {
     ("lcm", "one's own images"): (
         {"path": "data"}, {"student forward": 2, "student backward": 1}),
     ("meanflow", "the derivative of a quarter of the batch"): (
-        {}, {"student forward": 1.5, "student backward": 1, "teacher forward": 1}),
+        {}, {"student forward": 1.25, "student backward": 1, "teacher forward": 1}),
     ("meanflow", "of all of it, along the student's own velocity"): (
         {"equal": 0.0, "direction": "own", "velocity": "data"},
-        {"student forward": 4, "student backward": 1}),
+        {"student forward": 3, "student backward": 1}),
     ("pcm", "as LCM"): ({}, {"student forward": 2, "student backward": 1, "teacher forward": 1}),
     ("progressive", "two steps of the teacher"): (
         {}, {"student forward": 1, "student backward": 1, "teacher forward": 2}),
@@ -177,7 +176,8 @@ COSTS = {
         {"guided": True, "student": ODE, **HALVING},
         {"student forward": 2, "student backward": 2, "teacher forward": 4}),
     ("tcd", "as LCM"): ({}, {"student forward": 2, "student backward": 1, "teacher forward": 1}),
-    ("tcm", "the first stage is ECT"): ({"first_steps": 5}, {"student forward": 2, "student backward": 1}),
+    ("tcm", "the first stage is ECT"): (
+        {"first_steps": 5}, {"student forward": 2, "student backward": 1}),
     ("tcm", "above the boundary, targets of both stages"): (
         {"first_steps": 1, "step": 1}, {"student forward": 2.75, "student backward": 1}),
 }  # fmt: skip

@@ -12,8 +12,8 @@ path, and the loss is the error of this identity with the right-hand side held f
 tangent of limited length, with the derivative's weight rising during training.
 
 All of it is written with x̂ = z - t u, so any process will do (`rectified.py`); guidance comes in
-through the teacher's x̂. Costs forwards: 1 for the student, 1 of the teacher if it gives v, and for
-samples with s < t 2 for the derivative and 1 for the student's own velocity if that is followed.
+through the teacher's x̂. Costs forwards: 1 of the teacher if it gives v, and of the student 1 for
+samples with s = t; for others 2, value and derivative, and 1 more if its own velocity is followed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from distill.objectives.flow_maps.rectified import flow_time
 from distill.objectives.noise_levels import LogNormal, Times
 from distill.objectives.tangent import How, tangent
 from teachers import conditions
+from teachers.conditions import Cond
 from teachers.process import expand
 
 
@@ -56,12 +57,10 @@ class MeanFlow(Objective):
     learns: ClassVar[Learns] = "all-times"
 
     def loss(self, batch: Batch, step: int) -> Loss:
-        f, process = self.student.denoiser, self.student.denoiser.process
+        process = self.student.denoiser.process
         t, s = self.sample_times(batch.data)
         jump = Jump(process.noise(batch.data, t, batch.noise), t, s)
-        x = f(jump.x_t, t, batch.cond, s)
-        with torch.no_grad():
-            error = self.error(x.detach(), jump, batch, step)
+        x, error = self.predicted(jump, batch, step)
         tau = expand(flow_time(process, t).tau, x).to(x.dtype)
         square = ((x - x.detach() - error) / tau).square().flatten(1).sum(1)
         size = square.detach()
@@ -79,30 +78,45 @@ class MeanFlow(Objective):
         """How many samples of a batch have s = t."""
         return round(self.equal * len(x))
 
-    def error(self, x: Tensor, jump: Jump, batch: Batch, step: int) -> Tensor:
-        """What x̂ (B, ...) lacks to obey the identity: t times the error of u."""
-        teacher = self.velocity == "teacher"
-        end = self.teacher(jump.x_t, jump.t, batch.cond) if teacher else batch.data
-        error, rows = end - x, slice(self.count(x), None)
-        if len(x[rows]):
-            part = Batch(None, batch.noise[rows], conditions.rows(batch.cond, rows))
-            jump = Jump(*(v[rows].clone() for v in jump))  # views may not carry tangents
-            error[rows] += self.share(step) * self.change(x[rows], end[rows], jump, part)
-        return error
+    def predicted(self, jump: Jump, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """x̂ (B, ...) with its graph, and what it lacks to obey the identity: t times u's error.
 
-    def change(self, x: Tensor, end: Tensor, jump: Jump, batch: Batch) -> Tensor:
-        """t (t - s) du/dt (B, ...) along the path to `end`, or to the student's own x̂ at (t, t)."""
+        The value of the differentiation is the x̂ of its samples, so no network is called again.
+        """
+        f, teacher, count = self.student.denoiser, self.velocity == "teacher", self.count(jump.x_t)
+        with torch.no_grad():
+            end = self.teacher(jump.x_t, jump.t, batch.cond) if teacher else batch.data
+        found = []
+        for rows in (slice(count), slice(count, None)):
+            x_t, t, s = part = Jump(*(v[rows] for v in jump))
+            if not len(x_t):
+                continue
+            cond = conditions.rows(batch.cond, rows)
+            if rows.stop is not None:  # those with s = t
+                x = f(x_t, t, cond, s)
+                found.append((x, end[rows] - x.detach()))
+                continue
+            x, change = self.change(end[rows], part, cond)
+            found.append((x, end[rows] - x.detach() + self.share(step) * change))
+        return torch.cat([x for x, _ in found]), torch.cat([error for _, error in found])
+
+    def change(self, end: Tensor, jump: Jump, cond: Cond) -> tuple[Tensor, Tensor]:
+        """x̂ (B, ...) with its graph, and t (t - s) du/dt along the path.
+
+        The path leads to `end`, or to the student's own x̂ at (t, t).
+        """
         (x_t, t, s), process, f = jump, self.student.denoiser.process, self.student.denoiser
         if self.direction == "own":
-            end = f(x_t, t, batch.cond, t)
+            with torch.no_grad():
+                end = f(x_t, t, cond, t)
         along = (process.velocity(x_t, end, t), torch.ones_like(t), torch.zeros_like(s))
-        call = lambda x_t, t, s: f(x_t, t, batch.cond, s)  # noqa: E731
-        slope = tangent(call, (x_t, t, s), along, self.derivative)[1]  # in the process's time
+        call = lambda x_t, t, s: f(x_t, t, cond, s)  # noqa: E731
+        x, slope = tangent(call, (x_t, t, s), along, self.derivative, graph=True)
         (tau, rate), landing = flow_time(process, t), flow_time(process, s).tau
         kept, scale = (
             expand(v, x).to(x.dtype) for v in (1 - landing / tau, (tau - landing) / rate)
-        )
-        return kept * (x - end) - scale * slope
+        )  # slope is by the process's time
+        return x, kept * (x.detach() - end) - scale * slope
 
     def share(self, step: int) -> float:
         """The weight of the derivative."""
