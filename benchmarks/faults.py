@@ -1255,6 +1255,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "evaluation/test_style_figures.py::test_a_students_shift_of_half_the_length_and_another_direction",
     ),
     fault(
+        "gamma sampling adds all of the noise",
+        "students/generator.py",
+        "(sigma_s**2 - (share * sigma_l) ** 2)",
+        "(sigma_s**2 - 0 * (share * sigma_l) ** 2)",
+        "objectives/test_ctm.py::test_gamma_sampling_keeps_the_marginals_of_an_exact_map_and_has_both_samplers_as_ends",
+    ),
+    fault(
         "all steps of an exported chain land at 0",
         "students/landing.py",
         "s = torch.cat([t[1:], t.new_zeros(1)])",

@@ -22,7 +22,9 @@ class Generator(nn.Module):
     Args:
         denoiser: The network being distilled.
         times: The times of its steps, from noise to data.
-        renoise: Return to the next time with fresh noise (True) or along the ODE (False).
+        renoise: Return to the next time with fresh noise (True) or along the ODE (False). A number
+            between is CTM's γ (arXiv:2310.02279): go along the ODE to less noise, √(1 - γ²) of the
+            next time's, and add the rest. No stock scheduler does that.
         floor: The σ/α of the noise that x̂ still contains; renoising adds only the rest. It is σ_min
             for consistency models (arXiv:2303.01469, algorithm 1), else 0.
         start: The standard deviation of the noise that the chain starts from; by default σ at the
@@ -40,7 +42,7 @@ class Generator(nn.Module):
         self,
         denoiser: Denoiser,
         times: Sequence[float] = (1.0,),
-        renoise: bool = True,
+        renoise: bool | float = True,
         floor: float = 0.0,
         start: float | None = None,
         grids: Mapping[int, Sequence[float]] | None = None,
@@ -96,6 +98,8 @@ class Generator(nn.Module):
             noise: Of the renoising, shaped like x_t; by default it is drawn.
         """
         t, s = (x_t.new_full((len(x_t),), v) for v in self.times[k : k + 2])
+        if 0 < self.renoise < 1:
+            return self.partial_step(x_t, t, s, cond, noise)
         x = self.denoiser(x_t, t, cond, torch.zeros_like(s) if self.renoise else s)
         if not self.renoise:
             return self.denoiser.process.step(x_t, x, t, s)
@@ -116,6 +120,20 @@ class Generator(nn.Module):
         kept = alpha / alpha_low
         added = (sigma**2 - (kept * sigma_low) ** 2).clamp(min=0).sqrt()
         return kept * process.step(x_t, x, t, low) + added * noise
+
+    def partial_step(
+        self, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """As `step`, from t to s (B,): along the ODE below s, and back to s with fresh noise."""
+        process = self.denoiser.process
+        alpha, sigma = process.scales(s.double())
+        kept = (1 - self.renoise**2) ** 0.5
+        lower = process.time(kept * (sigma / alpha - self.floor) + self.floor).clamp(min=0).to(s)
+        x = process.step(x_t, self.denoiser(x_t, t, cond, lower), t, lower)
+        (alpha_s, sigma_s), (alpha_l, sigma_l) = process.at(s, x), process.at(lower, x)
+        noise = torch.randn_like(x) if noise is None else noise
+        share = alpha_s / alpha_l
+        return share * x + (sigma_s**2 - (share * sigma_l) ** 2).clamp(min=0).sqrt() * noise
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -217,3 +217,27 @@ def test_its_critic_reads_the_frozen_teacher():
             assert loss.logs["gan"].isfinite()
     assert all(p.grad is None for p in teacher.denoiser.parameters())
     assert all(p.grad is not None for p in objective.critic.parameters())
+
+
+# ---- γ-sampling
+
+
+@pytest.mark.parametrize("process", [Karras(), Linear(), Trig(0.5)], ids=str)
+def test_gamma_sampling_keeps_the_marginals_of_an_exact_map_and_has_both_samplers_as_ends(process):
+    exact, n = MAPS["gaussian"](process), 200_000
+    torch.manual_seed(0)
+    t, s = torch.full((n,), 0.8, dtype=D), 0.5
+    x_t = process.noise(0.3 + 0.5 * torch.randn(n, 1, dtype=D), t, torch.randn(n, 1, dtype=D))
+    noise, found = torch.randn(n, 1, dtype=D), {}
+    for gamma in (False, 1e-9, 0.5, 1 - 1e-9, True):
+        floor = 0.002 if process == Karras() else 0.0
+        chain = Generator(exact, (0.8, s), gamma, floor)
+        found[gamma] = chain.step(x_t, 0, noise=noise)
+    torch.testing.assert_close(found[1e-9], found[False], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found[1 - 1e-9], found[True], atol=0.02, rtol=0)
+    alpha, sigma = (v.item() for v in process.scales(torch.tensor(s, dtype=D)))
+    for x in found.values():
+        assert x.mean().item() == pytest.approx(0.3 * alpha, abs=0.01 * (1 + sigma))
+        variance = 0.25 * alpha**2 + sigma**2
+        assert x.var().item() == pytest.approx(variance, rel=0.015)
+    assert not torch.allclose(found[0.5], found[True], atol=0.05)
