@@ -1,4 +1,4 @@
-"""The recipe of LCM-LoRA on the shapes, whose adapter stock diffusers samples by its own scheduler."""
+"""The recipe of LCM-LoRA on the shapes: stock diffusers samples it by its own scheduler."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CAPTIONS = shapes.all_captions()[::3]
 
 
 def right(lora, steps):
-    """The share of captions that stock diffusers draws rightly with a LoRA file and LCMScheduler."""
+    """The share of captions that are right in stock diffusers with a LoRA and LCMScheduler."""
     import diffusers
 
     pipe = diffusers.DiffusionPipeline.from_pretrained(EMBEDDED["shapes"])
