@@ -8,13 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from students.export.folder import SIDECAR, load_student, pipeline, request
 from students.export.formats import File, single_file, write
 from students.generator import Generator
 from students.lora import unwrap
 from students.metadata import keys
 from students.metadata.turbo import Turbo, base_of, describe
+from students.scale_reading import GuidedStudent, pipeline_scale
 from teachers.errors import UserError
+from teachers.families.stable_diffusion import scale_embedding
 from teachers.storage.files import home, read_json
 from teachers.teacher import EMBEDDED, Teacher
 
@@ -35,9 +39,14 @@ def export_single(student: Path, out: Path, licence: Callable[[str], str] = lamb
         ExportError: the pictures differ.
     """
     generator, teacher = load_student(student)
+    if isinstance(generator.denoiser, GuidedStudent):
+        raise UserError(
+            f"{student}: its pipeline guides it, and single files are for unguided students; use "
+            "the diffusers folder"
+        )
     pipe = pipeline(generator, teacher)
     if unwrap(generator.denoiser).PART == "unet":
-        forget_scale(pipe.unet, student)
+        forget_scale(pipe.unet, student, pipeline_scale(generator.denoiser))
     state = single_file(pipe)
     _, arguments = request(generator, teacher)
     folder = student / "student" if (student / "student").is_dir() else student
@@ -90,18 +99,29 @@ def on_disk(source: str) -> Path | None:
         return None
 
 
-def forget_scale(unet: Any, student: Path) -> None:
-    """Take out the layer of zeros by which exported students are told of a guidance scale: LDM's
-    networks have none.
+@torch.no_grad()
+def forget_scale(unet: Any, student: Path, scale: float | None = None) -> None:
+    """Take out the layer by which exported students are told of a guidance scale: LDM's networks
+    have none. What it adds at one scale becomes part of a bias.
+
+    Args:
+        scale: The one that the student is sampled at; None if it reads none, so that the layer is
+            of zeros.
 
     Raises:
-        UserError: it is not of zeros, so that the network really reads the scale.
+        UserError: the layer is not of zeros, and there is no scale to keep.
     """
-    layer = unet.time_embedding.cond_proj
+    embedding = unet.time_embedding
+    layer = embedding.cond_proj
     if layer is not None and layer.weight.any():
-        raise UserError(
-            f"{student}: its network reads the guidance scale (time_embedding.cond_proj), which no "
-            "single file holds; use the diffusers folder"
-        )
+        if scale is None:
+            raise UserError(
+                f"{student}: its network reads the guidance scale (time_embedding.cond_proj), "
+                "which no single file holds; use the diffusers folder"
+            )
+        weight = layer.weight
+        read = scale_embedding(torch.tensor([scale], device=weight.device), weight.shape[1])
+        first = embedding.linear_1
+        first.bias += first.weight @ layer(read.to(weight))[0]
     unet.time_embedding.cond_proj = None
     unet.register_to_config(time_cond_proj_dim=None)

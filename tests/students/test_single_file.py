@@ -10,6 +10,7 @@ from distill import __main__ as cli
 from students import schedulers
 from students.export.folder import export
 from students.export.single_file import export_single, forget_scale
+from students.scale_reading import scale_reading
 from teachers import load
 from tests.helpers import families
 from tests.helpers.formats import PIPELINES
@@ -44,6 +45,18 @@ def test_a_network_that_reads_the_guidance_scale_has_no_single_file(tmp_path):
     torch.nn.init.ones_(unet.time_embedding.cond_proj.weight)
     with refused("*", "guidance"):
         forget_scale(unet, tmp_path)
+
+
+def test_a_student_that_reads_scales_keeps_the_one_of_its_samples(tmp_path):
+    teacher = load("shapes")
+    student = scale_reading(schedulers.student(teacher, 2), (1.0, 5.0), 2.0).eval()
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    export(student, teacher, tmp_path / "student", {})
+    export_single(tmp_path / "student", tmp_path / "one.safetensors")  # compares pixels
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        assert not [n for n in file.keys() if "cond_proj" in n]  # noqa: SIM118
 
 
 def test_a_single_file_is_named_as_one_and_replaces_nothing(tmp_path):
