@@ -17,6 +17,7 @@ from teachers.catalogue.loading import families
 from teachers.catalogue.published import OUTLINES, Outline
 from teachers.conditions import PICTURE
 from teachers.denoiser import Cond
+from teachers.edm.model import EDM, EDMModel
 from teachers.errors import UserError, nearest, teacher_at
 from teachers.families.unet import UNet
 from teachers.imagenet.model import MODELS
@@ -92,7 +93,8 @@ def outlined(
 
     # the loader of UNets is a function of its own, which does not name the class
     special = UNet if known.pipeline in UNet.PIPELINES else None
-    kind, made = MODELS.get(known.network, (special, None))
+    models = {**MODELS, "EDMModel": (EDM, EDMModel)}
+    kind, made = models.get(known.network, (special, None))
     kind = kind or families()[known.pipeline].args[0]
     shape = known.shape
     if size is not None:

@@ -219,6 +219,27 @@ EDM_IN64 = Outline(
     classes=1000,
     integers=("class_labels",),
 )
+EDM_CIFAR = Outline(
+    "ConsistencyModelPipeline",
+    "EDMModel",
+    {
+        "kind": "SongUNet",
+        "arguments": {
+            "img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_channels": 128,
+            "channel_mult": [2, 2, 2], "num_blocks": 4, "attn_resolutions": [16],
+        },
+        "sample_size": 32,
+        "in_channels": 3,
+        "num_class_embeds": 10,
+    },
+    (3, 32, 32),
+    {"class_labels": ()},
+    (CM, {}),
+    0,
+    factor=1,
+    classes=10,
+    integers=("class_labels",),
+)  # fmt: skip
 
 SIT_XL = Outline(
     "DiTPipeline",
@@ -260,6 +281,7 @@ OUTLINES = {
     "lightningdit-xl-imagenet256-800ep.pt": LIGHTNINGDIT_XL,
     "imagenet256_uvit_huge.pth": UVIT_H,
     "edm-imagenet-64x64-cond-adm.pkl": EDM_IN64,
+    "edm-cifar10-32x32-cond-vp.pkl": EDM_CIFAR,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
     "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,

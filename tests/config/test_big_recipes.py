@@ -25,6 +25,7 @@ LIKE = {"sd15": "sd", "sdxl": "sdxl", "sd3": "sd3.5", "flux": "flux-dev", "sana"
 LONG = ("qwen-image-edit", "qwen-image", "flux2-klein", "chroma", "auraflow", "krea2")
 BILLIONS = {
     "edm-imagenet-64x64-cond-adm.pkl": 0.296,
+    "edm-cifar10-32x32-cond-vp.pkl": 0.0557,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": 0.860,
     "stabilityai/stable-diffusion-xl-base-1.0": 2.567,
     "stabilityai/stable-diffusion-3.5-medium": 2.24,
