@@ -10,6 +10,7 @@ from students.checkpointing import checkpointing
 from students.lora import Adapter, unwrap
 from students.schedulers import student
 from teachers import load
+from teachers.edm import edm2
 from tests.helpers import families
 from tests.helpers.disturbed import disturbed
 
@@ -156,3 +157,28 @@ def test_activation_checkpointing_recomputes_the_value_alone(folders, name, adap
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_forward_mode_goes_through_edm2s_normalised_weights(graph):
+    torch.manual_seed(0)
+    network = edm2.UNet(
+        img_resolution=8, img_channels=2, label_dim=3, model_channels=16, channel_mult=(1, 2),
+        num_blocks=1, attn_resolutions=(4,), channels_per_head=8,
+    )  # fmt: skip
+    with torch.no_grad():
+        for p in network.parameters():  # gains start at 0
+            p.add_(0.1 * torch.randn_like(p))
+    x, v = torch.randn(2, 2, 2, 8, 8)  # norms are computed in single precision
+    t, u = torch.tensor([[0.3, -0.5], [0.2, 0.4]])
+    labels = torch.tensor([0, 2])
+
+    def f(x, t):
+        return network(x, t, labels)
+
+    value, slope = tangent(f, (x, t), (v, u), graph=graph)
+    with torch.no_grad():
+        torch.testing.assert_close(value.detach(), f(x, t))
+        want = (f(x + 2e-3 * v, t + 2e-3 * u) - f(x - 2e-3 * v, t - 2e-3 * u)) / 4e-3
+    assert want.abs().max() > 1e-3 and value.requires_grad == graph
+    torch.testing.assert_close(slope, want, atol=3e-3, rtol=1e-2)
