@@ -219,28 +219,6 @@ EDM_IN64 = Outline(
     classes=1000,
     integers=("class_labels",),
 )
-EDM_CIFAR = Outline(
-    "ConsistencyModelPipeline",
-    "EDMModel",
-    {
-        "kind": "SongUNet",
-        "arguments": {
-            "img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_channels": 128,
-            "channel_mult": [2, 2, 2], "num_blocks": 4, "attn_resolutions": [16],
-        },
-        "sample_size": 32,
-        "in_channels": 3,
-        "num_class_embeds": 10,
-    },
-    (3, 32, 32),
-    {"class_labels": ()},
-    (CM, {}),
-    0,
-    factor=1,
-    classes=10,
-    integers=("class_labels",),
-)  # fmt: skip
-
 EDM_CIFAR = Outline(  # the DDPM++ network, of 56 million parameters
     "ConsistencyModelPipeline",
     "EDMModel",
