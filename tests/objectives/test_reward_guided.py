@@ -123,8 +123,13 @@ def test_the_built_in_reward_is_higher_for_the_caption_that_was_drawn():
 
 def test_gradients_flow_through_the_decoder_to_the_students_latents(teacher):
     """The shapes have latents: the reward is of the images that they decode to."""
-    tree = {"teacher": "shapes", "objective": {"name": "lcm"}, "data": {"source": "shapes"},
-            "rewards": {"a": {"function": "shapes", "weight": 0.5}}, "train": {"steps": 1}}  # fmt: skip
+    tree = {
+        "teacher": "shapes",
+        "objective": {"name": "lcm"},
+        "data": {"source": "shapes"},
+        "rewards": {"a": {"function": "shapes", "weight": 0.5}},
+        "train": {"steps": 1},
+    }
     prompts = shapes.captions(4, seed=2)
     source = type("S", (), {"prompts": prompts})()
     objective = make(teacher, LCM)
