@@ -787,6 +787,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_guided_distillation.py::test_weights_are_the_errors_of_x_of_noise_and_of_v",
     ),
     fault(
+        "rewards of images without a graph",
+        "distill/rewards/rewards.py",
+        "teacher.codec.decode_with_graph(x)",
+        "teacher.codec.decode(x)",
+        "objectives/test_reward_guided.py::test_gradients_flow_through_the_decoder_to_the_students_latents",
+    ),
+    fault(
         "a reward lowered",
         "distill/rewards/rewards.py",
         "value=loss.value - value",

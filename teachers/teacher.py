@@ -48,6 +48,10 @@ class Codec:
         """Images (N, 3|1, H, W) in [-1, 1] of data (N, ...)."""
         raise NotImplementedError
 
+    def decode_with_graph(self, latents: Tensor) -> Tensor:
+        """As `decode`, with the latents' graph, through which rewards have gradients."""
+        return self.decode(latents)
+
     def parts(self) -> dict[str, Any]:
         """All that its results depend on, by name: networks, tokenizers, tensors, plain settings.
 

@@ -47,7 +47,10 @@ def reward_of(
         assert batch.items is not None
         if vae is not None:
             vae.to(x.device)
-        images, texts = teacher.codec.decode(x), [prompts[i] for i in batch.items.tolist()]
+        images, texts = (
+            teacher.codec.decode_with_graph(x),
+            [prompts[i] for i in batch.items.tolist()],
+        )
         values = [weight * checked(f(images, texts), len(x)) for f, weight in functions]
         return torch.stack(values).sum(0)
 
@@ -92,7 +95,7 @@ def rewarded(loss: Loss, batch: Batch, turn: Turn, objective: Objective) -> Loss
     """A loss of the student's turn with its rewards, unless the objective adds them itself.
 
     Raises:
-        UserError: the loss has no samples.
+        UserError: the loss has no samples, or the rewards have no gradient.
     """
     reward = objective.reward
     if reward is None or objective.needs_reward or "student" not in turn.players:
@@ -103,4 +106,9 @@ def rewarded(loss: Loss, batch: Batch, turn: Turn, objective: Objective) -> Loss
             "return Loss(value, logs, samples), or remove the section"
         )
     value = reward(loss.samples, batch).mean()
+    if not value.requires_grad:
+        raise UserError(
+            "rewards: they have no gradient with respect to the images; compute them with "
+            "differentiable operations of torch"
+        )
     return loss._replace(value=loss.value - value, logs={**loss.logs, "reward": value.detach()})

@@ -6,11 +6,12 @@ from functools import lru_cache
 
 from distill.config.schema import GuidanceSection, TeacherSection
 from distill.data.encode import counting, print_cuts
+from students.lora import unwrap
 from students.scale_reading import GuidedStudent
 from teachers.catalogue.loading import load, pictures_of
 from teachers.denoiser import Denoiser, Guided, Mix, Reparametrised, linear
 from teachers.errors import UserError
-from teachers.families.base import Prompted
+from teachers.families.unet import UNet
 from teachers.guidance import (
     AutoGuided,
     FirstChannels,
@@ -93,7 +94,7 @@ def guided_student(section: TeacherSection, teacher: Teacher, student: Denoiser)
             "teacher.guidance: the student's pipeline guides by classifier-free guidance alone; "
             "leave the other keys out, or choose an objective whose student is not guided"
         )
-    if not isinstance(teacher.codec, Prompted):
+    if isinstance(unwrap(student), UNet):  # networks of pixels, in ConsistencyModelPipeline
         raise UserError(
             "objective.name: this teacher's stock pipeline guides no student; choose progressive, "
             "or set teacher.guidance to 1"

@@ -371,6 +371,9 @@ class Prompted(Codec):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] of latents (N, ...)."""
+        return self.decode_with_graph(latents)
+
+    def decode_with_graph(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae
         shift, scale = self.affine(latents)
         latents = self.kind.uncelled(latents / scale + shift).to(vae.dtype).to(vae.device)

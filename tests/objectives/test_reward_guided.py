@@ -121,6 +121,34 @@ def test_the_built_in_reward_is_higher_for_the_caption_that_was_drawn():
     assert torch.autograd.grad(caption_certainty(images, captions).sum(), images)[0].any()
 
 
+def test_gradients_flow_through_the_decoder_to_the_students_latents(teacher):
+    """The shapes have latents: the reward is of the images that they decode to."""
+    tree = {
+        "teacher": "shapes",
+        "objective": {"name": "lcm"},
+        "data": {"source": "shapes"},
+        "rewards": {"a": {"function": "shapes", "weight": 0.5}},
+        "train": {"steps": 1},
+    }
+    prompts = shapes.captions(4, seed=2)
+    source = type("S", (), {"prompts": prompts})()
+    objective = make(teacher, LCM)
+    objective.reward = reward_of(Recipe.check(tree), teacher, source)
+    images = shapes.draw(prompts, seed=3).float() / 127.5 - 1
+    x = teacher.codec.encode(images).requires_grad_(True)
+    found = objective.reward(x, batch(teacher, 4))
+    torch.testing.assert_close(found, 0.5 * caption_certainty(teacher.codec.decode(x), prompts))
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert gradient.abs().flatten(1).amax(1).min() > 0
+    with torch.no_grad():  # a small step along it raises the reward
+        above = objective.reward(x + 1e-3 * gradient / gradient.norm(), batch(teacher, 4))
+    assert above.sum() > found.sum()
+    with refused("rewards"):
+        turn = Turn(("student",), lambda b: Loss(torch.tensor(0.0)))
+        objective.reward = lambda x, b: x.detach().flatten(1).sum(1)
+        rewarded(Loss(torch.tensor(0.0), {}, x), batch(teacher, 4), turn, objective)
+
+
 def test_a_run_hands_a_function_the_images_and_labels_of_its_batch(tmp_path, pipelines):
     file = tmp_path / "mine.py"
     file.write_text("def seen(images, labels):\n    return images[:, 0, 0, 0] * 0 + len(labels)\n")
