@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ class FlowMap(Denoiser):
     Args:
         denoiser: Exact; its subclasses' `flow` gives x_s (B, ...) of x_t, t and s.
     """
+
+    denoiser: Any
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -38,8 +42,6 @@ class FlowMap(Denoiser):
 
 class MonotoneMap(FlowMap):
     """The flow map of a mixture in one dimension: quantiles are kept (monotone transport)."""
-
-    denoiser: Mixture
 
     def cdf(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Distribution function and density of x_t (B, 1) at t (B,)."""

@@ -43,6 +43,7 @@ def test_groups_share_their_times_and_r_lies_between(process, clock):
     assert (s < t).all() and (s <= r).all() and (r < t).all()
     assert len(t.unique()) == 100
     free = (r > s) & (t > r + 1.01e-4)
+    assert free.double().mean() > 0.3
     level = (
         (lambda v: (lambda a, b: b / a)(*process.scales(v))) if clock == "ratio" else lambda v: v
     )
