@@ -121,7 +121,7 @@ def folded_chain(
                 f"student.steps: the network does not tell the times of {len(t)} steps apart; "
                 "train fewer steps, or set student.renoise to true"
             )
-        found.append(Fold(name, change[:-1].T.float(), change[-1].float()))
+        found.append(Fold(name, change[:-1].T, change[-1]))  # float64: rounded once, as weights
     return found
 
 

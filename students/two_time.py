@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from students.adapter_layers import base_layer
 from students.generator import Generator
@@ -133,24 +132,27 @@ def two_time(generator: Generator) -> Generator:
         UserError: the student is no pretrained network, or its family names no time embedding.
     """
     generator.denoiser = TwoTime(generator.denoiser)
-    keep_slow(unwrap(generator.denoiser).backbone)
     return generator
 
 
-def keep_slow(backbone: nn.Module) -> None:
+def keep_slow(denoiser: Denoiser) -> None:
     """Have a network train with those sinusoids of its time that its first layer reads now.
 
     Students of EDM in the time units of consistency models read the slow ones only (`retime`). The
     fast ones have thousands of radians in the range of times: weights that training moves away from
     0 would make derivatives along time as large. Gradients to these weights become 0.
     """
-    first = getattr(getattr(backbone, "time_embedding", None), "linear_1", None)
-    if isinstance(first, nn.Linear) and first.weight.requires_grad:
-        if isinstance(first.weight, FakeTensor):
-            return  # a plan's, without values
-        read = first.weight.detach().any(0)
-        if not read.all():
-            first.weight.register_hook(lambda grad: grad * read.to(grad.device))
+    for module in denoiser.modules():
+        first = getattr(getattr(module, "time_embedding", None), "linear_1", None)
+        if isinstance(first, nn.Linear) and first.weight.requires_grad:
+            hold_unread(first.weight)
+
+
+def hold_unread(weight: Tensor) -> None:
+    """Make gradients 0 to those columns of a weight (out, in) that are 0 now."""
+    read = weight.detach().any(0)
+    if not read.all():
+        weight.register_hook(lambda grad: grad * read.to(grad.device))
 
 
 def time_layers(network: Pretrained, what: str = "a landing time") -> list[str]:

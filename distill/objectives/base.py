@@ -119,6 +119,8 @@ class Objective:
     learns: ClassVar[Learns] = "chains"
     # Whether the student's network reads the time s that its step lands on: denoiser(x_t, t, c, s).
     two_times: ClassVar[bool] = False
+    # Whether the loss takes derivatives of the student's network along time.
+    differentiates_time: ClassVar[bool] = False
     # Whether the student's x̂ is guided as the teacher's is, in training and by its pipeline.
     mixes_student: ClassVar[bool] = False
     # Whether the objective calls `reward` itself; otherwise a recipe's rewards are added to every

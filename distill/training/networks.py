@@ -24,7 +24,7 @@ from students.lora import AdaptedDenoiser, Adapter, adapt, network_of
 from students.own_network import middle_of
 from students.scale_reading import scale_reading
 from students.schedulers import renoised_in_part
-from students.two_time import two_time
+from students.two_time import keep_slow, two_time
 from teachers.denoiser import Denoiser, Network
 from teachers.teacher import Teacher
 
@@ -64,6 +64,8 @@ def build_networks(
     student = student_of(recipe, form, adapters.get("student"), planned)
     student = with_guidance(recipe, teacher, student)
     networks["student"] = two_time(student) if recipe.kind.two_times else student
+    if recipe.kind.two_times or recipe.kind.differentiates_time:
+        keep_slow(student.denoiser)
     for name in [n for n in names if n in adapters]:
         networks[name] = adapt(teacher, adapters[name], name)
     networks["teacher"] = guided(recipe.teacher, teacher)

@@ -73,6 +73,7 @@ class ContinuousConsistency(Objective):
     prior: bool = False  # a further factor 1 / (σ_data tan θ), which some codes have
 
     learns: ClassVar[Learns] = "all-times"
+    differentiates_time: ClassVar[bool] = True
 
     def turns(self, step: int) -> Iterator[Turn]:
         yield Turn(("student", "weighting"), partial(self.loss, step=step))

@@ -88,7 +88,7 @@ class MeanFlow(Objective):
             end = self.teacher(jump.x_t, jump.t, batch.cond) if teacher else batch.data
         found = []
         for rows in (slice(count), slice(count, None)):
-            x_t, t, s = part = Jump(*(v[rows] for v in jump))
+            x_t, t, s = part = Jump(*(v[rows].clone() for v in jump))  # views may carry no tangent
             if not len(x_t):
                 continue
             cond = conditions.rows(batch.cond, rows)
