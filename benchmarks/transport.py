@@ -86,6 +86,8 @@ ROWS = {
 class Net(Denoiser):
     """A small network in one dimension, that reads t and s as features of log σ/α."""
 
+    rates: Tensor
+
     def __init__(self, process: Process, width: int = 128, features: int = 16) -> None:
         super().__init__()
         self.process = process
@@ -192,7 +194,9 @@ def train(row: Row, updates: int, seed: int = 0) -> Generator:
         average.update_parameters(student)
         for schedule in schedules:
             schedule.step()
-    return average.module
+    trained = average.module
+    assert isinstance(trained, Generator)
+    return trained
 
 
 def quantiles() -> Tensor:

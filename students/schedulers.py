@@ -387,9 +387,18 @@ def drop_null(backbone: Any, teacher: Teacher) -> None:
 
 
 def scheduler(generator: Generator) -> Any:
-    """The diffusers scheduler that samples this student."""
+    """The diffusers scheduler that samples this student.
+
+    Raises:
+        UserError: it renoises in part (CTM's γ), which no scheduler of diffusers does.
+    """
     import diffusers
 
+    if 0 < generator.renoise < 1:
+        raise UserError(
+            f"student.renoise: {generator.renoise:g}: no scheduler of diffusers renoises in part; "
+            "sample it in Python, or set it to true or false"
+        )
     network = unwrap(generator.denoiser)
     schedule, steps = network.schedule, len(generator.times)
     if isinstance(process := schedule.process, Karras):
@@ -412,7 +421,7 @@ def scheduler(generator: Generator) -> Any:
             clip_denoised=False,
         )
     if isinstance(process, Linear):
-        flow = flow_scheduler(schedule, process.shift, steps, generator.renoise, network.GRID)
+        flow = flow_scheduler(schedule, process.shift, steps, bool(generator.renoise), network.GRID)
         return network.stock_scheduler(flow)
     assert isinstance(process, Tabulated)
     shared = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",

@@ -170,7 +170,7 @@ def describe(
     return Turbo(
         sigmas=sigmas,
         timesteps=timesteps,
-        renoise=generator.renoise,
+        renoise=bool(generator.renoise),
         predicts=predicts_of(stock.config, process),
         shift=process.shift if isinstance(process, Linear) else None,
         zero_snr=bool(stock.config.get("rescale_betas_zero_snr", False)),
