@@ -62,10 +62,7 @@ def build_networks(
     # copies first: a copy that is made after the adapters would contain them
     networks: dict[str, nn.Module] = {n: form.network() for n in names if n not in adapters}
     student = student_of(recipe, form, adapters.get("student"), planned)
-    student = with_guidance(recipe, teacher, student)
-    networks["student"] = two_time(student) if recipe.kind.two_times else student
-    if recipe.kind.two_times or recipe.kind.differentiates_time:
-        keep_slow(student.denoiser)
+    networks["student"] = with_numbers(recipe, with_guidance(recipe, teacher, student))
     for name in [n for n in names if n in adapters]:
         networks[name] = adapt(teacher, adapters[name], name)
     networks["teacher"] = guided(recipe.teacher, teacher)
@@ -80,6 +77,20 @@ def build_networks(
         for backbone in backbones(networks):
             checkpointing(backbone)
     return networks
+
+
+def with_numbers(recipe: Recipe, student: Generator) -> Generator:
+    """The student, in place, as it reads times in this objective: where its steps land, and slowly
+    varying where derivatives along time are taken.
+
+    Raises:
+        UserError: its network names no time embedding that landing times could be added to.
+    """
+    if recipe.kind.two_times:
+        student = two_time(student)
+    if recipe.kind.two_times or recipe.kind.differentiates_time:
+        keep_slow(student.denoiser)
+    return student
 
 
 def student_of(

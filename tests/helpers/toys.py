@@ -26,6 +26,9 @@ SMALL = {
 }
 
 
+REWARD = Path(__file__).parent / "rewards" / "bright.py"
+
+
 def save_pipeline(kind: str, path: Path) -> Path:
     """A random pipeline of one kind: EDM, consistency, or DDPM with one of its predictions."""
     import diffusers as d
@@ -105,20 +108,17 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
     if name in ("kd", "reflow"):
         tree["student"] = {"renoise": False}
         tree["data"] = {"source": "pairs", "path": f"{teacher}-pairs", "count": 16, "steps": 2}
+    if name == "cmt":
+        objective["points"] = 2
     if name == "progressive":
         objective |= {"initial_steps": 4, "stage_steps": 2}
     if name == "rg-lcd":
-        tree["rewards"] = {"bright": {"function": f"{__file__}:brightness"}}
+        tree["rewards"] = {"bright": {"function": f"{REWARD}:brightness"}}
     if name == "guided":
         objective |= {"first_steps": 1, "initial_steps": 4, "stage_steps": 2}
     if name == "fdistill":
         objective["divergence"] = "forward-kl"
     return tree
-
-
-def brightness(images: Tensor, prompts: Any) -> Tensor:
-    """A reward: the mean of each image."""
-    return images.flatten(1).mean(1)
 
 
 FIVE = ("dmd2", "sid", "fdistill", "consistency", "progressive")

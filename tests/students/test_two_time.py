@@ -10,7 +10,7 @@ from students.checkpointing import checkpointing
 from students.export.folder import export, load_student, pipeline, rehearse, sample_student
 from students.landing import folds, in_place, stock_backbone
 from students.lora import Adapter, unwrap
-from students.two_time import TwoTime, two_time
+from students.two_time import TwoTime, keep_slow, two_time
 from teachers import UserError, conditions, load
 from teachers.edm import checkpoints
 from tests.helpers import edm_pickles, families
@@ -277,6 +277,7 @@ def test_a_closed_form_has_no_time_embedding():
 def test_sinusoids_that_a_student_does_not_read_at_first_stay_unread():
     teacher = load("digits")
     student = two_time(schedulers.student(teacher, 1)).denoiser
+    keep_slow(student)
     first = unwrap(student).backbone.time_embedding.linear_1
     read = first.weight.any(0)
     assert 0 < read.sum() < len(read)

@@ -242,7 +242,7 @@ def logged(loss):
 
 
 PLANTED = {
-    "a grid without a device": ("times", grid_of_the_host, "a host tensor|same device"),
+    "a grid without a device": ("step_times", grid_of_the_host, "a host tensor|same device"),
     "a loss that the host reads": (
         "loss",
         logged(Progressive.loss),

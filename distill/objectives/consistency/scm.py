@@ -67,9 +67,7 @@ class ContinuousConsistency(Objective):
     norm: Literal["whole", "rms", "clip"] = "whole"
     norm_floor: NonNegative = 0.1
     tangent_warmup: NonNegativeInt = 10_000  # steps until the derivative counts in full
-    tangent_share: Fraction = (
-        1.0  # that it counts then; below 1 the teacher's own x̂ pulls, as AYF's
-    )
+    tangent_share: Fraction = 1.0  # that it counts then; below 1 the teacher's x̂ pulls, as AYF's
     prior: bool = False  # a further factor 1 / (σ_data tan θ), which some codes have
 
     learns: ClassVar[Learns] = "all-times"

@@ -84,6 +84,8 @@ class PCM(LCM):
 
 @dataclass(kw_only=True)
 class TCD(PCM):
+    """Trajectory consistency: from any time to any lower one, which is drawn for each sample."""
+
     learns: ClassVar[Learns] = "all-times"
 
     def __post_init__(self) -> None:
