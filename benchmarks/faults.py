@@ -300,9 +300,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     fault(
         "progressive's loss weighed by the least",
-        "distill/objectives/trajectory/progressive.py",
-        "lambda snr: snr.clamp(min=1)",
-        "lambda snr: snr.clamp(max=1)",
+        "distill/objectives/weights.py",
+        '"truncated-snr": snr.clamp(min=1)',
+        '"truncated-snr": snr.clamp(max=1)',
         "objectives/test_trajectory.py::test_the_loss_is_the_larger_of_the_errors_of_x_and_eps",
     ),
     fault(
@@ -719,8 +719,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "an objective of two times given a student of one",
         "distill/training/networks.py",
-        "two_time(student) if recipe.kind.two_times else student",
-        "student",
+        "student = two_time(student)",
+        "pass",
         "training/test_custom_objective.py::test_a_learned_weighting_is_a_player_and_a_resumed_run_is_the_run",
     ),
     fault(
@@ -781,9 +781,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     fault(
         "SNR + 1 as SNR - 1",
-        "distill/objectives/trajectory/progressive.py",
-        '"snr+1": lambda snr: snr + 1',
-        '"snr+1": lambda snr: snr - 1',
+        "distill/objectives/weights.py",
+        '"v": snr + 1',
+        '"v": snr - 1',
         "objectives/test_guided_distillation.py::test_weights_are_the_errors_of_x_of_noise_and_of_v",
     ),
     fault(

@@ -5,7 +5,8 @@ import torch
 
 from distill.objectives.base import Batch
 from distill.objectives.trajectory.guided import GuidedDistillation
-from distill.objectives.trajectory.progressive import WEIGHTS, Progressive
+from distill.objectives.trajectory.progressive import Progressive
+from distill.objectives.weights import error_weight
 from students.generator import Generator
 from teachers.analytic import Gaussian
 from teachers.conditions import GUIDANCE_SCALE
@@ -134,13 +135,18 @@ def test_weights_are_the_errors_of_x_of_noise_and_of_v():
     t = torch.rand(6, dtype=D)
     x_t, x, y = torch.randn(3, 6, 1, dtype=D).unbind()
     alpha, sigma = process.at(t, x)
-    snr, square = (alpha / sigma).square(), (x - y).square()
+    square = (x - y).square()
     noise = (process.eps(x_t, x, t) - process.eps(x_t, y, t)).square()
     v = alpha * process.eps(x_t, x, t) - sigma * x - alpha * process.eps(x_t, y, t) + sigma * y
-    torch.testing.assert_close(WEIGHTS["snr"](snr) * square, noise)
-    torch.testing.assert_close(WEIGHTS["snr+1"](snr) * square, v.square())
-    torch.testing.assert_close(WEIGHTS["truncated-snr"](snr) * square, torch.maximum(square, noise))
-    torch.testing.assert_close(WEIGHTS["uniform"](snr) * square, square)
+    expected = {
+        "eps": noise,
+        "v": v.square(),
+        "truncated-snr": torch.maximum(square, noise),
+        "x": square,
+    }
+    for weighting, error in expected.items():
+        weight = error_weight(weighting, process, t)[:, None]
+        torch.testing.assert_close(weight * square, error)
 
 
 def test_double_steps_keep_the_data_of_an_exact_flow_in_many_steps():

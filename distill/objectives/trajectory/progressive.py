@@ -2,8 +2,8 @@
 
 Salimans & Ho 2022 (arXiv:2202.00512). The target is the x̂ whose single DDIM step lands where the
 teacher's two do; by default the loss is the larger of the errors of x̂ and of ε̂,
-max(SNR, 1)|x̃ - x̂|². `weight` has the paper's others: SNR + 1 is the error of v, SNR that of ε,
-and 1 that of x. Every step draws its place of the grid evenly.
+max(SNR, 1)|x̃ - x̂|². `weighting` has the paper's others: `v`, `eps` and `x`. Every step draws its
+place of the grid evenly.
 
 Costs 1 forward of the student and 2 of the teacher (4 in the first stage if it is guided).
 
@@ -15,11 +15,11 @@ F, since x̂ is all that the loss sees. A head of x and ε at once would be anot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,23 +27,16 @@ from torch import Tensor
 from distill.field_types import PositiveInt
 from distill.objectives.base import Batch, Learns, Loss, Objective, Turn
 from distill.objectives.losses import mean_square
+from distill.objectives.weights import Weighting, error_weight
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError
-
-# The weight of |x̃ - x̂|², as a function of SNR = α²/σ².
-WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "truncated-snr": lambda snr: snr.clamp(min=1),
-    "snr+1": lambda snr: snr + 1,
-    "snr": lambda snr: snr,
-    "uniform": torch.ones_like,
-}
 
 
 @dataclass(kw_only=True)
 class Progressive(Objective):
     initial_steps: PositiveInt = 16  # of the student in stage one; its teacher takes twice as many
     stage_steps: PositiveInt = 1000  # training steps per stage; the last stage has the rest
-    weight: Literal["truncated-snr", "snr+1", "snr", "uniform"] = "truncated-snr"
+    weighting: Weighting = "truncated-snr"  # of |x̃ - x̂|²
 
     learns: ClassVar[Learns] = "one-chain"  # the last stage's
 
@@ -87,8 +80,7 @@ class Progressive(Objective):
 
     def error(self, x_t: Tensor, t: Tensor, target: Tensor, batch: Batch) -> Loss:
         """The weighted square error of the student's x̂ at x_t (B, ...)."""
-        alpha, sigma = self.student.denoiser.process.scales(t.double())
-        weight = WEIGHTS[self.weight]((alpha / sigma).square()).to(x_t.dtype)
+        weight = error_weight(self.weighting, self.student.denoiser.process, t).to(x_t.dtype)
         x = self.student.denoiser(x_t, t, batch.cond)
         error = mean_square(x, target)
         return Loss((weight * error).mean(), {"error": error.detach().mean()}, x)
