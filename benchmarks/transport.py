@@ -66,6 +66,8 @@ ROWS = {
     "iCT": Row("ct", {"stage_steps": 500, "last": 160, "mean": -0.5}),
     "ECT": Row("ect", {"q": 4, "stage_steps": 500}),
     "SCT": Row("ect", {"q": 4, "stage_steps": 500, "references": True}),
+    "sCM": Row("scm", {"tangent_warmup": 200, "sigma_data": 1.0}, lr=3e-4),
+    "TCM": Row("tcm", {"q": 4, "stage_steps": 500, "first_steps": 1000, "boundary_level": 0.5}),
     "LCM": Row("lcm", {"distance": "square"}, process="ddpm"),
     "PCM": Row("pcm", {"distance": "square", "levels": 40}, (2,), renoise=False, process="ddpm"),
     "TCD": Row("tcd", {"distance": "square"}, renoise=False, process="ddpm"),
@@ -90,7 +92,7 @@ class Net(Denoiser):
 
     def __init__(self, process: Process, width: int = 128, features: int = 16) -> None:
         super().__init__()
-        self.process = process
+        self.process, self.two_times = process, False  # whether it reads s, or always 0
         floor = SIGMA_MIN if isinstance(process, Karras) else 0.0
         self.coefficients = edm(1.0, floor)
         self.register_buffer("rates", 2.0 ** torch.linspace(-2, 2, features // 2))
@@ -100,7 +102,7 @@ class Net(Denoiser):
         )  # fmt: skip
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
-        s = torch.zeros_like(t) if s is None else s
+        s = s if self.two_times and s is not None else torch.zeros_like(t)
         alpha, sigma = self.process.at(t, x_t)
         c_skip, c_out = self.coefficients(alpha, sigma)
         inner = x_t / (sigma**2 + alpha**2).sqrt()
@@ -162,6 +164,7 @@ def train(row: Row, updates: int, seed: int = 0) -> Generator:
     middle = process.time(torch.tensor(MIDDLE)).item() if row.process == "edm" else HALF
     times = (1.0, middle) if max(row.counts) == 2 else (1.0,)
     kind = OBJECTIVES[row.objective]
+    start.two_times = kind.two_times
     floor = SIGMA_MIN if row.process == "edm" else 0.0
     student = Generator(start, times, row.renoise, floor)
     networks: dict[str, Any] = {"teacher": teacher, "student": student}
