@@ -71,14 +71,9 @@ class ConsistencyTraining(Pairwise):
         return exp(self.first * log(self.target_ema) / self.intervals(step))
 
     def loss(self, batch: Batch, step: int) -> Loss:
-        f, process = self.student.denoiser, self.student.denoiser.process
         n = self.intervals(step)
         t, r = self.sample_times(batch.data, step)
-        x_t = process.noise(batch.data, t, batch.noise)
-        with torch.no_grad():
-            x_r = self.ode_step(x_t, t, r, batch)
-            target = self.boundary(self.target(x_r, r, batch.cond), x_r, r, batch)
-        x = f(x_t, t, batch.cond)
+        x, target = self.pair(t, r, batch)
         gap = self.distances(x, target) if self.distance != "cauchy" else self.cauchy(x, target, n)
         value = self.weight(t, r) * gap
         if self.diffusion_weight:

@@ -50,15 +50,18 @@ class Pairwise(Objective):
         return self.target_ema
 
     def loss(self, batch: Batch, step: int) -> Loss:
-        f, process = self.student.denoiser, self.student.denoiser.process
         t, r = self.sample_times(batch.data, step)
-        x_t = process.noise(batch.data, t, batch.noise)
+        x, target = self.pair(t, r, batch)
+        gap = self.distances(x, target)
+        return Loss((self.weight(t, r) * gap).mean(), {"distance": gap.detach().mean()}, x)
+
+    def pair(self, t: Tensor, r: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The student's x̂ at t, and its target at r, which has no gradient; (B, ...) each."""
+        x_t = self.student.denoiser.process.noise(batch.data, t, batch.noise)
         with torch.no_grad():
             x_r = self.ode_step(x_t, t, r, batch)
             target = self.boundary(self.target(x_r, r, batch.cond), x_r, r, batch)
-        x = f(x_t, t, batch.cond)
-        gap = self.distances(x, target)
-        return Loss((self.weight(t, r) * gap).mean(), {"distance": gap.detach().mean()}, x)
+        return self.student.denoiser(x_t, t, batch.cond), target
 
     def sample_times(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Times t > r (B,) for data x (B, ...)."""
