@@ -49,7 +49,7 @@ from distill.files import write
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 from teachers.prompt_limits import Cuts
-from teachers.storage.files import home, save_tensors
+from teachers.storage.files import home, is_complete, save_whole
 
 FORMAT = 3  # of shards, and of how images are read; a new number makes all caches anew
 SHARD_BYTES = 1 << 28  # about the size of one file
@@ -210,7 +210,7 @@ class Cache:
             if not (self.folder / NULL).exists():
                 _write(self.folder / NULL, null, ShardNotes([], [], Cuts()))
             for shard in self.shards[rank::world]:
-                if not _is_complete(self.folder / shard.file):
+                if not is_complete(self.folder / shard.file):
                     self._encode(shard)
                 bad += _notes_of(self.folder / shard.file).bad
                 self._check(bad, share)
@@ -379,17 +379,11 @@ def _shards(job: EncodingJob) -> Iterator[Shard]:
 
 def _write(path: Path, tensors: dict[str, Tensor], notes: ShardNotes) -> None:
     """Write a shard completely or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    # In one key, because the order of several keys is not kept.
+    tree = {"bad": notes.bad, "firsts": notes.first_frames, "cuts": asdict(notes.cuts)}
     try:
-        # In one key, because the order of several keys is not kept.
-        tree = {"bad": notes.bad, "firsts": notes.first_frames, "cuts": asdict(notes.cuts)}
-        save_tensors(tensors, draft, {"notes": json.dumps(tree)})
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
+        save_whole(tensors, path, {"notes": json.dumps(tree)})
     except (SafetensorError, OSError) as error:
-        draft.unlink(missing_ok=True)
         raise UserError(
             f"data.cache: {path} cannot be written ({error}); free some space, and "
             "the next run continues there"
@@ -404,15 +398,6 @@ def _open(path: Path) -> Any:
             f"data.cache: {path} is missing or damaged ({error}); delete it, and the next run "
             "makes it again"
         ) from None
-
-
-def _is_complete(path: Path) -> bool:
-    """Whether a shard exists and has the length that its header states."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
 
 
 def _notes_of(path: Path) -> ShardNotes:

@@ -23,7 +23,7 @@ from distill.files import write
 from distill.pairs.making import Maker, encoded
 from distill.pairs.settings import PairSettings, identity
 from teachers.errors import UserError
-from teachers.storage.files import read_json, save_tensors
+from teachers.storage.files import is_complete, read_json, save_whole
 
 FORMAT = 1
 SHARD = 1024  # pairs in a file, at most: what a killed process loses
@@ -159,27 +159,12 @@ def save(path: Path, tensors: dict[str, Tensor], evaluations: int) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
     try:
-        save_tensors(tensors, draft, {"evaluations": str(evaluations)})
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
+        save_whole(tensors, path, {"evaluations": str(evaluations)})
     except (SafetensorError, OSError) as error:
-        draft.unlink(missing_ok=True)
         raise UserError(
             f"pairs {path}: it cannot be written ({error}); make room, and the same command goes on"
         ) from None
-
-
-def is_complete(path: Path) -> bool:
-    """Whether a shard exists and has the length that its header states."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
 
 
 def opened(path: Path) -> Any:

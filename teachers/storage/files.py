@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from teachers.errors import UserError, clipped
@@ -92,3 +93,29 @@ def read_json(path: Path, who: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{who}: {path}: expected a JSON object")
     return content
+
+
+def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all, and wait until it is on the disk.
+
+    Raises:
+        SafetensorError, OSError: it cannot be written; nothing is left of it.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_tensors({k: v.contiguous() for k, v in tensors.items()}, draft, metadata)
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except (SafetensorError, OSError):
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a safetensors file exists and has the length that its header states."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
