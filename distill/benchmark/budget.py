@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from distill.config.recipe import Recipe
 from distill.config.schema import PAIRS
 from distill.data.stream import Stream
+from distill.objectives.balance import last_layer
 from distill.objectives.base import Batch
 from distill.pairs.folder import read_index
 from distill.pairs.making import Maker
@@ -31,6 +32,7 @@ from distill.seeds import seed_all
 from distill.training.build import build
 from distill.training.networks import assembled, build_networks
 from students.critic import Critic
+from students.two_time import NumberReading
 from teachers.denoiser import Cond, Denoiser, computes
 from teachers.errors import UserError
 from teachers.process import Process
@@ -111,7 +113,8 @@ def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:
 class Echo(Denoiser):
     """A network that computes nothing: it returns its input, and its calls are counted.
 
-    It has the network's parts, parameters and buffers under their own names.
+    It has the network's parts, parameters and buffers under their own names. Where it learns, its
+    output has a gradient of zero to its last layer: some objectives balance their terms there.
     """
 
     def __init__(self, network: Denoiser) -> None:
@@ -125,7 +128,9 @@ class Echo(Denoiser):
         return self._network[0].process
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
-        return x_t
+        if not any(p.requires_grad for p in self.parameters()):
+            return x_t
+        return x_t + 0 * last_layer(self).sum()
 
     def weight(self, t: Tensor) -> Tensor:
         return self._network[0].weight(t)
@@ -153,6 +158,8 @@ def echo_networks(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
     def echo(module: Any) -> Any:
         if isinstance(module, Critic):
             return EchoCritic(module, echo(module._denoiser[0]))
+        if isinstance(module, NumberReading):  # it adds to layers, and none runs
+            return echo(module.denoiser)
         if not computes(module):
             for name, child in module.named_children():
                 setattr(module, name, echo(child))

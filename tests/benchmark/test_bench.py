@@ -164,6 +164,14 @@ def test_every_shipped_benchmark_is_valid(name):
     assert Bench.load(name).rows
 
 
+@pytest.mark.parametrize("name", ["bench/digits", "bench/shapes"])
+def test_every_row_of_a_benchmark_can_count_its_budget(name):
+    """Networks that read a landing time or a scale, or whose last layer balances losses, too."""
+    bench = Bench.load(name)
+    for row in bench.rows:
+        bench.budget.check(bench.recipe(row, 0))
+
+
 def test_the_digits_benchmark_races_all_divergences_at_one_two_and_four_steps():
     from typing import get_args
 
