@@ -25,6 +25,7 @@ from distill.training import build
 from distill.training.compilation import compile_run, mode_of
 from distill.training.engine import Engine
 from distill.training.networks import objective_of
+from distill.training.optimizers import OffloadedAdamW
 from gpu_parts.rows import Row, source_of, teacher_of
 from students.critic import Critic
 from teachers.denoiser import computes
@@ -246,11 +247,13 @@ def fresh_graphs() -> None:
 
 
 def state_gb(engine: Engine) -> float:
-    """GB of weights, moments and the average, as `distill plan` counts them."""
+    """GB of weights, moments and the average on the device, as `distill plan` counts them."""
     networks = [v for v in vars(engine.objective).values() if isinstance(v, nn.Module)]
     tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
-    moments = [v for q in engine.players.values() for s in q.optimizer.state.values()
-               for v in s.values() if isinstance(v, Tensor) and v.dim()]  # fmt: skip
+    optimizers = [q.optimizer for q in engine.players.values()]
+    moments = [v for o in optimizers if not isinstance(o, OffloadedAdamW)
+               for s in o.state.values() for v in s.values()
+               if isinstance(v, Tensor) and v.dim()]  # fmt: skip
     return unique([*tensors, *moments, *engine.ema.mean]) / GB
 
 

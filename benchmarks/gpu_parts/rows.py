@@ -109,29 +109,45 @@ class Row:
 
 SHARED = ("train.batch=128", "train.accumulate=1", "objective.student_every=5")
 CIFAR_SHAPE: dict[str, Any] = {"small": SMALL_CIFAR, "small_shape": (3, 8, 8)}
+SDXL_SMALL: dict[str, Any] = {
+    "small": {
+        **UNET_SMALL, "block_out_channels": [16, 32], "cross_attention_dim": 16,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2], "attention_head_dim": [2, 2],
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64,
+    },
+    "small_shape": (4, 8, 8), "small_cond": {"text": (7, 16), "pooled": (16,)},
+}  # fmt: skip
+SD15_SMALL: dict[str, Any] = {
+    "small": {
+        **UNET_SMALL, "block_out_channels": [16, 16], "cross_attention_dim": 16,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    },
+    "small_shape": (4, 8, 8), "small_cond": {"text": (7, 16)},
+}  # fmt: skip
+SANA_SMALL: dict[str, Any] = {
+    "small": {
+        **HEADS_SMALL, "num_layers": 2, "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 32,
+        "sample_size": 4,
+    },
+    "small_shape": (32, 4, 4), "small_cond": {"text": (7, 32), "mask": (7,)},
+}  # fmt: skip
+SIT_SMALL: dict[str, Any] = {
+    "small": {"depth": 2, "width": 32, "heads": 2, "mlp_width": 64, "sample_size": 8},
+    "small_shape": (4, 8, 8),
+}
+FEW = ("train.batch=16", "train.accumulate=2")
 ROWS = (
-    Row(
-        "sdxl-dmd2-lora", "sdxl", published.SDXL, "sdxl/dmd2-lora",
-        small={
-            **UNET_SMALL, "block_out_channels": [16, 32], "cross_attention_dim": 16,
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-            "transformer_layers_per_block": [1, 2], "attention_head_dim": [2, 2],
-            "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64,
-        },
-        small_shape=(4, 8, 8), small_cond={"text": (7, 16), "pooled": (16,)},
-    ),
+    Row("sdxl-dmd2-lora", "sdxl", published.SDXL, "sdxl/dmd2-lora", **SDXL_SMALL),
     Row("edm-cifar-dmd2", "edm", EDM_CIFAR, "edm/dmd2", SHARED, compares=True, **CIFAR_SHAPE),
     Row(
         "sd15-dmd2", "sd15", published.SD15, "sd15/dmd2",
         ("train.batch=32", "train.accumulate=2", "objective.student_every=5",
          "players.student.optimizer=adamw", "players.fake.optimizer=adamw"),
-        small={
-            **UNET_SMALL, "block_out_channels": [16, 16], "cross_attention_dim": 16,
-            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        },
-        small_shape=(4, 8, 8), small_cond={"text": (7, 16)},
+        **SD15_SMALL,
     ),
     Row(
         "flux-dmd2-lora-nf4", "flux", published.FLUX_DEV, "flux/dmd2-lora",
@@ -149,13 +165,7 @@ ROWS = (
     ),
     Row(
         "sana-dmd2-lora", "sana", published.SANA_1600M, "sana/dmd2-lora",
-        (), {"num_layers": 8},
-        {
-            **HEADS_SMALL, "num_layers": 2, "num_cross_attention_heads": 2,
-            "cross_attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 32,
-            "sample_size": 4,
-        },
-        (32, 4, 4), {"text": (7, 32), "mask": (7,)},
+        (), {"num_layers": 8}, **SANA_SMALL,
     ),
     Row("edm-cifar-ect", "edm", EDM_CIFAR, "edm/ect", SHARED[:2], **CIFAR_SHAPE),
     Row("edm-cifar-fdistill", "edm", EDM_CIFAR, "edm/fdistill", SHARED, **CIFAR_SHAPE),
@@ -179,6 +189,17 @@ ROWS = (
         },
         (16, 8, 8), {"text": (7, 32), "pooled": (16,)},
     ),
+    # The trajectory family, at the published depths.
+    Row("sdxl-lcm-lora", "sdxl", published.SDXL, "sdxl/lcm-lora",
+        ("train.batch=4", "train.accumulate=4"), **SDXL_SMALL),
+    Row("sd15-lcm-lora", "sd15", published.SD15, "sd15/lcm-lora",
+        ("train.batch=16", "train.accumulate=4"), **SD15_SMALL),
+    Row("sana-scm-lora", "sana", published.SANA_1600M, "sana/scm", (), **SANA_SMALL),
+    Row("edm-cifar-ict", "edm", EDM_CIFAR, "edm/ict", SHARED[:2], **CIFAR_SHAPE),
+    Row("edm-cifar-ctm", "edm", EDM_CIFAR, "edm/ctm",
+        ("train.batch=128", "train.accumulate=2", "objective.gan_start=0"), **CIFAR_SHAPE),
+    Row("sit-meanflow", "sit", published.SIT_XL, "sit/meanflow", FEW, **SIT_SMALL),
+    Row("sit-ect", "sit", published.SIT_XL, "sit/ect", FEW, **SIT_SMALL),
 )  # fmt: skip
 
 
