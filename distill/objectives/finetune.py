@@ -42,7 +42,8 @@ class FineTuning(Objective):
             t = self.times.sample(x, network.process)
         else:
             places = [(first + i) % len(student.times) for i in range(len(x))]
-            t = x.new_tensor([student.times[k] for k in places])
+            t = torch.tensor([student.times[k] for k in places], dtype=x.dtype)
+            t = t.to(x.device, non_blocking=True)
         x_t = network.process.noise(x, t, torch.randn_like(x))
         weight = network.weight(t)
         target = self.target(batch, x_t, t)
@@ -84,7 +85,7 @@ def states(student: Generator, z: Tensor, cond: Cond, places: list[int]) -> Tens
     Args:
         places: The step of each sample's chain whose input is taken, from 0 on.
     """
-    place = torch.tensor(places, device=z.device)
+    place = torch.tensor(places).to(z.device, non_blocking=True)
     x_t = z * student.scale(z)
     for k in range(max(places)):
         x_t = torch.where(expand(place > k, z), student.step(x_t, k, cond), x_t)

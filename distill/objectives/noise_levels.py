@@ -80,7 +80,8 @@ class LogStudent:
         kind = {"dtype": torch.float64, "device": like.device}
         scale = self.std * self.dof**0.5
         # Even in asinh, which follows the density's own scale.
-        ends = (torch.tensor([self.low, self.high], **kind).log() - self.mean) / scale
+        ends = torch.tensor([self.low, self.high], dtype=torch.float64)
+        ends = (ends.to(like.device, non_blocking=True).log() - self.mean) / scale
         share = torch.linspace(0, 1, 4097, **kind)
         place = (ends.asinh()[0] + share * ends.asinh().diff()).sinh()
         middle = (place[1:] + place[:-1]) / 2

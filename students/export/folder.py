@@ -348,7 +348,8 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
 
         theirs = load_file(out)
     for steps in generator.counts:
-        ours = pictures(generator, teacher, steps, prompts)
+        with without_tf32():
+            ours = pictures(generator, teacher, steps, prompts)
         if difference := pixel_difference(ours, theirs[str(steps)], generator):
             raise ExportError(f"at {steps} steps the exported pipeline {difference}")
 
@@ -405,6 +406,7 @@ def rehearse(
             decoding_singly(teacher, device),
             posterior_modes(bool(teacher.codec.pictures)),
             torch.autocast(device.type, network.dtype, enabled=half),
+            without_tf32(),
         ):
             pipe = pipeline(generator, teacher, isinstance(network, UNet), cond)
             changes = landing_folds(generator, teacher, cond)
@@ -449,9 +451,32 @@ def decoding_singly(teacher: Teacher, device: torch.device) -> Iterator[None]:
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment without the variables by which a child joins its process group."""
+    """This process's environment for a child that checks an export.
+
+    It lacks the variables by which a child joins its process group, and has NVIDIA's by which
+    float32 products are not rounded to TF32.
+    """
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC")
-    return {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+    return kept | {"NVIDIA_TF32_OVERRIDE": "0"}
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Within it, float32 products on a GPU keep their digits.
+
+    PyTorch lets cuDNN's convolutions round their inputs to TF32's ten bits. An adapter beside its
+    weights and the same adapter merged into them then differ by a grey level.
+    """
+    places = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed
 
 
 @torch.no_grad()

@@ -27,7 +27,12 @@ from torch import Tensor, nn
 
 from students.adapter_layers import adapter_layers, adapter_names
 from students.export import sampler_file
-from students.export.folder import ExportError, child_environment, sample_student
+from students.export.folder import (
+    ExportError,
+    child_environment,
+    sample_student,
+    without_tf32,
+)
 from students.export.sources.user import sources_of
 from students.generator import Generator
 from students.lora import adapter_of, merged_weight, network_of, view_of
@@ -98,7 +103,7 @@ def rehearse(generator: Generator, teacher: Teacher) -> None:
         for steps in generator.counts:
             ours = tried_samples(plain, teacher, steps, cond)
             try:
-                with imports_forgotten():
+                with imports_forgotten(), without_tf32():
                     theirs = sampler_file.sample(folder, SAMPLES, steps, 0, cond)
             except Exception as error:  # a part of the user's source that was not found
                 raise UserError(
@@ -300,7 +305,8 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
 
 def samples_of(generator: Generator, teacher: Teacher, steps: int, cond: Cond) -> Tensor:
     """The student's own samples for seed 0."""
-    return sample_student(generator.at(steps), teacher, [0] * SAMPLES, 0, cond=cond)
+    with without_tf32():
+        return sample_student(generator.at(steps), teacher, [0] * SAMPLES, 0, cond=cond)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> str:

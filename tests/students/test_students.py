@@ -1,16 +1,19 @@
 import json
 import random
+import subprocess
 
 import pytest
 import torch
 from torch import nn
 
 from students import Critic, Generator, schedulers
+from students.export import folder as exporting
 from students.export.folder import (
     ExportError,
     export,
     load_student,
     pixel_difference,
+    rehearse,
     sample_student,
     verify,
 )
@@ -304,6 +307,29 @@ def test_an_export_that_differs_is_refused_and_leaves_nothing(pipelines, tmp_pat
     with pytest.raises(ExportError, match="differs"):
         verify(tmp_path / "student", other, teacher)
     assert [p.name for p in tmp_path.iterdir()] == ["student"]  # no drafts
+
+
+def test_exports_are_compared_without_tf32(pipelines, tmp_path, monkeypatch):
+    """TF32 would tell a merged adapter from one beside its weights, on a GPU."""
+    teacher = load(str(pipelines["edm"]), null_label=10)
+    student, allowed = schedulers.student(teacher, 1), []
+    drawn, run = exporting.pictures, subprocess.run
+
+    def pictures(*args):
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return drawn(*args)
+
+    def child(*args, env, **options):
+        allowed.append(env["NVIDIA_TF32_OVERRIDE"] != "0")
+        return run(*args, env=env, **options)
+
+    monkeypatch.setattr(exporting, "pictures", pictures)
+    monkeypatch.setattr(exporting.subprocess, "run", child)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    export(student, teacher, tmp_path / "student", {})
+    rehearse(student, teacher)
+    assert allowed and not any(allowed)
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_one_pixel_that_differs_fails_an_export(pipelines):

@@ -85,7 +85,7 @@ class ConsistencyTraining(Pairwise):
     def grid(self, n: int, like: Tensor) -> Tensor:
         """The n + 1 times from 0 up, on the device of `like`; float64."""
         process = self.student.denoiser.process
-        ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=like.device)
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64).to(like.device, non_blocking=True)
         alpha, sigma = process.scales(ends)
         low, high = (sigma / alpha).clamp(0.002, 80.0) ** (1 / self.rho)
         share = torch.linspace(0, 1, n + 1, dtype=torch.float64, device=like.device)

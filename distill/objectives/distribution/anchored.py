@@ -53,7 +53,8 @@ class AnchoredDMD2(DMD2):
         """The squared change of the student's output since the start, mean over the batch: ()."""
         places = [(first + i) % len(student.times) for i in range(len(batch.noise))]
         x_t = states(student, batch.noise, batch.cond, places)
-        t = x_t.new_tensor([student.times[k] for k in places])
+        t = torch.tensor([student.times[k] for k in places], dtype=x_t.dtype)
+        t = t.to(x_t.device, non_blocking=True)
         with torch.no_grad():
             before = self.before(x_t, t, batch.cond)
         return mean_square(student.denoiser(x_t, t, batch.cond), before).mean()

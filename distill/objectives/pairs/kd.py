@@ -53,6 +53,6 @@ class KD(Objective):
         chain, first = self.student.sample_chain()
         n, z = len(chain.times), batch.noise
         place = (first + torch.arange(len(z), device=z.device)) % n
-        t = torch.as_tensor(chain.times, dtype=z.dtype, device=z.device)[place]
+        t = torch.tensor(chain.times, dtype=z.dtype).to(z.device, non_blocking=True)[place]
         x_t = chain.denoiser.process.noise(batch.data, t, z)
         return torch.where(expand(place == 0, z), chain.scale(z) * z, x_t), t

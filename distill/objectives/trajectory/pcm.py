@@ -64,7 +64,8 @@ class PCM(LCM):
 
     def edge(self, cell: Tensor) -> Tensor:
         """The level that the student goes to from cells (B,) of the grid, at or below them."""
-        edges = torch.tensor(edges_of(self.levels, len(self.student.times))).to(cell.device)
+        edges = torch.tensor(edges_of(self.levels, len(self.student.times)))
+        edges = edges.to(cell.device, non_blocking=True)
         return edges[torch.searchsorted(edges, cell, right=True) - 1]
 
     def loss(self, batch: Batch, step: int) -> Loss:
