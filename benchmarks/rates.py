@@ -15,13 +15,15 @@ EMPTY = "no card is measured yet: benchmarks/gpu.py writes docs/results/gpu"
 def row(tree: dict[str, Any], matrix: dict[str, float]) -> dict[str, Any] | None:
     """A row's share of the card's rate; None of one that was not measured.
 
+    Neither is one that "shared" the machine with other programs.
+
     The FLOPs are those of `distill plan`, which divides them by this share, or else the script's
     own.
     """
     share, kind = tree.get("share"), "fp32" if tree.get("precision") == "fp32" else "bf16"
     if tree.get("plan_tflop") and tree.get("step_ms") and kind in matrix:
         share = tree["plan_tflop"] / (tree["step_ms"] / 1000) / matrix[kind]
-    if not share:
+    if not share or tree.get("shared"):
         return None
     return {**{k: tree[k] for k in KEPT}, "share": round(share, 4)}
 

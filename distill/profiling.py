@@ -125,6 +125,25 @@ class FusedAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class EagerAutocast(FusedAttention):
+    """`FusedAttention` in which CPU's autocast computes what CUDA's does in float32.
+
+    These are the norms and softmax, whose float32 outputs are kept for the backward pass. Compiled
+    code recomputes them. With it, plans of EDM's network, which has a norm before each convolution,
+    are 4 % below what an H200 takes, and without it 40 %.
+    """
+
+    PRECISE = (F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self.PRECISE or not torch.is_autocast_enabled("cpu"):
+            return super().__torch_function__(func, types, args, kwargs)
+        args = [v.float() if isinstance(v, Tensor) else v for v in args]
+        kwargs = {k: v.float() if isinstance(v, Tensor) else v for k, v in (kwargs or {}).items()}
+        with torch.autocast("cpu", enabled=False):
+            return func(*args, **kwargs)
+
+
 def _inputs(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Attention's queries, keys and values, given by position or by name."""
     return query, key, value

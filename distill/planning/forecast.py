@@ -21,6 +21,7 @@ from distill.planning.plan import Plan, play
 from distill.profiling import FusedAttention, Meter, unique
 from distill.rates import family_of
 from distill.training import custom_objective
+from distill.training.compilation import wanted_mode
 from distill.training.networks import assembled, build_networks, player_networks
 from distill.training.optimizers import optimizer_bytes
 from students.export.forms import StockForm, form_of
@@ -69,7 +70,7 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
         random.seed(0)
         with explained(recipe, teacher):
             most, gradients, flops, evaluations = play(
-                objective, movers, batch, parts, max(steps, 4), train.precision
+                objective, movers, batch, parts, max(steps, 4), train.precision, compiles(recipe)
             )
     networks = [v for v in vars(objective).values() if isinstance(v, nn.Module)]
     tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
@@ -96,6 +97,11 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
         flops=flops,
         host=host,
     )
+
+
+def compiles(recipe: Recipe) -> bool:
+    """Whether a run on a GPU compiles its networks."""
+    return wanted_mode(recipe, torch.device("cuda")) != "off"
 
 
 def shape_of(section: TeacherSection, fake: Any) -> Teacher:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from distill.config.recipe import Recipe
 from distill.objectives.base import Batch, Objective, Turn
-from distill.profiling import FusedAttention, Meter, denoisers_in, evaluations_of, unique
+from distill.profiling import (
+    EagerAutocast,
+    FusedAttention,
+    Meter,
+    denoisers_in,
+    evaluations_of,
+    unique,
+)
 from distill.rates import GPUS, Gpu, Share, share_of
 
 __all__ = ["GPUS", "RESERVE", "Gpu", "Plan", "advice", "play"]
@@ -125,11 +132,13 @@ def play(
     parts: int,
     steps: int,
     precision: str,
+    compiled: bool = True,
 ) -> tuple[int, int, float, dict[str, float]]:
     """Play the turns of the objective's first `steps` steps, each kind once, without updates.
 
     Args:
         batch: One of the `parts` that a step's batch is cut into.
+        compiled: Whether the run compiles its networks, which keeps fewer activations.
 
     Returns:
         The most bytes of activations, the most of gradients, and the FLOPs and the samples through
@@ -146,7 +155,7 @@ def play(
                 plays.append(turn.players)
                 if turn.players not in kinds:
                     moving = [p for name in turn.players for p in players[name]]
-                    cost = _cost(turn, batch, parts, moving, tensors, precision, counts)
+                    cost = _cost(turn, batch, parts, moving, tensors, precision, counts, compiled)
                     kinds[turn.players] = cost
     scale = parts / steps
     return (
@@ -175,13 +184,15 @@ def _cost(
     tensors: list[Tensor],
     precision: str,
     counts: dict[str, int],
+    compiled: bool,
 ) -> Cost:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     for p in moving:
         p.requires_grad_(True)
     before = dict(counts)
     known = {t.untyped_storage()._cdata for t in tensors}
-    with Meter(known) as meter, FusedAttention(meter):
+    functions = FusedAttention if compiled else EagerAutocast
+    with Meter(known) as meter, functions(meter):
         if parts > 1:  # the first part's gradients stay while the others are computed
             for p in moving:
                 p.grad = torch.zeros_like(p)

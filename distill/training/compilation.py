@@ -36,6 +36,14 @@ from teachers.guidance import SkipLayerGuided
 PAYS = 2000
 
 
+def wanted_mode(recipe: Recipe, device: torch.device) -> Mode:
+    """How a machine that can compile does: `train.compile`, or the default on this device."""
+    mode, short = recipe.train.compile, recipe.train.steps < PAYS
+    if mode is None:
+        return "off" if device.type == "cpu" or short else "blocks"
+    return mode
+
+
 def mode_of(recipe: Recipe, device: torch.device) -> Mode:
     """How to compile: the recipe's `train.compile`, or the default on this device.
 
@@ -45,12 +53,12 @@ def mode_of(recipe: Recipe, device: torch.device) -> Mode:
     Raises:
         UserError: the recipe asks for compilation, and this machine cannot compile.
     """
-    mode, short = recipe.train.compile, recipe.train.steps < PAYS
-    if mode == "off" or (mode is None and (device.type == "cpu" or short)):
+    mode = recipe.train.compile
+    if (wanted := wanted_mode(recipe, device)) == "off":
         return "off"
     reason = why_not_compiled(device)
     if reason is None:
-        return mode or "blocks"
+        return wanted
     if mode is None:
         print_notice(f"train.compile: off, since this machine cannot compile: {reason}")
         return "off"

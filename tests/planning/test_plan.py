@@ -81,6 +81,20 @@ def test_a_plan_keeps_no_casts_of_weights_as_a_run_keeps_none(tmp_path):
     assert plan.activations + plan.gradients == pytest.approx(found, rel=0.1)
 
 
+def test_an_eager_plan_has_the_float32_norms_of_cudas_autocast(pipelines):
+    """Compiled code recomputes them; float32 runs and checkpointed ones have none to keep."""
+
+    def activations(compile, **train):
+        tree = recipe_tree("sid", pipelines["edm"], batch=64)
+        tree["train"] |= {"compile": compile, **train}
+        return forecast.plan(Recipe.check(tree)).parts["activations"]
+
+    half, full = {"precision": "bf16"}, {"precision": "fp32"}
+    assert activations("off", **half) > 1.2 * activations("blocks", **half)
+    assert activations("off", **full) == activations("blocks", **full)
+    assert activations("off", **half) < activations("off", **full)
+
+
 def test_weights_and_optimiser_are_counted_exactly(pipelines, tmp_path):
     recipe = small(pipelines)
     plan, engine = forecast.plan(recipe), build.build(recipe, tmp_path / "run").engine
