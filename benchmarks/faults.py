@@ -759,6 +759,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_phased_consistency.py::test_a_cell_belongs_to_the_phase_that_it_starts_in",
     ),
     fault(
+        "PCM's critic climbed down",
+        "distill/objectives/trajectory/pcm.py",
+        "term = -self.logits(",
+        "term = self.logits(",
+        "objectives/test_phased_consistency.py::test_the_student_climbs_the_critics_logits_and_with_weight_0_does_not",
+    ),
+    fault(
+        "PCM's fakes and reals with noise of their own",
+        "distill/objectives/trajectory/pcm.py",
+        "process.noisier(x, e, t, eps)",
+        "process.noisier(x, e, t, torch.randn_like(eps))",
+        "objectives/test_phased_consistency.py::test_the_critic_sees_landings_and_targets_at_one_time_of_their_phase_with_one_noise",
+    ),
+    fault(
+        "more noise added as to a clean sample",
+        "teachers/process.py",
+        "(sigma**2 - (kept * sigma_s) ** 2)",
+        "(sigma**2 - 0 * (kept * sigma_s) ** 2)",
+        "objectives/test_phased_consistency.py::test_noise_added_above_a_time_keeps_the_marginals",
+    ),
+    fault(
         "targets at an edge taken from the student",
         "distill/objectives/trajectory/pcm.py",
         "torch.where(expand(r == e, x_r), x_r, landing)",

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from boards import caption_accuracy, students, untrained
+from boards import caption_accuracy, lines, students, untrained
 from evidence import evidence
 from gpu_parts.tables import gpus
 from rates import rates
@@ -27,19 +27,63 @@ from teachers.errors import plural
 
 ROOT = Path(__file__).parent.parent
 SHARES = ("precision", "recall", "coverage")  # beside the distance, in the quickstart's table
-# The method, its paper, file, recipe and data, and its row in the benchmark of the digits.
-DMD2, CM = "Yin et al. 2024, arXiv:2405.14867", "consistency.py"
+# The method, its paper, file, recipe and what it learns from, by row of the digits benchmark.
+SONG = "Song et al. 2023, arXiv:2303.01469"
+BOTH, DATA, PAIRS = "teacher, data", "data", "pairs"
+CT_FILE, CM = "consistency_training.py", "consistency.py"
 METHODS = {
-    "DMD2": ("DMD2", DMD2, "dmd2.py", "dmd2", "critic only"),
-    "DMD2, 4 steps": ("DMD2, four steps", "the same", "dmd2.py", "dmd2-4step", "critic only"),
-    "SiD α = 1": ("SiD", "Zhou et al. 2024, arXiv:2404.04057", "sid.py", "sid", "none"),
+    "DMD2": ("DMD2", "Yin et al. 2024, arXiv:2405.14867", "dmd2.py", "dmd2",
+             "teacher; its critic, data"),
+    "DMD2, 4 steps": ("DMD2, four steps", "the same", "dmd2.py", "dmd2-4step",
+                      "teacher; its critic, data"),
+    "SiD α = 1": ("SiD", "Zhou et al. 2024, arXiv:2404.04057", "sid.py", "sid", "teacher"),
     "Jensen-Shannon": ("f-distill (JS)", "Xu et al. 2025, arXiv:2502.15681", "fdistill.py",
-                       "fdistill", "yes"),
-    "consistency": ("Consistency", "Song et al. 2023, arXiv:2303.01469", CM, "consistency", "yes"),
-    "ECT": ("ECT", "Geng et al. 2024, arXiv:2406.14548", CM, "ect", "yes"),
+                       "fdistill", BOTH),
+    "consistency": ("Consistency", SONG, CM, "consistency", BOTH),
+    "CT": ("CT", SONG, CT_FILE, "ct", DATA),
+    "iCT": ("iCT", "Song & Dhariwal 2023, arXiv:2310.14189", CT_FILE, "ict", DATA),
+    "iCT, immiscible noise": ("iCT, immiscible noise", "Li et al. 2024, arXiv:2406.12303",
+                              "data/stream.py", "immiscible", DATA),
+    "iLCT": ("iLCT's loss", "Dao et al. 2025, arXiv:2502.01441", CT_FILE, "ilct", DATA),
+    "ECT": ("ECT", "Geng et al. 2024, arXiv:2406.14548", CM, "ect", DATA),
+    "SCT": ("SCT", "Wang et al. 2024, arXiv:2410.18958", CM, "sct", DATA),
+    "TCM": ("TCM", "Lee et al. 2024, arXiv:2410.14895", "tcm.py", "tcm", DATA),
+    "sCM": ("sCM (sCD)", "Lu & Song 2024, arXiv:2410.11081", "scm.py", "scm", BOTH),
+    "MeanFlow": ("MeanFlow", "Geng et al. 2025, arXiv:2505.13447", "meanflow.py", "meanflow", BOTH),
+    "improved MeanFlow": ("Improved MeanFlow", "Geng et al. 2025, arXiv:2512.02012", "meanflow.py",
+                          "meanflow", BOTH),
+    "AYF": ("AYF", "Sabour et al. 2025, arXiv:2506.14603", "meanflow.py", "ayf", BOTH),
+    "CTM": ("CTM, no critic", "Kim et al. 2023, arXiv:2310.02279", "ctm.py", "ctm", BOTH),
+    "shortcut": ("Shortcut", "Frans et al. 2024, arXiv:2410.12557", "shortcut.py", "shortcut",
+                 BOTH),
+    "IMM": ("IMM", "Zhou et al. 2025, arXiv:2503.07565", "imm.py", "imm", DATA),
+    "KD": ("KD", "Luhman & Luhman 2021, arXiv:2101.02388", "kd.py", "kd", PAIRS),
+    "KD, 2 steps": ("KD, two steps", "the same", "kd.py", "kd", PAIRS),
+    "KD, 4 steps": ("KD, four steps", "the same", "kd.py", "kd", PAIRS),
+    "ReFlow": ("ReFlow, then distilled", "Liu et al. 2022, arXiv:2209.03003", "reflow.py",
+               "reflow", PAIRS),
+    "ReFlow, 2 steps": ("ReFlow, two steps", "the same", "reflow.py", "reflow", PAIRS),
+    "ReFlow, 4 steps": ("ReFlow, four steps", "the same", "reflow.py", "reflow", PAIRS),
+    "Simple ReFlow": ("Simple ReFlow", "Kim et al. 2024, arXiv:2410.07815", "reflow.py",
+                      "simple-reflow", PAIRS),
+    "guided distillation": ("Guided distillation, g = 1 of 1 to 3",
+                            "Meng et al. 2022, arXiv:2210.03142", "guided.py", "guided", BOTH),
     "progressive, 1 step": ("Progressive", "Salimans & Ho 2022, arXiv:2202.00512",
-                            "progressive.py", "progressive", "yes"),
+                            "progressive.py", "progressive", BOTH),
+    "progressive, 2 steps": ("Progressive, two steps", "the same", "progressive.py",
+                             "progressive", BOTH),
+    "progressive, 4 steps": ("Progressive, four steps", "the same", "progressive.py",
+                             "progressive", BOTH),
 }  # fmt: skip
+# The latent consistency family and reflow, by row of the shapes benchmark.
+LATENT = {
+    "LCM, all weights": ("LCM, all weights", "Luo et al. 2023, arXiv:2310.04378", "lcm"),
+    "LCM-LoRA": ("LCM-LoRA", "Luo et al. 2023, arXiv:2311.05556", "lcm-lora"),
+    "PCM, 4 steps": ("PCM", "Wang et al. 2024, arXiv:2405.18407", "pcm"),
+    "TCD": ("TCD, γ = 0.3", "Zheng et al. 2024, arXiv:2402.19159", "tcd"),
+    "RG-LCD": ("RG-LCD, latent proxy", "Li et al. 2024, arXiv:2403.11027", "rg-lcd"),
+    "ReFlow": ("ReFlow", "Liu et al. 2022, arXiv:2209.03003", "reflow"),
+}
 # By shapes recipe: the method, and the data that its adapters learn from beside the teacher.
 SHAPES = {
     "dmd2-lora": ("DMD2", "captions"),
@@ -109,7 +153,7 @@ def methods() -> str:
     """A row for each method: paper, file, recipe, data, and distances by step count."""
     board = json.loads((ROOT / "docs/results/bench-digits/leaderboard.json").read_text())
     lines = [
-        "| method | paper | file | recipe | data | 1 step | 2 steps | 4 steps |",
+        "| method | paper | file | recipe | learns from | 1 step | 2 steps | 4 steps |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, (title, paper, file, recipe, data) in METHODS.items():
@@ -133,6 +177,17 @@ def chains() -> str:
     for name, title in CHAINS.items():
         lines.append(f"| {title} | {distances(board, name)} |")
     return "\n".join(lines)
+
+
+def latent() -> str:
+    """A row for each method on latents: captions right and distance by step count."""
+    board = {(line.name, line.steps): line for line in lines("shapes")}
+    rows = ["| method | paper | recipe | 1 step | 2 steps | 4 steps |", "|---|---|---|---|---|---|"]
+    for name, (title, paper, recipe) in LATENT.items():
+        at = [board.get((name, k)) for k in (1, 2, 4)]
+        cells = [caption_accuracy(line) if line else "" for line in at]
+        rows.append(f"| {title} | {paper} | `shapes/{recipe}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def distances(board: list[dict[str, Any]], name: str) -> str:
@@ -276,7 +331,13 @@ def insert(text: str, name: str, table: str) -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {  # by file and marker, the function of a table
     "README.md": {"results": readme, "text": text},
     "docs/figures.md": {"figures": figures},
-    "docs/methods.md": {"results": methods, "chains": chains, "shapes": shapes, "seeds": seeds},
+    "docs/methods.md": {
+        "results": methods,
+        "chains": chains,
+        "shapes": shapes,
+        "seeds": seeds,
+        "latent": latent,
+    },
     "docs/benchmark.md": {
         "gaussians": partial(students, "gaussians"),
         "digits": partial(students, "digits"),

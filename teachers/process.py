@@ -66,6 +66,12 @@ class Process:
         """x_s, one DDIM step along the probability-flow ODE whose denoised end is x."""
         return self.noise(x, s, self.eps(x_t, x, t))
 
+    def noisier(self, x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t (B, ...) of x_s at lower times s (B,), by more noise of the forward process."""
+        (alpha, sigma), (alpha_s, sigma_s) = self.at(t, x_s), self.at(s, x_s)
+        kept = alpha / alpha_s
+        return kept * x_s + (sigma**2 - (kept * sigma_s) ** 2).clamp(min=0).sqrt() * eps
+
     def end(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The x̂ from which a step from x_t lands on x_s: the inverse of `step`."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.at(t, x_t), self.at(s, x_t)

@@ -20,10 +20,11 @@ from distill.objectives.pairs.kd import KD
 from distill.objectives.pairs.reflow import Reflow
 from distill.objectives.trajectory.guided import GuidedDistillation
 from distill.objectives.trajectory.lcm import LCM
-from distill.objectives.trajectory.pcm import PCM, TCD
+from distill.objectives.trajectory.pcm import PCM
 from distill.objectives.trajectory.progressive import Progressive
 from distill.objectives.trajectory.rg_lcd import RewardGuidedLCM
 from distill.objectives.trajectory.snapfusion import SnapFusion
+from distill.objectives.trajectory.tcd import TCD
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "ayf": AYF,

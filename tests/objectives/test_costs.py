@@ -155,6 +155,9 @@ COSTS = {
         {"equal": 0.0, "direction": "own", "velocity": "data"},
         {"student forward": 3, "student backward": 1}),
     ("pcm", "as LCM"): ({}, {"student forward": 2, "student backward": 1, "teacher forward": 1}),
+    ("pcm", "the critic reads landings and targets"): ({"critic": True}, {
+        "student forward": 4, "student backward": 1,
+        "teacher forward": 2 + 3, "teacher backward": 1}),
     ("progressive", "two steps of the teacher"): (
         {}, {"student forward": 1, "student backward": 1, "teacher forward": 2}),
     ("reflow", "one"): ({}, {"student forward": 1, "student backward": 1}),

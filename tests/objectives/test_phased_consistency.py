@@ -5,7 +5,8 @@ import torch
 
 from distill.objectives.base import Batch
 from distill.objectives.trajectory.lcm import LCM
-from distill.objectives.trajectory.pcm import PCM, TCD, edges_of
+from distill.objectives.trajectory.pcm import PCM, edges_of
+from distill.objectives.trajectory.tcd import TCD
 from students.generator import Generator
 from teachers.analytic import Gaussian
 from teachers.process import Karras, Linear, Tabulated
@@ -162,3 +163,89 @@ def test_tcd_of_one_step_to_each_level_is_zero_at_the_teacher_where_steps_are_ex
     with torch.no_grad():
         network.slopes.add_(0.1)
     assert objective.loss(zero, 0).value.item() > 1e-4
+
+
+# ---- the adversarial loss
+
+
+class Line(torch.nn.Module):
+    """A critic whose logit is x_t times a number that learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones((), dtype=D))
+        self.seen = []
+
+    def forward(self, x_t, t, cond=None):
+        self.seen.append((x_t.detach(), t))
+        return self.w * x_t[:, 0]
+
+
+@pytest.mark.parametrize("process", [DDPM, Linear()], ids=["ddpm", "flow"])
+def test_noise_added_above_a_time_keeps_the_marginals(process):
+    s, t = torch.full((200_000,), 0.25, dtype=D), torch.full((200_000,), 0.75, dtype=D)
+    x = 0.5 * torch.randn(200_000, 1, dtype=D)
+    x_s = process.noise(x, s, torch.randn_like(x))
+    x_t = process.noisier(x_s, s, t, torch.randn_like(x))
+    alpha, sigma = (v[0].item() for v in process.scales(t))
+    assert x_t.var().item() == pytest.approx((0.5 * alpha) ** 2 + sigma**2, rel=0.02)
+    assert (x * x_t).mean().item() == pytest.approx(0.25 * alpha, rel=0.05)
+    torch.testing.assert_close(process.noisier(x_s, s, s, x), x_s)  # no time, no noise
+
+
+def test_the_critic_sees_landings_and_targets_at_one_time_of_their_phase_with_one_noise():
+    objective, network = make(PCM, DDPM, 40, DDIM4)
+    objective.critic = critic = Line()
+    value = objective.critic_loss(drawn()).value
+    (fake, t), (real, same) = critic.seen
+    assert torch.equal(t, same)
+    expected = (1 + fake).relu().mean() + (1 - real).relu().mean()
+    torch.testing.assert_close(value, expected.clone(), check_dtype=False)
+    value.backward()
+    assert critic.w.grad is not None and network.slopes.grad is None
+    levels = levels_of(DDPM, 40)
+    index = torch.searchsorted(levels, t)
+    torch.testing.assert_close(levels[index], t)
+    assert index.min() >= 1 and index.max() == 40
+    with torch.no_grad():  # where the student lands right, both are the same
+        network.slopes.copy_(optimum(DDPM, 40, edges_of(40, 4)))
+    objective.critic = critic = Line()
+    objective.critic_loss(drawn())
+    torch.testing.assert_close(critic.seen[0][0], critic.seen[1][0], atol=1e-9, rtol=1e-9)
+
+
+def test_a_landing_is_noised_within_its_phase_alone():
+    objective, _ = make(PCM, DDPM, 40, DDIM4)
+    cells = torch.tensor([0, 9, 10, 19, 20, 39])
+    assert objective.top(cells).tolist() == [10, 10, 20, 20, 30, 40]
+    objective.critic = critic = Line()
+    batch, levels = drawn(4096), levels_of(DDPM, 40)
+    found = objective.landings(batch)
+    objective.logits(batch, found, found.fake)
+    index = torch.searchsorted(levels, critic.seen[0][1])
+    assert (index > found.edge).all() and (index <= found.top).all()
+    assert {(i - e).item() for i, e in zip(index, found.edge, strict=True)} == set(range(1, 11))
+
+
+def test_the_student_climbs_the_critics_logits_and_with_weight_0_does_not():
+    objective, network = make(PCM, DDPM, 40, DDIM4)
+    batch = drawn()
+
+    def gradient(**keys):
+        for key, value in keys.items():
+            setattr(objective, key, value)
+        network.slopes.grad = None
+        torch.manual_seed(3)
+        loss = objective.loss(batch, 0)
+        loss.value.backward()
+        return loss.value.item(), network.slopes.grad.clone()
+
+    plain = gradient()
+    none = gradient(critic=Line(), gan_weight=0.0)
+    assert plain[0] == none[0] and torch.equal(plain[1], none[1])
+    value, with_critic = gradient(gan_weight=1.0)
+    found = torch.manual_seed(3) and objective.landings(batch)
+    pushed = objective.logits(batch, found, found.fake)[0].mean()
+    (up,) = torch.autograd.grad(pushed, network.slopes)
+    assert value == pytest.approx(plain[0] - pushed.item(), rel=1e-9)
+    torch.testing.assert_close(with_critic, plain[1] - up)

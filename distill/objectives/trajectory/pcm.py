@@ -6,36 +6,54 @@ must land where it lands from x_r; at the edge itself, on x_r. So it is sampled 
 edge to edge, without new noise. One phase is LCM without its boundary, and as many phases as levels
 regress the teacher's own DDIM step.
 
-`TCD` is trajectory consistency distillation, Zheng et al. 2024 (arXiv:2402.19159): the edge is
-drawn anew for each sample, among all levels from r down. So the student may go from any time to
-any lower one, and `student.gamma` says how much new noise each step adds.
+With a `critic`, PCM's adversarial loss is added: where the student lands is the fake, and where it
+must land is the real. Both are noised to one time of the phase, by the same noise. Its hinge losses
+are the paper's.
 
 Costs the same as LCM: 2 forwards of the student, one of them without gradient, and 1 of the teacher
-(2 if guided).
+(2 if guided). A critic's turn costs as many, without gradients, and 2 of the critic; the student's
+turn has 1 of the critic more.
 
 Differs from the authors' code: PCM's phases end on the times of the student's scheduler. With 50
 levels and 4 phases theirs end on indices 739, 499 and 239, which no stock scheduler samples; with
-40 levels they end on 749, 499 and 249. PCM's adversarial loss is left out.
+40 levels they end on 749, 499 and 249. The critic learns in every step, theirs in every second one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distill.field_types import Fraction
-from distill.objectives.base import Batch, Learns, Loss
+from distill.field_types import Fraction, NonNegative
+from distill.objectives.base import Batch, Learns, Loss, Turn
 from distill.objectives.trajectory.lcm import LCM
+from students.critic import Critic
 from teachers.errors import UserError
 from teachers.process import expand
+
+
+class Landings(NamedTuple):
+    """Where the student lands and where it must, (B, ...) each, and the levels (B,) of the phase.
+
+    estimate: x̂, from which the student goes to `fake` at the level `edge`.
+    """
+
+    estimate: Tensor
+    fake: Tensor
+    real: Tensor
+    edge: Tensor
+    top: Tensor
 
 
 @dataclass(kw_only=True)
 class PCM(LCM):
     target_ema: Fraction = 0.0
+    critic: Critic | None = None  # tells where the student lands from where it must
+    gan_weight: NonNegative = 0.1
 
     learns: ClassVar[Learns] = "one-chain"  # from edge to edge
 
@@ -68,34 +86,56 @@ class PCM(LCM):
         edges = edges.to(cell.device, non_blocking=True)
         return edges[torch.searchsorted(edges, cell, right=True) - 1]
 
+    def top(self, cell: Tensor) -> Tensor:
+        """The level at which the phase of cells (B,) ends."""
+        edges = torch.tensor([*edges_of(self.levels, len(self.student.times)), self.levels])
+        edges = edges.to(cell.device, non_blocking=True)
+        return edges[torch.searchsorted(edges, cell, right=True)]
+
+    def turns(self, step: int) -> Iterator[Turn]:
+        yield from super().turns(step)
+        if self.critic is not None:
+            yield Turn(("critic",), self.critic_loss)
+
     def loss(self, batch: Batch, step: int) -> Loss:
+        found = self.landings(batch)
+        gap = self.distances(found.fake, found.real).mean()
+        logs, value = {"distance": gap.detach()}, gap
+        if self.critic is not None:
+            term = -self.logits(batch, found, found.fake)[0].mean()
+            value, logs["gan"] = gap + self.gan_weight * term, term.detach()
+        return Loss(value, logs, found.estimate)
+
+    def critic_loss(self, batch: Batch) -> Loss:
+        """The hinge loss of the critic."""
+        with torch.no_grad():
+            found = self.landings(batch)
+        fake, real = self.logits(batch, found, found.fake, found.real)
+        return Loss((1 + fake).relu().mean() + (1 - real).relu().mean())
+
+    def logits(self, batch: Batch, found: Landings, *landings: Tensor) -> list[Tensor]:
+        """The critic's, (B,) each, of landings noised to one time above the edge of their phase."""
+        assert self.critic is not None
+        grid, room = self.grid(batch.data), found.top - found.edge
+        share = torch.rand(len(room), device=room.device)
+        level = found.edge + 1 + (share * room).long().clamp(max=room - 1)
+        e, t, eps = grid[found.edge], grid[level], torch.randn_like(batch.data)
+        process = self.student.denoiser.process
+        return [self.critic(process.noisier(x, e, t, eps), t, batch.cond) for x in landings]
+
+    def landings(self, batch: Batch) -> Landings:
         f, process = self.student.denoiser, self.student.denoiser.process
         grid = self.grid(batch.data)
         cell = torch.randint(len(grid) - 1, (len(batch.data),), device=grid.device)
-        t, r, e = grid[cell + 1], grid[cell], grid[self.edge(cell)]
+        edge = self.edge(cell)
+        t, r, e = grid[cell + 1], grid[cell], grid[edge]
         x_t = process.noise(batch.data, t, batch.noise)
         with torch.no_grad():
             x_r = self.ode_step(x_t, t, r, batch)
             landing = process.step(x_r, self.target(x_r, r, batch.cond), r, e)
             target = torch.where(expand(r == e, x_r), x_r, landing)
         x = f(x_t, t, batch.cond)
-        gap = self.distances(process.step(x_t, x, t, e), target)
-        return Loss(gap.mean(), {"distance": gap.detach().mean()}, x)
-
-
-@dataclass(kw_only=True)
-class TCD(PCM):
-    """Trajectory consistency: from any time to any lower one, which is drawn for each sample."""
-
-    learns: ClassVar[Learns] = "all-times"
-
-    def __post_init__(self) -> None:
-        super(PCM, self).__post_init__()
-
-    def edge(self, cell: Tensor) -> Tensor:
-        """Any level from the cells down, each as likely."""
-        share = torch.rand(len(cell), device=cell.device, dtype=torch.float64)
-        return (share * (cell + 1)).long()
+        return Landings(x, process.step(x_t, x, t, e), target, edge, self.top(cell))
 
 
 def edges_of(levels: int, phases: int) -> list[int]:
