@@ -1,12 +1,15 @@
-"""The pipeline that samples students of EDM2's latents, and decodes them (arXiv:2312.02696)."""
+"""The pipeline that samples students of EDM2's latents, and decodes them (arXiv:2312.02696).
 
-from __future__ import annotations
+Diffusers reads the types of its arguments, and before 0.39 knows them only as classes.
+"""
 
 from typing import Any
 
 import torch
-from diffusers import ConsistencyModelPipeline
-from torch import Tensor
+from diffusers import AutoencoderKL, CMStochasticIterativeScheduler, ConsistencyModelPipeline
+from torch import Tensor, nn
+
+UNCHANGED = {"scale": [1.0], "bias": [0.0]}  # diffusers passes no setting without a default
 
 
 class EDM2LatentsPipeline(ConsistencyModelPipeline):
@@ -20,11 +23,15 @@ class EDM2LatentsPipeline(ConsistencyModelPipeline):
     model_cpu_offload_seq = "unet->vae"
 
     def __init__(
-        self, unet: Any, scheduler: Any, vae: Any, latents: dict[str, Any] | None = None
+        self,
+        unet: nn.Module,
+        scheduler: CMStochasticIterativeScheduler,
+        vae: AutoencoderKL,
+        latents: dict = UNCHANGED,
     ) -> None:
-        super().__init__(unet, scheduler)
+        super().__init__(unet, scheduler)  # pyright: ignore[reportArgumentType]
         self.register_modules(vae=vae)
-        self.register_to_config(latents=latents or {"scale": [1.0], "bias": [0.0]})
+        self.register_to_config(latents=latents)
 
     def postprocess_image(self, sample: Tensor, output_type: str = "pil") -> Any:
         """Images of latents (B, C, H, W), in the form that `output_type` names."""
