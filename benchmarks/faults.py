@@ -1540,4 +1540,26 @@ MUTANTS: tuple[Mutant, ...] = (
         "for _, entry in found",
         "averaging/test_averaging.py::test_snapshots_of_an_earlier_stage_have_no_part",
     ),
+    # teachers/edm: the latents of EDM2
+    fault(
+        "EDM2's latents decoded with the wrong sign of their shift",
+        "teachers/edm/pipeline.py",
+        "(sample - bias) / scale",
+        "(sample + bias) / scale",
+        "students/test_edm_students.py::test_the_pipeline_of_latents_decodes_with_their_shift_and_scale",
+    ),
+    fault(
+        "EDM2's Fourier features in float32 whatever the network is",
+        "teachers/edm/edm2.py",
+        "frequencies = precise(self.frequencies)",
+        "frequencies = self.frequencies.float()",
+        "objectives/test_tangent.py::test_forward_mode_goes_through_edm2s_normalised_weights",
+    ),
+    fault(
+        "students of EDM2's latents without a VAE",
+        "students/schedulers.py",
+        "isinstance(teacher.codec, Latents) and teacher.codec.vae is None",
+        "isinstance(teacher.codec, Latents) and False",
+        "students/test_edm_students.py::test_without_a_vae_students_of_latents_are_refused_in_one_line",
+    ),
 )

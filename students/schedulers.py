@@ -15,8 +15,9 @@ scheduler of diffusers, chosen here before training:
 
 Students of pixels run in `ConsistencyModelPipeline`, which passes labels to a UNet2DModel; others
 run in their teacher's own pipeline. EDM's networks that are no UNet2DModel run in the former as
-well, with their own source beside their weights (`export/sources/edm.py`). SiT, LightningDiT and
-U-ViT run in `DiTPipeline`, with theirs (`export/sources/imagenet.py`).
+well, with their own source beside their weights (`export/sources/edm.py`); those of latents, in a
+subclass of it that decodes. SiT, LightningDiT and U-ViT run in `DiTPipeline`, with theirs
+(`export/sources/imagenet.py`).
 """
 
 from __future__ import annotations
@@ -269,10 +270,10 @@ def source_of(teacher: Teacher) -> Pretrained:
         source = unwrap(teacher.denoiser)
     except UserError as error:
         raise UserError(f"student: {error}") from None
-    if isinstance(teacher.codec, Latents):
+    if isinstance(teacher.codec, Latents) and teacher.codec.vae is None:
         raise UserError(
-            "student: no stock pipeline decodes EDM2's latents; take one of EDM2's networks of "
-            "pixels (ImageNet-64)"
+            "teacher.vae: the student's pipeline decodes EDM2's latents; give their AutoencoderKL "
+            "(stabilityai/sd-vae-ft-mse, or its folder)"
         )
     return source
 

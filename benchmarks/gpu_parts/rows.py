@@ -52,6 +52,11 @@ SMALL_ADM = adm.config(
     {"img_resolution": 16, "img_channels": 3, "label_dim": 10, "model_channels": 128,
      "channel_mult": [1, 1], "channel_mult_emb": 1, "num_blocks": 1, "attn_resolutions": [8]}
 )  # fmt: skip
+SMALL_EDM2 = model_config(
+    "UNet",
+    {"img_resolution": 8, "img_channels": 4, "label_dim": 10, "model_channels": 16,
+     "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 8},
+)  # fmt: skip
 UNET_SMALL = {
     "sample_size": 8, "norm_num_groups": 8, "attention_head_dim": 2, "layers_per_block": 1,
 }  # fmt: skip
@@ -198,6 +203,8 @@ ROWS = (
     Row("edm-cifar-ict", "edm", EDM_CIFAR, "edm/ict", SHARED[:2], **CIFAR_SHAPE),
     Row("edm-cifar-ctm", "edm", EDM_CIFAR, "edm/ctm",
         ("train.batch=128", "train.accumulate=2", "objective.gan_start=0"), **CIFAR_SHAPE),
+    Row("edm2-scm", "edm", published.EDM2_IN512_S, "edm2/scm",
+        ("train.batch=16", "train.accumulate=2"), small=SMALL_EDM2, small_shape=(4, 8, 8)),
     Row("sit-meanflow", "sit", published.SIT_XL, "sit/meanflow", FEW, **SIT_SMALL),
     Row("sit-ect", "sit", published.SIT_XL, "sit/ect", FEW, **SIT_SMALL),
 )  # fmt: skip

@@ -173,7 +173,7 @@ class FakeCodec(Codec):
         self.classes = codec.classes
         self.null_label = codec.null_label
         self.null, self.one = codec.null, codec.condition([0])
-        self.pipe, self.pictures = codec.pipe, codec.pictures
+        self.pipe, self.vae, self.pictures = codec.pipe, codec.vae, codec.pictures
 
     def condition(self, prompts: Sequence[Any]) -> Any:
         n = len(prompts)
@@ -281,7 +281,7 @@ def fake_vae(teacher: Teacher, fake: Any) -> Any:
                 "latent_channels": teacher.shape[0],
             }  # fmt: skip
     else:
-        vae = getattr(codec.pipe, "vae", None)
+        vae = None if is_own(teacher.denoiser) else codec.vae  # a user's own has no config
         kind, config = (None, {}) if vae is None else (type(vae), vae.config)
     if kind is None:
         return None
@@ -303,10 +303,13 @@ def encoders(teacher: Teacher) -> int:
     codec: Any = teacher.codec
     if isinstance(codec, OutlineCodec):
         return 4 * codec.outline.encoder_parameters
-    if (pipe := codec.pipe) is None:
+    if is_own(teacher.denoiser):
         return 0
-    part = unwrap(teacher.denoiser).PART
-    modules = [v for k, v in pipe.components.items() if k != part and isinstance(v, nn.Module)]
+    if (pipe := codec.pipe) is None:
+        modules = [] if codec.vae is None else [codec.vae]
+    else:
+        part = unwrap(teacher.denoiser).PART
+        modules = [v for k, v in pipe.components.items() if k != part and isinstance(v, nn.Module)]
     return sum(p.nbytes for m in modules for p in m.parameters())
 
 

@@ -32,6 +32,7 @@ from eval.samples import Samples
 from students.lora import unwrap
 from teachers import conditions
 from teachers.denoiser import Denoiser, Guided, computes
+from teachers.families import unet
 from teachers.families.base import Prompted, images_of, quiet
 from teachers.guidance import Adaptive
 from teachers.solver import SOLVERS
@@ -259,7 +260,7 @@ def pipeline(teacher: Teacher, scheduler: str) -> Any:
         settings = {k: v for k, v in stock.config.items() if k in known and k not in parts}
         pipe = type(stock)(**parts, **settings)
     else:
-        pipe = diffusers.ConsistencyModelPipeline(unet=network.backbone, scheduler=other)  # pyright: ignore
+        pipe = unet.pipeline(teacher.codec, network.backbone, other)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -41,6 +41,7 @@ from teachers.catalogue.loading import load
 from teachers.conditions import Pictured
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
+from teachers.families import unet
 from teachers.families.base import Pretrained, Prompted, images_of, quiet
 from teachers.families.unet import UNet
 from teachers.quantised import Precision
@@ -191,8 +192,6 @@ def pipeline(generator: Generator, teacher: Teacher, merge: bool = True, cond: C
     Raises:
         UserError: the student has no scheduler form, or several landings of one time.
     """
-    import diffusers
-
     try:
         network = unwrap(generator.denoiser)
     except UserError as error:
@@ -205,7 +204,7 @@ def pipeline(generator: Generator, teacher: Teacher, merge: bool = True, cond: C
     if isinstance(network, UNet):
         if adapter_of(generator.denoiser) is not None:
             schedulers.trim(backbone, teacher)
-        return diffusers.ConsistencyModelPipeline(unet=backbone, scheduler=scheduler)  # pyright: ignore
+        return unet.pipeline(teacher.codec, backbone, scheduler)
     before = teacher.codec.pipe  # pyright: ignore[reportAttributeAccessIssue]
     parts = {**before.components, network.PART: backbone, "scheduler": scheduler}
     known = inspect.signature(type(before).__init__).parameters

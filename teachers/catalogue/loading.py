@@ -32,7 +32,7 @@ def load(source: str, **options: Any) -> Teacher:
             FLUX, a .gguf file of SD3 or FLUX, or "path/to/file.py:function" for a function that
             returns a Teacher.
         options: Those of the family. UNet2D pipelines: `null_label`, the class that means no class.
-            EDM and EDM2: that and `vae`, the folder of the AutoencoderKL of their latents. SiT,
+            EDM and EDM2: that and `vae`, the AutoencoderKL of their latents. SiT,
             LightningDiT and U-ViT: `vae`, `precision`, `shift`, `interpolant` and `heads`. All
             others: `negative_prompt`, `size` (pixels) and `precision` (fp32, bf16, fp16, fp8, nf4)
             and `adapters` (LoRA files that become part of the weights);
@@ -164,6 +164,11 @@ def loader_of(path: Path, source: str) -> tuple[str, Any]:
         if checkpoints.recognises(path):
             return "an EDM network", checkpoints.load
     index = read_json(path / "model_index.json", teacher_at(source))
+    if isinstance(index.get("_class_name"), list):  # a pipeline that comes with its source
+        from teachers.edm import checkpoints
+
+        if checkpoints.is_student(index):
+            return "a student of EDM2's latents", checkpoints.load_student
     family = str(index.get("_class_name", "a nameless class"))
     known = families()
     if family == "DiTPipeline":

@@ -240,6 +240,25 @@ EDM_CIFAR = Outline(  # the DDPM++ network, of 56 million parameters
     classes=10,
     integers=("class_labels",),
 )  # fmt: skip
+EDM2_IN512_S = Outline(  # latents of Stable Diffusion's VAE
+    "EDM2LatentsPipeline",
+    "EDMModel",
+    {
+        "kind": "UNet",
+        "arguments": {
+            "img_resolution": 64, "img_channels": 4, "label_dim": 1000, "model_channels": 192,
+        },
+        "sample_size": 64,
+        "in_channels": 4,
+        "num_class_embeds": 1000,
+    },
+    (4, 64, 64),
+    {"class_labels": ()},
+    (CM, {}),
+    83_700_000,
+    classes=1000,
+    integers=("class_labels",),
+)  # fmt: skip
 SIT_XL = Outline(
     "DiTPipeline",
     "SiTModel",
@@ -281,6 +300,7 @@ OUTLINES = {
     "imagenet256_uvit_huge.pth": UVIT_H,
     "edm-imagenet-64x64-cond-adm.pkl": EDM_IN64,
     "edm-cifar10-32x32-cond-vp.pkl": EDM_CIFAR,
+    "edm2-img512-s-2147483-0.130.pkl": EDM2_IN512_S,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
     "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,15 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from teachers.edm import adm, edm2, networks, pickles
-from teachers.edm.checks import NETWORKS, check
-from teachers.edm.latents import Latents
+from teachers.edm.checks import NETWORKS, check, check_latents
+from teachers.edm.latents import PIPELINE, Latents
 from teachers.edm.model import EDM, EDMModel
 from teachers.edm.names import renamed
-from teachers.errors import UserError, nearest, teacher_at
+from teachers.errors import UserError, clipped, nearest, teacher_at
+from teachers.families import unet
 from teachers.families.unet import UNet
 from teachers.process import Karras
-from teachers.storage import components
-from teachers.storage.diffusers_config import log_sigma, read
+from teachers.storage import components, download
+from teachers.storage.diffusers_config import Shift, log_sigma, read
 from teachers.storage.files import home, read_json, save_tensors
 from teachers.teacher import Pixels, Teacher
 
@@ -68,8 +70,8 @@ def load(path: Path, source: str, null_label: int | None = None, vae: str | None
     Args:
         null_label: The null label: only label_dim, a row of zeros, is possible. Networks trained
             with label dropout have it by default.
-        vae: Folder of a diffusers AutoencoderKL, for latent EDM2. Without it, and without a `vae`
-            folder beside the weights, the codec takes and returns latents.
+        vae: A diffusers AutoencoderKL for latent EDM2, its folder or Hub id. Without it, and
+            without a `vae` folder beside the weights, the codec takes and returns latents.
 
     Raises:
         UserError: the files are missing, damaged or refused, or an option does not fit them.
@@ -89,8 +91,9 @@ def load(path: Path, source: str, null_label: int | None = None, vae: str | None
     if latents := config.get("latents"):
         if vae is None and (path / "vae").is_dir():
             vae = str(path / "vae")
-        loaded = None if vae is None else autoencoder(home(vae, f"{who}: vae"), channels, who)
+        loaded = None if vae is None else autoencoder(vae_folder(vae, who), channels, who)
         codec = Latents(classes, null, latents["scale"], latents["bias"], loaded)
+        denoiser.per_latent = codec.factor
     elif vae is not None:
         raise UserError(f"{who}: vae: this network works on pixels; remove it")
     return Teacher(denoiser, codec, (channels, size, size), source)
@@ -325,6 +328,34 @@ def model_of(folder: Path, config: dict[str, Any], who: str) -> EDMModel:
     return model
 
 
+def load_student(
+    folder: Path, source: str, null_label: int | None = None, shift: Shift | None = None
+) -> Teacher:
+    """Load an exported student of latents, with this package's code and not the folder's.
+
+    Args:
+        null_label, shift: As `unet.load` has them.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    who = teacher_at(source)
+    teacher = unet.load({"EDMModel": network}, folder, source, null_label, shift)
+    latents: Any = read_json(folder / "model_index.json", who).get("latents")
+    check_latents(latents, teacher.shape[0], who)
+    vae = autoencoder(folder / "vae", teacher.shape[0], who)
+    classes, null = teacher.codec.classes, teacher.codec.null_label
+    codec = Latents(classes, null, latents["scale"], latents["bias"], vae)
+    denoiser: Any = teacher.denoiser
+    denoiser.per_latent = codec.factor
+    return replace(teacher, codec=codec)
+
+
+def is_student(index: Mapping[str, Any]) -> bool:
+    """Whether a pipeline folder holds a student of latents."""
+    return index.get("_class_name") == PIPELINE
+
+
 def network(folder: Path, config: dict[str, Any], who: str) -> tuple[type[UNet], EDMModel]:
     """An exported student's network, for `unet.load`."""
     return EDM, model_of(folder, config, who)
@@ -350,6 +381,20 @@ def fill(network: nn.Module, weights: dict[str, Tensor], who: str) -> None:
             raise UserError(f"{who}: {name!r} holds {weights[name].dtype}, not floating point")
     copies = {k: weights[k].to(torch.float32, copy=True).contiguous() for k in expected}
     network.load_state_dict(copies, assign=True)
+
+
+def vae_folder(source: str, who: str) -> Path:
+    """The folder of an autoencoder: a path, or a Hub id, which is downloaded once.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = home(source, f"{who}: vae")
+    if path.is_dir():
+        return path
+    if path.is_absolute() or source.count("/") != 1:
+        raise UserError(f"{who}: vae: {clipped(source)} is no folder; give one, a file or a Hub id")
+    return download.fetch(source)
 
 
 def autoencoder(folder: Path, channels: int, who: str) -> Any:

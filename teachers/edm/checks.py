@@ -44,11 +44,15 @@ def check(config: dict[str, Any], who: str) -> None:
         )
     if not number(config.get("sigma_data"), 1e-6, 1e6):
         raise UserError(f"{who}: sigma_data is {config.get('sigma_data')!r}; expected a number")
-    if not (latents := config.get("latents")):
-        return
+    if latents := config.get("latents"):
+        check_latents(latents, arguments["img_channels"], who)
+
+
+def check_latents(latents: Any, channels: int, who: str) -> None:
+    """Refuse statistics of latents that are not a scale and a bias for each channel."""
     for key in ("scale", "bias"):
         row = latents.get(key) if isinstance(latents, dict) else None
-        if not isinstance(row, list) or len(row) != arguments["img_channels"]:
+        if not isinstance(row, list) or len(row) != channels:
             raise UserError(f"{who}: latents.{key}: expected a number for each channel")
         if not all(number(v, -1e6, 1e6) and (v or key == "bias") for v in row):
             raise UserError(f"{who}: latents.{key}: expected a number for each channel")

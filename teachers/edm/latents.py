@@ -10,6 +10,9 @@ from torch import Tensor
 
 from teachers.teacher import Pixels
 
+# The module and the class of the pipeline, as a student's model_index.json names them.
+PIPELINE = ["edm2_latents", "EDM2LatentsPipeline"]
+
 
 class Latents(Pixels):
     """The codec of latent EDM2: a VAE's latents, each channel shifted and scaled to σ_data = ½.
@@ -35,6 +38,18 @@ class Latents(Pixels):
 
     def parts(self) -> dict[str, Any]:
         return {**super().parts(), "scale": self.scale, "bias": self.bias, "vae": self.vae}
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along one side; 1 without a VAE."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def pipeline(self, unet: Any, scheduler: Any) -> Any:
+        """The pipeline that samples this network with this scheduler, and decodes."""
+        from teachers.edm.pipeline import EDM2LatentsPipeline
+
+        latents = {"scale": self.scale.tolist(), "bias": self.bias.tolist()}
+        return EDM2LatentsPipeline(unet, scheduler, self.vae, latents)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

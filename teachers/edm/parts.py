@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def precise(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it is already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def one_hot(labels: Tensor | None, classes: int, x: Tensor) -> Tensor:
     """One-hot rows (B, classes) in x's dtype; None and the label `classes` give rows of zeros."""
     if labels is None:

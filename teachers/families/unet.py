@@ -44,6 +44,17 @@ class UNet(Pretrained):
         return {"batch_size": len(prompts), "class_labels": prompts}
 
 
+def pipeline(codec: Any, network: Any, scheduler: Any) -> Any:
+    """The pipeline that samples a network of a codec with this scheduler.
+
+    A codec of latents has one of its own, which decodes.
+    """
+    import diffusers
+
+    made = getattr(codec, "pipeline", diffusers.ConsistencyModelPipeline)
+    return made(unet=network, scheduler=scheduler)
+
+
 def load(
     own: Networks,
     folder: Path,

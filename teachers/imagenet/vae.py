@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from teachers.edm import checkpoints as edm
-from teachers.errors import UserError, clipped
+from teachers.errors import UserError
 from teachers.imagenet.files import open_file, pick
-from teachers.storage import download
 from teachers.storage.files import home
 
 FILES = {".pt", ".pth", ".ckpt", ".safetensors"}
@@ -53,11 +52,8 @@ def load(source: str, channels: int, who: str) -> Any:
     path, who = home(source, f"{who}: vae"), f"{who}: vae"
     if path.suffix in FILES and not path.is_dir():
         return of_file(path, channels, who)
-    if not path.is_dir() and not path.is_absolute() and source.count("/") == 1:
-        path = download.fetch(source)
-    if not path.is_dir():
-        raise UserError(f"{who}: {clipped(source)} is no folder; give one, a file or a Hub id")
-    return edm.autoencoder(path, channels, who.removesuffix(": vae"))
+    who = who.removesuffix(": vae")
+    return edm.autoencoder(edm.vae_folder(source, who), channels, who)
 
 
 def of_file(path: Path, channels: int, who: str) -> Any:

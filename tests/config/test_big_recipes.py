@@ -12,7 +12,7 @@ from distill.planning.plan import GPUS, RESERVE
 from distill.training import build
 from students.lora import unwrap
 from teachers.catalogue.outlines import OUTLINES, outline
-from tests.helpers import families
+from tests.helpers import edm_pickles, families
 from tests.helpers.engines import stream
 from tests.helpers.imagenet import PUBLISHED, save
 
@@ -26,6 +26,7 @@ LONG = ("qwen-image-edit", "qwen-image", "flux2-klein", "chroma", "auraflow", "k
 BILLIONS = {
     "edm-imagenet-64x64-cond-adm.pkl": 0.296,
     "edm-cifar10-32x32-cond-vp.pkl": 0.0557,
+    "edm2-img512-s-2147483-0.130.pkl": 0.2802,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": 0.860,
     "stabilityai/stable-diffusion-xl-base-1.0": 2.567,
     "stabilityai/stable-diffusion-3.5-medium": 2.24,
@@ -46,7 +47,7 @@ BILLIONS = {
     "lightningdit-xl-imagenet256-800ep.pt": 0.675,
     "imagenet256_uvit_huge.pth": 0.501,
 }  # of the networks' parameters, as their cards and papers have them; FLUX.2's as our outlines do
-BIG = [name for name in shipped() if name.split("/")[0] in (*LIKE, *PUBLISHED, "edm")]
+BIG = [name for name in shipped() if name.split("/")[0] in (*LIKE, *PUBLISHED, "edm", "edm2")]
 
 
 def header(name):
@@ -96,7 +97,13 @@ def likeness(name, tmp_path):
     """The recipe on a small pipeline of its family; sources, sizes and steps alone are others."""
     family = name.split("/")[0]
     tree = read_yaml(SHIPPED / f"{name}.yaml")
-    if family in PUBLISHED:
+    labels = family in PUBLISHED or family == "edm2"
+    if family == "edm2":
+        known, _ = edm_pickles.golden()
+        source = edm_pickles.save(known["edm2"], tmp_path / "edm2.pkl")
+        vae = edm_pickles.save_vae(tmp_path / "vae")
+        tree["teacher"] |= {"source": str(source), "vae": str(vae)}
+    elif labels:
         tree["teacher"] |= {"source": save(family, tmp_path), "vae": str(tmp_path / "vae")}
     else:
         family = LIKE[family]
@@ -111,14 +118,14 @@ def likeness(name, tmp_path):
         (photos / f"{i}.txt").write_text("noise")
     prompts.write_text("a red circle\na boat\n")
     data = tree.setdefault("data", {})
-    if family in PUBLISHED:
+    if labels:
         for i in range(2):
             (photos / f"class {i}").mkdir()
             (photos / f"{i}.png").rename(photos / f"class {i}" / "0.png")
             (photos / f"{i}.txt").unlink()
     if "source" in data:
         data |= {"source": str(photos)}
-    elif family not in PUBLISHED:
+    elif not labels:
         data |= {"prompts": str(prompts)}
     return Recipe.check(tree, name)
 

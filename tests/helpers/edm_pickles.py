@@ -100,6 +100,25 @@ def foreign():
             del sys.modules[name]
 
 
+def save_vae(folder: Path, channels: int = 4) -> Path:
+    """A small AutoencoderKL of two pixels to a latent, of random weights, with pixels in [0, 1]."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4),
+        norm_num_groups=2,
+        latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    last: Any = vae.decoder.conv_out
+    last.weight.data *= 0.2
+    last.bias.data.fill_(0.5)
+    vae.save_pretrained(folder)
+    return folder
+
+
 def dump(content: Any, path: Path, protocol: int = 4) -> Path:
     with foreign():
         path.write_bytes(pickle.dumps(content, protocol))

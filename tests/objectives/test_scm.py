@@ -1,6 +1,8 @@
 """sCM against the paper's formulas, closed forms and finite differences, in float64."""
 
 import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from teachers import load
 from teachers.analytic import Gaussian, Mixture
 from teachers.denoiser import Denoiser
 from teachers.process import Karras, Linear, Tabulated, Trig, expand
+from tests.helpers import edm_pickles
 
 D, SIGMA = torch.float64, 0.5
 PROCESSES = [Karras(), Linear(), Trig(), Trig(SIGMA), Tabulated.linear()]
@@ -264,3 +267,50 @@ def test_a_step_evaluates_the_students_network_once_with_its_derivative(path, ev
     assert (counts["teacher"], counts["student"]) == evaluations and len(calls) == 1
     assert loss.samples is not None and loss.samples.requires_grad
     assert all(p.grad is not None and p.grad.isfinite().all() for p in generator.parameters())
+
+
+@pytest.fixture(scope="module")
+def edm2_network():
+    """A small EDM2 student in float64, whose gains are not 0."""
+    known, _ = edm_pickles.golden()
+    with TemporaryDirectory() as folder:
+        teacher = load(str(edm_pickles.save(known["edm2-pixels"], Path(folder) / "edm2.pkl")))
+    return student(teacher).denoiser.double().requires_grad_(True), teacher.shape
+
+
+def test_through_edm2s_network_the_derivative_is_the_central_difference(edm2_network):
+    network, shape = edm2_network
+    objective = scm(network, teacher=network)
+    torch.manual_seed(0)
+    given = Batch(0.5 * torch.randn(3, *shape, dtype=D), torch.randn(3, *shape, dtype=D))
+    process, t = network.process, torch.tensor([0.3, 0.6, 0.9], dtype=D)
+    x_t = process.noise(given.data, t, given.noise)
+    value, slope = objective.differentiated(x_t, t, given.data, given)
+    angle, h = objective.angle(t), 1e-6
+
+    def at(shift):
+        r = process.time((angle + shift).tan() * SIGMA)
+        return network(process.step(x_t, given.data, t, r), r)
+
+    with torch.no_grad():
+        torch.testing.assert_close(value, network(x_t, t))
+        wanted = (at(h) - at(-h)) / (2 * h) * expand(angle.cos(), x_t)
+    assert wanted.flatten(1).norm(dim=1).min() > 0.1
+    torch.testing.assert_close(slope, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_edm2s_weights_move_across_themselves(edm2_network):
+    """Only their directions matter, so they need not be normalised again to keep Adam's rate."""
+    network, shape = edm2_network
+    given = Batch(0.5 * torch.randn(3, *shape, dtype=D), torch.randn(3, *shape, dtype=D))
+    objective = scm(network, teacher=network)
+    gradients(objective, objective.loss(given, 0).value)
+    seen = 0
+    for p in network.parameters():
+        if p.ndim > 1:
+            assert p.grad is not None
+            along = (p.grad * p.detach()).flatten(1).sum(1)
+            length = p.grad.flatten(1).norm(dim=1) * p.detach().flatten(1).norm(dim=1)
+            assert (along.abs() <= 1e-3 * length + 1e-12).all()  # its 1e-4 beside the norm
+            seen += int((length > 1e-8).any())
+    assert seen > 10

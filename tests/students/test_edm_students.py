@@ -1,12 +1,16 @@
 """Students of EDM's networks: ADM as a UNet2DModel, the others with their source beside them."""
 
 import json
+import shutil
+from inspect import isclass, signature
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from distill.config.recipe import Recipe
+from distill.planning import forecast
+from distill.publish.card import draft
 from distill.training import build
 from distill.training.networks import objective_of
 from students import schedulers
@@ -16,6 +20,7 @@ from students.lora import Adapter
 from teachers import load
 from teachers.denoiser import Guided
 from teachers.edm import adm, checkpoints, networks
+from teachers.edm.latents import PIPELINE, Latents
 from teachers.edm.model import EDM
 from teachers.families.unet import UNet
 from tests.helpers import edm_pickles
@@ -54,6 +59,8 @@ def files(tmp_path_factory):
     for name in ("ddpmpp-labels", "adm", "edm2", "edm2-pixels"):
         checkpoints.convert(edm_pickles.save(KNOWN[name], root / f"{name}.pkl"), root / name)
     folder(root / "wide", WIDE)
+    shutil.copytree(root / "edm2", root / "edm2-latents")
+    edm_pickles.save_vae(root / "edm2-latents" / "vae")
     return root
 
 
@@ -167,7 +174,7 @@ def test_the_written_source_alone_is_the_network(files, name):
     assert torch.equal(twin(x, t, labels).sample, model(x, t, labels, return_dict=False)[0])
 
 
-@pytest.mark.parametrize("name", ["ddpmpp-labels", "edm2-pixels"])
+@pytest.mark.parametrize("name", ["ddpmpp-labels", "edm2-pixels", "edm2-latents"])
 def test_the_consistency_pipeline_samples_a_trained_student_of_any_network(files, tmp_path, name):
     student = trained(files, tmp_path, name)
     assert isinstance(student.denoiser, EDM)
@@ -188,23 +195,67 @@ def test_a_critic_and_adapters_find_their_places_in_edms_networks(files, tmp_pat
     assert found.critic(x, t, cond).shape == (2,)
 
 
-def test_students_of_latents_are_refused_in_one_line(files):
-    with refused("student", "networks"):
+def test_without_a_vae_students_of_latents_are_refused_in_one_line(files):
+    with refused("teacher.vae", "sd-vae-ft-mse"):
         schedulers.student(load(str(files / "edm2")))
+    vae = str(files / "edm2-latents" / "vae")
+    assert schedulers.student(load(str(files / "edm2"), vae=vae)).counts == (1,)
+
+
+def test_the_pipeline_of_latents_decodes_with_their_shift_and_scale(files):
+    codec = load(str(files / "edm2-latents")).codec
+    assert isinstance(codec, Latents)
+    pipe = codec.pipeline(None, None)
+    latents = torch.randn(2, 4, 3, 3) * 0.5
+    std = torch.tensor([4.17, 4.62, 3.71, 3.28])[:, None, None]
+    mean = torch.tensor([5.81, 3.25, 0.12, -2.15])[:, None, None]
+    with torch.no_grad():
+        expected = codec.vae.decode(2 * std * latents + mean).sample.clamp(0, 1)
+        drawn = pipe.postprocess_image(latents, "pt")
+        assert 0 < expected.min() < expected.max() < 1
+        torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(codec.decode(latents) / 2 + 0.5, expected, atol=1e-5, rtol=0)
+    assert codec.factor == 2
+
+
+def test_a_student_of_latents_has_its_pipelines_source_alone(files):
+    space: dict = {"__name__": "edm2_latents"}
+    text = edm_source.pipeline_source()
+    assert "teachers" not in text and "students" not in text
+    exec(compile(text, "edm2_latents.py", "exec"), space)
+    codec = load(str(files / "edm2-latents")).codec
+    ours = codec.pipeline(None, None)
+    kind = space[PIPELINE[1]]
+    known = list(signature(kind.__init__).parameters.values())[1:]
+    assert all(isclass(v.annotation) for v in known)  # diffusers 0.36 stops at others
+    theirs = kind(None, None, codec.vae, dict(ours.config["latents"]))
+    latents = torch.randn(1, 4, 3, 3)
+    with torch.no_grad():
+        drawn = [pipe.postprocess_image(latents, "np") for pipe in (ours, theirs)]
+    assert (drawn[0] == drawn[1]).all() and drawn[0].shape == (1, 6, 6, 3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wide", "ddpmpp-labels", "adm", "edm2-pixels"])
+@pytest.mark.parametrize("name", ["wide", "ddpmpp-labels", "adm", "edm2-pixels", "edm2-latents"])
 def test_diffusers_in_another_process_draws_a_trained_students_pictures(files, tmp_path, name):
     """Exports of ADM, DDPM++ and EDM2, drawn without our packages: every pixel within 10⁻³."""
     student, teacher = trained(files, tmp_path, name), load(str(files / name))
     export(student, teacher, tmp_path / "student", {"objective": {"name": "sid"}})  # compares
-    card = (tmp_path / "student" / "README.md").read_text()
-    own = list((tmp_path / "student" / "unet").glob("*.py"))
-    assert len(own) == ("trust_remote_code=True" in card) == (name != "wide")
+    card = draft(tmp_path / "student")
+    own = list((tmp_path / "student").rglob("*.py"))
+    assert bool(own) == ("trust_remote_code=True" in card) == (name != "wide")
+    assert len(own) == (0 if name == "wide" else 2 if name == "edm2-latents" else 1)
     for file in own:  # which we never run
         file.write_text("raise SystemExit('executed')")
     again, itself = load_student(tmp_path / "student")
     x, t = torch.randn(2, *teacher.shape), torch.tensor([0.5, 0.9])
     cond = itself.codec.condition([0, 1])
     torch.testing.assert_close(again.denoiser(x, t, cond), student.denoiser(x, t, cond))
+    torch.testing.assert_close(itself.codec.decode(x), teacher.codec.decode(x))
+
+
+def test_a_plan_counts_the_vae_of_latents(files):
+    plan = forecast.plan(recipe(files / "edm2-latents"))
+    vae = load(str(files / "edm2-latents")).codec.vae
+    assert plan.beside == sum(p.nbytes for p in vae.parameters()) > 0
+    assert plan.build > plan.weights + plan.beside  # while it decodes

@@ -278,3 +278,9 @@ def test_the_command_converts(files, tmp_path, capsys, monkeypatch):
         cli.main()
     assert stopped.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_autoencoder_that_is_neither_a_folder_nor_on_the_hub_is_refused(files, tmp_path):
+    for place in ("nowhere", str(tmp_path / "nowhere")):
+        with refused("teacher '*/edm2'", "nowhere", "Hub id"):
+            load(str(files / "edm2"), vae=place)
