@@ -130,6 +130,17 @@ class Objective:
     # batch; None where the recipe has no rewards.
     reward: Callable[[Tensor, Batch], Tensor] | None = field(default=None, init=False)
 
+    def check_part(self, size: int) -> None:
+        """Refuse parts of a batch that the loss cannot be computed of, before training.
+
+        Args:
+            size: How many samples a part has: `train.batch` over `train.accumulate`, or over the
+                number of processes if that is larger.
+
+        Raises:
+            UserError: naming the key.
+        """
+
     def turns(self, step: int) -> Iterator[Turn]:
         """The updates that make up step `step`, in order.
 

@@ -33,7 +33,7 @@ from distill.objectives.base import Objective
 from distill.objectives.validate import check_first
 from distill.pairs.source import pair_source
 from distill.publish.licence import check_licence
-from distill.rewards.rewards import reward_of
+from distill.rewards import rewards
 from distill.sampling.guided_teacher import guidance_of, known_pictures, load_teacher
 from distill.sampling.own_metric import OwnMetric
 from distill.sampling.student_sampler import check_protocol, evaluate_student
@@ -163,13 +163,16 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     if resume and source.report is not None:
         check_labels(out, source.report)
     accelerator = accelerator_of(recipe.train, out)
-    check_memory(recipe.train, teacher.shape, shards_of(recipe.train, accelerator.num_processes))
+    shards = shards_of(recipe.train, accelerator.num_processes)
+    check_memory(recipe.train, teacher.shape, shards)
     rehearse = form.rehearsal(accelerator.device)  # its prompts are encoded before networks move
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
     objective = objective_of(recipe, teacher, accelerator.device)
+    objective.check_part(recipe.train.batch // shards)
     if recipe.rewards:
-        objective.reward = reward_of(recipe, teacher, source)
+        objective.reward = rewards.reward_of(recipe, teacher, source)
+        rewards.rehearse(objective.reward, source, accelerator.device)
     if guidance_of(recipe.teacher).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)
     flops = check_finite(objective.teacher, teacher, source, recipe.train, accelerator)

@@ -1,5 +1,7 @@
 """Rewards: on any objective, and by a latent proxy that learns to order samples as they do."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -170,3 +172,26 @@ def test_rewards_without_prompts_or_needed_and_missing_are_refused(teacher, pipe
             Recipe.check({**tree, "rewards": {}})
         except Exception as error:
             raise type(error)(str(error).removeprefix("recipe: ")) from None
+
+
+@pytest.mark.parametrize(
+    ("reward", "line"),
+    [
+        (lambda x, p: 1 / 0, ("rewards.a.function", "ZeroDivisionError")),
+        (lambda x, p: x.flatten(1).mean(1) * float("nan"), ("rewards", "nan")),
+        (lambda x, p: x.detach().flatten(1).mean(1), ("rewards", "gradient")),
+        (lambda x, p: x.flatten(1), ("rewards", "(2,)")),
+    ],
+)
+def test_a_reward_that_cannot_be_raised_is_refused_before_training(reward, line, monkeypatch):
+    """Before the run's folder is made."""
+    monkeypatch.setattr("distill.rewards.rewards.function_at", lambda name, key: reward)
+    tree = {
+        "teacher": "digits",
+        "objective": {"name": "ect"},
+        "data": {"source": "digits"},
+        "rewards": {"a": {"function": "mine.py:reward"}},
+        "train": {"steps": 1, "batch": 4},
+    }
+    with refused(*line):
+        build.networks(Recipe.check(tree), Path("nowhere"), False)

@@ -55,6 +55,13 @@ class TruncatedConsistency(ConsistencyTuning):
                 "learns nothing; lower one of them"
             )
 
+    def check_part(self, size: int) -> None:
+        if ceil(self.boundary_share * size) == size:
+            raise UserError(
+                f"objective.boundary_share: {self.boundary_share:g} of a part of {size} samples is "
+                "all of it; lower it, raise train.batch, or lower train.accumulate"
+            )
+
     def turns(self, step: int) -> Iterator[Turn]:
         if step == self.first_steps:
             self.freeze()
