@@ -39,6 +39,12 @@ def reward_of(
             "set data.source to 'digits' or 'shapes'"
         )
     rewards = recipe.rewards.items()
+    for key, section in rewards:
+        if section.function == "shapes" and teacher.codec.classes:
+            raise UserError(
+                f"rewards.{key}.function: shapes reads captions, and this teacher has labels; name "
+                "a function of your own"
+            )
     functions = [(k, function_of(r.function, k), r.weight) for k, r in rewards]
     prompts, vae = source.prompts, teacher.codec.vae
     if vae is not None:
@@ -67,20 +73,23 @@ def function_of(name: str, key: str) -> Function:
     return caption_certainty if name == "shapes" else function_at(name, f"rewards.{key}.function")
 
 
-def rehearse(reward: Callable[[Tensor, Batch], Tensor], source: Source, place: Any) -> None:
-    """Call the rewards once for the first data or noise of a source, before training.
+def rehearse(objective: Objective, source: Source, place: Any) -> None:
+    """Call an objective's rewards once for the first data or noise of a source, before training.
 
     Args:
         place: The device to compute on.
 
     Raises:
-        UserError: a function raises an exception, or its values are no finite numbers with a
-            gradient, one for each image.
+        UserError: a function raises an exception, or its values are no finite numbers, one for
+            each image; or they have no gradient, unless the objective calls them itself.
     """
+    reward = objective.reward
+    assert reward is not None
     batch = source.batch(0, 0, 1, min(2, source.size))
     x = (batch.noise if batch.x is None else batch.x).to(place).requires_grad_(True)
     value = reward(x, batch)
-    check_gradient(value)
+    if not objective.needs_reward:
+        check_gradient(value)
     if not value.isfinite().all():
         shown = value.detach().tolist()
         raise UserError(f"rewards: of the first images they are {shown}; return finite numbers")

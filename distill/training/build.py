@@ -15,6 +15,7 @@ from torch import nn
 from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe
 from distill.config.schema import PAIRS, TrainSection
+from distill.console import print_notice
 from distill.data import cache
 from distill.data.encode import device
 from distill.data.expansion.captions import write_prompts
@@ -169,10 +170,11 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
     objective = objective_of(recipe, teacher, accelerator.device)
-    objective.check_part(recipe.train.batch // shards)
+    objective.check_batch((recipe.train.batch // shards, *teacher.shape))
+    note_last_stage(objective, recipe.train.steps)
     if recipe.rewards:
         objective.reward = rewards.reward_of(recipe, teacher, source)
-        rewards.rehearse(objective.reward, source, accelerator.device)
+        rewards.rehearse(objective, source, accelerator.device)
     if guidance_of(recipe.teacher).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)
     flops = check_finite(objective.teacher, teacher, source, recipe.train, accelerator)
@@ -184,6 +186,15 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         custom_objective.rehearse(objective, players, source, recipe.train, accelerator)
     compile_run(recipe, objective, players["student"], source, accelerator, mode)
     return Parts(teacher, source, measure, accelerator, objective, players, flops, metric)
+
+
+def note_last_stage(objective: Objective, steps: int) -> None:
+    """Say so where training ends before the objective's last stage begins."""
+    if objective.last_stage >= steps:
+        print_notice(
+            f"train.steps: training ends at step {steps:,}, and the last stage of the objective "
+            f"begins at step {objective.last_stage:,}; the student is not trained in it"
+        )
 
 
 def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:

@@ -140,8 +140,8 @@ def test_the_papers_tail_is_nearly_even_in_the_log_of_the_log():
 
 
 def test_a_part_of_a_batch_with_no_sample_off_the_boundary_is_refused():
-    tcm().check_part(2)
+    tcm().check_batch((2, 1))
     with refused("objective.boundary_share", "0.25", "1"):
-        tcm().check_part(1)
+        tcm().check_batch((1, 1))
     with refused("objective.boundary_share"):
-        tcm(boundary_share=0.99).check_part(4)
+        tcm(boundary_share=0.99).check_batch((4, 1))

@@ -55,7 +55,12 @@ class TruncatedConsistency(ConsistencyTuning):
                 "learns nothing; lower one of them"
             )
 
-    def check_part(self, size: int) -> None:
+    @property
+    def last_stage(self) -> int:
+        return self.first_steps
+
+    def check_batch(self, shape: tuple[int, ...]) -> None:
+        size = shape[0]
         if ceil(self.boundary_share * size) == size:
             raise UserError(
                 f"objective.boundary_share: {self.boundary_share:g} of a part of {size} samples is "

@@ -49,7 +49,8 @@ class CMT(Objective):
 
     learns: ClassVar[Learns] = "all-times"
 
-    def check_part(self, size: int) -> None:
+    def check_batch(self, shape: tuple[int, ...]) -> None:
+        size = shape[0]
         if size % self.points:
             raise UserError(
                 f"objective.points: {size} samples of a part of the batch do not divide into "
@@ -57,7 +58,7 @@ class CMT(Objective):
             )
 
     def loss(self, batch: Batch, step: int) -> Loss:
-        self.check_part(len(batch.noise))
+        self.check_batch(batch.noise.shape)
         with torch.no_grad():
             x_t, t, end, cond = self.trajectories(batch)
         x = self.student.denoiser(x_t, t, cond)

@@ -45,7 +45,8 @@ class IMM(Objective):
     two_times: ClassVar[bool] = True
     learns: ClassVar[Learns] = "all-times"
 
-    def check_part(self, size: int) -> None:
+    def check_batch(self, shape: tuple[int, ...]) -> None:
+        size = shape[0]
         if size % self.group:
             raise UserError(
                 f"objective.group: {size} samples of a part of the batch do not divide into "
@@ -54,7 +55,7 @@ class IMM(Objective):
 
     def loss(self, batch: Batch, step: int) -> Loss:
         x, process = batch.data, self.student.denoiser.process
-        self.check_part(len(x))
+        self.check_batch(x.shape)
         t, s, r = self.sample_times(x)
         y, x_hat = self.jump(process.noise(x, t, batch.noise), t, s, batch)
         with torch.no_grad():
