@@ -59,6 +59,8 @@ def test_overrides_reach_any_depth(tmp_path):
         (["objective.scale=1e300"], ("objective.scale", "1e+300", "1e+18")),
         (["objective.scale=1e-300"], ("objective.scale", "1e-300")),
         (["objective.times={shift: 1e30}"], ("objective.times.shift", "1e+30")),
+        (["objective={name: ct, last: 2000000}"], ("objective.last", "1048576")),
+        (["objective={name: shortcut, levels: 536870912}"], ("objective.levels", "1048576")),
         (["train.steps=-5"], ("train.steps", "1", "5")),
         (["train.steps=many"], ("train.steps", "many")),
         (["train.steps=true"], ("train.steps", "True")),
