@@ -73,9 +73,8 @@ def by_search(
     folders = checkpoint.steps(run / "checkpoints")[-(window or 0) :]
     if len(folders) < LEAST:
         raise UserError(
-            f"RUN: {run} has {len(folders)} {plural(len(folders), 'checkpoint')} to "
-            "combine; train with train.keep=20 and a "
-            "train.save_every that leaves as many"
+            f"RUN: {run} has {len(folders)} {plural(len(folders), 'checkpoint')} to combine; train "
+            "with train.keep=20 and a train.save_every that leaves as many"
         )
     source = trained(run)
     if (measure := source.measure) is None:
@@ -99,11 +98,7 @@ def by_search(
     record = out.with_name(f".{out.name}.search.json")
     about = {"weights": names, "seed": seed, "steps": count, "protocol": measure.name}
     judged = searched(fitness, founders(names), evaluations, seed, record, about)
-    best = min(judged)
-    if not math.isfinite(best.fitness):
-        raise UserError(
-            f"RUN: {run}: no combination of its weights has a finite figure; look at it"
-        )
+    best = best_of(judged, run)
     source.set(combined(list(weights.values()), best.coefficients))
     judged_at = f"{count} {plural(count, 'step')}"
     about |= {
@@ -116,6 +111,19 @@ def by_search(
     rows = export(source, out, about, source.recipe.eval.seeds)
     record.unlink(missing_ok=True)
     return rows
+
+
+def best_of(judged: Sequence[Candidate], run: Path) -> Candidate:
+    """The candidate of the lowest fitness.
+
+    Raises:
+        UserError: no fitness is a number.
+    """
+    if not math.isfinite((best := min(judged)).fitness):
+        raise UserError(
+            f"RUN: {run}: no combination of its weights has a finite figure; train anew"
+        )
+    return best
 
 
 def founders(names: Sequence[str]) -> list[Coefficients]:
