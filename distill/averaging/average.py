@@ -121,7 +121,7 @@ def best_of(judged: Sequence[Candidate], run: Path) -> Candidate:
     """
     if not math.isfinite((best := min(judged)).fitness):
         raise UserError(
-            f"RUN: {run}: no combination of its weights has a finite figure; train anew"
+            f"RUN: {run}: no combination of its weights has a finite figure; train again"
         )
     return best
 
