@@ -86,6 +86,20 @@ def joined(*conds: Cond) -> Cond:
     return {name: torch.cat([cond[name] for cond in given]) for name in given[0]}
 
 
+def tiled(cond: Cond, size: int) -> Cond:
+    """The condition of a batch for `size` samples that are this batch once or several times.
+
+    Raises:
+        ValueError: `size` is no multiple of the batch's.
+    """
+    if not cond:
+        return cond
+    count, rest = divmod(size, len(next(iter(cond.values()))))
+    if rest:
+        raise ValueError(f"tiled: {size} samples are no multiple of the condition's")
+    return cond if count == 1 else joined(*[cond] * count)
+
+
 def with_scale_one(cond: Cond, rows: Tensor) -> Cond:
     """The condition with the guidance scale 1 for some samples; itself where it has no scales.
 

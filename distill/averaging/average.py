@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from torch import Tensor
 
 from distill.averaging.posthoc import averaged, snapshots
 from distill.averaging.search import Candidate, Coefficients, averages, evolve
-from distill.averaging.student import check_out, export, trained
+from distill.averaging.student import check_out, check_run, export, trained
 from distill.console import consume_with_bar
 from distill.files import write
 from distill.sampling.student_sampler import student_samples
 from distill.training import checkpoint
 from eval.catalogue import headline
-from teachers.errors import UserError
+from teachers.errors import UserError, plural
 
 NOISE = 1000  # the seed of the search's noise: none of those that figures are averaged over
 LEAST = 2  # checkpoints that are worth a search
@@ -34,6 +35,7 @@ def by_length(run: Path, length: float, out: Path, seeds: int | None = None) -> 
     Raises:
         UserError: the run has no snapshots, or `out` exists.
     """
+    check_run(run)
     check_out(out)
     entries = snapshots(run)
     source = trained(run)
@@ -66,12 +68,13 @@ def by_search(
     Raises:
         UserError: there are too few checkpoints, no protocol, or `out` exists.
     """
+    check_run(run)
     check_out(out)
     folders = checkpoint.steps(run / "checkpoints")[-(window or 0) :]
     if len(folders) < LEAST:
         raise UserError(
-            f"RUN: {run} has {len(folders)} checkpoints to combine; train with train.keep=20 and a "
-            "train.save_every that leaves as many"
+            f"RUN: {run} has {len(folders)} {plural(len(folders), 'checkpoint')} to combine; train "
+            "with train.keep=20 and a train.save_every that leaves as many"
         )
     source = trained(run)
     if (measure := source.measure) is None:
@@ -95,12 +98,12 @@ def by_search(
     record = out.with_name(f".{out.name}.search.json")
     about = {"weights": names, "seed": seed, "steps": count, "protocol": measure.name}
     judged = searched(fitness, founders(names), evaluations, seed, record, about)
-    best = min(judged)
+    best = best_of(judged, run)
     source.set(combined(list(weights.values()), best.coefficients))
-    plural = "step" if count == 1 else "steps"
+    judged_at = f"{count} {plural(count, 'step')}"
     about |= {
         "line": f"a linear combination of {len(names)} saved weights, the best of "
-        f"{evaluations:,} that a search judged at {count} {plural} (LCSC, arXiv:2404.02241)",
+        f"{evaluations:,} that a search judged at {judged_at} (LCSC, arXiv:2404.02241)",
         "coefficients": dict(zip(names, best.coefficients, strict=True)),
         "fitness": {"best": best.fitness, "first": judged[0].fitness},
         "network_evaluations": evaluations * count * len(measure.prompts),
@@ -108,6 +111,19 @@ def by_search(
     rows = export(source, out, about, source.recipe.eval.seeds)
     record.unlink(missing_ok=True)
     return rows
+
+
+def best_of(judged: Sequence[Candidate], run: Path) -> Candidate:
+    """The candidate of the lowest fitness.
+
+    Raises:
+        UserError: no fitness is a number.
+    """
+    if not math.isfinite((best := min(judged)).fitness):
+        raise UserError(
+            f"RUN: {run}: no combination of its weights has a finite figure; train again"
+        )
+    return best
 
 
 def founders(names: Sequence[str]) -> list[Coefficients]:
@@ -153,7 +169,8 @@ def searched(
         if len(values) < len(known):
             values.append(known[len(values)])
         else:
-            values.append(float(fitness(c)))
+            value = float(fitness(c))
+            values.append(value if math.isfinite(value) else math.inf)  # NaN has no order
             write(record, json.dumps({"about": about, "fitness": values}) + "\n")
         return values[-1]
 

@@ -32,8 +32,16 @@ class Snapshot(NamedTuple):
 
     def tensor(self, number: int) -> Tensor:
         """The average of the parameter of that number."""
-        with safe_open(self.file, framework="pt") as file:
-            return file.get_tensor(f"{self.length:g}/{number}")
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                return file.get_tensor(f"{self.length:g}/{number}")
+        except (SafetensorError, OSError) as error:
+            raise damaged(self.file, error) from None
+
+
+def damaged(file: Path, error: Exception) -> UserError:
+    """The error about a file that holds no averages of this run."""
+    return UserError(f"RUN: {file} is damaged ({error}); delete it")
 
 
 def inner(t: Tensor, gamma: Tensor, other_t: Tensor, other_gamma: Tensor) -> Tensor:
@@ -72,10 +80,11 @@ def snapshots(run: Path) -> list[Snapshot]:
             with safe_open(file, framework="pt") as opened:
                 about = opened.metadata()
                 lengths = {k.partition("/")[0] for k in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"RUN: {file} is damaged ({error}); delete it") from None
-        entries = [Snapshot(file, float(v), int(about["updates"])) for v in sorted(lengths)]
-        found += [(int(about["stage"]), entry) for entry in entries]
+            updates, stage = int(about["updates"]), int(about["stage"])
+            entries = [Snapshot(file, float(v), updates) for v in sorted(lengths)]
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise damaged(file, error) from None
+        found += [(stage, entry) for entry in entries]
     if not found:
         raise UserError(
             f"RUN: {run} has no averages for --ema-length; train with train.ema_lengths=[0.05,0.1]"

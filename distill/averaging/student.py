@@ -15,7 +15,7 @@ from distill.config.paths import from_start
 from distill.config.recipe import Recipe, read_yaml
 from distill.config.renamed import current_names
 from distill.data.encode import device
-from distill.files import write
+from distill.files import check_writable, write
 from distill.publish.card import draft
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import evaluate_student
@@ -81,8 +81,7 @@ def trained(run: Path) -> Trained:
     Raises:
         UserError: the folder holds no run, or its student leaves no pipeline.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"RUN: {run}: no recipe.yaml there; give the folder of a `distill run`")
+    check_run(run)
     tree = from_start(current_names(read_yaml(run / "recipe.yaml"), quiet=True), run)
     recipe = Recipe.check(tree, f"RUN: {run}")
     teacher = load_teacher(recipe.teacher)
@@ -98,14 +97,31 @@ def trained(run: Path) -> Trained:
     return Trained(run, recipe, teacher, objective.student)
 
 
-def check_out(out: Path) -> None:
-    """Refuse a folder that exists.
+def check_run(run: Path) -> None:
+    """Refuse a folder that holds no run.
 
     Raises:
-        UserError: it does.
+        UserError: it holds none.
     """
-    if out.exists():
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"RUN: {run}: no recipe.yaml there; give the folder of a `distill run`")
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder that exists or cannot be made, before any work; make the one around it.
+
+    Raises:
+        UserError: it exists, or cannot be made.
+    """
+    if out.exists() or out.is_symlink():
         raise UserError(f"--out {out}: it exists; give a new folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: it cannot be made ({error.strerror}); give another folder"
+        ) from None
+    check_writable(out, "--out")
 
 
 def export(source: Trained, out: Path, about: dict[str, Any], seeds: int) -> dict[str, Any]:

@@ -9,6 +9,9 @@ import typer
 
 from distill.cli.options import RunArg, expand_home
 
+LEAST, MOST = 1e-4, 0.28  # lengths; the even average over all steps has √(1/12)
+EVALUATIONS = 100
+
 
 def average(
     run: RunArg,
@@ -22,7 +25,7 @@ def average(
     ] = False,
     evaluations: Annotated[
         int, typer.Option(min=10, help="Combinations that the search judges.")
-    ] = 100,
+    ] = EVALUATIONS,
     window: Annotated[
         int | None, typer.Option(min=2, help="Newest checkpoints.", show_default="all")
     ] = None,
@@ -43,8 +46,13 @@ def average(
 
     if (ema_length is None) != search:
         raise UserError("--ema-length: give a length or --search, one of the two")
-    if ema_length is not None and not 0 < ema_length <= 0.28:
-        raise UserError(f"--ema-length {ema_length:g}: give a length above 0, and at most 0.28")
+    if ema_length is not None and not LEAST <= ema_length <= MOST:
+        raise UserError(f"--ema-length {ema_length:g}: give a length from {LEAST:g} to {MOST:g}")
+    of_search = {"--window": window, "--steps": steps, "--seed": seed or None}
+    of_search["--evaluations"] = evaluations if evaluations != EVALUATIONS else None
+    for option, value in of_search.items():
+        if ema_length is not None and value is not None:
+            raise UserError(f"{option}: only --search has it; remove it")
     with spinner("distill: preparing"):
         from distill.averaging.average import by_length, by_search
     if ema_length is not None:

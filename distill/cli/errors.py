@@ -63,6 +63,6 @@ def resume_hint() -> str:
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if command in ("run", "teach", "tune"):
         return "; add --resume to continue"
-    if command in ("bench", "cache"):
+    if command in ("average", "bench", "cache", "pairs"):
         return "; run the same command again to continue"
     return ""

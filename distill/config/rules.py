@@ -7,7 +7,7 @@ returns the message, `KEY.PATH: what is wrong; what to do`, or None where the re
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill.config.objective_schema import network_types, networks_of
 from distill.config.schema import PAIRS, GuidanceSection
@@ -17,6 +17,9 @@ from teachers.quantised import FORMS
 
 if TYPE_CHECKING:
     from distill.config.recipe import Recipe
+
+
+LEAST, MOST = 1e-18, 1e18  # of an objective's numbers other than 0
 
 
 def broken_rule(recipe: Recipe) -> str | None:
@@ -110,6 +113,27 @@ def missing_reward(recipe: Recipe) -> str | None:
     return None
 
 
+# ---- the objective's numbers
+
+
+def extreme_number(recipe: Recipe) -> str | None:
+    keys = {k: v for k, v in recipe.objective.items() if k != "name"}
+    return _extreme(keys, "objective")
+
+
+def _extreme(value: Any, key: str) -> str | None:
+    """The message about the first number whose square a float32 cannot hold."""
+    if isinstance(value, dict):
+        messages = (_extreme(v, f"{key}.{k}") for k, v in value.items())
+        return next((message for message in messages if message is not None), None)
+    if not isinstance(value, float) or value == 0 or LEAST <= abs(value) <= MOST:
+        return None
+    return (
+        f"{key}: {value:g} is so far from 1 that its square is no number of 32 bits; give one "
+        f"between {LEAST:g} and {MOST:g}"
+    )
+
+
 # ---- data
 
 
@@ -161,6 +185,28 @@ def coupling_without_data(recipe: Recipe) -> str | None:
             "remove it"
         )
     return None
+
+
+def key_of_another_coupling(recipe: Recipe) -> str | None:
+    if (coupling := recipe.data.coupling) is None:
+        return None
+    fields = type(coupling).model_fields
+    key, kinds = "candidates", "nearest alone has it"
+    if coupling.kind == "nearest":
+        key, kinds = "by_label", "assignments alone have it"
+    if getattr(coupling, key) != fields[key].default:
+        return f"data.coupling.{key}: {kinds}, and kind is {coupling.kind}; remove it"
+    return None
+
+
+def coupling_of_one_sample(recipe: Recipe) -> str | None:
+    coupling, train = recipe.data.coupling, recipe.train
+    if coupling is None or coupling.kind == "nearest" or train.batch > train.accumulate:
+        return None
+    return (
+        "data.coupling: noise is assigned within a part of a batch, and parts of one sample leave "
+        "nothing to assign; raise train.batch, or remove the key"
+    )
 
 
 def prompts_beside_images(recipe: Recipe) -> str | None:
@@ -381,8 +427,11 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     useless_pairs,
     key_of_pairs,
     missing_reward,
+    extreme_number,
     missing_data,
     coupling_without_data,
+    key_of_another_coupling,
+    coupling_of_one_sample,
     weights_without_counts,
     weights_for_other_counts,
     counts_that_do_not_divide,

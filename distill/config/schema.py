@@ -226,7 +226,8 @@ class CouplingSection(Section):
     # arXiv:2406.12303). An assignment keeps the batch's noise as it is; nearest does not, and its
     # noise is a little smaller.
     kind: Literal["transport", "immiscible", "nearest"] = "transport"
-    candidates: Annotated[PositiveInt, Ge(2)] = 4  # nearest: draws for each datum
+    # nearest: draws for each datum, all of which are in memory at once.
+    candidates: Annotated[PositiveInt, Ge(2), Le(1024)] = 4
     # Assign only among data of one class, if there are classes. Otherwise each class learns from
     # noise near its own data, and is sampled from other noise: on the digits, 2.5 instead of 0.34.
     by_label: bool = True

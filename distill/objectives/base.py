@@ -130,6 +130,22 @@ class Objective:
     # batch; None where the recipe has no rewards.
     reward: Callable[[Tensor, Batch], Tensor] | None = field(default=None, init=False)
 
+    @property
+    def last_stage(self) -> int:
+        """The step at which the last stage begins; 0 where there is one stage."""
+        return 0
+
+    def check_batch(self, shape: tuple[int, ...]) -> None:
+        """Refuse data or parts of a batch that the loss cannot be computed of, before training.
+
+        Args:
+            shape: Of the data of a part, (B, ...). B is `train.batch` over `train.accumulate`, or
+                over the number of processes if that is larger.
+
+        Raises:
+            UserError: naming the key.
+        """
+
     def turns(self, step: int) -> Iterator[Turn]:
         """The updates that make up step `step`, in order.
 

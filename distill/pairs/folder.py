@@ -28,6 +28,7 @@ from teachers.storage.files import is_complete, read_json, save_whole
 FORMAT = 1
 SHARD = 1024  # pairs in a file, at most: what a killed process loses
 SHARD_BYTES = 1 << 28  # about the size of one file, at most
+NEEDED = {"shards", "conditions", "evaluations", "shape", "pairs"}  # keys of an index
 ABOUT, INDEX = "pairs.json", "index.json"
 
 
@@ -145,12 +146,25 @@ def check_folder(folder: Path, about: dict[str, Any], key: str) -> None:
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """The index of finished pairs whose files are all there; None of others."""
+    """The index of finished pairs whose files are all there and whole; None of others.
+
+    Raises:
+        UserError: the index is damaged.
+    """
     if not (folder / INDEX).is_file():
         return None
-    index = read_json(folder / INDEX, f"pairs {str(folder)!r}")
-    whole = all((folder / e["file"]).is_file() for e in index["shards"])
-    return index if whole else None
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        files = [folder / entry["file"] for entry in index["shards"]]
+        sound = index.keys() >= NEEDED
+    except (OSError, ValueError, KeyError, TypeError):
+        sound, files = False, []
+    if not sound:
+        raise UserError(
+            f"pairs {folder / INDEX}: it is damaged; delete it, and the command that made the "
+            "pairs writes it anew"
+        )
+    return index if all(map(is_complete, files)) else None
 
 
 def save(path: Path, tensors: dict[str, Tensor], evaluations: int) -> None:
@@ -162,6 +176,8 @@ def save(path: Path, tensors: dict[str, Tensor], evaluations: int) -> None:
     try:
         save_whole(tensors, path, {"evaluations": str(evaluations)})
     except (SafetensorError, OSError) as error:
+        if is_complete(path):  # another process made it and removed this one's draft
+            return
         raise UserError(
             f"pairs {path}: it cannot be written ({error}); make room, and the same command goes on"
         ) from None

@@ -45,6 +45,7 @@ def pair_source(recipe: Recipe, teacher: Teacher) -> Source:
             "again, with the same options"
         )
     check_pairs(folder, index, recipe, teacher)
+    check_prompts(folder, index, recipe, teacher)
     return open_pairs(folder, index, recipe)
 
 
@@ -82,6 +83,26 @@ def check_pairs(folder: Path, index: dict[str, Any], recipe: Recipe, teacher: Te
                 f"data.{name}: {value!r}, and the pairs in {clipped(str(folder))} have "
                 f"{index.get(name)!r}; remove the key, or give another data.path"
             )
+
+
+def check_prompts(folder: Path, index: dict[str, Any], recipe: Recipe, teacher: Teacher) -> None:
+    """Refuse pairs of other prompts than the recipe names.
+
+    Raises:
+        UserError: they have others.
+    """
+    if recipe.data.prompts is None:
+        return
+    settings = settings_of(recipe)
+    settings.check(teacher)
+    if (
+        index.get("prompts")
+        != identity(settings, teacher, prompts_of(settings, teacher))["prompts"]
+    ):
+        raise UserError(
+            f"data.prompts: the pairs in {clipped(str(folder))} have other prompts; remove the "
+            "key, or give another data.path"
+        )
 
 
 def open_pairs(folder: Path, index: dict[str, Any], recipe: Recipe) -> Source:

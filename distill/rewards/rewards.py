@@ -17,7 +17,7 @@ from distill.data.stream import Source
 from distill.objectives.base import Batch, Loss, Objective, Turn
 from eval import shapes
 from eval.shapes.classifier import classifier, labels
-from teachers.errors import UserError
+from teachers.errors import UserError, clipped, first_line
 from teachers.storage.plugin import function_at
 from teachers.teacher import Teacher
 
@@ -38,7 +38,14 @@ def reward_of(
             "rewards: they read prompts or labels, which this data source does not keep in memory; "
             "set data.source to 'digits' or 'shapes'"
         )
-    functions = [(function_of(r.function, k), r.weight) for k, r in recipe.rewards.items()]
+    rewards = recipe.rewards.items()
+    for key, section in rewards:
+        if section.function == "shapes" and teacher.codec.classes:
+            raise UserError(
+                f"rewards.{key}.function: shapes reads captions, and this teacher has labels; name "
+                "a function of your own"
+            )
+    functions = [(k, function_of(r.function, k), r.weight) for k, r in rewards]
     prompts, vae = source.prompts, teacher.codec.vae
     if vae is not None:
         vae.requires_grad_(False)
@@ -51,7 +58,7 @@ def reward_of(
             teacher.codec.decode_with_graph(x),
             [prompts[i] for i in batch.items.tolist()],
         )
-        values = [weight * checked(f(images, texts), len(x)) for f, weight in functions]
+        values = [w * called(f, k, images, texts) for k, f, w in functions]
         return torch.stack(values).sum(0)
 
     return reward
@@ -64,6 +71,62 @@ def function_of(name: str, key: str) -> Function:
         UserError: there is no such function.
     """
     return caption_certainty if name == "shapes" else function_at(name, f"rewards.{key}.function")
+
+
+def rehearse(objective: Objective, source: Source, place: Any) -> None:
+    """Call an objective's rewards once for the first data or noise of a source, before training.
+
+    Args:
+        place: The device to compute on.
+
+    Raises:
+        UserError: a function raises an exception, or its values are no finite numbers, one for
+            each image; or they have no gradient, unless the objective calls them itself.
+    """
+    reward = objective.reward
+    assert reward is not None
+    batch = source.batch(0, 0, 1, min(2, source.size))
+    x = (batch.noise if batch.x is None else batch.x).to(place).requires_grad_(True)
+    value = reward(x, batch)
+    if not objective.needs_reward:
+        check_gradient(value)
+    if not value.isfinite().all():
+        shown = value.detach().tolist()
+        raise UserError(f"rewards: of the first images they are {shown}; return finite numbers")
+
+
+def called(function: Function, name: str, images: Tensor, prompts: Sequence[Any]) -> Tensor:
+    """A function's values (B,).
+
+    Args:
+        name: The reward's, for messages.
+
+    Raises:
+        UserError: it raises an exception, or does not return one number for each image.
+    """
+    try:
+        values = function(images, prompts)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a user's function may raise anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"rewards.{name}.function: it raised {clipped(reason, 200)}; correct it"
+        ) from None
+    return checked(values, len(images))
+
+
+def check_gradient(value: Tensor) -> None:
+    """Refuse rewards that the student cannot raise.
+
+    Raises:
+        UserError: they do not depend on the images in a differentiable way.
+    """
+    if not value.requires_grad:
+        raise UserError(
+            "rewards: they have no gradient with respect to the images; compute them with "
+            "differentiable operations of torch"
+        )
 
 
 def checked(values: Tensor, size: int) -> Tensor:
@@ -106,9 +169,5 @@ def rewarded(loss: Loss, batch: Batch, turn: Turn, objective: Objective) -> Loss
             "return Loss(value, logs, samples), or remove the section"
         )
     value = reward(loss.samples, batch).mean()
-    if not value.requires_grad:
-        raise UserError(
-            "rewards: they have no gradient with respect to the images; compute them with "
-            "differentiable operations of torch"
-        )
+    check_gradient(value)
     return loss._replace(value=loss.value - value, logs={**loss.logs, "reward": value.detach()})

@@ -15,6 +15,7 @@ from torch import nn
 from distill.config.optimizer import OptimizerConfig
 from distill.config.recipe import Recipe
 from distill.config.schema import PAIRS, TrainSection
+from distill.console import print_notice
 from distill.data import cache
 from distill.data.encode import device
 from distill.data.expansion.captions import write_prompts
@@ -33,7 +34,7 @@ from distill.objectives.base import Objective
 from distill.objectives.validate import check_first
 from distill.pairs.source import pair_source
 from distill.publish.licence import check_licence
-from distill.rewards.rewards import reward_of
+from distill.rewards import rewards
 from distill.sampling.guided_teacher import guidance_of, known_pictures, load_teacher
 from distill.sampling.own_metric import OwnMetric
 from distill.sampling.student_sampler import check_protocol, evaluate_student
@@ -163,13 +164,17 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     if resume and source.report is not None:
         check_labels(out, source.report)
     accelerator = accelerator_of(recipe.train, out)
-    check_memory(recipe.train, teacher.shape, shards_of(recipe.train, accelerator.num_processes))
+    shards = shards_of(recipe.train, accelerator.num_processes)
+    check_memory(recipe.train, teacher.shape, shards)
     rehearse = form.rehearsal(accelerator.device)  # its prompts are encoded before networks move
     teacher.denoiser.to(accelerator.device)
     seed_all(recipe.train.seed, "init")
     objective = objective_of(recipe, teacher, accelerator.device)
+    objective.check_batch((recipe.train.batch // shards, *teacher.shape))
+    note_last_stage(objective, recipe.train.steps)
     if recipe.rewards:
-        objective.reward = reward_of(recipe, teacher, source)
+        objective.reward = rewards.reward_of(recipe, teacher, source)
+        rewards.rehearse(objective, source, accelerator.device)
     if guidance_of(recipe.teacher).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)
     flops = check_finite(objective.teacher, teacher, source, recipe.train, accelerator)
@@ -181,6 +186,15 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         custom_objective.rehearse(objective, players, source, recipe.train, accelerator)
     compile_run(recipe, objective, players["student"], source, accelerator, mode)
     return Parts(teacher, source, measure, accelerator, objective, players, flops, metric)
+
+
+def note_last_stage(objective: Objective, steps: int) -> None:
+    """Say so where training ends before the objective's last stage begins."""
+    if objective.last_stage >= steps:
+        print_notice(
+            f"train.steps: training ends at step {steps:,}, and the last stage of the objective "
+            f"begins at step {objective.last_stage:,}; the student is not trained in it"
+        )
 
 
 def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from distill.averaging import average, student
 from distill.averaging.average import by_length, by_search, combined, recorded, searched
@@ -274,6 +274,9 @@ def test_a_search_exports_the_best_of_what_it_judged(run, tmp_path, monkeypatch)
 def test_what_cannot_be_averaged_is_refused(run, tmp_path, capsys):
     with refused("RUN*", "train.ema_lengths"):
         snapshots(tmp_path)
+    with refused("RUN*", "recipe.yaml"):
+        by_search(tmp_path, tmp_path / "out", 10, 0, None, None)
+    (tmp_path / "recipe.yaml").write_text("teacher: digits")
     with refused("RUN*", "train.keep"):
         by_search(tmp_path, tmp_path / "out", 10, 0, None, None)
     with refused("--steps", "3", "1"):
@@ -281,5 +284,41 @@ def test_what_cannot_be_averaged_is_refused(run, tmp_path, capsys):
     for words in (("--ema-length", 0.5), (), ("--search", "--ema-length", 0.1)):
         code, _, err = called(capsys, "average", run.out, "--out", tmp_path / "out", *words)
         assert code == 2 and "--ema-length" in err and err.count("\n") == 1
+    for option in ("--window", "--steps", "--seed", "--evaluations"):
+        words = ("--ema-length", 0.1, option, 12)
+        code, _, err = called(capsys, "average", run.out, "--out", tmp_path / "out", *words)
+        assert code == 2 and err.startswith(f"distill: {option}: only --search")
+    for length in (0.0, 1e-300, "nan"):
+        words = ("--ema-length", length, "--out", tmp_path / "out")
+        code, _, err = called(capsys, "average", run.out, *words)
+        assert code == 2 and "0.0001 to 0.28" in err
+    (tmp_path / "file").touch()
+    with refused("--out*", "file"):
+        by_length(run.out, 0.1, tmp_path / "file" / "out")
     assert not (tmp_path / "out").exists()
     assert min(Candidate(2.0, (1.0,)), Candidate(1.0, (0.0,))).fitness == 1.0
+
+
+@pytest.mark.parametrize("about", [None, {"updates": "many", "stage": "0"}, {"updates": "3"}])
+def test_a_file_that_is_no_snapshot_is_named(about, tmp_path):
+    (tmp_path / "averages").mkdir()
+    file = tmp_path / "averages" / "step-000002.safetensors"
+    save_file({"0.1/0": torch.zeros(1)}, file, about)
+    with refused("RUN*", file, "delete"):
+        snapshots(tmp_path)
+
+
+def test_a_snapshot_without_a_parameter_is_named(tmp_path):
+    (tmp_path / "averages").mkdir()
+    file = tmp_path / "averages" / "step-000002.safetensors"
+    save_file({"0.1/0": torch.zeros(1)}, file, {"updates": "3", "stage": "0"})
+    with refused("RUN*", file):
+        list(averaged(snapshots(tmp_path), 0.1, 2)[1])
+
+
+def test_a_search_ranks_what_cannot_be_judged_last(tmp_path):
+    found = searched(
+        lambda c: float("nan") if c[0] > 0 else 2.0, averages(2), 8, 0, tmp_path / "r", {}
+    )
+    assert min(found).fitness == 2.0
+    assert max(found).fitness == float("inf") and len(found) == 8

@@ -218,3 +218,21 @@ def test_an_objective_without_data_has_none_to_couple():
     }  # fmt: skip
     with refused("data.coupling", "sid"):
         Recipe.check(tree)
+
+
+@pytest.mark.parametrize(
+    ("coupling", "train", "line"),
+    [
+        ({"kind": "transport", "candidates": 8}, {}, ("data.coupling.candidates", "transport")),
+        ({"kind": "nearest", "by_label": False}, {}, ("data.coupling.by_label", "nearest")),
+        ({"kind": "nearest", "candidates": 10**8}, {}, ("data.coupling.candidates", "1024")),
+        ({"kind": "immiscible"}, {"batch": 4, "accumulate": 4}, ("data.coupling", "train.batch")),
+    ],
+)
+def test_couplings_that_could_do_nothing_or_fill_the_memory_are_refused(coupling, train, line):
+    tree = {
+        "teacher": "digits", "objective": {"name": "ect"}, "train": {"steps": 1, **train},
+        "data": {"source": "digits", "coupling": coupling},
+    }  # fmt: skip
+    with refused(*line):
+        Recipe.check(tree)

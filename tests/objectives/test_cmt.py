@@ -66,3 +66,8 @@ def test_it_costs_one_forward_of_each_network():
 def test_a_batch_that_trajectories_do_not_divide_is_refused():
     with refused("objective.points", "12", "16"):
         made().loss(data(12), 0)
+
+
+def test_it_gives_no_samples_to_reward_since_they_are_not_of_the_batchs_items():
+    """They are of the first trajectories' conditions, again and again."""
+    assert made(points=4).loss(data(8), 0).samples is None

@@ -91,6 +91,7 @@ def test_the_stages_are_the_scales_and_then_the_halvings():
     seen = play(objective, (0, 9, 10, 14, 15, 20, 99))
     assert seen == [(0, False, 4), (0, False, 4), (1, True, 4), (1, False, 4), (2, True, 2),
                     (3, True, 1), (3, False, 1)]  # fmt: skip
+    assert objective.last_stage == 20
 
 
 def test_halving_carries_each_samples_own_scale():

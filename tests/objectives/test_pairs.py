@@ -302,3 +302,16 @@ def test_recipes_spend_the_budget_with_their_pairs(name):
     spent = data.count * data.steps * per + (data.inverted or 0) * 2 * (data.steps - 1)
     spent += recipe.train.steps * recipe.train.batch
     assert 179_900 <= spent <= 180_000
+
+
+def test_data_that_a_loss_does_not_compare_are_refused_before_training():
+    """Distillation may begin after thousands of steps."""
+    with refused("objective.distance", "1×8×8"):
+        objective(Reflow, distance="lpips", distil_from=1000).check_batch((4, 1, 8, 8))
+    with refused("objective.high_pass"):
+        objective(Reflow, high_pass=1.0).check_batch((4, 3))
+
+
+def test_the_last_stage_of_reflow_is_distillation_if_there_is_one():
+    assert objective(Reflow).last_stage == 0
+    assert objective(Reflow, distil_from=7).last_stage == 7

@@ -1,13 +1,16 @@
 """Rewards: on any objective, and by a latent proxy that learns to order samples as they do."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from distill.config.recipe import Recipe
+from distill.data.stream import Source
 from distill.objectives.base import Batch, Loss, Turn
 from distill.objectives.trajectory.lcm import LCM
 from distill.objectives.trajectory.rg_lcd import LatentReward, RewardGuidedLCM
-from distill.rewards.rewards import caption_certainty, checked, reward_of, rewarded
+from distill.rewards.rewards import caption_certainty, checked, rehearse, reward_of, rewarded
 from distill.training import build
 from eval import shapes
 from students import schedulers
@@ -170,3 +173,51 @@ def test_rewards_without_prompts_or_needed_and_missing_are_refused(teacher, pipe
             Recipe.check({**tree, "rewards": {}})
         except Exception as error:
             raise type(error)(str(error).removeprefix("recipe: ")) from None
+
+
+@pytest.mark.parametrize(
+    ("reward", "line"),
+    [
+        (lambda x, p: 1 / 0, ("rewards.a.function", "ZeroDivisionError")),
+        (lambda x, p: x.flatten(1).mean(1) * float("nan"), ("rewards", "nan")),
+        (lambda x, p: x.detach().flatten(1).mean(1), ("rewards", "gradient")),
+        (lambda x, p: x.flatten(1), ("rewards", "(2,)")),
+    ],
+)
+def test_a_reward_that_cannot_be_raised_is_refused_before_training(reward, line, monkeypatch):
+    """Before the run's folder is made."""
+    monkeypatch.setattr("distill.rewards.rewards.function_at", lambda name, key: reward)
+    tree = {
+        "teacher": "digits",
+        "objective": {"name": "ect"},
+        "data": {"source": "digits"},
+        "rewards": {"a": {"function": "mine.py:reward"}},
+        "train": {"steps": 1, "batch": 4},
+    }
+    with refused(*line):
+        build.networks(Recipe.check(tree), Path("nowhere"), False)
+
+
+def test_a_reward_without_gradient_will_do_for_a_proxy(teacher):
+    prompts = shapes.captions(4, seed=2)
+    x = torch.randn(4, *teacher.shape)
+    source = Source(tuple(teacher.shape), x, teacher.codec.condition(prompts), seed=0, size=4)
+    objective = make(teacher)
+    objective.reward = lambda x, b: x.detach().flatten(1).mean(1)
+    rehearse(objective, source, "cpu")
+    other = make(teacher, LCM)
+    other.reward = objective.reward
+    with refused("rewards", "gradient"):
+        rehearse(other, source, "cpu")
+
+
+def test_the_built_in_reward_is_refused_for_labels():
+    tree = {
+        "teacher": "digits",
+        "objective": {"name": "ect"},
+        "data": {"source": "digits"},
+        "rewards": {"a": {"function": "shapes"}},
+        "train": {"steps": 1},
+    }
+    with refused("rewards.a.function", "labels"):
+        reward_of(Recipe.check(tree), load("digits"), type("S", (), {"prompts": [1]})())

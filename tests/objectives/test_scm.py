@@ -194,6 +194,20 @@ def test_every_way_is_the_central_difference_along_the_path(derivative):
     assert value.requires_grad and not slope.requires_grad
 
 
+def test_a_stacked_pair_of_batches_has_the_conditions_of_both():
+    """Each half of the double batch is asked for its own labels."""
+    teacher = load("digits")
+    network = student(teacher, 1).denoiser
+    x_t, labels = torch.randn(3, *teacher.shape), teacher.codec.condition([1, 2, 3])
+    given, t = Batch(torch.zeros_like(x_t), x_t, labels), torch.tensor([0.3, 0.5, 0.7])
+    found = [
+        scm(network, teacher.denoiser, derivative=how).differentiated(x_t, t, x_t, given)
+        for how in ("difference", "stacked")
+    ]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-2)
+
+
 def test_the_discrete_form_is_the_difference_over_the_sine_of_the_gap():
     objective = scm(TrigNetwork(Karras()), derivative="discrete", derivative_step=0.1)
     network, given, process = objective.student.denoiser, batch(), Karras()

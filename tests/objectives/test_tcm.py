@@ -137,3 +137,11 @@ def test_the_papers_tail_is_nearly_even_in_the_log_of_the_log():
     log = Karras().scales(t.double())[1].log()
     shares = [((log > a) & (log < 2 * a)).double().mean() for a in (0.2, 0.4, 0.8, 1.6)]
     assert max(shares) - min(shares) < 0.02 and min(shares) > 0.1
+
+
+def test_a_part_of_a_batch_with_no_sample_off_the_boundary_is_refused():
+    tcm().check_batch((2, 1))
+    with refused("objective.boundary_share", "0.25", "1"):
+        tcm().check_batch((1, 1))
+    with refused("objective.boundary_share"):
+        tcm(boundary_share=0.99).check_batch((4, 1))

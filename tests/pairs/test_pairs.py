@@ -289,3 +289,37 @@ def test_a_budget_counts_the_pairs_before_they_are_made(tmp_path):
     assert not list(tmp_path.iterdir())
     assert pair_source(asked, load_teacher(asked.teacher)).evaluations == before
     assert pair_evaluations(asked) == before
+
+
+def test_a_damaged_index_is_refused_and_a_damaged_shard_made_again(tmp_path):
+    folder = tmp_path / "pairs"
+    before, teacher = made(folder, settings())
+    shard = folder / "pairs-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-8])
+    assert folders.read_index(folder) is None
+    assert made(folder, settings())[0] == before and shard.read_bytes() == whole
+    for text in ("", "[]", "{}", '{"shards": 3}', '{"shards": []}'):
+        (folder / "index.json").write_text(text)
+        with refused(f"pairs {folder / 'index.json'}", "damaged"):
+            pair_source(recipe(GAUSSIAN, folder), teacher)
+
+
+def test_a_shard_whose_draft_another_process_removed_is_the_others(tmp_path, monkeypatch):
+    made(tmp_path, settings())
+    shard = tmp_path / "pairs-00000.safetensors"
+
+    def vanished(*args):
+        raise FileNotFoundError("draft")
+
+    monkeypatch.setattr(folders, "save_whole", vanished)
+    folders.save(shard, {}, 0)
+    with refused(f"pairs {tmp_path / 'other'}", "draft"):
+        folders.save(tmp_path / "other", {}, 0)
+
+
+def test_prompts_that_the_pairs_were_not_made_of_are_refused(tmp_path):
+    _, teacher = made(tmp_path, settings("shapes", count=2, steps=1, solver="ddim"))
+    pair_source(recipe("shapes", tmp_path), teacher)
+    with refused("data.prompts", tmp_path):
+        pair_source(recipe("shapes", tmp_path, prompts="pack:starter"), teacher)

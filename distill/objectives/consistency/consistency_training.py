@@ -25,7 +25,7 @@ from math import ceil, exp, floor, log, sqrt
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Interval, Le
 from torch import Tensor
 
 from distill.field_types import Finite, NonNegative, Positive, PositiveInt
@@ -40,8 +40,8 @@ SHARE = 0.25  # of the intervals, those of least noise, where the diffusion loss
 @dataclass(kw_only=True)
 class ConsistencyTraining(Pairwise):
     curriculum: Literal["doubling", "square-root"] = "doubling"
-    first: Annotated[PositiveInt, Ge(2)] = 10  # intervals at step 0
-    last: PositiveInt = 1280  # intervals at the end
+    first: Annotated[PositiveInt, Ge(2), Le(1 << 20)] = 10  # intervals at step 0
+    last: Annotated[PositiveInt, Le(1 << 20)] = 1280  # intervals at the end
     stage_steps: PositiveInt = 1000  # steps of a doubling; or those until `last`
     index: Literal["log-normal", "uniform"] = "log-normal"  # how intervals are drawn
     mean: Annotated[float, *Finite, Interval(ge=-20, le=20)] = -1.1  # of log σ

@@ -30,6 +30,7 @@ from distill.field_types import Fraction, NonNegative, NonNegativeInt, Positive
 from distill.objectives.base import Auxiliary, Batch, Learns, Loss, Objective, Turn
 from distill.objectives.noise_levels import LogNormal, Times
 from distill.objectives.tangent import tangent
+from teachers.conditions import tiled
 from teachers.process import Process, expand
 
 SMALL = 1e-4  # of sin θ, below which it is a divisor no more
@@ -118,10 +119,9 @@ class ContinuousConsistency(Objective):
             return x, (x.detach() - before) * expand(rate, x).to(x.dtype)
         rate = (angle.cos() / speed).to(t.dtype)  # cos θ dt/dθ
         move = process.velocity(x_t, end, t) * expand(rate, x_t)
-        return tangent(
-            lambda x_t, t: f(x_t, t, batch.cond),
-            (x_t, t), (move, rate), self.derivative, self.derivative_step, graph=True,
-        )  # fmt: skip
+        call = lambda x_t, t: f(x_t, t, tiled(batch.cond, len(t)))  # noqa: E731
+        how, step = self.derivative, self.derivative_step
+        return tangent(call, (x_t, t), (move, rate), how, step, graph=True)
 
     def earlier(self, angle: Tensor, process: Process) -> Tensor:
         """The times `derivative_step` before these angles, or 0."""

@@ -55,6 +55,18 @@ class TruncatedConsistency(ConsistencyTuning):
                 "learns nothing; lower one of them"
             )
 
+    @property
+    def last_stage(self) -> int:
+        return self.first_steps
+
+    def check_batch(self, shape: tuple[int, ...]) -> None:
+        size = shape[0]
+        if ceil(self.boundary_share * size) == size:
+            raise UserError(
+                f"objective.boundary_share: {self.boundary_share:g} of a part of {size} samples is "
+                "all of it; lower it, raise train.batch, or lower train.accumulate"
+            )
+
     def turns(self, step: int) -> Iterator[Turn]:
         if step == self.first_steps:
             self.freeze()

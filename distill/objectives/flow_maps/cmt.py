@@ -49,19 +49,22 @@ class CMT(Objective):
 
     learns: ClassVar[Learns] = "all-times"
 
-    def loss(self, batch: Batch, step: int) -> Loss:
-        if len(batch.noise) % self.points:
+    def check_batch(self, shape: tuple[int, ...]) -> None:
+        size = shape[0]
+        if size % self.points:
             raise UserError(
-                f"objective.points: {len(batch.noise)} samples of a part of the batch do not "
-                f"divide into trajectories of {self.points}; change it, train.batch or "
-                "train.accumulate"
+                f"objective.points: {size} samples of a part of the batch do not divide into "
+                f"trajectories of {self.points}; change it, train.batch or train.accumulate"
             )
+
+    def loss(self, batch: Batch, step: int) -> Loss:
+        self.check_batch(batch.noise.shape)
         with torch.no_grad():
             x_t, t, end, cond = self.trajectories(batch)
         x = self.student.denoiser(x_t, t, cond)
         c = 0.00054 * x[0].numel() ** 0.5 if self.huber_c is None else self.huber_c
         distance = huber(x, end, c).mean()
-        return Loss(distance, {"distance": distance.detach()}, x)
+        return Loss(distance, {"distance": distance.detach()})  # x is not of the batch's items
 
     def trajectories(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Cond]:
         """States (B, ...), their times (B,), the ends of their trajectories, and conditions."""

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from distill.field_types import NonNegative, Positive, PositiveInt
+from distill.field_types import NonNegative, Positive, PositiveInt, Real
 from distill.objectives.base import Batch, Learns, Loss, Objective
 from distill.objectives.flow_maps.rectified import flow_time
 from distill.objectives.noise_levels import Times, Uniform
@@ -39,19 +39,23 @@ class IMM(Objective):
     group: PositiveInt = 4  # samples that share their times
     diagonal: bool = True  # whether a sample's own pairs count: the biased estimate, as theirs
     sigma_data: Positive = 0.5  # of the kernel's scale
-    shift: float = 4.0  # b of the weight σ(b - λ), of the log SNR λ
+    shift: Real = 4.0  # b of the weight σ(b - λ), of the log SNR λ
     power: NonNegative = 1.0  # a of its factor α^a
 
     two_times: ClassVar[bool] = True
     learns: ClassVar[Learns] = "all-times"
 
-    def loss(self, batch: Batch, step: int) -> Loss:
-        x, process = batch.data, self.student.denoiser.process
-        if len(x) % self.group:
+    def check_batch(self, shape: tuple[int, ...]) -> None:
+        size = shape[0]
+        if size % self.group:
             raise UserError(
-                f"objective.group: {len(x)} samples of a part of the batch do not divide into "
+                f"objective.group: {size} samples of a part of the batch do not divide into "
                 f"groups of {self.group}; change it, train.batch or train.accumulate"
             )
+
+    def loss(self, batch: Batch, step: int) -> Loss:
+        x, process = batch.data, self.student.denoiser.process
+        self.check_batch(x.shape)
         t, s, r = self.sample_times(x)
         y, x_hat = self.jump(process.noise(x, t, batch.noise), t, s, batch)
         with torch.no_grad():

@@ -110,7 +110,7 @@ class MeanFlow(Objective):
             with torch.no_grad():
                 end = f(x_t, t, cond, t)
         along = (process.velocity(x_t, end, t), torch.ones_like(t), torch.zeros_like(s))
-        call = lambda x_t, t, s: f(x_t, t, cond, s)  # noqa: E731
+        call = lambda x_t, t, s: f(x_t, t, conditions.tiled(cond, len(t)), s)  # noqa: E731
         x, slope = tangent(call, (x_t, t, s), along, self.derivative, graph=True)
         (tau, rate), landing = flow_time(process, t), flow_time(process, s).tau
         kept, scale = (

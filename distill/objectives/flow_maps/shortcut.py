@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from distill.field_types import Fraction, Positive, PositiveInt
@@ -37,7 +37,8 @@ from teachers.errors import UserError
 @dataclass(kw_only=True)
 class Shortcut(Pairwise):
     velocity: Literal["teacher", "data"] = "teacher"
-    levels: Annotated[PositiveInt, Ge(2)] = 128  # steps of the finest grid; a power of two
+    # Steps of the finest grid, a power of two; float32 tells no more of them apart.
+    levels: Annotated[PositiveInt, Ge(2), Le(1 << 20)] = 128
     bootstrap: Fraction = 0.125  # the share of samples that learn from two half jumps
     clip: Positive | None = None  # of targets and of states between the halves; theirs is 4
     target_ema: Fraction = 0.999

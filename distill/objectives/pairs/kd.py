@@ -19,7 +19,7 @@ from torch import Tensor
 from distill.field_types import NonNegative
 from distill.objectives.base import Batch, Loss, Objective
 from distill.objectives.losses import mean_square
-from distill.objectives.pairs.regression import Distance, distances
+from distill.objectives.pairs.regression import Distance, check_lpips, distances
 from teachers.errors import UserError
 from teachers.process import expand
 
@@ -37,6 +37,10 @@ class KD(Objective):
                 "student.renoise: pairs tie a sample to one noise, so students of several steps "
                 "follow the ODE; set it to false, or set student.steps to 1"
             )
+
+    def check_batch(self, shape: tuple[int, ...]) -> None:
+        if self.distance == "lpips":
+            check_lpips(shape)
 
     def loss(self, batch: Batch, step: int) -> Loss:
         x_t, t = self.chain_states(batch)

@@ -32,7 +32,7 @@ from distill.field_types import Fraction, NonNegative, NonNegativeInt
 from distill.objectives.base import Batch, Loss, Turn
 from distill.objectives.losses import huber, mean_square
 from distill.objectives.pairs.kd import KD
-from distill.objectives.pairs.regression import distances
+from distill.objectives.pairs.regression import check_images, distances
 from teachers.errors import UserError
 from teachers.process import expand
 
@@ -56,6 +56,15 @@ class Reflow(KD):
         self.distils = False
         if self.form == "2-rf++" and (self.high_pass or self.normalise):
             raise UserError("objective.form: 2-rf++ has no high_pass and no normalise; remove them")
+
+    @property
+    def last_stage(self) -> int:
+        return self.distil_from or 0
+
+    def check_batch(self, shape: tuple[int, ...]) -> None:
+        super().check_batch(shape)
+        if self.high_pass:
+            check_images(shape)
 
     def turns(self, step: int) -> Iterator[Turn]:
         distils = self.distil_from is not None and step >= self.distil_from
@@ -132,8 +141,5 @@ def high_passed(x: Tensor) -> Tensor:
     Raises:
         UserError: x has no rows and columns.
     """
-    if x.ndim != 4:
-        raise UserError(
-            "objective.high_pass: it is for images, and these data have none; set it to 0"
-        )
+    check_images(x.shape)
     return x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)

@@ -41,15 +41,36 @@ def lpips(x: Tensor, target: Tensor) -> Tensor:
     Raises:
         UserError: they are not RGB images.
     """
-    if x.ndim != 4 or x.shape[1] != 3:
-        shown = "×".join(map(str, x.shape[1:]))
+    check_lpips(x.shape)
+    if min(x.shape[2:]) < SIDE:
+        x, target = (F.interpolate(v, (SIDE, SIDE), mode="bilinear") for v in (x, target))
+    return _network(str(x.device))(x, target).flatten()
+
+
+def check_images(shape: tuple[int, ...]) -> None:
+    """Refuse data of a shape (B, ...) that have no rows and columns.
+
+    Raises:
+        UserError: they have none.
+    """
+    if len(shape) != 4:
+        raise UserError(
+            "objective.high_pass: it is for images, and these data have none; set it to 0"
+        )
+
+
+def check_lpips(shape: tuple[int, ...]) -> None:
+    """Refuse data of a shape (B, ...) that LPIPS does not compare.
+
+    Raises:
+        UserError: they are not RGB images.
+    """
+    if len(shape) != 4 or shape[1] != 3:
+        shown = "×".join(map(str, shape[1:]))
         raise UserError(
             f"objective.distance: lpips compares RGB images, and this teacher's data are {shown}; "
             "set it to huber"
         )
-    if min(x.shape[2:]) < SIDE:
-        x, target = (F.interpolate(v, (SIDE, SIDE), mode="bilinear") for v in (x, target))
-    return _network(str(x.device))(x, target).flatten()
 
 
 @cache

@@ -31,6 +31,10 @@ class GuidedDistillation(Progressive):
     first_steps: PositiveInt = 1000  # training steps of the first stage
     times: Times = field(default_factory=Uniform)  # of the first stage
 
+    @property
+    def last_stage(self) -> int:
+        return self.first_steps + super().last_stage
+
     def stage_at(self, step: int) -> int:
         if step < self.first_steps:
             return 0

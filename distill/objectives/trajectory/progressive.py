@@ -63,6 +63,10 @@ class Progressive(Objective):
             self.teacher, self.stage = self.promoted(), stage
         yield Turn(("student",), partial(self.loss, step=step), reset)
 
+    @property
+    def last_stage(self) -> int:
+        return (len(self.grids) - 1) * self.stage_steps
+
     def stage_at(self, step: int) -> int:
         """The stage of a training step, from 0."""
         return min(step // self.stage_steps, len(self.grids) - 1)
