@@ -1519,4 +1519,26 @@ MUTANTS: tuple[Mutant, ...] = (
         "for _, entry in found",
         "averaging/test_averaging.py::test_snapshots_of_an_earlier_stage_have_no_part",
     ),
+    # teachers/denoiser.py: shared times
+    fault(
+        "shared times that reach α and σ",
+        "teachers/denoiser.py",
+        "self.coefficients(*self.process.at(t, x_t))\n        output",
+        "self.coefficients(*self.process.at(self.read_time(t), x_t))\n        output",
+        "teachers/test_shared_times.py::test_the_network_reads_one_time_and_its_coefficients_the_true_one",
+    ),
+    fault(
+        "an interval's end read in place of its beginning",
+        "teachers/denoiser.py",
+        "(t.double() / width + 1e-4).floor()",
+        "(t.double() / width + 1 - 1e-4).floor()",
+        "teachers/test_shared_times.py::test_an_interval_has_the_time_at_which_it_begins",
+    ),
+    fault(
+        "students of shared times exported to stock pipelines",
+        "students/schedulers.py",
+        "    check_read_times(generator)\n",
+        "",
+        "teachers/test_shared_times.py::test_a_student_of_shared_times_is_refused_before_training",
+    ),
 )

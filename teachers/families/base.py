@@ -67,9 +67,9 @@ class Pretrained(Network):
             return super().forward(x_t, t, cond, s)
 
     def twin(self, backbone: nn.Module, schedule: Schedule) -> Self:
-        """Another network of this family with the same pixels per latent cell."""
+        """Another network of this family with the same pixels per latent cell and shared times."""
         twin = type(self)(backbone, schedule)
-        twin.per_latent = self.per_latent
+        twin.per_latent, twin.share_times = self.per_latent, self.share_times
         return twin
 
     def seen(self, x_t: Tensor) -> tuple[int, int]:
