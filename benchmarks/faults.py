@@ -1541,4 +1541,28 @@ MUTANTS: tuple[Mutant, ...] = (
         "",
         "teachers/test_shared_times.py::test_a_student_of_shared_times_is_refused_before_training",
     ),
+    # distill/objectives/flow_maps/anyflow.py
+    fault(
+        "a central difference of half the length",
+        "distill/objectives/tangent.py",
+        "(f(*ahead) - f(*behind)) / (2 * step)",
+        "(f(*ahead) - f(*behind)) / step",
+        "objectives/test_tangent.py::test_the_derivative_of_a_product_is_by_hand",
+        "objectives/test_anyflow.py::test_an_exact_flow_map_on_its_teachers_path_has_no_error",
+    ),
+    fault(
+        "AnyFlow's velocities balanced in place of its jumps",
+        "distill/objectives/flow_maps/anyflow.py",
+        "device=loss.device) >= count",
+        "device=loss.device) < count",
+        "objectives/test_anyflow.py::test_velocities_are_weighted_by_their_time_and_jumps_count_as_much",
+    ),
+    fault(
+        "the sign of the derivative in MeanFlow's identity",
+        "distill/objectives/flow_maps/meanflow.py",
+        "- scale * slope",
+        "+ scale * slope",
+        "objectives/test_anyflow.py::test_its_loss_and_gradient_are_the_published_ones",
+        "objectives/test_meanflow.py::test_an_exact_flow_map_has_no_error",
+    ),
 )
