@@ -1565,4 +1565,19 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_anyflow.py::test_its_loss_and_gradient_are_the_published_ones",
         "objectives/test_meanflow.py::test_an_exact_flow_map_has_no_error",
     ),
+    # students/two_time.py: the mixed embedding
+    fault(
+        "the shares of time and landing exchanged",
+        "students/two_time.py",
+        "out + gate * (value.to(out.dtype) - out)",
+        "value.to(out.dtype) + gate * (out - value.to(out.dtype))",
+        "students/test_mixed_time.py::test_the_embedding_is_three_quarters_of_the_times_and_a_quarter_of_the_landings",
+    ),
+    fault(
+        "the time's own share not folded",
+        "students/landing.py",
+        "else (reading.gate, 1 - reading.gate)",
+        "else (reading.gate, 1.0)",
+        "students/test_mixed_time.py::test_a_folded_network_is_the_student_at_the_times_of_its_chain",
+    ),
 )

@@ -163,6 +163,9 @@ class StudentSection(Section):
     # Times near t = 0 that the network reads as one; by default the teacher's `share_times`. Its
     # steps must keep to other times, as stock pipelines pass each its own.
     share_times: SharedTimesSection | None = None
+    # How the network of a flow map reads where its step lands: by an embedding that is added to
+    # the time's and is 0 at first, or by a copy of the time's, a quarter of the two mixed.
+    landing: Literal["added", "mixed"] | None = None  # by default added
     # An earlier student that this one starts as: a run's folder, or an exported student. By default
     # it starts as the teacher.
     source: Name | None = None

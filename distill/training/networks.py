@@ -87,7 +87,7 @@ def with_numbers(recipe: Recipe, student: Generator) -> Generator:
         UserError: its network names no time embedding that landing times could be added to.
     """
     if recipe.kind.two_times:
-        student = two_time(student)
+        student = two_time(student, recipe.student.landing == "mixed")
     if recipe.kind.two_times or recipe.kind.differentiates_time:
         keep_slow(student.denoiser)
     return student
