@@ -5,8 +5,7 @@
 
 config.json has, for each step count, the time t of every call of the network, the scales α and σ of
 the noise there, and the c_skip and c_out by which the network's output F becomes the data that it
-expects behind x_t: x = c_skip x_t + c_out F. Where the network reads an earlier time, that is
-network_t.
+expects behind x_t: x = c_skip x_t + c_out F. The network reads network_t, where there is one.
 """
 
 import importlib.util
