@@ -719,7 +719,7 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "an objective of two times given a student of one",
         "distill/training/networks.py",
-        "student = two_time(student)",
+        'student = two_time(student, recipe.student.landing == "mixed")',
         "pass",
         "training/test_custom_objective.py::test_a_learned_weighting_is_a_player_and_a_resumed_run_is_the_run",
     ),
