@@ -733,8 +733,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "the landing at 0 left out of an export",
         "students/landing.py",
-        "total = layer.bias + change.bias",
-        "total = layer.bias + 0 * change.bias",
+        "(bias + change.bias)",
+        "(bias + 0 * change.bias)",
         "students/test_two_time.py::test_folding_adds_the_embedding_of_0_to_the_bias",
     ),
     fault(
