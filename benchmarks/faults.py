@@ -719,7 +719,7 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "an objective of two times given a student of one",
         "distill/training/networks.py",
-        "student = two_time(student)",
+        'student = two_time(student, recipe.student.landing == "mixed")',
         "pass",
         "training/test_custom_objective.py::test_a_learned_weighting_is_a_player_and_a_resumed_run_is_the_run",
     ),
@@ -733,8 +733,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "the landing at 0 left out of an export",
         "students/landing.py",
-        "total = layer.bias + change.bias",
-        "total = layer.bias + 0 * change.bias",
+        "(bias + change.bias)",
+        "(bias + 0 * change.bias)",
         "students/test_two_time.py::test_folding_adds_the_embedding_of_0_to_the_bias",
     ),
     fault(
@@ -1561,5 +1561,66 @@ MUTANTS: tuple[Mutant, ...] = (
         "isinstance(teacher.codec, Latents) and teacher.codec.vae is None",
         "isinstance(teacher.codec, Latents) and False",
         "students/test_edm_students.py::test_without_a_vae_students_of_latents_are_refused_in_one_line",
+    ),
+    # teachers/denoiser.py: shared times
+    fault(
+        "shared times that reach α and σ",
+        "teachers/denoiser.py",
+        "self.coefficients(*self.process.at(t, x_t))\n        output",
+        "self.coefficients(*self.process.at(self.read_time(t), x_t))\n        output",
+        "teachers/test_shared_times.py::test_the_network_reads_one_time_and_its_coefficients_the_true_one",
+    ),
+    fault(
+        "an interval's end read in place of its beginning",
+        "teachers/denoiser.py",
+        "(t.double() / width + 1e-4).floor()",
+        "(t.double() / width + 1 - 1e-4).floor()",
+        "teachers/test_shared_times.py::test_an_interval_has_the_time_at_which_it_begins",
+    ),
+    fault(
+        "students of shared times exported to stock pipelines",
+        "students/schedulers.py",
+        "    check_read_times(generator)\n",
+        "",
+        "teachers/test_shared_times.py::test_a_student_of_shared_times_is_refused_before_training",
+    ),
+    # distill/objectives/flow_maps/anyflow.py
+    fault(
+        "a central difference of half the length",
+        "distill/objectives/tangent.py",
+        "(f(*ahead) - f(*behind)) / (2 * step)",
+        "(f(*ahead) - f(*behind)) / step",
+        "objectives/test_tangent.py::test_the_derivative_of_a_product_is_by_hand",
+        "objectives/test_anyflow.py::test_an_exact_flow_map_on_its_teachers_path_has_no_error",
+    ),
+    fault(
+        "AnyFlow's velocities balanced in place of its jumps",
+        "distill/objectives/flow_maps/anyflow.py",
+        "device=loss.device) >= count",
+        "device=loss.device) < count",
+        "objectives/test_anyflow.py::test_velocities_are_weighted_by_their_time_and_jumps_count_as_much",
+    ),
+    fault(
+        "the sign of the derivative in MeanFlow's identity",
+        "distill/objectives/flow_maps/meanflow.py",
+        "- scale * slope",
+        "+ scale * slope",
+        "objectives/test_anyflow.py::test_its_loss_and_gradient_are_the_published_ones",
+        "objectives/test_meanflow.py::test_an_exact_flow_map_has_no_error",
+    ),
+    # students/two_time.py: the mixed embedding
+    fault(
+        "the shares of time and landing exchanged",
+        "students/two_time.py",
+        "out + gate * (value.to(out.dtype) - out)",
+        "value.to(out.dtype) + gate * (out - value.to(out.dtype))",
+        "students/test_mixed_time.py::test_the_embedding_is_three_quarters_of_the_times_and_a_quarter_of_the_landings",
+    ),
+    fault(
+        "the time's own share not folded",
+        "students/landing.py",
+        "else (reading.gate, 1 - reading.gate)",
+        "else (reading.gate, 1.0)",
+        "students/test_mixed_time.py::test_a_folded_network_is_the_student_at_the_times_of_its_chain",
     ),
 )

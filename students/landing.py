@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from students.adapter_layers import using
 from students.generator import Generator
 from students.lora import adapter_of, merged_backbone, unwrap
-from students.two_time import TwoTime, readings
+from students.two_time import NumberReading, TwoTime, readings
 from teachers import conditions
 from teachers.denoiser import Cond, Denoiser, Wrapper
 from teachers.errors import UserError
@@ -31,11 +31,13 @@ class Fold(NamedTuple):
     layer: its name in the backbone.
     weight: added to its weight (out, in); None adds nothing.
     bias: added to its bias (out,).
+    kept: what its own weight and bias are multiplied by first, where embeddings are mixed.
     """
 
     layer: str
     weight: Tensor | None
     bias: Tensor
+    kept: float = 1.0
 
 
 def landing_of(generator: Generator) -> TwoTime | None:
@@ -82,17 +84,22 @@ def folds(generator: Generator, shape: Sequence[int], cond: Cond) -> list[Fold]:
             times = generator.grids[max(generator.counts)]
             found += folded_chain(reading, times, shape, cond)
         else:
-            values = reading.usual_shifts().values
-            found += [Fold(n, None, v[0]) for n, v in zip(reading.names, values, strict=True)]
-    return found
+            share, kept = shares(reading)
+            values = [share * v[0] for v in reading.usual_shifts().values]
+            found += [Fold(n, None, v, kept) for n, v in zip(reading.names, values, strict=True)]
+    return sorted(found, key=lambda fold: fold.kept == 1)  # what is added is not mixed
+
+
+def shares(reading: NumberReading) -> tuple[float, float]:
+    """What a number's embedding and the time's are multiplied by before they are added."""
+    return (1.0, 1.0) if reading.gate is None else (reading.gate, 1 - reading.gate)
 
 
 def folded_chain(
     student: TwoTime, times: Sequence[float], shape: Sequence[int], cond: Cond
 ) -> list[Fold]:
     """The smallest change of the time layers that is exact at these times, each to the next."""
-    assert student.embedding is not None
-    device = student.embedding.out.weight.device
+    device, (share, kept) = student.device, shares(student)
     t = torch.tensor(times, device=device)
     s = torch.cat([t[1:], t.new_zeros(1)])
     backbone, inputs = unwrap(student).backbone, [[] for _ in student.names]
@@ -112,8 +119,8 @@ def folded_chain(
         for hook in hooks:
             hook.remove()
     found = []
-    for name, seen, value in zip(student.names, inputs, student.embedding(s), strict=True):
-        rows, wanted = torch.cat(seen), value.double()
+    for name, seen, value in zip(student.names, inputs, student.embed(s), strict=True):
+        rows, wanted = torch.cat(seen), share * value.double()
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)  # the last is the bias
         change = torch.linalg.pinv(rows) @ wanted
         if not torch.allclose(rows @ change, wanted, atol=1e-6, rtol=1e-4):
@@ -121,7 +128,9 @@ def folded_chain(
                 f"student.steps: the network does not tell the times of {len(t)} steps apart; "
                 "train fewer steps, or set student.renoise to true"
             )
-        found.append(Fold(name, change[:-1].T, change[-1]))  # float64: rounded once, as weights
+        found.append(
+            Fold(name, change[:-1].T, change[-1], kept)
+        )  # float64: rounded once, as weights
     return found
 
 
@@ -147,6 +156,7 @@ def adding_fold(change: Fold) -> Any:
 
     def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
         bias = change.bias.to(out.dtype)
+        out = out if change.kept == 1 else change.kept * out
         if change.weight is None:
             return out + bias
         return out + nn.functional.linear(args[0].to(out.dtype), change.weight.to(out.dtype), bias)
@@ -181,8 +191,9 @@ def stock_backbone(denoiser: Denoiser, changes: Sequence[Fold] = ()) -> nn.Modul
                 "no bias to fold the landing time into; train an objective of one time and of one "
                 "guidance scale"
             )
-        total = layer.bias + change.bias  # in the wider type of the two
-        layer.bias = nn.Parameter(total.to(layer.bias.dtype))
+        bias, weight = change.kept * layer.bias, change.kept * layer.weight
+        layer.bias = nn.Parameter((bias + change.bias).to(layer.bias.dtype))  # of the wider type
         if change.weight is not None:
-            layer.weight = nn.Parameter((layer.weight + change.weight).to(layer.weight.dtype))
+            weight = weight + change.weight
+        layer.weight = nn.Parameter(weight.to(layer.weight.dtype))
     return backbone

@@ -387,13 +387,34 @@ def drop_null(backbone: Any, teacher: Teacher) -> None:
         backbone.register_to_config(num_class_embeds=null)
 
 
+def check_read_times(generator: Generator) -> None:
+    """Refuse steps at which the student's network reads another time than stock pipelines pass it.
+
+    Raises:
+        UserError: a step is inside an interval of shared times.
+    """
+    network = unwrap(generator.denoiser)
+    t = torch.tensor([v for k in generator.counts for v in generator.grids[k]], dtype=torch.float64)
+    shared = (network.read_time(t) - t).abs() > 1e-6
+    if shared.any():
+        assert network.share_times is not None
+        raise UserError(
+            f"student.share_times: a step is at t = {t[shared].max():.4g}, where the network reads "
+            "an earlier time, and stock pipelines pass it the step's own; set below to at most "
+            f"{t[shared].min():.3g}, or train fewer steps"
+        )
+
+
 def scheduler(generator: Generator) -> Any:
     """The diffusers scheduler that samples this student.
 
     Raises:
-        UserError: it renoises in part (CTM's γ), which no scheduler of diffusers does.
+        UserError: it renoises in part (CTM's γ), which no scheduler of diffusers does; or a step is
+            at a time that its network does not read.
     """
     import diffusers
+
+    check_read_times(generator)
 
     if 0 < generator.renoise < 1:
         raise UserError(

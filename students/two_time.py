@@ -3,9 +3,10 @@
 Flow maps need it: CTM (arXiv:2310.02279), shortcut models (arXiv:2410.12557), MeanFlow
 (arXiv:2505.13447), AYF (arXiv:2506.14603). An embedding of the landing time s is added to the
 network's own embedding of t. Its last layer starts at zero, so the student starts as its teacher,
-bit for bit. Most of these methods differentiate along time, so that students keep to the smooth
-part of their time embedding (`keep_slow`). `landing.py` exports such
-students to stock pipelines, which hand a network one time.
+bit for bit. Or, as AnyFlow has it (arXiv:2605.13724), a copy of the time's embedder reads s, and
+the two embeddings are mixed; then the student starts as its teacher where s = t. Most of these
+methods differentiate along time, so that students keep to the smooth part of their time embedding
+(`keep_slow`). `landing.py` exports such students to stock pipelines, which hand a network one time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,23 +23,26 @@ from torch import Tensor, nn
 
 from students.adapter_layers import base_layer
 from students.generator import Generator
-from students.lora import unwrap
+from students.lora import to_float32, unwrap
 from teachers.denoiser import Cond, Denoiser, Wrapper
 from teachers.errors import UserError
 from teachers.families.base import Pretrained
 
 FASTEST = 100.0  # radians per unit of s of the fastest sinusoid; the slowest has one
+GATE = 0.25  # of s in a mixed embedding, AnyFlow's
 
 
 class Shifts(NamedTuple):
-    """What is added to the outputs of a backbone's time layers while it runs.
+    """What is added to the outputs of a backbone's time layers while it runs, or mixed with them.
 
     layers: the modules that `Pretrained.TIME` matches.
     values: for each of them, (B, channels).
+    gates: for each of them, the value's share where it is mixed; None adds it.
     """
 
     layers: Sequence[nn.Module]
     values: Sequence[Tensor]
+    gates: Sequence[float | None]
 
 
 _SHIFTS: WeakKeyDictionary[nn.Module, Shifts] = WeakKeyDictionary()  # by backbone, while it runs
@@ -55,28 +60,42 @@ class NumberReading(Wrapper):
         UserError: its family names no time embedding.
     """
 
-    embedding: NumberEmbedding | None
+    embedding: nn.Module | None
+    gate: float | None = None  # as `Shifts` has it
 
     def __init__(self, denoiser: Denoiser, usual: float, what: str) -> None:
         super().__init__(denoiser)
         self.usual = usual
         network = unwrap(denoiser)
         self.names = time_layers(network, what)
-        layers = [network.backbone.get_submodule(name) for name in self.names]
-        self.embedding = NumberEmbedding([channels(layer) for layer in layers])
+        self.embedding = self.new_embedding(network)
         self.embedding.to(next(network.backbone.parameters()).device)
+
+    def new_embedding(self, network: Pretrained) -> nn.Module:
+        """The embedding before training."""
+        layers = [network.backbone.get_submodule(name) for name in self.names]
+        return NumberEmbedding([channels(layer) for layer in layers])
+
+    @property
+    def device(self) -> torch.device:
+        """That of the embedding."""
+        assert self.embedding is not None
+        return next(self.embedding.parameters()).device
+
+    def embed(self, number: Tensor) -> Sequence[Tensor]:
+        """The embedding (B, channels) of numbers (B,) for each of the time layers."""
+        assert self.embedding is not None
+        return self.embedding(number)
 
     def shifts(self, number: Tensor) -> Shifts:
         """What numbers (B,) add to the time layers of the backbone."""
-        assert self.embedding is not None
         backbone = unwrap(self).backbone
         layers = [backbone.get_submodule(name) for name in self.names]
-        return Shifts(layers, self.embedding(number))
+        return Shifts(layers, self.embed(number), [self.gate] * len(layers))
 
     def usual_shifts(self) -> Shifts:
         """What the number of stock pipelines adds, (1, channels) for each layer."""
-        assert self.embedding is not None
-        return self.shifts(torch.full((1,), self.usual, device=self.embedding.out.weight.device))
+        return self.shifts(torch.full((1,), self.usual, device=self.device))
 
 
 class TwoTime(NumberReading):
@@ -89,6 +108,36 @@ class TwoTime(NumberReading):
         s = torch.zeros_like(t) if s is None else s
         with shifted(unwrap(self).backbone, self.shifts(s)):
             return self.denoiser(x_t, t, cond, s)
+
+
+class MixedTime(TwoTime):
+    """A denoiser of two times whose network reads (1 - g) e(t) + g e'(s), where e' starts as e.
+
+    AnyFlow's (arXiv:2605.13724). At s = t it starts as its teacher; at an earlier s, as if it had
+    less noise.
+
+    Raises:
+        UserError: its family does not name the module of its time's sinusoids.
+    """
+
+    gate = GATE
+
+    def new_embedding(self, network: Pretrained) -> nn.Module:
+        if not network.SINUSOIDS:
+            raise UserError(
+                f"student.landing: {type(network).__name__} does not name the module that makes "
+                "sinusoids of its time; leave landing out, or set its attribute SINUSOIDS"
+            )
+        parents = [name.rpartition(".")[0] for name in self.names]
+        copies = [deepcopy(network.backbone.get_submodule(name)) for name in parents]
+        return to_float32(nn.ModuleList(copies)).requires_grad_(True)
+
+    def embed(self, number: Tensor) -> Sequence[Tensor]:
+        assert isinstance(self.embedding, nn.ModuleList)
+        network, dtype = unwrap(self), next(self.embedding.parameters()).dtype
+        sinusoids = network.backbone.get_submodule(network.SINUSOIDS)
+        features = sinusoids(network.time(number)).to(dtype)
+        return [embedder(features) for embedder in self.embedding]
 
 
 def readings(denoiser: Denoiser) -> list[NumberReading]:
@@ -125,13 +174,16 @@ class NumberEmbedding(nn.Module):
         return self.out(nn.functional.silu(self.hidden(features))).split(self.widths, 1)
 
 
-def two_time(generator: Generator) -> Generator:
+def two_time(generator: Generator, mixed: bool = False) -> Generator:
     """Have a student read its landing times, in place: the student.
+
+    Args:
+        mixed: Mix their embedding with that of the time, in place of adding it.
 
     Raises:
         UserError: the student is no pretrained network, or its family names no time embedding.
     """
-    generator.denoiser = TwoTime(generator.denoiser)
+    generator.denoiser = (MixedTime if mixed else TwoTime)(generator.denoiser)
     return generator
 
 
@@ -142,8 +194,12 @@ def keep_slow(denoiser: Denoiser) -> None:
     fast ones have thousands of radians in the range of times: weights that training moves away from
     0 would make derivatives along time as large. Gradients to these weights become 0.
     """
-    for module in denoiser.modules():
-        first = getattr(getattr(module, "time_embedding", None), "linear_1", None)
+    embedders = [getattr(module, "time_embedding", None) for module in denoiser.modules()]
+    for reading in readings(denoiser):
+        if isinstance(reading, MixedTime):
+            embedders += [*reading.embedding.children()] if reading.embedding else []
+    for embedder in embedders:
+        first = getattr(embedder, "linear_1", None)
         if isinstance(first, nn.Linear) and first.weight.requires_grad:
             hold_unread(first.weight)
 
@@ -184,20 +240,29 @@ def channels(layer: nn.Module) -> int:
 def shifted(backbone: nn.Module, shifts: Shifts | None) -> Iterator[None]:
     """Run the backbone with these shifts added to its time layers' outputs; None adds nothing.
 
-    Within another use, both are added.
+    Within another use, both are added. What is mixed is mixed with a layer's own output, first.
     """
     if shifts is None:
         yield
         return
 
-    def adding(value: Tensor) -> Any:
-        return lambda module, args, out: out + value.to(out.dtype)
+    def adding(value: Tensor, gate: float | None) -> Any:
+        if gate is None:
+            return lambda module, args, out: out + value.to(out.dtype)
+        return lambda module, args, out: out + gate * (value.to(out.dtype) - out)
 
-    handles = [m.register_forward_hook(adding(v)) for m, v in zip(*shifts, strict=True)]
+    handles = [
+        module.register_forward_hook(adding(value, gate), prepend=gate is not None)
+        for module, value, gate in zip(*shifts, strict=True)
+    ]
     outer = _SHIFTS.get(backbone)
     both = shifts
     if outer is not None:
-        both = Shifts([*outer.layers, *shifts.layers], [*outer.values, *shifts.values])
+        both = Shifts(
+            [*outer.layers, *shifts.layers],
+            [*outer.values, *shifts.values],
+            [*outer.gates, *shifts.gates],
+        )
     _SHIFTS[backbone] = both
     try:
         yield

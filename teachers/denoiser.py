@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -91,13 +92,43 @@ class Denoiser(nn.Module):
         return (self.weight(t) * error).mean()
 
 
+@dataclass(frozen=True)
+class SharedTimes:
+    """Near t = 0 a network reads one time for each of a few intervals (E-TSDM, arXiv:2306.11251).
+
+    Of a network that predicts noise, the derivative along time grows without bound there. Here it
+    is 0 within an interval. Only what the network reads is shared: x_t, α, σ and the coefficients
+    of x̂ keep the true time.
+
+    Args:
+        below: The intervals divide [0, below) evenly; later times are read as they are.
+        intervals: Their number; 0 shares nothing.
+    """
+
+    below: float
+    intervals: int
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """The times (B,) that the network reads at t (B,): where t's interval begins."""
+        if not self.intervals:
+            return t
+        width = self.below / self.intervals
+        place = (t.double() / width + 1e-4).floor()  # t may be rounded from a beginning
+        return torch.where(t < self.below, (place * width).to(t.dtype), t)
+
+
 class Network(Denoiser):
     """A backbone F, turned into a denoiser by what it predicts. A learned variance is ignored.
 
     Args:
         backbone: F(x_t, t), or F(x_t, t, cond) where its third argument has the name cond.
         predicts: A key of PREDICTIONS, or a function of (α, σ) such as `edm(sigma_data)` makes.
+
+    Attributes:
+        share_times: Which times the backbone reads as one; None reads all as they are.
     """
+
+    share_times: SharedTimes | None = None
 
     def __init__(self, backbone: nn.Module, process: Process, predicts: str | Prediction) -> None:
         super().__init__()
@@ -110,9 +141,13 @@ class Network(Denoiser):
         _, cond = conditions.without(cond, GUIDANCE_SCALE)
         return self.backbone(x_t, t, cond) if self.reads_cond else self.backbone(x_t, t)
 
+    def read_time(self, t: Tensor) -> Tensor:
+        """The times (B,) at which the backbone is called for process times t (B,)."""
+        return t if self.share_times is None else self.share_times(t)
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
         c_skip, c_out = self.coefficients(*self.process.at(t, x_t))
-        output = without_variance(self.call(x_t, t, cond, s), x_t)
+        output = without_variance(self.call(x_t, self.read_time(t), cond, s), x_t)
         return c_skip * x_t + c_out * output.to(c_out.dtype)
 
     def weight(self, t: Tensor) -> Tensor:

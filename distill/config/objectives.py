@@ -11,6 +11,7 @@ from distill.objectives.distribution.dmd2 import DMD2
 from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
 from distill.objectives.finetune import FineTuning
+from distill.objectives.flow_maps.anyflow import AnyFlow
 from distill.objectives.flow_maps.cmt import CMT
 from distill.objectives.flow_maps.ctm import CTM
 from distill.objectives.flow_maps.imm import IMM
@@ -27,6 +28,7 @@ from distill.objectives.trajectory.snapfusion import SnapFusion
 from distill.objectives.trajectory.tcd import TCD
 
 OBJECTIVES: dict[str, type[Objective]] = {
+    "anyflow": AnyFlow,
     "ayf": AYF,
     "cmt": CMT,
     "consistency": Consistency,

@@ -290,6 +290,12 @@ def gamma_of_chains(recipe: Recipe) -> str | None:
     return None
 
 
+def landing_of_one_time(recipe: Recipe) -> str | None:
+    if recipe.student.landing is not None and not recipe.kind.two_times:
+        return f"student.landing: {_objective(recipe)} trains no flow map; remove it"
+    return None
+
+
 def counts_of_one_chain(recipe: Recipe) -> str | None:
     student, learns = recipe.student, recipe.kind.learns
     if learns == "one-chain" and student.counts not in (None, (student.steps,)):
@@ -438,6 +444,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     counts_without_steps,
     counts_of_one_chain,
     gamma_of_chains,
+    landing_of_one_time,
     guidance_key_of_another_kind,
     missing_guidance_key,
     misplaced_sampling_scale,

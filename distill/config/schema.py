@@ -24,6 +24,7 @@ from distill.field_types import (
 from distill.objectives.base import Learns
 from students.lora import Adapter
 from teachers.compiled import Mode
+from teachers.denoiser import SharedTimes
 from teachers.errors import UserError
 from teachers.quantised import Precision
 
@@ -92,6 +93,17 @@ Shift = Annotated[
 ]
 
 
+class SharedTimesSection(Section):
+    """Near t = 0 the network reads one time for each of a few intervals (arXiv:2306.11251)."""
+
+    below: Annotated[Positive, Le(1)] = 0.1  # the intervals divide [0, below) of the process's t
+    intervals: Annotated[NonNegativeInt, Le(1000)] = 5  # 0 shares nothing
+
+    @property
+    def shared(self) -> SharedTimes:
+        return SharedTimes(self.below, self.intervals)
+
+
 class AdapterFile(Section):
     """A LoRA file that becomes part of the teacher's frozen weights."""
 
@@ -120,6 +132,8 @@ class TeacherSection(Section):
     interpolant: Literal["linear", "gvp"] | None = None  # SiT's path; by default its file's
     heads: PositiveInt | None = None  # attention heads of the three; by default as published
     adapters: tuple[AdapterFile, ...] | None = None  # LoRA files that become part of the model
+    # Times that the network reads as one, of a network that was trained so; by default none.
+    share_times: SharedTimesSection | None = None
 
     def options(self) -> dict[str, Any]:
         """The arguments of `teachers.load` after the source."""
@@ -146,6 +160,12 @@ class StudentSection(Section):
     # Of renoising: the share of the way to the next time that noise is added from, TCD's γ. By
     # default x̂ itself is renoised. Stock pipelines take it as `eta`.
     gamma: Fraction | None = None
+    # Times near t = 0 that the network reads as one; by default the teacher's `share_times`. Its
+    # steps must keep to other times, as stock pipelines pass each its own.
+    share_times: SharedTimesSection | None = None
+    # How the network of a flow map reads where its step lands: by an embedding that is added to
+    # the time's and is 0 at first, or by a copy of the time's, a quarter of the two mixed.
+    landing: Literal["added", "mixed"] | None = None  # by default added
     # An earlier student that this one starts as: a run's folder, or an exported student. By default
     # it starts as the teacher.
     source: Name | None = None

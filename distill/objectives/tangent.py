@@ -1,7 +1,7 @@
 """Directional derivatives of a network: d/dε f(x + ε v) at ε = 0, without gradients of their own.
 
 Continuous-time consistency and flow-map objectives use them (sCM, arXiv:2410.11081; MeanFlow,
-arXiv:2505.13447). There are three methods, since not every kernel has a forward mode.
+arXiv:2505.13447). There are several methods, since not every kernel has a forward mode.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teachers.compiled import running_eagerly
 
-How = Literal["forward", "difference", "stacked"]
+How = Literal["forward", "difference", "stacked", "central"]
 
 
 def tangent(
@@ -30,8 +30,8 @@ def tangent(
 ) -> tuple[Tensor, Tensor]:
     """f at the primals, and its derivative along the tangents.
 
-    Each method evaluates f twice, once for the value and once for the derivative, and with a graph
-    no more than that: a loss takes the value's gradient without calling f again.
+    Each method evaluates f once for the value and once for the derivative, twice for "central",
+    and with a graph no more than that: a loss takes the value's gradient without calling f again.
 
     Args:
         f: Of tensors that share their first dimension, to a tensor (B, ...).
@@ -40,7 +40,8 @@ def tangent(
         how: "forward" is exact: forward-mode differentiation, attention by its formula and autocast
             off, since fused attention and autocast have no forward mode. "difference" is
             (f(x + step v) - f(x)) / step, in two calls, and "stacked" the same in one call of twice
-            the batch, for an f that treats samples independently.
+            the batch, for an f that treats samples independently. "central" is
+            (f(x + step v) - f(x - step v)) / (2 step), whose error falls with the step squared.
         step: Of the differences; a smaller one is more exact down to about √eps of the dtype.
         graph: Whether the value keeps its graph, so that gradients to weights go through it. The
             derivative never has one; "forward" frees the derivative's graph when it returns, and
@@ -57,6 +58,11 @@ def tangent(
                 value, slope = _dual(f, primals, tangents) if graph else _jvp(f, primals, tangents)
             return value, slope.detach()
         ahead = tuple(p + step * v for p, v in zip(primals, tangents, strict=True))
+        if how == "central":
+            value = f(*primals)
+            behind = tuple(p - step * v for p, v in zip(primals, tangents, strict=True))
+            with torch.no_grad():
+                return value, (f(*ahead) - f(*behind)) / (2 * step)
         if how == "difference":
             value = f(*primals)
             with torch.no_grad():

@@ -165,7 +165,9 @@ def plain(place: Place | None) -> Any:
 
 def teacher_identity(section: TeacherSection, teacher: Teacher) -> dict[str, Any]:
     """What pairs must share with the run that learns from them."""
+    shared = section.share_times
     return {
+        **({} if shared is None else {"share_times": shared.model_dump(mode="json")}),
         "teacher": teacher.source or section.source,
         "weights": weights_hash(teacher.denoiser),
         "guidance": guidance_of(section).model_dump(mode="json"),

@@ -27,6 +27,7 @@ from distill.pretrain import text_to_image
 from distill.pretrain.text_to_image import Scenes, TextRecipe
 from distill.profiling import device_name
 from distill.publish.results_table import many
+from distill.sampling.guided_teacher import share_times
 from distill.sampling.teacher_sampler import evaluate_teacher
 from distill.seeds import seed_all
 from distill.training import build, run_folder
@@ -85,6 +86,8 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
         shutil.rmtree(out / "teacher", ignore_errors=True)
         os.replace(draft, out / "teacher")
         run.teacher = load(str(out / "teacher"), null_label=null_label)
+        if recipe.student.share_times is not None:
+            share_times(run.teacher.denoiser, recipe.student.share_times, "student")
         summary = summarise(run, measure(run))
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         (out / "teacher" / "README.md").write_text(card(summary, recipe), encoding="utf-8")

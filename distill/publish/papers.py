@@ -23,6 +23,13 @@ class Paper(NamedTuple):
 
 # By the objective's name in a recipe.
 PAPERS = {
+    "anyflow": Paper(
+        "AnyFlow: Any-Step Video Diffusion Model with On-Policy Flow Map Distillation",
+        "Gu, Yuchao and Fang, Guian and Jiang, Yuxin and Mao, Weijia and Han, Song and Cai, Han "
+        "and Shou, Mike Zheng",
+        2026,
+        "2605.13724",
+    ),
     "ayf": Paper(
         "Align Your Flow: Scaling Continuous-Time Flow Map Distillation",
         "Sabour, Amirmojtaba and Fidler, Sanja and Kreis, Karsten",

@@ -123,7 +123,11 @@ class Baseline(Section):
                 f"{where}: this scheduler does not fit the process of {teacher.source!r}; "
                 f"known: {', '.join(known)}"
             )
-        unwrap(teacher.denoiser)
+        if unwrap(teacher.denoiser).share_times is not None:
+            raise UserError(
+                f"{where}: stock pipelines pass the network every time, and this teacher reads "
+                "some as one (teacher.share_times); use a solver"
+            )
         if guidance.kind != "cfg" or guidance.interval is not None or guidance.rescale:
             raise UserError(
                 f"{where}: stock pipelines support guidance of kind cfg only, without interval "

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from distill.config.schema import GuidanceSection, TeacherSection
+from distill.config.schema import GuidanceSection, SharedTimesSection, TeacherSection
 from distill.data.encode import counting, print_cuts
-from students.lora import unwrap
+from students.lora import innermost, unwrap
 from students.scale_reading import GuidedStudent
 from teachers.catalogue.loading import load, pictures_of
-from teachers.denoiser import Denoiser, Guided, Mix, Reparametrised, linear
+from teachers.denoiser import Denoiser, Guided, Mix, Network, Reparametrised, linear
 from teachers.errors import UserError
 from teachers.families.unet import UNet
 from teachers.guidance import (
@@ -26,6 +26,8 @@ from teachers.teacher import Teacher
 def load_teacher(section: TeacherSection) -> Teacher:
     """The teacher of a recipe, unguided."""
     teacher = load(section.source, **section.options())
+    if section.share_times is not None:
+        share_times(teacher.denoiser, section.share_times, "teacher")
     guidance = guidance_of(section)
     if section.negative_prompt:
         with counting(teacher) as cuts:
@@ -37,6 +39,21 @@ def load_teacher(section: TeacherSection) -> Teacher:
             f"{section.source!r} has none; set teacher.null_label, or guidance to 1"
         )
     return teacher
+
+
+def share_times(denoiser: Denoiser, section: SharedTimesSection, key: str) -> None:
+    """Have the network of a teacher or a student read some times as one, in place.
+
+    Args:
+        key: The section that has the key `share_times`.
+
+    Raises:
+        UserError: it is a closed form, which has no network.
+    """
+    network = innermost(denoiser)
+    if not isinstance(network, Network):
+        raise UserError(f"{key}.share_times: a closed form has no network to read them; remove it")
+    network.share_times = section.shared
 
 
 def known_pictures(section: TeacherSection) -> str | None:

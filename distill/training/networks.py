@@ -13,7 +13,7 @@ from distill.config.recipe import Recipe
 from distill.config.schema import AdaptersSection, CriticSection
 from distill.objectives.base import Auxiliary, Objective
 from distill.objectives.distribution.anchored import AnchoredDMD2
-from distill.sampling.guided_teacher import guidance_of, guided, guided_student
+from distill.sampling.guided_teacher import guidance_of, guided, guided_student, share_times
 from students.checkpointing import checkpointing
 from students.critic import Critic
 from students.export import earlier
@@ -87,7 +87,7 @@ def with_numbers(recipe: Recipe, student: Generator) -> Generator:
         UserError: its network names no time embedding that landing times could be added to.
     """
     if recipe.kind.two_times:
-        student = two_time(student)
+        student = two_time(student, recipe.student.landing == "mixed")
     if recipe.kind.two_times or recipe.kind.differentiates_time:
         keep_slow(student.denoiser)
     return student
@@ -109,6 +109,8 @@ def student_of(
         student = form.student(s.steps, s.start, s.renoise, adapter)
     else:
         student = earlier.student(s.source, form, s.steps, s.renoise, adapter)
+    if s.share_times is not None:
+        share_times(student.denoiser, s.share_times, "student")
     if s.gamma is not None:
         student = renoised_in_part(student, s.gamma)
     counts = s.trained(recipe.kind.learns, student.counts)

@@ -203,6 +203,8 @@ def chain(generator: Generator, steps: int) -> list[dict[str, float]]:
         alpha, sigma = network.process.at(torch.tensor([t]), x)
         skip, out = network.coefficients(alpha, sigma)
         place = {"t": t, "alpha": alpha, "sigma": sigma, "c_skip": skip, "c_out": out}
+        if network.share_times is not None:
+            place["network_t"] = network.read_time(torch.tensor([t]))
         if student.renoise:
             place["noise"] = (sigma**2 - (alpha * student.floor) ** 2).sqrt()
         places.append({k: float(v) for k, v in place.items()})

@@ -5,7 +5,7 @@
 
 config.json has, for each step count, the time t of every call of the network, the scales α and σ of
 the noise there, and the c_skip and c_out by which the network's output F becomes the data that it
-expects behind x_t: x = c_skip x_t + c_out F.
+expects behind x_t: x = c_skip x_t + c_out F. The network reads network_t, where there is one.
 """
 
 import importlib.util
@@ -86,7 +86,7 @@ def sample(folder, n, steps=None, seed=0, cond=None, device="cpu"):
     chain, renoise = config["chains"][str(steps)], config["renoise"]
     x = x_t = noise() * chain[0]["start"]
     for now, then in zip(chain, [*chain[1:], None]):
-        t = torch.full((n,), now["t"], device=device)
+        t = torch.full((n,), now.get("network_t", now["t"]), device=device)
         s = torch.full_like(t, 0.0 if renoise or then is None else then["t"])
         f = network(x_t, t, cond, s).float()[:, : x_t.shape[1]]  # without a learned variance
         x = now["c_skip"] * x_t + now["c_out"] * f

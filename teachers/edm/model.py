@@ -68,7 +68,7 @@ class EDM(UNet):
 
     PIPELINES = ()
     BLOCKS = r"network\.(encoder|decoder)\.\d+\.((blocks|middle)\.\d+|resize)"
-    TIME = r"network\.(mlp\.2|time)"
+    TIME, SINUSOIDS = r"network\.(mlp\.2|time)", ""
     LORA = r".*(qkv|attention\.out|conv_in|conv_out|embed)"
 
     def __init__(

@@ -53,6 +53,9 @@ class Pretrained(Network):
     # Regex of the layers whose output embeds the time; a landing time is added there
     # (students/two_time.py).
     TIME: ClassVar[str] = ""
+    # The module that makes sinusoids of `time(t)`, for the embedders around the layers of TIME;
+    # networks that hand it another number have none.
+    SINUSOIDS: ClassVar[str] = ""
     # Regex of the modules that are compiled one by one. Activation checkpointing calls them, or
     # modules around them: a call of it inside compiled code would not restore the adapter.
     BLOCKS: ClassVar[str] = r"\w+\.\d+"
@@ -67,9 +70,9 @@ class Pretrained(Network):
             return super().forward(x_t, t, cond, s)
 
     def twin(self, backbone: nn.Module, schedule: Schedule) -> Self:
-        """Another network of this family with the same pixels per latent cell."""
+        """Another network of this family with the same pixels per latent cell and shared times."""
         twin = type(self)(backbone, schedule)
-        twin.per_latent = self.per_latent
+        twin.per_latent, twin.share_times = self.per_latent, self.share_times
         return twin
 
     def seen(self, x_t: Tensor) -> tuple[int, int]:

@@ -18,6 +18,7 @@ class DiT(Pretrained):
     PIPELINES = ("DiTPipeline",)
     SQUARE = True
     TIME = r"transformer_blocks\.\d+\.norm1\.emb\.timestep_embedder\.linear_2"
+    SINUSOIDS = "transformer_blocks.0.norm1.emb.time_proj"
     LORA = r".*(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ class PixArtSigma(Pretrained):
     PIPELINES = ("PixArtSigmaPipeline",)
     SEEDED = True
     TIME = r"adaln_single\.emb\.timestep_embedder\.linear_2"
+    SINUSOIDS = "adaln_single.emb.time_proj"
     LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

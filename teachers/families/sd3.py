@@ -15,6 +15,7 @@ class StableDiffusion3(Pretrained):
 
     PIPELINES = ("StableDiffusion3Pipeline",)
     TIME = r"time_text_embed\.timestep_embedder\.linear_2"
+    SINUSOIDS = "time_text_embed.time_proj"
     LORA = (
         r".*(attn2?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
         r"|ff(_context)?\.net\.(0\.proj|2))"

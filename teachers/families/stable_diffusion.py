@@ -19,6 +19,7 @@ class StableDiffusion(Pretrained):
     PART, SEEDED, FLOWS = "unet", True, False
     BLOCKS = r".*(resnets|transformer_blocks)\.\d+"
     TIME = r"time_embedding\.linear_2"
+    SINUSOIDS = "time_proj"
     LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|proj_in|proj_out)"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

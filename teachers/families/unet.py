@@ -27,6 +27,7 @@ class UNet(Pretrained):
     PART, SEEDED, SCALED, FLOWS = "unet", True, True, False
     BLOCKS = r".*(resnets|attentions)\.\d+"
     TIME = r"time_embedding\.linear_2"
+    SINUSOIDS = "time_proj"
     LORA = r".*(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut|time_emb_proj)"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

@@ -26,6 +26,7 @@ class Wan(Pretrained):
 
     PIPELINES = ("WanPipeline",)
     TIME = r"condition_embedder\.time_embedder\.linear_2"
+    SINUSOIDS = "condition_embedder.timesteps_proj"
     LORA = r".*(attn\d\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
 
     def call(self, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor | None) -> Tensor:

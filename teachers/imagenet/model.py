@@ -18,7 +18,7 @@ class SiT(DiT):
 
     PIPELINES = ()
     BLOCKS = r"blocks\.\d+"
-    TIME = r"time\.2"
+    TIME, SINUSOIDS = r"time\.2", ""
     LORA = r".*(attention\.(qkv|out)|mlp\.(0|2|both|out))"
 
     @staticmethod

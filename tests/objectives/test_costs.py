@@ -102,6 +102,8 @@ ODE = {**TWO, "renoise": False}
 HALVING = {"initial_steps": 2, "stage_steps": 5}
 # By objective and case: what the step is made of, and the passes.
 COSTS = {
+    ("anyflow", "three for half of the batch"): (
+        {}, {"student forward": 2, "student backward": 1}),
     ("ayf", "the value with its derivative"): (
         {}, {"student forward": 2, "student backward": 1, "teacher forward": 1}),
     ("consistency", "Heun's two calls"): (

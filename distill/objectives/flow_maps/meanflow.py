@@ -52,6 +52,7 @@ class MeanFlow(Objective):
     power: NonNegative = 1.0  # p of the weight 1 / (|error|² + offset)^p
     offset: Positive = 0.01
     derivative: How = "forward"
+    derivative_step: Positive = 1e-3  # of differences, in the process's t
 
     two_times: ClassVar[bool] = True
     learns: ClassVar[Learns] = "all-times"
@@ -62,9 +63,10 @@ class MeanFlow(Objective):
         jump = Jump(process.noise(batch.data, t, batch.noise), t, s)
         x, error = self.predicted(jump, batch, step)
         tau = expand(flow_time(process, t).tau, x).to(x.dtype)
-        square = ((x - x.detach() - error) / tau).square().flatten(1).sum(1)
-        size = square.detach()
-        return Loss((self.weight(size) * square).mean(), {"error": size.mean()}, x)
+        gap = (x - x.detach() - error) / tau
+        square = gap.square().flatten(1).sum(1)
+        value = (self.weight(gap.detach(), tau.flatten()) * square).mean()
+        return Loss(value, {"error": square.detach().mean()}, x)
 
     def sample_times(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Times t ≥ s (B,) for data x (B, ...); equal in the first samples of the batch."""
@@ -111,7 +113,9 @@ class MeanFlow(Objective):
                 end = f(x_t, t, cond, t)
         along = (process.velocity(x_t, end, t), torch.ones_like(t), torch.zeros_like(s))
         call = lambda x_t, t, s: f(x_t, t, conditions.tiled(cond, len(t)), s)  # noqa: E731
-        x, slope = tangent(call, (x_t, t, s), along, self.derivative, graph=True)
+        x, slope = tangent(
+            call, (x_t, t, s), along, self.derivative, self.derivative_step, graph=True
+        )
         (tau, rate), landing = flow_time(process, t), flow_time(process, s).tau
         kept, scale = (
             expand(v, x).to(x.dtype) for v in (1 - landing / tau, (tau - landing) / rate)
@@ -122,9 +126,9 @@ class MeanFlow(Objective):
         """The weight of the derivative."""
         return 1.0
 
-    def weight(self, square: Tensor) -> Tensor:
-        """Each sample's weight (B,), of its squared error summed over dimensions."""
-        return (square + self.offset) ** -self.power
+    def weight(self, gap: Tensor, tau: Tensor) -> Tensor:
+        """Each sample's weight (B,), by its error in u (B, ...) and its flow time (B,)."""
+        return (gap.square().flatten(1).sum(1) + self.offset) ** -self.power
 
 
 @dataclass(kw_only=True)
@@ -142,5 +146,5 @@ class AYF(MeanFlow):
     def share(self, step: int) -> float:
         return self.limit * min(1.0, step / self.warmup if self.warmup else 1.0)
 
-    def weight(self, square: Tensor) -> Tensor:
-        return 1 / (square.sqrt() + self.offset)
+    def weight(self, gap: Tensor, tau: Tensor) -> Tensor:
+        return 1 / (gap.square().flatten(1).sum(1).sqrt() + self.offset)
