@@ -16,6 +16,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")  # of objectives, beside their colours
 GREY, BLACK = "#767676", "#1a1a1a"
 NAME = 0.21  # inches that a name takes
+LINES = 20  # the most rows whose lines an eye can follow; more are ranked
 
 
 class Point(NamedTuple):
@@ -89,6 +90,8 @@ def quality_by_steps(lines: Sequence[LeaderboardRow], out: Path) -> Path:
     few = [v for v in lines if v.steps and v.steps <= most and v.kind != "teacher"]
     for line in sorted(few, key=lambda v: v.steps or 0):
         rows.setdefault(line.name, []).append(line)
+    if len(rows) > LINES:
+        return ranking(rows, lines, out)
     fig, ax = figure(len(rows) + 1)
     look, points = looks(lines), []
     for name, path in rows.items():
@@ -104,6 +107,42 @@ def quality_by_steps(lines: Sequence[LeaderboardRow], out: Path) -> Path:
     scale_of_distance(ax, "Distance by sampling steps", distance_of(few[0].metrics))
     points += reference(ax, lines, None)
     in_margin(ax, points)
+    return saved(fig, out / "quality-steps.png")
+
+
+def ranking(
+    rows: dict[str, list[LeaderboardRow]], lines: Sequence[LeaderboardRow], out: Path
+) -> Path:
+    """Distance by sampling steps with the names as an axis, the best on top: a dot for each count.
+
+    Args:
+        rows: By name, its lines of a few steps.
+    """
+    order = sorted(rows.values(), key=lambda v: min(w.distance for w in v), reverse=True)
+    counts = sorted({v.steps for path in order for v in path if v.steps})
+    fig, ax = figure(len(order) + 1, 8.4)
+    for place, path in enumerate(order):
+        x, untrained = [v.distance for v in path], path[0].kind == "baseline"
+        ax.plot(x, [place] * len(x), color=GREY, lw=0.8, ls=":" if untrained else "-", zorder=1)
+    for k, colour, mark in zip(counts, COLOURS, MARKS, strict=False):
+        dots = [(v.distance, i) for i, path in enumerate(order) for v in path if v.steps == k]
+        ax.plot(*zip(*dots, strict=True), mark, color=colour, ms=6, ls="", alpha=0.9,
+                label=f"{k} {plural(k, 'step')}")  # fmt: skip
+    for line in lines:
+        if line.kind == "teacher":
+            name = f"{line.name}, {line.steps} steps"
+            ax.axvline(line.distance, color=BLACK, lw=1, label=name, zorder=0)
+    ax.set_yticks(range(len(order)), [path[0].name for path in order])
+    for text, path in zip(ax.get_yticklabels(), order, strict=True):
+        text.set_color(GREY if path[0].kind == "baseline" else BLACK)
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(-0.7, len(order) - 0.3)
+    ax.set_xscale("log")
+    numbered(ax.xaxis)
+    ax.grid(axis="x", lw=0.6)
+    ax.set_title("Distance by sampling steps; grey names are the teacher without training")
+    ax.set_xlabel(f"{catalogue.label(distance_of(order[0][0].metrics))}, lower is better")
+    ax.legend(loc="center right", frameon=False)
     return saved(fig, out / "quality-steps.png")
 
 
@@ -181,16 +220,21 @@ def at(line: LeaderboardRow) -> str:
 
 def scale_of_distance(ax: Any, title: str, key: str = "") -> None:
     """A logarithmic axis of distance, in plain numbers; `key` names the figure, if it is given."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    ax.yaxis.set_minor_locator(LogLocator(subs=()))
+    numbered(ax.yaxis)
     ax.grid(axis="y", lw=0.6)
     ax.set_title(title)
     if key:
         ax.set_ylabel(f"{catalogue.label(key)}, lower is better")
+
+
+def numbered(axis: Any) -> None:
+    """The numbers of a logarithmic axis in plain figures."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_locator(LogLocator(subs=()))
 
 
 def reference(

@@ -96,3 +96,19 @@ def test_objectives_differ_by_mark_as_well_as_by_colour():
 
 def test_without_a_student_there_is_nothing_to_draw(tmp_path):
     assert plots.plot([LeaderboardRow("a", "student", "dmd2", None, [], {})], tmp_path) == []
+
+
+def test_many_rows_are_ranked_by_their_best_distance(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "saved", lambda fig, path: figures.append(fig) or path)
+    rows = [*CROWD, *(line(f"more {i}", 2, 0.2 + 0.1 * i) for i in range(10))]
+    plots.quality_by_steps(rows, tmp_path)
+    (ax,) = figures[0].axes
+    names = [t.get_text() for t in ax.get_yticklabels()]
+    assert len(names) == 27
+    assert names[-1] == "more 0" and names[0] == "heun"
+    dots = {v.get_label(): v for v in ax.lines if not v.get_label().startswith("_")}
+    assert list(dots) == ["1 step", "2 steps", "4 steps", "teacher, heun, 18 steps"]
+    x, y = dots["1 step"].get_data()
+    assert len(x) == 17 and x[list(y).index(names.index("row 3"))] == pytest.approx(0.403)
+    assert [names[i] for i in dots["2 steps"].get_data()[1]].count("more 4") == 1

@@ -375,9 +375,8 @@ def test_more_bad_than_allowed_stops_at_the_first_by_name(good, tmp_path, kind, 
     place = tmp_path / ("d/a.tar" if kind == "truncated shard" else "d/a")
     name = spoil(place, kind)
     data = {"source": str(place), "cache": str(tmp_path / "c"), "in_memory_gb": memory}
-    with refused(
-        "data.source", f"{str(place)!r}: {kind}: {name}: ", "1 of 200", "data.skip_share = 0.001"
-    ):
+    named = f"{place.name}': {kind}: {name}: "  # messages shorten long paths
+    with refused("data.source", named, "1 of 200", "data.skip_share = 0.001"):
         from_recipe.source_of(recipe(**data, skip_share=0.001), toy())
 
 

@@ -67,7 +67,7 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.objectives", "teachers", "eval.metrics",
     },
     "distill.objectives.trajectory": {
-        "distill", "distill.objectives", "distill.objectives.consistency", "teachers",
+        "distill", "distill.objectives", "distill.objectives.consistency", "students", "teachers",
     },
     "distill.objectives.distribution": {"distill", "distill.objectives", "students", "teachers"},
     "distill.config": {
