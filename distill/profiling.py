@@ -106,8 +106,9 @@ class FusedAttention(TorchFunctionMode):
 
     It is a mode of functions, since torch decomposes attention before a mode of dispatch sees it.
     Outputs have shapes and no values: for fake tensors. Queries that carry a tangent make the
-    matrix, as in a run, where fused kernels have no forward mode. `loss.backward()` keeps the mode
-    for what gradient checkpointing recomputes; `torch.autograd.grad` does not.
+    matrix, as in a run, where fused kernels have no forward mode. Of a group norm with a tangent,
+    torch's own derivative has no fake tensors, so it is written out. `loss.backward()` keeps the
+    mode for what gradient checkpointing recomputes; `torch.autograd.grad` does not.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -119,6 +120,8 @@ class FusedAttention(TorchFunctionMode):
         inputs = (*args, *kwargs.values())
         if func is F.scaled_dot_product_attention and not any(map(has_tangent, inputs)):
             return _Attention.apply(*_inputs(*args, **kwargs), self.meter)
+        if func is F.group_norm and any(map(has_tangent, inputs)):
+            return _group_norm(*args, **kwargs)
         if func is Tensor.backward:
             with self:  # torch leaves the mode to call this handler
                 return _backward(*args, **kwargs)
@@ -142,6 +145,21 @@ class EagerAutocast(FusedAttention):
         kwargs = {k: v.float() if isinstance(v, Tensor) else v for k, v in (kwargs or {}).items()}
         with torch.autocast("cpu", enabled=False):
             return func(*args, **kwargs)
+
+
+def _group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    groups = x.reshape(len(x), num_groups, -1)
+    centred = groups - groups.mean(-1, keepdim=True)
+    normed = (centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()).reshape(x.shape)
+    shape = (1, -1, *(1 for _ in x.shape[2:]))
+    normed = normed if weight is None else normed * weight.view(shape)
+    return normed if bias is None else normed + bias.view(shape)
 
 
 def _inputs(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from students.adapter_layers import base_layer
 from students.generator import Generator
@@ -205,7 +206,12 @@ def keep_slow(denoiser: Denoiser) -> None:
 
 
 def hold_unread(weight: Tensor) -> None:
-    """Make gradients 0 to those columns of a weight (out, in) that are 0 now."""
+    """Make gradients 0 to those columns of a weight (out, in) that are 0 now.
+
+    A plan's weights have no values, and its gradients are only counted.
+    """
+    if is_fake(weight):
+        return
     read = weight.detach().any(0)
     if not read.all():
         weight.register_hook(lambda grad: grad * read.to(grad.device))

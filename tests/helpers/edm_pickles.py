@@ -106,11 +106,11 @@ def save_vae(folder: Path, channels: int = 4) -> Path:
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(4, 4),
+        block_out_channels=(4, 4),  # pyright: ignore
         norm_num_groups=2,
         latent_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore
+        up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore
     )
     last: Any = vae.decoder.conv_out
     last.weight.data *= 0.2

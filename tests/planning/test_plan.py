@@ -144,6 +144,15 @@ def test_one_whose_code_reads_values_is_refused(tmp_path):
         forecast.plan(Recipe.check(own.recipe_tree(file, "sid")))
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("digits/scm", []), ("digits/meanflow", []), ("digits/anyflow", ["student.landing=mixed"])],
+)
+def test_students_that_keep_to_slow_sinusoids_are_planned(name, keys):
+    """Which weights they hold depends on values, and a plan has none."""
+    assert 0 < forecast.plan(Recipe.load(name, keys)).peak < 2
+
+
 def test_an_unknown_card_is_named(tmp_path):
     with refused("--gpu", "rtx-4090"):
         app(["plan", "digits/sid", "--gpu", "rtx4090"], standalone_mode=False)
