@@ -467,7 +467,7 @@ def without_tf32() -> Iterator[None]:
     PyTorch lets cuDNN's convolutions round their inputs to TF32's ten bits. An adapter beside its
     weights and the same adapter merged into them then differ by a grey level.
     """
-    places = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    places: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [place.allow_tf32 for place in places]
     try:
         for place in places:
