@@ -116,10 +116,7 @@ class Generator(nn.Module):
         process = self.denoiser.process
         assert self.gamma is not None
         low = process.rounded((1 - self.gamma) * s.double()).to(s.dtype)
-        (alpha, sigma), (alpha_low, sigma_low) = process.at(s, x), process.at(low, x)
-        kept = alpha / alpha_low
-        added = (sigma**2 - (kept * sigma_low) ** 2).clamp(min=0).sqrt()
-        return kept * process.step(x_t, x, t, low) + added * noise
+        return process.noisier(process.step(x_t, x, t, low), low, s, noise)
 
     def partial_step(
         self, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond = None, noise: Tensor | None = None
@@ -130,10 +127,8 @@ class Generator(nn.Module):
         kept = (1 - self.renoise**2) ** 0.5
         lower = process.time(kept * (sigma / alpha - self.floor) + self.floor).clamp(min=0).to(s)
         x = process.step(x_t, self.denoiser(x_t, t, cond, lower), t, lower)
-        (alpha_s, sigma_s), (alpha_l, sigma_l) = process.at(s, x), process.at(lower, x)
         noise = torch.randn_like(x) if noise is None else noise
-        share = alpha_s / alpha_l
-        return share * x + (sigma_s**2 - (share * sigma_l) ** 2).clamp(min=0).sqrt() * noise
+        return process.noisier(x, lower, s, noise)
 
     @property
     def counts(self) -> tuple[int, ...]:
