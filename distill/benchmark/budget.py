@@ -88,15 +88,13 @@ def pair_evaluations(recipe: Recipe) -> int:
 def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:
     """The samples through all networks after step 1, 2, …, as the engine will count them.
 
-    A few samples stand for a shard: as many as the student has steps, if that divides the shard, so
-    that every place of its chain has the same number.
+    Whole shards are played, since objectives divide them by shares and into groups.
     """
     teacher = load_teacher(recipe.teacher)
     networks = echo_networks(build_networks(recipe, teacher))
     objective = assembled(recipe, networks, torch.device("cpu"))
     fields = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}
-    seed, shard = recipe.train.seed, recipe.train.batch // recipe.train.accumulate
-    size = shard if shard % recipe.student.steps else recipe.student.steps
+    seed, size = recipe.train.seed, recipe.train.batch // recipe.train.accumulate
     x, cond = torch.zeros(size, *teacher.shape), teacher.codec.condition([0] * size)
     batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
     counter = EvaluationCounter(denoisers_in(fields))
@@ -137,7 +135,10 @@ class Echo(Denoiser):
 
 
 class EchoCritic(Critic):
-    """A critic that cannot tell: logits of 0, after the call of its denoiser, which is counted."""
+    """A critic that cannot tell: logits of 0, after the call of its denoiser, which is counted.
+
+    They have a gradient of zero to the samples: some objectives balance their terms by it.
+    """
 
     def __init__(self, critic: Critic, denoiser: Denoiser) -> None:
         nn.Module.__init__(self)
@@ -145,7 +146,7 @@ class EchoCritic(Critic):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         self._denoiser[0](x_t, t, cond)
-        return x_t.new_zeros(len(x_t))
+        return 0 * x_t.flatten(1).sum(1)
 
 
 def echo_networks(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -31,6 +31,19 @@ def test_evaluations_are_foretold_step_by_step(name, pipelines, tmp_path):
     assert [next(foretold) for _ in range(6)] == counted(recipe, tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["cmt", "imm", "meanflow", "ctm"])
+def test_shares_and_groups_of_a_batch_count_as_they_run(name, pipelines, tmp_path):
+    """The student has one step, so that as many samples as steps are no part of the batch."""
+    tree = recipe_tree(name, pipelines["edm"], steps=2, batch=8)
+    if name == "meanflow":
+        tree["objective"]["equal"] = 0.75
+    if name == "ctm":  # balances its terms by gradients, through the critic as well
+        tree |= {"critic": {}, "objective": {"name": name, "levels": 4, "solver_steps": 2}}
+    recipe = Recipe.check(tree)
+    foretold = budget.evaluations_after_steps(recipe)
+    assert [next(foretold) for _ in range(2)] == counted(recipe, tmp_path / "run")
+
+
 @pytest.mark.parametrize("adapters", [None, {"rank": 2}], ids=["full", "lora"])
 def test_a_guided_teacher_counts_twice(adapters, pipelines, tmp_path):
     tree = recipe_tree("sid", pipelines["edm"], steps=2)

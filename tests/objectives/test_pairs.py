@@ -315,3 +315,30 @@ def test_data_that_a_loss_does_not_compare_are_refused_before_training():
 def test_the_last_stage_of_reflow_is_distillation_if_there_is_one():
     assert objective(Reflow).last_stage == 0
     assert objective(Reflow, distil_from=7).last_stage == 7
+
+
+# ---- students of several steps that learn from their own steps
+
+
+@pytest.mark.parametrize("process", [Linear(), Linear(3.0), Trig(0.7)], ids=str)
+def test_own_steps_have_no_loss_at_the_flow_map(process):
+    made = objective(KD, process=process, states="own", distance="square")
+    made.student = Generator(Coupled(process), (1.0, 0.4), renoise=False).keep(2)
+    assert made.loss(pairs(), 0).value.item() < 1e-12
+
+
+def test_later_steps_learn_from_where_the_student_itself_has_come():
+    """A student x̂ = k ε̂ with k wrong: its second step starts from its own first x̂."""
+    network = Coupled(Linear())
+    network.slope.data.fill_(0.2)
+    made = objective(KD, network, states="own", distance="square")
+    made.student = Generator(network, (1.0, 0.4), renoise=False).keep(2)
+    batch = pairs()
+    x = made.loss(batch, 0).samples
+    first = network(batch.noise, torch.ones(64, dtype=D))
+    then = network(0.6 * first + 0.4 * batch.noise, torch.full((64,), 0.4, dtype=D))
+    at_end = (x - then).abs().amax(1) < 1e-9
+    assert at_end.sum() == 32  # half the batch ends at each step
+    torch.testing.assert_close(x[~at_end], first[~at_end])
+    on_line = network(0.6 * batch.data + 0.4 * batch.noise, torch.full((64,), 0.4, dtype=D))
+    assert (then - on_line).abs().max() > 1e-3  # the stored sample's state is another

@@ -5,7 +5,8 @@ network forward and one backward per sample; the teacher is not called. The opti
 of the solver: unlike a denoiser's, no mean over data.
 
 Differs from the paper: a student of several steps also learns to return to the sample from the
-states of its later steps, on the straight line between noise and sample.
+states of its later steps. They lie on the straight line between noise and sample, or (`states: own`)
+where the student's own earlier steps have led, at (n + 1) / 2 forwards per sample.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from teachers.process import expand
 @dataclass(kw_only=True)
 class KD(Objective):
     distance: Distance = "huber"  # √(|Δ|² + c²) - c over a whole sample; square; or lpips
+    # what later steps start from: the line between noise and sample, or the student's own steps
+    states: Literal["line", "own"] = "line"
     huber_c: NonNegative | None = None  # by default 0.00054 √d, as iCT's (arXiv:2310.14189)
 
     needs_data: ClassVar[Literal["always", "never", "critic", "pairs"]] = "pairs"
@@ -43,8 +46,12 @@ class KD(Objective):
             check_lpips(shape)
 
     def loss(self, batch: Batch, step: int) -> Loss:
-        x_t, t = self.chain_states(batch)
-        x = self.student.denoiser(x_t, t, batch.cond, torch.zeros_like(t))
+        if self.states == "own":
+            chain, first = self.student.sample_chain()
+            x = chain.rollout(batch.noise, batch.cond, first)
+        else:
+            x_t, t = self.chain_states(batch)
+            x = self.student.denoiser(x_t, t, batch.cond, torch.zeros_like(t))
         value = distances(x, batch.data, self.distance, self.huber_c)
         logs = {"error": mean_square(x, batch.data).detach().mean()}
         return Loss(value.mean(), logs, x)
