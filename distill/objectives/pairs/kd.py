@@ -5,8 +5,8 @@ network forward and one backward per sample; the teacher is not called. The opti
 of the solver: unlike a denoiser's, no mean over data.
 
 Differs from the paper: a student of several steps also learns to return to the sample from the
-states of its later steps. They lie on the straight line between noise and sample, or (`states: own`)
-where the student's own earlier steps have led, at (n + 1) / 2 forwards per sample.
+states of its later steps. They lie on the straight line between noise and sample, or where its own
+earlier steps have led (`states: own`), at (n + 1) / 2 forwards per sample.
 """
 
 from __future__ import annotations
