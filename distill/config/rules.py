@@ -187,6 +187,12 @@ def coupling_without_data(recipe: Recipe) -> str | None:
     return None
 
 
+def coupling_of_pairs(recipe: Recipe) -> str | None:
+    if recipe.data.coupling is not None and recipe.data.source == PAIRS:
+        return "data.coupling: pairs have the noise that they were made from; remove it"
+    return None
+
+
 def key_of_another_coupling(recipe: Recipe) -> str | None:
     if (coupling := recipe.data.coupling) is None:
         return None
@@ -436,6 +442,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     extreme_number,
     missing_data,
     coupling_without_data,
+    coupling_of_pairs,
     key_of_another_coupling,
     coupling_of_one_sample,
     weights_without_counts,

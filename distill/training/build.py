@@ -156,13 +156,8 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         check_protocol(measure, teacher)
         measure.check()
     check_form(recipe, form)
-    source = (pair_source if recipe.data.source == PAIRS else source_of)(recipe, teacher)
-    source.couple(recipe.data.coupling)
-    if (scales := guidance_of(recipe.teacher).range) is not None:
-        source = Scaled(source, *scales)
-    metric = OwnMetric(recipe, teacher, source) if recipe.eval.metric else None
-    if resume and source.report is not None:
-        check_labels(out, source.report)
+    late = recipe.data.source == PAIRS  # making pairs is work, so what can be refused comes first
+    source = None if late else coupled_source(recipe, teacher)
     accelerator = accelerator_of(recipe.train, out)
     shards = shards_of(recipe.train, accelerator.num_processes)
     check_memory(recipe.train, teacher.shape, shards)
@@ -172,6 +167,10 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     objective = objective_of(recipe, teacher, accelerator.device)
     objective.check_batch((recipe.train.batch // shards, *teacher.shape))
     note_last_stage(objective, recipe.train.steps)
+    source = coupled_source(recipe, teacher) if source is None else source
+    metric = OwnMetric(recipe, teacher, source) if recipe.eval.metric else None
+    if resume and source.report is not None:
+        check_labels(out, source.report)
     if recipe.rewards:
         objective.reward = rewards.reward_of(recipe, teacher, source)
         rewards.rehearse(objective, source, accelerator.device)
@@ -186,6 +185,19 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         custom_objective.rehearse(objective, players, source, recipe.train, accelerator)
     compile_run(recipe, objective, players["student"], source, accelerator, mode)
     return Parts(teacher, source, measure, accelerator, objective, players, flops, metric)
+
+
+def coupled_source(recipe: Recipe, teacher: Teacher) -> Source:
+    """The training data, with the recipe's coupling and drawn guidance scales.
+
+    Raises:
+        UserError: they are missing or damaged, or the recipe's keys do not go together with them.
+    """
+    source = (pair_source if recipe.data.source == PAIRS else source_of)(recipe, teacher)
+    source.couple(recipe.data.coupling)
+    if (scales := guidance_of(recipe.teacher).range) is not None:
+        return Scaled(source, *scales)
+    return source
 
 
 def note_last_stage(objective: Objective, steps: int) -> None:

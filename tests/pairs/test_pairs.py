@@ -249,6 +249,22 @@ def test_keys_that_do_not_go_with_pairs_are_refused(name, data, words):
         Recipe.check({**tree, "objective": {"name": name}, "data": data})
 
 
+def test_what_the_objective_refuses_is_refused_before_pairs_are_made(pipelines, tmp_path):
+    tree = recipe("digits", tmp_path / "pairs", count=64).tree()
+    tree["teacher"] = {"source": str(pipelines["edm"]), "null_label": 10}
+    tree["objective"] = {"name": "kd", "distance": "lpips"}
+    with refused("objective.distance", "set it to huber"):
+        build.networks(Recipe.check(tree), tmp_path / "run", False)
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_a_coupling_does_not_go_with_pairs(tmp_path):
+    tree = recipe(GAUSSIAN, tmp_path / "pairs").tree()
+    tree["data"]["coupling"] = {"kind": "immiscible"}
+    with refused("data.coupling", "remove it"):
+        Recipe.check(tree)
+
+
 def test_inverted_pairs_need_data(tmp_path):
     with refused("data.images"):
         made(tmp_path / "pairs", settings(inverted=2))
