@@ -12,6 +12,7 @@ from statistics import mean, pstdev
 from typing import Any, Literal
 
 from distill.benchmark.spec import BenchmarkRun, BenchmarkRunner, Row
+from distill.benchmark.state import COSTS
 from distill.files import write
 from eval import catalogue
 
@@ -115,11 +116,27 @@ def with_spread(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def save(race: BenchmarkRunner, lines: Sequence[LeaderboardRow]) -> None:
-    """Write leaderboard.json and leaderboard.md, students best first."""
+    """Write leaderboard.json and leaderboard.md, students best first, and runs.json."""
     lines = ordered(lines)
+    write(race.out / "runs.json", json.dumps(figures_of_runs(race), indent=1) + "\n")
     tree = json.dumps([asdict(v) for v in lines], indent=2, ensure_ascii=False)
     write(race.out / "leaderboard.json", tree + "\n")
     write(race.out / "leaderboard.md", markdown(race, lines))
+
+
+def figures_of_runs(race: BenchmarkRunner) -> list[dict[str, Any]]:
+    """What each finished run cost, and its student's figures at each step count."""
+    return [
+        {
+            "row": entry.row.name,
+            "seed": entry.seed,
+            "hash": entry.hash,
+            **{("train_steps" if k == "steps" else k): summary[k] for k in COSTS},
+            "metrics": summary["metrics"]["student"],
+        }
+        for entry in race.entries
+        if race.done(entry) and (summary := entry.summary()) is not None
+    ]
 
 
 def read(out: Path) -> list[LeaderboardRow]:

@@ -13,8 +13,8 @@ from teachers.errors import UserError
 
 STATE = "state.json"
 FOLDERS = ("recipes", "runs", "logs")
-FILES = ("leaderboard.json", "leaderboard.md", "quality-steps.png", "quality-cost.png",
-         "diversity.png", "cost.png")  # fmt: skip
+FILES = ("leaderboard.json", "leaderboard.md", "runs.json", "quality-steps.png",
+         "quality-cost.png", "diversity.png", "cost.png")  # fmt: skip
 COSTS = ("steps", "network_evaluations", "wall_s", "peak_memory_gb")
 
 

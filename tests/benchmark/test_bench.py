@@ -41,6 +41,12 @@ def test_a_benchmark_ends_in_means_and_spreads_over_its_seeds(file, tmp_path, pl
     assert line["metrics"]["fd"]["spread"] == pytest.approx(abs(a - b) / 2)
     assert line["seeds"] == [0, 1] and line["steps"] == 1 and line["failed"] == {}
     assert line["wall_s"] == pytest.approx(sum(run["wall_s"] for run in runs) / 2)
+    each = json.loads((tmp_path / "out/runs.json").read_text())
+    assert [v["metrics"]["1"]["fd"] for v in each if v["row"] == "SiD α = 1"] == [a, b]
+    assert sorted((v["row"], v["seed"]) for v in each) == [
+        (row, k) for row in ("DMD2", "SiD α = 1") for k in (0, 1)
+    ]
+    assert each[-1]["train_steps"] == runs[1]["steps"] and each[-1]["seed"] == 1
     assert "| SiD α = 1 | 1 |" in (tmp_path / "out/leaderboard.md").read_text()
 
 
