@@ -1,17 +1,17 @@
 """Train the emoji teacher on a GPU for a given time, and assemble it as a pipeline.
 
 python benchmarks/emoji_teacher.py tokens emoji.npz tokens.npz     # caption variants as token ids
-python benchmarks/emoji_teacher.py train emoji.npz tokens.npz OUT --seconds 270
+python benchmarks/emoji_teacher.py train emoji.npz tokens.npz OUT --seconds 500 --tail 45
 python benchmarks/emoji_teacher.py assemble emoji.npz OUT TEACHER  # a StableDiffusionPipeline
 
 `train` needs only torch, diffusers, transformers, safetensors and Pillow. Within --seconds it
 trains an AutoencoderKL (64 pixels to latents of 16 x 16 x 8), two networks that read concept and
 style, a UNet with a CLIP text encoder on latents (arXiv:2112.10752) that predicts v
-(arXiv:2202.00512), and last a small UNet that learns the large one's predictions and is the one
-that ships; the learning rates follow the clock. Meanwhile another process compiles the UNets into
-the cache of kernels. Weights are written as they come: the averages in half precision as files of
-at most 15 MiB in OUT, and the full state in --state, from which the next call with the same
---state goes on.
+(arXiv:2202.00512), and last a small UNet with a text encoder of its own that learns the large
+one's predictions: these are what ships. The learning rates follow the clock. Meanwhile another
+process compiles the UNets into the cache of kernels; until it has, they train as they are.
+Weights are written as they come: the averages in half precision as files of at most 15 MiB in
+OUT, and the full state in --state, from which the next call with the same --state goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 BEGAN = time.monotonic()
 
 import argparse  # noqa: E402
+import copy  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
@@ -48,7 +49,7 @@ from torch.nn.functional import cross_entropy, l1_loss, mse_loss  # noqa: E402
 
 from eval.emoji.grid import Grid, draw, load, still  # noqa: E402
 from eval.emoji.networks import ConvNeXt, Reader, ResNet  # noqa: E402
-from eval.emoji.train import judged, spoil  # noqa: E402
+from eval.emoji.train import RATES, SEEN, judged, spoil  # noqa: E402
 
 LENGTH = 24  # tokens of a caption
 VARIANTS = 6  # caption variants of a cell: plain, four with tags, one without style
@@ -86,11 +87,9 @@ UNET = {
 }
 SMALL = {
     **UNET,
-    "block_out_channels": [64, 128],
+    "block_out_channels": [96, 96],
     "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "attention_head_dim": [2, 4],
+    "attention_head_dim": [3, 3],
 }
 SCHEDULER = {
     "beta_schedule": "scaled_linear",
@@ -172,8 +171,8 @@ def write_tokens(grid: Grid, path: Path) -> None:
 # --------------------------------------------------------------------------------- networks
 
 
-def make(facts: dict[str, Any], tiny: bool) -> tuple[Any, Any, Any, Any]:
-    """An autoencoder, a text encoder, a UNet and a small UNet with random weights."""
+def make(facts: dict[str, Any], tiny: bool) -> tuple[Any, Any, Any, Any, Any]:
+    """An autoencoder, a text encoder, a UNet, a small UNet and its text encoder, untrained."""
     import diffusers
     import transformers
 
@@ -184,7 +183,7 @@ def make(facts: dict[str, Any], tiny: bool) -> tuple[Any, Any, Any, Any]:
     small = diffusers.UNet2DConditionModel(**{**SMALL, **changes["small"]})
     with torch.no_grad():  # the latents' noise starts small, or it would hide their means
         vae.quant_conv.bias[VAE["latent_channels"] :] = -6.0
-    return vae, text, unet, small
+    return vae, text, unet, small, copy.deepcopy(text)
 
 
 def count(*networks: nn.Module) -> float:
@@ -196,7 +195,7 @@ class Run:
     """What all stages share: the device, the data, the clock and the log."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.steps = args, 0
+        self.args, self.steps, self.small_steps = args, 0, 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.half = torch.bfloat16
         self.log: dict[str, Any] = {"args": {k: str(v) for k, v in vars(args).items()}}
@@ -222,8 +221,12 @@ class Run:
         self.train = (~self.grid.held_out).nonzero()[:, 0]
         self.held = self.grid.held_out.nonzero()[:, 0]
         networks = make(self.facts, args.tiny)
-        self.vae, self.text, self.unet, self.small = (n.to(self.device) for n in networks)
+        self.vae, self.text, self.unet, self.small, self.small_text = (
+            n.to(self.device) for n in networks
+        )
         sizes = len(self.grid.concepts), len(self.grid.styles)
+        self.known: dict[str, Tensor] = {}  # see distances()
+        self.centres: dict[str, Tensor] = {}
         self.readers: dict[str, Reader] = {
             "a": ResNet(*sizes).to(self.device),
             "b": ConvNeXt(*sizes).to(self.device),
@@ -234,6 +237,7 @@ class Run:
         self.unet.train()
         self.small.train()
         self.text.train()
+        self.small_text.train()
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, self.half)
@@ -389,18 +393,21 @@ def decode(run: Run, z: Tensor) -> Tensor:
 def reader_stage(run: Run, name: str, end: float) -> None:
     """Train a network that reads concept and style.
 
-    "a" sees the training cells only. "b" sees all cells in the last 40 % of the time; its figures
-    on held-out cells are taken before.
+    It sees the training cells only, and all cells in the last 40 % of the time; its figures on
+    held-out cells that it has not seen are taken before. So it is a ruler for models that never
+    saw them, as the readers of `eval.emoji.train` are.
     """
     network = run.readers[name].to(memory_format=torch.channels_last)
     network.train()
     every = torch.arange(len(run.grid.concept), device=run.device)
-    trainer = Trainer([network], 3e-3, end, 0.99, 200, 0.05)
+    trainer = Trainer([network], RATES[name], end, 0.99, 200, 0.05)
     facts: dict[str, Any] = {"parameters_m": count(network)}
     while elapsed() < end:
-        late = name == "b" and trainer.fraction > 0.6
-        if late and "held_out_cells" not in facts:
-            facts["held_out_cells"] = read(run, network, run.held)
+        late = trainer.fraction > SEEN
+        if late and "held_out_cells_unseen" not in facts:
+            exchange(run, trainer)
+            facts["held_out_cells_unseen"] = read(run, network, run.held)
+            exchange(run, trainer)
             network.train()
         index = run.batch(every if late else run.train, run.args.reader_batch)
         with run.autocast():
@@ -413,9 +420,11 @@ def reader_stage(run: Run, name: str, end: float) -> None:
     with torch.no_grad():
         for p, mean in zip(trainer.params, trainer.mean):
             p.copy_(mean)
-    facts.setdefault("held_out_cells", read(run, network, run.held))
-    facts["held_out_cells_at_the_end"] = read(run, network, run.held)
-    facts["train_cells"] = read(run, network, run.train[:1500])
+    facts["held_out_cells"] = read(run, network, run.held)
+    facts["train_cells"] = read(run, network, run.train[::4])
+    for kind, index in (("held_out", run.held), ("train", run.train[::4])):
+        x = decode(run, encode(run, run.pictures(index))).clamp(-1, 1)
+        facts[f"{kind}_cells_through_the_autoencoder"] = read(run, network, index, x)
     facts |= {"steps": trainer.steps, "pictures": trainer.steps * run.args.reader_batch}
     run.log[f"reader_{name}"] = facts
     say(f"reader {name} {facts}")
@@ -427,7 +436,12 @@ def read(run: Run, network: Reader, index: Tensor, x: Tensor | None = None) -> d
     network.eval()
     x = run.pictures(index) if x is None else x
     with run.autocast():
-        return judged(network, x, run.grid.concept[index], run.grid.style[index])
+        facts = judged(network, x, run.grid.concept[index], run.grid.style[index])
+        styles = torch.cat([network(part)[1].float() for part in x.split(250)]).argmax(1)
+    for n, style in enumerate(run.grid.styles):
+        own = run.grid.style[index] == n
+        facts[f"style_{style}"] = (styles[own] == n).double().mean().item()
+    return facts
 
 
 class Latents:
@@ -501,7 +515,7 @@ def imitation_loss(
         text = run.text(ids)[0].clone()
         target = large(x_t, t, text, return_dict=False)[0].float()
     with run.autocast():
-        v = small(x_t, t, text, return_dict=False)[0]
+        v = small(x_t, t, run.small_text(ids)[0], return_dict=False)[0]
     return mse_loss(v.float(), target.clone())
 
 
@@ -527,7 +541,7 @@ def tried(run: Run, network: nn.Module, loss: Callable[[Any], Tensor]) -> Any:
         say("compilation failed; the network runs as it is\n" + run.log["compile_error"])
         return network
     finally:
-        clear(run.unet, run.text, run.small)
+        clear(run.unet, run.text, run.small, run.small_text)
 
 
 def blank(run: Run, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -552,10 +566,37 @@ def compiled_pair(run: Run) -> tuple[Any, Any]:
     return (run.unet if small is run.small else large), small
 
 
+class Compiling:
+    """A network, or the compiled one as soon as a helper has filled the cache of kernels.
+
+    Args:
+        mark: The file in --state that the helper writes when it has.
+        compile: Gives the compiled network, within seconds by the cache.
+        end: When the stage ends; near it, compiling is not worth its time.
+    """
+
+    def __init__(
+        self, run: Run, mark: str, plain: Any, compile: Callable[[], Any], end: float
+    ) -> None:
+        self.run, self.mark, self.network = run, run.args.state / mark, plain
+        self.compile, self.end = compile, end
+        self.done, self.calls = not run.args.compile, -1
+
+    def __call__(self) -> Any:
+        self.calls += 1
+        if not self.done and self.calls % 20 == 0 and self.mark.exists():
+            self.done = True
+            if self.end - elapsed() > 40:
+                began = elapsed()
+                self.network = self.compile()
+                say(f"{self.mark.name}: compiled from the cache in {elapsed() - began:.1f} s")
+        return self.network
+
+
 def unet_stage(run: Run, latents: Latents, end: float) -> None:
     """Train the UNet and the text encoder on latents; write weights at 50 and 100 %."""
     args, began = run.args, elapsed()
-    network = compiled(run)
+    pick = Compiling(run, "warm", run.unet, lambda: compiled(run), end)
     sizes = [f"{count(n):.1f} M" for n in (run.unet, run.text)]
     say(f"UNet of {sizes[0]} parameters, text encoder of {sizes[1]}: ready")
     trainer = Trainer([run.unet, run.text], args.lr, end, 0.998, 200)
@@ -563,22 +604,30 @@ def unet_stage(run: Run, latents: Latents, end: float) -> None:
 
     def loss() -> Tensor:
         x, cell = latents.take(args.batch, args.fresh)
-        return denoising_loss(run, network, x, caption_ids(run, cell), alpha, sigma)
+        return denoising_loss(run, pick(), x, caption_ids(run, cell), alpha, sigma)
 
     until(run, trainer, "unet", loss, args.batch, end, began)
 
 
-def small_stage(run: Run, latents: Latents, end: float) -> None:
-    """Train the small UNet on the large one's predictions, with its text encoder frozen."""
+def small_stage(run: Run, latents: Latents, end: float, copied: bool) -> None:
+    """Train the small UNet on the large one's predictions, with a text encoder of its own.
+
+    That is a copy of the large one's, and learns on.
+    """
     args, began = run.args, elapsed()
-    networks = compiled_pair(run)
+    if copied:
+        run.small_text.load_state_dict(run.text.state_dict())
+    run.unet.requires_grad_(False)
+    run.text.requires_grad_(False)
+    plain = (run.unet, run.small)
+    pick = Compiling(run, "warm-pair", plain, lambda: compiled_pair(run), end)
     say(f"small UNet of {count(run.small):.1f} M parameters: ready")
-    trainer = Trainer([run.small], args.small_lr, end, 0.998, 200)
+    trainer = Trainer([run.small, run.small_text], args.small_lr, end, 0.998, 200)
     alpha, sigma = alphas(run.device)
 
     def loss() -> Tensor:
-        x, cell = latents.take(args.small_batch, 2 * args.fresh)
-        return imitation_loss(run, networks, x, caption_ids(run, cell), alpha, sigma)
+        x, cell = latents.take(args.small_batch, args.fresh)
+        return imitation_loss(run, pick(), x, caption_ids(run, cell), alpha, sigma)
 
     until(run, trainer, "small", loss, args.small_batch, end, began)
 
@@ -628,7 +677,11 @@ def keep(run: Run, trainer: Trainer, name: str, size: int, began: float) -> None
         "parameters_m": count(run.unet if name == "unet" else run.small),
         "text_parameters_m": count(run.text),
     }
-    write(run, trainer.steps if name == "unet" else None)
+    if name == "unet":
+        run.steps += trainer.steps
+    else:
+        run.small_steps += trainer.steps
+    write(run)
     say(f"weights written: {name} {run.log[name]}")
 
 
@@ -645,11 +698,11 @@ def exchange(run: Run, trainer: Trainer) -> None:
 
 
 def parts(run: Run) -> dict[str, nn.Module]:
-    networks = {"vae": run.vae, "text": run.text, "unet": run.unet, "small": run.small}
-    return {**networks, **run.readers}
+    small = {"small": run.small, "small_text": run.small_text}
+    return {"vae": run.vae, **small, **run.readers, "text": run.text, "unet": run.unet}
 
 
-def write(run: Run, steps: int | None = None) -> None:
+def write(run: Run) -> None:
     """Write all weights in half precision to OUT, and in full to --state; each file whole."""
     out, args = run.args.out, run.args
     flat = {
@@ -657,8 +710,8 @@ def write(run: Run, steps: int | None = None) -> None:
         for name, network in parts(run).items()
         for key, value in network.state_dict().items()
     }
-    run.steps = run.steps if steps is None else steps
     flat["steps"] = torch.tensor(run.steps)
+    flat["small_steps"] = torch.tensor(run.small_steps)
     try:
         args.state.mkdir(parents=True, exist_ok=True)
         draft = args.state / "draft"
@@ -673,6 +726,8 @@ def write(run: Run, steps: int | None = None) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     used = 0
     for key, value in half.items():
+        if not args.large and key.startswith(("unet.", "text.")):
+            continue
         size = 2 * value.numel() + 200
         if used + size > SHARD:
             shards.append({})
@@ -687,10 +742,12 @@ def write(run: Run, steps: int | None = None) -> None:
 
 
 def write_log(run: Run) -> None:
+    """Write the log to OUT and to --state."""
     run.log["seconds"] = elapsed()
-    draft = run.args.out / ".log"
-    draft.write_text(json.dumps(run.log, indent=1))
-    draft.replace(run.args.out / "log.json")
+    for folder in (run.args.out, run.args.state):
+        draft = folder / ".log"
+        draft.write_text(json.dumps(run.log, indent=1))
+        draft.replace(folder / "log.json")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -714,6 +771,7 @@ def restore(network: nn.Module, flat: dict[str, Tensor], name: str) -> None:
 @torch.no_grad()
 def sample(run: Run, unet: Any, ids: Tensor, guidance: float, seed: int, steps: int = 25) -> Tensor:
     """Pictures (N, 3, 64, 64) in [-1, 1] of captions, with stock DDIM."""
+    encoder = run.small_text if unet is run.small else run.text
     from diffusers import DDIMScheduler
 
     scheduler: Any = DDIMScheduler(**SCHEDULER)
@@ -723,8 +781,8 @@ def sample(run: Run, unet: Any, ids: Tensor, guidance: float, seed: int, steps: 
     outs = []
     for part, words in zip(z.split(1024), ids.split(1024)):
         with run.autocast():
-            text = run.text(words)[0]
-            null = run.text(run.empty[None])[0].expand(len(words), -1, -1)
+            text = encoder(words)[0]
+            null = encoder(run.empty[None])[0].expand(len(words), -1, -1)
         for t in scheduler.timesteps:
             with run.autocast():
                 v = unet(part, t, text, return_dict=False)[0].float()
@@ -746,8 +804,8 @@ def page(rows: list[Tensor], path: Path) -> None:
     Image.fromarray(sheet.numpy()).save(path, quality=88)
 
 
-def contact(run: Run, unet: Any, path: Path, guidance: float) -> None:
-    """A sheet: concepts in every style, then held-out cells under their real pictures."""
+def sheet_rows(run: Run, unet: Any) -> list[Tensor]:
+    """Concepts in every style, then held-out cells under their real pictures, then seeds."""
     rng = torch.Generator().manual_seed(7)
     full = [
         i for i in range(len(run.grid.concepts)) if (run.grid.concept[run.train] == i).sum() >= 5
@@ -762,37 +820,91 @@ def contact(run: Run, unet: Any, path: Path, guidance: float) -> None:
     held = run.held[torch.randperm(len(run.held), generator=rng).to(run.device)]
     for cells in held[: 4 * len(chosen)].split(len(chosen)):
         rows += [still(run.grid.pictures[cells]), run.ids[cells, 0]]
-    for cell in (run.train[100], run.train[3000], run.held[5], run.held[200]):  # seeds of a prompt
+    some = [cells[len(cells) * k // 3] for cells in (run.train, run.held) for k in (1, 2)]
+    for cell in some:  # the same prompt from other noise
         rows.append(run.ids[cell, 0].expand(len(chosen), -1))
     wanted = [row for row in rows if row.dtype == torch.long]
     sizes = [len(row) for row in wanted]
-    sampled = iter(sample(run, unet, torch.cat(wanted), guidance, 1).split(sizes))
-    rows = [next(sampled) if row.dtype == torch.long else row for row in rows]
+    sampled = iter(sample(run, unet, torch.cat(wanted), 3.0, 1).split(sizes))
+    return [next(sampled) if row.dtype == torch.long else row for row in rows]
+
+
+def contact(run: Run, path: Path) -> None:
+    """A sheet: of the small UNet, the same of the large one, and the small one in fewer steps."""
+    rows = sheet_rows(run, run.small)
     page(rows, path)
+    ids = run.ids[run.train[:: len(run.train) // 24][:24], 0]
+    pairs = ((25, 3.0), (8, 3.0), (4, 3.0), (2, 3.0), (1, 3.0), (25, 1.0), (4, 1.0), (1, 1.0))
+    rows += [sample(run, run.small, ids, guidance, 2, steps) for steps, guidance in pairs]
+    page(rows + sheet_rows(run, run.unet), path)
     say(f"sheet {path}")
 
 
+@torch.no_grad()
+def distances(run: Run, x: Tensor) -> dict[str, float]:
+    """Mean distances of pictures to the nearest training picture or its mirror image.
+
+    In pixels (root mean square at 32 x 32), and in the cosine of each reader's features.
+    """
+
+    def spaces(pictures: Tensor) -> dict[str, Tensor]:
+        small = nn.functional.avg_pool2d(pictures, 2).flatten(1)
+        parts = {"pixels": small / small.shape[1] ** 0.5}
+        for key, network in run.readers.items():
+            f = torch.cat([network.eval().features(part).float() for part in pictures.split(500)])
+            parts[f"reader_{key}"] = nn.functional.normalize(f - run.centres[key], dim=1)
+        return parts
+
+    exact = "donot_use_mm_for_euclid_dist"
+    if not run.known:
+        real = still(run.grid.pictures[run.train])
+        for key, network in run.readers.items():
+            f = torch.cat([network.eval().features(part).float() for part in real.split(500)])
+            run.centres[key] = f.mean(0)
+        mirrored = real[run.grid.mirrors[run.train]].flip(3)
+        run.known = spaces(torch.cat([real, mirrored]))
+    return {
+        key: torch.cdist(f, run.known[key], compute_mode=exact).amin(1).double().mean().item()
+        for key, f in spaces(x).items()
+    }
+
+
 def measure(run: Run, end: float) -> None:
-    """Concept and style accuracies of samples of train and held-out cells, while time is left."""
+    """Accuracies and distances of samples of train and held-out cells, while time is left."""
     rng = torch.Generator().manual_seed(3)
     some = run.train[torch.randperm(len(run.train), generator=rng)[:600].to(run.device)]
+    kinds = {"train": some, "held_out": run.held}
     networks = {"small": run.small, "unet": run.unet}
-    pairs = ((25, 3.0), (25, 2.0), (25, 1.0), (25, 5.0), (8, 3.0), (4, 3.0), (1, 1.0))
-    for (steps, guidance), (name, unet) in ((p, n) for p in pairs for n in networks.items()):
+    run.log["real"] = {}
+    for kind, cells in kinds.items():
+        x = run.pictures(cells)
+        line = {key: read(run, network, cells, x) for key, network in run.readers.items()}
+        run.log["real"][kind] = {**line, "distances": distances(run, x)}
+        say(f"real {kind}: {json.dumps(rounded(run.log['real'][kind]))}")
+    first = (("small", 25, 3.0), ("unet", 25, 3.0), ("small", 25, 5.0), ("small", 25, 1.0))
+    rest = [("small", n, g) for n in (8, 4, 2, 1) for g in (3.0, 1.0)]
+    last = [("unet", 25, 1.0), ("unet", 25, 5.0), ("small", 25, 2.0), ("small", 25, 7.0),
+            *(("unet", n, g) for n in (8, 4, 2, 1) for g in (3.0, 1.0))]  # fmt: skip
+    for name, steps, guidance in (*first, *rest, *last):
         if elapsed() > end:
             break
-        line: dict[str, Any] = {}
-        x = sample(run, unet, run.ids[torch.cat([some, run.held]), 0], guidance, 5, steps)
-        for cells, images, kind in (
-            (some, x[: len(some)], "train"),
-            (run.held, x[len(some) :], "held_out"),
-        ):
+        ids = run.ids[torch.cat([some, run.held]), 0]
+        x = sample(run, networks[name], ids, guidance, 5, steps)
+        line = {"network": name, "steps": steps, "guidance": guidance}
+        for kind, images in (("train", x[: len(some)]), ("held_out", x[len(some) :])):
             for key, network in run.readers.items():
-                line[f"{kind}_{key}"] = read(run, network, cells, images)
-        facts = {"network": name, "steps": steps, "guidance": guidance}
-        run.log.setdefault("samples", []).append({**facts, **line})
-        short = {k: [round(x, 3) for x in v.values()] for k, v in line.items()}
-        say(f"samples {name} {steps} steps, guidance {guidance}: {json.dumps(short)}")
+                line[f"{kind}_{key}"] = read(run, network, kinds[kind], images)
+            line[f"{kind}_distances"] = distances(run, images)
+        run.log.setdefault("samples", []).append(line)
+        write_log(run)
+        say(f"samples {json.dumps(rounded(line))}")
+
+
+def rounded(tree: Any) -> Any:
+    """A tree of numbers with three digits after the point."""
+    if isinstance(tree, dict):
+        return {key: rounded(value) for key, value in tree.items()}
+    return round(tree, 3) if isinstance(tree, float) else tree
 
 
 # --------------------------------------------------------------------------------- commands
@@ -801,19 +913,27 @@ def measure(run: Run, end: float) -> None:
 def warm(args: argparse.Namespace) -> None:
     """Compile the UNet into the cache of kernels, for another process."""
     run = Run(args)
-    compiled(run)
-    say("warm: " + ("failed" if "compile_error" in run.log else "compiled"))
     args.state.mkdir(parents=True, exist_ok=True)
-    (args.state / "warm").touch()
-    compiled_pair(run)
-    say("warm: " + ("failed" if "compile_error" in run.log else "the pair is compiled"))
+    for mark, compile in (("warm", compiled), ("warm-pair", compiled_pair)):
+        if (args.state / mark).exists() or (mark == "warm" and args.unet_share == 0):
+            continue
+        compile(run)
+        if "compile_error" in run.log:
+            say(f"{mark}: failed")
+            return
+        (args.state / mark).touch()
+        say(f"{mark}: compiled")
 
 
 def train(args: argparse.Namespace) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in (args.out, args.state):
+        folder.mkdir(parents=True, exist_ok=True)
     state = args.state if (args.state / "weights.safetensors").exists() else args.resume
     helper = None
-    if args.compile and args.warm and not state:
+    if not state:
+        for mark in ("warm", "warm-pair"):
+            (args.state / mark).unlink(missing_ok=True)
+    if args.compile and not all((args.state / mark).exists() for mark in ("warm", "warm-pair")):
         command = [sys.executable, *sys.argv]
         command[command.index("train")] = "warm"
         helper = subprocess.Popen(command)
@@ -821,37 +941,31 @@ def train(args: argparse.Namespace) -> None:
     sizes = f"{len(run.train)} training cells, {len(run.held)} held out"
     say(f"{sizes}, on {run.log.get('device', 'cpu')}")
     total, tail = args.seconds, min(args.tail, 0.1 * args.seconds)
-    (args.state / "warm").unlink(missing_ok=True)
     if state:
         flat = read_weights(state)
         for name, network in parts(run).items():
             restore(network, flat, name)
         run.vae.eval().requires_grad_(False)
-        run.log["resumed_at_step"] = int(flat["steps"])
-        if flat["steps"] > 0:
-            args.lr *= 0.6
-        say(f"goes on from {state}, step {int(flat['steps'])}, at a rate of {args.lr:.1e}")
+        run.steps, run.small_steps = int(flat["steps"]), int(flat.get("small_steps", 0))
+        run.log["resumed_at_steps"] = [run.steps, run.small_steps]
+        args.lr *= 0.6 if run.steps else 1
+        args.small_lr *= 0.6 if run.small_steps else 1
+        rates = f"{args.lr:.1e} and {args.small_lr:.1e}"
+        say(f"goes on from {state}, steps {run.steps} and {run.small_steps}, at rates of {rates}")
     else:
         vae_stage(run, args.vae_share * total)
         for name in run.readers:
             attempt(run, reader_stage, name, elapsed() + args.reader_share / 2 * total)
         write(run)
-    while helper and helper.poll() is None and not (args.state / "warm").exists():
-        if elapsed() > 0.4 * total:
-            helper.kill()
-            say("the helper's compilation takes too long; compiling here")
-            break
-        time.sleep(0.5)
     latents = Latents(run, args.draws)
     say(f"{len(latents.z)} latents; their standard deviation is {latents.z.float().std():.3f}")
     last = total - tail
     if args.unet_share > 0:
         unet_stage(run, latents, elapsed() + args.unet_share * (last - elapsed()))
-    attempt(run, small_stage, latents, last)
+    attempt(run, small_stage, latents, last, run.small_steps == 0)
     if helper:
         helper.kill()
-    attempt(run, contact, run.small, args.out / "small.jpg", 3.0)
-    attempt(run, contact, run.unet, args.out / "large.jpg", 3.0)
+    attempt(run, contact, args.out / "sheets.jpg")
     attempt(run, measure, total)
     write_log(run)
     say("done")
@@ -871,9 +985,10 @@ def assemble(args: argparse.Namespace) -> None:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    vae, text, large, small = make(facts, args.tiny)
-    unet = large if args.large else small
-    for name, network in (("vae", vae), ("text", text), ("unet" if args.large else "small", unet)):
+    vae, large_text, large, small, small_text = make(facts, args.tiny)
+    unet, text = (large, large_text) if args.large else (small, small_text)
+    names = ("unet", "text") if args.large else ("small", "small_text")
+    for name, network in (("vae", vae), (names[0], unet), (names[1], text)):
         restore(network, flat, name)
         network.half()
     pipe = diffusers.StableDiffusionPipeline(
@@ -920,16 +1035,16 @@ def main() -> None:
         p.add_argument("out", type=Path)
         p.add_argument("--seconds", type=float, default=270)
         p.add_argument("--tail", type=float, default=25, help="seconds for sheets and figures")
-        p.add_argument("--vae-share", type=float, default=0.19)
-        p.add_argument("--reader-share", type=float, default=0.06)
-        p.add_argument("--unet-share", type=float, default=0.6, help="of what is left, the rest "
+        p.add_argument("--vae-share", type=float, default=0.16)
+        p.add_argument("--reader-share", type=float, default=0.12)
+        p.add_argument("--unet-share", type=float, default=0.5, help="of what is left, the rest "
                        "being the small UNet's")  # fmt: skip
         p.add_argument("--batch", type=int, default=384)
-        p.add_argument("--vae-batch", type=int, default=128)
+        p.add_argument("--vae-batch", type=int, default=192)
         p.add_argument("--reader-batch", type=int, default=512)
         p.add_argument("--fresh", type=int, default=48, help="latents renewed in each step")
         p.add_argument("--draws", type=int, default=4, help="draws of each picture at first")
-        p.add_argument("--small-batch", type=int, default=1024)
+        p.add_argument("--small-batch", type=int, default=512)
         p.add_argument("--lr", type=float, default=7e-4)
         p.add_argument("--small-lr", type=float, default=1.2e-3)
         p.add_argument("--every", type=int, default=100, help="steps between lines of the log")
@@ -937,7 +1052,8 @@ def main() -> None:
         p.add_argument("--state", type=Path, default=Path(tempfile.gettempdir(), "emoji-state"))
         p.add_argument("--resume", type=Path, help="a folder of weights to go on from")
         p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-        p.add_argument("--warm", action=argparse.BooleanOptionalAction, default=True)
+        p.add_argument("--large", action=argparse.BooleanOptionalAction, default=True,
+                       help="write the large UNet to OUT as well")  # fmt: skip
         p.add_argument("--tiny", action="store_true", help="tiny networks, for a test")
     p = commands.add_parser("assemble")
     p.add_argument("data", type=Path)
