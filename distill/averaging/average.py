@@ -15,6 +15,7 @@ from distill.averaging.posthoc import averaged, snapshots
 from distill.averaging.search import Candidate, Coefficients, averages, evolve
 from distill.averaging.student import check_out, check_run, export, trained
 from distill.console import consume_with_bar
+from distill.data.fingerprint import of_tensors
 from distill.files import write
 from distill.sampling.student_sampler import student_samples
 from distill.training import checkpoint
@@ -97,7 +98,8 @@ def by_search(
 
     record = out.with_name(f".{out.name}.search.json")
     about = {"weights": names, "seed": seed, "steps": count, "protocol": measure.name}
-    judged = searched(fitness, founders(names), evaluations, seed, record, about)
+    contents = {"contents": of_tensors(p for v in weights.values() for p in v)}
+    judged = searched(fitness, founders(names), evaluations, seed, record, about | contents)
     best = best_of(judged, run)
     source.set(combined(list(weights.values()), best.coefficients))
     judged_at = f"{count} {plural(count, 'step')}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +35,14 @@ def fingerprint(teacher: Teacher) -> str:
             digest.update(repr(value).encode())
         else:
             digest.update(_vocabulary(value))
+    return digest.hexdigest()
+
+
+def of_tensors(tensors: Iterable[Tensor]) -> str:
+    """A hash of their types, shapes and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for value in tensors:
+        _tensor(digest, value)
     return digest.hexdigest()
 
 

@@ -13,8 +13,9 @@ from distill.averaging.average import by_length, by_search, combined, recorded, 
 from distill.averaging.posthoc import averaged, coefficients, inner, snapshots
 from distill.averaging.search import Candidate, averages, evolve
 from distill.config.recipe import Recipe
+from distill.data.fingerprint import of_tensors
 from distill.evaluation.finish import export_student
-from distill.training import build
+from distill.training import build, checkpoint
 from distill.training.ema import PowerEMA, exponent
 from eval.metrics.fid import FID
 from eval.protocols.measure import protocol
@@ -258,10 +259,17 @@ def test_a_search_exports_the_best_of_what_it_judged(run, tmp_path, monkeypatch)
     fid = tuple(m for m in whole.metrics if isinstance(m, FID))
     few = replace(whole, prompts=whole.prompts[:200], metrics=fid)
     monkeypatch.setattr(student, "protocol", lambda name: few)
-    out = tmp_path / "searched"
+    out, known = tmp_path / "searched", []
+    kept = average.searched
+    monkeypatch.setattr(average, "searched", lambda *a: known.append(a[-1]) or kept(*a))
     with in_this_process():
         rows = by_search(run.out, out, 10, seed=0, window=2, steps=None)
     about = json.loads((out / "average.json").read_text())
+    # a record of other weights under the same names is not gone on with
+    weights = average.saved(checkpoint.steps(run.out / "checkpoints")[-2:])
+    values = [p for v in weights.values() for p in v]
+    assert known[0]["contents"] == of_tensors(values)
+    assert known[0]["contents"] != of_tensors([values[0] + 1e-6, *values[1:]])
     assert about["weights"] == ["ema", "step-000004", "step-000006"]
     assert sum(about["coefficients"].values()) == pytest.approx(1)
     assert about["fitness"]["best"] <= about["fitness"]["first"]  # the first is the run's average
