@@ -12,6 +12,7 @@ from distill.objectives.noise_levels import Uniform
 from students.generator import Generator
 from students.lora import AdaptedDenoiser
 from teachers.analytic import Gaussian
+from teachers.denoiser import Network
 from teachers.process import Karras, Linear, Tabulated
 from tests.helpers.noise_predictors import NULL, guided, labels, predictor
 from tests.helpers.refusals import refused
@@ -246,3 +247,17 @@ def test_factors_of_adapters_are_not_averaged():
     for student, fake in ((plain, adapted), (adapted, plain)):
         with refused("objective.ida", "adapters"):
             check_pull(student, fake)
+
+
+def test_networks_that_read_other_times_or_labels_are_not_averaged():
+    class Scaled(Network):
+        def read_time(self, t):
+            return 250 * t
+
+    plain = predictor(1)
+    check_pull(predictor(2), plain)
+    more = predictor(3)
+    more.backbone.b = torch.nn.Parameter(torch.zeros(NULL, 3, dtype=D))
+    for student in (Scaled(predictor(1).backbone, plain.process, "eps"), more):
+        with refused("objective.ida", "stock form"):
+            check_pull(student, plain)

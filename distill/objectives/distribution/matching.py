@@ -19,14 +19,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from distill.field_types import Positive
 from distill.objectives.base import Batch, Objective
 from distill.objectives.branches import guidance_of, guidance_step, unguided
 from distill.objectives.losses import mean_abs
 from distill.objectives.noise_levels import Times, Uniform
-from students.lora import adapter_of
-from teachers.denoiser import Denoiser
+from students.lora import adapter_of, innermost
+from teachers.denoiser import Denoiser, Network
 from teachers.errors import UserError
 
 LEAST, MOST = 0.02, 0.98  # times of the guidance's term with `below`
@@ -95,12 +96,22 @@ def check_pull(student: Denoiser, fake: Denoiser) -> None:
 
     Raises:
         UserError: one of them is an adapter. Its change is a product of two factors, and the
-            product of averaged factors is not the average.
+            product of averaged factors is not the average. Or their weights mean different things:
+            EDM's students of pixels read another time, and none of them has a null class.
     """
     if adapter_of(student) is not None or adapter_of(fake) is not None:
         raise UserError(
             "objective.ida: adapters cannot be averaged by their factors; remove it, or the "
             "adapters section"
+        )
+    shapes = [{k: p.shape for k, p in n.named_parameters()} for n in (student, fake)]
+    networks, t = (innermost(student), innermost(fake)), torch.tensor([0.3, 0.7])
+    times = [n.read_time(t) for n in networks if isinstance(n, Network)]
+    known = [v for v in times if not isinstance(v, FakeTensor)]  # in a plan they have no values
+    if shapes[0] != shapes[1] or not all(torch.equal(known[0], v) for v in known[1:]):
+        raise UserError(
+            "objective.ida: this teacher's students in their stock form read other times or labels "
+            "than its fake score, so their weights cannot be averaged; remove it"
         )
 
 
