@@ -179,16 +179,21 @@ class Generator(nn.Module):
         (n + 1) / 2 network calls on average. Samples that end later come first in the batch.
         Gradients flow through each sample's last step only.
         """
-        size, remaining = len(z), self.remaining(len(z), first)
+        remaining = self.remaining(len(z), first)
         x_t = z * self.scale(z)
         for k, count in enumerate(remaining[:-1]):
             head = conditions.rows(cond, slice(None, count))
             with torch.no_grad():
                 moved = self.step(x_t[:count], k, head) if count else x_t[:0]
             x_t = torch.cat([moved, x_t[count:]])
-        ending = [a - b for a, b in zip([size, *remaining], remaining)]  # after each step
-        t = torch.cat([x_t.new_full((m,), t) for m, t in zip(ending, self.times)][::-1])
+        t = self.ends(z, first)
         return self.denoiser(x_t, t, cond, torch.zeros_like(t))
+
+    def ends(self, z: Tensor, first: int = 0) -> Tensor:
+        """The times (B,) of the steps at which a `rollout` from z (B, ...) ends, in z's type."""
+        remaining = self.remaining(len(z), first)
+        ending = [a - b for a, b in zip([len(z), *remaining], remaining)]  # after each step
+        return torch.cat([z.new_full((m,), t) for m, t in zip(ending, self.times)][::-1])
 
     def remaining(self, size: int, first: int) -> list[int]:
         """How many samples of a `rollout` of `size` samples go on after each of the steps."""

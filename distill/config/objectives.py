@@ -7,6 +7,8 @@ from distill.objectives.consistency.scm import ContinuousConsistency
 from distill.objectives.consistency.tcm import TruncatedConsistency
 from distill.objectives.diffusion import Diffusion
 from distill.objectives.distribution.anchored import AnchoredDMD2
+from distill.objectives.distribution.diff_instruct import DiffInstruct
+from distill.objectives.distribution.dmd import DMD
 from distill.objectives.distribution.dmd2 import DMD2
 from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
@@ -34,7 +36,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "consistency": Consistency,
     "ct": ConsistencyTraining,
     "ctm": CTM,
+    "diff-instruct": DiffInstruct,
     "diffusion": Diffusion,
+    "dmd": DMD,
     "dmd2": DMD2,
     "dmd2-anchored": AnchoredDMD2,
     "ect": ConsistencyTuning,

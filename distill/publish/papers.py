@@ -61,11 +61,26 @@ PAPERS = {
         2024,
         "2310.02279",
     ),
+    "diff-instruct": Paper(
+        "Diff-Instruct: A Universal Approach for Transferring Knowledge From Pre-trained "
+        "Diffusion Models",
+        "Luo, Weijian and Hu, Tianyang and Zhang, Shifeng and Sun, Jiacheng and Li, Zhenguo and "
+        "Zhang, Zhihua",
+        2023,
+        "2305.18455",
+    ),
     "diffusion": Paper(
         "Elucidating the Design Space of Diffusion-Based Generative Models",
         "Karras, Tero and Aittala, Miika and Aila, Timo and Laine, Samuli",
         2022,
         "2206.00364",
+    ),
+    "dmd": Paper(
+        "One-step Diffusion with Distribution Matching Distillation",
+        'Yin, Tianwei and Gharbi, Micha{\\"e}l and Zhang, Richard and Shechtman, Eli and '
+        "Durand, Fr{\\'e}do and Freeman, William T. and Park, Taesung",
+        2023,
+        "2311.18828",
     ),
     "dmd2": Paper(
         "Improved Distribution Matching Distillation for Fast Image Synthesis",

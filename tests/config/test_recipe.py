@@ -55,7 +55,7 @@ def test_overrides_reach_any_depth(tmp_path):
         (["players.fake.lrr=1"], ("players.fake.lrr", "'lr'")),
         (["players.fkae.lr=1"], ("players.fkae", "fake")),
         (["objective.times.hihg=1"], ("objective.times.hihg", "high")),
-        (["objective.name=dmd"], ("objective.name", "'dmd'", "dmd2")),
+        (["objective.name=dmd3"], ("objective.name", "'dmd3'", "dmd")),
         (["objective.scale=1e300"], ("objective.scale", "1e+300", "1e+18")),
         (["objective.scale=1e-300"], ("objective.scale", "1e-300")),
         (["objective.times={shift: 1e30}"], ("objective.times.shift", "1e+30")),
@@ -126,8 +126,8 @@ def test_a_recipe_that_is_not_whole_says_what_is_missing(tmp_path, text, line):
 
 
 def test_a_missing_file_names_the_nearest_recipe():
-    with refused("recipe 'digits/dmd'", "digits/dmd2"):
-        Recipe.load("digits/dmd")
+    with refused("recipe 'digits/dmd2-3step'", "digits/dmd2-4step"):
+        Recipe.load("digits/dmd2-3step")
 
 
 RUNS = [n for n in shipped() if not n.startswith(("teachers/", "bench/"))]
@@ -142,12 +142,16 @@ def test_every_shipped_recipe_is_valid_and_short(name):
     assert len((SHIPPED / f"{name}.yaml").read_text().splitlines()) <= 35
 
 
+UNMEASURED = ("shapes/decoupled", "shapes/dp-dmd", "shapes/swiftbrush")  # their headers say so
+
+
 @pytest.mark.parametrize("name", [n for n in shipped() if n.startswith(("digits/", "shapes/"))])
 def test_every_recipes_header_carries_a_measured_result(name):
     from distill.config.recipe import SHIPPED
 
     header = [v for v in (SHIPPED / f"{name}.yaml").read_text().splitlines() if v.startswith("#")]
-    assert any("Measured on" in v for v in header), name
+    expected = "Not measured yet" if name in UNMEASURED else "Measured on"
+    assert any(expected in v for v in header), name
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -98,6 +98,7 @@ def costs(name, step=0, guided=False, critic=False, student=None, **fields):
 
 
 TWO = {"times": (1.0, 0.5)}
+FOUR = {"times": (1.0, 0.75, 0.5, 0.25), "grids": {4: (1.0, 0.75, 0.5, 0.25)}}
 ODE = {**TWO, "renoise": False}
 HALVING = {"initial_steps": 2, "stage_steps": 5}
 # By objective and case: what the step is made of, and the passes.
@@ -118,7 +119,23 @@ COSTS = {
     ("ctm", "three steps of Heun"): (
         {"solver_steps": 1, "denoising_weight": 0},
         {"student forward": 4, "student backward": 2, "teacher forward": 2}),
+    ("diff-instruct", "each network once in its turn"): ({}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 1,
+        "fake forward": 2, "fake backward": 1}),
+    ("diff-instruct", "guided on both sides"): ({"guided": True, "guide_fake": True}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 2,
+        "fake forward": 3, "fake backward": 1}),
     ("diffusion", "one"): ({}, {"student forward": 1, "student backward": 1}),
+    ("dmd", "DMD2 and the pairs"): ({}, {
+        "student forward": 3, "student backward": 2, "teacher forward": 1,
+        "fake forward": 2, "fake backward": 1}),
+    ("dmd2", "guidance apart"): ({"guided": True, "guidance_times": "below"}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 3,
+        "fake forward": 2, "fake backward": 1}),
+    ("dmd2", "a first step of its own"): (
+        {"first_step": 0.05, "first_step_path": (2, 4), "student": FOUR}, {
+        "student forward": 6.5, "student backward": 1, "teacher forward": 0.75 + 0.25 * 2,
+        "fake forward": 1 + 0.75, "fake backward": 1}),
     ("dmd2", "each network once in its turn"): ({}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1,
         "fake forward": 2, "fake backward": 1}),

@@ -21,6 +21,8 @@ SHARED = (
     "balance",
     "rectified",
     "regression",
+    "branches",
+    "first_step",
 )  # no objective of its own
 OBJECTIVES = [
     p for p in sorted((ROOT / "distill/objectives").rglob("*.py")) if p.stem not in SHARED
@@ -69,7 +71,9 @@ MAY: dict[str, set[str]] = {
     "distill.objectives.trajectory": {
         "distill", "distill.objectives", "distill.objectives.consistency", "students", "teachers",
     },
-    "distill.objectives.distribution": {"distill", "distill.objectives", "students", "teachers"},
+    "distill.objectives.distribution": {
+        "distill", "distill.objectives", "distill.objectives.pairs", "students", "teachers",
+    },
     "distill.config": {
         "distill", "distill.objectives", "distill.objectives.consistency",
         "distill.objectives.flow_maps", "distill.objectives.pairs",

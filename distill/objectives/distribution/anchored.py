@@ -21,6 +21,7 @@ from distill.objectives.finetune import states
 from distill.objectives.losses import mean_square
 from students.generator import Generator
 from teachers import conditions
+from teachers.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -30,6 +31,8 @@ class AnchoredDMD2(DMD2):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.first_step:
+            raise UserError("objective.first_step: dmd2-anchored has none; take dmd2, or remove it")
         self.before = deepcopy(self.student.denoiser).requires_grad_(False)
 
     def student_loss(

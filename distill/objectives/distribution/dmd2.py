@@ -8,6 +8,10 @@ As in the authors' code: the fake score learns on every step, the student on eve
 never guided; fakes and data are noised for the critic at independent times over the full range.
 Differs from it: with a student of several steps, the fake and the critic see the last x̂ only
 (`fake_sees`), and one batch holds samples of every step of the chain.
+
+Later work, each off by default: `guidance_times` compares the guidance at noise levels of its own
+(Decoupled DMD, arXiv:2511.22677); `first_step` trains the first step on the teacher's path alone
+(DP-DMD, arXiv:2602.03139); `ida` pulls the fake to the student (SenseFlow, arXiv:2506.00523).
 """
 
 from __future__ import annotations
@@ -20,28 +24,24 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from distill.field_types import NonNegative, PositiveInt
-from distill.objectives.base import Batch, Loss, Objective, Turn
-from distill.objectives.losses import (
-    critic_loss,
-    generator_loss,
-    mean_abs,
-    surrogate,
-)
+from distill.field_types import Fraction, NonNegative, PositiveInt
+from distill.objectives.base import Batch, Loss, Turn
+from distill.objectives.distribution.first_step import check_first_step, first_step_loss
+from distill.objectives.distribution.matching import Matching, check_pull, pull
+from distill.objectives.losses import critic_loss, generator_loss, surrogate
 from distill.objectives.noise_levels import Times, Uniform
 from students.critic import Critic
 from students.generator import ChainSamples, Generator
 from teachers import conditions
-from teachers.denoiser import Cond, Denoiser
+from teachers.denoiser import Cond
 from teachers.errors import UserError
 
 Samples = tuple[Tensor, Cond]  # x̂ of the student (B, ...), and its condition
 
 
 @dataclass(kw_only=True)
-class DMD2(Objective):
-    fake: Denoiser  # denoises the student's samples
-    critic: Critic | None = None  # tells them from data
+class DMD2(Matching):
+    critic: Critic | None = None  # tells the student's samples from data
     student_every: PositiveInt = 5  # steps, each with a fake update, per student update
     gan_weight: NonNegative = 3e-3  # weight of the critic in the student's loss
     critic_weight: NonNegative = 1e-2  # weight of the critic's own loss beside the fake's
@@ -50,17 +50,31 @@ class DMD2(Objective):
     # opposite way: a step of too little variety makes the others produce too much.
     fake_sees: ChainSamples = "last"
     share_samples: bool = False  # fake and critic learn from the samples of the student's turn
-    times: Times = Uniform(0.02, 0.98)  # where teacher and fake are compared
     fake_times: Times = Uniform(0.0, 1.0)  # where the fake learns
     critic_times: Times = Uniform(0.0, 1.0)  # where the critic compares
+    first_step: NonNegative = 0.0  # weight of the teacher's path, which a first step then learns
+    first_step_path: tuple[PositiveInt, PositiveInt] = (5, 30)  # the path's steps, of a grid of
+    ida: Fraction | None = None  # share of the fake's weights kept when it is pulled to the student
 
-    needs_data: ClassVar[Literal["always", "never", "critic"]] = "critic"
+    needs_data: ClassVar[Literal["always", "never", "critic", "pairs"]] = "critic"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.share_samples and self.fake_sees == "last" and len(self.student.times) > 1:
             raise UserError(
                 "objective.share_samples: a student of several steps is trained at every step of "
                 "its chain; set objective.fake_sees to places, or share_samples to false"
+            )
+        if self.first_step:
+            check_first_step(self.student, self.fake_sees, self.first_step_path)
+        if self.ida is not None:
+            check_pull(self.student.denoiser, self.fake)
+
+    def check_batch(self, shape: tuple[int, ...]) -> None:
+        if self.first_step and shape[0] < max(self.student.counts):
+            raise UserError(
+                "train.batch: with objective.first_step a part needs a sample of each step; raise "
+                "it"
             )
 
     def turns(self, step: int) -> Iterator[Turn]:
@@ -69,6 +83,8 @@ class DMD2(Objective):
         if step % self.student_every == 0:
             loss = partial(self.student_loss, student=student, first=first, shared=shared)
             yield Turn(("student",), loss)
+            if self.ida is not None:
+                pull(self.fake, self.student.denoiser, self.ida)
         names = ("fake",) if self.critic is None else ("fake", "critic")
         yield Turn(
             names, partial(self.fake_and_critic_loss, student=student, first=first, shared=shared)
@@ -78,15 +94,23 @@ class DMD2(Objective):
         self, batch: Batch, student: Generator, first: int = 0, shared: list[Samples] | None = None
     ) -> Loss:
         """Distribution matching, and the generator loss if there is a critic."""
-        x = student.rollout(batch.noise, batch.cond, first)
+        x, ends = student.rollout(batch.noise, batch.cond, first), student.ends(batch.noise, first)
         if shared is not None:
             shared.append((x.detach(), batch.cond))
-        t, x_t = self.noised(x, self.times)
-        with torch.no_grad():
-            real, fake = self.teacher(x_t, t, batch.cond), self.fake(x_t, t, batch.cond)
-            grad = self.weighted((fake - real) / self.scale(x, real), x_t, t, batch)
-        matching = surrogate(x, torch.nan_to_num(grad))
-        logs = {"matching": matching, "gap": (fake - real).abs().mean()}
+        if not self.first_step:
+            return self.matched(x, ends, batch)
+        n = student.remaining(len(x), first)[0]  # samples of the first step are the last ones
+        parts = (batch.noise[n:], conditions.rows(batch.cond, slice(n, None)))
+        path = first_step_loss(self.teacher, student, x[n:], *parts, self.first_step_path)
+        later = batch._replace(noise=batch.noise[:n], cond=conditions.rows(batch.cond, slice(n)))
+        loss = self.matched(x[:n], ends[:n], later)
+        return Loss(loss.value + self.first_step * path, {**loss.logs, "first_step": path}, x)
+
+    def matched(self, x: Tensor, ends: Tensor, batch: Batch) -> Loss:
+        """The loss of samples x (B, ...), given by steps at the student's times `ends` (B,)."""
+        grad, gap = self.gradient(x, ends, batch)
+        matching = surrogate(x, grad)
+        logs = {"matching": matching, "gap": gap.abs().mean()}
         if self.critic is None or not self.gan_weight:
             return Loss(matching, logs, x)
         t, x_t = self.noised(x, self.critic_times)
@@ -112,16 +136,3 @@ class DMD2(Objective):
         correct = ((logits > 0) == (torch.arange(len(logits), device=x.device) >= len(x))).float()
         logs = {"denoising": denoising, "critic": critic, "accuracy": correct.mean()}
         return Loss(denoising + self.critic_weight * critic, logs)
-
-    def scale(self, x: Tensor, real: Tensor) -> Tensor:
-        """The divisor of each sample's gradient, (B, 1, ..., 1): the (guided) teacher's error."""
-        return mean_abs(x - real).clamp(min=1e-5)
-
-    def weighted(self, grad: Tensor, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """The student's gradient times each sample's weight: 1 here; f-divergences override it."""
-        return grad
-
-    def noised(self, x: Tensor, times: Times) -> tuple[Tensor, Tensor]:
-        """Times t (B,), and x (B, ...) noised to them."""
-        t = times.sample(x, self.teacher.process)
-        return t, self.teacher.process.noise(x, t, torch.randn_like(x))

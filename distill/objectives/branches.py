@@ -1,0 +1,62 @@
+"""The two x̂ that classifier-free guidance mixes, for objectives that need them apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from teachers import conditions
+from teachers.conditions import GUIDANCE_SCALE, Cond
+from teachers.denoiser import Denoiser, Guided
+from teachers.errors import UserError
+from teachers.process import expand
+
+
+def guidance_of(teacher: Denoiser, key: str) -> Guided:
+    """The teacher's guidance by an unconditional branch.
+
+    Args:
+        key: The recipe key that needs it, which begins the message.
+
+    Raises:
+        UserError: the teacher is not guided, or in another way.
+    """
+    if type(teacher) is not Guided or teacher.null is None or teacher.scale == 1:
+        raise UserError(
+            f"objective.{key}: it needs a teacher with classifier-free guidance at all noise "
+            "levels; set teacher.guidance to a number other than 1, or remove the key"
+        )
+    return teacher
+
+
+def unguided(guide: Guided, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """The teacher's x̂ (B, ...) without guidance: one evaluation."""
+    return guide.denoiser(x_t, t, conditions.without(cond, GUIDANCE_SCALE)[1])
+
+
+def guidance_step(guide: Guided, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+    """The teacher's x̂ (B, ...) without guidance, and that with it: two evaluations."""
+    own, cond = conditions.without(cond, GUIDANCE_SCALE)
+    x, negative = guide.pair(x_t, t, cond)
+    return x, guide.mixed(x, negative, own)
+
+
+def guided_alike(guide: Guided, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """The x̂ (B, ...) of another denoiser, guided as the teacher is: two evaluations."""
+    own, cond = conditions.without(cond, GUIDANCE_SCALE)
+    assert cond is not None
+    both = conditions.joined(*guide.branches(cond))
+    x, negative = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return guide.mixed(x, negative, own)
+
+
+def with_nulls(guide: Guided, cond: Cond, dropped: Tensor) -> Cond:
+    """The condition with that of the negative branch for some samples.
+
+    Args:
+        dropped: Which samples, booleans (B,).
+    """
+    _, cond = conditions.without(cond, GUIDANCE_SCALE)
+    assert cond is not None
+    plain, null = guide.branches(cond)
+    return {k: torch.where(expand(dropped, v), null[k], v) for k, v in plain.items()}
