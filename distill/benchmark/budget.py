@@ -96,7 +96,7 @@ def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:
     networks = echo_networks(build_networks(recipe, teacher))
     objective = assembled(recipe, networks, torch.device("cpu"))
     if isinstance(objective, FeatureMatching):
-        objective.outputs = partial(echo_outputs, objective.teacher)
+        objective.outputs = partial(echo_outputs, objective.unguided)
     fields = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}
     seed, size = recipe.train.seed, recipe.train.batch // recipe.train.accumulate
     x, cond = torch.zeros(size, *teacher.shape), teacher.codec.condition([0] * size)

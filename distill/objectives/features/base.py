@@ -20,7 +20,7 @@ from distill.field_types import NonNegative, PositiveInt
 from distill.objectives.base import Batch, Loss, Objective, Turn
 from students.critic import channels_first, image_stream
 from students.generator import Generator
-from teachers.denoiser import Cond, Guided
+from teachers.denoiser import Cond, Denoiser, Guided
 from teachers.errors import UserError
 from teachers.features import blocks_of, tapped
 
@@ -78,13 +78,19 @@ class FeatureMatching(Objective):
         ratio = x.new_full((len(x),), self.noise_level, dtype=torch.float64)
         t = process.time(ratio).clamp(0, 1).to(torch.promote_types(x.dtype, torch.float32))
         outputs = self.outputs(process.noise(x, t, torch.randn_like(x)), t, cond)
-        return [widened(f[: len(x)]) for f in outputs]  # guidance's other half comes after these
+        return [widened(f) for f in outputs]
 
-    def outputs(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        """The blocks' outputs (B, D), averaged over cells or tokens."""
+    @property
+    def unguided(self) -> Denoiser:
+        """The teacher's network, whose features cost one evaluation with any guidance."""
         network = self.teacher
         while isinstance(network, Guided):
             network = network.denoiser
+        return network
+
+    def outputs(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """The blocks' outputs (B, D), averaged over cells or tokens."""
+        network = self.unguided
         with tapped(network, self.blocks, KEY, stop=True) as outputs:
             network(x_t, t, cond)
         modules = blocks_of(network, self.blocks, KEY)
