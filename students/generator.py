@@ -63,6 +63,7 @@ class Generator(nn.Module):
         cond: Cond = None,
         steps: int | None = None,
         noises: Sequence[Tensor] | None = None,
+        whole_chain: bool = False,
     ) -> Tensor:
         """x̂ (B, ...) after the first `steps` steps (default: all), from unit noise z (B, ...).
 
@@ -70,10 +71,11 @@ class Generator(nn.Module):
 
         Args:
             noises: The noise of each renoising, shaped like z; by default it is drawn.
+            whole_chain: Gradients flow through all steps, whose activations are kept.
         """
         last = len(self.times[:steps]) - 1
         x_t = z * self.scale(z)
-        with torch.no_grad():
+        with torch.set_grad_enabled(whole_chain and torch.is_grad_enabled()):
             for k in range(last):
                 x_t = self.step(x_t, k, cond, noises[k] if noises else None)
         t = z.new_full((len(z),), self.times[last])

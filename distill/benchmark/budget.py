@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from distill.config.schema import PAIRS
 from distill.data.stream import Stream
 from distill.objectives.balance import last_layer
 from distill.objectives.base import Batch
+from distill.objectives.features.base import FeatureMatching
 from distill.pairs.folder import read_index
 from distill.pairs.making import Maker
 from distill.pairs.settings import settings_of
@@ -93,6 +95,8 @@ def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:
     teacher = load_teacher(recipe.teacher)
     networks = echo_networks(build_networks(recipe, teacher))
     objective = assembled(recipe, networks, torch.device("cpu"))
+    if isinstance(objective, FeatureMatching):
+        objective.outputs = partial(echo_outputs, objective.unguided)
     fields = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}
     seed, size = recipe.train.seed, recipe.train.batch // recipe.train.accumulate
     x, cond = torch.zeros(size, *teacher.shape), teacher.codec.condition([0] * size)
@@ -132,6 +136,11 @@ class Echo(Denoiser):
 
     def weight(self, t: Tensor) -> Tensor:
         return self._network[0].weight(t)
+
+
+def echo_outputs(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+    """Two features (B, 2) in place of those of the denoiser's blocks, after its call."""
+    return [denoiser(x_t, t, cond).flatten(1)[:, :2]]
 
 
 class EchoCritic(Critic):

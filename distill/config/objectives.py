@@ -12,6 +12,9 @@ from distill.objectives.distribution.dmd import DMD
 from distill.objectives.distribution.dmd2 import DMD2
 from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
+from distill.objectives.features.drift import Drift
+from distill.objectives.features.fd_loss import FDLoss
+from distill.objectives.features.mmd import MMD
 from distill.objectives.finetune import FineTuning
 from distill.objectives.flow_maps.anyflow import AnyFlow
 from distill.objectives.flow_maps.cmt import CMT
@@ -41,7 +44,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dmd": DMD,
     "dmd2": DMD2,
     "dmd2-anchored": AnchoredDMD2,
+    "drift": Drift,
     "ect": ConsistencyTuning,
+    "fd-loss": FDLoss,
     "fdistill": FDistill,
     "finetune": FineTuning,
     "guided": GuidedDistillation,
@@ -49,6 +54,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "kd": KD,
     "lcm": LCM,
     "meanflow": MeanFlow,
+    "mmd": MMD,
     "pcm": PCM,
     "progressive": Progressive,
     "reflow": Reflow,

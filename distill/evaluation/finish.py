@@ -200,6 +200,7 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     versions["fewstep"] = __version__  # of the running code, which may not be installed
     return {
         "objective": run.recipe.objective["name"],
+        **({"loss_features": features} if (features := engine.objective.loss_features) else {}),
         "steps": engine.step,
         **({"ended": engine.ended} if engine.ended else {}),
         "seed": run.recipe.train.seed,

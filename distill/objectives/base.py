@@ -135,6 +135,13 @@ class Objective:
         """The step at which the last stage begins; 0 where there is one stage."""
         return 0
 
+    @property
+    def loss_features(self) -> str:
+        """Which features of a frozen network the loss compares; empty for none. It is recorded in
+        summary.json and on the report's page.
+        """
+        return ""
+
     def check_batch(self, shape: tuple[int, ...]) -> None:
         """Refuse data or parts of a batch that the loss cannot be computed of, before training.
 

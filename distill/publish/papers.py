@@ -96,11 +96,25 @@ PAPERS = {
         2024,
         "2405.14867",
     ),
+    "drift": Paper(
+        "Teacher-Feature Drifting: One-Step Diffusion Distillation with Pretrained Diffusion "
+        "Representations",
+        "Zhang, Yuan and Li, Chenyi and Ma, Guoqing and Zha, Jiajun and Yang, Yuanming and Wang, "
+        "Bo and Tang, Wei and Li, Wenbo and Huang, Haoyang and Duan, Nan",
+        2026,
+        "2605.07327",
+    ),
     "ect": Paper(
         "Consistency Models Made Easy",
         "Geng, Zhengyang and Pokle, Ashwini and Luo, William and Lin, Justin and Kolter, J. Zico",
         2024,
         "2406.14548",
+    ),
+    "fd-loss": Paper(
+        "Representation Fr{\\'e}chet Loss for Visual Generation",
+        "Yang, Jiawei and Geng, Zhengyang and Ju, Xuan and Tian, Yonglong and Wang, Yue",
+        2026,
+        "2604.28190",
     ),
     "fdistill": Paper(
         "One-step Diffusion Models with f-Divergence Distribution Matching",
@@ -144,6 +158,12 @@ PAPERS = {
         "Geng, Zhengyang and Deng, Mingyang and Bai, Xingjian and Kolter, J. Zico and He, Kaiming",
         2025,
         "2505.13447",
+    ),
+    "mmd": Paper(
+        "Fast Inference in Denoising Diffusion Models via MMD Finetuning",
+        "Aiello, Emanuele and Valsesia, Diego and Magli, Enrico",
+        2023,
+        "2301.07969",
     ),
     "pcm": Paper(
         "Phased Consistency Models",

@@ -163,6 +163,7 @@ def headline(facts: Facts, summary: Mapping[str, Any], weights: str, batch: int)
     return {
         "Teacher": f"{teacher_name(facts)}, {summary.get('guidance', 'unguided')}",
         "Objective": facts.objective,
+        **({"Features in the loss": v} if (v := summary.get("loss_features")) else {}),
         "Trained": weights,
         "Training": f"{summary['steps']:,} steps of {batch} samples, seed {summary.get('seed', 0)}",
         "Cost": cost(summary),

@@ -44,6 +44,18 @@ def test_shares_and_groups_of_a_batch_count_as_they_run(name, pipelines, tmp_pat
     assert [next(foretold) for _ in range(2)] == counted(recipe, tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["mmd", "fd-loss", "drift"])
+def test_features_of_a_guided_teacher_count_once(name, pipelines, tmp_path):
+    tree = recipe_tree(name, pipelines["edm"], steps=3)
+    tree["teacher"]["guidance"] = 2.0
+    tree["student"] = {"steps": 2}
+    if name == "fd-loss":  # data are read in the first steps alone
+        tree["objective"]["reference_steps"] = 2
+    recipe = Recipe.check(tree)
+    foretold = budget.evaluations_after_steps(recipe)
+    assert [next(foretold) for _ in range(3)] == counted(recipe, tmp_path / "run")
+
+
 @pytest.mark.parametrize("adapters", [None, {"rank": 2}], ids=["full", "lora"])
 def test_a_guided_teacher_counts_twice(adapters, pipelines, tmp_path):
     tree = recipe_tree("sid", pipelines["edm"], steps=2)

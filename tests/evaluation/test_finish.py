@@ -259,6 +259,24 @@ def test_the_pages_of_every_kind_of_teacher_are_rehearsed_without_a_word(
     assert capsys.readouterr().err == ""
 
 
+# ---- what the loss compared
+
+
+@pytest.mark.parametrize(("name", "features"), [("mmd", "backbone.mid_block"), ("ect", None)])
+def test_the_summary_and_the_page_name_the_features_in_the_loss(
+    name, features, pipelines, unchecked, tmp_path
+):
+    run = build.build(Recipe.check(recipe_tree(name, pipelines["edm"], steps=1)), tmp_path / "run")
+    run.engine.train()
+    finish.finish(run)
+    recorded, page = summary_of(run.out).get("loss_features"), (run.out / "report.html").read_text()
+    if features is None:
+        assert recorded is None and "Features in the loss" not in page
+    else:
+        assert features in recorded and "σ/α = 0.1" in recorded
+        assert "Features in the loss" in page and features in page
+
+
 # ---- the summary's versions
 
 

@@ -145,9 +145,14 @@ COSTS = {
     ("dmd2-anchored", "as DMD2"): ({}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1,
         "fake forward": 2, "fake backward": 1}),
+    # Passes of the teacher that end at a block are counted; no gradient reaches an output of them.
+    ("drift", "features of samples and data"): (
+        {"blocks": ("last",)}, {"student forward": 1, "student backward": 1, "teacher forward": 2}),
     ("ect", "both ends of a pair"): ({}, {"student forward": 2, "student backward": 1}),
     ("ect", "references are no passes"): (
         {"references": True}, {"student forward": 2, "student backward": 1}),
+    ("fd-loss", "features of samples and data"): (
+        {"blocks": ("last",)}, {"student forward": 1, "student backward": 1, "teacher forward": 2}),
     ("fdistill", "DMD2 and the ratio"): ({"critic": True}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1,
         "fake forward": 6, "fake backward": 4}),
@@ -173,6 +178,11 @@ COSTS = {
     ("meanflow", "of all of it, along the student's own velocity"): (
         {"equal": 0.0, "direction": "own", "velocity": "data"},
         {"student forward": 3, "student backward": 1}),
+    ("mmd", "features of samples and data"): (
+        {"blocks": ("last",)}, {"student forward": 1, "student backward": 1, "teacher forward": 2}),
+    ("mmd", "the whole chain"): (
+        {"blocks": ("last",), "student": {**TWO, "grids": {2: TWO["times"]}}, "gradient": "chain"},
+        {"student forward": 2, "student backward": 2, "teacher forward": 2}),
     ("pcm", "as LCM"): ({}, {"student forward": 2, "student backward": 1, "teacher forward": 1}),
     ("pcm", "the critic reads landings and targets"): ({"critic": True}, {
         "student forward": 4, "student backward": 1,

@@ -74,11 +74,13 @@ MAY: dict[str, set[str]] = {
     "distill.objectives.distribution": {
         "distill", "distill.objectives", "distill.objectives.pairs", "students", "teachers",
     },
+    "distill.objectives.features": {"distill", "distill.objectives", "students", "teachers"},
     "distill.config": {
         "distill", "distill.objectives", "distill.objectives.consistency",
         "distill.objectives.flow_maps", "distill.objectives.pairs",
         "distill.objectives.trajectory",
-        "distill.objectives.distribution", "students", "teachers", "teachers.storage",
+        "distill.objectives.distribution", "distill.objectives.features", "students", "teachers",
+        "teachers.storage",
     },
     "distill.data.expansion": {"distill", "teachers", "teachers.storage", "eval"},
     "distill.data.conditions": {"distill", "teachers", "teachers.storage", "eval"},
@@ -141,9 +143,9 @@ MAY: dict[str, set[str]] = {
         "eval.protocols",
     },
     "distill.benchmark": {
-        "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
-        "distill.pairs", "distill.training", "distill.evaluation", "students", "students.export",
-        "teachers", "eval", "eval.protocols",
+        "distill", "distill.objectives", "distill.objectives.features", "distill.config",
+        "distill.data", "distill.sampling", "distill.pairs", "distill.training",
+        "distill.evaluation", "students", "students.export", "teachers", "eval", "eval.protocols",
     },
     "distill.auto": {
         "distill", "distill.config", "distill.data", "distill.planning", "distill.benchmark",

@@ -1,0 +1,1 @@
+"""The student's samples match data in frozen features: no fake score and no critic."""
