@@ -10,6 +10,7 @@ from distill.objectives.distribution.anchored import AnchoredDMD2
 from distill.objectives.distribution.dmd2 import DMD2
 from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
+from distill.objectives.distribution.sida import SiDA
 from distill.objectives.finetune import FineTuning
 from distill.objectives.flow_maps.anyflow import AnyFlow
 from distill.objectives.flow_maps.cmt import CMT
@@ -52,6 +53,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "scm": ContinuousConsistency,
     "shortcut": Shortcut,
     "sid": SiD,
+    "sida": SiDA,
     "snapfusion": SnapFusion,
     "tcd": TCD,
     "tcm": TruncatedConsistency,
