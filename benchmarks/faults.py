@@ -351,6 +351,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_turns.py::test_sids_gradient_is_summed_over_dimensions_and_flows_not_through_its_weight",
     ),
     fault(
+        "SiDA's student pushed away from data",
+        "distill/objectives/distribution/sida.py",
+        "generator_loss(logits.clamp(-10, 10))",
+        "generator_loss(-logits.clamp(-10, 10))",
+        "objectives/test_score_identity.py::test_sidas_student_loss_is_the_published_one",
+    ),
+    fault(
+        "SiDA's discriminator trained backwards",
+        "distill/objectives/distribution/sida.py",
+        "critic_loss(logits, self.critic(data_t, t, batch.cond))",
+        "critic_loss(self.critic(data_t, t, batch.cond), logits)",
+        "objectives/test_score_identity.py::test_sidas_fake_learns_from_the_published_loss",
+    ),
+    fault(
         "memory of f-distill's ratio swapped",
         "distill/objectives/distribution/fdistill.py",
         "torch.lerp(means, self.means, self.ratio_ema)",

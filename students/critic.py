@@ -81,6 +81,45 @@ class Critic(nn.Module):
         return torch.stack(logits).mean(0).float()
 
 
+class FeatureMean(Critic):
+    """A critic without weights: the mean over channels of a block's output (arXiv:2410.14919).
+
+    Logits are (B, N), one for each place of the feature maps, or each token, of the blocks. What
+    tells fakes from data is the denoiser itself, so its weights learn from the critic's loss.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: Sequence[int],
+        cond: Cond = None,
+        blocks: Sequence[str] = ("backbone.mid_block",),
+    ) -> None:
+        super().__init__(denoiser, shape, cond, blocks)
+        self.heads = nn.ModuleList()
+        modules = blocks_of(denoiser, blocks, KEY)
+        self.channels_first = {name: channels_first(module) for name, module in modules.items()}
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Logits (B, N) of noisy samples x_t (B, ...) at times t (B,)."""
+        return self.logits(self._outputs(x_t, t, cond))
+
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> tuple[Tensor, Tensor]:
+        """The denoiser's x̂ (B, ...) and the logits (B, N), from one pass of the denoiser."""
+        (denoiser,) = self._denoiser
+        with tapped(denoiser, self.blocks, KEY) as outputs:
+            x = denoiser(x_t, t, cond)
+        return x, self.logits({name: image_stream(v) for name, v in outputs.items()})
+
+    def logits(self, outputs: dict[str, Any]) -> Tensor:
+        """The means over channels of the blocks' outputs, by name: (B, N)."""
+        means = []
+        for name, feature in outputs.items():
+            tokens = feature.ndim == 3 and not self.channels_first[name]
+            means.append(feature.float().mean(-1 if tokens else 1).reshape(len(feature), -1))
+        return torch.cat(means, 1)
+
+
 def head_for(
     name: str, feature: Any, channels_first: bool = False, vectors: bool = False
 ) -> nn.Module:

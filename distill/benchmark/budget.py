@@ -33,7 +33,7 @@ from distill.sampling.guided_teacher import load_teacher
 from distill.seeds import seed_all
 from distill.training.build import build
 from distill.training.networks import assembled, build_networks
-from students.critic import Critic
+from students.critic import Critic, FeatureMean
 from students.two_time import NumberReading
 from teachers.denoiser import Cond, Denoiser, computes
 from teachers.errors import UserError
@@ -143,7 +143,7 @@ def echo_outputs(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> list
     return [denoiser(x_t, t, cond).flatten(1)[:, :2]]
 
 
-class EchoCritic(Critic):
+class EchoCritic(FeatureMean):
     """A critic that cannot tell: logits of 0, after the call of its denoiser, which is counted.
 
     They have a gradient of zero to the samples: some objectives balance their terms by it.
@@ -154,8 +154,10 @@ class EchoCritic(Critic):
         self._denoiser, self.heads = (denoiser, []), critic.heads
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        self._denoiser[0](x_t, t, cond)
-        return 0 * x_t.flatten(1).sum(1)
+        return self.denoise(x_t, t, cond)[1]
+
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> tuple[Tensor, Tensor]:
+        return self._denoiser[0](x_t, t, cond), 0 * x_t.flatten(1).sum(1)
 
 
 def echo_networks(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:

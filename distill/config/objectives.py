@@ -12,6 +12,7 @@ from distill.objectives.distribution.dmd import DMD
 from distill.objectives.distribution.dmd2 import DMD2
 from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
+from distill.objectives.distribution.sida import SiDA
 from distill.objectives.features.drift import Drift
 from distill.objectives.features.fd_loss import FDLoss
 from distill.objectives.features.mmd import MMD
@@ -62,6 +63,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "scm": ContinuousConsistency,
     "shortcut": Shortcut,
     "sid": SiD,
+    "sida": SiDA,
     "snapfusion": SnapFusion,
     "tcd": TCD,
     "tcm": TruncatedConsistency,

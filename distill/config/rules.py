@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.config.objective_schema import network_types, networks_of
 from distill.config.schema import PAIRS, GuidanceSection
+from students.critic import FeatureMean
 from teachers.denoiser import Denoiser
 from teachers.errors import cut, nearest
 from teachers.quantised import FORMS
@@ -473,8 +474,8 @@ def _objective(recipe: Recipe) -> str:
 
 def _players(recipe: Recipe) -> list[str]:
     """The networks that the objective trains; their names are the keys of `players`."""
-    networks = networks_of(recipe.kind)
-    return ["student", *(name for name in networks if name not in ("teacher", "student"))]
+    others = {"teacher", "student", *network_types(recipe.kind, FeatureMean)}  # no weights
+    return ["student", *(name for name in networks_of(recipe.kind) if name not in others)]
 
 
 def _copies(recipe: Recipe) -> list[str]:

@@ -210,6 +210,12 @@ PAPERS = {
         2024,
         "2404.04057",
     ),
+    "sida": Paper(
+        "Adversarial Score Identity Distillation: Rapidly Surpassing the Teacher in One Step",
+        "Zhou, Mingyuan and Zheng, Huangjie and Gu, Yi and Wang, Zhendong and Huang, Hai",
+        2024,
+        "2410.14919",
+    ),
     "snapfusion": Paper(
         "SnapFusion: Text-to-Image Diffusion Model on Mobile Devices within Two Seconds",
         "Li, Yanyu and Wang, Huan and Jin, Qing and Hu, Ju and Chemerys, Pavlo and Fu, Yun and "

@@ -67,9 +67,9 @@ def build_networks(
         networks[name] = adapt(teacher, adapters[name], name)
     networks["teacher"] = guided(recipe.teacher, teacher)
     if recipe.critic is not None:
-        networks["critic"] = critic_of(
-            recipe.critic, networks.get("fake", teacher.denoiser), teacher
-        )
+        kind = network_types(recipe.kind, Critic)["critic"]
+        network = networks.get("fake", teacher.denoiser)
+        networks["critic"] = critic_of(recipe.critic, network, teacher, kind)
     auxiliaries: dict[str, type[Any]] = network_types(recipe.kind, Auxiliary)
     for name, auxiliary in auxiliaries.items():
         networks[name] = auxiliary.for_objective(teacher).requires_grad_(True)
@@ -143,14 +143,19 @@ def shared_weights(section: AdaptersSection | None, names: Sequence[str]) -> dic
     return dict.fromkeys(shared, section.adapter)
 
 
-def critic_of(section: CriticSection, network: Any, teacher: Teacher) -> Critic:
+def critic_of(
+    section: CriticSection, network: Any, teacher: Teacher, kind: type[Any] = Critic
+) -> Critic:
     """A critic that reads the fake score's features, or the teacher's where there is no fake score.
+
+    Args:
+        kind: The objective's kind of critic.
 
     Raises:
         UserError: it has no such blocks.
     """
     blocks = (middle_of(network_of(network)),) if section.blocks is None else section.blocks
-    return Critic(network, teacher.shape, teacher.codec.condition([0]), blocks)
+    return kind(network, teacher.shape, teacher.codec.condition([0]), blocks)
 
 
 def check_form(recipe: Recipe, form: StudentForm) -> None:
@@ -192,6 +197,6 @@ def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
 
 
 def player_networks(objective: Objective) -> dict[str, nn.Module]:
-    """The networks that learn, by field: all but the teacher and those that are None."""
-    names = [n for n in networks_of(type(objective)) if n != "teacher"]
-    return {n: v for n in names if (v := getattr(objective, n)) is not None}
+    """The networks that learn, by field: all but the teacher, and those with weights."""
+    fields = {n: getattr(objective, n) for n in networks_of(type(objective)) if n != "teacher"}
+    return {n: v for n, v in fields.items() if v is not None and any(True for _ in v.parameters())}

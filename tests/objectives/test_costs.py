@@ -61,6 +61,10 @@ class Judging(nn.Module):
     def forward(self, x_t, t, cond=None):
         return self.head * self._denoiser[0](x_t, t, cond).flatten(1).mean(1)
 
+    def denoise(self, x_t, t, cond=None):
+        x = self._denoiser[0](x_t, t, cond)
+        return x, x.mean(1).flatten(1)
+
 
 def costs(name, step=0, guided=False, critic=False, student=None, **fields):
     """The passes of each network in one step, for each sample of its batches."""
@@ -202,6 +206,12 @@ COSTS = {
         {"derivative": "difference"},
         {"student forward": 2, "student backward": 1, "teacher forward": 1}),
     ("sid", "through teacher and fake"): ({}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
+        "fake forward": 2, "fake backward": 2}),
+    ("sida", "the fake also reads data"): ({"critic": True}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
+        "fake forward": 3, "fake backward": 3}),
+    ("sida", "as SiD without the critic"): ({"critic": True, "gan_weight": 0}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
         "fake forward": 2, "fake backward": 2}),
     ("snapfusion", "both are guided"): (

@@ -26,9 +26,10 @@ from teachers.denoiser import Denoiser
 
 
 @dataclass(kw_only=True)
-class SiD(Objective):
+class ScoreIdentity(Objective):
+    """What SiD and its relatives share: the turns, the times, and the fake score's loss."""
+
     fake: Denoiser  # denoises the student's samples
-    alpha: NonNegative = 1.2
     fake_sees: ChainSamples = (
         "places"  # which of a chain's x̂ the fake learns from (arXiv:2509.25127)
     )
@@ -49,16 +50,35 @@ class SiD(Objective):
         return Loss(self.fake.loss(x, self.fake_times.sample(x, self.fake.process), batch.cond))
 
     def student_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
-        """Δ·((T - x) - αΔ) / ω with Δ = T - F: summed over dimensions, ω their mean |x - T|."""
+        """The comparison of teacher and fake on the student's samples, times `scale`."""
+        x, t, x_t = self.compared(batch, student, first)
+        real, fake = self.teacher(x_t, t, batch.cond), self.fake(x_t, t, batch.cond)
+        value = self.matching(x, real, fake)
+        logs = {"gap": (real - fake).detach().abs().mean()}
+        return Loss(self.scale * value.flatten(1).sum(1).mean(), logs, x)
+
+    def compared(
+        self, batch: Batch, student: Generator, first: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's samples x (B, ...) with their graph, times t (B,), and x noised to t."""
         x = student.rollout(batch.noise, batch.cond, first)
         t = self.times.sample(x, self.teacher.process)
-        x_t = self.teacher.process.noise(x, t, torch.randn_like(x))
-        real, fake = self.teacher(x_t, t, batch.cond), self.fake(x_t, t, batch.cond)
-        gap = real - fake
-        value = gap * ((real - x) - self.alpha * gap) / self.normaliser(x, real)
-        logs = {"gap": gap.detach().abs().mean()}
-        return Loss(self.scale * value.flatten(1).sum(1).mean(), logs, x)
+        return x, t, self.teacher.process.noise(x, t, torch.randn_like(x))
+
+    def matching(self, x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+        """The loss of each dimension (B, ...), from x and the x̂ of teacher and fake at x_t."""
+        raise NotImplementedError
 
     def normaliser(self, x: Tensor, real: Tensor) -> Tensor:
         """The divisor of each sample's loss, (B, 1, ..., 1); no gradient."""
         return mean_abs(x - real).detach().clamp(min=1e-5)
+
+
+@dataclass(kw_only=True)
+class SiD(ScoreIdentity):
+    alpha: NonNegative = 1.2
+
+    def matching(self, x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+        """Δ·((T - x) - αΔ) / ω with Δ = T - F; ω is the mean |x - T| of a sample."""
+        gap = real - fake
+        return gap * ((real - x) - self.alpha * gap) / self.normaliser(x, real)

@@ -1,0 +1,200 @@
+"""SiDA against the published formulas, typed here again, and its limits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distill.config.objectives import OBJECTIVES
+from distill.objectives.base import Batch
+from students.critic import FeatureMean
+from students.generator import Generator
+from teachers.denoiser import Denoiser
+from teachers.process import Karras
+
+D = torch.float64
+B, SHAPE = 5, (2, 4, 4)
+
+
+class Small(Denoiser):
+    """A network of one hidden map, whose x̂ and features follow from it."""
+
+    def __init__(self, seed, flat=False):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.process = Karras()
+        self.mid = nn.Conv2d(2, 6, 3, padding=1)
+        self.out = nn.Conv2d(6, 2, 1)
+        if flat:
+            nn.init.zeros_(self.mid.weight)
+
+    def forward(self, x_t, t, cond=None, s=None):
+        sigma = self.process.at(t, x_t)[1]
+        return self.out(torch.tanh(self.mid(x_t / (sigma**2 + 1).sqrt())))
+
+    def weight(self, t):
+        sigma = self.process.scales(t)[1]
+        return (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+
+
+def made(name, flat=False, **keys):
+    """The objective, and its networks: teacher, student and fake."""
+    teacher, student, fake = Small(1).requires_grad_(False), Small(2), Small(3, flat)
+    if name != "sid":
+        keys["critic"] = FeatureMean(fake, SHAPE, blocks=("mid",))
+    for network in (teacher, student, fake):
+        network.double()  # after the critic, which runs its network once in float32
+    return OBJECTIVES[name](teacher=teacher, student=Generator(student), fake=fake, **keys)
+
+
+def batch():
+    torch.manual_seed(7)
+    return Batch(torch.randn(B, *SHAPE, dtype=D), torch.randn(B, *SHAPE, dtype=D))
+
+
+def played(objective, player, step=0):
+    """The loss and the gradients of a player's turn."""
+    turn = next(t for t in objective.turns(step) if t.players == (player,))
+    given = batch()
+    torch.manual_seed(11)
+    loss = turn.loss(given)
+    network = objective.fake if player == "fake" else objective.student.denoiser
+    loss.value.backward()
+    grads = [p.grad.clone() for p in network.parameters() if p.grad is not None]
+    objective.fake.zero_grad()
+    objective.student.zero_grad()
+    return loss.value.detach(), grads
+
+
+def levels(u):
+    """EDM's σ at the place u of its grid, 0 at σ_min: float32, as times are."""
+    return (0.002 ** (1 / 7) + u * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+
+
+def wide(sigma):
+    return sigma.to(D)[:, None, None, None]
+
+
+def seen(network, x_t, sigma):
+    """x̂ and the mean over channels of the hidden map."""
+    hidden = network.mid(x_t / (wide(sigma) ** 2 + 1).sqrt())
+    return network.out(torch.tanh(hidden)), hidden.mean(1)
+
+
+def published_student(objective, ratio=None, gan=0.01):
+    """SiDA's student loss as its authors' code has it, after the warm-up, and its gradients."""
+    network = objective.student.denoiser
+    z = batch().noise
+    torch.manual_seed(11)
+    x = seen(network, z * 80, torch.full((B,), 80.0))[0]
+    sigma = levels(torch.rand(B) * 0.8)
+    x_t = x + wide(sigma) * torch.randn_like(x)
+    real, (fake, logits) = seen(objective.teacher, x_t, sigma)[0], seen(objective.fake, x_t, sigma)
+    omega = (x - real).abs().mean((1, 2, 3), keepdim=True).clip(min=1e-5).detach()
+    sid = (real - fake) * (fake - x) / omega
+    if ratio is not None:
+        sid = ratio(sid, logits, x, (real - fake).detach())
+    bce = F.binary_cross_entropy_with_logits(logits.clamp(-10, 10), torch.ones_like(logits))
+    loss_gan = (bce / omega).mean((1, 2, 3)) * x[0].numel()
+    value = 0.5 * sid.sum() * 100 / B + 0.5 * loss_gan.sum() * gan / B
+    value.backward()
+    grads = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    objective.fake.zero_grad()
+    return value.detach(), grads
+
+
+def same(found, expected, tolerance=1e-5):
+    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=0, check_dtype=False)
+    assert len(found[1]) == len(expected[1]) > 0
+    for a, b in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+# SiDA
+
+
+def test_sidas_student_loss_is_the_published_one():
+    objective = made("sida")
+    same(played(objective, "student"), published_student(objective))
+
+
+def test_sidas_fake_learns_from_the_published_loss():
+    objective = made("sida", critic_weight=0.7)
+    found = played(objective, "fake")
+    given = batch()
+    torch.manual_seed(11)
+    with torch.no_grad():
+        x = objective.student(given.noise)
+    sigma = (torch.randn(B) * 1.2 - 1.2).exp()
+    n = wide(sigma) * torch.randn_like(x)  # of both: fakes and data
+    denoised, fake = seen(objective.fake, x + n, sigma)
+    _, real = seen(objective.fake, given.data + n, sigma)
+    weight = (wide(sigma) ** 2 + 0.25) / (wide(sigma) * 0.5) ** 2
+    bce = F.binary_cross_entropy_with_logits
+    telling = (bce(real, torch.ones_like(real)) + bce(fake, torch.zeros_like(fake))) / 2
+    published = (weight * (denoised - x) ** 2).sum() / B + 0.7 * (weight * telling).sum() / B
+    published.backward()
+    grads = [p.grad / x[0].numel() for p in objective.fake.parameters()]
+    same(found, (published.detach() / x[0].numel(), grads))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.2])
+@pytest.mark.parametrize("player", ["fake", "student"])
+def test_sida_without_its_critic_is_sid_bit_for_bit(alpha, player):
+    found = played(made("sida", alpha=alpha, gan_weight=0), player)
+    expected = played(made("sid", alpha=alpha), player)
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+    assert not torch.equal(played(made("sida", alpha=alpha), player)[0], expected[0])
+
+
+def test_constant_features_give_the_student_no_gradient_of_the_critic():
+    without = played(made("sida", flat=True, gan_weight=1e-12), "student")[1]
+    found = played(made("sida", flat=True, gan_weight=100.0), "student")[1]
+    for a, b in zip(found, without, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    other = played(made("sida", gan_weight=100.0), "student")[1]
+    assert (other[0] - played(made("sida", gan_weight=1e-12), "student")[1][0]).abs().max() > 1e-3
+
+
+def test_sidas_student_waits_then_learns_from_sid_then_from_both():
+    objective = made("sida", frozen_steps=2, gan_start=4)
+    turns = [[t.players for t in objective.turns(step)] for step in range(3)]
+    assert turns == [[("fake",)], [("fake",)], [("fake",), ("student",)]]
+    plain = made("sid", alpha=1.0)
+    assert torch.equal(played(objective, "student", 3)[0], played(plain, "student")[0])
+    assert not torch.equal(played(objective, "student", 4)[0], played(plain, "student")[0])
+
+
+# a critic without weights
+
+
+def test_a_feature_means_logits_are_the_means_over_channels():
+    network = Small(1)
+    critic = FeatureMean(network, SHAPE, blocks=("mid", "out"))
+    network.double()
+    x_t, t = torch.randn(3, *SHAPE, dtype=D), torch.rand(3)
+    logits = critic(x_t, t)
+    sigma = network.process.scales(t)[1]
+    hidden = network.mid(x_t / (wide(sigma) ** 2 + 1).sqrt())
+    x = network(x_t, t)
+    expected = torch.cat([hidden.mean(1).flatten(1), x.mean(1).flatten(1)], 1)
+    torch.testing.assert_close(logits, expected.float(), rtol=1e-5, atol=1e-6)
+    denoised, again = critic.denoise(x_t, t)
+    assert torch.equal(denoised, x) and torch.equal(again, logits)
+    assert not list(critic.parameters())
+
+
+def test_a_feature_mean_averages_the_channels_of_tokens_and_not_the_tokens():
+    class Tokens(nn.Module):
+        def forward(self, x):
+            return x.flatten(2).transpose(1, 2)
+
+    network = Small(1)
+    network.mid = nn.Sequential(Tokens(), nn.Linear(2, 2), nn.Flatten(1), nn.Unflatten(1, SHAPE))
+    network.out = nn.Identity()
+    critic = FeatureMean(network, SHAPE, blocks=("mid.0",))
+    x_t, t = torch.randn(3, *SHAPE), torch.ones(3)
+    expected = x_t.mean(1).flatten(1) / (80**2 + 1) ** 0.5
+    torch.testing.assert_close(critic(x_t, t), expected)
