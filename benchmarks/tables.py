@@ -204,9 +204,13 @@ def latent() -> str:
 
 
 def distances(board: list[dict[str, Any]], name: str) -> str:
-    """A row's distances in 1, 2 and 4 steps, with their spread over training seeds, as cells."""
-    at = {line["steps"]: line["metrics"]["fd"] for line in board if line["name"] == name}
-    cells = [f"{v['mean']:.3f} ± {v['spread']:.3f}" if (v := at.get(k)) else "" for k in (1, 2, 4)]
+    """A row's distances in 1, 2 and 4 steps, with the spread where there are several seeds."""
+    at = {line["steps"]: line for line in board if line["name"] == name}
+    cells = []
+    for k in (1, 2, 4):
+        figure = at[k]["metrics"]["fd"] if k in at else None
+        spread = f" ± {figure['spread']:.3f}" if figure and len(at[k]["seeds"]) > 1 else ""
+        cells.append(f"{figure['mean']:.3f}{spread}" if figure else "")
     return " | ".join(cells)
 
 
