@@ -365,6 +365,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_score_identity.py::test_sidas_fake_learns_from_the_published_loss",
     ),
     fault(
+        "SIM's direction turned round",
+        "distill/objectives/distribution/sim.py",
+        "return gap * (fake - x) / expand(norm, gap)",
+        "return gap * (x - fake) / expand(norm, gap)",
+        "objectives/test_score_identity.py::test_sims_loss_is_the_published_one",
+    ),
+    fault(
+        "SIM's Huber norm without its constant",
+        "distill/objectives/distribution/sim.py",
+        "gap.square().flatten(1).sum(1) + c**2",
+        "gap.square().flatten(1).sum(1)",
+        "objectives/test_score_identity.py::test_with_a_large_constant_the_huber_distance_is_the_square",
+    ),
+    fault(
+        "Uni-Instruct's second term turned round",
+        "distill/objectives/distribution/uni_instruct.py",
+        "return value + expand(",
+        "return value - expand(",
+        "objectives/test_score_identity.py::test_uni_instructs_loss_is_the_published_one_with_a_true_ratio",
+    ),
+    fault(
         "memory of f-distill's ratio swapped",
         "distill/objectives/distribution/fdistill.py",
         "torch.lerp(means, self.means, self.ratio_ema)",

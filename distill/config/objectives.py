@@ -13,6 +13,8 @@ from distill.objectives.distribution.dmd2 import DMD2
 from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
 from distill.objectives.distribution.sida import SiDA
+from distill.objectives.distribution.sim import SIM
+from distill.objectives.distribution.uni_instruct import UniInstruct
 from distill.objectives.features.drift import Drift
 from distill.objectives.features.fd_loss import FDLoss
 from distill.objectives.features.mmd import MMD
@@ -64,7 +66,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "shortcut": Shortcut,
     "sid": SiD,
     "sida": SiDA,
+    "sim": SIM,
     "snapfusion": SnapFusion,
     "tcd": TCD,
     "tcm": TruncatedConsistency,
+    "uni-instruct": UniInstruct,
 }

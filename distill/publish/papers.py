@@ -216,6 +216,12 @@ PAPERS = {
         2024,
         "2410.14919",
     ),
+    "sim": Paper(
+        "One-Step Diffusion Distillation through Score Implicit Matching",
+        "Luo, Weijian and Huang, Zemin and Geng, Zhengyang and Kolter, J. Zico and Qi, Guo-jun",
+        2024,
+        "2410.16794",
+    ),
     "snapfusion": Paper(
         "SnapFusion: Text-to-Image Diffusion Model on Mobile Devices within Two Seconds",
         "Li, Yanyu and Wang, Huan and Jin, Qing and Hu, Ju and Chemerys, Pavlo and Fu, Yun and "
@@ -236,5 +242,12 @@ PAPERS = {
         "Vahdat, Arash and Nie, Weili",
         2024,
         "2410.14895",
+    ),
+    "uni-instruct": Paper(
+        "Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence Instruction",
+        "Wang, Yifei and Bai, Weimin and Zhang, Colin and Zhang, Debing and Luo, Weijian and "
+        "Sun, He",
+        2025,
+        "2505.20755",
     ),
 }

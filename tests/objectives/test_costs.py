@@ -214,6 +214,12 @@ COSTS = {
     ("sida", "as SiD without the critic"): ({"critic": True, "gan_weight": 0}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
         "fake forward": 2, "fake backward": 2}),
+    ("sim", "as SiD"): ({}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
+        "fake forward": 2, "fake backward": 2}),
+    ("uni-instruct", "as SiDA"): ({"critic": True}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
+        "fake forward": 3, "fake backward": 3}),
     ("snapfusion", "both are guided"): (
         {"guided": True, "student": ODE, **HALVING},
         {"student forward": 2, "student backward": 2, "teacher forward": 4}),

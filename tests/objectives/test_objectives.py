@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from distill.config.objectives import DMD2, OBJECTIVES, FDistill, SiD
+from distill.config.objectives import DMD2, OBJECTIVES, SIM, FDistill, SiD, UniInstruct
 from distill.objectives.base import Batch
+from distill.objectives.distribution.fdistill import WEIGHTS
+from distill.objectives.distribution.uni_instruct import SECOND
 from distill.objectives.losses import generator_loss, surrogate
 from distill.objectives.noise_levels import Uniform
 from students.generator import Generator
@@ -85,6 +87,81 @@ def test_sids_gradient_is_the_fisher_divergences(alpha, m, r):
     assert found[1] == pytest.approx(r, abs=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("keys", "factor", "m", "r"),
+    [
+        ({"distance": "square"}, SIGMA**4, 0.95868, -1.15344),
+        ({"distance": "huber", "huber_c": 0.3 * SIGMA**2}, SIGMA**2, 0.593, -0.587),
+    ],
+)
+def test_sims_gradient_is_the_score_divergences(keys, factor, m, r):
+    class PlainSIM(SIM):
+        normaliser = PlainSiD.normaliser
+
+    teacher, student, network = pair()
+    objective = PlainSIM(
+        teacher=teacher, student=student, fake=Fitted(network), scale=1, times=ONLY, **keys
+    )
+    found = gradient(objective, network, student_loss(objective))
+    assert found[0] / factor == pytest.approx(m, abs=5e-3)  # in units of the score, c = 0.3
+    assert found[1] / factor == pytest.approx(r, abs=5e-3)
+
+
+class Ratio(torch.nn.Module):
+    """The optimal critic: log p_t/q_t of the teacher N(0, 1) against the student N(m, r²)."""
+
+    def forward(self, x_t, t, cond=None):
+        p, q = 1 + SIGMA**2, R**2 + SIGMA**2
+        x = x_t[:, 0]
+        return 0.5 * ((x - M).square() / q - x.square() / p + math.log(q / p))
+
+
+class RatioMean(Ratio):
+    """The optimal critic in the place of one that reads features: a logit, and the fake's x̂."""
+
+    def __init__(self, fake):
+        super().__init__()
+        self._fake = (fake,)
+
+    def denoise(self, x_t, t, cond=None):
+        return self._fake[0](x_t, t, cond), self(x_t, t)[:, None]
+
+
+def by_quadrature(h, second):
+    """Uni-Instruct's gradient (∂m, ∂r) without ω: integrals over x_t and over z given x_t."""
+    p, q = 1 + SIGMA**2, R**2 + SIGMA**2
+    m, r = (torch.tensor(v, dtype=D, requires_grad=True) for v in (M, R))
+    z = torch.linspace(-8, 8, 801, dtype=D)[:, None]
+    eps = z.T
+    weight = (-(z**2 + eps**2) / 2).exp() / (2 * math.pi) * 0.02**2
+    x = m + r * z
+    x_t = x + SIGMA * eps
+    fake, real = M + (x_t - M) * R**2 / q, x_t / p
+    log_r = 0.5 * ((x_t - M) ** 2 / q - x_t**2 / p + math.log(q / p))
+    ratio, y = log_r.exp().detach(), (real - fake).detach()
+    value = h(ratio) * (real - fake) * (fake - x) + second(ratio) * y.abs() * y * x
+    return [g.item() for g in torch.autograd.grad((weight * value).sum(), (m, r))]
+
+
+@pytest.mark.parametrize("divergence", ["reverse-kl", "forward-kl", "jensen-shannon", "neyman"])
+def test_uni_instructs_gradient_is_the_weighted_score_divergences(divergence):
+    class PlainUni(UniInstruct):
+        normaliser = PlainSiD.normaliser
+
+    teacher, student, network = pair()
+    fake = Fitted(network)
+    objective = PlainUni(
+        teacher=teacher, student=student, fake=fake, critic=RatioMean(fake), scale=2, times=ONLY,
+        divergence=divergence, ratio_min=1e-6, ratio_max=1e6, gan_weight=0,
+    )  # fmt: skip
+    found = gradient(objective, network, student_loss(objective))
+    second = SECOND.get(divergence, torch.zeros_like)
+    expected = by_quadrature(WEIGHTS[divergence], second)
+    assert found == pytest.approx(expected, abs=5e-3)
+    if divergence == "reverse-kl":  # SiD's own, at α = 1
+        assert expected == pytest.approx([0.19644, -0.23648], abs=1e-4)
+
+
 def test_sid_above_one_repels_a_student_that_is_far_too_wide():
     found = {}
     for alpha in (1.0, 1.2):
@@ -95,15 +172,6 @@ def test_sid_above_one_repels_a_student_that_is_far_too_wide():
         found[alpha] = gradient(objective, network, student_loss(objective))[1]
     assert found[1.0] == pytest.approx(0.108, abs=5e-3)
     assert found[1.2] == pytest.approx(-0.090, abs=5e-3)
-
-
-class Ratio(torch.nn.Module):
-    """The optimal critic: log p_t/q_t of the teacher N(0, 1) against the student N(m, r²)."""
-
-    def forward(self, x_t, t, cond=None):
-        p, q = 1 + SIGMA**2, R**2 + SIGMA**2
-        x = x_t[:, 0]
-        return 0.5 * ((x - M).square() / q - x.square() / p + math.log(q / p))
 
 
 @pytest.mark.parametrize(
@@ -119,8 +187,6 @@ class Ratio(torch.nn.Module):
     ],
 )
 def test_f_divergences_have_their_own_gradients(divergence, m, r):
-    from distill.objectives.distribution.fdistill import WEIGHTS
-
     class Plain(FDistill):
         scale = PlainDMD2.scale
 

@@ -1,4 +1,4 @@
-"""SiDA against the published formulas, typed here again, and its limits."""
+"""SiDA, SIM and Uni-Instruct against the published formulas, typed here again, and their limits."""
 
 import pytest
 import torch
@@ -7,10 +7,13 @@ from torch import nn
 
 from distill.config.objectives import OBJECTIVES
 from distill.objectives.base import Batch
+from distill.objectives.distribution.fdistill import WEIGHTS
+from distill.objectives.distribution.uni_instruct import SECOND
 from students.critic import FeatureMean
 from students.generator import Generator
 from teachers.denoiser import Denoiser
 from teachers.process import Karras
+from tests.helpers.refusals import refused
 
 D = torch.float64
 B, SHAPE = 5, (2, 4, 4)
@@ -40,7 +43,7 @@ class Small(Denoiser):
 def made(name, flat=False, **keys):
     """The objective, and its networks: teacher, student and fake."""
     teacher, student, fake = Small(1).requires_grad_(False), Small(2), Small(3, flat)
-    if name != "sid":
+    if name not in ("sid", "sim"):
         keys["critic"] = FeatureMean(fake, SHAPE, blocks=("mid",))
     for network in (teacher, student, fake):
         network.double()  # after the critic, which runs its network once in float32
@@ -198,3 +201,95 @@ def test_a_feature_mean_averages_the_channels_of_tokens_and_not_the_tokens():
     x_t, t = torch.randn(3, *SHAPE), torch.ones(3)
     expected = x_t.mean(1).flatten(1) / (80**2 + 1) ** 0.5
     torch.testing.assert_close(critic(x_t, t), expected)
+
+
+# SIM
+
+
+def published_sim(objective, c):
+    """The pseudo-Huber SIM loss in units of x̂, with its gradients."""
+    network = objective.student.denoiser
+    z = batch().noise
+    torch.manual_seed(11)
+    x = seen(network, z * 80, torch.full((B,), 80.0))[0]
+    sigma = levels(torch.rand(B) * 0.8)
+    x_t = x + wide(sigma) * torch.randn_like(x)
+    real, fake = seen(objective.teacher, x_t, sigma)[0], seen(objective.fake, x_t, sigma)[0]
+    y = real - fake
+    slope = y / ((y**2).sum((1, 2, 3), keepdim=True) + c**2).sqrt()
+    value = (slope * (fake - x)).sum() / B
+    value.backward()
+    grads = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    objective.fake.zero_grad()
+    return value.detach(), grads
+
+
+@pytest.mark.parametrize("c", [None, 0.3])
+def test_sims_loss_is_the_published_one(c):
+    objective = made("sim", huber_c=c, scale=1)
+    same(played(objective, "student"), published_sim(objective, c or 0.00054 * 32**0.5))
+
+
+def test_sim_with_the_square_is_twice_sid_at_alpha_one():
+    found = played(made("sim", distance="square"), "student")
+    value, grads = played(made("sid", alpha=1.0), "student")
+    same(found, (2 * value, [2 * g for g in grads]), 1e-10)
+
+
+def test_with_a_large_constant_the_huber_distance_is_the_square():
+    class Plain(OBJECTIVES["sim"]):
+        def normaliser(self, x, real):
+            return torch.ones_like(x)
+
+    made_square = made("sim", distance="square", scale=1)
+    made_square.__class__ = Plain
+    value, grads = played(made_square, "student")
+    found = played(made("sim", huber_c=1e6, scale=2e6), "student")
+    same(found, (value, grads), 1e-6)
+
+
+# Uni-Instruct
+
+PUBLISHED = {
+    "forward-kl": (lambda r: r, lambda r: 0 * r),
+    "reverse-kl": (lambda r: 0 * r + 1, lambda r: 0 * r),
+    "jeffreys": (lambda r: 1 + r, lambda r: 0 * r),
+    "jensen-shannon": (lambda r: r / (1 + r), lambda r: 2 * r**2 / (1 + r) ** 3),
+}
+
+
+@pytest.mark.parametrize("divergence", PUBLISHED)
+def test_uni_instructs_loss_is_the_published_one_with_a_true_ratio(divergence):
+    objective = made("uni-instruct", divergence=divergence)
+    first, second = PUBLISHED[divergence]
+
+    def ratio(sid, logits, x, y):
+        r = wide(logits.detach().flatten(1).mean(1).exp().clamp(0.1, 20))
+        norm = (y**2).sum((1, 2, 3), keepdim=True).sqrt()
+        return first(r) * sid + second(r) * norm * y * x
+
+    same(played(objective, "student"), published_student(objective, ratio))
+
+
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl"])
+@pytest.mark.parametrize("player", ["fake", "student"])
+def test_uni_instruct_with_a_ratio_of_one_is_sida(divergence, player):
+    keys = {"ratio_min": 1 - 1e-12, "ratio_max": 1.0}
+    found = played(made("uni-instruct", divergence=divergence, **keys), player)
+    same(found, played(made("sida"), player), 1e-10)
+
+
+@pytest.mark.parametrize("divergence", WEIGHTS)
+def test_the_second_weight_is_that_of_the_expanded_divergences_gradient(divergence):
+    u = torch.linspace(-2, 2, 9, dtype=D).requires_grad_()
+    h = WEIGHTS[divergence](u.exp()) + 0 * u**3  # by log r; the sum has two derivatives
+    slope = torch.autograd.grad(h.sum(), u, create_graph=True)[0]
+    expected = slope - torch.autograd.grad(slope.sum(), u)[0]
+    found = SECOND[divergence](u.exp()) if divergence in SECOND else 0 * u
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-9)
+
+
+def test_ratios_that_cannot_be_are_refused():
+    with refused("objective.ratio_min"):
+        made("uni-instruct", ratio_min=3.0, ratio_max=2.0)
