@@ -255,7 +255,7 @@ def test_digits_get_the_recipe_of_the_best_figure_as_it_is():
     assert tree == own
     assert choice.figure == "FD 0.176 ± 0.013"
     why = next(r.why for r in choice.reasons if r.what == "objective")
-    assert "consistency: FD 0.173 ± 0.016 in 4 steps" in why
+    assert "kd: FD 0.169 ± 0.01 in 2 steps" in why
 
 
 STARTS = {
