@@ -244,7 +244,7 @@ def test_students_are_ordered_by_their_distance_in_the_fewest_steps():
             " {name: b, overrides: {objective: {name: sid}, teacher: digits}}]",
             "row 'b': its teacher or eval.protocol differs",
         ),
-        ("rows=[{name: a, recipe: digits/dmd3}]", "did you mean 'digits/dmd2'"),
+        ("rows=[{name: a, recipe: digits/sct2}]", "did you mean 'digits/sct'"),
         ("rows=[{name: a, overrides: {objective: {name: sidd}}}]", "row 'a': objective.name"),
         (
             "common={teacher: digits, data: {source: digits}};"

@@ -243,8 +243,8 @@ def test_prompts_alone_give_batches_without_data(tmp_path):
     batch = source.batch(3, 1, 2, 5)
     assert batch.x is None and batch.noise.shape == (5, 4, 4, 4)
     assert batch.cond["text"].shape == (5, 6, 8)
-    everything = torch.cat([source.batch(d, 0, 1, 8).cond["pooled"] for d in range(5)])
-    want = toy().codec.condition([f"{i} words" for i in range(40)])["pooled"]
+    everything = torch.cat([source.batch(d, 0, 1, 8).cond["text"].flatten(1) for d in range(5)])
+    want = toy().codec.condition([f"{i} words" for i in range(40)])["text"].flatten(1)
     gaps = torch.cdist(want, everything, compute_mode="donot_use_mm_for_euclid_dist")
     assert gaps.argmin(1).sort().values.tolist() == list(range(40))  # each once
     assert gaps.min(1).values.max() < 1e-6

@@ -105,7 +105,9 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         objective["student_every"] = 2
         tree["critic"] = {}
         tree["student"] = {"steps": 2, "counts": [1, 2]}
-    if name in ("kd", "reflow"):
+    if name in ("sida", "uni-instruct"):
+        tree["critic"] = {}
+    if name in ("kd", "reflow", "dmd"):
         tree["student"] = {"renoise": False}
         tree["data"] = {"source": "pairs", "path": f"{teacher}-pairs", "count": 16, "steps": 2}
     if name == "cmt":
