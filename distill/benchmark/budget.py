@@ -24,10 +24,9 @@ from distill.data.stream import Stream
 from distill.objectives.balance import last_layer
 from distill.objectives.base import Batch
 from distill.objectives.features.base import FeatureMatching
-from distill.pairs.folder import read_index
 from distill.pairs.making import Maker
 from distill.pairs.settings import settings_of
-from distill.pairs.source import folder_of
+from distill.pairs.source import Pairs
 from distill.profiling import EvaluationCounter, denoisers_in
 from distill.sampling.guided_teacher import load_teacher
 from distill.seeds import seed_all
@@ -75,8 +74,7 @@ def pair_evaluations(recipe: Recipe) -> int:
     if recipe.data.source != PAIRS:
         return 0
     teacher, settings = load_teacher(recipe.teacher), settings_of(recipe)
-    folder = folder_of(recipe, teacher)
-    if (index := read_index(folder)) is not None:
+    if (index := Pairs(recipe, teacher).index) is not None:
         return int(index["evaluations"])
     maker = Maker(settings, teacher)
     maker.denoiser = echo_networks({"teacher": maker.denoiser})["teacher"]  # pyright: ignore

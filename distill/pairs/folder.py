@@ -21,9 +21,10 @@ from torch import Tensor
 from distill.console import consume_with_bar, print_line
 from distill.files import write
 from distill.pairs.making import Maker, encoded
-from distill.pairs.settings import PairSettings, identity
+from distill.pairs.settings import PairSettings, identity, teacher_identity
 from teachers.errors import UserError
 from teachers.storage.files import is_complete, read_json, save_whole
+from teachers.teacher import Teacher
 
 FORMAT = 1
 SHARD = 1024  # pairs in a file, at most: what a killed process loses
@@ -48,19 +49,27 @@ def shards(total: int, size: int) -> list[Shard]:
     ]
 
 
-def fill(folder: Path, settings: PairSettings, teacher: Any, key: str = "--out") -> dict[str, Any]:
+def fill(
+    folder: Path,
+    settings: PairSettings,
+    teacher: Teacher,
+    key: str = "--out",
+    known: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Make the pairs that a folder lacks; its index.
 
     Args:
         teacher: Unguided, with its networks where they compute.
         key: The option or key that names the folder.
+        known: The teacher's identity; by default that of the teacher as it is now.
 
     Raises:
         UserError: the folder holds other pairs or other files, or cannot be written.
     """
     settings.check(teacher)
     maker = Maker(settings, teacher)
-    about = {"format": FORMAT, **identity(settings, teacher, maker.prompts)}
+    known = teacher_identity(settings.teacher, teacher) if known is None else known
+    about = {"format": FORMAT, **identity(settings, known, maker.prompts)}
     check_folder(folder, about, key)
     if (index := read_index(folder)) is not None:
         print_line(f"{settings.total:,} pairs are in {folder}")

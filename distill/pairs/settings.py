@@ -142,18 +142,26 @@ def data_of(settings: PairSettings, teacher: Teacher) -> Source | None:
     return source
 
 
-def identity(settings: PairSettings, teacher: Teacher, prompts: list[Any]) -> dict[str, Any]:
-    """Plain data on which the pairs depend; equal for two folders whose pairs are the same."""
-    lines = "\n".join(map(str, prompts)).encode()
+def hash_of(prompts: list[Any]) -> str:
+    """A hash of prompts or labels."""
+    return hashlib.blake2b("\n".join(map(str, prompts)).encode(), digest_size=16).hexdigest()
+
+
+def identity(settings: PairSettings, known: dict[str, Any], prompts: list[Any]) -> dict[str, Any]:
+    """Plain data on which the pairs depend; equal for two folders whose pairs are the same.
+
+    Args:
+        known: The teacher's, as `teacher_identity`.
+    """
     return {
-        **teacher_identity(settings.teacher, teacher),
+        **known,
         "solver": settings.solver,
         "steps": settings.steps,
         "seed": settings.seed,
         "count": settings.count,
         "inverted": settings.inverted,
         "images": plain(settings.images),
-        "prompts": hashlib.blake2b(lines, digest_size=16).hexdigest(),
+        "prompts": hash_of(prompts),
         "dtype": "float32",
     }  # fmt: skip
 

@@ -15,7 +15,14 @@ from distill.data.cache import Cached
 from distill.data.encode import device, split
 from distill.data.stream import Items, Source
 from distill.pairs.folder import ABOUT, fill, opened, read_index
-from distill.pairs.settings import identity, plain, prompts_of, settings_of, teacher_identity
+from distill.pairs.settings import (
+    hash_of,
+    identity,
+    plain,
+    prompts_of,
+    settings_of,
+    teacher_identity,
+)
 from teachers.errors import UserError, clipped
 from teachers.storage.files import home
 from teachers.teacher import Teacher
@@ -32,43 +39,82 @@ def pair_source(recipe: Recipe, teacher: Teacher) -> Source:
     Raises:
         UserError: the folder holds other pairs than the recipe asks for, or half of them.
     """
-    folder = folder_of(recipe, teacher)
-    index = read_index(folder)
-    asked = any(getattr(recipe.data, name) is not None for name in GIVEN)
-    begun = (folder / ABOUT).exists()
-    if recipe.data.path is None or (index is None and (asked or not begun)):
-        teacher.denoiser.to(device())
-        index = fill(folder, settings_of(recipe), teacher, KEY)
-    if index is None:
-        raise UserError(
-            f"{KEY}: {clipped(str(folder))} is not finished; run the distill pairs that began it "
-            "again, with the same options"
-        )
-    check_pairs(folder, index, recipe, teacher)
-    check_prompts(folder, index, recipe, teacher)
-    return open_pairs(folder, index, recipe)
+    return Pairs(recipe, teacher).source()
 
 
-def folder_of(recipe: Recipe, teacher: Teacher) -> Path:
-    """The folder that `data.path` names, or else one in the cache that is named by a hash."""
+class Pairs:
+    """The pairs of a recipe, named before they are made.
+
+    Networks that share the teacher's weights change its layers, so the teacher is known by its
+    weights as they are here; `source` may follow when such networks are there.
+
+    Args:
+        teacher: Unguided, and as it was loaded.
+
+    Raises:
+        UserError: the folder holds other pairs than the recipe asks for.
+    """
+
+    def __init__(self, recipe: Recipe, teacher: Teacher) -> None:
+        self.recipe, self.teacher = recipe, teacher
+        self.known = teacher_identity(recipe.teacher, teacher)
+        self.folder = folder_of(recipe, teacher, self.known)
+        self.index = read_index(self.folder)
+        if self.index is not None:
+            self._check(self.index)
+
+    def source(self) -> Source:
+        """The pairs as training data; missing ones are made first.
+
+        Raises:
+            UserError: the folder holds half of them, or they cannot be written.
+        """
+        recipe, index = self.recipe, self.index
+        asked = any(getattr(recipe.data, name) is not None for name in GIVEN)
+        begun = (self.folder / ABOUT).exists()
+        if recipe.data.path is None or (index is None and (asked or not begun)):
+            self.teacher.denoiser.to(device())
+            index = fill(self.folder, settings_of(recipe), self.teacher, KEY, self.known)
+            self._check(index)
+        if index is None:
+            raise UserError(
+                f"{KEY}: {clipped(str(self.folder))} is not finished; run the distill pairs that "
+                "began it again, with the same options"
+            )
+        return open_pairs(self.folder, index, recipe)
+
+    def _check(self, index: dict[str, Any]) -> None:
+        check_pairs(self.folder, index, self.recipe, self.known)
+        check_prompts(self.folder, index, self.recipe, self.teacher)
+
+
+def folder_of(recipe: Recipe, teacher: Teacher, known: dict[str, Any]) -> Path:
+    """The folder that `data.path` names, or else one in the cache that is named by a hash.
+
+    Args:
+        known: The teacher's identity.
+    """
     if recipe.data.path is not None:
         return home(recipe.data.path, KEY)
     settings = settings_of(recipe)
     settings.check(teacher)
-    about = identity(settings, teacher, prompts_of(settings, teacher))
+    about = identity(settings, known, prompts_of(settings, teacher))
     text = json.dumps(about, sort_keys=True)
     name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return home(recipe.data.cache, "data.cache") / "pairs" / name
 
 
-def check_pairs(folder: Path, index: dict[str, Any], recipe: Recipe, teacher: Teacher) -> None:
+def check_pairs(folder: Path, index: dict[str, Any], recipe: Recipe, known: dict[str, Any]) -> None:
     """Refuse pairs of another teacher, guidance or shape, or made in another way than is asked for.
+
+    Args:
+        known: The teacher's identity.
 
     Raises:
         UserError: naming what differs.
     """
     where = f"{KEY}: the pairs in {clipped(str(folder))}"
-    for name, value in teacher_identity(recipe.teacher, teacher).items():
+    for name, value in known.items():
         if name != "teacher" and index.get(name) != value:
             shown = "" if name in ("weights", "levels") else f" {index.get(name)!r}, not {value!r}"
             raise UserError(
@@ -95,10 +141,7 @@ def check_prompts(folder: Path, index: dict[str, Any], recipe: Recipe, teacher: 
         return
     settings = settings_of(recipe)
     settings.check(teacher)
-    if (
-        index.get("prompts")
-        != identity(settings, teacher, prompts_of(settings, teacher))["prompts"]
-    ):
+    if index.get("prompts") != hash_of(prompts_of(settings, teacher)):
         raise UserError(
             f"data.prompts: the pairs in {clipped(str(folder))} have other prompts; remove the "
             "key, or give another data.path"

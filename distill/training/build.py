@@ -32,7 +32,7 @@ from distill.data.stream import Scaled, Source
 from distill.early_stop.measurement import guards_of
 from distill.objectives.base import Objective
 from distill.objectives.validate import check_first
-from distill.pairs.source import pair_source
+from distill.pairs.source import Pairs
 from distill.publish.licence import check_licence
 from distill.rewards import rewards
 from distill.sampling.guided_teacher import guidance_of, known_pictures, load_teacher
@@ -156,8 +156,8 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         check_protocol(measure, teacher)
         measure.check()
     check_form(recipe, form)
-    late = recipe.data.source == PAIRS  # making pairs is work, so what can be refused comes first
-    source = None if late else coupled_source(recipe, teacher)
+    pairs = recipe.data.source == PAIRS
+    source = Pairs(recipe, teacher) if pairs else coupled(recipe, source_of(recipe, teacher))
     accelerator = accelerator_of(recipe.train, out)
     shards = shards_of(recipe.train, accelerator.num_processes)
     check_memory(recipe.train, teacher.shape, shards)
@@ -167,7 +167,8 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     objective = objective_of(recipe, teacher, accelerator.device)
     objective.check_batch((recipe.train.batch // shards, *teacher.shape))
     note_last_stage(objective, recipe.train.steps)
-    source = coupled_source(recipe, teacher) if source is None else source
+    if isinstance(source, Pairs):  # making them is work, so what can be refused comes first
+        source = coupled(recipe, source.source())
     metric = OwnMetric(recipe, teacher, source) if recipe.eval.metric else None
     if resume and source.report is not None:
         check_labels(out, source.report)
@@ -187,13 +188,12 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     return Parts(teacher, source, measure, accelerator, objective, players, flops, metric)
 
 
-def coupled_source(recipe: Recipe, teacher: Teacher) -> Source:
+def coupled(recipe: Recipe, source: Source) -> Source:
     """The training data, with the recipe's coupling and drawn guidance scales.
 
     Raises:
-        UserError: they are missing or damaged, or the recipe's keys do not go together with them.
+        UserError: the recipe's keys do not go together with them.
     """
-    source = (pair_source if recipe.data.source == PAIRS else source_of)(recipe, teacher)
     source.couple(recipe.data.coupling)
     if (scales := guidance_of(recipe.teacher).range) is not None:
         return Scaled(source, *scales)

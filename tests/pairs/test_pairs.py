@@ -258,6 +258,17 @@ def test_what_the_objective_refuses_is_refused_before_pairs_are_made(pipelines, 
     assert not (tmp_path / "pairs").exists()
 
 
+def test_a_run_with_adapters_learns_from_pairs_made_before_it(pipelines, tmp_path):
+    tree = recipe("digits", tmp_path / "pairs", count=16, steps=2).tree()
+    tree["teacher"] = {"source": str(pipelines["edm"]), "null_label": 10}
+    tree |= {"objective": {"name": "kd"}, "student": {"renoise": False}}
+    given = Recipe.check(tree)
+    pair_source(given, load_teacher(given.teacher))
+    before = files_of(tmp_path / "pairs")
+    build.networks(Recipe.check({**tree, "adapters": {"rank": 2}}), tmp_path / "run", False)
+    assert files_of(tmp_path / "pairs") == before
+
+
 def test_a_coupling_does_not_go_with_pairs(tmp_path):
     tree = recipe(GAUSSIAN, tmp_path / "pairs").tree()
     tree["data"]["coupling"] = {"kind": "immiscible"}
