@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import types
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -73,7 +74,7 @@ def _imported(module_name: str, where: str) -> Any:
 
 def networks_of(kind: type[Objective]) -> dict[str, bool]:
     """The fields of an objective that are networks, and whether each is required."""
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     return {name: type(None) not in _options(hints[name]) for name in network_types(kind)}
 
 
@@ -87,9 +88,15 @@ def network_types(
     """
     types_of = {
         name: next((o for o in _options(hint) if isinstance(o, type) and issubclass(o, base)), None)
-        for name, hint in get_type_hints(kind).items()
+        for name, hint in _hints(kind).items()
     }
     return {name: network for name, network in types_of.items() if network is not None}
+
+
+@cache  # a recipe is checked by dozens of rules, and to resolve a class's hints takes milliseconds
+def _hints(kind: type[Objective]) -> dict[str, Any]:
+    """The types of an objective's fields."""
+    return get_type_hints(kind)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -97,6 +104,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
+@cache
 def schema_of(kind: type[Objective]) -> type[BaseModel]:
     """The hyper-parameters of an objective, which are its other fields, as a checked section."""
     hints, networks = get_type_hints(kind, include_extras=True), networks_of(kind)

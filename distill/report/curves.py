@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +192,15 @@ def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
 def match(tree: Mapping[str, Any]) -> Reference | None:
     """The shipped reference of this recipe; None if no shipped recipe equals it."""
     for name, path in references().items():
-        if next(changes(Recipe.load(name).tree(), tree), None) is None:
+        if next(changes(shipped_tree(name), tree), None) is None:
             return read(path)
     return None
+
+
+@cache  # a page is made before training as well as after it
+def shipped_tree(name: str) -> dict[str, Any]:
+    """The shipped recipe of that name, with all defaults written out."""
+    return Recipe.load(name).tree()
 
 
 def reference_for(run: Path, name: str | None) -> Reference:

@@ -6,9 +6,10 @@ import base64
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -28,6 +29,9 @@ from distill.report import curves
 from distill.report.charts import chart
 from eval import catalogue
 from teachers.errors import UserError, intact
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 PICTURES = "final"  # the folder in samples/ with the last grids of teacher and student
 SPEED = "speed.json"  # of `distill eval RUN --speed --json RUN/speed.json`
@@ -53,10 +57,18 @@ def report(run: Path, out: Path | None = None) -> Path:
     return out
 
 
-def render(run: Path) -> str:
-    """The page as HTML."""
+@cache
+def template() -> Template:
+    """The page's template."""
     from jinja2 import Environment, StrictUndefined
 
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    page = files("distill.report").joinpath("report.html").read_text("utf-8")
+    return environment.from_string(page)
+
+
+def render(run: Path) -> str:
+    """The page as HTML."""
     summary = read_summary(run)
     facts = facts_of(run / "student", summary, str(run / "student"))
     recipe = curves.recipe_tree(run)
@@ -71,10 +83,7 @@ def render(run: Path) -> str:
     charts = {name: chart(name, values, bands.get(name)) for name, values in series.items()}
     first = {k: v for k, v in charts.items() if k.endswith(CURVES)}
     images = pictures(run)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page = files("distill.report").joinpath("report.html").read_text("utf-8")
-    template = environment.from_string(page)
-    return template.render(
+    return template().render(
         title=f"{teacher_name(facts)} in {steps_of(facts.counts)}",
         verdict=sentence,
         facts=head,

@@ -105,6 +105,7 @@ assert not {"teachers", "students", "distill"} & {m.partition(".")[0] for m in s
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 def test_a_network_of_ones_own_with_the_readmes_own_objective(stand, capsys):
     """wrap with the doctor, plan, run, show; then the folder's sampler alone."""
@@ -157,6 +158,7 @@ def files(stand, folders, monkeypatch):
     return stand
 
 
+@pytest.mark.slow
 def test_the_doctor_reads_the_files_that_people_have(files, capsys):
     """A file with a folder of settings, a GGUF file, bitsandbytes' folder, shards of a variant."""
     line = one(LINES, "distill doctor flux1")

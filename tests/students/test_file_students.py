@@ -74,6 +74,7 @@ def test_a_lora_is_added_to_the_files_weights_and_not_to_the_settings_folders(sd
     assert distance < 4e-3 < (plain - expected[name]).norm() / expected[name].norm()
 
 
+@pytest.mark.slow
 def test_the_base_of_its_lora_files_is_the_file(sd, tmp_path):
     """Stock diffusers loads the base from a folder, which is written without the user's LoRA."""
     teacher = loaded(sd, adapters=adapters(sd))
@@ -116,7 +117,9 @@ def tree(flux, **train):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_of_a_file_of_flux_is_planned_and_trains(flux, tmp_path):
+    """A plan, two steps and a resumed run on FLUX.1's single file."""
     recipe = Recipe.check(tree(flux))
     plan = forecast.plan(recipe)
     run = build.build(recipe, tmp_path / "run")

@@ -186,8 +186,14 @@ def with_gradients(denoiser, teacher):
     return [alone, out, *torch.autograd.grad(out.square().sum(), [x, *learning])]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "form"),
+    [
+        (p, f) if (p, f) == ("bf16", "nf4") else pytest.param(p, f, marks=pytest.mark.slow)
+        for p in ("fp32", "bf16")
+        for f in FORMS
+    ],
+)
 def test_a_compiled_block_on_quantised_weights_computes_what_an_eager_one_does(
     folders, form, precision, monkeypatch
 ):

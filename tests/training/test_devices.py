@@ -59,9 +59,22 @@ def where(modules):
     return {p.device.type for m in modules for p in (*m.parameters(), *m.buffers())}
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", [*FIVE, "ect"])
+# Each in one way in every run, and in the other in the slow one: test_fake_gpu.py plays them all.
+ADAPTED = ("dmd2", "consistency", "ect")
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        (n, w)
+        if (n in ADAPTED) == (w == "adapters")
+        else pytest.param(n, w, marks=pytest.mark.slow)
+        for n in (*FIVE, "ect")
+        for w in WAYS
+    ],
+)
 def test_every_objective_trains_samples_and_resumes(name, way, pipelines, tmp_path, gpu):
+    """On the device, without a wait for the host in the hot loop; saved, and taken up again."""
     tree = recipe_tree(name, pipelines["edm"], steps=6, save_every=1)
     if name == "progressive":
         tree["objective"] |= {"initial_steps": 2, "stage_steps": 1}  # a new stage makes a network

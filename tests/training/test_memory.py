@@ -47,7 +47,9 @@ def recipe_of(folder, prompts, **train):
     })  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_build_holds_no_more_than_the_plan_before_and_in_training(sdxl, tmp_path, monkeypatch):
+    """SDXL with adapters and checkpointing on a counted device: at most the plan's bytes."""
     recipe = recipe_of(sdxl, tmp_path / "prompts.txt")
     plan = forecast.plan(recipe)
     peak = sum(int(1e9 * part) for part in plan.parts.values())
@@ -60,7 +62,9 @@ def test_a_build_holds_no_more_than_the_plan_before_and_in_training(sdxl, tmp_pa
         assert meter.most <= peak
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_planned_decoding_are_those_that_it_takes(sdxl, tmp_path, monkeypatch):
+    """SDXL's decoder on a counted device: the plan's bytes within a tenth."""
     plan = forecast.plan(recipe_of(sdxl, tmp_path / "prompts.txt"))
     with fake_gpu.installed(monkeypatch), fake_gpu.MemoryMeter() as meter:
         teacher = load(str(sdxl), size=16)

@@ -163,8 +163,14 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+QUICK = ("adapters", "consistency")
+
+
+@pytest.mark.parametrize(
+    "way", [w if w in QUICK else pytest.param(w, marks=pytest.mark.slow) for w in WAYS]
+)
 def test_the_work_of_steps_is_roughly_that_of_their_plan(way, pipelines, tmp_path):
+    """The counted FLOPs of four steps are the plan's, within 15 %."""
     name, adapters, checkpointing = WAYS[way]
     tree = recipe_tree(name, pipelines["edm"], checkpointing=checkpointing)
     recipe = Recipe.check(tree | ({"adapters": adapters} if adapters else {}))

@@ -69,7 +69,9 @@ def test_a_run_ends_with_a_file_of_both_and_one_of_the_turbo_alone(tree, tmp_pat
     assert "`style.safetensors` at 1" in (tmp_path / "run/student/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_with_another_file_of_that_name(tree, tmp_path):
+    """A user's LoRA file that has changed since is refused when a run goes on."""
     build(Recipe.check(tree), tmp_path / "run").engine.train()
     kept = yaml.safe_load((tmp_path / "run" / ADAPTERS).read_text())
     assert [k["file"] for k in kept] == ["style.safetensors"]
