@@ -112,6 +112,8 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         tree["data"] = {"source": "pairs", "path": f"{teacher}-pairs", "count": 16, "steps": 2}
     if name == "cmt":
         objective["points"] = 2
+    if name == "ctm":
+        objective["solver_steps"] = 3
     if name == "progressive":
         objective |= {"initial_steps": 4, "stage_steps": 2}
     if name == "rg-lcd":
