@@ -26,8 +26,8 @@ from torch import Tensor
 
 from distill.field_types import Fraction, NonNegative, PositiveInt
 from distill.objectives.base import Batch, Loss, Turn
-from distill.objectives.distribution.first_step import check_first_step, first_step_loss
-from distill.objectives.distribution.matching import Matching, check_pull, pull
+from distill.objectives.dmd2_options.first_step import check_first_step, first_step_loss
+from distill.objectives.dmd2_options.matching import Matching, check_pull, pull
 from distill.objectives.losses import critic_loss, generator_loss, surrogate
 from distill.objectives.noise_levels import Times, Uniform
 from students.critic import Critic
