@@ -10,6 +10,7 @@ from distill.objectives.distribution.anchored import AnchoredDMD2
 from distill.objectives.distribution.diff_instruct import DiffInstruct
 from distill.objectives.distribution.dmd import DMD
 from distill.objectives.distribution.dmd2 import DMD2
+from distill.objectives.distribution.emd import EMD
 from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
 from distill.objectives.distribution.sida import SiDA
@@ -49,6 +50,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dmd2-anchored": AnchoredDMD2,
     "drift": Drift,
     "ect": ConsistencyTuning,
+    "emd": EMD,
     "fd-loss": FDLoss,
     "fdistill": FDistill,
     "finetune": FineTuning,

@@ -110,6 +110,13 @@ PAPERS = {
         2024,
         "2406.14548",
     ),
+    "emd": Paper(
+        "EM Distillation for One-step Diffusion Models",
+        "Xie, Sirui and Xiao, Zhisheng and Kingma, Diederik P. and Hou, Tingbo and Wu, Ying Nian "
+        "and Murphy, Kevin and Salimans, Tim and Poole, Ben and Gao, Ruiqi",
+        2024,
+        "2405.16852",
+    ),
     "fd-loss": Paper(
         "Representation Fr{\\'e}chet Loss for Visual Generation",
         "Yang, Jiawei and Geng, Zhengyang and Ju, Xuan and Tian, Yonglong and Wang, Yue",

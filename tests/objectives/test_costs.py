@@ -155,6 +155,12 @@ COSTS = {
     ("ect", "both ends of a pair"): ({}, {"student forward": 2, "student backward": 1}),
     ("ect", "references are no passes"): (
         {"references": True}, {"student forward": 2, "student backward": 1}),
+    ("emd", "four steps of z and ε, and the pair that cancels their noise"): ({}, {
+        "student forward": 4 + 2 + 1, "student backward": 4 + 2, "teacher forward": 4,
+        "fake forward": 4 + 1, "fake backward": 1}),
+    ("emd", "the latent stays"): ({"inner_steps": 3, "latent_step": 0.0}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 3,
+        "fake forward": 3 + 1, "fake backward": 1}),
     ("fd-loss", "features of samples and data"): (
         {"blocks": ("last",)}, {"student forward": 1, "student backward": 1, "teacher forward": 2}),
     ("fdistill", "DMD2 and the ratio"): ({"critic": True}, {
