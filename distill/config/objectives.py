@@ -15,6 +15,7 @@ from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
 from distill.objectives.distribution.sida import SiDA
 from distill.objectives.distribution.sim import SIM
+from distill.objectives.distribution.tdm import TDM
 from distill.objectives.distribution.uni_instruct import UniInstruct
 from distill.objectives.features.drift import Drift
 from distill.objectives.features.fd_loss import FDLoss
@@ -72,5 +73,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "snapfusion": SnapFusion,
     "tcd": TCD,
     "tcm": TruncatedConsistency,
+    "tdm": TDM,
     "uni-instruct": UniInstruct,
 }

@@ -250,6 +250,12 @@ PAPERS = {
         2024,
         "2410.14895",
     ),
+    "tdm": Paper(
+        "Learning Few-Step Diffusion Models by Trajectory Distribution Matching",
+        "Luo, Yihong and Hu, Tianyang and Sun, Jiacheng and Cai, Yujun and Tang, Jing",
+        2025,
+        "2503.06674",
+    ),
     "uni-instruct": Paper(
         "Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence Instruction",
         "Wang, Yifei and Bai, Weimin and Zhang, Colin and Zhang, Debing and Luo, Weijian and "

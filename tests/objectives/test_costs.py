@@ -223,6 +223,13 @@ COSTS = {
     ("sim", "as SiD"): ({}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
         "fake forward": 2, "fake backward": 2}),
+    ("tdm", "each network once in its turn"): ({}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 1,
+        "fake forward": 2, "fake backward": 1}),
+    ("tdm", "four steps, two and a half of them walked"): (
+        {"student": {**FOUR, "renoise": False}}, {
+        "student forward": 5, "student backward": 1, "teacher forward": 1,
+        "fake forward": 2, "fake backward": 1}),
     ("uni-instruct", "as SiDA"): ({"critic": True}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
         "fake forward": 3, "fake backward": 3}),
