@@ -11,6 +11,8 @@ from torch import nn
 from distill.config.objective_schema import network_types
 from distill.config.objectives import OBJECTIVES
 from distill.objectives.base import Auxiliary, Batch
+from distill.objectives.dmd2_options.alignment import Alignment
+from distill.objectives.dmd2_options.random_chains import RandomChains
 from distill.profiling import has_tangent
 from students.critic import Critic
 from students.generator import Generator
@@ -146,6 +148,13 @@ COSTS = {
     ("dmd2", "the critic reads fakes and data"): ({"critic": True}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1,
         "fake forward": 5, "fake backward": 4}),
+    ("dmd2", "a state beside the chain"): ({"guided": True, "alignment": Alignment()}, {
+        "student forward": 3, "student backward": 2, "teacher forward": 3,
+        "fake forward": 3, "fake backward": 1}),
+    ("dmd2", "a chain of eight random steps"): (
+        {"student": FOUR, "schedule": RandomChains(8, 8), "fake_sees": "places"}, {
+        "student forward": 9, "student backward": 1, "teacher forward": 1,
+        "fake forward": 2, "fake backward": 1}),
     ("dmd2-anchored", "as DMD2"): ({}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1,
         "fake forward": 2, "fake backward": 1}),
