@@ -12,7 +12,7 @@ Differs from it: with a student of several steps, the fake and the critic see th
 Later work, each off by default: `guidance_times` compares the guidance at noise levels of its own
 (Decoupled DMD, arXiv:2511.22677); `first_step` trains the first step on the teacher's path alone
 (DP-DMD, arXiv:2602.03139); `ida` pulls the fake to the student (SenseFlow, arXiv:2506.00523);
-`schedule` has chains of random times, and `alignment` matches beside them as well (both CDM).
+`schedule` has random chains, and `alignment` matches beside them too (CDM, arXiv:2605.06376).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Off-trajectory alignment: the student is right also beside its own chains. CDM's.
+"""Off-trajectory alignment: the student is right also beside its own chains.
 
-From a state x_i of a chain the student's own velocity there leads in one straight step to another
-time s, lower or higher. Its x̂ at that place is matched as the chain's is, without the teacher's
-guidance unless `guided`. As in CDM's released code; LightX2V's guides the teacher, and has the
-weight rise over 200 steps.
+CDM, Liu et al. 2026 (arXiv:2605.06376). From a state x_i of a chain the student's own velocity
+there leads in one straight step to another time s, lower or higher. Its x̂ at that place is matched
+as the chain's is, without the teacher's guidance unless `guided`. As in CDM's released code;
+LightX2V's guides the teacher, and has the weight rise over 200 steps.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Chains of random length at random times, so that a student is not bound to one schedule.
 
-CDM's schedules, as in its released code and in LightX2V's, which takes one time from each of even
-bins. They are of one batch: on every process alike, as Python's `random` is.
+CDM, Liu et al. 2026 (arXiv:2605.06376), as in its released code and in LightX2V's, which takes one
+time from each of even bins. A chain is one batch's, and the same on every process, as Python's
+`random` is.
 """
 
 from __future__ import annotations
