@@ -627,8 +627,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "gradients through every step of a rollout",
         "students/generator.py",
-        "    @torch.no_grad()\n    def inputs",
-        "    def inputs",
+        "            with torch.no_grad():\n                moved",
+        "            with torch.enable_grad():\n                moved",
         "students/test_students.py::test_a_rollout_spends_as_much_on_each_place_and_no_more_than_it_must",
     ),
     fault(

@@ -184,13 +184,16 @@ class Generator(nn.Module):
         x_t, t = self.inputs(z, cond, first), self.ends(z, first)
         return self.denoiser(x_t, t, cond, torch.zeros_like(t))
 
-    @torch.no_grad()
     def inputs(self, z: Tensor, cond: Cond = None, first: int = 0) -> Tensor:
-        """x_t (B, ...) that the last steps of a `rollout` from z (B, ...) begin with; no graph."""
+        """x_t (B, ...) that the last steps of a `rollout` from z (B, ...) begin with.
+
+        Steps before the last run without gradients.
+        """
         x_t = z * self.scale(z)
         for k, count in enumerate(self.remaining(len(z), first)[:-1]):
             head = conditions.rows(cond, slice(None, count))
-            moved = self.step(x_t[:count], k, head) if count else x_t[:0]
+            with torch.no_grad():
+                moved = self.step(x_t[:count], k, head) if count else x_t[:0]
             x_t = torch.cat([moved, x_t[count:]])
         return x_t
 
