@@ -230,6 +230,11 @@ def test_what_cannot_be_drawn_is_refused():
         )  # fmt: skip
     with refused("objective.schedule", "shortest"):
         made(schedule=RandomChains(), first_step=0.05)
+    with refused("objective.share_samples", "places"):
+        DMD2(
+            teacher=predictor(1), student=Generator(predictor(3)), fake=predictor(2),
+            schedule=RandomChains(), share_samples=True,
+        )  # fmt: skip
     objective, *_ = made(schedule=RandomChains(2, 6), first_step=0.05)
     objective.check_batch((6, 3))
     with refused("train.batch", "first_step"):

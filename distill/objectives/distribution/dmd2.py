@@ -65,7 +65,8 @@ class DMD2(Matching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.share_samples and self.fake_sees == "last" and len(self.student.times) > 1:
+        several = self.schedule is not None or len(self.student.times) > 1
+        if self.share_samples and self.fake_sees == "last" and several:
             raise UserError(
                 "objective.share_samples: a student of several steps is trained at every step of "
                 "its chain; set objective.fake_sees to places, or share_samples to false"
