@@ -181,21 +181,35 @@ class Generator(nn.Module):
         (n + 1) / 2 network calls on average. Samples that end later come first in the batch.
         Gradients flow through each sample's last step only.
         """
-        remaining = self.remaining(len(z), first)
+        x_t, t = self.inputs(z, cond, first), self.ends(z, first)
+        return self.denoiser(x_t, t, cond, torch.zeros_like(t))
+
+    def inputs(self, z: Tensor, cond: Cond = None, first: int = 0) -> Tensor:
+        """x_t (B, ...) that the last steps of a `rollout` from z (B, ...) begin with.
+
+        Steps before the last run without gradients.
+        """
         x_t = z * self.scale(z)
-        for k, count in enumerate(remaining[:-1]):
+        for k, count in enumerate(self.remaining(len(z), first)[:-1]):
             head = conditions.rows(cond, slice(None, count))
             with torch.no_grad():
                 moved = self.step(x_t[:count], k, head) if count else x_t[:0]
             x_t = torch.cat([moved, x_t[count:]])
-        t = self.ends(z, first)
-        return self.denoiser(x_t, t, cond, torch.zeros_like(t))
+        return x_t
 
     def ends(self, z: Tensor, first: int = 0) -> Tensor:
         """The times (B,) of the steps at which a `rollout` from z (B, ...) ends, in z's type."""
+        return self.by_place(self.times, z, first)
+
+    def landings(self, z: Tensor, first: int = 0) -> Tensor:
+        """The times (B,) that those steps lead to: the chain's next ones, and 0 after the last."""
+        return self.by_place((*self.times[1:], 0.0), z, first)
+
+    def by_place(self, values: Sequence[float], z: Tensor, first: int) -> Tensor:
+        """The value (B,) of the place at which each sample of a `rollout` ends, one a place."""
         remaining = self.remaining(len(z), first)
         ending = [a - b for a, b in zip([len(z), *remaining], remaining)]  # after each step
-        return torch.cat([z.new_full((m,), t) for m, t in zip(ending, self.times)][::-1])
+        return torch.cat([z.new_full((m,), v) for m, v in zip(ending, values)][::-1])
 
     def remaining(self, size: int, first: int) -> list[int]:
         """How many samples of a `rollout` of `size` samples go on after each of the steps."""

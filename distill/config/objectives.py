@@ -10,10 +10,12 @@ from distill.objectives.distribution.anchored import AnchoredDMD2
 from distill.objectives.distribution.diff_instruct import DiffInstruct
 from distill.objectives.distribution.dmd import DMD
 from distill.objectives.distribution.dmd2 import DMD2
+from distill.objectives.distribution.emd import EMD
 from distill.objectives.distribution.fdistill import FDistill
 from distill.objectives.distribution.sid import SiD
 from distill.objectives.distribution.sida import SiDA
 from distill.objectives.distribution.sim import SIM
+from distill.objectives.distribution.tdm import TDM
 from distill.objectives.distribution.uni_instruct import UniInstruct
 from distill.objectives.features.drift import Drift
 from distill.objectives.features.fd_loss import FDLoss
@@ -49,6 +51,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dmd2-anchored": AnchoredDMD2,
     "drift": Drift,
     "ect": ConsistencyTuning,
+    "emd": EMD,
     "fd-loss": FDLoss,
     "fdistill": FDistill,
     "finetune": FineTuning,
@@ -70,5 +73,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "snapfusion": SnapFusion,
     "tcd": TCD,
     "tcm": TruncatedConsistency,
+    "tdm": TDM,
     "uni-instruct": UniInstruct,
 }

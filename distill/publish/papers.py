@@ -110,6 +110,13 @@ PAPERS = {
         2024,
         "2406.14548",
     ),
+    "emd": Paper(
+        "EM Distillation for One-step Diffusion Models",
+        "Xie, Sirui and Xiao, Zhisheng and Kingma, Diederik P. and Hou, Tingbo and Wu, Ying Nian "
+        "and Murphy, Kevin and Salimans, Tim and Poole, Ben and Gao, Ruiqi",
+        2024,
+        "2405.16852",
+    ),
     "fd-loss": Paper(
         "Representation Fr{\\'e}chet Loss for Visual Generation",
         "Yang, Jiawei and Geng, Zhengyang and Ju, Xuan and Tian, Yonglong and Wang, Yue",
@@ -242,6 +249,12 @@ PAPERS = {
         "Vahdat, Arash and Nie, Weili",
         2024,
         "2410.14895",
+    ),
+    "tdm": Paper(
+        "Learning Few-Step Diffusion Models by Trajectory Distribution Matching",
+        "Luo, Yihong and Hu, Tianyang and Sun, Jiacheng and Cai, Yujun and Tang, Jing",
+        2025,
+        "2503.06674",
     ),
     "uni-instruct": Paper(
         "Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence Instruction",

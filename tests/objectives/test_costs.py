@@ -11,6 +11,8 @@ from torch import nn
 from distill.config.objective_schema import network_types
 from distill.config.objectives import OBJECTIVES
 from distill.objectives.base import Auxiliary, Batch
+from distill.objectives.dmd2_options.alignment import Alignment
+from distill.objectives.dmd2_options.random_chains import RandomChains
 from distill.profiling import has_tangent
 from students.critic import Critic
 from students.generator import Generator
@@ -146,6 +148,13 @@ COSTS = {
     ("dmd2", "the critic reads fakes and data"): ({"critic": True}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1,
         "fake forward": 5, "fake backward": 4}),
+    ("dmd2", "a state beside the chain"): ({"guided": True, "alignment": Alignment()}, {
+        "student forward": 3, "student backward": 2, "teacher forward": 3,
+        "fake forward": 3, "fake backward": 1}),
+    ("dmd2", "a chain of eight random steps"): (
+        {"student": FOUR, "schedule": RandomChains(8, 8), "fake_sees": "places"}, {
+        "student forward": 9, "student backward": 1, "teacher forward": 1,
+        "fake forward": 2, "fake backward": 1}),
     ("dmd2-anchored", "as DMD2"): ({}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1,
         "fake forward": 2, "fake backward": 1}),
@@ -155,6 +164,12 @@ COSTS = {
     ("ect", "both ends of a pair"): ({}, {"student forward": 2, "student backward": 1}),
     ("ect", "references are no passes"): (
         {"references": True}, {"student forward": 2, "student backward": 1}),
+    ("emd", "four steps of z and ε, and the pair that cancels their noise"): ({}, {
+        "student forward": 4 + 2 + 1, "student backward": 4 + 2, "teacher forward": 4,
+        "fake forward": 4 + 1, "fake backward": 1}),
+    ("emd", "the latent stays"): ({"inner_steps": 3, "latent_step": 0.0}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 3,
+        "fake forward": 3 + 1, "fake backward": 1}),
     ("fd-loss", "features of samples and data"): (
         {"blocks": ("last",)}, {"student forward": 1, "student backward": 1, "teacher forward": 2}),
     ("fdistill", "DMD2 and the ratio"): ({"critic": True}, {
@@ -217,6 +232,13 @@ COSTS = {
     ("sim", "as SiD"): ({}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
         "fake forward": 2, "fake backward": 2}),
+    ("tdm", "each network once in its turn"): ({}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 1,
+        "fake forward": 2, "fake backward": 1}),
+    ("tdm", "four steps, two and a half of them walked"): (
+        {"student": {**FOUR, "renoise": False}}, {
+        "student forward": 5, "student backward": 1, "teacher forward": 1,
+        "fake forward": 2, "fake backward": 1}),
     ("uni-instruct", "as SiDA"): ({"critic": True}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
         "fake forward": 3, "fake backward": 3}),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from distill.config.objectives import AnchoredDMD2
 from distill.objectives.base import Batch
 from distill.objectives.distribution.dmd2 import DMD2
-from distill.objectives.distribution.matching import check_pull
+from distill.objectives.dmd2_options.matching import check_pull
 from distill.objectives.noise_levels import Uniform
 from students.generator import Generator
 from students.lora import AdaptedDenoiser

@@ -71,8 +71,10 @@ MAY: dict[str, set[str]] = {
     "distill.objectives.trajectory": {
         "distill", "distill.objectives", "distill.objectives.consistency", "students", "teachers",
     },
+    "distill.objectives.dmd2_options": {"distill", "distill.objectives", "students", "teachers"},
     "distill.objectives.distribution": {
-        "distill", "distill.objectives", "distill.objectives.pairs", "students", "teachers",
+        "distill", "distill.objectives", "distill.objectives.dmd2_options",
+        "distill.objectives.pairs", "students", "teachers",
     },
     "distill.objectives.features": {"distill", "distill.objectives", "students", "teachers"},
     "distill.config": {

@@ -11,7 +11,8 @@ Differs from it: with a student of several steps, the fake and the critic see th
 
 Later work, each off by default: `guidance_times` compares the guidance at noise levels of its own
 (Decoupled DMD, arXiv:2511.22677); `first_step` trains the first step on the teacher's path alone
-(DP-DMD, arXiv:2602.03139); `ida` pulls the fake to the student (SenseFlow, arXiv:2506.00523).
+(DP-DMD, arXiv:2602.03139); `ida` pulls the fake to the student (SenseFlow, arXiv:2506.00523);
+`schedule` has random chains, and `alignment` matches beside them too (CDM, arXiv:2605.06376).
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from torch import Tensor
 
 from distill.field_types import Fraction, NonNegative, PositiveInt
 from distill.objectives.base import Batch, Loss, Turn
-from distill.objectives.distribution.first_step import check_first_step, first_step_loss
-from distill.objectives.distribution.matching import Matching, check_pull, pull
+from distill.objectives.dmd2_options.alignment import Alignment
+from distill.objectives.dmd2_options.first_step import check_part, check_path, first_step_loss
+from distill.objectives.dmd2_options.matching import Matching, check_pull, pull
+from distill.objectives.dmd2_options.random_chains import RandomChains, check_chains, sample_chain
 from distill.objectives.losses import critic_loss, generator_loss, surrogate
 from distill.objectives.noise_levels import Times, Uniform
 from students.critic import Critic
@@ -55,54 +58,62 @@ class DMD2(Matching):
     first_step: NonNegative = 0.0  # weight of the teacher's path, which a first step then learns
     first_step_path: tuple[PositiveInt, PositiveInt] = (5, 30)  # the path's steps, of a grid of
     ida: Fraction | None = None  # share of the fake's weights kept when it is pulled to the student
+    schedule: RandomChains | None = None  # chains of random length and times, in training alone
+    alignment: Alignment | None = None  # matching beside the chains
 
     needs_data: ClassVar[Literal["always", "never", "critic", "pairs"]] = "critic"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.share_samples and self.fake_sees == "last" and len(self.student.times) > 1:
+        several = self.schedule is not None or len(self.student.times) > 1
+        if self.share_samples and self.fake_sees == "last" and several:
             raise UserError(
                 "objective.share_samples: a student of several steps is trained at every step of "
                 "its chain; set objective.fake_sees to places, or share_samples to false"
             )
         if self.first_step:
-            check_first_step(self.student, self.fake_sees, self.first_step_path)
+            check_path(self.student, self.fake_sees, self.first_step_path)
         if self.ida is not None:
             check_pull(self.student.denoiser, self.fake)
+        if self.schedule is not None:
+            check_chains(self.schedule, self.student, self.first_step)
 
     def check_batch(self, shape: tuple[int, ...]) -> None:
-        if self.first_step and shape[0] < max(self.student.counts):
-            raise UserError(
-                "train.batch: with objective.first_step a part needs a sample of each step; raise "
-                "it"
-            )
+        if self.first_step:
+            longest = self.schedule.longest if self.schedule else max(self.student.counts)
+            check_part(shape[0], longest)
 
     def turns(self, step: int) -> Iterator[Turn]:
-        student, first = self.student.sample_chain()
+        student, first = sample_chain(self.student, self.schedule)
         shared: list[Samples] | None = [] if self.share_samples else None  # one for each shard
         if step % self.student_every == 0:
             loss = partial(self.student_loss, student=student, first=first, shared=shared)
             yield Turn(("student",), loss)
             if self.ida is not None:
                 pull(self.fake, self.student.denoiser, self.ida)
-        names = ("fake",) if self.critic is None else ("fake", "critic")
-        yield Turn(
-            names, partial(self.fake_and_critic_loss, student=student, first=first, shared=shared)
-        )
+        loss = partial(self.fake_and_critic_loss, student=student, first=first, shared=shared)
+        yield Turn(("fake",) if self.critic is None else ("fake", "critic"), loss)
 
     def student_loss(
         self, batch: Batch, student: Generator, first: int = 0, shared: list[Samples] | None = None
     ) -> Loss:
         """Distribution matching, and the generator loss if there is a critic."""
-        x, ends = student.rollout(batch.noise, batch.cond, first), student.ends(batch.noise, first)
+        x_t, ends = student.inputs(batch.noise, batch.cond, first), student.ends(batch.noise, first)
+        x = student.denoiser(x_t, ends, batch.cond, torch.zeros_like(ends))
         if shared is not None:
             shared.append((x.detach(), batch.cond))
+        loss = self.of_chain(x, ends, batch, student, first)
+        beside = self.alignment
+        return beside.added(loss, self, student, (x_t, ends), x, batch) if beside else loss
+
+    def of_chain(
+        self, x: Tensor, ends: Tensor, batch: Batch, student: Generator, first: int
+    ) -> Loss:
+        """The loss of a chain's samples; those of its first step may have one of their own."""
         if not self.first_step:
             return self.matched(x, ends, batch)
-        n = student.remaining(len(x), first)[0]  # samples of the first step are the last ones
-        parts = (batch.noise[n:], conditions.rows(batch.cond, slice(n, None)))
-        path = first_step_loss(self.teacher, student, x[n:], *parts, self.first_step_path)
-        later = batch._replace(noise=batch.noise[:n], cond=conditions.rows(batch.cond, slice(n)))
+        path, later = first_step_loss(self.teacher, student, x, batch, first, self.first_step_path)
+        n = len(later.noise)
         loss = self.matched(x[:n], ends[:n], later)
         return Loss(loss.value + self.first_step * path, {**loss.logs, "first_step": path}, x)
 

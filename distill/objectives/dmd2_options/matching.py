@@ -27,7 +27,7 @@ from distill.objectives.branches import guidance_of, guidance_step, unguided
 from distill.objectives.losses import mean_abs
 from distill.objectives.noise_levels import Times, Uniform
 from students.lora import adapter_of, innermost
-from teachers.denoiser import Denoiser, Network
+from teachers.denoiser import Denoiser, Guided, Network
 from teachers.errors import UserError
 
 LEAST, MOST = 0.02, 0.98  # times of the guidance's term with `below`
@@ -45,25 +45,28 @@ class Matching(Objective):
         if self.guidance_times is not None:
             guidance_of(self.teacher, "guidance_times")
 
-    def gradient(self, x: Tensor, ends: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def gradient(
+        self, x: Tensor, ends: Tensor, batch: Batch, guided: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """The gradient (B, ...) of samples x, and the fake score less the teacher; no graph.
 
         Args:
             ends: The student's time (B,) of the step that gave each sample.
+            guided: Whether the teacher is guided, if it ever is.
         """
         t, x_t = self.noised(x, self.times)
         with torch.no_grad():
-            real, fake = self.judge(x_t, t, batch), self.fake(x_t, t, batch.cond)
+            real, fake = self.judge(x_t, t, batch, guided), self.fake(x_t, t, batch.cond)
             grad = self.weighted((fake - real) / self.scale(x, real), x_t, t, batch)
-            if self.guidance_times is not None:
+            if self.guidance_times is not None and guided:
                 grad = grad + self.guidance_gradient(x, ends, batch)
         return torch.nan_to_num(grad), fake - real
 
-    def judge(self, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
+    def judge(self, x_t: Tensor, t: Tensor, batch: Batch, guided: bool = True) -> Tensor:
         """The teacher's x̂ that the fake score is compared with: unguided if guidance is apart."""
-        if self.guidance_times is None:
+        if not isinstance(self.teacher, Guided) or (guided and self.guidance_times is None):
             return self.teacher(x_t, t, batch.cond)
-        return unguided(guidance_of(self.teacher, "guidance_times"), x_t, t, batch.cond)
+        return unguided(self.teacher, x_t, t, batch.cond)
 
     def guidance_gradient(self, x: Tensor, ends: Tensor, batch: Batch) -> Tensor:
         """What guidance adds to the gradient (B, ...), at times of its own."""

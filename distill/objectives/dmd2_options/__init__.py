@@ -1,0 +1,1 @@
+"""The gradient that DMD2 matches distributions by, and its options, a file to an option."""
