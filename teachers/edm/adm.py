@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from teachers.edm.networks import Attention, Block, DhariwalUNet, Head
 from teachers.edm.parts import stages
+from teachers.families.unet import steady_type
 
 GROUPS, HEAD = 32, 64  # of UNet2DModel's norms, and the channels of one attention head
 
@@ -90,7 +91,7 @@ def stock(adm: DhariwalUNet, config: dict[str, Any]) -> Any:
     with torch.device("meta"):
         unet = UNet2DModel(**config)
     unet.load_state_dict({k: v.detach().contiguous() for k, v in state.items()}, assign=True)
-    return unet.train(adm.training)
+    return steady_type(unet.train(adm.training))
 
 
 def embeddings(adm: DhariwalUNet, classes: int | None) -> Iterator[tuple[str, Tensor]]:

@@ -465,3 +465,34 @@ def test_a_recomputed_block_that_computes_with_what_is_not_given_to_it_is_refuse
     network.block.gain = outside(torch.ones(4))
     with refused("train.checkpointing", "Scaling", "arguments"):
         network.call(network.block, torch.randn(2, 4, requires_grad=True)).sum().backward()
+
+
+def test_a_pass_does_not_walk_through_the_layers(pipelines, monkeypatch):
+    """diffusers' UNet2DModel looks for its floating type in all of them, unless it is told.
+
+    The first few are looked at for the first weight.
+    """
+    teacher = load(str(pipelines["edm"]), null_label=10)
+    student = adapt(teacher, Adapter(rank=2), "student")
+    x, t, cond = torch.randn(2, 1, 8, 8), torch.rand(2), teacher.codec.condition([1, 2])
+    walks, walk = [], nn.Module.named_modules
+
+    def counted(self, *args, **kwargs):
+        walks.append(self)
+        return walk(self, *args, **kwargs)
+
+    with torch.no_grad():
+        student(x, t, cond), teacher.denoiser(x, t, cond)  # layers are looked up once
+        monkeypatch.setattr(nn.Module, "named_modules", counted)
+        student(x, t, cond)
+        teacher.denoiser(x, t, cond)
+    assert len(walks) < 10 < len(list(walk(student.denoiser)))
+
+
+def test_the_type_of_a_network_is_that_of_its_weights_now(pipelines):
+    backbone = unwrap(load(str(pipelines["edm"]), null_label=10).denoiser).backbone
+    twin = copy.deepcopy(backbone).to(torch.bfloat16)
+    assert type(twin).__name__ == "UNet2DModel" and type(twin) is type(backbone)
+    assert (twin.dtype, backbone.dtype) == (torch.bfloat16, torch.float32)
+    made = type(backbone).from_config(backbone.config).half()
+    assert made.dtype == torch.float16
