@@ -76,9 +76,94 @@ class Critic(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Logits (B,) of noisy samples x_t (B, ...) at times t (B,); the mean over heads."""
-        features = self.features(x_t, t, cond)
+        return self.read(self.features(x_t, t, cond))
+
+    def read(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits (B,) of the blocks' outputs, in the order of `features`."""
         logits = [h(f.float()).flatten() for h, f in zip(self.heads, features, strict=True)]
         return torch.stack(logits).mean(0).float()
+
+
+class SANCritic(Critic):
+    """A critic whose heads end in unit vectors, as SAN's do (Takida et al. 2023, arXiv:2301.12811).
+
+    In training it says two things: the logits by the heads' features along fixed directions, and
+    those by the directions with fixed features. Both have the same values.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: Sequence[int],
+        cond: Cond = None,
+        blocks: Sequence[str] = ("backbone.mid_block",),
+    ) -> None:
+        super().__init__(denoiser, shape, cond, blocks)
+        self.directions = nn.ModuleList([Direction(without_last(head)) for head in self.heads])
+
+    def read(self, features: Sequence[Tensor]) -> Tensor:
+        pairs = zip(self.directions, self.vectors(features), strict=True)
+        return torch.stack([direction(h) for direction, h in pairs]).mean(0).float()
+
+    def apart(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (B,) through which the features learn, and (B,) through which directions do."""
+        pairs = zip(self.directions, self.vectors(features), strict=True)
+        logits = [direction.apart(h) for direction, h in pairs]  # pyright: ignore
+        return tuple(torch.stack(v).mean(0).float() for v in zip(*logits))  # pyright: ignore
+
+    def vectors(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What each head hands to its direction, (B, C)."""
+        return [h(f.float()).flatten(1) for h, f in zip(self.heads, features, strict=True)]
+
+    def renormalise(self) -> None:
+        """Make the directions unit vectors again, in place, after a step of the optimiser."""
+        for direction in self.directions:
+            assert isinstance(direction, Direction)
+            direction.renormalise()
+
+
+class Direction(nn.Module):
+    """A head's last layer: s ⟨h + b, ω⟩ with |ω| = 1, and a scale s; the bias b is the feature's.
+
+    Args:
+        layer: A layer of one output, from whose weights it starts.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        weight = layer.weight.detach().flatten()
+        self.scale = nn.Parameter(weight.norm())
+        self.weight = nn.Parameter(nn.functional.normalize(weight, dim=0))
+        self.bias = nn.Parameter(torch.zeros_like(weight))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The logit (B,) of h (B, C)."""
+        return self.scale * ((h + self.bias) @ self.unit)
+
+    def apart(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The logit with a gradient to h, bias and scale; and with one to the direction alone."""
+        h = h + self.bias
+        return self.scale * (h @ self.unit.detach()), self.scale.detach() * (h.detach() @ self.unit)
+
+    @property
+    def unit(self) -> Tensor:
+        """ω (C,): its gradient is along the sphere."""
+        return nn.functional.normalize(self.weight, dim=0)
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        self.weight.copy_(self.unit)
+
+
+def without_last(head: nn.Module) -> Any:
+    """Take a head's last layer away, so that the head returns what that layer read."""
+    owner = head[-1] if isinstance(head, nn.Sequential) and isinstance(head[-1], Tokens) else head
+    if isinstance(owner, Tokens):
+        layer, owner.out = owner.out, nn.Identity()
+    else:
+        assert isinstance(owner, Head)
+        layer, owner[-1] = owner[-1], nn.Identity()
+    return layer
 
 
 class FeatureMean(Critic):
@@ -217,7 +302,7 @@ class Tokens(nn.Module):
         )  # fmt: skip
         self.attend = nn.Linear(channels, 1, bias=False)
         nn.init.zeros_(self.attend.weight)
-        self.out = nn.Linear(channels, 1)
+        self.out: nn.Module = nn.Linear(channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.read(x)

@@ -15,7 +15,7 @@ from distill.objectives.base import Auxiliary, Objective
 from distill.objectives.distribution.anchored import AnchoredDMD2
 from distill.sampling.guided_teacher import guidance_of, guided, guided_student, share_times
 from students.checkpointing import checkpointing
-from students.critic import Critic
+from students.critic import Critic, SANCritic
 from students.export import earlier
 from students.export.forms import form_of
 from students.form import StudentForm, StudentRequest
@@ -155,6 +155,8 @@ def critic_of(
         UserError: it has no such blocks.
     """
     blocks = (middle_of(network_of(network)),) if section.blocks is None else section.blocks
+    if section.san:
+        kind = SANCritic
     return kind(network, teacher.shape, teacher.codec.condition([0]), blocks)
 
 

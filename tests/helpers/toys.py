@@ -105,7 +105,7 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         objective["student_every"] = 2
         tree["critic"] = {}
         tree["student"] = {"steps": 2, "counts": [1, 2]}
-    if name in ("sida", "uni-instruct"):
+    if name in ("sida", "uni-instruct", "add", "gdd", "ladd"):
         tree["critic"] = {}
     if name in ("kd", "reflow", "dmd"):
         tree["student"] = {"renoise": False}
