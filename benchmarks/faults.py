@@ -887,6 +887,34 @@ MUTANTS: tuple[Mutant, ...] = (
         "step >= 0 and step",
         "objectives/test_ladd.py::test_the_critic_has_every_step_and_a_start_and_the_student_every_kth",
     ),
+    fault(
+        "DDO's model flees the data",
+        "distill/objectives/adversarial/ddo.py",
+        "F.softplus(-beta * data)",
+        "F.softplus(beta * data)",
+        "objectives/test_ddo.py::test_with_unit_weights_the_optimum_is_the_datas_distribution",
+    ),
+    fault(
+        "DDO's log-ratio turned round",
+        "distill/objectives/adversarial/ddo.py",
+        "(before - now)",
+        "(now - before)",
+        "objectives/test_ddo.py::test_the_log_ratio_is_the_difference_of_two_losses_of_what_the_network_predicts",
+    ),
+    fault(
+        "DDO's weight of samples ignored",
+        "distill/objectives/adversarial/ddo.py",
+        "alpha * F.softplus(beta * sample)",
+        "F.softplus(beta * sample)",
+        "objectives/test_ddo.py::test_the_loss_is_a_discriminators_between_data_and_samples_of_the_reference",
+    ),
+    fault(
+        "a critic's image network sees no images",
+        "students/critic.py",
+        "self.codec.decode_with_graph(x_t)",
+        "x_t",
+        "training/test_critic_encoder.py::test_the_network_reads_decoded_images",
+    ),
     # students
     fault(
         "critic's heads summed",

@@ -12,6 +12,8 @@ from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
 from teachers.features import blocks_of, tapped
+from teachers.process import Process
+from teachers.teacher import Codec
 
 KEY = "critic.blocks"  # the recipe key, which begins error messages
 
@@ -20,7 +22,8 @@ class Critic(nn.Module):
     """Logits (B,), high for data, from the outputs of a denoiser's blocks (arXiv:2405.14867).
 
     The critic uses the denoiser and does not own it: the denoiser's weights are not among the
-    critic's parameters. The denoiser's forward pass stops after the last of the blocks.
+    critic's parameters. The denoiser's forward pass stops after the last of the blocks. `source`
+    says whose features they are, where these are recorded.
 
     Args:
         denoiser: Whose blocks; usually the fake score, which then learns from the critic too.
@@ -48,16 +51,17 @@ class Critic(nn.Module):
         if repeated := [b for b in blocks if blocks.count(b) > 1]:
             raise UserError(f"{KEY}: {repeated[0]!r} is there twice; name each block once")
         blocks_of(denoiser, blocks, KEY)
-        self.blocks = tuple(blocks)
+        self.blocks, self.source = tuple(blocks), "teacher"
         self._denoiser = (denoiser,)  # in a tuple: not a submodule
         shared = denoiser.inner_denoiser or denoiser  # an adapter may have no weights of its own
-        x = torch.zeros(1, *shape, device=next(shared.parameters()).device)
+        first = next(shared.parameters(), None)
+        x = torch.zeros(1, *shape, device=None if first is None else first.device)
         with torch.no_grad():
             outputs = self._outputs(x, x.new_ones(1), conditions.moved(cond, x.device))
         modules = blocks_of(denoiser, blocks, KEY)
+        vectors = len(shape) == 1 or isinstance(denoiser, ImageFeatures)
         heads = [
-            head_for(name, f, channels_first(modules[name]), vectors=len(shape) == 1)
-            for name, f in outputs.items()
+            head_for(name, f, channels_first(modules[name]), vectors) for name, f in outputs.items()
         ]
         self.heads = nn.ModuleList(heads).to(x.device)
 
@@ -82,6 +86,28 @@ class Critic(nn.Module):
         """Logits (B,) of the blocks' outputs, in the order of `features`."""
         logits = [h(f.float()).flatten() for h, f in zip(self.heads, features, strict=True)]
         return torch.stack(logits).mean(0).float()
+
+
+class ImageFeatures(Denoiser):
+    """A frozen network of images in a denoiser's place, for a critic to read: it has no x̂.
+
+    It reads x_t as images in [-1, 1], with their graph, and neither times nor conditions.
+
+    Args:
+        encoder: A network of images (B, C, H, W).
+        codec: That of the teacher, which leads from data to images.
+        process: The teacher's.
+    """
+
+    def __init__(self, encoder: nn.Module, codec: Codec, process: Process) -> None:
+        super().__init__()
+        self.encoder, self.codec, self.process = encoder, codec, process
+        self.requires_grad_(False).eval()
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        if self.codec.vae is not None:
+            self.codec.vae.requires_grad_(False).to(x_t.device)
+        return self.encoder.to(x_t.device)(self.codec.decode_with_graph(x_t))
 
 
 class SANCritic(Critic):

@@ -1,5 +1,6 @@
 """The objectives by name, a file to a family. A new one is its class and its line here."""
 
+from distill.objectives.adversarial.ddo import DDO
 from distill.objectives.adversarial.ladd import ADD, GDD, LADD
 from distill.objectives.base import Objective
 from distill.objectives.consistency.consistency import Consistency, ConsistencyTuning
@@ -44,6 +45,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "consistency": Consistency,
     "ct": ConsistencyTraining,
     "ctm": CTM,
+    "ddo": DDO,
     "diff-instruct": DiffInstruct,
     "diffusion": Diffusion,
     "dmd": DMD,

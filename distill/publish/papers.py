@@ -67,6 +67,14 @@ PAPERS = {
         2024,
         "2310.02279",
     ),
+    "ddo": Paper(
+        "Direct Discriminative Optimization: Your Likelihood-Based Visual Generative Model is "
+        "Secretly a GAN Discriminator",
+        "Zheng, Kaiwen and Chen, Yongxin and Chen, Huayu and He, Guande and Liu, Ming-Yu and Zhu, "
+        "Jun and Zhang, Qinsheng",
+        2025,
+        "2503.01103",
+    ),
     "diff-instruct": Paper(
         "Diff-Instruct: A Universal Approach for Transferring Knowledge From Pre-trained "
         "Diffusion Models",

@@ -126,6 +126,9 @@ COSTS = {
     ("ctm", "three steps of Heun"): (
         {"solver_steps": 1, "denoising_weight": 0},
         {"student forward": 4, "student backward": 2, "teacher forward": 2}),
+    ("ddo", "two noise levels, and three steps of Heun"): (
+        {"levels": 2, "solver_steps": 3},
+        {"student forward": 4, "student backward": 4, "teacher forward": 5 + 4}),
     ("diff-instruct", "each network once in its turn"): ({}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1,
         "fake forward": 2, "fake backward": 1}),

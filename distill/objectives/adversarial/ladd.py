@@ -13,8 +13,9 @@ student's turn; 1 of the student and 2 of the features in the critic's; the dist
 the teacher more. An exact penalty differentiates its pass twice.
 
 Differs from the papers: features are the teacher's for all three, at the blocks that
-`critic.blocks` names, each with a head of its own; ADD reads DINOv2, and GDD VGG and EfficientNet.
-Conditions reach the critic through the teacher. The distillation loss is a mean over dimensions of
+`critic.blocks` names, each with a head of its own, unless `critic.encoder` names a network of
+images; ADD reads DINOv2, and GDD VGG and EfficientNet. Conditions reach the critic through the
+teacher. The distillation loss is a mean over dimensions of
 x̂, where ADD decodes latents to pixels. c is the variance-preserving α, so that it means the same on
 all processes; on EDM's, α itself is 1. LADD's code is not public: the logit-normal(1, 1) of its
 times and the game are as others report them.
@@ -65,7 +66,8 @@ class LADD(Adversary):
 
     @property
     def loss_features(self) -> str:
-        return f"{', '.join(self.critic.blocks)} of the critic's frozen network, at critic_times"
+        blocks = ", ".join(self.critic.blocks)
+        return f"{self.critic.source}'s {blocks}, which the critic reads"
 
     def turns(self, step: int) -> Iterator[Turn]:
         student, first = self.student.sample_chain()
