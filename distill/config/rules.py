@@ -115,6 +115,18 @@ def san_without_a_game(recipe: Recipe) -> str | None:
     return None
 
 
+def second_derivative_of_recomputed_blocks(recipe: Recipe) -> str | None:
+    if not issubclass(recipe.kind, Adversary) or not recipe.train.checkpointing:
+        return None
+    keys = recipe.objective
+    if recipe.critic is None or keys["penalty"] != "exact" or not (keys["r1"] or keys["r2"]):
+        return None
+    return (
+        "objective.penalty: exact takes second derivatives, and train.checkpointing allows none; "
+        "set it to features or approximate, or train.checkpointing to false"
+    )
+
+
 def missing_reward(recipe: Recipe) -> str | None:
     if recipe.kind.needs_reward and not recipe.rewards:
         return (
@@ -447,6 +459,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     useless_critic,
     missing_critic,
     san_without_a_game,
+    second_derivative_of_recomputed_blocks,
     missing_pairs,
     useless_pairs,
     key_of_pairs,

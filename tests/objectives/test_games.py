@@ -451,6 +451,15 @@ def test_san_is_for_objectives_with_a_game():
     assert issubclass(DMD2, Adversary)
 
 
+def test_an_exact_penalty_is_refused_where_activations_are_recomputed():
+    tree = {"teacher": "digits", "data": {"source": "digits"}, "critic": {}}
+    tree["train"] = {"steps": 1, "batch": 2, "checkpointing": True}
+    with refused("objective.penalty", "train.checkpointing"):
+        Recipe.check({**tree, "objective": {"name": "ladd", "r2": 0.1}})
+    for keys in ({}, {"r2": 0.1, "penalty": "approximate"}, {"r1": 0.1, "penalty": "features"}):
+        Recipe.check({**tree, "objective": {"name": "ladd", **keys}})
+
+
 def test_dmd2s_critic_has_the_penalty_at_the_weight_of_its_loss():
     _, critic, batch = san()
     denoiser, plain = critic._denoiser[0], two_scales(Critic)
