@@ -12,6 +12,8 @@ from teachers import conditions
 from teachers.denoiser import Cond, Denoiser
 from teachers.errors import UserError
 from teachers.features import blocks_of, tapped
+from teachers.process import Process
+from teachers.teacher import Codec
 
 KEY = "critic.blocks"  # the recipe key, which begins error messages
 
@@ -20,7 +22,8 @@ class Critic(nn.Module):
     """Logits (B,), high for data, from the outputs of a denoiser's blocks (arXiv:2405.14867).
 
     The critic uses the denoiser and does not own it: the denoiser's weights are not among the
-    critic's parameters. The denoiser's forward pass stops after the last of the blocks.
+    critic's parameters. The denoiser's forward pass stops after the last of the blocks. `source`
+    says whose features they are, where these are recorded.
 
     Args:
         denoiser: Whose blocks; usually the fake score, which then learns from the critic too.
@@ -48,16 +51,17 @@ class Critic(nn.Module):
         if repeated := [b for b in blocks if blocks.count(b) > 1]:
             raise UserError(f"{KEY}: {repeated[0]!r} is there twice; name each block once")
         blocks_of(denoiser, blocks, KEY)
-        self.blocks = tuple(blocks)
+        self.blocks, self.source = tuple(blocks), "teacher"
         self._denoiser = (denoiser,)  # in a tuple: not a submodule
         shared = denoiser.inner_denoiser or denoiser  # an adapter may have no weights of its own
-        x = torch.zeros(1, *shape, device=next(shared.parameters()).device)
+        first = next(shared.parameters(), None)
+        x = torch.zeros(1, *shape, device=None if first is None else first.device)
         with torch.no_grad():
             outputs = self._outputs(x, x.new_ones(1), conditions.moved(cond, x.device))
         modules = blocks_of(denoiser, blocks, KEY)
+        vectors = len(shape) == 1 or isinstance(denoiser, ImageFeatures)
         heads = [
-            head_for(name, f, channels_first(modules[name]), vectors=len(shape) == 1)
-            for name, f in outputs.items()
+            head_for(name, f, channels_first(modules[name]), vectors) for name, f in outputs.items()
         ]
         self.heads = nn.ModuleList(heads).to(x.device)
 
@@ -76,9 +80,116 @@ class Critic(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Logits (B,) of noisy samples x_t (B, ...) at times t (B,); the mean over heads."""
-        features = self.features(x_t, t, cond)
+        return self.read(self.features(x_t, t, cond))
+
+    def read(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits (B,) of the blocks' outputs, in the order of `features`."""
         logits = [h(f.float()).flatten() for h, f in zip(self.heads, features, strict=True)]
         return torch.stack(logits).mean(0).float()
+
+
+class ImageFeatures(Denoiser):
+    """A frozen network of images in a denoiser's place, for a critic to read: it has no x̂.
+
+    It reads x_t as images in [-1, 1], with their graph, and neither times nor conditions.
+
+    Args:
+        encoder: A network of images (B, C, H, W).
+        codec: That of the teacher, which leads from data to images.
+        process: The teacher's.
+    """
+
+    def __init__(self, encoder: nn.Module, codec: Codec, process: Process) -> None:
+        super().__init__()
+        self.encoder, self.codec, self.process = encoder, codec, process
+        self.requires_grad_(False).eval()
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        if self.codec.vae is not None:
+            self.codec.vae.requires_grad_(False).to(x_t.device)
+        return self.encoder.to(x_t.device)(self.codec.decode_with_graph(x_t))
+
+
+class SANCritic(Critic):
+    """A critic whose heads end in unit vectors, as SAN's do (Takida et al. 2023, arXiv:2301.12811).
+
+    In training it says two things: the logits by the heads' features along fixed directions, and
+    those by the directions with fixed features. Both have the same values.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: Sequence[int],
+        cond: Cond = None,
+        blocks: Sequence[str] = ("backbone.mid_block",),
+    ) -> None:
+        super().__init__(denoiser, shape, cond, blocks)
+        self.directions = nn.ModuleList([Direction(without_last(head)) for head in self.heads])
+
+    def read(self, features: Sequence[Tensor]) -> Tensor:
+        pairs = zip(self.directions, self.vectors(features), strict=True)
+        return torch.stack([direction(h) for direction, h in pairs]).mean(0).float()
+
+    def apart(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (B,) through which the features learn, and (B,) through which directions do."""
+        pairs = zip(self.directions, self.vectors(features), strict=True)
+        logits = [direction.apart(h) for direction, h in pairs]  # pyright: ignore
+        return tuple(torch.stack(v).mean(0).float() for v in zip(*logits))  # pyright: ignore
+
+    def vectors(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What each head hands to its direction, (B, C)."""
+        return [h(f.float()).flatten(1) for h, f in zip(self.heads, features, strict=True)]
+
+    def renormalise(self) -> None:
+        """Make the directions unit vectors again, in place, after a step of the optimiser."""
+        for direction in self.directions:
+            assert isinstance(direction, Direction)
+            direction.renormalise()
+
+
+class Direction(nn.Module):
+    """A head's last layer: s ⟨h + b, ω⟩ with |ω| = 1, and a scale s; the bias b is the feature's.
+
+    Args:
+        layer: A layer of one output, from whose weights it starts.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        weight = layer.weight.detach().flatten()
+        self.scale = nn.Parameter(weight.norm())
+        self.weight = nn.Parameter(nn.functional.normalize(weight, dim=0))
+        self.bias = nn.Parameter(torch.zeros_like(weight))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The logit (B,) of h (B, C)."""
+        return self.scale * ((h + self.bias) @ self.unit)
+
+    def apart(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The logit with a gradient to h, bias and scale; and with one to the direction alone."""
+        h = h + self.bias
+        return self.scale * (h @ self.unit.detach()), self.scale.detach() * (h.detach() @ self.unit)
+
+    @property
+    def unit(self) -> Tensor:
+        """ω (C,): its gradient is along the sphere."""
+        return nn.functional.normalize(self.weight, dim=0)
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        self.weight.copy_(self.unit)
+
+
+def without_last(head: nn.Module) -> Any:
+    """Take a head's last layer away, so that the head returns what that layer read."""
+    owner = head[-1] if isinstance(head, nn.Sequential) and isinstance(head[-1], Tokens) else head
+    if isinstance(owner, Tokens):
+        layer, owner.out = owner.out, nn.Identity()
+    else:
+        assert isinstance(owner, Head)
+        layer, owner[-1] = owner[-1], nn.Identity()
+    return layer
 
 
 class FeatureMean(Critic):
@@ -217,7 +328,7 @@ class Tokens(nn.Module):
         )  # fmt: skip
         self.attend = nn.Linear(channels, 1, bias=False)
         nn.init.zeros_(self.attend.weight)
-        self.out = nn.Linear(channels, 1)
+        self.out: nn.Module = nn.Linear(channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.read(x)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -156,6 +156,12 @@ class EchoCritic(FeatureMean):
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> tuple[Tensor, Tensor]:
         return self._denoiser[0](x_t, t, cond), 0 * x_t.flatten(1).sum(1)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> list[Tensor]:
+        return [self.denoise(x_t, t, cond)[1]]
+
+    def read(self, features: Sequence[Tensor]) -> Tensor:
+        return features[0]
 
 
 def echo_networks(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:

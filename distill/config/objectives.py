@@ -1,5 +1,7 @@
 """The objectives by name, a file to a family. A new one is its class and its line here."""
 
+from distill.objectives.adversarial.ddo import DDO
+from distill.objectives.adversarial.ladd import ADD, GDD, LADD
 from distill.objectives.base import Objective
 from distill.objectives.consistency.consistency import Consistency, ConsistencyTuning
 from distill.objectives.consistency.consistency_training import ConsistencyTraining
@@ -38,12 +40,14 @@ from distill.objectives.trajectory.snapfusion import SnapFusion
 from distill.objectives.trajectory.tcd import TCD
 
 OBJECTIVES: dict[str, type[Objective]] = {
+    "add": ADD,
     "anyflow": AnyFlow,
     "ayf": AYF,
     "cmt": CMT,
     "consistency": Consistency,
     "ct": ConsistencyTraining,
     "ctm": CTM,
+    "ddo": DDO,
     "diff-instruct": DiffInstruct,
     "diffusion": Diffusion,
     "dmd": DMD,
@@ -55,9 +59,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "fd-loss": FDLoss,
     "fdistill": FDistill,
     "finetune": FineTuning,
+    "gdd": GDD,
     "guided": GuidedDistillation,
     "imm": IMM,
     "kd": KD,
+    "ladd": LADD,
     "lcm": LCM,
     "meanflow": MeanFlow,
     "mmd": MMD,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.config.objective_schema import network_types, networks_of
 from distill.config.schema import PAIRS, GuidanceSection
+from distill.objectives.games import Adversary
 from students.critic import FeatureMean
 from teachers.denoiser import Denoiser
 from teachers.errors import cut, nearest
@@ -103,6 +104,27 @@ def missing_critic(recipe: Recipe) -> str | None:
     if recipe.critic is None and networks_of(recipe.kind).get("critic"):
         return f"critic: {_objective(recipe)} needs one; add the section 'critic: {{}}'"
     return None
+
+
+def san_without_a_game(recipe: Recipe) -> str | None:
+    if recipe.critic is not None and recipe.critic.san and not issubclass(recipe.kind, Adversary):
+        return (
+            f"critic.san: {_objective(recipe)} has no loss for the directions of a SAN critic; "
+            "remove it, or take ladd, gdd or dmd2"
+        )
+    return None
+
+
+def second_derivative_of_recomputed_blocks(recipe: Recipe) -> str | None:
+    if not issubclass(recipe.kind, Adversary) or not recipe.train.checkpointing:
+        return None
+    keys = recipe.objective
+    if recipe.critic is None or keys["penalty"] != "exact" or not (keys["r1"] or keys["r2"]):
+        return None
+    return (
+        "objective.penalty: exact takes second derivatives, and train.checkpointing allows none; "
+        "set it to features or approximate, or train.checkpointing to false"
+    )
 
 
 def missing_reward(recipe: Recipe) -> str | None:
@@ -436,6 +458,8 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     dora_on_quantised_weights,
     useless_critic,
     missing_critic,
+    san_without_a_game,
+    second_derivative_of_recomputed_blocks,
     missing_pairs,
     useless_pairs,
     key_of_pairs,

@@ -209,7 +209,14 @@ class AdaptersSection(Section):
 class CriticSection(Section):
     """Train a critic (a discriminator) on features of the fake score; `{}` takes the defaults."""
 
-    blocks: tuple[str, ...] | None = None  # modules to take features from; by default a middle one
+    # Modules to take features from, each with a head of its own; by default a middle one.
+    blocks: tuple[str, ...] | None = None
+    # Read a frozen network of images in place of fake score or teacher: "path/to/file.py:function",
+    # which returns a torch module of images (B, C, H, W) in [-1, 1]. Its blocks are named
+    # encoder.NAME; by default its own output is read. It sees no time and no condition.
+    encoder: Name | None = None
+    # End each head in a unit vector with a loss of its own (SAN, arXiv:2301.12811).
+    san: bool = False
 
 
 class Column(Section):

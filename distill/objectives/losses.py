@@ -6,10 +6,18 @@ whether that scalar sums or averages over dimensions, because that changes the a
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+# Games of a critic, whose logits are high for data, and a student. logistic: Goodfellow et al. 2014
+# (arXiv:1406.2661), the student's loss being the non-saturating one. hinge: Lim and Ye 2017
+# (arXiv:1705.02894). relativistic: R3GAN, Huang et al. 2024 (arXiv:2501.05441), between samples and
+# data of equal index.
+Game = Literal["logistic", "hinge", "relativistic"]
 
 
 def mean_square(x: Tensor, y: Tensor) -> Tensor:
@@ -40,13 +48,26 @@ def element_huber(x: Tensor, y: Tensor, c: float = 1e-3) -> Tensor:
     return (square.clamp(min=torch.finfo(square.dtype).tiny).sqrt() - c).flatten(1).mean(1)
 
 
-def generator_loss(logits: Tensor) -> Tensor:
-    """Non-saturating generator loss of the critic's logits (B,) for fakes."""
+def generator_loss(logits: Tensor, game: Game = "logistic", real: Tensor | None = None) -> Tensor:
+    """The student's loss () of the critic's logits (B,) for its samples.
+
+    Args:
+        real: The logits (B,) of data, which the relativistic game reads.
+    """
+    if game == "hinge":
+        return -logits.mean()
+    if game == "relativistic":
+        assert real is not None
+        return F.softplus(real - logits).mean()
     return F.softplus(-logits).mean()
 
 
-def critic_loss(fake: Tensor, real: Tensor) -> Tensor:
-    """Logistic critic loss, whose optimal logits are log p_real/p_fake."""
+def critic_loss(fake: Tensor, real: Tensor, game: Game = "logistic") -> Tensor:
+    """The critic's loss () of its logits (B,). The logistic optimum is log p_real/p_fake."""
+    if game == "hinge":
+        return F.relu(1 + fake).mean() + F.relu(1 - real).mean()
+    if game == "relativistic":
+        return F.softplus(fake - real).mean()
     return F.softplus(fake).mean() + F.softplus(-real).mean()
 
 

@@ -23,6 +23,12 @@ class Paper(NamedTuple):
 
 # By the objective's name in a recipe.
 PAPERS = {
+    "add": Paper(
+        "Adversarial Diffusion Distillation",
+        "Sauer, Axel and Lorenz, Dominik and Blattmann, Andreas and Rombach, Robin",
+        2023,
+        "2311.17042",
+    ),
     "anyflow": Paper(
         "AnyFlow: Any-Step Video Diffusion Model with On-Policy Flow Map Distillation",
         "Gu, Yuchao and Fang, Guian and Jiang, Yuxin and Mao, Weijia and Han, Song and Cai, Han "
@@ -60,6 +66,14 @@ PAPERS = {
         "and Uesaka, Toshimitsu and He, Yutong and Mitsufuji, Yuki and Ermon, Stefano",
         2024,
         "2310.02279",
+    ),
+    "ddo": Paper(
+        "Direct Discriminative Optimization: Your Likelihood-Based Visual Generative Model is "
+        "Secretly a GAN Discriminator",
+        "Zheng, Kaiwen and Chen, Yongxin and Chen, Huayu and He, Guande and Liu, Ming-Yu and Zhu, "
+        "Jun and Zhang, Qinsheng",
+        2025,
+        "2503.01103",
     ),
     "diff-instruct": Paper(
         "Diff-Instruct: A Universal Approach for Transferring Knowledge From Pre-trained "
@@ -135,6 +149,12 @@ PAPERS = {
         2020,
         "2006.11239",
     ),
+    "gdd": Paper(
+        "Diffusion Models Are Innate One-Step Generators",
+        "Zheng, Bowen and Yang, Tianming",
+        2024,
+        "2405.20750",
+    ),
     "guided": Paper(
         "On Distillation of Guided Diffusion Models",
         "Meng, Chenlin and Rombach, Robin and Gao, Ruiqi and Kingma, Diederik P. and Ermon, "
@@ -153,6 +173,13 @@ PAPERS = {
         "Luhman, Eric and Luhman, Troy",
         2021,
         "2101.02388",
+    ),
+    "ladd": Paper(
+        "Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion Distillation",
+        "Sauer, Axel and Boesel, Frederic and Dockhorn, Tim and Blattmann, Andreas and Esser, "
+        "Patrick and Rombach, Robin",
+        2024,
+        "2403.12015",
     ),
     "lcm": Paper(
         "Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from distill.config.objective_schema import network_types, networks_of
 from distill.config.recipe import Recipe
@@ -15,7 +16,7 @@ from distill.objectives.base import Auxiliary, Objective
 from distill.objectives.distribution.anchored import AnchoredDMD2
 from distill.sampling.guided_teacher import guidance_of, guided, guided_student, share_times
 from students.checkpointing import checkpointing
-from students.critic import Critic
+from students.critic import Critic, ImageFeatures, SANCritic
 from students.export import earlier
 from students.export.forms import form_of
 from students.form import StudentForm, StudentRequest
@@ -26,7 +27,11 @@ from students.scale_reading import scale_reading
 from students.schedulers import renoised_in_part
 from students.two_time import keep_slow, two_time
 from teachers.denoiser import Denoiser, Network
+from teachers.errors import UserError, clipped, first_line
+from teachers.storage.plugin import called
 from teachers.teacher import Teacher
+
+ENCODER = "critic.encoder"  # the recipe key
 
 
 def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Objective:
@@ -146,7 +151,8 @@ def shared_weights(section: AdaptersSection | None, names: Sequence[str]) -> dic
 def critic_of(
     section: CriticSection, network: Any, teacher: Teacher, kind: type[Any] = Critic
 ) -> Critic:
-    """A critic that reads the fake score's features, or the teacher's where there is no fake score.
+    """A critic that reads the fake score's features, or the teacher's where there is no fake score,
+    or those of a network of images.
 
     Args:
         kind: The objective's kind of critic.
@@ -154,8 +160,45 @@ def critic_of(
     Raises:
         UserError: it has no such blocks.
     """
-    blocks = (middle_of(network_of(network)),) if section.blocks is None else section.blocks
-    return kind(network, teacher.shape, teacher.codec.condition([0]), blocks)
+    if section.encoder is not None:
+        network = image_features(section.encoder, teacher)
+        blocks = section.blocks or ("encoder",)
+    elif section.blocks is None:
+        blocks = (middle_of(network_of(network)),)
+    else:
+        blocks = section.blocks
+    if section.san:
+        kind = SANCritic
+    critic = kind(network, teacher.shape, teacher.codec.condition([0]), blocks)
+    critic.source = section.encoder or critic.source
+    return critic
+
+
+def image_features(place: str, teacher: Teacher) -> ImageFeatures:
+    """What a critic reads of the network that a function in a user's file returns.
+
+    Raises:
+        UserError: there is no such function, it raises an exception, or returns something else; or
+            the network cannot read the teacher's images.
+    """
+    with unset_fake_temporarily():  # in a plan too, weights are read from files
+        encoder = called(place, ENCODER)
+    if not isinstance(encoder, nn.Module):
+        raise UserError(
+            f"{ENCODER}: {place!r} returned a {type(encoder).__name__}; return a torch module"
+        )
+    features = ImageFeatures(encoder, teacher.codec, teacher.denoiser.process)
+    x = torch.zeros(1, *teacher.shape)
+    try:
+        with torch.no_grad():
+            features(x, x.new_zeros(1))
+    except Exception as error:  # a user's network may raise anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"{ENCODER}: of an image of this teacher it raised {clipped(reason, 200)}; return a "
+            "network of such images"
+        ) from None
+    return features
 
 
 def check_form(recipe: Recipe, form: StudentForm) -> None:

@@ -109,6 +109,9 @@ ODE = {**TWO, "renoise": False}
 HALVING = {"initial_steps": 2, "stage_steps": 5}
 # By objective and case: what the step is made of, and the passes.
 COSTS = {
+    ("add", "the distillation's pass of the teacher"): ({"critic": True, "r1": 0}, {
+        "student forward": 2, "student backward": 1,
+        "teacher forward": 1 + 1 + 2, "teacher backward": 1}),
     ("anyflow", "three for half of the batch"): (
         {}, {"student forward": 2, "student backward": 1}),
     ("ayf", "the value with its derivative"): (
@@ -125,6 +128,9 @@ COSTS = {
     ("ctm", "three steps of Heun"): (
         {"solver_steps": 1, "denoising_weight": 0},
         {"student forward": 4, "student backward": 2, "teacher forward": 2}),
+    ("ddo", "two noise levels, and three steps of Heun"): (
+        {"levels": 2, "solver_steps": 3},
+        {"student forward": 4, "student backward": 4, "teacher forward": 5 + 4}),
     ("diff-instruct", "each network once in its turn"): ({}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1,
         "fake forward": 2, "fake backward": 1}),
@@ -178,6 +184,9 @@ COSTS = {
     ("finetune", "one"): ({}, {"student forward": 1, "student backward": 1}),
     ("finetune", "the anchor"): ({"anchor": 0.5}, {
         "student forward": 2, "student backward": 2, "teacher forward": 1}),
+    ("gdd", "an exact penalty on data"): ({"critic": True}, {
+        "student forward": 2, "student backward": 1,
+        "teacher forward": 3, "teacher backward": 1 + 2}),
     ("guided", "the first stage"): (
         {"guided": True, "student": ODE, **HALVING},
         {"student forward": 1, "student backward": 1, "teacher forward": 2}),
@@ -186,6 +195,17 @@ COSTS = {
         {"student forward": 3, "student backward": 1}),  # its teacher is a copy of the student
     ("imm", "from t and from r"): ({}, {"student forward": 2, "student backward": 1}),
     ("kd", "one"): ({}, {"student forward": 1, "student backward": 1}),
+    ("ladd", "the critic reads fakes and data"): ({"critic": True}, {
+        "student forward": 2, "student backward": 1,
+        "teacher forward": 3, "teacher backward": 1}),
+    ("ladd", "the relativistic student also reads data"): (
+        {"critic": True, "game": "relativistic"}, {
+        "student forward": 2, "student backward": 1,
+        "teacher forward": 4, "teacher backward": 1}),
+    ("ladd", "an approximate penalty is a pass more"): (
+        {"critic": True, "r1": 1.0, "penalty": "approximate"}, {
+        "student forward": 2, "student backward": 1,
+        "teacher forward": 4, "teacher backward": 1}),
     ("lcm", "one call of an unguided teacher"): (
         {}, {"student forward": 2, "student backward": 1, "teacher forward": 1}),
     ("lcm", "a guided teacher"): (

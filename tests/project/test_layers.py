@@ -23,6 +23,7 @@ SHARED = (
     "regression",
     "branches",
     "first_step",
+    "games",
 )  # no objective of its own
 OBJECTIVES = [
     p for p in sorted((ROOT / "distill/objectives").rglob("*.py")) if p.stem not in SHARED
@@ -77,12 +78,13 @@ MAY: dict[str, set[str]] = {
         "distill.objectives.pairs", "students", "teachers",
     },
     "distill.objectives.features": {"distill", "distill.objectives", "students", "teachers"},
+    "distill.objectives.adversarial": {"distill", "distill.objectives", "students", "teachers"},
     "distill.config": {
         "distill", "distill.objectives", "distill.objectives.consistency",
         "distill.objectives.flow_maps", "distill.objectives.pairs",
         "distill.objectives.trajectory",
-        "distill.objectives.distribution", "distill.objectives.features", "students", "teachers",
-        "teachers.storage",
+        "distill.objectives.distribution", "distill.objectives.features",
+        "distill.objectives.adversarial", "students", "teachers", "teachers.storage",
     },
     "distill.data.expansion": {"distill", "teachers", "teachers.storage", "eval"},
     "distill.data.conditions": {"distill", "teachers", "teachers.storage", "eval"},

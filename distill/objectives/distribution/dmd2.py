@@ -31,11 +31,11 @@ from distill.objectives.dmd2_options.alignment import Alignment
 from distill.objectives.dmd2_options.first_step import check_part, check_path, first_step_loss
 from distill.objectives.dmd2_options.matching import Matching, check_pull, pull
 from distill.objectives.dmd2_options.random_chains import RandomChains, check_chains, sample_chain
-from distill.objectives.losses import critic_loss, generator_loss, surrogate
+from distill.objectives.games import Adversary, renormalise
+from distill.objectives.losses import surrogate
 from distill.objectives.noise_levels import Times, Uniform
 from students.critic import Critic
 from students.generator import ChainSamples, Generator
-from teachers import conditions
 from teachers.denoiser import Cond
 from teachers.errors import UserError
 
@@ -43,7 +43,7 @@ Samples = tuple[Tensor, Cond]  # x̂ of the student (B, ...), and its condition
 
 
 @dataclass(kw_only=True)
-class DMD2(Matching):
+class DMD2(Matching, Adversary):
     critic: Critic | None = None  # tells the student's samples from data
     student_every: PositiveInt = 5  # steps, each with a fake update, per student update
     gan_weight: NonNegative = 3e-3  # weight of the critic in the student's loss
@@ -71,6 +71,11 @@ class DMD2(Matching):
                 "objective.share_samples: a student of several steps is trained at every step of "
                 "its chain; set objective.fake_sees to places, or share_samples to false"
             )
+        if self.share_samples and self.game == "relativistic":
+            raise UserError(
+                "objective.share_samples: the relativistic game compares samples and data of equal "
+                "conditions, and shared samples have others; set it to false"
+            )
         if self.first_step:
             check_path(self.student, self.fake_sees, self.first_step_path)
         if self.ida is not None:
@@ -93,6 +98,7 @@ class DMD2(Matching):
                 pull(self.fake, self.student.denoiser, self.ida)
         loss = partial(self.fake_and_critic_loss, student=student, first=first, shared=shared)
         yield Turn(("fake",) if self.critic is None else ("fake", "critic"), loss)
+        renormalise(self.critic)
 
     def student_loss(
         self, batch: Batch, student: Generator, first: int = 0, shared: list[Samples] | None = None
@@ -124,8 +130,7 @@ class DMD2(Matching):
         logs = {"matching": matching, "gap": gap.abs().mean()}
         if self.critic is None or not self.gan_weight:
             return Loss(matching, logs, x)
-        t, x_t = self.noised(x, self.critic_times)
-        gan = generator_loss(self.critic(x_t, t, batch.cond))
+        gan = self.fooling(self.critic, self.critic_times, x, batch)
         logs["gan"] = gan
         return Loss(matching + self.gan_weight * gan, logs, x)
 
@@ -140,10 +145,5 @@ class DMD2(Matching):
         denoising = self.fake.loss(x, self.fake_times.sample(x, self.fake.process), cond)
         if self.critic is None:
             return Loss(denoising)
-        (t, fake), (s, real) = (self.noised(y, self.critic_times) for y in (x, batch.data))
-        cond = conditions.joined(cond, batch.cond)
-        logits = self.critic(torch.cat([fake, real]), torch.cat([t, s]), cond)
-        critic = critic_loss(*logits.chunk(2))
-        correct = ((logits > 0) == (torch.arange(len(logits), device=x.device) >= len(x))).float()
-        logs = {"denoising": denoising, "critic": critic, "accuracy": correct.mean()}
-        return Loss(denoising + self.critic_weight * critic, logs)
+        critic, logs = self.telling(self.critic, self.critic_times, x, cond, batch)
+        return Loss(denoising + self.critic_weight * critic, {"denoising": denoising, **logs})

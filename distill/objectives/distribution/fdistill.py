@@ -21,7 +21,7 @@ from distill.field_types import Fraction, NonNegativeInt, Positive, PositiveInt
 from distill.objectives.base import Batch, Turn
 from distill.objectives.distribution.dmd2 import DMD2
 from distill.objectives.losses import all_sum
-from students.critic import Critic
+from students.critic import Critic, SANCritic
 from teachers.errors import UserError
 from teachers.process import expand
 
@@ -61,6 +61,12 @@ class FDistill(DMD2):
         if self.ratio_min >= self.ratio_max:
             raise UserError(
                 f"objective.ratio_min: {self.ratio_min} is not below ratio_max, {self.ratio_max}"
+            )
+        if self.game != "logistic" or isinstance(self.critic, SANCritic):
+            key = "objective.game" if self.game != "logistic" else "critic.san"
+            raise UserError(
+                f"{key}: f-distill reads logits as log-ratios, which only the logistic game makes "
+                "them; remove it"
             )
         device = next(self.student.parameters()).device
         self.means = torch.ones(self.bins, device=device)  # of the ratio, by bin

@@ -1,0 +1,1 @@
+"""Objectives whose student or teacher learns from a discriminator alone, or nearly so."""

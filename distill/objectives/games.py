@@ -1,0 +1,183 @@
+"""What objectives with a critic share: the game, the critic's penalties, and SAN's two losses.
+
+The games are in `losses`. R1 and R2 (Mescheder et al. 2018, arXiv:1801.04406) are γ/2 E|∇ℓ|² of the
+logit ℓ at noised data and at noised samples. `exact` differentiates ℓ with respect to the noised
+input, so that the penalty's own gradient is a second derivative: it runs attention by its formula,
+in float32 and without compiled code. `features` differentiates with respect to what the heads read,
+as ADD does (arXiv:2311.17042), which needs no second pass of the network. `approximate` is a
+difference: γ/2 (ℓ(x_t + δ n) - ℓ(x_t))² / δ² with unit noise n, both at t (Seaweed-APT,
+arXiv:2501.08316, whose λ is γ/2δ²). It tends to `exact` as δ does to 0, and takes one pass more.
+
+A SAN critic (Takida et al. 2023, arXiv:2301.12811) minimises the game's loss by its features and a
+Wasserstein loss by the directions of its last layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill.field_types import NonNegative, Positive
+from distill.objectives.base import Batch, Objective
+from distill.objectives.losses import Game, critic_loss, generator_loss
+from distill.objectives.noise_levels import Times
+from distill.objectives.tangent import exactly
+from students.critic import Critic, SANCritic
+from teachers import conditions
+from teachers.denoiser import Cond
+
+Penalty = Literal["exact", "features", "approximate"]
+
+
+class Shown(NamedTuple):
+    """What a critic reads: x_t (B, ...) at times t (B,), and conditions."""
+
+    x_t: Tensor
+    t: Tensor
+    cond: Cond
+
+
+class Verdict(NamedTuple):
+    """Logits (B,), their slope's square (B,) and SAN's logits (B,) for the directions.
+
+    slope: |∇ℓ|², or its estimate; None where there is no penalty.
+    direction: None where the critic is no SAN critic.
+    """
+
+    logits: Tensor
+    slope: Tensor | None = None
+    direction: Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class Adversary(Objective):
+    # relativistic compares samples and data of equal index, under equal conditions and times.
+    game: Game = "logistic"
+    r1: NonNegative = 0.0  # γ of the penalty at data
+    r2: NonNegative = 0.0  # γ of the penalty at the student's samples
+    penalty: Penalty = "exact"
+    penalty_step: Positive = 0.01  # approximate: δ, in units of x_t
+    same_noise: bool = False  # samples and data of equal index have one time and one noise
+
+    def fooling(self, critic: Critic, times: Times, x: Tensor, batch: Batch) -> Tensor:
+        """The student's loss () of samples x (B, ...) for the first of the batch's conditions."""
+        (t, noise), cond = self.drawn(x, times), batch.cond
+        real = None
+        if self.game == "relativistic":
+            cond = conditions.rows(cond, slice(len(x)))
+            with torch.no_grad():
+                real = critic(*self.shown(batch.data[: len(x)], cond, t, torch.randn_like(x)))
+        return generator_loss(critic(*self.shown(x, cond, t, noise)), self.game, real)
+
+    def telling(
+        self, critic: Critic, times: Times, x: Tensor, cond: Cond, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critic's loss () of samples x (B, ...) under conditions and of data; scalars to log.
+
+        Without penalties it is one call of the critic for both.
+        """
+        t, noise = self.drawn(x, times)
+        fake = self.shown(x, cond, t, noise)
+        if self.same_noise:
+            s, other = t, noise
+        elif self.game == "relativistic":
+            s, other = t, torch.randn_like(batch.data)
+        else:
+            s, other = self.drawn(batch.data, times)
+        real = self.shown(batch.data, batch.cond, s, other)
+        if self.r1 or self.r2:
+            f, r = self.judged(critic, fake, self.r2), self.judged(critic, real, self.r1)
+        else:
+            joined = conditions.joined(cond, batch.cond)
+            both = Shown(torch.cat([fake.x_t, real.x_t]), torch.cat([t, s]), joined)
+            f, r = halves(self.judged(critic, both))
+        game = critic_loss(f.logits, r.logits, self.game)
+        value, logs = game, {"critic": game, "accuracy": accuracy(f.logits, r.logits, self.game)}
+        if f.direction is not None and r.direction is not None:
+            value = value + f.direction.mean() - r.direction.mean()
+        for name, gamma, verdict in (("r1", self.r1, r), ("r2", self.r2, f)):
+            if verdict.slope is not None:
+                logs[name] = verdict.slope.mean()
+                value = value + gamma / 2 * logs[name]
+        return value, logs
+
+    def drawn(self, x: Tensor, times: Times) -> tuple[Tensor, Tensor]:
+        """Times (B,) and unit noise (B, ...) for x (B, ...)."""
+        return times.sample(x, self.teacher.process), torch.randn_like(x)
+
+    def shown(self, x: Tensor, cond: Cond, t: Tensor, noise: Tensor) -> Shown:
+        """x (B, ...) noised to t (B,)."""
+        return Shown(self.teacher.process.noise(x, t, noise), t, cond)
+
+    def judged(self, critic: Critic, shown: Shown, gamma: float = 0.0) -> Verdict:
+        """What the critic says, with the slope of its logits if their penalty has a weight."""
+        if not gamma:
+            return verdict(critic, shown)
+        if self.penalty == "features":
+            return feature_slope(critic, shown)
+        if self.penalty == "exact":
+            return exact_slope(critic, shown)
+        here = verdict(critic, shown)
+        moved = shown.x_t + self.penalty_step * torch.randn_like(shown.x_t)
+        there = verdict(critic, shown._replace(x_t=moved))
+        return here._replace(slope=((there.logits - here.logits) / self.penalty_step).square())
+
+
+def verdict(critic: Critic, shown: Shown) -> Verdict:
+    """A critic's logits, and a SAN critic's for its directions."""
+    if isinstance(critic, SANCritic):
+        return of_features(critic, critic.features(*shown))
+    return Verdict(critic(*shown))
+
+
+def of_features(critic: Critic, features: list[Tensor]) -> Verdict:
+    """The same of what the heads read."""
+    if isinstance(critic, SANCritic):
+        logits, direction = critic.apart(features)
+        return Verdict(logits, direction=direction)
+    return Verdict(critic.read(features))
+
+
+def exact_slope(critic: Critic, shown: Shown) -> Verdict:
+    """With |∇ℓ|² at x_t, summed over dimensions, which itself has a gradient."""
+    x_t = shown.x_t.detach().requires_grad_()
+    with exactly(x_t.device.type), torch.enable_grad():
+        said = verdict(critic, shown._replace(x_t=x_t))
+        (slope,) = torch.autograd.grad(said.logits.sum(), x_t, create_graph=True)
+    return said._replace(slope=slope.square().flatten(1).sum(1))
+
+
+def feature_slope(critic: Critic, shown: Shown) -> Verdict:
+    """With |∇ℓ|² at the features that the heads read, summed over heads and dimensions."""
+    features = critic.features(*shown)
+    features = [f if f.requires_grad else f.detach().requires_grad_() for f in features]
+    with exactly(shown.x_t.device.type), torch.enable_grad():
+        said = of_features(critic, features)
+        slopes = torch.autograd.grad(said.logits.sum(), features, create_graph=True)
+    square = torch.stack([s.float().square().flatten(1).sum(1) for s in slopes]).sum(0)
+    return said._replace(slope=square)
+
+
+def halves(both: Verdict) -> tuple[Verdict, Verdict]:
+    """What was said of samples, and of data, of one call for both."""
+    first, second = both.logits.chunk(2)
+    if both.direction is None:
+        return Verdict(first), Verdict(second)
+    fake, real = both.direction.chunk(2)
+    return Verdict(first, direction=fake), Verdict(second, direction=real)
+
+
+def accuracy(fake: Tensor, real: Tensor, game: Game) -> Tensor:
+    """How often logits (B,) are on the right side: of 0 or, in the relativistic game, of a pair."""
+    if game == "relativistic":
+        return (real > fake).float().mean()
+    return torch.cat([fake <= 0, real > 0]).float().mean()
+
+
+def renormalise(critic: Critic | None) -> None:
+    """After a step of a SAN critic, make its directions unit vectors again."""
+    if isinstance(critic, SANCritic):
+        critic.renormalise()

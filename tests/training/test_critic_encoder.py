@@ -1,0 +1,96 @@
+"""Critics that read a network of images from a user's file."""
+
+import pytest
+import torch
+from torch import nn
+
+from distill.config.recipe import Recipe
+from distill.training import build
+from students.critic import Critic, ImageFeatures, SANCritic
+from teachers.process import Linear
+from teachers.teacher import Codec
+from tests.helpers.refusals import refused
+
+FILE = """
+import torch
+
+def encoder():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(1, 4, 3, 2)
+    return torch.nn.Sequential(conv, torch.nn.SiLU(), torch.nn.Flatten(), torch.nn.Linear(36, 5))
+
+def number():
+    return 3
+
+def large():
+    return torch.nn.Linear(7, 7)
+
+def broken():
+    raise ValueError("no weights")
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "mine.py").write_text(FILE)
+    return tmp_path / "mine.py"
+
+
+def recipe(critic):
+    return Recipe.check(
+        {
+            "teacher": "digits",
+            "objective": {"name": "gdd", "r1": 0.5},
+            "critic": critic,
+            "data": {"source": "digits"},
+            "train": {"steps": 1, "batch": 4, "sample_every": 0},
+        }
+    )
+
+
+@pytest.mark.parametrize("more", [{}, {"blocks": ["encoder.0", "encoder.3"], "san": True}])
+def test_a_run_trains_the_heads_on_a_frozen_network_and_records_whose_it_is(file, tmp_path, more):
+    engine = build.build(recipe({"encoder": f"{file}:encoder", **more}), tmp_path / "run").engine
+    critic = engine.objective.critic
+    encoder = critic._denoiser[0].encoder
+    before = [p.clone() for p in encoder.parameters()]
+    heads = [p.clone() for p in critic.parameters()]
+    engine.train()
+    assert all(map(torch.equal, before, encoder.parameters()))
+    assert any(not torch.equal(a, b) for a, b in zip(heads, critic.parameters(), strict=True))
+    assert engine.latest["critic/r1"] > 0 and engine.latest["student/grad_norm"] > 0
+    blocks = ", ".join(more.get("blocks", ["encoder"]))
+    assert f"mine.py:encoder's {blocks}" in engine.objective.loss_features
+    assert isinstance(critic, SANCritic) == bool(more)
+    assert len(critic.heads) == len(more.get("blocks", "1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("number", "int"), ("broken", "no weights"), ("large", "RuntimeError"), ("absent", "absent")],
+)
+def test_what_is_no_network_of_the_teachers_images_is_refused(file, tmp_path, name, reason):
+    with refused("critic.encoder*", reason):
+        build.build(recipe({"encoder": f"{file}:{name}"}), tmp_path / "run")
+
+
+def test_the_network_reads_decoded_images():
+    class Halves(Codec):
+        def decode(self, latents):
+            return latents / 2
+
+    network = nn.Conv2d(2, 3, 1)
+    features = ImageFeatures(network, Halves(), Linear())
+    critic = Critic(features, (2, 4, 4), None, ("encoder",))
+    x, t = torch.randn(3, 2, 4, 4, requires_grad=True), torch.rand(3)
+    (found,) = critic.features(x, t)
+    torch.testing.assert_close(found, network(x / 2))
+    (grad,) = torch.autograd.grad(critic(x, t).sum(), x)
+    assert grad.abs().sum() > 0 and not any(p.requires_grad for p in network.parameters())
+
+
+def test_a_path_beside_the_recipe_is_found(file):
+    text = recipe({"encoder": "mine.py:encoder"}).model_dump_json()
+    (file.parent / "gdd.yaml").write_text(text)  # JSON is YAML
+    loaded = Recipe.load(file.parent / "gdd.yaml")
+    assert loaded.critic.encoder.endswith(f"{file.parent.name}/mine.py:encoder")
