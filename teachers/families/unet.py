@@ -44,7 +44,8 @@ def steady_type(network: Network) -> Network:
     kind = type(network)
     names = (n for n, p in network.named_parameters() if p.is_floating_point())
     owner, _, name = next(names).rpartition(".")
-    network.__class__ = type(kind.__name__, (SteadyType, kind), {"__module__": kind.__module__})
+    steady = type(kind.__name__, (SteadyType, kind), {"__module__": kind.__module__})
+    network.__class__ = steady  # pyright: ignore
     vars(network)["_typed_by"] = (network.get_submodule(owner), name)  # no submodule of its own
     return network
 
