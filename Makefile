@@ -13,7 +13,7 @@ quickstart: $(STAMP)
 # One thread for each of two workers: small networks gain nothing from sharing cores.
 # All tests run on the CPU; where there is a GPU, those of the engine run there as well.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 		then $(MAKE) test-gpu; fi
 

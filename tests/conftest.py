@@ -55,8 +55,19 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("the GPU was in use before tests could hide it")
 
 
+# Files of half a minute and more. They come first, or at the end one worker would wait for another.
+LONG = (
+    "training/test_interruptions.py", "training/test_compiled.py", "planning/test_plan.py",
+    "teachers/test_doctor_latents.py", "training/test_ranks.py", "training/test_devices.py",
+    "project/test_gpu_benchmark.py", "cli/test_cli.py", "publish/test_push.py",
+    "teachers/families/test_generic.py", "benchmark/test_big_benches.py",
+    "benchmark/test_bench.py", "objectives/test_objectives.py", "project/test_docs.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Elsewhere than on the CPU, only tests run that are meant to."""
+    """Long files first. Elsewhere than on the CPU, only tests run that are meant to."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
     if DEVICE == "cpu":
         marks = {"gpu"}
         out = [item for item in items if item.get_closest_marker("gpu")]

@@ -81,6 +81,7 @@ def test_a_plan_keeps_no_casts_of_weights_as_a_run_keeps_none(tmp_path):
     assert plan.activations + plan.gradients == pytest.approx(found, rel=0.1)
 
 
+@pytest.mark.slow
 def test_an_eager_plan_has_the_float32_norms_of_cudas_autocast(pipelines):
     """Compiled code recomputes them; float32 runs and checkpointed ones have none to keep."""
 

@@ -71,7 +71,9 @@ def test_the_passes_of_dmd2_are_counted(measured):
     assert flops["critic full"] < 0.5 * flops["full"]
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_recorded_and_the_next_one_runs(run, capsys, monkeypatch):
+    """An error of one row is in the file, and the rows after it are measured."""
     real = gpu.engine_of
 
     def broken(row, *rest):

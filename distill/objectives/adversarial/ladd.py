@@ -15,10 +15,10 @@ the teacher more. An exact penalty differentiates its pass twice.
 Differs from the papers: features are the teacher's for all three, at the blocks that
 `critic.blocks` names, each with a head of its own, unless `critic.encoder` names a network of
 images; ADD reads DINOv2, and GDD VGG and EfficientNet. Conditions reach the critic through the
-teacher. The distillation loss is a mean over dimensions of
-x̂, where ADD decodes latents to pixels. c is the variance-preserving α, so that it means the same on
-all processes; on EDM's, α itself is 1. LADD's code is not public: the logit-normal(1, 1) of its
-times and the game are as others report them.
+teacher. The distillation loss is a mean over dimensions of x̂, where ADD decodes latents to pixels.
+c is the variance-preserving α, so that it means the same on all processes; on EDM's, α itself is 1.
+LADD's code is not public: the logit-normal(1, 1) of its times and the game are as others report
+them.
 """
 
 from __future__ import annotations
