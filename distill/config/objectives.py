@@ -31,6 +31,7 @@ from distill.objectives.flow_maps.meanflow import AYF, MeanFlow
 from distill.objectives.flow_maps.shortcut import Shortcut
 from distill.objectives.pairs.kd import KD
 from distill.objectives.pairs.reflow import Reflow
+from distill.objectives.trajectory.draft import DRaFT
 from distill.objectives.trajectory.guided import GuidedDistillation
 from distill.objectives.trajectory.lcm import LCM
 from distill.objectives.trajectory.pcm import PCM
@@ -53,6 +54,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dmd": DMD,
     "dmd2": DMD2,
     "dmd2-anchored": AnchoredDMD2,
+    "draft": DRaFT,
     "drift": Drift,
     "ect": ConsistencyTuning,
     "emd": EMD,

@@ -110,6 +110,12 @@ PAPERS = {
         2024,
         "2405.14867",
     ),
+    "draft": Paper(
+        "Directly Fine-Tuning Diffusion Models on Differentiable Rewards",
+        "Clark, Kevin and Vicol, Paul and Swersky, Kevin and Fleet, David J.",
+        2023,
+        "2309.17400",
+    ),
     "drift": Paper(
         "Teacher-Feature Drifting: One-Step Diffusion Distillation with Pretrained Diffusion "
         "Representations",

@@ -119,7 +119,9 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         objective["solver_steps"] = 3
     if name == "progressive":
         objective |= {"initial_steps": 4, "stage_steps": 2}
-    if name == "rg-lcd":
+    if name == "draft":
+        tree["student"] = {"steps": 2}
+    if name in ("draft", "rg-lcd"):
         tree["rewards"] = {"bright": {"function": f"{REWARD}:brightness"}}
     if name == "guided":
         objective |= {"first_steps": 1, "initial_steps": 4, "stage_steps": 2}

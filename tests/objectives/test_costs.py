@@ -105,6 +105,7 @@ def costs(name, step=0, guided=False, critic=False, student=None, **fields):
 
 TWO = {"times": (1.0, 0.5)}
 FOUR = {"times": (1.0, 0.75, 0.5, 0.25), "grids": {4: (1.0, 0.75, 0.5, 0.25)}}
+PAIR = {**TWO, "grids": {2: TWO["times"]}}
 ODE = {**TWO, "renoise": False}
 HALVING = {"initial_steps": 2, "stage_steps": 5}
 # By objective and case: what the step is made of, and the passes.
@@ -165,6 +166,15 @@ COSTS = {
         "student forward": 2, "student backward": 1, "teacher forward": 1,
         "fake forward": 2, "fake backward": 1}),
     # Passes of the teacher that end at a block are counted; no gradient reaches an output of them.
+    ("draft", "the whole chain"): (
+        {"student": PAIR}, {"student forward": 2, "student backward": 2}),
+    ("draft", "the last step"): (
+        {"student": PAIR, "last_steps": 1}, {"student forward": 2, "student backward": 1}),
+    ("draft", "the last step three times"): (
+        {"student": PAIR, "last_steps": 1, "noises": 2},
+        {"student forward": 4, "student backward": 3}),
+    ("draft", "the guided teacher's chain"): ({"student": PAIR, "guided": True, "anchor": 1.0}, {
+        "student forward": 2, "student backward": 2, "teacher forward": 4}),
     ("drift", "features of samples and data"): (
         {"blocks": ("last",)}, {"student forward": 1, "student backward": 1, "teacher forward": 2}),
     ("ect", "both ends of a pair"): ({}, {"student forward": 2, "student backward": 1}),
