@@ -65,7 +65,9 @@ def main(arguments: Sequence[str]) -> None:
             student, teacher = load_student(Path(run))
         images = student_samples(student.at(int(steps)), teacher, captions, SEED).images
         found = figures(images, captions, drawings)
-        print(f"{argument}:", ", ".join(f"{k} {v:.3f}" for k, v in found.items()), flush=True)
+        line = ", ".join(f"{k} {v:.3f}" for k, v in found.items())
+        sys.stdout.write(f"{argument}: {line}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,11 @@ from distill.data.stream import Source
 from distill.objectives.base import Batch, Turn
 from distill.objectives.noise_levels import Uniform
 from distill.rewards.rewards import rehearse, rewarded
+from eval import shapes
+from students import schedulers
 from students.generator import Generator
+from students.lora import Adapter
+from teachers import load
 from teachers.analytic import Gaussian
 from teachers.errors import UserError
 from teachers.process import Karras, Linear
@@ -106,6 +110,16 @@ def test_the_anchor_is_the_teachers_chain_from_the_same_noise(renoise):
     other = made(renoise=renoise, anchor=1.0)
     assert other.loss(batch, 0).logs["drift"] > 1e-3
     assert gradient(other, batch).all()
+
+
+def test_an_adapter_in_a_stock_form_starts_on_its_anchor():
+    """The shapes' network by noise indices: the teacher's chain is the untrained student's."""
+    teacher = load("shapes")
+    student = schedulers.student(teacher, 2, adapter=Adapter(rank=4))
+    objective = DRaFT(teacher=teacher.denoiser, student=student, anchor=1.0)
+    cond = teacher.codec.condition(shapes.captions(2, seed=1))
+    batch = Batch(None, torch.randn(2, *teacher.shape), cond)
+    assert objective.loss(batch, 0).logs["drift"] < 1e-10
 
 
 # ---- what a quadratic reward makes of a Gaussian: m = (m_T/c² + λ m') / (1/c² + λ)
