@@ -1,6 +1,7 @@
 """The objectives by name, a file to a family. A new one is its class and its line here."""
 
 from distill.objectives.adversarial.ddo import DDO
+from distill.objectives.adversarial.flash import Flash
 from distill.objectives.adversarial.ladd import ADD, GDD, LADD
 from distill.objectives.base import Objective
 from distill.objectives.consistency.consistency import Consistency, ConsistencyTuning
@@ -61,6 +62,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "fd-loss": FDLoss,
     "fdistill": FDistill,
     "finetune": FineTuning,
+    "flash": Flash,
     "gdd": GDD,
     "guided": GuidedDistillation,
     "imm": IMM,

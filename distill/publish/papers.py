@@ -155,6 +155,13 @@ PAPERS = {
         2020,
         "2006.11239",
     ),
+    "flash": Paper(
+        "Flash Diffusion: Accelerating Any Conditional Diffusion Model for Few Steps Image "
+        "Generation",
+        "Chadebec, Clément and Tasar, Onur and Benaroche, Eyal and Aubin, Benjamin",
+        2024,
+        "2406.02347",
+    ),
     "gdd": Paper(
         "Diffusion Models Are Innate One-Step Generators",
         "Zheng, Bowen and Yang, Tianming",
