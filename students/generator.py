@@ -78,7 +78,11 @@ class Generator(nn.Module):
         with torch.set_grad_enabled(whole_chain and torch.is_grad_enabled()):
             for k in range(last):
                 x_t = self.step(x_t, k, cond, noises[k] if noises else None)
-        t = z.new_full((len(z),), self.times[last])
+        return self.end(x_t, last, cond)
+
+    def end(self, x_t: Tensor, k: int, cond: Cond = None) -> Tensor:
+        """x̂ (B, ...) of x_t (B, ...) at the k-th time, as a sampler that ends there returns it."""
+        t = x_t.new_full((len(x_t),), self.times[k])
         x = self.denoiser(x_t, t, cond, torch.zeros_like(t))  # what is returned lands at 0
         if self.gamma is not None:
             return self.denoiser.process.step(x_t, x, t, torch.zeros_like(t))

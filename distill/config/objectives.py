@@ -1,6 +1,7 @@
 """The objectives by name, a file to a family. A new one is its class and its line here."""
 
 from distill.objectives.adversarial.ddo import DDO
+from distill.objectives.adversarial.flash import Flash
 from distill.objectives.adversarial.ladd import ADD, GDD, LADD
 from distill.objectives.base import Objective
 from distill.objectives.consistency.consistency import Consistency, ConsistencyTuning
@@ -31,6 +32,7 @@ from distill.objectives.flow_maps.meanflow import AYF, MeanFlow
 from distill.objectives.flow_maps.shortcut import Shortcut
 from distill.objectives.pairs.kd import KD
 from distill.objectives.pairs.reflow import Reflow
+from distill.objectives.trajectory.draft import DRaFT
 from distill.objectives.trajectory.guided import GuidedDistillation
 from distill.objectives.trajectory.lcm import LCM
 from distill.objectives.trajectory.pcm import PCM
@@ -53,12 +55,14 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dmd": DMD,
     "dmd2": DMD2,
     "dmd2-anchored": AnchoredDMD2,
+    "draft": DRaFT,
     "drift": Drift,
     "ect": ConsistencyTuning,
     "emd": EMD,
     "fd-loss": FDLoss,
     "fdistill": FDistill,
     "finetune": FineTuning,
+    "flash": Flash,
     "gdd": GDD,
     "guided": GuidedDistillation,
     "imm": IMM,

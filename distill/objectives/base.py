@@ -126,6 +126,8 @@ class Objective:
     # Whether the objective calls `reward` itself; otherwise a recipe's rewards are added to every
     # loss of the student's turn.
     needs_reward: ClassVar[bool] = False
+    # Of such an objective, whether its loss takes the rewards' gradient, which they must then have.
+    differentiates_reward: ClassVar[bool] = False
     # The weighted rewards (B,) of the student's x̂ (B, ...) with its graph, for the prompts of a
     # batch; None where the recipe has no rewards.
     reward: Callable[[Tensor, Batch], Tensor] | None = field(default=None, init=False)

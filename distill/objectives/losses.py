@@ -16,8 +16,9 @@ from torch import Tensor
 # Games of a critic, whose logits are high for data, and a student. logistic: Goodfellow et al. 2014
 # (arXiv:1406.2661), the student's loss being the non-saturating one. hinge: Lim and Ye 2017
 # (arXiv:1705.02894). relativistic: R3GAN, Huang et al. 2024 (arXiv:2501.05441), between samples and
-# data of equal index.
-Game = Literal["logistic", "hinge", "relativistic"]
+# data of equal index. least-squares: LSGAN, Mao et al. 2017 (arXiv:1611.04076), with the labels -1
+# and 1.
+Game = Literal["logistic", "hinge", "relativistic", "least-squares"]
 
 
 def mean_square(x: Tensor, y: Tensor) -> Tensor:
@@ -56,6 +57,8 @@ def generator_loss(logits: Tensor, game: Game = "logistic", real: Tensor | None 
     """
     if game == "hinge":
         return -logits.mean()
+    if game == "least-squares":
+        return (logits - 1).square().mean()
     if game == "relativistic":
         assert real is not None
         return F.softplus(real - logits).mean()
@@ -63,9 +66,14 @@ def generator_loss(logits: Tensor, game: Game = "logistic", real: Tensor | None 
 
 
 def critic_loss(fake: Tensor, real: Tensor, game: Game = "logistic") -> Tensor:
-    """The critic's loss () of its logits (B,). The logistic optimum is log p_real/p_fake."""
+    """The critic's loss () of its logits (B,).
+
+    The logistic optimum is log p_real/p_fake, that of least squares (p_real - p_fake) over the sum.
+    """
     if game == "hinge":
         return F.relu(1 + fake).mean() + F.relu(1 - real).mean()
+    if game == "least-squares":
+        return (fake + 1).square().mean() + (real - 1).square().mean()
     if game == "relativistic":
         return F.softplus(fake - real).mean()
     return F.softplus(fake).mean() + F.softplus(-real).mean()

@@ -110,6 +110,12 @@ PAPERS = {
         2024,
         "2405.14867",
     ),
+    "draft": Paper(
+        "Directly Fine-Tuning Diffusion Models on Differentiable Rewards",
+        "Clark, Kevin and Vicol, Paul and Swersky, Kevin and Fleet, David J.",
+        2023,
+        "2309.17400",
+    ),
     "drift": Paper(
         "Teacher-Feature Drifting: One-Step Diffusion Distillation with Pretrained Diffusion "
         "Representations",
@@ -148,6 +154,13 @@ PAPERS = {
         "Ho, Jonathan and Jain, Ajay and Abbeel, Pieter",
         2020,
         "2006.11239",
+    ),
+    "flash": Paper(
+        "Flash Diffusion: Accelerating Any Conditional Diffusion Model for Few Steps Image "
+        "Generation",
+        "Chadebec, Clément and Tasar, Onur and Benaroche, Eyal and Aubin, Benjamin",
+        2024,
+        "2406.02347",
     ),
     "gdd": Paper(
         "Diffusion Models Are Innate One-Step Generators",

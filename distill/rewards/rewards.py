@@ -81,14 +81,14 @@ def rehearse(objective: Objective, source: Source, place: Any) -> None:
 
     Raises:
         UserError: a function raises an exception, or its values are no finite numbers, one for
-            each image; or they have no gradient, unless the objective calls them itself.
+            each image; or they have no gradient, unless the objective needs none.
     """
     reward = objective.reward
     assert reward is not None
     batch = source.batch(0, 0, 1, min(2, source.size))
     x = (batch.noise if batch.x is None else batch.x).to(place).requires_grad_(True)
     value = reward(x, batch)
-    if not objective.needs_reward:
+    if not objective.needs_reward or objective.differentiates_reward:
         check_gradient(value)
     if not value.isfinite().all():
         shown = value.detach().tolist()

@@ -105,7 +105,7 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         objective["student_every"] = 2
         tree["critic"] = {}
         tree["student"] = {"steps": 2, "counts": [1, 2]}
-    if name in ("sida", "uni-instruct", "add", "gdd", "ladd"):
+    if name in ("sida", "uni-instruct", "add", "flash", "gdd", "ladd"):
         tree["critic"] = {}
     if name in ("kd", "reflow", "dmd"):
         tree["student"] = {"renoise": False}
@@ -119,7 +119,11 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         objective["solver_steps"] = 3
     if name == "progressive":
         objective |= {"initial_steps": 4, "stage_steps": 2}
-    if name == "rg-lcd":
+    if name == "flash":
+        objective |= {"levels": 4, "stage_steps": 1}
+    if name == "draft":
+        tree["student"] = {"steps": 2}
+    if name in ("draft", "rg-lcd"):
         tree["rewards"] = {"bright": {"function": f"{REWARD}:brightness"}}
     if name == "guided":
         objective |= {"first_steps": 1, "initial_steps": 4, "stage_steps": 2}

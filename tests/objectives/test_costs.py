@@ -4,6 +4,8 @@ A pass that also carries a derivative counts as two. A backward pass is counted 
 reaches the output of a forward pass; it costs about as much as two forward passes.
 """
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -71,6 +73,7 @@ class Judging(nn.Module):
 def costs(name, step=0, guided=False, critic=False, student=None, **fields):
     """The passes of each network in one step, for each sample of its batches."""
     torch.manual_seed(0)
+    random.seed(0)
     kind, counts = OBJECTIVES[name], {}
     tabulated = name in ("lcm", "pcm", "tcd", "rg-lcd")
     process = Tabulated.scaled_linear() if tabulated else Karras()
@@ -105,7 +108,9 @@ def costs(name, step=0, guided=False, critic=False, student=None, **fields):
 
 TWO = {"times": (1.0, 0.5)}
 FOUR = {"times": (1.0, 0.75, 0.5, 0.25), "grids": {4: (1.0, 0.75, 0.5, 0.25)}}
+PAIR = {**TWO, "grids": {2: TWO["times"]}}
 ODE = {**TWO, "renoise": False}
+REST = 1  # steps of Flash Diffusion's solver: the place of its grid is drawn
 HALVING = {"initial_steps": 2, "stage_steps": 5}
 # By objective and case: what the step is made of, and the passes.
 COSTS = {
@@ -165,6 +170,15 @@ COSTS = {
         "student forward": 2, "student backward": 1, "teacher forward": 1,
         "fake forward": 2, "fake backward": 1}),
     # Passes of the teacher that end at a block are counted; no gradient reaches an output of them.
+    ("draft", "the whole chain"): (
+        {"student": PAIR}, {"student forward": 2, "student backward": 2}),
+    ("draft", "the last step"): (
+        {"student": PAIR, "last_steps": 1}, {"student forward": 2, "student backward": 1}),
+    ("draft", "the last step three times"): (
+        {"student": PAIR, "last_steps": 1, "noises": 2},
+        {"student forward": 4, "student backward": 3}),
+    ("draft", "the guided teacher's chain"): ({"student": PAIR, "guided": True, "anchor": 1.0}, {
+        "student forward": 2, "student backward": 2, "teacher forward": 4}),
     ("drift", "features of samples and data"): (
         {"blocks": ("last",)}, {"student forward": 1, "student backward": 1, "teacher forward": 2}),
     ("ect", "both ends of a pair"): ({}, {"student forward": 2, "student backward": 1}),
@@ -184,6 +198,16 @@ COSTS = {
     ("finetune", "one"): ({}, {"student forward": 1, "student backward": 1}),
     ("finetune", "the anchor"): ({"anchor": 0.5}, {
         "student forward": 2, "student backward": 2, "teacher forward": 1}),
+    ("flash", "the teacher's rest of the grid, and the critic's head start"): (
+        {"critic": True, "levels": 4, "mode_std": 1e-3}, {
+        "student forward": 2, "student backward": 1, "teacher forward": REST + 2}),
+    ("flash", "no game in any stage"): ({
+        "critic": True, "levels": 4, "mode_std": 1e-3, "gan_weights": (0.0,) * 4}, {
+        "student forward": 1, "student backward": 1, "teacher forward": REST}),
+    ("flash", "with matching"): (
+        {"critic": True, "levels": 4, "mode_std": 1e-3, "stage_steps": 1, "step": 1}, {
+        "student forward": 3, "student backward": 1,
+        "teacher forward": REST + 1 + 1 + 2, "teacher backward": 1}),
     ("gdd", "an exact penalty on data"): ({"critic": True}, {
         "student forward": 2, "student backward": 1,
         "teacher forward": 3, "teacher backward": 1 + 2}),
