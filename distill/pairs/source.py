@@ -33,17 +33,8 @@ GB = 1e9
 NAMES = ("noise", "x")
 
 
-def pair_source(recipe: Recipe, teacher: Teacher) -> Source:
-    """The pairs of a recipe whose `data.source` is "pairs"; missing ones are made first.
-
-    Raises:
-        UserError: the folder holds other pairs than the recipe asks for, or half of them.
-    """
-    return Pairs(recipe, teacher).source()
-
-
 class Pairs:
-    """The pairs of a recipe, named before they are made.
+    """The pairs of a recipe whose `data.source` is "pairs", named before they are made.
 
     Networks that share the teacher's weights change its layers, so the teacher is known by its
     weights as they are here; `source` may follow when such networks are there.

@@ -14,7 +14,7 @@ from distill.pairs import folder as folders
 from distill.pairs.folder import fill
 from distill.pairs.making import Maker, invert
 from distill.pairs.settings import recipe_of, settings_of
-from distill.pairs.source import pair_source
+from distill.pairs.source import Pairs
 from distill.sampling.guided_teacher import guided, load_teacher
 from distill.training import build
 from teachers.analytic import Gaussian
@@ -114,7 +114,7 @@ def test_text_and_guidance_are_those_of_each_pairs_prompt(tmp_path):
     expected = solve(guided(given.teacher, teacher), tensors["noise"], 2, "ddim", cond)
     torch.testing.assert_close(tensors["x"], expected, rtol=1e-4, atol=1e-4)
     assert index["evaluations"] == 3 * 2 * 2  # guidance doubles them
-    run = pair_source(recipe_like(given, tmp_path / "pairs"), teacher)
+    run = Pairs(recipe_like(given, tmp_path / "pairs"), teacher).source()
     batch = run.batch(0, 0, 1, 3)
     order = [[torch.equal(n, m) for m in tensors["noise"]].index(True) for n in batch.noise]
     assert sorted(order) == [0, 1, 2]
@@ -173,7 +173,7 @@ def test_killed_making_goes_on_to_the_same_bytes_and_two_processes_share_it(tmp_
     assert 2 <= len(before) < 5
     assert not (tmp_path / "killed" / "index.json").exists()
     with refused("data.path", "not finished", "distill pairs"):
-        pair_source(recipe(GAUSSIAN, tmp_path / "killed"), load_teacher(settings().teacher))
+        Pairs(recipe(GAUSSIAN, tmp_path / "killed"), load_teacher(settings().teacher)).source()
     (tmp_path / "killed" / ".pairs-00004.safetensors.9").write_bytes(b"half a draft")
     assert ended(forked(tmp_path / "killed")) == 0
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())  # none was made again
@@ -216,7 +216,7 @@ def test_other_pairs_than_asked_for_are_refused(tmp_path, change, words):
     asked = Recipe.check(tree)
     teacher = load_teacher(Recipe.check({**tree, "teacher": tree["teacher"]["source"]}).teacher)
     with refused(*words):
-        pair_source(asked, teacher)
+        Pairs(asked, teacher).source()
 
 
 def test_a_folder_with_other_pairs_or_other_files_is_refused_before_work(tmp_path, capsys):
@@ -263,7 +263,7 @@ def test_a_run_with_adapters_learns_from_pairs_made_before_it(pipelines, tmp_pat
     tree["teacher"] = {"source": str(pipelines["edm"]), "null_label": 10}
     tree |= {"objective": {"name": "kd"}, "student": {"renoise": False}}
     given = Recipe.check(tree)
-    pair_source(given, load_teacher(given.teacher))
+    Pairs(given, load_teacher(given.teacher)).source()
     before = files_of(tmp_path / "pairs")
     build.networks(Recipe.check({**tree, "adapters": {"rank": 2}}), tmp_path / "run", False)
     assert files_of(tmp_path / "pairs") == before
@@ -314,7 +314,7 @@ def test_a_budget_counts_the_pairs_before_they_are_made(tmp_path):
     assert before == 20 * 7 + 3 * 6  # Heun's
     assert steps_for_evaluations(asked, before + 8 * 5) == 5  # a batch is 8
     assert not list(tmp_path.iterdir())
-    assert pair_source(asked, load_teacher(asked.teacher)).evaluations == before
+    assert Pairs(asked, load_teacher(asked.teacher)).source().evaluations == before
     assert pair_evaluations(asked) == before
 
 
@@ -329,7 +329,7 @@ def test_a_damaged_index_is_refused_and_a_damaged_shard_made_again(tmp_path):
     for text in ("", "[]", "{}", '{"shards": 3}', '{"shards": []}'):
         (folder / "index.json").write_text(text)
         with refused(f"pairs {folder / 'index.json'}", "damaged"):
-            pair_source(recipe(GAUSSIAN, folder), teacher)
+            Pairs(recipe(GAUSSIAN, folder), teacher).source()
 
 
 def test_a_shard_whose_draft_another_process_removed_is_the_others(tmp_path, monkeypatch):
@@ -347,6 +347,6 @@ def test_a_shard_whose_draft_another_process_removed_is_the_others(tmp_path, mon
 
 def test_prompts_that_the_pairs_were_not_made_of_are_refused(tmp_path):
     _, teacher = made(tmp_path, settings("shapes", count=2, steps=1, solver="ddim"))
-    pair_source(recipe("shapes", tmp_path), teacher)
+    Pairs(recipe("shapes", tmp_path), teacher).source()
     with refused("data.prompts", tmp_path):
-        pair_source(recipe("shapes", tmp_path, prompts="pack:starter"), teacher)
+        Pairs(recipe("shapes", tmp_path, prompts="pack:starter"), teacher).source()
