@@ -5,6 +5,7 @@ command makes, and that are killed for good, are at the end.
 """
 
 import json
+import shutil
 import signal
 import time
 from functools import cache
@@ -77,7 +78,7 @@ def kill(engine):
 INTERRUPTIONS = {"stopped": stop, "SIGTERM": terminate, "killed": kill}
 ROWS = [
     *((name, "weights", how) for name in (*FIVE, "ect") for how in ("stopped", "killed")),
-    *((name, "adapters", "SIGTERM") for name in OBJECTIVES),
+    ("fdistill", "adapters", "SIGTERM"),
     ("dmd2", "adapters", "killed"),
     ("sid", "weights", "SIGTERM"),
     ("sid", "offloaded", "stopped"),
@@ -94,7 +95,8 @@ def log_of(out):
 @pytest.fixture(scope="module")
 def recipe(pipelines):
     def check(name, way):
-        tree = recipe_tree(name, pipelines["edm"], steps=STEPS, save_every=SAVED, log_every=1)
+        times = {"steps": STEPS, "save_every": SAVED, "keep": 3, "log_every": 1}
+        tree = recipe_tree(name, pipelines["edm"], **times)
         return Recipe.check({**tree, **WAYS[way]})
 
     return check
@@ -118,9 +120,28 @@ def whole(recipe, tmp_path_factory):
 def test_an_interrupted_run_that_goes_on_is_the_run_left_alone(
     name, way, how, recipe, whole, tmp_path
 ):
-    alone = whole(name, way)
     left = INTERRUPTIONS[how](build.build(recipe(name, way), tmp_path / "run").engine)
-    rest = build.build(recipe(name, way), tmp_path / "run", resume=True).engine
+    check_the_rest(whole(name, way), recipe(name, way), tmp_path / "run", left)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_run_of_adapters_that_has_lost_its_last_checkpoints_is_the_run_left_alone(
+    name, recipe, tmp_path
+):
+    """Of every objective, what a checkpoint holds is all that the run goes on from."""
+    alone = build.build(recipe(name, "adapters"), tmp_path / "alone").engine
+    alone.train()
+    run = shutil.copytree(alone.out, tmp_path / "run")
+    for folder in checkpoint.steps(run / "checkpoints"):
+        if folder.name != f"step-{SAVED:06d}":
+            shutil.rmtree(folder)
+    check_the_rest(alone, recipe(name, "adapters"), run, SAVED)
+
+
+def check_the_rest(alone, recipe, out, left):
+    """The run in `out` goes on after step `left`, and ends as the engine `alone` has."""
+    rest = build.build(recipe, out, resume=True).engine
     assert rest.step == left
     rest.train()
     assert_same(alone, rest)
