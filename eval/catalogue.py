@@ -63,6 +63,10 @@ def _evaluations(label: str, summary: str) -> MetricInfo:
 # In the order of tables. The first figure that a protocol gives orders its rows: see `headline`.
 CATALOGUE: dict[str, MetricInfo] = {
     "fd": _frechet("Fréchet distance", "Fréchet distance of features to the reference's", "FD"),
+    "fd_second": _frechet(
+        "Fréchet distance, second network", "fd, of a network of another seed and architecture",
+        "FD, 2nd",
+    ),
     "fid": _frechet("FID", "Fréchet distance of Inception features, by the protocol's resize"),
     "patch_fid": _frechet(
         "patch FID", "fid of central 299×299 patches, not resized", paper="2402.13929"
@@ -147,6 +151,7 @@ CATALOGUE: dict[str, MetricInfo] = {
     "count_accuracy": _attribute("count", "number"),
     "position_accuracy": _attribute("position", "place"),
     "fd_bias": _bias("fd"),
+    "fd_second_bias": _bias("fd_second"),
     "fid_bias": _bias("fid"),
     "patch_fid_bias": _bias("patch_fid"),
     "fd_dinov2_bias": _bias("fd_dinov2"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill.config.paths import from_start
 from distill.config.recipe import Recipe, read_yaml
 from distill.config.renamed import current_names
+from distill.config.used_networks import of_student, record
 from distill.data.encode import device
 from distill.files import check_writable, write
 from distill.publish.card import draft
@@ -128,7 +129,8 @@ def export(source: Trained, out: Path, about: dict[str, Any], seeds: int) -> dic
     """Write the student with its present weights to a folder, measured and with its card.
 
     Args:
-        about: Says what its weights are; `line` is the card's.
+        about: Says what its weights are; `line` is the card's, and `chosen_by` the network whose
+            figure chose them.
         seeds: Of the measurement; 0 for none.
 
     Returns:
@@ -136,12 +138,15 @@ def export(source: Trained, out: Path, about: dict[str, Any], seeds: int) -> dic
     """
     student = source.form.export(source.student, out, source.recipe.tree())
     sidecar = read_json(out / SIDECAR, f"student {str(out)!r}")
-    write(out / SIDECAR, json.dumps({**sidecar, "average": about["line"]}, indent=2) + "\n")
+    chosen_by = {k: about[k] for k in ("chosen_by",) if k in about}
+    sidecar = {**sidecar, "average": about["line"], **chosen_by}
+    write(out / SIDECAR, json.dumps(sidecar, indent=2) + "\n")
     rows: dict[str, Any] = {}
     if seeds and source.measure is not None:
         rows = {str(k): source.figures(student, k, seeds) for k in student.counts}
     write(out / "average.json", json.dumps({**about, "metrics": rows}, indent=2) + "\n")
-    write(out / "README.md", draft(out, summary_of(source.run, rows)))
+    used, name = of_student(sidecar), source.recipe.eval.protocol or ""
+    write(out / "README.md", draft(out, summary_of(source.run, rows) | record(used, name, rows)))
     return rows
 
 

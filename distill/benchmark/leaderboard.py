@@ -16,6 +16,8 @@ from distill.benchmark.state import COSTS
 from distill.files import write
 from eval import catalogue
 
+MARK = "†"  # of figures that are not held out
+
 
 @dataclass(frozen=True)
 class LeaderboardRow:
@@ -27,6 +29,7 @@ class LeaderboardRow:
         seeds: Of the runs that finished; for the teacher, of its noise.
         train_steps, network_evaluations, wall_s, peak_memory_gb: Of training, the mean over seeds.
         failed: By seed, why its run failed.
+        not_held_out: The metrics whose network was in the loss.
     """
 
     name: str
@@ -40,6 +43,7 @@ class LeaderboardRow:
     wall_s: float | None = None
     peak_memory_gb: float | None = None
     failed: dict[str, str] = field(default_factory=dict)
+    not_held_out: list[str] = field(default_factory=list)
 
     def value(self, key: str) -> float:
         """The mean of a metric."""
@@ -49,6 +53,11 @@ class LeaderboardRow:
     def distance(self) -> float:
         """The mean of the metric that orders rows."""
         return self.value(distance_of(self.metrics))
+
+    @property
+    def ranked(self) -> bool:
+        """Whether its distance is held out, and so may be compared with others'."""
+        return not self.metrics or distance_of(self.metrics) not in self.not_held_out
 
 
 def distance_of(figures: Mapping[str, Any]) -> str:
@@ -78,6 +87,7 @@ def lines_of(
     if not summaries:
         return [LeaderboardRow(row.name, "student", name, None, [], {}, failed=failed)]
     runs = list(summaries.values())
+    lost = [k for k, held in runs[0].get("held_out", {}).items() if not held]
 
     def average(key: str) -> float:
         return mean(s[key] for s in runs)
@@ -95,6 +105,7 @@ def lines_of(
             average("wall_s"),
             average("peak_memory_gb"),
             failed,
+            lost,
         )
         for steps in runs[0]["metrics"]["student"]
         if all(steps in s["metrics"]["student"] for s in runs)
@@ -150,7 +161,8 @@ def read(out: Path) -> list[LeaderboardRow]:
 def ordered(lines: Iterable[LeaderboardRow]) -> list[LeaderboardRow]:
     """The teacher, its baselines, then students by their distance in the fewest steps.
 
-    Rows whose runs all failed are last.
+    Rows whose distance is not held out come after the others, and those whose runs all failed are
+    last.
     """
     lines = list(lines)
     best: dict[str, float] = {}
@@ -158,10 +170,11 @@ def ordered(lines: Iterable[LeaderboardRow]) -> list[LeaderboardRow]:
         best.setdefault(line.name, line.distance)
     kinds = ("teacher", "baseline", "student")
 
-    def key(line: LeaderboardRow) -> tuple[int, float, str, int]:
+    def key(line: LeaderboardRow) -> tuple[int, bool, float, str, int]:
         place = best.get(line.name, float("inf")) if line.kind == "student" else 0.0
         name = line.name if line.kind == "student" else ""
-        return kinds.index(line.kind), place, name, line.steps or 0
+        failed = not line.metrics
+        return kinds.index(line.kind), failed or not line.ranked, place, name, line.steps or 0
 
     return sorted(lines, key=key)
 
@@ -177,6 +190,8 @@ def markdown(race: BenchmarkRunner, lines: Sequence[LeaderboardRow]) -> str:
         "± is the spread over seeds. Evaluations are samples through any network while training.",
         table([v for v in lines if v.kind == "student" and v.steps]),
     ]
+    if any(v.not_held_out for v in lines):
+        parts.append(f"{MARK} A network in the row's loss reads this figure: it is not held out.")
     if untrained := [v for v in lines if v.kind != "student"]:
         cost = "Evaluations are samples through any network for one picture."
         parts += ["## The teacher, untrained", cost, table(untrained)]
@@ -233,7 +248,7 @@ def figure(line: LeaderboardRow, key: str) -> str:
     if key not in line.metrics:
         return ""
     spread = f" ± {short(line.metrics[key]['spread'])}" if len(line.seeds) > 1 else ""
-    return f"{short(line.value(key))}{spread}"
+    return f"{short(line.value(key))}{spread}" + MARK * (key in line.not_held_out)
 
 
 def short(value: float) -> str:

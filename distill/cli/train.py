@@ -153,7 +153,7 @@ def show(out: Path) -> None:
     from distill.attempts import FIGURES
     from distill.console import out as console
     from distill.console import results_table
-    from distill.publish.results_table import rows_of
+    from distill.publish.results_table import not_held_out, rows_of
 
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     metrics = summary["metrics"]
@@ -171,6 +171,8 @@ def show(out: Path) -> None:
         console.print(
             results_table(title, table, next(iter(table)) if "teacher" in metrics else None)
         )
+        if line := not_held_out(summary):
+            console.print(line)
     elif FIGURES in summary.get("failed", {}):
         console.print("not measured: the measurement failed")
     else:

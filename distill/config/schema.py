@@ -215,6 +215,9 @@ class CriticSection(Section):
     # which returns a torch module of images (B, C, H, W) in [-1, 1]. Its blocks are named
     # encoder.NAME; by default its own output is read. It sees no time and no condition.
     encoder: Name | None = None
+    # What the encoder's weights are called, such as facebook/dinov2-large: figures that the same
+    # network reads are then marked as not held out.
+    network: Name | None = None
     # End each head in a unit vector with a loss of its own (SAN, arXiv:2301.12811).
     san: bool = False
 
@@ -404,6 +407,7 @@ class RewardSection(Section):
     # prompts or labels; or "shapes", how sure a classifier is of the caption.
     function: Name
     weight: Positive = 1.0  # β: the loss has -β times the mean reward
+    network: Name | None = None  # what its weights are called; as `critic.network`
 
 
 class ExportSection(Section):

@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from distill.config import used_networks
 from distill.console import out as console
 from distill.console import results_table, speed_table
 from distill.data.encode import device as device_of
@@ -16,6 +17,7 @@ from distill.evaluation import subject
 from distill.evaluation.results_file import PARTS, ResultsFile
 from distill.evaluation.subject import Subject
 from distill.files import check_writable
+from distill.publish.results_table import not_held_out
 from eval.protocols.measure import Protocol
 from eval.protocols.measure import protocol as protocol_of
 from eval.stream import Processes
@@ -199,7 +201,10 @@ def quality(
         spread = f"{seeds} seeds; ± over seeds" if seeds > 1 else "one seed"
         title = f"{name}: {len(measure.prompts):,} samples, {spread}"
         console.print(results_table(title, table, base=base))
-    return tree
+    about = used_networks.record(main.used_networks, measure.name, rows)
+    if not processes.rank and (line := not_held_out(about)):
+        console.print(line)
+    return tree | about
 
 
 def speeds(subjects: Subjects, device: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 
 from distill import __version__
 from distill.attempts import FIGURES, LOG, append_traceback, one_line
+from distill.config import used_networks
 from distill.files import write
 from distill.grids import save_samples
 from distill.profiling import device_name, peak_memory
@@ -201,6 +202,11 @@ def summarise(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     return {
         "objective": run.recipe.objective["name"],
         **({"loss_features": features} if (features := engine.objective.loss_features) else {}),
+        **used_networks.record(
+            used_networks.used_networks(run.recipe.tree()),
+            run.recipe.eval.protocol or "",
+            metrics.get("student", {}),
+        ),
         "steps": engine.step,
         **({"ended": engine.ended} if engine.ended else {}),
         "seed": run.recipe.train.seed,

@@ -17,6 +17,7 @@ from typing import Any, get_args
 import torch
 from pydantic import ValidationError
 
+from distill.config import used_networks
 from distill.config.errors import explain
 from distill.config.recipe import Recipe
 from distill.console import sampling_bar, spinner
@@ -57,6 +58,7 @@ class Subject:
         denoiser: Its network.
         max_steps: The greatest step count that it supports; None without a limit.
         sampler_name: The sampler's name in tables; empty for a student's own.
+        used_networks: The networks of images that a student's training read.
     """
 
     kind: str
@@ -67,6 +69,7 @@ class Subject:
     denoiser: Denoiser
     max_steps: int | None = None
     sampler_name: str = ""
+    used_networks: tuple[str, ...] = ()
 
     def check(self, steps: Sequence[int]) -> None:
         """Refuse step counts that it does not support.
@@ -148,7 +151,16 @@ def student(source: str, device: torch.device, precision: Precision | None = Non
         return lambda part, seed: student_samples(few_step, teacher, part, seed, batch)
 
     identity = {"files": stamps(str(folder)), "precision": precision}
-    return Subject("student", teacher, generator.counts, sampler, identity, generator.denoiser)
+    used = tuple(used_networks.of_student(read_json(folder / SIDECAR, f"student {source!r}")))
+    return Subject(
+        "student",
+        teacher,
+        generator.counts,
+        sampler,
+        identity,
+        generator.denoiser,
+        used_networks=used,
+    )
 
 
 def teacher(

@@ -14,7 +14,7 @@ from typing import Any
 
 from distill.publish.licence import Licence, check_licence, folder_of, hub_id, licence_of
 from distill.publish.papers import PAPERS
-from distill.publish.results_table import SPREAD, advised, many, rows_of, steps_of
+from distill.publish.results_table import SPREAD, advised, many, not_held_out, rows_of, steps_of
 from distill.publish.tuning import HEADS, Tuning, tuning_of
 from eval import catalogue
 from teachers.errors import UserError, intact
@@ -295,6 +295,7 @@ def metadata(facts: Facts, licence: Licence) -> str:
 
     base, results = hub_id(facts.teacher), []
     metrics = facts.summary.get("metrics") or {}
+    held_out = facts.summary.get("held_out", {})  # a Hub's list of figures is a headline
     for steps, row in metrics.get("student", {}).items():
         results += [
             EvalResult(
@@ -306,6 +307,7 @@ def metadata(facts: Facts, licence: Licence) -> str:
                 metric_value=round(row[key], 6),
             )
             for key in catalogue.columns(row)
+            if held_out.get(key, True)
         ]
     parameters: dict[str, Any] = {"num_inference_steps": advised(facts.counts, facts.summary)}
     data = ModelCardData(
@@ -453,7 +455,8 @@ def quality(facts: Facts) -> str:
         table.append("| " + " | ".join(cells) + " |")
     return (
         f"## Quality\n\nProtocol `{student['protocol']}`: {student['n']} samples, {seeds}; "
-        f"{SPREAD}. Evaluations are network evaluations per image.\n\n" + "\n".join(table)
+        f"{SPREAD}. Evaluations are network evaluations per image.\n\n"
+        + "\n\n".join(filter(None, ("\n".join(table), not_held_out(facts.summary))))
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from eval import catalogue
+from eval.protocols.networks import sentence
 from teachers.errors import plural
 
 SPREAD = "± is the standard deviation over seeds"
@@ -48,7 +49,7 @@ def steps_of(counts: Iterable[Any]) -> str:
 
 def advised(counts: Iterable[int], summary: Mapping[str, Any]) -> int:
     """The recommended step count: the best one measured, or the largest if none was measured."""
-    steps = best(summary.get("metrics"))
+    steps = best(summary.get("metrics"), summary.get("held_out"))
     return max(counts) if steps is None else int(steps)
 
 
@@ -57,12 +58,32 @@ def many(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
-def best(metrics: Mapping[str, Any] | None) -> str | None:
-    """The student's step count with the best of the first figure; None where none was measured."""
+def best(
+    metrics: Mapping[str, Any] | None, held_out: Mapping[str, bool] | None = None
+) -> str | None:
+    """The student's step count with the best of the headline figure; None where there is none."""
     rows = (metrics or {}).get("student", {})
-    measured = [k for row in rows.values() for k in catalogue.columns(row)]
-    key = next((k for k in measured if all(k in row for row in rows.values())), None)
-    if key is None:
+    if (key := headline_figure(metrics, held_out)) is None:
         return None
     sign = 1 if catalogue.lower_is_better(key) else -1
     return min(rows, key=lambda k: sign * rows[k][key])
+
+
+def headline_figure(
+    metrics: Mapping[str, Any] | None, held_out: Mapping[str, bool] | None = None
+) -> str | None:
+    """The first figure of all the student's rows that is held out; None where there is none.
+
+    Args:
+        held_out: As summaries have it; figures that are not in it are held out.
+    """
+    rows = (metrics or {}).get("student", {})
+    measured = [k for row in rows.values() for k in catalogue.columns(row)]
+    held = [k for k in measured if (held_out or {}).get(k, True)]
+    return next((k for k in held if all(k in row for row in rows.values())), None)
+
+
+def not_held_out(summary: Mapping[str, Any]) -> str:
+    """The sentence that says which figures are not held out; empty where all are."""
+    held = {catalogue.label(k): v for k, v in summary.get("held_out", {}).items()}
+    return sentence(held, summary.get("used_networks", ()))

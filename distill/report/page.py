@@ -23,7 +23,16 @@ from distill.publish.card import (
     snippet,
     teacher_name,
 )
-from distill.publish.results_table import SPREAD, Row, best, many, rows_of, steps_of
+from distill.publish.results_table import (
+    SPREAD,
+    Row,
+    best,
+    headline_figure,
+    many,
+    not_held_out,
+    rows_of,
+    steps_of,
+)
 from distill.publish.tuning import HEADS
 from distill.report import curves
 from distill.report.charts import chart
@@ -127,10 +136,11 @@ def verdict(summary: Mapping[str, Any]) -> str:
     metrics = summary.get("metrics")
     if not metrics:
         return "Not measured: the recipe has no evaluation protocol."
-    row = first_row(metrics)
-    if (steps := best(metrics)) is None:
-        return f"Measured by protocol {row['protocol']}."
-    key, student = catalogue.columns(row)[0], metrics["student"][steps]
+    row, held = first_row(metrics), summary.get("held_out")
+    if (steps := best(metrics, held)) is None:
+        return f"Measured by protocol {row['protocol']}. {not_held_out(summary)}".strip()
+    key, student = headline_figure(metrics, held), metrics["student"][steps]
+    assert key is not None
     value = " ± ".join(filter(None, figure(student, key)))
     start = f"In {steps_of([int(steps)])} the student's {catalogue.label(key)} is {value}"
     if (teacher := metrics.get("teacher")) is None:
@@ -173,6 +183,11 @@ def headline(facts: Facts, summary: Mapping[str, Any], weights: str, batch: int)
         "Teacher": f"{teacher_name(facts)}, {summary.get('guidance', 'unguided')}",
         "Objective": facts.objective,
         **({"Features in the loss": v} if (v := summary.get("loss_features")) else {}),
+        **(
+            {"Networks that training read": ", ".join(v)}
+            if (v := summary.get("used_networks"))
+            else {}
+        ),
         "Trained": weights,
         "Training": f"{summary['steps']:,} steps of {batch} samples, seed {summary.get('seed', 0)}",
         "Cost": cost(summary),
@@ -283,4 +298,4 @@ def protocol(summary: Mapping[str, Any]) -> str:
         few = (" The teacher's few steps use its own timesteps; searched timesteps may do better "
                "without training (distill eval --schedule).")  # fmt: skip
     how = f"Protocol {student['protocol']}: {student['n']:,} samples per seed; {seeds}; {SPREAD}."
-    return how + few
+    return " ".join(filter(None, (how + few, not_held_out(summary))))

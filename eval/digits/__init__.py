@@ -1,4 +1,7 @@
-"""The embedded digits: scikit-learn's 1,797 real 8×8 digits, and a small classifier of them.
+"""The embedded digits: scikit-learn's 1,797 real 8×8 digits, and two small classifiers of them.
+
+The classifiers differ in seed and architecture: what is trained against the features of one can
+still be measured by those of the other.
 
 Data: UCI "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak, CC BY 4.0), the part that
 scikit-learn ships as `load_digits`, stored here as values 0 to 16.
@@ -51,19 +54,59 @@ class Classifier(nn.Module):
         return self.head(self.body(images))
 
 
+class DenseClassifier(nn.Module):
+    """A 33k-parameter classifier of digits without convolutions.
+
+    Its 48 penultimate activations are the second features of the digits metrics.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 128), nn.GELU(),
+            nn.Linear(128, 128), nn.LayerNorm(128), nn.GELU(),
+            nn.Dropout(0.3), nn.Linear(128, 48), nn.GELU(),
+        )  # fmt: skip
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, 10) of images (N, 1, 8, 8) in [-1, 1]."""
+        return self.head(self.body(images))
+
+
+CLASSIFIERS = {"classifier": Classifier, "dense": DenseClassifier}  # by the names of their files
+
+
 @cache
-def classifier() -> Classifier:
-    """The shipped classifier, frozen and in eval mode."""
-    net = Classifier()
-    net.load_state_dict(load_file(HERE / "classifier.safetensors"))
+def classifier(name: str = "classifier") -> Classifier | DenseClassifier:
+    """A shipped classifier, frozen and in eval mode."""
+    net = CLASSIFIERS[name]()
+    net.load_state_dict(load_file(HERE / f"{name}.safetensors"))
     return net.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def features(images: Tensor) -> Tensor:
-    """Penultimate features (N, 64) of uint8 digits (N, 1, 8, 8)."""
+    """Penultimate features (N, 64) of uint8 digits (N, 1, 8, 8).
+
+    Raises:
+        MetricError: the images have another shape.
+    """
+    return _features("classifier", images)
+
+
+def dense_features(images: Tensor) -> Tensor:
+    """The second classifier's penultimate features (N, 48) of uint8 digits (N, 1, 8, 8).
+
+    Raises:
+        MetricError: the images have another shape.
+    """
+    return _features("dense", images)
+
+
+@torch.no_grad()
+def _features(name: str, images: Tensor) -> Tensor:
     if images.shape[1:] != (1, 8, 8):
         raise MetricError(
             f"digits protocol: images are {tuple(images.shape[1:])}; it takes 1×8×8 digits"
         )
-    return classifier().body(images.float().cpu() / 127.5 - 1)
+    return classifier(name).body(images.float().cpu() / 127.5 - 1)

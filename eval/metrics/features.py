@@ -1,6 +1,6 @@
 """Feature extractors by name; each is a network of one version with one resize rule.
 
-`digits` and `shapes` are embedded. The others are downloaded once, and run on a GPU if
+Those of `digits` and `shapes` are embedded. The others are downloaded once, and run on a GPU if
 there is one.
 """
 
@@ -40,6 +40,7 @@ class Extractor:
     """From images to features, by one network after one resize.
 
     name, version: recorded with every statistic of these features.
+    network: what its weights are called; extractors with other resizes may share them.
     dim: the number of features of an image.
     size, resize: the side, and the rule, to which images are resized first.
     load: makes the network, at the first call.
@@ -53,6 +54,7 @@ class Extractor:
     resize: Resize
     load: Callable[[], Network]
     batch: int = 64
+    network: str = ""
 
     @property
     def rule(self) -> str:
@@ -86,6 +88,10 @@ class Embedded:
     version: str
     dim: int
     read: Features
+
+    @property
+    def network(self) -> str:
+        return self.name
 
     @property
     def rule(self) -> str:
@@ -201,24 +207,32 @@ EXTRACTORS: dict[str, Extractor | Embedded] = {
     for e in (
         Extractor(
             "inception-clean", GRAPH, 2048, 299, pil_float,
-            lambda: inception(pool_of_resized),
+            lambda: inception(pool_of_resized), network=GRAPH,
         ),
         Extractor(
             "inception-legacy-tensorflow", GRAPH, 2048, 299, untouched,
-            lambda: inception(pool),
+            lambda: inception(pool), network=GRAPH,
         ),
-        Extractor("inception-edm", GRAPH, 2048, 299, untouched, lambda: inception(pool)),
-        Extractor("inception-logits", GRAPH, 1008, 299, untouched, lambda: inception(logits)),
+        Extractor(
+            "inception-edm", GRAPH, 2048, 299, untouched,
+            lambda: inception(pool), network=GRAPH,
+        ),
+        Extractor(
+            "inception-logits", GRAPH, 1008, 299, untouched,
+            lambda: inception(logits), network=GRAPH,
+        ),
         Extractor(
             "dinov2-vitl14", DINOV2[1][:12], 1024, 224, pil_bytes,
-            lambda: dinov2(*DINOV2),
+            lambda: dinov2(*DINOV2), network=DINOV2[0],
         ),
         Extractor(
             "clip-vitl14-336", CLIP_L_336[1][:12], 768, 336, centre_then_resize,
-            lambda: clip_image(*CLIP_L_336),
+            lambda: clip_image(*CLIP_L_336), network=CLIP_L_336[0],
         ),
         Embedded("digits", "1", 64, digits.features),
+        Embedded("digits-dense", "1", 48, digits.dense_features),
         Embedded("shapes", "1", 64, shapes.features),
+        Embedded("shapes-patches", "1", 48, shapes.patch_features),
     )
 }  # fmt: skip
 

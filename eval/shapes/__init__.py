@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.shapes.classifier import features
+from eval.shapes.classifier import features, patch_features
 from eval.shapes.reader import accuracy, known_words_accuracy, read
 from eval.shapes.scenes import (
     COLOURS,
@@ -29,5 +29,6 @@ __all__ = [
     "features",
     "known_words_accuracy",
     "parse",
+    "patch_features",
     "read",
 ]

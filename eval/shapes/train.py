@@ -1,4 +1,4 @@
-"""Train the shapes classifier: `python -m eval.shapes.train`, two minutes on one CPU core."""
+"""Train a shapes classifier: `python -m eval.shapes.train [NAME]`, minutes on one CPU core."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from eval.shapes.classifier import WEIGHTS, Classifier, labels
+from eval.shapes.classifier import CLASSIFIERS, HERE, Classifier, PatchClassifier, labels
 from eval.shapes.scenes import captions, draw, parse
+
+SEEDS = {"classifier": 0, "patches": 1}
 
 
 def images_and_labels(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -19,10 +21,12 @@ def images_and_labels(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return draw(texts, seed).float() / 127.5 - 1, labels([parse(c) for c in texts])
 
 
-def train(steps: int = 1500, batch: int = 128) -> tuple[Classifier, float]:
+def train(
+    name: str = "classifier", steps: int = 1500, batch: int = 128
+) -> tuple[Classifier | PatchClassifier, float]:
     """A classifier trained on new scenes at each step, and its accuracy on unseen scenes."""
-    torch.manual_seed(0)
-    net = Classifier()
+    torch.manual_seed(SEEDS[name])
+    net = CLASSIFIERS[name]()
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
@@ -39,7 +43,8 @@ def train(steps: int = 1500, batch: int = 128) -> tuple[Classifier, float]:
 
 
 if __name__ == "__main__":
-    net, accuracy = train()
-    state = save(net.state_dict(), {"accuracy": f"{accuracy:.4f}"})
-    WEIGHTS.write_bytes(state)
-    sys.stdout.write(f"whole-scene accuracy {accuracy:.4f}\n")
+    for name in sys.argv[1:] or CLASSIFIERS:
+        net, accuracy = train(name)
+        state = save(net.state_dict(), {"accuracy": f"{accuracy:.4f}"})
+        (HERE / f"{name}.safetensors").write_bytes(state)
+        sys.stdout.write(f"{name}: whole-scene accuracy {accuracy:.4f}\n")
