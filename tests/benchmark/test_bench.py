@@ -170,7 +170,9 @@ def test_every_shipped_benchmark_is_valid(name):
     assert Bench.load(name).rows
 
 
-@pytest.mark.parametrize("name", ["bench/digits", "bench/shapes"])
+@pytest.mark.parametrize(
+    "name", ["bench/digits", pytest.param("bench/shapes", marks=pytest.mark.slow)]
+)
 def test_every_row_of_a_benchmark_can_count_its_budget(name):
     """Networks that read a landing time or a scale, or whose last layer balances losses, too."""
     bench = Bench.load(name)

@@ -74,12 +74,11 @@ def test_figures_of_an_objective_are_not_kept_once_its_file_has_changed(small, t
     assert played == ["mine-seed0"]
 
 
-@pytest.mark.parametrize(("change", "again"), [
-    ("seeds=[0]", []),
-    ("budget.network_evaluations=2000", ["dmd2-seed0"]),
-    ("common.players.student.lr=0.03", ["dmd2-seed0"]),
+@pytest.mark.parametrize(("lost", "change", "again"), [
+    ("state.json", "seeds=[0]", []),
+    ("state.json recipes", "budget.network_evaluations=2000", ["dmd2-seed0"]),
+    ("state.json", "common.players.student.lr=0.03", ["dmd2-seed0"]),
 ])  # fmt: skip
-@pytest.mark.parametrize("lost", ["state.json", "state.json recipes"])
 def test_a_run_without_its_state_is_kept_if_it_is_of_this_row_and_else_made_anew(
     small, tmp_path, played, change, again, lost
 ):

@@ -35,8 +35,8 @@ def test_names_move_as_little_as_keeps_them_apart(places, expected):
     assert plots.spread_out(places, 0.1) == pytest.approx(expected)
 
 
-@pytest.fixture
-def drawn(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
     """Every figure that the crowd makes, by its file's name."""
     figures = {}
 
@@ -45,8 +45,9 @@ def drawn(tmp_path, monkeypatch):
         fig.canvas.draw()
         return path
 
-    monkeypatch.setattr(plots, "saved", keep)
-    plots.plot(CROWD, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "saved", keep)
+        plots.plot(CROWD, tmp_path_factory.mktemp("plots"))
     return figures
 
 

@@ -315,7 +315,9 @@ def on_a_terminal(*words) -> str:
     return seen.decode()
 
 
+@pytest.mark.slow
 def test_a_run_says_at_once_that_it_prepares_and_only_on_a_terminal(tmp_path, capsys):
+    """The line before imports, on a pseudo-terminal and in a pipe."""
     words = ("run", tmp_path / "nowhere.yaml")
     seen = on_a_terminal(*words)
     assert seen.index("preparing") < seen.index("no such file")

@@ -114,6 +114,7 @@ def test_the_table_keeps_a_name_on_one_line_of_eighty_columns():
     ] in lines  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_lora_is_added_to_both_as_its_factors_say(made):
     """The student with the file is the student with B A in its weights, to the bit."""
     _, pictures = compare(request(made, 1.0, 0.5))
@@ -186,7 +187,9 @@ def test_a_lora_is_added_to_a_teacher_before_it_is_quantised(made):
     assert tree["rows"][0]["pairs"] == len(made.pairs)
 
 
+@pytest.mark.slow
 def test_a_class_conditional_student_draws_its_labels(tmp_path):
+    """A student of class labels beside its teacher, for labels."""
     source = families.build("dit", tmp_path / "teacher")
     teacher = load(str(source))
     recipe = {"teacher": {"source": str(source)}, "eval": {"teacher_steps": 2}}

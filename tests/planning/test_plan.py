@@ -50,11 +50,19 @@ def measured(run):
     return most
 
 
-@pytest.mark.parametrize(("part", "parts"), [(64, 1), (2, 2)])
-@pytest.mark.parametrize("adapters", [None, {"rank": 4}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("adapters", "part", "parts"),
+    [
+        pytest.param(None, 64, 1, id="full-64-1"),
+        pytest.param(None, 2, 2, marks=pytest.mark.slow, id="full-2-2"),
+        pytest.param({"rank": 4}, 64, 1, marks=pytest.mark.slow, id="lora-64-1"),
+        pytest.param({"rank": 4}, 2, 2, id="lora-2-2"),
+    ],
+)
 def test_a_plans_step_is_within_a_tenth_of_the_measured_one(
     pipelines, tmp_path, adapters, part, parts
 ):
+    """Activations and gradients of a step, beside what torch's profiler counts."""
     more = {} if adapters is None else {"adapters": adapters}
     recipe = small(pipelines, part, parts, **more)
     plan = forecast.plan(recipe)
@@ -73,7 +81,9 @@ def test_checkpointing_saves_in_a_plan_what_it_saves_in_a_run(tmp_path):
     assert plan.activations < kept.activations / 2
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_no_casts_of_weights_as_a_run_keeps_none(tmp_path):
+    """Of a wide network in bf16, with checkpointing."""
     wide = saved(tmp_path / "wide", block_out_channels=(64, 128))
     train = {"batch": 4, "accumulate": 2, "checkpointing": True, "precision": "bf16"}
     recipe = Recipe.check(recipe_tree("consistency", wide, **train))
@@ -147,7 +157,11 @@ def test_one_whose_code_reads_values_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "keys"),
-    [("digits/scm", []), ("digits/meanflow", []), ("digits/anyflow", ["student.landing=mixed"])],
+    [
+        ("digits/scm", []),
+        pytest.param("digits/meanflow", [], marks=pytest.mark.slow),
+        pytest.param("digits/anyflow", ["student.landing=mixed"], marks=pytest.mark.slow),
+    ],
 )
 def test_students_that_keep_to_slow_sinusoids_are_planned(name, keys):
     """Which weights they hold depends on values, and a plan has none."""

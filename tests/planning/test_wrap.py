@@ -118,6 +118,7 @@ def test_a_network_without_weights_is_examined_for_its_structure(tmp_path, capsy
     assert code == 0 and checks["shape of data"] == "ok" and checks["denoising"] == "left out"
 
 
+@pytest.mark.slow
 def test_a_network_of_volumes_has_no_pictures_to_be_examined_with(tmp_path, capsys):
     """One of Conv3d, without data and weights, and with data alone."""
     text = PLAIN.format(name="Volume", argument="").replace(

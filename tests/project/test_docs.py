@@ -98,6 +98,7 @@ def test_imports_in_the_pages_work(page):
         assert not [a.name for a in node.names if not hasattr(module, a.name)], node.module
 
 
+@pytest.mark.slow
 def test_the_readmes_own_objective_learns(tmp_path, monkeypatch):
     """Its very lines: the file, the recipe and, in docs/objectives.md, the race."""
     monkeypatch.chdir(tmp_path)

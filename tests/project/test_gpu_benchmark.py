@@ -40,7 +40,9 @@ def measured(run):
     return run("--only", "edm-cifar-dmd2,sana-dmd2-lora", "--steps", "1")
 
 
+@pytest.mark.slow
 def test_every_row_has_every_field_and_its_bound(measured):
+    """Two rows are measured on the CPU."""
     code, tree = measured
     assert code == 0
     assert {"device", "torch", "date", "matrix_tflops", "copy_gbs", "experiments"} <= set(tree)
@@ -55,6 +57,7 @@ def test_every_row_has_every_field_and_its_bound(measured):
         assert 0 < row["errors"]["bf16_native"] < 0.1
 
 
+@pytest.mark.slow
 def test_the_passes_of_dmd2_are_counted(measured):
     """A cycle of five steps has one turn of the student and five of its rivals, each of two."""
     edm, sana = measured[1]["rows"]

@@ -181,7 +181,9 @@ def test_speed_alone_draws_for_no_protocol_and_records_the_machine(quick, tmp_pa
             assert found["calls"] == speed.MIN_CALLS
 
 
+@pytest.mark.slow
 def test_speed_beside_a_protocol_and_a_teacher(quick, tmp_path, capsys):
+    """One call measures quality and speed, of a teacher beside another."""
     words = ("digits", "--speed", "--protocol", "digits", "--steps", "1", "--seeds", "1",
              "--solver", "ddim", "--against", "digits", "--against-steps", "2")  # fmt: skip
     out = evaluate(capsys, *words, "--json", tmp_path / "f.json")

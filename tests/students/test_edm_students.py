@@ -254,7 +254,9 @@ def test_diffusers_in_another_process_draws_a_trained_students_pictures(files, t
     torch.testing.assert_close(itself.codec.decode(x), teacher.codec.decode(x))
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_vae_of_latents(files):
+    """Its weights, and its decoding, of a student of EDM2's latents."""
     plan = forecast.plan(recipe(files / "edm2-latents"))
     vae = load(str(files / "edm2-latents")).codec.vae
     assert plan.beside == sum(p.nbytes for p in vae.parameters()) > 0

@@ -309,6 +309,7 @@ def test_an_export_that_differs_is_refused_and_leaves_nothing(pipelines, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["student"]  # no drafts
 
 
+@pytest.mark.slow
 def test_exports_are_compared_without_tf32(pipelines, tmp_path, monkeypatch):
     """TF32 would tell a merged adapter from one beside its weights, on a GPU."""
     teacher = load(str(pipelines["edm"]), null_label=10)

@@ -71,7 +71,9 @@ def examined(capsys, source, pictures):
     return code, out, err
 
 
+@pytest.mark.slow
 def test_a_sound_copy_passes_with_a_verdict_and_nothing_on_stderr(tmp_path, pictures, capsys):
+    """The embedded teacher of shapes passes on its own pictures."""
     code, out, err = examined(capsys, planted(tmp_path / "t"), pictures)
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "passed: 24 checks, 1 left out"
@@ -89,8 +91,9 @@ def test_a_wrong_prediction_type_in_the_config_is_named(tmp_path, pictures, caps
 SCALE = json.loads((EMBEDDED["shapes"] / "vae" / "config.json").read_text())["scaling_factor"]
 
 
-@pytest.mark.parametrize(("times", "gain"), [(0.5, "2"), (2.0, "0.5")])
+@pytest.mark.parametrize(("times", "gain"), [(0.5, "2"), pytest.param(2.0, "0.5", marks=SLOW)])
 def test_a_wrong_scaling_factor_in_the_config_is_named(tmp_path, pictures, capsys, times, gain):
+    """A scaling factor of half or twice its value is named, with the gain that mends it."""
     source = planted(tmp_path / "t", "vae", scaling_factor=SCALE * times)
     code, _, err = examined(capsys, source, pictures)
     assert code == 2 and "vae scaling_factor: data times" in err
@@ -115,7 +118,8 @@ def wrong():
 """
 
 
-@pytest.mark.parametrize("time", ["t", pytest.param("999 * (1 - t)", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("time", ["t", "999 * (1 - t)"])
 def test_a_wrong_time_unit_in_an_adapter_is_named(tmp_path, pictures, capsys, time):
     """An adapter that gives its network times in another unit is named."""
     (tmp_path / "mine.py").write_text(OWN.format(folder=str(EMBEDDED["shapes"]), time=time))
@@ -185,20 +189,22 @@ def test_a_sound_flow_model_passes(tmp_path):
 @pytest.mark.parametrize(
     ("part", "values", "line"),
     [
-        ("scheduler", {"num_train_timesteps": 1},
-         "time units: fed with 1000 σ/(α + σ) the network does better"),
+        pytest.param(
+            "scheduler", {"num_train_timesteps": 1},
+            "time units: fed with 1000 σ/(α + σ) the network does better", marks=SLOW,
+        ),
         ("vae", {"scaling_factor": SCALE / 2}, "multiply scaling_factor by about 2"),
-        ("vae", {"shift_factor": 1.0}, "vae shift_factor: data plus "),
+        pytest.param("vae", {"shift_factor": 1.0}, "vae shift_factor: data plus ", marks=SLOW),
     ],
     ids=["time unit", "scale", "shift"],
 )  # fmt: skip
 def test_a_mistake_in_a_flow_models_configs_is_named(tmp_path, part, values, line):
+    """Of a flow model's times and of its latents' scale and shift."""
     assert line in said(flow(tmp_path / "t", part, **values))
 
 
-@pytest.mark.parametrize(
-    "wrong", ["v", pytest.param("eps", marks=SLOW), pytest.param("x", marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", ["v", "eps", "x"])
 def test_a_flow_model_read_as_another_prediction_is_named(tmp_path, wrong):
     """A flow model read as one of v, ε or x is named."""
     teacher = flow(tmp_path / "t")

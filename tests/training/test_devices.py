@@ -169,7 +169,9 @@ def test_a_teachers_pictures_are_the_hosts(how, gpu, monkeypatch):
         assert (pairs[0].int() - pairs[1].int()).abs().max() <= 2
 
 
+@pytest.mark.slow
 def test_teachers_are_examined_where_they_are(gpu):
+    """The doctor on the digits teacher, on the device."""
     teacher = load("digits")
     teacher.denoiser.to(gpu)
     checks = diagnose(teacher, *examples("digits"))

@@ -119,7 +119,9 @@ def test_an_unknown_optimiser_is_named(pipelines):
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.slow
 def test_a_plan_moves_offloaded_moments_to_the_host(pipelines):
+    """The plan of a run whose optimisers keep their moments on the host."""
     tree = recipe_tree("sid", pipelines["edm"])
     tree["players"] = {k: {"optimizer": "adamw-offloaded"} for k in ("student", "fake")}
     plan = forecast.plan(Recipe.check(tree))

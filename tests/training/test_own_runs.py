@@ -39,7 +39,9 @@ def trained(tree, out, resume=False):
     return run
 
 
+@pytest.mark.slow
 def test_a_student_learns_the_distribution_that_is_known(tmp_path):
+    """A student of the user's own network, beside its known law."""
     file = own.write(tmp_path)
     changes = {
         "players": {"student": {"lr": 1e-2, "decay": "linear"}},

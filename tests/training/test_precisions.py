@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -22,7 +23,9 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_runs_of_two_precisions_follow_one_another_in_a_process(pipelines, tmp_path):
+    """fp32, bf16 and fp32 again in one process; bf16 alone in another."""
     teacher = str(pipelines["edm"])
     first = weights(teacher, "fp32", tmp_path / "a")
     half = weights(teacher, "bf16", tmp_path / "b")

@@ -163,7 +163,7 @@ WAYS = {
 }
 
 
-QUICK = ("adapters", "consistency")
+QUICK = ("consistency",)
 
 
 @pytest.mark.parametrize(
