@@ -18,9 +18,9 @@ from distill.console import consume_with_bar
 from distill.data.fingerprint import of_tensors
 from distill.files import write
 from distill.sampling.student_sampler import student_samples
+from distill.sampling.used_networks import of_headline
 from distill.training import checkpoint
 from eval.catalogue import headline
-from eval.protocols.networks import networks
 from teachers.errors import UserError, plural
 
 NOISE = 1000  # the seed of the search's noise: none of those that figures are averaged over
@@ -103,13 +103,12 @@ def by_search(
     judged = searched(fitness, founders(names), evaluations, seed, record, about | contents)
     best = best_of(judged, run)
     source.set(combined(list(weights.values()), best.coefficients))
-    table = networks(measure.name)
     judged_at = f"{count} {plural(count, 'step')}"
     about |= {
         "line": f"a linear combination of {len(names)} saved weights, the best of "
         f"{evaluations:,} that a search judged at {judged_at} (LCSC, arXiv:2404.02241)",
         "coefficients": dict(zip(names, best.coefficients, strict=True)),
-        "chosen_by": table[key] if (key := headline(table)) else "",
+        "chosen_by": of_headline(measure.name),
         "fitness": {"best": best.fitness, "first": judged[0].fitness},
         "network_evaluations": evaluations * count * len(measure.prompts),
     }

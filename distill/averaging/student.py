@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from distill.config.paths import from_start
 from distill.config.recipe import Recipe, read_yaml
 from distill.config.renamed import current_names
-from distill.config.used_networks import of_student, record
 from distill.data.encode import device
 from distill.files import check_writable, write
 from distill.publish.card import draft
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import evaluate_student
+from distill.sampling.used_networks import of_student, record
 from distill.training.networks import check_form, objective_of
 from eval.protocols.measure import Protocol, protocol
 from students.export.folder import SIDECAR
@@ -145,8 +145,9 @@ def export(source: Trained, out: Path, about: dict[str, Any], seeds: int) -> dic
     if seeds and source.measure is not None:
         rows = {str(k): source.figures(student, k, seeds) for k in student.counts}
     write(out / "average.json", json.dumps({**about, "metrics": rows}, indent=2) + "\n")
-    used, name = of_student(sidecar), source.recipe.eval.protocol or ""
-    write(out / "README.md", draft(out, summary_of(source.run, rows) | record(used, name, rows)))
+    if summary := summary_of(source.run, rows):
+        summary |= record(of_student(sidecar), source.recipe.eval.protocol or "", rows)
+    write(out / "README.md", draft(out, summary))
     return rows
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from accelerate import PartialState
 
-from distill.config import used_networks
 from distill.console import out as console
 from distill.console import results_table, speed_table
 from distill.data.encode import device as device_of
@@ -18,6 +17,7 @@ from distill.evaluation.results_file import PARTS, ResultsFile
 from distill.evaluation.subject import Subject
 from distill.files import check_writable
 from distill.publish.results_table import not_held_out
+from distill.sampling import used_networks
 from eval.protocols.measure import Protocol
 from eval.protocols.measure import protocol as protocol_of
 from eval.stream import Processes

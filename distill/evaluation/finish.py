@@ -14,7 +14,6 @@ import torch
 
 from distill import __version__
 from distill.attempts import FIGURES, LOG, append_traceback, one_line
-from distill.config import used_networks
 from distill.files import write
 from distill.grids import save_samples
 from distill.profiling import device_name, peak_memory
@@ -22,6 +21,7 @@ from distill.publish.card import draft
 from distill.publish.licence import licence_of
 from distill.publish.results_table import many
 from distill.report.page import PICTURES, report
+from distill.sampling import used_networks
 from distill.sampling.guided_teacher import guided
 from distill.sampling.own_metric import page_of
 from distill.sampling.student_sampler import evaluate_student, student_samples

@@ -17,14 +17,13 @@ from typing import Any, get_args
 import torch
 from pydantic import ValidationError
 
-from distill.config import used_networks
 from distill.config.errors import explain
 from distill.config.recipe import Recipe
 from distill.console import sampling_bar, spinner
 from distill.data.encode import encoders_on, picture_shape
 from distill.files import stamps, write
 from distill.publish.results_table import steps_of
-from distill.sampling import speed
+from distill.sampling import speed, used_networks
 from distill.sampling.baselines import Baseline, Stock, StockEDM
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import check_protocol, student_samples

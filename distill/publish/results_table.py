@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from eval import catalogue
-from eval.protocols.networks import sentence
 from teachers.errors import plural
 
 SPREAD = "± is the standard deviation over seeds"
@@ -84,6 +83,13 @@ def headline_figure(
 
 
 def not_held_out(summary: Mapping[str, Any]) -> str:
-    """The sentence that says which figures are not held out; empty where all are."""
-    held = {catalogue.label(k): v for k, v in summary.get("held_out", {}).items()}
-    return sentence(held, summary.get("used_networks", ()))
+    """What is not held out from training, in one sentence; empty where all is."""
+    held_out, used = summary.get("held_out", {}), summary.get("used_networks", ())
+    lost = [catalogue.label(key) for key, is_held in held_out.items() if not is_held]
+    if not lost:
+        return ""
+    verb, networks = "is" if len(lost) == 1 else "are", ", ".join(sorted(used))
+    return (
+        f"Not held out, since training used the network that reads them ({networks}), {verb} "
+        f"{', '.join(lost)}."
+    )

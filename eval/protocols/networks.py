@@ -49,21 +49,6 @@ def held_out(figures: Iterable[str], protocol: str, used: Collection[str]) -> di
     return {figure: table[key] not in used for figure, key in found.items() if key is not None}
 
 
-def sentence(held: Mapping[str, bool], used: Collection[str]) -> str:
-    """What is not held out, in one sentence; empty where all is.
-
-    Args:
-        held: By the figures' names as they are to be written.
-    """
-    if not (lost := [name for name, is_held in held.items() if not is_held]):
-        return ""
-    networks, verb = ", ".join(sorted(used)), "is" if len(lost) == 1 else "are"
-    return (
-        f"Not held out, since training used the network that reads them ({networks}), {verb} "
-        + (", ".join(lost) + ".")
-    )
-
-
 def _network(kind: str, options: Mapping[str, object]) -> str:
     if "features" in options:
         return EXTRACTORS[str(options["features"])].network

@@ -56,13 +56,6 @@ def test_a_figure_that_no_file_gives_is_not_spoken_of():
     assert networks.held_out(["fd"], "closed form", ["digits"]) == {}
 
 
-def test_the_sentence_names_what_is_lost_and_why():
-    assert networks.sentence({"FD": True}, ["shapes"]) == ""
-    assert networks.sentence({"FD": False, "recall": False, "accuracy": True}, ["b", "a"]) == (
-        "Not held out, since training used the network that reads them (a, b), are FD, recall."
-    )
-
-
 def test_the_second_networks_read_as_well_and_otherwise():
     """Of another architecture, they classify unseen images; their features are not the first's."""
     images, truth = digits.data()

@@ -7,11 +7,11 @@ import yaml
 
 from distill.benchmark import leaderboard
 from distill.config.recipe import Recipe
-from distill.config.used_networks import of_student, record, used_networks
 from distill.publish.card import facts_of, metadata, quality
 from distill.publish.licence import licence_of
-from distill.publish.results_table import advised, best, headline_figure
+from distill.publish.results_table import advised, best, headline_figure, not_held_out
 from distill.report.page import verdict
+from distill.sampling.used_networks import of_headline, of_student, record, used_networks
 from students import schedulers
 from students.export import folder
 from teachers import load
@@ -90,6 +90,16 @@ def test_without_a_figure_that_is_held_out_there_is_no_headline(gamed):
     )
 
 
+def test_the_sentence_names_what_is_lost_and_why():
+    held = {"fd": False, "recall": False, "accuracy": True}
+    assert not_held_out({"used_networks": ["b", "a"], "held_out": held}) == (
+        "Not held out, since training used the network that reads them (a, b), are "
+        "Fréchet distance, recall."
+    )
+    assert not_held_out({"used_networks": ["a"], "held_out": {"fd": True}}) == ""
+    assert not_held_out({}) == ""
+
+
 def test_a_run_without_such_networks_records_nothing():
     assert record([], "shapes", metrics_of(at_1=FIGURES)["student"]) == {}
 
@@ -97,7 +107,9 @@ def test_a_run_without_such_networks_records_nothing():
 def test_weights_that_a_figure_chose_are_not_judged_by_its_network():
     """As `distill average --search` leaves them."""
     tree = recipe(rewards={"a": {"function": "m.py:f"}}).tree()
-    used = of_student({"recipe": tree, "chosen_by": "shapes"})
+    assert of_headline("shapes") == "shapes" and of_headline("digits") == "digits"
+    assert of_headline("closed form") == ""
+    used = of_student({"recipe": tree, "chosen_by": of_headline("shapes")})
     assert used == ["m.py:f", "shapes"]
     assert record(used, "shapes", {"1": FIGURES})["held_out"]["fd"] is False
     assert of_student({"recipe": None}) == []

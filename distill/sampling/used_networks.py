@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from eval import catalogue
-from eval.protocols.networks import held_out
+from eval.protocols.networks import held_out, networks
 
 LPIPS = "lpips-vgg"  # as `eval.protocols.networks` calls it
 
@@ -30,6 +30,12 @@ def of_student(sidecar: Mapping[str, Any]) -> list[str]:
     recipe, chosen_by = sidecar.get("recipe"), sidecar.get("chosen_by")
     used = used_networks(recipe) if isinstance(recipe, Mapping) else []
     return sorted({*used, *([chosen_by] if chosen_by and isinstance(chosen_by, str) else [])})
+
+
+def of_headline(protocol: str) -> str:
+    """The network of a protocol's headline figure; empty for exact code and unknown protocols."""
+    table = networks(protocol)
+    return table[key] if (key := catalogue.headline(table)) else ""
 
 
 def record(
