@@ -101,9 +101,8 @@ def by_search(
     about = {"weights": names, "seed": seed, "steps": count, "protocol": measure.name}
     contents = {"contents": of_tensors(p for v in weights.values() for p in v)}
     judged = searched(fitness, founders(names), evaluations, seed, record, about | contents)
-    best = best_of(judged, run)
+    best, judged_at = best_of(judged, run), f"{count} {plural(count, 'step')}"
     source.set(combined(list(weights.values()), best.coefficients))
-    judged_at = f"{count} {plural(count, 'step')}"
     about |= {
         "line": f"a linear combination of {len(names)} saved weights, the best of "
         f"{evaluations:,} that a search judged at {judged_at} (LCSC, arXiv:2404.02241)",
