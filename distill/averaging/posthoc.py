@@ -16,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.training.ema import SNAPSHOTS, exponent
-from teachers.errors import UserError
+from teachers.errors import UserError, plural
+
+LARGEST_ERROR = 0.1  # of a profile; eight snapshots of two lengths are off by 0.0135 between them
 
 
 class Snapshot(NamedTuple):
@@ -68,6 +70,18 @@ def coefficients(updates: Tensor, gammas: Tensor, at: float, gamma: float) -> Te
     return solution / solution.sum()
 
 
+def error_of(updates: Tensor, gammas: Tensor, at: float, gamma: float) -> float:
+    """How far the combined profile is from the wanted one, in L2 relative to the wanted one's norm.
+
+    Args: as of `coefficients`.
+    """
+    t, g, one = updates.double(), gammas.double(), torch.tensor(float(at)).double()
+    wanted, c = torch.tensor(gamma).double(), coefficients(updates, gammas, at, gamma)
+    gram, norm = inner(t[:, None], g[:, None], t[None], g[None]), inner(one, wanted, one, wanted)
+    square = c @ gram @ c - 2 * c @ inner(t, g, one, wanted) + norm
+    return (square.clamp(min=0) / norm).sqrt().item()
+
+
 def snapshots(run: Path) -> list[Snapshot]:
     """The snapshots of a run's last stage, the oldest first.
 
@@ -101,10 +115,21 @@ def averaged(entries: list[Snapshot], length: float, count: int) -> tuple[Tensor
 
     Returns:
         The coefficients of the snapshots, and each parameter's average in float64.
+
+    Raises:
+        UserError: the snapshots cannot express that length.
     """
     updates = torch.tensor([e.updates for e in entries])
     gammas = torch.tensor([exponent(e.length) for e in entries]).double()
-    c = coefficients(updates, gammas, int(updates.max()), exponent(length))
+    wanted = int(updates.max()), exponent(length)
+    if (error := error_of(updates, gammas, *wanted)) > LARGEST_ERROR:
+        kept = ", ".join(f"{v:g}" for v in sorted({e.length for e in entries}))
+        raise UserError(
+            f"--ema-length {length:g}: {len(entries)} {plural(len(entries), 'snapshot')} of length "
+            f"{kept} give another average: its profile would be off by {error:.0%}; give a length "
+            "between theirs, or train with other train.ema_lengths and a smaller train.save_every"
+        )
+    c = coefficients(updates, gammas, *wanted)
 
     def parameters() -> Iterator[Tensor]:
         for number in range(count):

@@ -172,7 +172,13 @@ class Bench(Section):
         """
         tree = {} if row.recipe is None else read_recipe(row.recipe)
         for above in (self.common, row.overrides):
-            name = tree.get("objective", {}).get("name")
+            objective = tree.get("objective") or {}
+            if not isinstance(objective, dict):
+                raise UserError(
+                    f"row {row.name!r}: objective: expected a section of keys, not {objective!r}; "
+                    "write objective: {name: …}"
+                )
+            name = objective.get("name")
             tree = laid_over(tree, current_names(above, name))
         tree = deepcopy(tree)  # override changes it, and parts of it are common's
         words = [f"train.seed={seed}", f"train.steps={steps}"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distill.config.objective_schema import network_types, networks_of
 from distill.config.schema import PAIRS, GuidanceSection
 from distill.objectives.games import Adversary
-from students.critic import FeatureMean
+from students.critic import Critic, FeatureMean
 from teachers.denoiser import Denoiser
 from teachers.errors import cut, nearest
 from teachers.quantised import FORMS
@@ -111,6 +111,18 @@ def san_without_a_game(recipe: Recipe) -> str | None:
         return (
             f"critic.san: {_objective(recipe)} has no loss for the directions of a SAN critic; "
             "remove it, or take ladd, gdd or dmd2"
+        )
+    return None
+
+
+def encoder_without_heads(recipe: Recipe) -> str | None:
+    critic = recipe.critic
+    if critic is None or critic.encoder is None:
+        return None
+    if issubclass(network_types(recipe.kind, Critic)["critic"], FeatureMean):
+        return (
+            f"critic.encoder: {_objective(recipe)}'s critic is the fake score itself, which learns "
+            "from its loss; remove it"
         )
     return None
 
@@ -459,6 +471,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     useless_critic,
     missing_critic,
     san_without_a_game,
+    encoder_without_heads,
     second_derivative_of_recomputed_blocks,
     missing_pairs,
     useless_pairs,

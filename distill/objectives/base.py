@@ -123,6 +123,8 @@ class Objective:
     differentiates_time: ClassVar[bool] = False
     # Whether the student's x̂ is guided as the teacher's is, in training and by its pipeline.
     mixes_student: ClassVar[bool] = False
+    # Fields that are shares of a part's samples: none may round to no sample or to all of them.
+    shares: ClassVar[tuple[str, ...]] = ()
     # Whether the objective calls `reward` itself; otherwise a recipe's rewards are added to every
     # loss of the student's turn.
     needs_reward: ClassVar[bool] = False
@@ -154,6 +156,13 @@ class Objective:
         Raises:
             UserError: naming the key.
         """
+        for name in self.shares:
+            share, size = getattr(self, name), shape[0]
+            if 0 < share < 1 and (count := round(share * size)) in (0, size):
+                raise UserError(
+                    f"objective.{name}: {share:g} of a part of {size} samples is {count}; change "
+                    "it, raise train.batch, or lower train.accumulate"
+                )
 
     def turns(self, step: int) -> Iterator[Turn]:
         """The updates that make up step `step`, in order.

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ FORMAT = 1
 SHARD = 1024  # pairs in a file, at most: what a killed process loses
 SHARD_BYTES = 1 << 28  # about the size of one file, at most
 NEEDED = {"shards", "conditions", "evaluations", "shape", "pairs"}  # keys of an index
+NAMES = ("noise", "x")  # of a pair's tensors; those of its condition begin with "cond."
 ABOUT, INDEX = "pairs.json", "index.json"
 
 
@@ -98,9 +99,9 @@ def rows(maker: Maker) -> int:
 def make(folder: Path, maker: Maker, files: list[Shard]) -> Iterator[int]:
     """Make this process's part of the shards, and wait for the others'; yields the pairs made."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    done = 0
+    done, shapes = 0, dict.fromkeys(NAMES, maker.teacher.shape)
     for shard in files[rank::world]:
-        if not is_complete(folder / shard.file):
+        if not is_shard(folder / shard.file, len(shard.numbers), shapes):
             tensors, evaluations = maker.make(shard.numbers)
             save(folder / shard.file, tensors, evaluations)
         done += len(shard.numbers)
@@ -164,16 +165,36 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        files = [folder / entry["file"] for entry in index["shards"]]
-        sound = index.keys() >= NEEDED
-    except (OSError, ValueError, KeyError, TypeError):
-        sound, files = False, []
+        files = {folder / str(entry["file"]): int(entry["pairs"]) for entry in index["shards"]}
+        data = dict.fromkeys(NAMES, index["shape"])
+        shapes = data | {f"cond.{k}": v for k, v in index["conditions"].items()}
+        sound = index.keys() >= NEEDED and bool(files) and isinstance(index["evaluations"], int)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound, files, shapes = False, {}, {}
     if not sound:
         raise UserError(
             f"pairs {folder / INDEX}: it is damaged; delete it, and the command that made the "
             "pairs writes it anew"
         )
-    return index if all(map(is_complete, files)) else None
+    return index if all(is_shard(file, pairs, shapes) for file, pairs in files.items()) else None
+
+
+def is_shard(path: Path, pairs: int, shapes: Mapping[str, Any]) -> bool:
+    """Whether a file is a whole shard of so many pairs.
+
+    Args:
+        shapes: Of one pair's tensors, by name, which it must have and may have others beside.
+    """
+    if not is_complete(path):
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            known = {k: file.get_slice(k).get_shape() for k in file.keys()}  # noqa: SIM118
+            evaluations = (file.metadata() or {}).get("evaluations", "")
+    except (SafetensorError, OSError):
+        return False
+    wanted = {k: [pairs, *shape] for k, shape in shapes.items()}
+    return evaluations.isdecimal() and all(known.get(k) == v for k, v in wanted.items())
 
 
 def save(path: Path, tensors: dict[str, Tensor], evaluations: int) -> None:

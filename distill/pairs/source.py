@@ -14,7 +14,7 @@ from distill.config.recipe import Recipe
 from distill.data.cache import Cached
 from distill.data.encode import device, split
 from distill.data.stream import Items, Source
-from distill.pairs.folder import ABOUT, fill, opened, read_index
+from distill.pairs.folder import ABOUT, NAMES, fill, opened, read_index
 from distill.pairs.settings import (
     hash_of,
     identity,
@@ -30,7 +30,6 @@ from teachers.teacher import Teacher
 KEY = "data.path"
 GIVEN = ("count", "solver", "steps", "inverted", "images")  # keys that must agree with the folder
 GB = 1e9
-NAMES = ("noise", "x")
 
 
 class Pairs:

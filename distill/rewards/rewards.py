@@ -26,9 +26,12 @@ Function = Callable[[Tensor, Sequence[Any]], Tensor]
 
 
 def reward_of(
-    recipe: Recipe, teacher: Teacher, source: Source
+    recipe: Recipe, teacher: Teacher, source: Source, needs_gradient: bool = True
 ) -> Callable[[Tensor, Batch], Tensor]:
     """The weighted sum of a recipe's rewards (B,), of data (B, ...) and the batch they are for.
+
+    Args:
+        needs_gradient: Whether the loss takes the gradient of each, where images have one.
 
     Raises:
         UserError: there is no such function, or the data source keeps no prompts.
@@ -58,8 +61,12 @@ def reward_of(
             teacher.codec.decode_with_graph(x),
             [prompts[i] for i in batch.items.tolist()],
         )
-        values = [w * called(f, k, images, texts) for k, f, w in functions]
-        return torch.stack(values).sum(0)
+        values = [called(f, k, images, texts) for k, f, _ in functions]
+        if needs_gradient and images.requires_grad:
+            for (key, _, _), value in zip(functions, values, strict=True):
+                check_gradient(value, f"rewards.{key}.function")
+        weights = [w for _, _, w in functions]
+        return torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum(0)
 
     return reward
 
@@ -113,10 +120,10 @@ def called(function: Function, name: str, images: Tensor, prompts: Sequence[Any]
         raise UserError(
             f"rewards.{name}.function: it raised {clipped(reason, 200)}; correct it"
         ) from None
-    return checked(values, len(images))
+    return checked(values, name, images)
 
 
-def check_gradient(value: Tensor) -> None:
+def check_gradient(value: Tensor, key: str = "rewards") -> None:
     """Refuse rewards that the student cannot raise.
 
     Raises:
@@ -124,20 +131,22 @@ def check_gradient(value: Tensor) -> None:
     """
     if not value.requires_grad:
         raise UserError(
-            "rewards: they have no gradient with respect to the images; compute them with "
-            "differentiable operations of torch"
+            f"{key}: no gradient with respect to the images; compute it with differentiable "
+            "operations of torch"
         )
 
 
-def checked(values: Tensor, size: int) -> Tensor:
+def checked(values: Tensor, name: str, images: Tensor) -> Tensor:
     """A function's values.
 
     Raises:
         UserError: they are not one number for each image.
     """
-    if not isinstance(values, Tensor) or values.shape != (size,):
+    if not isinstance(values, Tensor) or values.shape != (len(images),):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise UserError(f"rewards: a function returned {shape}; return a tensor of ({size},)")
+        raise UserError(
+            f"rewards.{name}.function: it returned {shape}; return a tensor of ({len(images)},)"
+        )
     return values
 
 

@@ -173,7 +173,8 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     if resume and source.report is not None:
         check_labels(out, source.report)
     if recipe.rewards:
-        objective.reward = rewards.reward_of(recipe, teacher, source)
+        differentiated = not objective.needs_reward or objective.differentiates_reward
+        objective.reward = rewards.reward_of(recipe, teacher, source, differentiated)
         rewards.rehearse(objective, source, accelerator.device)
     if guidance_of(recipe.teacher).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.averaging import average, student
 from distill.averaging.average import by_length, by_search, combined, recorded, searched
-from distill.averaging.posthoc import averaged, coefficients, inner, snapshots
+from distill.averaging.posthoc import averaged, coefficients, error_of, inner, snapshots
 from distill.averaging.search import Candidate, averages, evolve
 from distill.config.recipe import Recipe
 from distill.data.fingerprint import of_tensors
@@ -116,6 +116,34 @@ def test_a_reconstructed_average_is_the_one_that_training_would_have_kept(length
     assert mean.dtype == D
     assert mean.item() == pytest.approx(direct.means[0][0].item(), abs=4e-3)
     assert abs(mean.item() - value) > 0.05  # the last weights are elsewhere
+
+
+@pytest.mark.parametrize(
+    ("updates", "lengths", "wanted", "error"),
+    [
+        ([1000], [0.05], 0.05, 0.0),
+        ([1000], [0.05], 0.2, 1.84),
+        ([500, 1000], [0.05, 0.1], 0.25, 0.73),
+        ([*range(125, 1001, 125)], [0.05, 0.1], 0.07, 0.0135),
+    ],
+)
+def test_how_far_snapshots_are_from_a_length_is_the_integral_of_their_profiles(
+    updates, lengths, wanted, error
+):
+    places = [(t, exponent(v)) for t in updates for v in lengths]
+    t, g = (torch.tensor(v, dtype=torch.float64) for v in zip(*places, strict=True))
+    found = error_of(t, g, 1000, exponent(wanted))
+    assert found == pytest.approx(error, rel=0.02, abs=1e-6)
+    tau = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100  # by the midpoint rule
+
+    def profile(at, gamma):
+        inside = (gamma + 1) * tau**gamma / at ** (gamma + 1)
+        return torch.where(tau <= at, inside, torch.zeros_like(tau))
+
+    c = coefficients(t, g, 1000, exponent(wanted)).tolist()
+    mixed = sum(w * profile(at, gamma) for w, (at, gamma) in zip(c, places, strict=True))
+    target = profile(1000, exponent(wanted))
+    assert found == pytest.approx(((mixed - target).norm() / target.norm()).item(), abs=2e-3)
 
 
 def test_snapshots_of_an_earlier_stage_have_no_part(tmp_path):

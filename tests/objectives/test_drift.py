@@ -133,3 +133,13 @@ def test_a_linear_student_ends_in_the_distribution_of_the_data(m):
 def test_no_radius_is_refused():
     with refused("objective.radii", "empty"):
         made(radii=())
+
+
+def test_without_a_pair_nothing_moves():
+    """A part may hold no two samples of one label."""
+    objective, _ = made(m=0.5, r=0.5)
+    x = torch.randn(3, 1, dtype=torch.float64)
+    none = torch.zeros(3, 3, dtype=torch.bool)
+    assert mean_distance(x, none) == 1 == mean_distance(torch.ones(3, 1), ~torch.eye(3).bool())
+    field, _ = objective.field(x, x + 1, none)
+    assert not field.any() and field.isfinite().all()

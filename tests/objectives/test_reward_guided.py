@@ -110,8 +110,32 @@ def test_a_reward_is_taken_from_losses_of_the_student_with_samples_and_from_no_o
     assert rewarded(loss, batch(teacher), Turn(("fake",), lambda b: loss), objective) is loss
     with refused("rewards"):
         rewarded(loss._replace(samples=None), batch(teacher), turn, objective)
-    with refused("rewards"):
-        checked(torch.zeros(3, 1), 3)
+    with refused("rewards.mine.function", "(3, 1)"):
+        checked(torch.zeros(3, 1), "mine", torch.zeros(3, 1, 2, 2))
+
+
+def test_each_of_several_rewards_must_have_a_gradient(teacher, tmp_path):
+    """The sum's gradient alone would not show that one of them is ignored."""
+    file = tmp_path / "rewards.py"
+    file.write_text(
+        "def good(images, prompts):\n    return images.flatten(1).mean(1)\n"
+        "def flat(images, prompts):\n    return images.detach().flatten(1).mean(1)\n"
+    )
+    tree = {
+        "teacher": "shapes",
+        "objective": {"name": "lcm"},
+        "data": {"source": "shapes"},
+        "rewards": {k: {"function": f"{file}:{k}"} for k in ("good", "flat")},
+        "train": {"steps": 1},
+    }
+    source = type("S", (), {"prompts": shapes.captions(4, seed=2)})()
+    x = torch.randn(4, *teacher.shape)
+    reward = reward_of(Recipe.check(tree), teacher, source)
+    assert reward(x, batch(teacher, 4)).shape == (4,)  # without a gradient nothing is known
+    with refused("rewards.flat.function", "gradient"):
+        reward(x.requires_grad_(True), batch(teacher, 4))
+    weighed = reward_of(Recipe.check(tree), teacher, source, needs_gradient=False)
+    assert weighed(x, batch(teacher, 4)).shape == (4,)
 
 
 def test_the_built_in_reward_is_higher_for_the_caption_that_was_drawn():
@@ -180,8 +204,8 @@ def test_rewards_without_prompts_or_needed_and_missing_are_refused(teacher, pipe
     [
         (lambda x, p: 1 / 0, ("rewards.a.function", "ZeroDivisionError")),
         (lambda x, p: x.flatten(1).mean(1) * float("nan"), ("rewards", "nan")),
-        (lambda x, p: x.detach().flatten(1).mean(1), ("rewards", "gradient")),
-        (lambda x, p: x.flatten(1), ("rewards", "(2,)")),
+        (lambda x, p: x.detach().flatten(1).mean(1), ("rewards.a.function", "gradient")),
+        (lambda x, p: x.flatten(1), ("rewards.a.function", "(2,)")),
     ],
 )
 def test_a_reward_that_cannot_be_raised_is_refused_before_training(reward, line, monkeypatch):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from distill.config.recipe import Recipe
 from distill.pairs import folder as folders
@@ -330,6 +330,30 @@ def test_a_damaged_index_is_refused_and_a_damaged_shard_made_again(tmp_path):
         (folder / "index.json").write_text(text)
         with refused(f"pairs {folder / 'index.json'}", "damaged"):
             Pairs(recipe(GAUSSIAN, folder), teacher).source()
+
+
+def test_shards_that_are_not_what_the_index_says_are_made_again(tmp_path):
+    """Of fewer pairs, of other shapes, without a tensor, or without what they cost."""
+    folder = tmp_path / "pairs"
+    before, _ = made(folder, settings())
+    shard = folder / "pairs-00000.safetensors"
+    whole, tensors = shard.read_bytes(), load_file(shard)
+    cost = {"evaluations": "8"}
+    for damaged, about in (
+        ({k: v[:1] for k, v in tensors.items()}, cost),
+        ({**tensors, "x": tensors["x"][:, :1].contiguous()}, cost),
+        ({k: v for k, v in tensors.items() if k != "x"}, cost),
+        (tensors, None),
+    ):
+        save_file(damaged, shard, about)
+        assert folders.read_index(folder) is None
+        assert made(folder, settings())[0] == before and shard.read_bytes() == whole
+    for key, value in (("conditions", 3), ("evaluations", "x"), ("shards", [])):
+        index = json.loads((folder / "index.json").read_text())
+        (folder / "index.json").write_text(json.dumps({**index, key: value}))
+        with refused("pairs *", "damaged"):
+            folders.read_index(folder)
+        (folder / "index.json").write_text(json.dumps(index))
 
 
 def test_a_shard_whose_draft_another_process_removed_is_the_others(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.field_types import Positive
+from distill.field_types import Positive, PositiveInt
 from distill.objectives.base import Batch, Loss
 from distill.objectives.features.base import FeatureMatching, others, squared_distances
 from students.generator import Generator
@@ -34,7 +34,7 @@ from teachers.errors import UserError
 
 @dataclass(kw_only=True)
 class Drift(FeatureMatching):
-    pool: int = 4  # cells, along each side, that a feature map is averaged over
+    pool: PositiveInt = 4  # cells, along each side, that a feature map is averaged over
     radii: tuple[Positive, ...] = (0.02, 0.05, 0.2)  # in units of the mean distance between data
     data: Literal["others", "all"] = "others"  # of a group: without a sample's own datum, or with
     by_label: bool = True  # whether class-conditional samples move within their label
@@ -88,6 +88,6 @@ def weights(distances: Tensor, pairs: Tensor, radius: float) -> Tensor:
 
 
 def mean_distance(x: Tensor, pairs: Tensor) -> Tensor:
-    """The mean distance () of features (B, D) over pairs; not 0."""
+    """The mean distance () of features (B, D) over pairs; 1 where there is none to go by."""
     mean = (squared_distances(x, x).sqrt() * pairs).sum() / pairs.sum().clamp(min=1)
-    return mean.clamp(min=torch.finfo(x.dtype).tiny)
+    return torch.where(mean > 0, mean, torch.ones_like(mean))

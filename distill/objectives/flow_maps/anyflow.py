@@ -15,7 +15,7 @@ is not here. How the network reads s is the student's matter (`student.landing`)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class AnyFlow(MeanFlow):
     offset: Positive = 1e-5  # of the loss by which a jump's is divided
     derivative: How = "central"
     derivative_step: Positive = 5e-3
+
+    shares: ClassVar[tuple[str, ...]] = ("equal", "ending")
 
     def __post_init__(self) -> None:
         if self.equal + self.ending > 1:

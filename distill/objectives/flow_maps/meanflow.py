@@ -11,9 +11,8 @@ path, and the loss is the error of this identity with the right-hand side held f
 `AYF` is Align Your Flow, Sabour et al. 2025 (arXiv:2506.14603), Eulerian: the same error as a
 tangent of limited length, with the derivative's weight rising during training.
 
-All of it is written with x̂ = z - t u, so any process will do (`rectified.py`); guidance comes in
-through the teacher's x̂. Costs forwards: 1 of the teacher if it gives v, and of the student 1 for
-samples with s = t; for others 2, value and derivative, and 1 more if its own velocity is followed.
+Written with x̂ = z - t u, it suits any process. Costs forwards: 1 of the teacher if it gives v; of
+the student 1 for samples with s = t, 2 for others, and 1 more if its own velocity is followed.
 """
 
 from __future__ import annotations
@@ -56,6 +55,7 @@ class MeanFlow(Objective):
 
     two_times: ClassVar[bool] = True
     learns: ClassVar[Learns] = "all-times"
+    shares: ClassVar[tuple[str, ...]] = ("equal",)
 
     def loss(self, batch: Batch, step: int) -> Loss:
         process = self.student.denoiser.process

@@ -44,6 +44,7 @@ class Shortcut(Pairwise):
     target_ema: Fraction = 0.999
 
     two_times: ClassVar[bool] = True
+    shares: ClassVar[tuple[str, ...]] = ("bootstrap",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
