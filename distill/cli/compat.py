@@ -76,6 +76,8 @@ def compat(
 
     files = tuple(p for path in loras if (p := expand_home(path)) is not None)
     values = strengths_of(strengths)
+    if not student.exists():
+        raise UserError(f"STUDENT {student}: no such folder; give a run or an exported student")
     folder = out or student.absolute().with_name(f"{student.absolute().name}-compat")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: it is a file; give a folder")

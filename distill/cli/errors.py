@@ -45,7 +45,7 @@ def signal_exit_code(error: Exception) -> int | None:
         done = "the last step is finished and saved"
         if not stopped.saved:
             done = "stopped while compiling; what follows the last checkpoint is lost"
-        advice = resume_hint() or "; distill run RECIPE --resume continues"  # RECIPE is auto's
+        advice = resume_hint(True) or "; distill run RECIPE --resume continues"  # RECIPE is auto's
         sys.stderr.write(f"distill: {error}: {done}{advice}\n")
         return 128 + stopped.number
     return None
@@ -58,9 +58,21 @@ def shown(line: str) -> str:
     return printable(" ".join(line.split()))
 
 
-def resume_hint() -> str:
-    """How to continue the command that was stopped; empty where nothing is kept."""
+def begun() -> bool:
+    """Whether this process has begun a run, which then has a folder."""
+    module: Any = sys.modules.get("distill.training.run_folder")
+    return module is not None and module.holding()
+
+
+def resume_hint(saved: bool = False) -> str:
+    """How to continue the command that was stopped; empty where nothing is kept.
+
+    Args:
+        saved: Whether a run is known to have begun.
+    """
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if command == "run" and not (saved or begun()):
+        return " before the run began; nothing was written"
     if command in ("run", "teach", "tune"):
         return "; add --resume to continue"
     if command in ("average", "bench", "cache", "pairs"):

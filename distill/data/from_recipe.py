@@ -220,6 +220,15 @@ def check_places(recipe: Recipe, teacher: Teacher) -> None:
     """
     refuse_videos(recipe, teacher)
     check_pictures(recipe, teacher.codec.pictures)
+    check_files(recipe)
+
+
+def check_files(recipe: Recipe) -> None:
+    """The part of `check_places` that needs no teacher, and so comes before one is downloaded.
+
+    Raises:
+        UserError: naming the key.
+    """
     data = recipe.data
     if is_function(data.source):
         function_at(str(data.source), "data.source")

@@ -20,6 +20,7 @@ from distill.data import cache
 from distill.data.encode import device
 from distill.data.expansion.captions import write_prompts
 from distill.data.from_recipe import (
+    check_files,
     check_pictures,
     encoding_job,
     expansion_of,
@@ -129,6 +130,7 @@ def check(recipe: Recipe, out: Path, resume: bool) -> None:
         check_checkpoints(out)
     for origin in filter(None, (recipe.teacher.source, guidance_of(recipe.teacher).weaker)):
         check_licence(origin, recipe.export.licence_override)
+    check_files(recipe)
     if recipe.train.precision == "fp16" and device().type == "cpu":
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32")
     if (takes := known_pictures(recipe.teacher)) is not None:

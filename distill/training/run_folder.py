@@ -43,6 +43,11 @@ def take(out: Path) -> None:
         _locks[out.resolve()] = locked(out)
 
 
+def holding() -> bool:
+    """Whether this process holds a folder: its run has begun."""
+    return bool(_locks)
+
+
 def release(out: Path) -> None:
     """Unlock a folder, if this process holds it."""
     if (file := _locks.pop(out.resolve(), None)) is not None:

@@ -17,6 +17,7 @@ from distill import __main__ as cli
 from distill import console
 from distill.cli.train import show
 from distill.publish.card import card
+from distill.training import run_folder
 from tests.helpers.command_line import ENV, called, command, launched, wait_for
 from tests.helpers.refusals import refused, refused_line
 from tests.helpers.toys import recipe_tree
@@ -366,14 +367,21 @@ def test_a_run_without_a_student_yet_is_named_with_the_command_that_goes_on(tmp_
 @pytest.mark.parametrize(
     ("words", "advice"),
     [
-        (["run", "x"], "; add --resume to continue"),
+        (["run", "x"], " before the run began; nothing was written"),
+        (["tune", "x"], "; add --resume to continue"),
         (["bench", "x"], "; run the same command again to continue"),
         (["list"], ""),
     ],
 )
-def test_a_stopped_command_says_how_it_goes_on(monkeypatch, words, advice):
+def test_a_stopped_command_says_how_it_goes_on(monkeypatch, words, advice, tmp_path):
     monkeypatch.setattr("sys.argv", ["distill", *words])
     assert cli.resume_hint() == advice
+    run_folder.hold(tmp_path)
+    try:
+        begun = "; add --resume to continue" if words[0] == "run" else advice
+        assert cli.resume_hint() == begun
+    finally:
+        run_folder.release(tmp_path)
 
 
 def test_a_signal_in_a_run_of_auto_names_a_command_that_takes_resume(monkeypatch, capsys):
