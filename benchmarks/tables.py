@@ -147,8 +147,9 @@ def readme() -> str:
     lines.append(
         f"Training: {quick['steps']} steps in {quick['wall_s']:.0f} s. "
         f"{teacher['n']:,} samples; ± is the standard deviation\nover {seeds} seeds of noise. "
-        "Trainings by other seeds differ by more ([docs/benchmark.md](docs/benchmark.md)),\n"
-        "and speeds vary with the machine."
+        "Trainings by other seeds, or on another\nnumber of threads, which round sums "
+        "otherwise, differ by more: one thread has given 0.160 ± 0.007\n"
+        "([docs/benchmark.md](docs/benchmark.md)). Speeds vary with the machine."
     )
     return "\n".join(lines)
 

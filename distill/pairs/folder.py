@@ -30,7 +30,7 @@ FORMAT = 1
 SHARD = 1024  # pairs in a file, at most: what a killed process loses
 SHARD_BYTES = 1 << 28  # about the size of one file, at most
 NEEDED = {"shards", "conditions", "evaluations", "shape", "pairs"}  # keys of an index
-NAMES = ("noise", "x")  # of a pair's tensors; those of its condition begin with "cond."
+NAMES: tuple[str, ...] = ("noise", "x")  # beside a condition's tensors, "cond."…
 ABOUT, INDEX = "pairs.json", "index.json"
 
 
