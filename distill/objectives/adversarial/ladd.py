@@ -65,6 +65,10 @@ class LADD(Adversary):
     needs_data: ClassVar[Literal["always", "never", "critic", "pairs"]] = "always"
 
     @property
+    def last_stage(self) -> int:
+        return self.frozen_steps
+
+    @property
     def loss_features(self) -> str:
         blocks = ", ".join(self.critic.blocks)
         return f"{self.critic.source}'s {blocks}, which the critic reads"

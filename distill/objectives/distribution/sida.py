@@ -43,6 +43,10 @@ class SiDA(SiD):
         self.step = 0
 
     @property
+    def last_stage(self) -> int:
+        return self.frozen_steps
+
+    @property
     def reads_critic(self) -> bool:
         """Whether the loss has a discriminator at all."""
         return self.gan_weight > 0

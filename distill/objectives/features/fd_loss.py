@@ -49,6 +49,10 @@ class FDLoss(FeatureMatching):
         self.fresh: list[list[Tensor]] = []  # the same sums of this step's parts
         self.real: list[list[Tensor]] = []
 
+    @property
+    def last_stage(self) -> int:
+        return self.fill
+
     def turns(self, step: int) -> Iterator[Turn]:
         student, first = self.student.sample_chain()
         self.step, self.fresh, self.real = step, [], []
