@@ -115,6 +115,14 @@ def san_without_a_game(recipe: Recipe) -> str | None:
     return None
 
 
+def unused_option(recipe: Recipe) -> str | None:
+    fields = recipe.kind.__dataclass_fields__
+    for name in recipe.kind.unused:
+        if recipe.objective[name] != fields[name].default:
+            return f"objective.{name}: {_objective(recipe)} has no use for it; remove it"
+    return None
+
+
 def encoder_without_heads(recipe: Recipe) -> str | None:
     critic = recipe.critic
     if critic is None or critic.encoder is None:
@@ -472,6 +480,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     missing_critic,
     san_without_a_game,
     encoder_without_heads,
+    unused_option,
     second_derivative_of_recomputed_blocks,
     missing_pairs,
     useless_pairs,

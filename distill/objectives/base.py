@@ -125,6 +125,8 @@ class Objective:
     mixes_student: ClassVar[bool] = False
     # Fields that are shares of a part's samples: none may round to no sample or to all of them.
     shares: ClassVar[tuple[str, ...]] = ()
+    # Inherited fields that the loss never reads; a recipe may not set them.
+    unused: ClassVar[tuple[str, ...]] = ()
     # Whether the objective calls `reward` itself; otherwise a recipe's rewards are added to every
     # loss of the student's turn.
     needs_reward: ClassVar[bool] = False

@@ -271,3 +271,29 @@ def test_two_names_of_one_key_on_a_command_line_are_refused(keys):
     with refused(f"override '{words[1]}'", *keys):
         Recipe.load("digits/dmd2", words)
     assert Recipe.load("digits/dmd2", [words[0], words[0]]).objective["gan_weight"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("ect", {"solver": "ddim"}),
+        ("tcm", {"solver": "ddim"}),
+        ("shortcut", {"distance": "square"}),
+        ("shortcut", {"huber_c": 0.1}),
+        ("ayf", {"power": 0.5}),
+        ("anyflow", {"power": 0.5}),
+    ],
+)
+def test_an_option_that_the_loss_never_reads_is_refused(name, option):
+    """Its default is accepted: recipes that are written in full have it."""
+    tree = Recipe.load(f"digits/{name}", []).tree()
+    (key,) = option
+    with refused(f"objective.{key}", "no use for it"):
+        Recipe.check({**tree, "objective": {**tree["objective"], **option}}, "recipe")
+    Recipe.check(tree)
+
+
+def test_an_encoder_where_the_fake_score_is_the_critic_is_refused():
+    tree = Recipe.load("digits/sida", []).tree()
+    with refused("critic.encoder", "fake score itself"):
+        Recipe.check({**tree, "critic": {"encoder": "mine.py:f"}}, "recipe")

@@ -9,7 +9,7 @@ shrinks during training, or neighbours on the 2023 paper's grid.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -77,6 +77,8 @@ class ConsistencyTuning(Consistency):
 
     huber_c: NonNegative | None = 0.0  # ECT's distance is the plain norm
     references: bool = False
+
+    unused: ClassVar[tuple[str, ...]] = ("solver",)
 
     def ode_step(self, x_t: Tensor, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
         process = self.student.denoiser.process

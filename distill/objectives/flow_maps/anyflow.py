@@ -38,6 +38,7 @@ class AnyFlow(MeanFlow):
     derivative_step: Positive = 5e-3
 
     shares: ClassVar[tuple[str, ...]] = ("equal", "ending")
+    unused: ClassVar[tuple[str, ...]] = ("power",)
 
     def __post_init__(self) -> None:
         if self.equal + self.ending > 1:

@@ -133,15 +133,14 @@ class MeanFlow(Objective):
 
 @dataclass(kw_only=True)
 class AYF(MeanFlow):
-    """Descends along the tangent g / (|g| + offset) of u, where -g is MeanFlow's error.
-
-    At s = t this is flow matching, and at s = 0 it is sCM's tangent (arXiv:2410.11081).
-    """
+    """Descends along g / (|g| + offset), where -g is MeanFlow's error; at s = 0 sCM's tangent."""
 
     equal: Fraction = 0.0
     offset: Positive = 0.1
     warmup: NonNegativeInt = 0  # steps until the derivative has its weight
     limit: Fraction = 0.99  # that weight; below 1, a little of the pull towards v stays
+
+    unused: ClassVar[tuple[str, ...]] = ("power",)
 
     def share(self, step: int) -> float:
         return self.limit * min(1.0, step / self.warmup if self.warmup else 1.0)

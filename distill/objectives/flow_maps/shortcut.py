@@ -45,6 +45,7 @@ class Shortcut(Pairwise):
 
     two_times: ClassVar[bool] = True
     shares: ClassVar[tuple[str, ...]] = ("bootstrap",)
+    unused: ClassVar[tuple[str, ...]] = ("distance", "huber_c")
 
     def __post_init__(self) -> None:
         super().__post_init__()
