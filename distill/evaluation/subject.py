@@ -150,7 +150,9 @@ def student(source: str, device: torch.device, precision: Precision | None = Non
         return lambda part, seed: student_samples(few_step, teacher, part, seed, batch)
 
     identity = {"files": stamps(str(folder)), "precision": precision}
-    used = tuple(used_networks.of_student(read_json(folder / SIDECAR, f"student {source!r}")))
+    places = (folder / SIDECAR, folder / "student" / SIDECAR)
+    sidecar = next((path for path in places if path.is_file()), places[0])
+    used = tuple(used_networks.of_student(read_json(sidecar, f"student {source!r}")))
     return Subject(
         "student",
         teacher,

@@ -139,8 +139,11 @@ def test_learning_rates_are_those_of_adapters_where_all_weights_do_not_fit():
 # ---- hours
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd15", "edm", "shapes"])
+@pytest.mark.parametrize(
+    "name", ["sdxl", "shapes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd15", "edm"))]
+)
 def test_more_hours_never_train_for_fewer_steps_or_on_smaller_batches(name):
+    """From half an hour to five thousand."""
     found = []
     for hours in (0.5, 1, 2, 4, 8, 16, 30, 60, 200, 1000, 5000):
         try:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
+from distill.config.objectives import OBJECTIVES
 from distill.config.recipe import SHIPPED, Recipe, read_yaml, shipped
 from distill.planning import forecast
 from distill.planning.plan import GPUS, RESERVE
@@ -110,7 +111,9 @@ def likeness(name, tmp_path):
         tree["teacher"]["source"] = str(families.build(family, tmp_path / "teacher"))
     if size := families.OPTIONS.get(family, {}).get("size"):
         tree["teacher"]["size"] = size
-    tree["train"] |= {"steps": 1, "batch": 2, "accumulate": 1, "sample_every": 0}
+    # Of two samples, some shares of a batch are none or all.
+    batch = 4 if OBJECTIVES[tree["objective"]["name"]].shares else 2
+    tree["train"] |= {"steps": 1, "batch": batch, "accumulate": 1, "sample_every": 0}
     photos, prompts = tmp_path / "photos", tmp_path / "prompts.txt"
     photos.mkdir()
     for i in range(2):

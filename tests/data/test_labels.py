@@ -169,7 +169,9 @@ def test_labels_by_class_names_of_a_dataset_are_its_numbers(tmp_path):
     assert found.labels == {"zebra": 0, "ant": 1}
 
 
+@pytest.mark.slow
 def test_the_run_keeps_its_labels_and_does_not_go_on_with_others(pipelines, tmp_path, capsys):
+    """Labels of folders are the run's, and other folders' are refused on a resume."""
     folder_of(tmp_path / "a/cat", 8, captioned=False)
     tree = recipe_tree("consistency", pipelines["edm"], steps=2)
     tree["data"] = {"source": str(tmp_path / "a"), "cache": str(tmp_path / "c")}

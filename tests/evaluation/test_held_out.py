@@ -154,8 +154,10 @@ def test_rows_that_are_not_held_out_are_marked_and_come_after_the_others():
 
 
 def test_distill_eval_says_it_of_a_student_that_was_so_trained(student, capsys, tmp_path):
-    out = tmp_path / "figures.json"
-    code, said, _ = called(capsys, "eval", student, "--seeds", "1", "--json", out)
+    out, run = tmp_path / "figures.json", tmp_path / "run"
+    run.mkdir()
+    (run / "student").symlink_to(student)  # of a run's folder, too
+    code, said, _ = called(capsys, "eval", run, "--seeds", "1", "--json", out)
     assert code == 0
     assert "Not held out" in said and "(digits)" in said
     tree = json.loads(out.read_text())

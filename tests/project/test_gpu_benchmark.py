@@ -147,7 +147,9 @@ def test_late_graphs_waits_and_unplanned_memory_are_faults():
     assert [line.split(":")[0] for line in gpu.faults(bad)] == ["a", "a", "a"]
 
 
+@pytest.mark.slow
 def test_the_tables_hold_the_figures(measured, tmp_path):
+    """Of measured rows, in the form of the page on performance."""
     assert tables.gpus(tmp_path) == tables.NOTHING
     tree = measured[1]
     row = {**tree["rows"][0], "step_ms": 260.4, "bound_ms": 200.0, "ratio": 1.302, "share": 0.21}

@@ -202,17 +202,9 @@ def played(engine, steps=5):
     return graphs
 
 
-QUICK = {("cfg", "blocks")}
-
-
-@pytest.mark.parametrize(
-    ("case", "mode"),
-    [
-        pytest.param(case, mode, marks=() if (case, mode) in QUICK else pytest.mark.slow)
-        for case in RUNS
-        for mode in ("blocks", "full")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["blocks", "full"])
+@pytest.mark.parametrize("case", RUNS)
 def test_a_compiled_run_is_the_eager_run_and_compiles_nothing_after_the_third_step(
     pipelines, tmp_path, case, mode
 ):

@@ -199,7 +199,9 @@ def test_quantised_weights_are_read_without_waiting(precision, folders, gpu):
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_activations_are_recomputed_on_the_device(pipelines, tmp_path):
+    """Checkpointing on the device that is not the host."""
     tree = recipe_tree("sid", pipelines["edm"], checkpointing=True)
     play(made({**tree, "adapters": {"rank": 2}}, tmp_path / "run"))
 

@@ -158,7 +158,9 @@ def test_falling_diversity_stops_a_run_which_ends_with_its_best_student(pipeline
     assert values == pytest.approx(PLANTED[:4])
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_a_signal_stops_at_the_same_step_by_its_guards(pipelines, tmp_path):
+    """Guards go on from what they had seen before the signal."""
     whole = run_of(pipelines, tmp_path / "whole", PLANTED, steps=5, save_every=1)
     whole.engine.train()
     first = run_of(pipelines, tmp_path / "run", PLANTED, steps=3, save_every=1)

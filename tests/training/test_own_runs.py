@@ -148,7 +148,9 @@ def test_the_command_prints_the_metric(tmp_path, capsys):
     assert "student, 1 step" in out and "teacher, 18 heun steps" in out
 
 
+@pytest.mark.slow
 def test_a_compiled_network_exports(tmp_path):
+    """A network that compiles itself leaves a student that draws."""
     torch._dynamo.reset()
     file = own.write(tmp_path)
     try:

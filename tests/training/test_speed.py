@@ -235,7 +235,9 @@ def test_a_terminal_shows_the_bar_on_one_line_and_the_figures_below(width, monke
     assert len(figures) == (2 if width == 80 else 1)
 
 
+@pytest.mark.slow
 def test_a_run_finds_the_plan_that_was_made_of_its_recipe(pipelines, tmp_path):
+    """The plan that distill plan wrote is the one that a run is measured against."""
     tree = recipe_tree("sid", pipelines["edm"])
     tree["data"] |= {"cache": str(tmp_path / "cache")}
     recipe = Recipe.check(tree)
