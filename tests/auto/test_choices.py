@@ -262,7 +262,7 @@ def test_digits_get_the_recipe_of_the_best_figure_as_it_is():
 
 
 STARTS = {
-    ("digits", 4): ("digits/kd", "kd"),
+    ("digits", 4): ("digits/reflow", "reflow"),
     ("digits", 2): ("digits/kd", "kd"),
     ("shapes", None): ("shapes/consistency-lora", "consistency"),
     ("shapes", 1): ("shapes/sid-lora", "sid"),
