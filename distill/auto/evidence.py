@@ -79,7 +79,9 @@ def rows(path: Path = FILE) -> tuple[Evidence, ...]:
 
 
 def best(found: Iterable[Evidence]) -> list[Evidence]:
-    """The best row first, then those that differ from it by no more than the larger spread.
+    """The best row first, then those that differ from it by no more than its spread.
+
+    A row's own spread does not count: one that trains well or badly by its seed is no tie.
 
     Of these ties the one of fewest steps of sampling comes first; then a recipe as it is shipped,
     then the one of lower distance, and then the one that took fewer evaluations.
@@ -91,8 +93,7 @@ def best(found: Iterable[Evidence]) -> list[Evidence]:
     top = min(found, key=lambda row: row.loss(key))
 
     def is_tie(row: Evidence) -> bool:
-        spread = max(row.figures[key][1], top.figures[key][1])
-        return row.loss(key) - top.loss(key) <= spread
+        return row.loss(key) - top.loss(key) <= top.figures[key][1]
 
     ties = [row for row in found if is_tie(row)]
 

@@ -219,7 +219,9 @@ def row(name, steps, fd, spread=0.01, evaluations=100):
 def test_the_best_row_has_the_fewest_steps_of_those_within_the_spread():
     four, two, one = row("a", 4, 0.20), row("b", 2, 0.205), row("c", 1, 0.23)
     assert [r.name for r in best([one, four, two])] == ["b", "a"]
-    assert [r.name for r in best([row("c", 1, 0.23, 0.04), four, two])] == ["c", "b", "a"]
+    noisy, wide = row("c", 1, 0.23, 0.04), row("a", 4, 0.20, 0.04)
+    assert [r.name for r in best([noisy, four, two])] == ["b", "a"]  # its own spread is no merit
+    assert [r.name for r in best([noisy, wide, two])] == ["c", "b", "a"]
     assert [r.name for r in best([row("d", 4, 0.2, evaluations=50), four])] == ["d", "a"]
     assert best([]) == []
 
