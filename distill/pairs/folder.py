@@ -169,6 +169,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         data = dict.fromkeys(NAMES, index["shape"])
         shapes = data | {f"cond.{k}": v for k, v in index["conditions"].items()}
         sound = index.keys() >= NEEDED and bool(files) and isinstance(index["evaluations"], int)
+        sound = sound and all(isinstance(v, list) for v in shapes.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound, files, shapes = False, {}, {}
     if not sound:

@@ -348,7 +348,7 @@ def test_shards_that_are_not_what_the_index_says_are_made_again(tmp_path):
         save_file(damaged, shard, about)
         assert folders.read_index(folder) is None
         assert made(folder, settings())[0] == before and shard.read_bytes() == whole
-    for key, value in (("conditions", 3), ("evaluations", "x"), ("shards", [])):
+    for key, value in (("conditions", 3), ("evaluations", "x"), ("shards", []), ("shape", 2)):
         index = json.loads((folder / "index.json").read_text())
         (folder / "index.json").write_text(json.dumps({**index, key: value}))
         with refused("pairs *", "damaged"):
