@@ -335,6 +335,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_dmd.py::test_regression_adds_its_weight_times_the_distance_to_the_pairs",
     ),
     fault(
+        "DMD matches before its stage",
+        "distill/objectives/distribution/dmd.py",
+        "if step < self.matching_from:",
+        "if step > self.matching_from:",
+        "objectives/test_dmd.py::test_before_the_matching_the_student_regresses_alone",
+    ),
+    fault(
         "DMD matches on the pairs' noise",
         "distill/objectives/distribution/dmd.py",
         "super().student_loss(renewed(batch),",

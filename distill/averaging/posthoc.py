@@ -33,15 +33,22 @@ class Snapshot(NamedTuple):
     updates: int
 
     def tensor(self, number: int) -> Tensor:
-        """The average of the parameter of that number."""
+        """The average of the parameter of that number.
+
+        Raises:
+            UserError: the file cannot be read, or the average is not finite.
+        """
         try:
             with safe_open(self.file, framework="pt") as file:
-                return file.get_tensor(f"{self.length:g}/{number}")
+                value = file.get_tensor(f"{self.length:g}/{number}")
         except (SafetensorError, OSError) as error:
             raise damaged(self.file, error) from None
+        if not value.isfinite().all():
+            raise damaged(self.file, "an average of it is not finite")
+        return value
 
 
-def damaged(file: Path, error: Exception) -> UserError:
+def damaged(file: Path, error: Exception | str) -> UserError:
     """The error about a file that holds no averages of this run."""
     return UserError(f"RUN: {file} is damaged ({error}); delete it")
 

@@ -55,7 +55,7 @@ def sample(
 
     They are the images that the student's diffusers pipeline generates for the same seed.
     """
-    from distill.console import spinner
+    from distill.console import print_line, spinner
     from distill.data.encode import counting, print_cuts
     from students.export.folder import load_student, sample_student
     from teachers.errors import UserError
@@ -75,6 +75,7 @@ def sample(
         images = teacher.codec.decode(sample_student(generator.at(steps), teacher, prompts, seed))
     labels_of = str if is_text else int
     save_images(images, out, [labels_of(p) for p in prompts], len(distinct))
+    print_line(f"wrote {out}")
 
 
 def check_out_and_seed(out: Path, seed: int) -> None:

@@ -76,6 +76,7 @@ def card(
     licence_override: Licence = "",
 ):
     """Write the model card of a finished run."""
+    from distill.console import print_line
     from distill.publish.card import card as card_of
 
     if out is not None:
@@ -85,6 +86,7 @@ def card(
         sys.stdout.write(text)
     else:
         out.write_text(text, encoding="utf-8")
+        print_line(f"wrote {out}")
 
 
 def push(

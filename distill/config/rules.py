@@ -189,6 +189,18 @@ def missing_pairs(recipe: Recipe) -> str | None:
     )
 
 
+def pairs_of_several_scales(recipe: Recipe) -> str | None:
+    guidance = recipe.teacher.guidance
+    if recipe.kind.needs_data != PAIRS or not isinstance(guidance, GuidanceSection):
+        return None
+    if guidance.range is None:
+        return None
+    return (
+        f"teacher.guidance.scale: {_objective(recipe)} learns from samples that the teacher made "
+        "at one scale, and a range would show them to the student at others; give one number"
+    )
+
+
 def useless_pairs(recipe: Recipe) -> str | None:
     if recipe.data.source == PAIRS and not recipe.needs_data:
         return f"data.source: {_objective(recipe)} learns from no data; remove the pairs"
@@ -483,6 +495,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     unused_option,
     second_derivative_of_recomputed_blocks,
     missing_pairs,
+    pairs_of_several_scales,
     useless_pairs,
     key_of_pairs,
     missing_reward,

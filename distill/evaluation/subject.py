@@ -118,7 +118,8 @@ def usual_protocol(source: str) -> str:
     if not folder.exists() and source.count("/") != 1:
         raise UserError(f"{source}: no such folder, and no embedded teacher; "
                         f"{nearest(source, EMBEDDED)}")  # fmt: skip
-    raise UserError(f"--protocol: missing; {source} has none of its own; {nearest('', PROTOCOLS)}")
+    own = "has none of its own" if folder.exists() else "is no folder here, and a Hub id has none"
+    raise UserError(f"--protocol: missing; {source} {own}; {nearest('', PROTOCOLS)}")
 
 
 def refuse_options(options: dict[str, Any], reason: str) -> None:

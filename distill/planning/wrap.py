@@ -70,16 +70,22 @@ def network_class(place: str) -> tuple[Path, type[nn.Module]]:
 
 
 def python_file(file: str, place: str) -> Path:
-    """The file of Python that "mine.py" or "mine" names; it may be missing.
+    """The file of Python that "mine.py" or "mine" names.
 
     Raises:
-        UserError: it names a file of another kind, or one that no other file could import.
+        UserError: there is none, it names a file of another kind, or one that no other file could
+            import.
     """
     path = home(file if file.endswith(".py") else f"{file}.py", "wrap")
     if not path.is_file() and home(file, "wrap").is_file():
         raise UserError(
             f"wrap {clipped(place)!r}: it is no file of Python; give FILE.py, which has the class "
             "of the network"
+        )
+    if not path.is_file():
+        raise UserError(
+            f"wrap {clipped(place)!r}: no such file in {Path.cwd()}; give FILE.py, which has the "
+            "class of the network"
         )
     if not path.stem.isidentifier() or iskeyword(path.stem) or is_installed(path.stem):
         raise UserError(

@@ -40,7 +40,7 @@ from teachers import conditions
 from teachers.catalogue.loading import load
 from teachers.conditions import Pictured
 from teachers.denoiser import Cond, Denoiser
-from teachers.errors import UserError
+from teachers.errors import UserError, clipped
 from teachers.families import unet
 from teachers.families.base import Pretrained, Prompted, images_of, quiet
 from teachers.families.unet import UNet
@@ -550,7 +550,9 @@ def student_folder(folder: Path) -> Path:
         UserError: there is no such folder, or the run has not exported its student.
     """
     if not folder.is_dir():
-        raise UserError(f"student {str(folder)!r}: no such folder")
+        raise UserError(
+            f"student {clipped(str(folder))!r}: no such folder; give a run's folder or a student's"
+        )
     if not (folder / SIDECAR).exists() and (folder / "student" / SIDECAR).exists():
         return folder / "student"  # a run folder was named
     refuse_unfinished(folder)

@@ -309,6 +309,10 @@ def _from_function(source: str) -> Teacher:
     from teachers.storage.plugin import import_file, settings_kept
 
     place, _, name = source.rpartition(":")
+    if not home(place, "teacher").is_file():
+        raise UserError(
+            f"{teacher_at(source)}: no such file in {Path.cwd()}; write path/to/file.py:function"
+        )
     try:
         module = import_file(home(place, "teacher"))
         function = getattr(module, name, None)

@@ -86,6 +86,8 @@ def function_at(place: str, key: str) -> Callable[..., Any]:
     where, (file, _, name) = f"{key}: {clipped(place)!r}", place.rpartition(":")
     if not is_function(place):
         raise UserError(f"{where} names no function; write path/to/file.py:function")
+    if not home(file, key).is_file():
+        raise UserError(f"{where}: no such file in {Path.cwd()}; write path/to/file.py:function")
     try:
         module = import_file(home(file, key))
     except (Exception, SystemExit) as error:  # a user's module may raise anything

@@ -352,6 +352,16 @@ def test_a_snapshot_without_a_parameter_is_named(tmp_path):
         list(averaged(snapshots(tmp_path), 0.1, 2)[1])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_snapshot_of_weights_that_are_not_finite_is_named(value, tmp_path):
+    (tmp_path / "averages").mkdir()
+    saved = {"0.1/0": torch.tensor([1.0, value])}
+    about = {"updates": "10", "stage": "0"}
+    save_file(saved, tmp_path / "averages/step-10.safetensors", metadata=about)
+    with refused("RUN", "step-10.safetensors", "not finite"):
+        list(averaged(snapshots(tmp_path), 0.1, 1)[1])
+
+
 def test_a_search_ranks_what_cannot_be_judged_last(tmp_path):
     found = searched(
         lambda c: float("nan") if c[0] > 0 else 2.0, averages(2), 8, 0, tmp_path / "r", {}

@@ -85,6 +85,8 @@ def test_overrides_reach_any_depth(tmp_path):
             ("teacher.guidance.sampling_scale", "scale")),
         (["teacher.guidance={scale: [1, 3], sampling_scale: 4}"],
             ("teacher.guidance.sampling_scale", "4", "[1, 3]")),
+        (["objective={name: kd}", "data={source: pairs, count: 64}",
+            "teacher.guidance={scale: [1, 3]}"], ("teacher.guidance.scale", "kd", "one number")),
         (["players.student.lr=true"], ("players.student.lr", "True")),
         (["student={steps: 4, counts: [3, 4]}"], ("student.counts", "3", "student.steps")),
         (["student={steps: 4, counts: [1, 2]}"], ("student.counts", "[1, 2]", "student.steps, 4")),

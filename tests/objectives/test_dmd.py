@@ -115,3 +115,22 @@ def test_lpips_is_for_images_in_colour():
     objective.check_batch((2, 3, 64, 64))
     with refused("objective.distance", "lpips"):
         objective.check_batch((2, 1, 8, 8))
+
+
+def test_before_the_matching_the_student_regresses_alone():
+    """The turn's gradient is that of the unweighted distance, and the fake has no turn."""
+    objective, student, batch = made(regression=0.25, matching_from=2)
+    assert objective.last_stage == 2
+    weights = list(student.denoiser.parameters())
+    distance = (student(batch.noise, batch.cond) - batch.data).square().mean()
+    expected = torch.autograd.grad(distance, weights)
+    for step in (0, 1):
+        (turn,) = objective.turns(step)
+        assert turn.players == ("student",)
+        loss = turn.loss(batch)
+        for found, wanted in zip(torch.autograd.grad(loss.value, weights), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+    plain, _, _ = made(regression=0.25)
+    for step in (2, 3):
+        turns = [turn.players for turn in objective.turns(step)]
+        assert turns == [turn.players for turn in plain.turns(step)] == [("student",), ("fake",)]

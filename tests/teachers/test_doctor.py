@@ -358,7 +358,7 @@ def test_the_command_prints_a_table_and_exits_with_the_remedy(own, tmp_path, cap
     ("words", "line"),
     [
         (["digits", "--image", "nowhere.png"], "--image nowhere.png: no such file"),
-        (["nowhere.py:f"], "nowhere.py raised FileNotFoundError: no such file"),
+        (["nowhere.py:f"], "no such file in "),
         (["digist"], "no such folder"),
         (["digits", "--prompt", "eleven"], "labels"),
     ],

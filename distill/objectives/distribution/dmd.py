@@ -6,7 +6,8 @@ sample that the teacher's solver made of it (`distill pairs`). Student and fake 
 step.
 
 A step costs 3 forwards of the student, 1 of the teacher and 2 of the fake score. With a critic, its
-data are the pairs' samples.
+data are the pairs' samples. Before `matching_from`, the student regresses alone, at 1 forward: it
+then starts as a flow map, as CausVid (arXiv:2412.07772). The fake score starts from the teacher.
 
 Differs from the paper: `distance` is the square, its ablation (LPIPS is for teachers of RGB
 images); its code, which came with DMD2, leaves α out (`weighting: code`).
@@ -14,14 +15,15 @@ images); its code, which came with DMD2, leaves α out (`weighting: code`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from distill.field_types import NonNegative, PositiveInt
-from distill.objectives.base import Batch, Loss
+from distill.field_types import NonNegative, NonNegativeInt, PositiveInt
+from distill.objectives.base import Batch, Loss, Turn
 from distill.objectives.distribution.dmd2 import DMD2, Samples
 from distill.objectives.pairs.regression import Distance, check_lpips, distances
 from students.generator import Generator
@@ -34,6 +36,7 @@ class DMD(DMD2):
     regression: NonNegative = 0.25  # weight of the distance to the pairs' samples
     distance: Distance = "square"  # the mean square; huber, over a whole sample; or lpips
     weighting: Literal["paper", "code"] = "paper"  # of the matching: times α, or as in DMD2
+    matching_from: NonNegativeInt = 0  # the first step of the matching
 
     needs_data: ClassVar[Literal["always", "never", "critic", "pairs"]] = "pairs"
 
@@ -50,15 +53,30 @@ class DMD(DMD2):
         if self.distance == "lpips":
             check_lpips(shape)
 
+    @property
+    def last_stage(self) -> int:
+        return self.matching_from
+
+    def turns(self, step: int) -> Iterator[Turn]:
+        if step < self.matching_from:
+            yield Turn(("student",), self.regression_loss)
+        else:
+            yield from super().turns(step)
+
+    def regression_loss(self, batch: Batch) -> Loss:
+        """The mean distance of x̂ to the batch's pairs, without its weight."""
+        x = self.student(batch.noise, batch.cond)
+        distance = distances(x, batch.data, self.distance).mean()
+        return Loss(distance, {"regression": distance}, x)
+
     def student_loss(
         self, batch: Batch, student: Generator, first: int = 0, shared: list[Samples] | None = None
     ) -> Loss:
         """Matching on fresh noise, and the regression on the batch's pairs."""
         loss = super().student_loss(renewed(batch), student, first, shared)
-        x = student(batch.noise, batch.cond)
-        distance = distances(x, batch.data, self.distance).mean()
-        logs = {**loss.logs, "regression": distance}
-        return Loss(loss.value + self.regression * distance, logs, loss.samples)
+        beside = self.regression_loss(batch)
+        logs = {**loss.logs, **beside.logs}
+        return Loss(loss.value + self.regression * beside.value, logs, loss.samples)
 
     def fake_and_critic_loss(
         self, batch: Batch, student: Generator, first: int = 0, shared: list[Samples] | None = None

@@ -57,6 +57,12 @@ class DRaFT(Objective):
                 "objective.noises: they repeat the last step, so only its gradient is taken; set "
                 "objective.last_steps to 1, or noises to 0"
             )
+        longest = max(self.student.counts)
+        if self.last_steps is not None and self.last_steps > longest:
+            raise UserError(
+                f"objective.last_steps: gradients cannot flow through {self.last_steps} steps of "
+                f"a student of {longest}; set it to at most {longest}"
+            )
 
     def loss(self, batch: Batch, step: int) -> Loss:
         student, _ = self.student.sample_chain()
