@@ -244,14 +244,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     fault(
         "SwiftBrush's fake score is not guided",
-        "distill/objectives/distribution/diff_instruct.py",
+        "distill/objectives/branches.py",
         "        if not self.guide_fake:\n            return self.fake",
         "        if self.guide_fake:\n            return self.fake",
         "objectives/test_diff_instruct.py::test_swiftbrushs_loss_is_the_published_one",
     ),
     fault(
         "the fake keeps its conditions",
-        "distill/objectives/distribution/diff_instruct.py",
+        "distill/objectives/branches.py",
         "< self.drop",
         "< 0",
         "objectives/test_diff_instruct.py::test_a_share_of_the_fakes_samples_has_no_condition",
@@ -440,6 +440,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "self.fake_times.sample(",
         "self.times.sample(",
         "objectives/test_turns.py::test_the_fake_of_sid_learns_at_its_own_times",
+    ),
+    fault(
+        "SiD-LSG's fake learns without guidance",
+        "distill/objectives/distribution/sid.py",
+        "mean_square(self.fake_x(x_t",
+        "mean_square(self.fake(x_t",
+        "objectives/test_score_identity.py::test_with_lsg_the_fake_learns_guided",
+    ),
+    fault(
+        "SiD-LSG compares with the unguided fake",
+        "distill/objectives/distribution/sid.py",
+        "self.fake_x(x_t, t, batch.cond)\n        value",
+        "self.fake(x_t, t, batch.cond)\n        value",
+        "objectives/test_score_identity.py::test_with_lsg_the_loss_is_sids_of_two_guided_scores",
     ),
     fault(
         "weight of SiD not detached",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from distill.field_types import Fraction
+from distill.objectives.base import Objective
 from teachers import conditions
 from teachers.conditions import GUIDANCE_SCALE, Cond
 from teachers.denoiser import Denoiser, Guided
@@ -60,3 +64,29 @@ def with_nulls(guide: Guided, cond: Cond, dropped: Tensor) -> Cond:
     assert cond is not None
     plain, null = guide.branches(cond)
     return {k: torch.where(expand(dropped, v), null[k], v) for k, v in plain.items()}
+
+
+@dataclass(kw_only=True)
+class GuidedFake(Objective):
+    """An objective whose fake score may be guided as the teacher is."""
+
+    fake: Denoiser  # denoises the student's samples
+    guide_fake: bool = False  # guide the fake score as the teacher is guided
+    drop: Fraction = 0.1  # share of the fake's samples without a condition, with guide_fake
+
+    def __post_init__(self) -> None:
+        if self.guide_fake:
+            guidance_of(self.teacher, "guide_fake")
+
+    def fake_x(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x̂ (B, ...) of the fake score, guided as the teacher where both are."""
+        if not self.guide_fake:
+            return self.fake(x_t, t, cond)
+        return guided_alike(guidance_of(self.teacher, "guide_fake"), self.fake, x_t, t, cond)
+
+    def shown_to_fake(self, x: Tensor, cond: Cond) -> Cond:
+        """The condition that the fake learns samples x (B, ...) with: some have the null one."""
+        if not self.guide_fake or not self.drop:
+            return cond
+        dropped = torch.rand(len(x), device=x.device) < self.drop
+        return with_nulls(guidance_of(self.teacher, "guide_fake"), cond, dropped)

@@ -267,6 +267,9 @@ COSTS = {
     ("sid", "through teacher and fake"): ({}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
         "fake forward": 2, "fake backward": 2}),
+    ("sid", "guided on both sides"): ({"guided": True, "guide_fake": True}, {
+        "student forward": 2, "student backward": 1, "teacher forward": 2, "teacher backward": 2,
+        "fake forward": 4, "fake backward": 4}),
     ("sida", "the fake also reads data"): ({"critic": True}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
         "fake forward": 3, "fake backward": 3}),

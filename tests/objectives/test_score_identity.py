@@ -8,11 +8,14 @@ from torch import nn
 from distill.config.objectives import OBJECTIVES
 from distill.objectives.base import Batch
 from distill.objectives.distribution.fdistill import WEIGHTS
+from distill.objectives.distribution.sid import SiD
+from distill.objectives.distribution.sim import SIM
 from distill.objectives.distribution.uni_instruct import SECOND
 from students.critic import FeatureMean
 from students.generator import Generator
 from teachers.denoiser import Denoiser
 from teachers.process import Karras
+from tests.helpers.noise_predictors import NULL, guided, labels, predictor
 from tests.helpers.refusals import refused
 
 D = torch.float64
@@ -293,3 +296,73 @@ def test_the_second_weight_is_that_of_the_expanded_divergences_gradient(divergen
 def test_ratios_that_cannot_be_are_refused():
     with refused("objective.ratio_min"):
         made("uni-instruct", ratio_min=3.0, ratio_max=2.0)
+
+
+# ---- SiD-LSG: long and short guidance
+
+
+def both(kind=SiD, scale=2.5, **keys):
+    """An objective on networks that predict noise, guided on both sides, with a batch."""
+    teacher, fake, network = (predictor(seed) for seed in (1, 2, 3))
+    student = Generator(network)
+    keys = {"guide_fake": True, "drop": 0.0, **keys}
+    objective = kind(teacher=guided(teacher, scale), student=student, fake=fake, **keys)
+    torch.manual_seed(0)
+    return objective, student, Batch(None, torch.randn(64, 3, dtype=D), labels(64))
+
+
+def mixed(network, x_t, t, cond, scale=2.5):
+    """x̂ by the guided noise, as the published code has it."""
+    null = {"class_labels": torch.full((len(x_t),), NULL)}
+    eps, negative = network.backbone(x_t, t, cond), network.backbone(x_t, t, null)
+    alpha, sigma = (v[:, None] for v in network.process.scales(t.double()))
+    return (x_t - sigma * (negative + scale * (eps - negative))) / alpha
+
+
+def test_with_lsg_the_loss_is_sids_of_two_guided_scores():
+    objective, student, batch = both(alpha=1.0)
+    torch.manual_seed(5)
+    loss = objective.student_loss(batch, student)
+    (found,) = torch.autograd.grad(loss.value, loss.samples)
+    torch.manual_seed(5)
+    x = student(batch.noise, batch.cond).detach().requires_grad_()
+    t = objective.times.sample(x, objective.teacher.process)
+    x_t = objective.teacher.process.noise(x, t, torch.randn_like(x))
+    real = mixed(objective.teacher.denoiser, x_t, t, batch.cond)
+    fake = mixed(objective.fake, x_t, t, batch.cond)
+    omega = (x - real).abs().mean(1, keepdim=True).detach()
+    expected = 100 * ((real - fake) * (fake - x) / omega).sum(1).mean()
+    torch.testing.assert_close(loss.value, expected, rtol=1e-5, atol=0)
+    (wanted,) = torch.autograd.grad(expected, x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", [SiD, SIM])
+def test_with_lsg_the_fake_learns_guided(kind):
+    objective, student, batch = both(kind)
+    torch.manual_seed(5)
+    found = objective.fake_loss(batch, student).value
+    torch.manual_seed(5)
+    x = student(batch.noise, batch.cond)
+    t = objective.fake_times.sample(x, objective.fake.process)
+    x_t = objective.fake.process.noise(x, t, torch.randn_like(x))
+    error = (mixed(objective.fake, x_t, t, batch.cond) - x).square().mean(1)
+    torch.testing.assert_close(found, (objective.fake.weight(t) * error).mean())
+
+
+def test_with_lsg_a_dropped_condition_makes_the_guided_fake_the_unconditional_one():
+    objective, student, batch = both(drop=1.0)
+    torch.manual_seed(5)
+    found = objective.fake_loss(batch, student).value
+    plain, _, _ = both(guide_fake=False)
+    null = batch._replace(cond={"class_labels": torch.full((64,), NULL)})
+    x = student(batch.noise, batch.cond)
+    torch.manual_seed(5)
+    torch.rand(64)  # which of them are dropped
+    t = plain.fake_times.sample(x, plain.fake.process)
+    torch.testing.assert_close(found, plain.fake.loss(x, t, null.cond))
+
+
+@pytest.mark.parametrize("name", ["sida", "uni-instruct"])
+def test_a_discriminator_on_the_fakes_own_pass_has_no_lsg(name):
+    assert {"guide_fake", "drop"} <= set(OBJECTIVES[name].unused)

@@ -29,23 +29,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from distill.field_types import Fraction, PositiveInt
-from distill.objectives.base import Batch, Loss, Objective, Turn
-from distill.objectives.branches import guidance_of, guided_alike, with_nulls
+from distill.field_types import PositiveInt
+from distill.objectives.base import Batch, Loss, Turn
+from distill.objectives.branches import GuidedFake
 from distill.objectives.losses import mean_square, surrogate
 from distill.objectives.noise_levels import LogNormal, Times
 from students.generator import ChainSamples, Generator
-from teachers.denoiser import Cond, Denoiser
 
 
 @dataclass(kw_only=True)
-class DiffInstruct(Objective):
-    fake: Denoiser  # denoises the student's samples
+class DiffInstruct(GuidedFake):
     weighting: Literal["denoiser", "noise", "kl"] = "denoiser"  # of noise levels: see above
     reduction: Literal["sum", "mean"] = "sum"  # of the student's loss over dimensions
     student_every: PositiveInt = 1  # steps, each with a fake update, per student update
-    guide_fake: bool = False  # guide the fake score as the teacher is guided
-    drop: Fraction = 0.1  # share of the fake's samples without a condition, with guide_fake
     # The fake's own loss, or that times α²: SwiftBrush's, whose networks predict noise.
     fake_weighting: Literal["own", "alpha2"] = "own"
     fake_sees: ChainSamples = "last"  # which of a chain's x̂ the fake learns from
@@ -53,10 +49,6 @@ class DiffInstruct(Objective):
     fake_times: Times = LogNormal(-1.2, 1.2)  # where the fake learns
 
     needs_data: ClassVar[Literal["always", "never", "critic", "pairs"]] = "never"
-
-    def __post_init__(self) -> None:
-        if self.guide_fake:
-            guidance_of(self.teacher, "guide_fake")
 
     def turns(self, step: int) -> Iterator[Turn]:
         student, first = self.student.sample_chain()
@@ -83,19 +75,10 @@ class DiffInstruct(Objective):
             return alpha * sigma
         return (alpha / sigma).square() if self.weighting == "kl" else torch.ones_like(alpha)
 
-    def fake_x(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x̂ (B, ...) of the fake score, guided as the teacher where both are."""
-        if not self.guide_fake:
-            return self.fake(x_t, t, cond)
-        return guided_alike(guidance_of(self.teacher, "guide_fake"), self.fake, x_t, t, cond)
-
     def fake_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
         """The fake's denoising of the student's samples."""
         x = student.samples(batch.noise, batch.cond, self.fake_sees, first)
-        cond, process = batch.cond, self.fake.process
-        if self.guide_fake and self.drop:
-            dropped = torch.rand(len(x), device=x.device) < self.drop
-            cond = with_nulls(guidance_of(self.teacher, "guide_fake"), cond, dropped)
+        cond, process = self.shown_to_fake(x, batch.cond), self.fake.process
         t = self.fake_times.sample(x, process)
         if self.fake_weighting == "own":
             return Loss(self.fake.loss(x, t, cond))

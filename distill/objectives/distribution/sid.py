@@ -1,7 +1,9 @@
 """Score identity distillation: minimise a Fisher divergence, with scores read as denoisers.
 
 SiD, Zhou et al. 2024 (arXiv:2404.04057). Unlike DMD2, gradients reach the student through the
-inputs of both denoisers, whose weights stay fixed. Needs no data.
+inputs of both denoisers, whose weights stay fixed. Needs no data. With `guide_fake` it is SiD-LSG
+(arXiv:2406.01561): the fake is guided as the teacher is where it is compared, and it learns so too,
+a share `drop` of its samples without their condition. Each pass of the fake is then two.
 
 α = ½ is half the true Fisher gradient; α = 1 omits the term of the sampling distribution. 1.2, the
 authors' best on CIFAR and ImageNet, repels a student that is far too wide: start from the teacher.
@@ -18,18 +20,17 @@ import torch
 from torch import Tensor
 
 from distill.field_types import NonNegative, Positive
-from distill.objectives.base import Batch, Loss, Objective, Turn
-from distill.objectives.losses import mean_abs
+from distill.objectives.base import Batch, Loss, Turn
+from distill.objectives.branches import GuidedFake
+from distill.objectives.losses import mean_abs, mean_square
 from distill.objectives.noise_levels import LogNormal, Times, Uniform
 from students.generator import ChainSamples, Generator
-from teachers.denoiser import Denoiser
 
 
 @dataclass(kw_only=True)
-class ScoreIdentity(Objective):
+class ScoreIdentity(GuidedFake):
     """What SiD and its relatives share: the turns, the times, and the fake score's loss."""
 
-    fake: Denoiser  # denoises the student's samples
     fake_sees: ChainSamples = (
         "places"  # which of a chain's x̂ the fake learns from (arXiv:2509.25127)
     )
@@ -47,12 +48,17 @@ class ScoreIdentity(Objective):
     def fake_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
         """The fake's denoising of the student's samples."""
         x = student.samples(batch.noise, batch.cond, self.fake_sees, first)
-        return Loss(self.fake.loss(x, self.fake_times.sample(x, self.fake.process), batch.cond))
+        cond, process = self.shown_to_fake(x, batch.cond), self.fake.process
+        t = self.fake_times.sample(x, process)
+        if not self.guide_fake:
+            return Loss(self.fake.loss(x, t, cond))
+        x_t = process.noise(x, t, torch.randn_like(x))
+        return Loss((self.fake.weight(t) * mean_square(self.fake_x(x_t, t, cond), x)).mean())
 
     def student_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
         """The comparison of teacher and fake on the student's samples, times `scale`."""
         x, t, x_t = self.compared(batch, student, first)
-        real, fake = self.teacher(x_t, t, batch.cond), self.fake(x_t, t, batch.cond)
+        real, fake = self.teacher(x_t, t, batch.cond), self.fake_x(x_t, t, batch.cond)
         value = self.matching(x, real, fake)
         logs = {"gap": (real - fake).detach().abs().mean()}
         return Loss(self.scale * value.flatten(1).sum(1).mean(), logs, x)

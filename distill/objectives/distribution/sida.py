@@ -38,6 +38,7 @@ class SiDA(SiD):
     gan_start: NonNegativeInt = 0  # step from which it learns from the critic; 200,000 images
 
     needs_data = "always"
+    unused = ("guide_fake", "drop")  # the logits come from a pass that is not guided
 
     def __post_init__(self) -> None:
         self.step = 0
