@@ -435,6 +435,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "training/test_engine.py::test_the_student_of_step_k_moves_every_kth_step",
     ),
     fault(
+        "gradient_steps ignored",
+        "students/generator.py",
+        "min(k + gradient_steps, len(remaining)) - 1",
+        "min(k + 1, len(remaining)) - 1",
+        "objectives/test_dmd2_options.py::test_gradients_flow_through_the_last_steps_of_every_sample",
+    ),
+    fault(
         "fake_times ignored in SiD",
         "distill/objectives/distribution/sid.py",
         "self.fake_times.sample(",

@@ -188,17 +188,26 @@ class Generator(nn.Module):
         x_t, t = self.inputs(z, cond, first), self.ends(z, first)
         return self.denoiser(x_t, t, cond, torch.zeros_like(t))
 
-    def inputs(self, z: Tensor, cond: Cond = None, first: int = 0) -> Tensor:
+    def inputs(
+        self, z: Tensor, cond: Cond = None, first: int = 0, gradient_steps: int = 1
+    ) -> Tensor:
         """x_t (B, ...) that the last steps of a `rollout` from z (B, ...) begin with.
 
-        Steps before the last run without gradients.
+        Args:
+            gradient_steps: Of each sample's steps, how many of the last ones gradients flow
+                through, the one that begins at x_t included; their activations are kept.
         """
-        x_t = z * self.scale(z)
-        for k, count in enumerate(self.remaining(len(z), first)[:-1]):
-            head = conditions.rows(cond, slice(None, count))
-            with torch.no_grad():
-                moved = self.step(x_t[:count], k, head) if count else x_t[:0]
-            x_t = torch.cat([moved, x_t[count:]])
+        x_t, remaining = z * self.scale(z), self.remaining(len(z), first)
+        for k, count in enumerate(remaining[:-1]):
+            # samples that end later come first: those too far from their end need no graph
+            far = remaining[min(k + gradient_steps, len(remaining)) - 1]
+            parts = [x_t[count:]]
+            for part, graph in ((slice(far, count), True), (slice(0, far), False)):
+                with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
+                    if part.start < part.stop:
+                        moved = self.step(x_t[part], k, conditions.rows(cond, part))
+                        parts.insert(0, moved)
+            x_t = torch.cat(parts)
         return x_t
 
     def ends(self, z: Tensor, first: int = 0) -> Tensor:

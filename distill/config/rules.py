@@ -123,14 +123,23 @@ def unused_option(recipe: Recipe) -> str | None:
     return None
 
 
-def encoder_without_heads(recipe: Recipe) -> str | None:
+def features_of_another_network(recipe: Recipe) -> str | None:
     critic = recipe.critic
-    if critic is None or critic.encoder is None:
+    if critic is None or (critic.encoder is None and critic.reads is None):
         return None
-    if issubclass(network_types(recipe.kind, Critic)["critic"], FeatureMean):
+    key = "reads" if critic.encoder is None else "encoder"
+    if critic.reads != "fake" and issubclass(
+        network_types(recipe.kind, Critic)["critic"], FeatureMean
+    ):
         return (
-            f"critic.encoder: {_objective(recipe)}'s critic is the fake score itself, which learns "
+            f"critic.{key}: {_objective(recipe)}'s critic is the fake score itself, which learns "
             "from its loss; remove it"
+        )
+    if critic.encoder is not None and critic.reads is not None:
+        return "critic.reads: the critic reads the encoder; remove one of the two keys"
+    if critic.reads == "fake" and "fake" not in network_types(recipe.kind):
+        return (
+            f"critic.reads: {_objective(recipe)} has no fake score; set it to teacher, or remove it"
         )
     return None
 
@@ -491,7 +500,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     useless_critic,
     missing_critic,
     san_without_a_game,
-    encoder_without_heads,
+    features_of_another_network,
     unused_option,
     second_derivative_of_recomputed_blocks,
     missing_pairs,

@@ -144,9 +144,12 @@ class Objective:
     @property
     def loss_features(self) -> str:
         """Which features of a frozen network the loss compares; empty for none. It is recorded in
-        summary.json and on the report's page.
+        summary.json and on the report's page. A critic on the fake score reads no frozen network.
         """
-        return ""
+        critic = getattr(self, "critic", None)
+        if critic is None or critic.source == "fake":
+            return ""
+        return f"{critic.source}'s {', '.join(critic.blocks)}, which the critic reads"
 
     def check_batch(self, shape: tuple[int, ...]) -> None:
         """Refuse data or parts of a batch that the loss cannot be computed of, before training.

@@ -73,8 +73,7 @@ def build_networks(
     networks["teacher"] = guided(recipe.teacher, teacher)
     if recipe.critic is not None:
         kind = network_types(recipe.kind, Critic)["critic"]
-        network = networks.get("fake", teacher.denoiser)
-        networks["critic"] = critic_of(recipe.critic, network, teacher, kind)
+        networks["critic"] = critic_of(recipe.critic, networks.get("fake"), teacher, kind)
     auxiliaries: dict[str, type[Any]] = network_types(recipe.kind, Auxiliary)
     for name, auxiliary in auxiliaries.items():
         networks[name] = auxiliary.for_objective(teacher).requires_grad_(True)
@@ -149,19 +148,21 @@ def shared_weights(section: AdaptersSection | None, names: Sequence[str]) -> dic
 
 
 def critic_of(
-    section: CriticSection, network: Any, teacher: Teacher, kind: type[Any] = Critic
+    section: CriticSection, fake: Any, teacher: Teacher, kind: type[Any] = Critic
 ) -> Critic:
-    """A critic that reads the fake score's features, or the teacher's where there is no fake score,
-    or those of a network of images.
+    """A critic that reads the features of the fake score, of the teacher or of a network of images.
 
     Args:
+        fake: The fake score; None where the objective has none, whose critic reads the teacher's.
         kind: The objective's kind of critic.
 
     Raises:
         UserError: it has no such blocks.
     """
+    source = "teacher" if fake is None else section.reads or "fake"
+    network = teacher.denoiser if source == "teacher" else fake
     if section.encoder is not None:
-        network = image_features(section.encoder, teacher)
+        source, network = section.encoder, image_features(section.encoder, teacher)
         blocks = section.blocks or ("encoder",)
     elif section.blocks is None:
         blocks = (middle_of(network_of(network)),)
@@ -170,7 +171,7 @@ def critic_of(
     if section.san:
         kind = SANCritic
     critic = kind(network, teacher.shape, teacher.codec.condition([0]), blocks)
-    critic.source = section.encoder or critic.source
+    critic.source = source
     return critic
 
 

@@ -30,6 +30,7 @@ def test_defaults_are_spelled_out(tmp_path):
     assert recipe.objective == {
         "name": "sid", "alpha": 1.2, "fake_sees": "places", "scale": 100.0,
         "times": {"low": 0.0, "high": 0.8, "shift": 1.0}, "fake_times": {"mean": -1.2, "std": 1.2},
+        "guide_fake": False, "drop": 0.1,
     }  # fmt: skip
     assert Recipe.check(recipe.tree()) == recipe
 

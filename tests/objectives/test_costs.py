@@ -153,6 +153,9 @@ COSTS = {
         {"first_step": 0.05, "first_step_path": (2, 4), "student": FOUR}, {
         "student forward": 6.5, "student backward": 1, "teacher forward": 0.75 + 0.25 * 2,
         "fake forward": 1 + 0.75, "fake backward": 1}),
+    ("dmd2", "gradients through two of four steps"): ({"gradient_steps": 2, "student": FOUR}, {
+        "student forward": 6.5, "student backward": 1.75, "teacher forward": 1,
+        "fake forward": 2, "fake backward": 1}),
     ("dmd2", "each network once in its turn"): ({}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1,
         "fake forward": 2, "fake backward": 1}),

@@ -71,6 +71,54 @@ def test_the_times_at_which_samples_end_are_those_of_their_places():
     assert sorted(set(ends.tolist())) == sorted(TIMES)
 
 
+# ---- gradients through several steps
+
+CHAIN = (1.0, 0.6, 0.2)  # with the flow's step x_s = (s/t) x_t + (1 - s/t) x̂
+
+
+@pytest.mark.parametrize("gradient_steps", [1, 2, 3])
+def test_gradients_flow_through_the_last_steps_of_every_sample(gradient_steps):
+    """x̂ of the place p is k_p x_p with x_{i+1} = c_i x_i, c_i = s/t + (1 - s/t) k_i, by hand."""
+    k = torch.tensor([0.3, 0.7, 0.9], dtype=D, requires_grad=True)
+    network = Slopes(torch.tensor(CHAIN, dtype=D), k.detach().clone(), Linear())
+    student = Generator(network, CHAIN, renoise=False).keep(3)
+    z = torch.tensor([[1.0], [-0.4], [2.5], [0.8], [1.7]], dtype=D)
+    student.denoiser.requires_grad_(True)
+    x_t = student.inputs(z, None, 1, gradient_steps)
+    x = network(x_t, student.ends(z, 1))
+    (found,) = torch.autograd.grad(x.sum(), network.slopes)
+    places = [2, 2, 1, 1, 0]  # (1 + i) mod 3, those that end later first
+    expected = torch.zeros((), dtype=D)
+    for start, place in zip(z[:, 0], places, strict=True):
+        state = start
+        for i in range(place):
+            r = CHAIN[i + 1] / CHAIN[i]
+            slope = k[i] if place - i < gradient_steps else k[i].detach()
+            state = (r + (1 - r) * slope) * state
+        expected = expected + k[place] * state
+    torch.testing.assert_close(x.sum(), expected)
+    (wanted,) = torch.autograd.grad(expected, k)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_gradients_through_all_steps_are_those_of_whole_chains():
+    objective, student, batch = made(gradient_steps=4, scale=1, n=1)
+    student.renoise = False
+    x_t = student.inputs(batch.noise, batch.cond, 3, 4)  # the one sample ends at the last step
+    weights = list(student.denoiser.parameters())
+    ends = student.ends(batch.noise, 3)
+    x = objective.student.denoiser(x_t, ends, batch.cond)
+    whole = student(batch.noise, batch.cond, whole_chain=True)
+    torch.testing.assert_close(x, whole)
+    for a, b in zip(*(torch.autograd.grad(v.sum(), weights) for v in (x, whole)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_flow_through_no_more_steps_than_there_are():
+    with refused("objective.gradient_steps", "5 steps of a student of 4"):
+        made(gradient_steps=5)
+
+
 # ---- Decoupled DMD
 
 

@@ -1,4 +1,4 @@
-"""Critics that read a network of images from a user's file."""
+"""What critics read: the fake score, the teacher, or a network of images from a user's file."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from students.critic import Critic, ImageFeatures, SANCritic
 from teachers.process import Linear
 from teachers.teacher import Codec
 from tests.helpers.refusals import refused
+from tests.helpers.toys import recipe_tree
 
 FILE = """
 import torch
@@ -94,3 +95,40 @@ def test_a_path_beside_the_recipe_is_found(file):
     (file.parent / "gdd.yaml").write_text(text)  # JSON is YAML
     loaded = Recipe.load(file.parent / "gdd.yaml")
     assert loaded.critic.encoder.endswith(f"{file.parent.name}/mine.py:encoder")
+
+
+# ---- the fake score or the teacher
+
+
+@pytest.mark.parametrize(("reads", "moved"), [(None, True), ("fake", True), ("teacher", False)])
+def test_only_a_fake_score_that_the_critic_reads_learns_from_it(reads, moved, tmp_path):
+    tree = recipe_tree("dmd2", "digits", steps=1)
+    tree["teacher"] = "digits"
+    tree["critic"] = {} if reads is None else {"reads": reads}
+    tree["players"] = {"fake": {"betas": [0.0, 0.99]}}
+    objective = build.build(Recipe.check(tree), tmp_path / "run").engine.objective
+    critic, fake = objective.critic, objective.fake
+    assert critic.source == ("fake" if moved else "teacher")
+    assert bool(objective.loss_features) != moved
+    x, cond = torch.randn(4, 1, 8, 8), {"class_labels": torch.arange(4)}
+    fake.requires_grad_(True)
+    critic.requires_grad_(True)
+    critic(x, torch.full((4,), 0.5), cond).sum().backward()
+    grads = [p.grad for p in fake.parameters()]
+    assert any(g is not None and g.abs().max() > 0 for g in grads) == moved
+    assert all(p.grad is None for p in objective.teacher.parameters())
+    assert all(p.grad is not None for p in critic.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "critic", "key"),
+    [
+        ("ladd", {"reads": "fake"}, "critic.reads"),
+        ("sida", {"reads": "teacher"}, "critic.reads"),
+        ("dmd2", {"reads": "teacher", "encoder": "mine.py:encoder"}, "critic.reads"),
+        ("dmd2", {"reads": "student"}, "critic.reads"),
+    ],
+)
+def test_features_that_the_objective_has_not_are_refused(name, critic, key):
+    with refused(key):
+        Recipe.check({**recipe_tree(name, "digits"), "critic": critic})

@@ -76,10 +76,6 @@ class Flash(Adversary):
     def last_stage(self) -> int:
         return (MODES - 1) * self.stage_steps
 
-    @property
-    def loss_features(self) -> str:
-        return f"{self.critic.source}'s {', '.join(self.critic.blocks)}, which the critic reads"
-
     def turns(self, step: int) -> Iterator[Turn]:
         stage = min(step // self.stage_steps, MODES - 1)
         weights = place_weights(SHARES[stage], self.levels, self.mode_std)

@@ -68,11 +68,6 @@ class LADD(Adversary):
     def last_stage(self) -> int:
         return self.frozen_steps
 
-    @property
-    def loss_features(self) -> str:
-        blocks = ", ".join(self.critic.blocks)
-        return f"{self.critic.source}'s {blocks}, which the critic reads"
-
     def turns(self, step: int) -> Iterator[Turn]:
         student, first = self.student.sample_chain()
         if step >= self.frozen_steps and step % self.student_every == 0:

@@ -29,6 +29,7 @@ from distill.field_types import Fraction, NonNegative, PositiveInt
 from distill.objectives.base import Batch, Loss, Turn
 from distill.objectives.dmd2_options.alignment import Alignment
 from distill.objectives.dmd2_options.first_step import check_part, check_path, first_step_loss
+from distill.objectives.dmd2_options.limits import check_gradients, check_sharing
 from distill.objectives.dmd2_options.matching import Matching, check_pull, pull
 from distill.objectives.dmd2_options.random_chains import RandomChains, check_chains, sample_chain
 from distill.objectives.games import Adversary, renormalise
@@ -37,7 +38,6 @@ from distill.objectives.noise_levels import Times, Uniform
 from students.critic import Critic
 from students.generator import ChainSamples, Generator
 from teachers.denoiser import Cond
-from teachers.errors import UserError
 
 Samples = tuple[Tensor, Cond]  # x̂ of the student (B, ...), and its condition
 
@@ -52,6 +52,7 @@ class DMD2(Matching, Adversary):
     # those of every step, as in the authors' code. There one step's errors bias the others the
     # opposite way: a step of too little variety makes the others produce too much.
     fake_sees: ChainSamples = "last"
+    gradient_steps: PositiveInt = 1  # of a chain, the last ones, that gradients flow through
     share_samples: bool = False  # fake and critic learn from the samples of the student's turn
     fake_times: Times = Uniform(0.0, 1.0)  # where the fake learns
     critic_times: Times = Uniform(0.0, 1.0)  # where the critic compares
@@ -66,16 +67,9 @@ class DMD2(Matching, Adversary):
     def __post_init__(self) -> None:
         super().__post_init__()
         several = self.schedule is not None or len(self.student.times) > 1
-        if self.share_samples and self.fake_sees == "last" and several:
-            raise UserError(
-                "objective.share_samples: a student of several steps is trained at every step of "
-                "its chain; set objective.fake_sees to places, or share_samples to false"
-            )
-        if self.share_samples and self.game == "relativistic":
-            raise UserError(
-                "objective.share_samples: the relativistic game compares samples and data of equal "
-                "conditions, and shared samples have others; set it to false"
-            )
+        if self.share_samples:
+            check_sharing(self.fake_sees, several, self.game)
+        check_gradients(self.gradient_steps, self.longest)
         if self.first_step:
             check_path(self.student, self.fake_sees, self.first_step_path)
         if self.ida is not None:
@@ -83,10 +77,14 @@ class DMD2(Matching, Adversary):
         if self.schedule is not None:
             check_chains(self.schedule, self.student, self.first_step)
 
+    @property
+    def longest(self) -> int:
+        """The steps of the longest chain."""
+        return self.schedule.longest if self.schedule else max(self.student.counts)
+
     def check_batch(self, shape: tuple[int, ...]) -> None:
         if self.first_step:
-            longest = self.schedule.longest if self.schedule else max(self.student.counts)
-            check_part(shape[0], longest)
+            check_part(shape[0], self.longest)
 
     def turns(self, step: int) -> Iterator[Turn]:
         student, first = sample_chain(self.student, self.schedule)
@@ -104,13 +102,14 @@ class DMD2(Matching, Adversary):
         self, batch: Batch, student: Generator, first: int = 0, shared: list[Samples] | None = None
     ) -> Loss:
         """Distribution matching, and the generator loss if there is a critic."""
-        x_t, ends = student.inputs(batch.noise, batch.cond, first), student.ends(batch.noise, first)
+        x_t = student.inputs(batch.noise, batch.cond, first, self.gradient_steps)
+        ends = student.ends(batch.noise, first)
         x = student.denoiser(x_t, ends, batch.cond, torch.zeros_like(ends))
         if shared is not None:
             shared.append((x.detach(), batch.cond))
         loss = self.of_chain(x, ends, batch, student, first)
         beside = self.alignment
-        return beside.added(loss, self, student, (x_t, ends), x, batch) if beside else loss
+        return beside.added(loss, self, student, (x_t.detach(), ends), x, batch) if beside else loss
 
     def of_chain(
         self, x: Tensor, ends: Tensor, batch: Batch, student: Generator, first: int
