@@ -193,6 +193,21 @@ def published(objective, student, batch, first, seed=5):
     return model_latents, noisy, tau, rand_noise, mixed.detach()
 
 
+def test_the_fakes_target_of_states_is_phased_dmds():
+    """ψ = (a_s² b_t + a_t b_s²) / (a_s² b_t|s) n - x_s / a_s, a flow's velocity (2510.27684)."""
+    objective, student, batch = made(process=Linear(), separate=False)
+    objective.fake.process = Linear()
+    torch.manual_seed(5)
+    stage = objective.stage(batch, student, 1)
+    s, t = student.landings(batch.noise, 1)[:, None], stage.tau[:, None].to(D)
+    x_t, now = student.inputs(batch.noise, batch.cond, 1), student.ends(batch.noise, 1)
+    x_s = (1 - s) * stage.x + s * student.denoiser.process.eps(x_t, stage.x, now)
+    b = (t**2 - ((1 - t) * s / (1 - s)) ** 2).sqrt()  # b_t|s
+    n = (stage.x_tau - (1 - t) / (1 - s) * x_s) / b
+    psi = ((1 - s) ** 2 * t + (1 - t) * s**2) / ((1 - s) ** 2 * b) * n - x_s / (1 - s)
+    torch.testing.assert_close((stage.x_tau - stage.target) / t, psi, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("distance", ["square", "huber"])
 def test_the_students_loss_is_the_published_one(distance):
     """Its square has no half."""
