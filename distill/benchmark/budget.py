@@ -144,24 +144,27 @@ def echo_outputs(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> list
 class EchoCritic(FeatureMean):
     """A critic that cannot tell: logits of 0, after the call of its denoiser, which is counted.
 
-    They have a gradient of zero to the samples: some objectives balance their terms by it.
+    They have a gradient of zero to the samples: some objectives balance their terms by it. They are
+    (B,), or (B, 1) of a critic with a logit for each place.
     """
 
     def __init__(self, critic: Critic, denoiser: Denoiser) -> None:
         nn.Module.__init__(self)
         self._denoiser, self.heads = (denoiser, []), critic.heads
+        self.places = isinstance(critic, FeatureMean)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        return self.denoise(x_t, t, cond)[1]
+        logits = self.denoise(x_t, t, cond)[1]
+        return logits if self.places else logits[:, 0]
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> tuple[Tensor, Tensor]:
-        return self._denoiser[0](x_t, t, cond), 0 * x_t.flatten(1).sum(1)
+        return self._denoiser[0](x_t, t, cond), 0 * x_t.flatten(1).sum(1, keepdim=True)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> list[Tensor]:
         return [self.denoise(x_t, t, cond)[1]]
 
     def read(self, features: Sequence[Tensor]) -> Tensor:
-        return features[0]
+        return features[0][:, 0]
 
 
 def echo_networks(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -21,7 +21,7 @@ def counted(recipe, out):
     return found
 
 
-@pytest.mark.parametrize("name", [*FIVE, "ect"])
+@pytest.mark.parametrize("name", [*FIVE, "ect", "sida", "uni-instruct"])
 def test_evaluations_are_foretold_step_by_step(name, pipelines, tmp_path):
     tree = recipe_tree(name, pipelines["edm"], steps=6, seed=3)
     if name == "sid":  # random counts and places in the chain: each step costs its own
