@@ -17,6 +17,7 @@ from distill.config.recipe import Recipe
 from distill.config.schema import TeacherSection
 from distill.data.encode import at_once
 from distill.objectives.base import Batch, Objective
+from distill.objectives.trajectory.progressive import Progressive
 from distill.planning.plan import Plan, play
 from distill.profiling import FusedAttention, Meter, unique
 from distill.rates import family_of
@@ -35,6 +36,34 @@ from teachers.quantised import FORMS, parameters, quantise
 from teachers.storage.diffusers_config import CM
 from teachers.storage.files import home
 from teachers.teacher import Codec, Teacher
+
+
+def played(
+    recipe: Recipe, objective: Objective, movers: dict[str, list[nn.Parameter]], batch: Batch
+) -> tuple[int, int, float, dict[str, float]]:
+    """What `play` returns, over the whole of training: its first steps and those of its last stage.
+
+    Memory is the larger one's; work is their mean, each weighted by its share of the steps.
+    """
+    train, last = recipe.train, objective.last_stage
+    share = min(last / train.steps, 1.0)  # of the steps before the last stage
+    every = max(getattr(objective, "student_every", 1), 4)
+    total, memory = 0.0, (0, 0)
+    evaluations: dict[str, float] = {}
+    if isinstance(objective, Progressive):  # torch crashes when fake tensors are copied
+        objective.promoted = lambda: objective.student.denoiser
+    for first, weight in ((0, share), (last, 1 - share)):
+        if not weight:
+            continue
+        random.seed(0)
+        most, gradients, flops, counts = play(
+            objective, movers, batch, train.accumulate, every, train.precision, compiles(recipe),
+            first,
+        )  # fmt: skip
+        memory = max(memory, (most, gradients), key=sum)
+        total += weight * flops
+        evaluations = {k: evaluations.get(k, 0.0) + weight * n for k, n in counts.items()}
+    return *memory, total, evaluations
 
 
 def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
@@ -66,12 +95,8 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
         cond = teacher.codec.condition([0] * n)
         cond = conditions.each(cond, torch.clone)
         batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
-        steps = getattr(objective, "student_every", 1)
-        random.seed(0)
         with explained(recipe, teacher):
-            most, gradients, flops, evaluations = play(
-                objective, movers, batch, parts, max(steps, 4), train.precision, compiles(recipe)
-            )
+            most, gradients, flops, evaluations = played(recipe, objective, movers, batch)
     networks = [v for v in vars(objective).values() if isinstance(v, nn.Module)]
     tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
     weights = unique(tensors)

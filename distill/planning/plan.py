@@ -133,11 +133,13 @@ def play(
     steps: int,
     precision: str,
     compiled: bool = True,
+    first: int = 0,
 ) -> tuple[int, int, float, dict[str, float]]:
-    """Play the turns of the objective's first `steps` steps, each kind once, without updates.
+    """Play the turns of `steps` steps of the objective, each kind once, without updates.
 
     Args:
         batch: One of the `parts` that a step's batch is cut into.
+        first: The first of the steps; later stages of training have other turns.
         compiled: Whether the run compiles its networks, which keeps fewer activations.
 
     Returns:
@@ -150,7 +152,7 @@ def play(
     kinds: dict[tuple[str, ...], Cost] = {}
     plays: list[tuple[str, ...]] = []
     with evaluations_of(denoisers_in(networks)) as counts:
-        for step in range(steps):
+        for step in range(first, first + steps):
             for turn in objective.turns(step):
                 plays.append(turn.players)
                 if turn.players not in kinds:

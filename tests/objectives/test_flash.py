@@ -118,7 +118,8 @@ def target(objective, batch, place=3):
     from teachers.solver import dpmpp_2m
 
     x_t, _ = objective.noised(batch, place)
-    return dpmpp_2m(objective.teacher, x_t, objective.grid()[place:], batch.cond)
+    times = torch.tensor(objective.grid()[place:], dtype=torch.float64)
+    return dpmpp_2m(objective.teacher, x_t, times, batch.cond)
 
 
 # ---- a Gaussian teacher N(0, c²): the flow map is x_t c / √(c² + σ²), of a flow with α = 1 - σ

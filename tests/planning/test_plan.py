@@ -126,6 +126,39 @@ def test_samples_through_each_network_are_those_that_a_run_counts(pipelines, tmp
     assert forecast.plan(recipe).evaluations == engine.evaluations
 
 
+# Keys by which a first stage has none of the last one's turns or terms, in a training of 8 steps.
+STAGED = {
+    "sida": {"frozen_steps": 6, "gan_start": 6},
+    "ladd": {"frozen_steps": 6},
+    "ctm": {"gan_start": 6, "levels": 4, "solver_steps": 2},
+    "flash": {"stage_steps": 2, "levels": 8},
+    "fd-loss": {"fill": 6},
+    "progressive": {"initial_steps": 8, "stage_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_a_plan_holds_what_the_last_stage_does_and_works_as_all_stages(name, pipelines):
+    tree = recipe_tree(name, pipelines["edm"], steps=8)
+    if name == "ctm":
+        tree["critic"] = {}
+    recipe = Recipe.check({**tree, "objective": {"name": name, **STAGED[name]}})
+    late = recipe.objective.copy()
+    late |= {k: 0 for k in ("frozen_steps", "gan_start", "fill") if k in late}
+    never = Recipe.check({**recipe.tree(), "train": {**recipe.tree()["train"], "steps": 2}})
+    plan, first = forecast.plan(recipe), forecast.plan(never)
+    last = forecast.plan(Recipe.check({**recipe.tree(), "objective": late}))
+    whole, early, after = (sum(p.evaluations.values()) for p in (plan, first, last))
+    if name in ("flash", "progressive"):  # their last stages cannot be had alone
+        assert plan.activations >= first.activations > 0
+    else:
+        # but for what the first turn of all makes once, such as tables of times
+        assert plan.activations == pytest.approx(last.activations, rel=0.05)
+        assert whole == pytest.approx(0.75 * early + 0.25 * after)
+    if name in ("sida", "ladd", "ctm"):
+        assert plan.activations > first.activations
+
+
 def test_a_plan_that_does_not_fit_says_which_keys_to_change(pipelines):
     plan = Plan(int(30e9), 0, 0, 0, int(9e9), 0, 10**9, 64, "fp32")
     lines = " ".join(advice(small(pipelines), plan, GPUS["rtx-4090"]))

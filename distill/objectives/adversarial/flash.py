@@ -89,7 +89,7 @@ class Flash(Adversary):
         """The three terms, with the weights of a stage, at a place of the grid."""
         x_t, t = self.noised(batch, place)
         with torch.no_grad():
-            times = self.grid()[place:].to(x_t.device)
+            times = torch.tensor(self.grid()[place:], dtype=torch.float64).to(x_t.device)
             target = SOLVERS[self.solver](self.teacher, x_t, times, batch.cond)
         x = self.student.denoiser(x_t, t, batch.cond, torch.zeros_like(t))
         value = mean_square(x, target).mean()
@@ -110,15 +110,14 @@ class Flash(Adversary):
         value, logs = self.telling(self.critic, self.critic_times, x, batch.cond, batch)
         return Loss(value, logs)
 
-    def grid(self) -> Tensor:
-        """The K times from 1 down, float64, at which the teacher's solver calls it."""
-        levels = self.student.denoiser.process.levels(self.levels)
-        return torch.tensor(levels[:0:-1], dtype=torch.float64)
+    def grid(self) -> list[float]:
+        """The K times from 1 down, at which the teacher's solver calls it."""
+        return list(self.student.denoiser.process.levels(self.levels)[:0:-1])
 
     def noised(self, batch: Batch, place: int) -> tuple[Tensor, Tensor]:
         """x_t (B, ...) of data at a place of the grid, and t (B,); pure noise at the first."""
         z = batch.noise
-        t = z.new_full((len(z),), self.grid()[place].item())
+        t = z.new_full((len(z),), self.grid()[place])
         if place == 0:
             return z * self.student.scale(z), t
         return self.student.denoiser.process.noise(batch.data, t, z), t

@@ -45,7 +45,7 @@ class SiDA(SiD):
 
     @property
     def last_stage(self) -> int:
-        return self.frozen_steps
+        return max(self.frozen_steps, self.gan_start if self.gan_weight else 0)
 
     @property
     def reads_critic(self) -> bool:

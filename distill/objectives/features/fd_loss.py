@@ -90,6 +90,8 @@ class FDLoss(FeatureMatching):
 
     def remember(self) -> None:
         """Take the step's samples and data into the memory, over all parts and processes."""
+        if not self.fresh:
+            return  # no part was computed: a plan plays each kind of turn once
         sums = [all_sum(torch.stack(parts).sum(0)) for parts in zip(*self.fresh, strict=True)]
         moments = [v / v[0, 0] for v in sums]
         if self.memory == "queue":

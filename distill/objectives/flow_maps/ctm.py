@@ -63,6 +63,10 @@ class CTM(Pairwise):
                 f"{self.levels} levels; set it to {self.levels - 1} or less"
             )
 
+    @property
+    def last_stage(self) -> int:
+        return 0 if self.critic is None else self.gan_start
+
     def turns(self, step: int) -> Iterator[Turn]:
         counts = range(1, self.solver_steps + 1)
         self.count = random.choices(counts, counts)[0]  # the same on all processes
