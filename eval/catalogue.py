@@ -142,6 +142,10 @@ CATALOGUE: dict[str, MetricInfo] = {
         "LPIPS to the teacher", "LPIPS to the teacher's image of the same noise", "lower", "LPIPS",
         paper="1801.03924",
     ),
+    "variety": MetricInfo(
+        "variety", "spread of features within a prompt, as a share of the reference's", "higher",
+        role="detail",
+    ),
     "density": MetricInfo(
         "density", "how many real balls hold each generated sample, over k", "higher",
         paper="2002.09797", role="detail",

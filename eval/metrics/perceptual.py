@@ -1,4 +1,4 @@
-"""Distances between images: diversity within a prompt, agreement with the teacher.
+"""Distances between images: diversity and variety within a prompt, agreement with the teacher.
 
 LPIPS is that of Zhang et al. 2018 (arXiv:1801.03924), version 0.1, from its authors' package.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eval import fetch
 from eval.errors import MetricError, unknown
 from eval.fetch import package
+from eval.metrics.base import Features
 from eval.metrics.features import device
 from eval.resize import stretched_lanczos
 from eval.samples import Samples, by_prompt
@@ -90,6 +91,39 @@ class Diversity:
             a, b = (torch.tensor(side) for side in zip(*combinations(members, 2)))
             distances.append(self.distance(images[a], images[b]).double().mean())
         return {self.name: torch.stack(distances).mean().item()}
+
+
+def spread(features: Tensor, prompts: list[str]) -> float:
+    """The square distance of the features (N, D) of two samples of one prompt: its mean over the
+    pairs of a prompt, then over prompts. Prompts with a single sample have no part.
+
+    Raises:
+        MetricError: every prompt has a single sample.
+    """
+    groups = [members for members in by_prompt(prompts).values() if len(members) > 1]
+    if not groups:
+        raise MetricError("variety: every prompt has one image; sample two or more")
+    return sum(2 * features[v].double().var(0).sum().item() for v in groups) / len(groups)
+
+
+class Variety:
+    """`spread` as a share of that of reference images of the same prompts, as a metric.
+
+    1 is the reference's own variety, and 0 is a generator that has one image for each prompt. Noise
+    and wrong images are varied too, so compare fidelity as well.
+    """
+
+    def __init__(self, features: Features, reference: Samples) -> None:
+        """Raises: MetricError: the reference has no variety."""
+        self.features = features
+        self.spread = spread(features(reference.images), reference.prompts)
+        if not self.spread > 0:
+            raise MetricError("variety: the reference's images of a prompt have equal features")
+
+    def __call__(self, samples: Samples) -> dict[str, float]:
+        """Raises: MetricError: every prompt has a single sample."""
+        found = spread(self.features(samples.images), samples.prompts)
+        return {"variety": found / self.spread}
 
 
 class Agreement:

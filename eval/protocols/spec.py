@@ -19,13 +19,13 @@ from torch import Tensor
 
 from eval import digits, fetch, shapes
 from eval.errors import MetricError, unknown
-from eval.metrics.base import Metric
+from eval.metrics.base import Features, Metric
 from eval.metrics.clip import ClipScore, PickScore
 from eval.metrics.features import EXTRACTORS, NamedFeatures, Prepared
 from eval.metrics.fid import FID, FIDInfinity
 from eval.metrics.inception_score import InceptionScore, InceptionScoreInfinity
 from eval.metrics.mmd import CMMD, KID
-from eval.metrics.perceptual import Diversity, lpips
+from eval.metrics.perceptual import Diversity, Variety, lpips
 from eval.metrics.prdc import PRDC
 from eval.metrics.rewards import HPS, ImageReward
 from eval.metrics.vendi import Vendi
@@ -63,6 +63,18 @@ def lpips_diversity(
     return Diversity(lpips(trunk), size, name)
 
 
+def label_variety(features: Features) -> Variety:
+    """Variety within a label, as a share of the embedded digits'."""
+    images, labels = digits.data()
+    return Variety(features, Samples(to_uint8(images), [str(v) for v in labels.tolist()]))
+
+
+def caption_variety(features: Features, each: PositiveInt = 8) -> Variety:
+    """Variety within a caption, as a share of that of `each` drawings of every caption."""
+    prompts = shapes.all_captions() * each
+    return Variety(features, Samples(shapes.draw(prompts, seed=0), prompts))
+
+
 def known_words_accuracy() -> Metric:
     """As `caption_accuracy`; a caption may have words that the grammar lacks."""
     return lambda samples: shapes.known_words_accuracy(samples.images, samples.prompts)
@@ -70,6 +82,7 @@ def known_words_accuracy() -> Metric:
 
 KINDS: dict[str, Callable[..., Metric]] = {
     "caption_accuracy": caption_accuracy,
+    "caption_variety": caption_variety,
     "clip_score": ClipScore,
     "cmmd": CMMD,
     "frechet": FID,
@@ -80,6 +93,7 @@ KINDS: dict[str, Callable[..., Metric]] = {
     "inception_score_infinity": InceptionScoreInfinity,
     "kid": KID,
     "label_accuracy": label_accuracy,
+    "label_variety": label_variety,
     "lpips_diversity": lpips_diversity,
     "pick_score": PickScore,
     "prdc": PRDC,

@@ -68,6 +68,7 @@ def given(stubs):
     clip.encoders = stubs
     made = {
         "caption_accuracy": [(kinds["caption_accuracy"](), scenes)],
+        "caption_variety": [(kinds["caption_variety"](features, 2), samples)],
         "clip_score": [(clip, samples)],
         "cmmd": [(kinds["cmmd"](features, real), samples)],
         "frechet": [(kinds["frechet"](features, real, name=k), samples) for k in distances()],
@@ -81,6 +82,7 @@ def given(stubs):
         "inception_score_infinity": [(kinds["inception_score_infinity"](features, **few), samples)],
         "kid": [(kinds["kid"](features, real, subsets=2, subset_size=9), samples)],
         "label_accuracy": [(kinds["label_accuracy"](), digits)],
+        "label_variety": [(kinds["label_variety"](lambda v: v.flatten(1).float()), samples)],
         "lpips_diversity": [(Diversity(distance, 8), samples)],
         "pick_score": [(kinds["pick_score"](stubs), samples)],
         "prdc": [(kinds["prdc"](features, real), samples)],
