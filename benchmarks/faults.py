@@ -435,6 +435,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "training/test_engine.py::test_the_student_of_step_k_moves_every_kth_step",
     ),
     fault(
+        "the critic's reach moves the other way",
+        "distill/objectives/games.py",
+        "(now + step * (heard",
+        "(now - step * (heard",
+        "objectives/test_games.py::test_the_reach_rises_by_its_step_to_its_end_where_data_are_told_surely",
+    ),
+    fault(
         "gradient_steps ignored",
         "students/generator.py",
         "min(k + gradient_steps, len(remaining)) - 1",

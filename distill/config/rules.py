@@ -144,6 +144,17 @@ def features_of_another_network(recipe: Recipe) -> str | None:
     return None
 
 
+def reach_without_a_zero(recipe: Recipe) -> str | None:
+    if not issubclass(recipe.kind, Adversary) or recipe.objective["reach"] is None:
+        return None
+    if recipe.objective["game"] != "relativistic":
+        return None
+    return (
+        "objective.reach: it follows the signs of data's logits, and in the relativistic game only "
+        "differences mean something; remove it, or set objective.game to another"
+    )
+
+
 def second_derivative_of_recomputed_blocks(recipe: Recipe) -> str | None:
     if not issubclass(recipe.kind, Adversary) or not recipe.train.checkpointing:
         return None
@@ -502,6 +513,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     san_without_a_game,
     features_of_another_network,
     unused_option,
+    reach_without_a_zero,
     second_derivative_of_recomputed_blocks,
     missing_pairs,
     pairs_of_several_scales,

@@ -8,21 +8,26 @@ as ADD does (arXiv:2311.17042), which needs no second pass of the network. `appr
 difference: γ/2 (ℓ(x_t + δ n) - ℓ(x_t))² / δ² with unit noise n, both at t (Seaweed-APT,
 arXiv:2501.08316, whose λ is γ/2δ²). It tends to `exact` as δ does to 0, and takes one pass more.
 
+With `reach` the noise that a critic sees follows it, as in Diffusion-GAN (Wang et al. 2022,
+arXiv:2206.02262): where it tells data too surely, it gets more. Differs from its code: times are
+those of `critic_times`, shortened, and not a table of indices; the reach moves in every step.
+
 A SAN critic (Takida et al. 2023, arXiv:2301.12811) minimises the game's loss by its features and a
 Wasserstein loss by the directions of its last layers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic.dataclasses import dataclass as config
 from torch import Tensor
 
-from distill.field_types import NonNegative, Positive
+from distill.field_types import Fraction, NonNegative, Positive, PositiveInt
 from distill.objectives.base import Batch, Objective
-from distill.objectives.losses import Game, critic_loss, generator_loss
+from distill.objectives.losses import Game, all_sum, critic_loss, generator_loss
 from distill.objectives.noise_levels import Times
 from distill.objectives.tangent import exactly
 from students.critic import Critic, SANCritic
@@ -52,6 +57,35 @@ class Verdict(NamedTuple):
     direction: Tensor | None = None
 
 
+@config(frozen=True, config={"extra": "forbid"})
+class Reach:
+    """How far the critic's times go: a share of `critic_times`, which moves by 1/steps of its range
+    in each step, up where the mean sign of the logits of data is above `target`, else down.
+
+    low, high: The least share, where it begins, and the largest.
+    clean: The share of samples and data that have no noise at all.
+    """
+
+    target: Fraction = 0.6
+    low: Fraction = 0.01
+    high: Fraction = 1.0
+    steps: PositiveInt = 1000
+    clean: Fraction = 0.5
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"low, {self.low}, is above high, {self.high}; lower it")
+
+    def shortened(self, t: Tensor, now: Tensor) -> Tensor:
+        """Times t (B,) times the present share (), or 0."""
+        return torch.where(torch.rand_like(t) < self.clean, torch.zeros_like(t), now.to(t) * t)
+
+    def moved(self, now: Tensor, heard: Tensor) -> Tensor:
+        """The share () after a step, by the sum of the signs of data's logits and their number."""
+        step = (self.high - self.low) / self.steps
+        return (now + step * (heard[0] / heard[1] - self.target).sign()).clamp(self.low, self.high)
+
+
 @dataclass(kw_only=True)
 class Adversary(Objective):
     # relativistic compares samples and data of equal index, under equal conditions and times.
@@ -61,10 +95,13 @@ class Adversary(Objective):
     penalty: Penalty = "exact"
     penalty_step: Positive = 0.01  # approximate: δ, in units of x_t
     same_noise: bool = False  # samples and data of equal index have one time and one noise
+    reach: Reach | None = None  # the critic's times follow how surely it tells data
+    reached: Tensor | None = field(default=None, init=False)  # the present share, ()
+    heard: Tensor | None = field(default=None, init=False)  # in this step, (2,): see `Reach.moved`
 
     def fooling(self, critic: Critic, times: Times, x: Tensor, batch: Batch) -> Tensor:
         """The student's loss () of samples x (B, ...) for the first of the batch's conditions."""
-        (t, noise), cond = self.drawn(x, times), batch.cond
+        (t, noise), cond = self.drawn_for_critic(x, times), batch.cond
         real = None
         if self.game == "relativistic":
             cond = conditions.rows(cond, slice(len(x)))
@@ -79,14 +116,14 @@ class Adversary(Objective):
 
         Without penalties it is one call of the critic for both.
         """
-        t, noise = self.drawn(x, times)
+        t, noise = self.drawn_for_critic(x, times)
         fake = self.shown(x, cond, t, noise)
         if self.same_noise:
             s, other = t, noise
         elif self.game == "relativistic":
             s, other = t, torch.randn_like(batch.data)
         else:
-            s, other = self.drawn(batch.data, times)
+            s, other = self.drawn_for_critic(batch.data, times)
         real = self.shown(batch.data, batch.cond, s, other)
         if self.r1 or self.r2:
             f, r = self.judged(critic, fake, self.r2), self.judged(critic, real, self.r1)
@@ -94,6 +131,8 @@ class Adversary(Objective):
             joined = conditions.joined(cond, batch.cond)
             both = Shown(torch.cat([fake.x_t, real.x_t]), torch.cat([t, s]), joined)
             f, r = halves(self.judged(critic, both))
+        if self.reach is not None:
+            self.hear(r.logits.detach())
         game = critic_loss(f.logits, r.logits, self.game)
         value, logs = game, {"critic": game, "accuracy": accuracy(f.logits, r.logits, self.game)}
         if f.direction is not None and r.direction is not None:
@@ -107,6 +146,39 @@ class Adversary(Objective):
     def drawn(self, x: Tensor, times: Times) -> tuple[Tensor, Tensor]:
         """Times (B,) and unit noise (B, ...) for x (B, ...)."""
         return times.sample(x, self.teacher.process), torch.randn_like(x)
+
+    def drawn_for_critic(self, x: Tensor, times: Times) -> tuple[Tensor, Tensor]:
+        """The same, of the critic's times, within its reach."""
+        t, noise = self.drawn(x, times)
+        return (t if self.reach is None else self.reach.shortened(t, self.share(x))), noise
+
+    def share(self, like: Tensor) -> Tensor:
+        """The present share (), on the device of `like`."""
+        assert self.reach is not None
+        if self.reached is None:
+            self.reached = torch.full((), self.reach.low, device=like.device)
+        return self.reached
+
+    def hear(self, logits: Tensor) -> None:
+        """Take the signs of data's logits (B,) into this step's sum."""
+        signs = logits.float().sign()
+        heard = torch.stack([signs.sum(), torch.ones_like(signs).sum()])
+        self.heard = heard if self.heard is None else self.heard + heard
+
+    def settle(self, critic: Critic | None) -> None:
+        """After the critic's turn: a SAN critic's unit vectors, and the reach by what was heard."""
+        renormalise(critic)
+        if self.reach is not None and self.heard is not None:
+            self.reached = self.reach.moved(self.share(self.heard), all_sum(self.heard))
+            self.heard = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.reached is None else {"reached": self.reached}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.reach is not None and "reached" in state:
+            device = next(self.student.parameters()).device
+            self.reached = state["reached"].to(device)
 
     def shown(self, x: Tensor, cond: Cond, t: Tensor, noise: Tensor) -> Shown:
         """x (B, ...) noised to t (B,)."""

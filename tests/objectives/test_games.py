@@ -11,7 +11,14 @@ from distill.config.objectives import DMD2, FDistill
 from distill.config.recipe import Recipe
 from distill.objectives.adversarial.ladd import LADD
 from distill.objectives.base import Batch
-from distill.objectives.games import Adversary, Shown, exact_slope, feature_slope, renormalise
+from distill.objectives.games import (
+    Adversary,
+    Reach,
+    Shown,
+    exact_slope,
+    feature_slope,
+    renormalise,
+)
 from distill.objectives.losses import critic_loss, generator_loss
 from distill.objectives.noise_levels import Uniform
 from students.critic import Critic, SANCritic
@@ -475,3 +482,81 @@ def test_dmd2s_critic_has_the_penalty_at_the_weight_of_its_loss():
     slope = loss.logs["r1"].item()
     assert slope > 1e-4
     assert values[1] - values[0] == pytest.approx(0.25 * 0.5 / 2 * slope, rel=1e-2)
+
+
+# ---- Diffusion-GAN's reach
+
+
+def stepped(objective, batch, parts=1):
+    """Play a step, whose critic's turn has so many parts."""
+    for turn in objective.turns(0):
+        for _ in range(parts if turn.players == ("critic",) else 1):
+            turn.loss(batch)
+
+
+def raced(b, **fields):
+    """A game whose critic says b of everything, with the critic's times of all levels."""
+    critic = Line(0.0, b)
+    reach = Reach(**{"low": 0.1, "high": 0.5, "steps": 4, "clean": 0.0, **fields})
+    objective, _ = game_of(critic, 0.5, reach=reach, critic_times=Uniform(1.0, 1.0))
+    return objective, critic, Batch(torch.randn(64, 1, dtype=D), torch.randn(64, 1, dtype=D))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_reach_rises_by_its_step_to_its_end_where_data_are_told_surely(parts):
+    objective, critic, batch = raced(2.0)
+    for expected in (0.1, 0.2, 0.3, 0.4, 0.5, 0.5):
+        critic.seen.clear()
+        stepped(objective, batch, parts)
+        times = torch.cat([t for _, t, _ in critic.seen])
+        torch.testing.assert_close(times, torch.full_like(times, expected))
+
+
+def test_the_reach_falls_to_its_least_where_they_are_not_and_stays_at_the_target():
+    objective, _, batch = raced(-1.0)
+    objective.reached = torch.tensor(0.5)
+    for expected in (0.4, 0.3, 0.2, 0.1, 0.1):
+        stepped(objective, batch)
+        assert objective.reached.item() == pytest.approx(expected)
+    reach = Reach(target=0.5, low=0.1, high=0.5, steps=4)
+    now = torch.tensor(0.3)
+    for heard, step in ((torch.tensor([6.0, 8.0]), 0.1), (torch.tensor([4.0, 8.0]), 0.0),
+                        (torch.tensor([-8.0, 8.0]), -0.1)):  # fmt: skip
+        assert reach.moved(now, heard).item() == pytest.approx(0.3 + step)
+
+
+def test_a_share_of_samples_and_of_data_is_clean():
+    objective, critic, batch = raced(2.0, clean=0.25, low=0.5)
+    batch = Batch(torch.randn(N, 1, dtype=D), torch.randn(N, 1, dtype=D))
+    stepped(objective, batch)
+    times = torch.cat([t for _, t, _ in critic.seen])
+    assert (times == 0).double().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert set(times.tolist()) == {0.0, 0.5}
+
+
+def test_without_a_reach_times_are_the_critics_own_and_with_it_a_run_resumes():
+    objective, critic, batch = raced(2.0)
+    stepped(objective, batch)
+    state = objective.state_dict()
+    again, _, _ = raced(2.0)
+    again.load_state_dict(state)
+    assert again.share(batch.noise) == objective.share(batch.noise) == pytest.approx(0.2)
+    objective.reach, seeds = None, []
+    assert game_of(critic, 0.5)[0].state_dict() == {}
+    for reach in (None, Reach(low=1.0, clean=0.0)):
+        objective.reach, objective.reached = reach, None
+        critic.seen.clear()
+        torch.manual_seed(3)
+        x = torch.randn(8, 1, dtype=D)
+        torch.manual_seed(4)
+        seeds.append(objective.drawn_for_critic(x, Uniform(0.2, 0.7)))
+    assert all(map(torch.equal, *seeds))
+
+
+def test_a_reach_needs_logits_that_mean_something_by_themselves():
+    tree = Recipe.load("digits/ladd", []).tree()
+    tree["objective"] |= {"reach": {"steps": 100}, "game": "relativistic"}
+    with refused("objective.reach", "relativistic"):
+        Recipe.check(tree, "recipe")
+    tree["objective"]["game"] = "hinge"
+    Recipe.check(tree, "recipe")

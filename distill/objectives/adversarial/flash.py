@@ -32,7 +32,7 @@ from torch import Tensor
 
 from distill.field_types import NonNegative, Positive, PositiveInt
 from distill.objectives.base import Batch, Learns, Loss, Turn
-from distill.objectives.games import Adversary, renormalise
+from distill.objectives.games import Adversary
 from distill.objectives.losses import Game, mean_abs, mean_square, surrogate
 from distill.objectives.noise_levels import Times, Uniform
 from students.critic import Critic
@@ -83,7 +83,7 @@ class Flash(Adversary):
         yield Turn(("student",), partial(self.student_loss, place=place, stage=stage))
         if any(self.gan_weights[stage:]):
             yield Turn(("critic",), partial(self.critic_loss, place=place))
-            renormalise(self.critic)
+            self.settle(self.critic)
 
     def student_loss(self, batch: Batch, place: int, stage: int) -> Loss:
         """The three terms, with the weights of a stage, at a place of the grid."""

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from distill.field_types import NonNegative, NonNegativeInt, PositiveInt
 from distill.objectives.base import Batch, Loss, Turn
-from distill.objectives.games import Adversary, Penalty, renormalise
+from distill.objectives.games import Adversary, Penalty
 from distill.objectives.losses import Game, mean_square
 from distill.objectives.noise_levels import LogNormal, Times, Uniform
 from distill.objectives.weights import Weighting, error_weight
@@ -73,7 +73,7 @@ class LADD(Adversary):
         if step >= self.frozen_steps and step % self.student_every == 0:
             yield Turn(("student",), partial(self.student_loss, student=student, first=first))
         yield Turn(("critic",), partial(self.critic_loss, student=student, first=first))
-        renormalise(self.critic)
+        self.settle(self.critic)
 
     def student_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
         """The game's, and the distillation loss if it has a weight."""

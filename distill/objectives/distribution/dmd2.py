@@ -32,7 +32,7 @@ from distill.objectives.dmd2_options.first_step import check_part, check_path, f
 from distill.objectives.dmd2_options.limits import check_gradients, check_sharing
 from distill.objectives.dmd2_options.matching import Matching, check_pull, pull
 from distill.objectives.dmd2_options.random_chains import RandomChains, check_chains, sample_chain
-from distill.objectives.games import Adversary, renormalise
+from distill.objectives.games import Adversary
 from distill.objectives.losses import surrogate
 from distill.objectives.noise_levels import Times, Uniform
 from students.critic import Critic
@@ -96,7 +96,7 @@ class DMD2(Matching, Adversary):
                 pull(self.fake, self.student.denoiser, self.ida)
         loss = partial(self.fake_and_critic_loss, student=student, first=first, shared=shared)
         yield Turn(("fake",) if self.critic is None else ("fake", "critic"), loss)
-        renormalise(self.critic)
+        self.settle(self.critic)
 
     def student_loss(
         self, batch: Batch, student: Generator, first: int = 0, shared: list[Samples] | None = None

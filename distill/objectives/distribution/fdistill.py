@@ -100,7 +100,8 @@ class FDistill(DMD2):
         self.sums = torch.zeros_like(self.sums)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"means": self.means}
+        return {"means": self.means, **super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.means = state["means"].to(self.means)
+        super().load_state_dict(state)
