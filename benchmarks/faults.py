@@ -442,6 +442,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_games.py::test_the_reach_rises_by_its_step_to_its_end_where_data_are_told_surely",
     ),
     fault(
+        "Flash-DMD's sides are swapped",
+        "distill/objectives/distribution/dmd2.py",
+        "high, shown = slice(low or 0, None), slice(low)",
+        "shown, high = slice(low or 0, None), slice(low)",
+        "objectives/test_dmd2_options.py::test_below_the_split_the_critic_moves_samples_and_above_it_the_matching",
+    ),
+    fault(
         "gradient_steps ignored",
         "students/generator.py",
         "min(k + gradient_steps, len(remaining)) - 1",

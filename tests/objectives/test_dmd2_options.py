@@ -119,6 +119,59 @@ def test_gradients_flow_through_no_more_steps_than_there_are():
         made(gradient_steps=5)
 
 
+# ---- Flash-DMD's split
+
+
+class First(torch.nn.Module):
+    """A critic whose logit is the first dimension of x_t, scaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.tensor(2.0, dtype=D))
+
+    def forward(self, x_t, t, cond=None):
+        assert cond is None or len(cond["class_labels"]) == len(x_t)
+        return self.a * x_t[:, 0]
+
+
+def test_below_the_split_the_critic_moves_samples_and_above_it_the_matching(monkeypatch):
+    objective, student, batch = made(
+        split=0.6, critic=First(), gan_weight=1.0, critic_times=Uniform(0.0, 0.0), n=15
+    )
+    seen = []
+
+    def one(x, ends, part):
+        seen.append((ends, part.cond["class_labels"]))
+        return torch.ones_like(x), torch.zeros_like(x)
+
+    monkeypatch.setattr(objective, "gradient", one)
+    loss, grad = computed(objective, student, batch)
+    ends = student.ends(batch.noise, 1)
+    low = ends < 0.6
+    assert 0 < low.sum() < 15 and torch.equal(seen[0][0], ends[~low])
+    assert torch.equal(seen[0][1], batch.cond["class_labels"][~low])
+    force = torch.full_like(grad[~low], 1 / grad[~low].numel())
+    torch.testing.assert_close(grad[~low], force)
+    # of softplus(-2 x₀), a mean over the samples of low noise
+    fooled = -2 * torch.sigmoid(-2 * loss.samples.detach()[low, 0]) / low.sum()
+    torch.testing.assert_close(grad[low, 0], fooled)
+    assert grad[low, 1:].abs().max() == 0
+
+
+def test_a_split_needs_a_critic_and_steps_on_both_sides():
+    for fields, said in (
+        ({"split": 0.6}, "critic: {}"),
+        ({"split": 0.6, "critic": First(), "gan_weight": 0.0}, "critic: {}"),
+        ({"split": 0.1, "critic": First()}, "one side"),
+        ({"split": 0.6, "critic": First(), "chain": (1.0,)}, "one side"),
+    ):
+        with refused("objective.split", said):
+            made(**fields)
+    objective, *_ = made(split=0.6, critic=First())
+    with refused("train.batch", "split"):
+        objective.check_batch((3, 3))
+
+
 # ---- Decoupled DMD
 
 

@@ -12,7 +12,8 @@ Differs from it: with a student of several steps, the fake and the critic see th
 Later work, each off by default: `guidance_times` compares the guidance at noise levels of its own
 (Decoupled DMD, arXiv:2511.22677); `first_step` trains the first step on the teacher's path alone
 (DP-DMD, arXiv:2602.03139); `ida` pulls the fake to the student (SenseFlow, arXiv:2506.00523);
-`schedule` has random chains, and `alignment` matches beside them too (CDM, arXiv:2605.06376).
+`schedule` has random chains, and `alignment` matches beside them too (CDM, arXiv:2605.06376);
+`split` divides matching and critic among the steps (Flash-DMD, arXiv:2511.20549).
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from torch import Tensor
 from distill.field_types import Fraction, NonNegative, PositiveInt
 from distill.objectives.base import Batch, Loss, Turn
 from distill.objectives.dmd2_options.alignment import Alignment
-from distill.objectives.dmd2_options.first_step import check_part, check_path, first_step_loss
-from distill.objectives.dmd2_options.limits import check_gradients, check_sharing
-from distill.objectives.dmd2_options.matching import Matching, check_pull, pull
-from distill.objectives.dmd2_options.random_chains import RandomChains, check_chains, sample_chain
+from distill.objectives.dmd2_options.first_step import check_part, first_step_loss
+from distill.objectives.dmd2_options.limits import check_options
+from distill.objectives.dmd2_options.matching import Matching, pull
+from distill.objectives.dmd2_options.random_chains import RandomChains, sample_chain
+from distill.objectives.dmd2_options.split import low_noise, rows
 from distill.objectives.games import Adversary
 from distill.objectives.losses import surrogate
 from distill.objectives.noise_levels import Times, Uniform
@@ -53,6 +55,7 @@ class DMD2(Matching, Adversary):
     # opposite way: a step of too little variety makes the others produce too much.
     fake_sees: ChainSamples = "last"
     gradient_steps: PositiveInt = 1  # of a chain, the last ones, that gradients flow through
+    split: Fraction | None = None  # match steps from this time up; below it, the critic alone
     share_samples: bool = False  # fake and critic learn from the samples of the student's turn
     fake_times: Times = Uniform(0.0, 1.0)  # where the fake learns
     critic_times: Times = Uniform(0.0, 1.0)  # where the critic compares
@@ -66,16 +69,7 @@ class DMD2(Matching, Adversary):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        several = self.schedule is not None or len(self.student.times) > 1
-        if self.share_samples:
-            check_sharing(self.fake_sees, several, self.game)
-        check_gradients(self.gradient_steps, self.longest)
-        if self.first_step:
-            check_path(self.student, self.fake_sees, self.first_step_path)
-        if self.ida is not None:
-            check_pull(self.student.denoiser, self.fake)
-        if self.schedule is not None:
-            check_chains(self.schedule, self.student, self.first_step)
+        check_options(self)
 
     @property
     def longest(self) -> int:
@@ -83,7 +77,7 @@ class DMD2(Matching, Adversary):
         return self.schedule.longest if self.schedule else max(self.student.counts)
 
     def check_batch(self, shape: tuple[int, ...]) -> None:
-        if self.first_step:
+        if self.first_step or self.split is not None:
             check_part(shape[0], self.longest)
 
     def turns(self, step: int) -> Iterator[Turn]:
@@ -115,21 +109,27 @@ class DMD2(Matching, Adversary):
         self, x: Tensor, ends: Tensor, batch: Batch, student: Generator, first: int
     ) -> Loss:
         """The loss of a chain's samples; those of its first step may have one of their own."""
+        low = low_noise(student, len(x), first, self.split)
         if not self.first_step:
-            return self.matched(x, ends, batch)
+            return self.matched(x, ends, batch, low)
         path, later = first_step_loss(self.teacher, student, x, batch, first, self.first_step_path)
         n = len(later.noise)
-        loss = self.matched(x[:n], ends[:n], later)
+        loss = self.matched(x[:n], ends[:n], later, low)
         return Loss(loss.value + self.first_step * path, {**loss.logs, "first_step": path}, x)
 
-    def matched(self, x: Tensor, ends: Tensor, batch: Batch) -> Loss:
-        """The loss of samples x (B, ...), given by steps at the student's times `ends` (B,)."""
-        grad, gap = self.gradient(x, ends, batch)
-        matching = surrogate(x, grad)
+    def matched(self, x: Tensor, ends: Tensor, batch: Batch, low: int | None = None) -> Loss:
+        """The loss of samples x (B, ...), given by steps at the student's times `ends` (B,).
+
+        Args:
+            low: How many of them learn from the critic alone, and the others by matching alone.
+        """
+        high, shown = slice(low or 0, None), slice(low)
+        grad, gap = self.gradient(x[high], ends[high], rows(batch, high))
+        matching = surrogate(x[high], grad)
         logs = {"matching": matching, "gap": gap.abs().mean()}
         if self.critic is None or not self.gan_weight:
             return Loss(matching, logs, x)
-        gan = self.fooling(self.critic, self.critic_times, x, batch)
+        gan = self.fooling(self.critic, self.critic_times, x[shown], rows(batch, shown))
         logs["gan"] = gan
         return Loss(matching + self.gan_weight * gan, logs, x)
 

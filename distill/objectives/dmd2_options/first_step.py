@@ -48,7 +48,8 @@ def check_part(size: int, longest: int) -> None:
     """
     if size < longest:
         raise UserError(
-            "train.batch: with objective.first_step a part needs a sample of each step; raise it"
+            "train.batch: with objective.first_step or split a part needs a sample of each step; "
+            "raise it"
         )
 
 

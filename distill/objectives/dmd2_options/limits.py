@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from distill.objectives.dmd2_options.first_step import check_path
+from distill.objectives.dmd2_options.matching import check_pull
+from distill.objectives.dmd2_options.random_chains import check_chains
+from distill.objectives.dmd2_options.split import check_split
 from teachers.errors import UserError
+
+if TYPE_CHECKING:
+    from distill.objectives.distribution.dmd2 import DMD2
+
+
+def check_options(made: DMD2) -> None:
+    """Refuse options that do not go together, or with the student.
+
+    Raises:
+        UserError: naming the key.
+    """
+    student, schedule = made.student, made.schedule
+    if made.share_samples:
+        several = schedule is not None or len(student.times) > 1
+        check_sharing(made.fake_sees, several, made.game)
+    check_gradients(made.gradient_steps, made.longest)
+    if made.first_step:
+        check_path(student, made.fake_sees, made.first_step_path)
+    if made.ida is not None:
+        check_pull(student.denoiser, made.fake)
+    if schedule is not None:
+        check_chains(schedule, student, made.first_step)
+    if made.split is not None:
+        if schedule is not None:
+            raise UserError(
+                "objective.split: chains of random times may have no step on one of its sides; "
+                "remove it, or objective.schedule"
+            )
+        check_split(made.split, student, made.critic, made.gan_weight)
 
 
 def check_sharing(sees: str, several: bool, game: str) -> None:
