@@ -1,0 +1,114 @@
+"""Measure a benchmark's students in features that no row's loss reads, and their variety.
+
+    python benchmarks/held_out.py bench/digits docs/results/bench-digits runs/bench-digits [...]
+
+The second argument is the folder to write held-out.json, .md and .png to; the others are folders of
+the benchmark. Each finished run's exported student is sampled with one seed of noise, and figures
+are means over the training seeds that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from distill.benchmark.spec import Bench, BenchmarkRun
+from distill.console import print_line
+from distill.sampling.student_sampler import student_samples
+from eval.protocols.measure import protocol
+from students.export.folder import load_student
+
+FIGURES = ("fd", "fd_second", "variety", "precision", "recall", "coverage")
+HEADS = ("FD", "FD, 2nd", "variety", "precision", "recall", "coverage")
+
+
+def finished(bench: Bench, folders: list[Path]) -> Iterator[tuple[str, int, Path]]:
+    """Row, seed and folder of every run that has a student; of equal ones, the first folder's."""
+    for row in bench.rows:
+        for seed in bench.seeds:
+            runs = [BenchmarkRun(bench, row, seed, folder).folder for folder in folders]
+            run = next((v for v in runs if (v / "summary.json").is_file()), None)
+            if run is not None:
+                yield row.name, seed, run
+
+
+def measured(run: Path, name: str) -> dict[int, dict[str, float]]:
+    """The figures of a run's student by step count, with noise of seed 0."""
+    generator, teacher = load_student(run / "student")
+    measure, found = protocol(name), {}
+    for count in generator.counts:
+        student = generator.at(count)
+        found[count] = measure.measure_seed(
+            lambda prompts, seed, student=student: student_samples(student, teacher, prompts, seed),
+            0,
+        )
+    return found
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The figures as Markdown, by the second distance at the fewest steps."""
+    first = {v["row"]: v["fd_second"] for v in reversed(lines)}
+    ordered = sorted(lines, key=lambda v: (first[v["row"]], v["row"], v["steps"]))
+    rows = ["|  | steps | seeds | " + " | ".join(HEADS) + " |", "| --- " * (len(HEADS) + 3) + "|"]
+    for v in ordered:
+        cells = [v["row"], str(v["steps"]), str(len(v["seeds"])), *(f"{v[k]:.3f}" for k in FIGURES)]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def plot(lines: list[dict[str, Any]], out: Path) -> None:
+    """The two distances against each other, and variety against the first one."""
+    import matplotlib.pyplot as plt
+
+    first = list({v["row"]: v for v in reversed(lines)}.values())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), dpi=150, layout="constrained")
+    for ax, key in ((left, "fd_second"), (right, "variety")):
+        ax.scatter([v["fd"] for v in first], [v[key] for v in first], s=14, color="#0072B2")
+        ax.set_xscale("log")
+        ax.set_xlabel("Fréchet distance of the usual features")
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    left.set_yscale("log")
+    left.set_title("Fréchet distance of features that no loss reads", loc="left", fontsize=10)
+    right.axhline(1, color="#767676", linewidth=0.8)
+    right.set_title("variety within a label; real digits have 1", loc="left", fontsize=10)
+    for v in sorted(first, key=lambda v: abs(v["variety"] - 1))[-5:]:
+        right.annotate(v["row"], (v["fd"], v["variety"]), fontsize=7, xytext=(3, 3),
+                       textcoords="offset points")  # fmt: skip
+    figure.savefig(out)
+
+
+def main(name: str, out: Path, folders: list[Path]) -> None:
+    bench = Bench.load(name)
+    measure = bench.reference().eval.protocol
+    if measure is None:
+        raise SystemExit(f"{name}: it has no protocol")
+    runs: dict[tuple[str, int], list[dict[str, float]]] = {}
+    seeds: dict[str, list[int]] = {}
+    for row, seed, run in finished(bench, folders):
+        for count, figures in measured(run, measure).items():
+            runs.setdefault((row, count), []).append(figures)
+        seeds.setdefault(row, []).append(seed)
+        print_line(run.name)
+    lines = [
+        {"row": row, "steps": count, "seeds": seeds[row]}
+        | {k: mean(v[k] for v in found) for k in FIGURES}
+        for (row, count), found in runs.items()
+    ]
+    (out / "held-out.json").write_text(json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
+    (out / "held-out.md").write_text(table(lines))
+    plot(lines, out / "held-out.png")
+    order: Any = spearmanr([v["fd"] for v in lines], [v["fd_second"] for v in lines])
+    print_line(f"{len(lines)} lines; rank correlation of the two distances: {order.statistic:.3f}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        raise SystemExit(__doc__)
+    main(sys.argv[1], Path(sys.argv[2]), [Path(v) for v in sys.argv[3:]])
