@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill.console import consume_with_bar, print_line
 from distill.files import write
-from distill.pairs.making import Maker, encoded
+from distill.pairs.making import Maker, encoded, joined
 from distill.pairs.settings import PairSettings, identity, teacher_identity
 from teachers.errors import UserError
 from teachers.storage.files import is_complete, read_json, save_whole
@@ -102,8 +102,11 @@ def make(folder: Path, maker: Maker, files: list[Shard]) -> Iterator[int]:
     done, shapes = 0, dict.fromkeys(NAMES, maker.teacher.shape)
     for shard in files[rank::world]:
         if not is_shard(folder / shard.file, len(shard.numbers), shapes):
-            tensors, evaluations = maker.make(shard.numbers)
-            save(folder / shard.file, tensors, evaluations)
+            parts: list[tuple[dict[str, Tensor], int]] = []
+            for part in maker.parts(shard.numbers):
+                parts.append(part)
+                yield done + sum(len(tensors["x"]) for tensors, _ in parts)
+            save(folder / shard.file, *joined(parts))
         done += len(shard.numbers)
         yield done
     while world > 1 and not all((folder / s.file).is_file() for s in files):

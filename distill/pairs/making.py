@@ -6,7 +6,7 @@ and a shard is always cut into the same batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,24 +45,27 @@ class Maker:
         self.denoiser = guided(settings.teacher, teacher)
         self.batch = default_batch(teacher)
 
-    @torch.no_grad()
     def make(self, numbers: range) -> tuple[dict[str, Tensor], int]:
         """Tensors (N, ...) by name, on the CPU, and the network evaluations that they took.
 
         `noise` is unit noise and `x` data; entries of the condition begin with "cond.". `prompt` is
         the number of the prompt, or -1 of inverted pairs.
         """
-        parts: list[dict[str, Tensor]] = []
+        return joined(list(self.parts(numbers)))
+
+    @torch.no_grad()
+    def parts(self, numbers: range) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """The same of one batch of the networks after another."""
         networks = [m for m in self.denoiser.modules() if computes(m)]
-        with counted(networks) as sizes:
-            for low in range(numbers.start, numbers.stop, self.batch):
-                part = range(low, min(low + self.batch, numbers.stop))
-                count = self.settings.count
-                drawn = range(part.start, min(part.stop, count))
-                inverted = range(max(part.start, count), part.stop)
-                parts += [self._sampled(drawn)] if drawn else []
-                parts += [self._inverted(inverted)] if inverted else []
-        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, sum(sizes)
+        count = self.settings.count
+        for low in range(numbers.start, numbers.stop, self.batch):
+            part = range(low, min(low + self.batch, numbers.stop))
+            drawn = range(part.start, min(part.stop, count))
+            inverted = range(max(part.start, count), part.stop)
+            with counted(networks) as sizes:
+                made = [self._sampled(drawn)] if drawn else []
+                made += [self._inverted(inverted)] if inverted else []
+            yield joined([(tensors, 0) for tensors in made])[0], sum(sizes)
 
     def _sampled(self, numbers: range) -> dict[str, Tensor]:
         z = torch.stack([self._noise(i) for i in numbers])
@@ -101,6 +104,12 @@ class Maker:
     def _noise(self, number: int) -> Tensor:
         rng = torch.Generator().manual_seed(seed_of(self.settings.seed, "pair", number))
         return torch.randn(self.teacher.shape, generator=rng)
+
+
+def joined(parts: Sequence[tuple[dict[str, Tensor], int]]) -> tuple[dict[str, Tensor], int]:
+    """Several parts' tensors as one, and the sum of their evaluations."""
+    tensors = {k: torch.cat([part[k] for part, _ in parts]) for k in parts[0][0]}
+    return tensors, sum(evaluations for _, evaluations in parts)
 
 
 def encoded(teacher: Teacher, prompts: Sequence[Any]) -> Cond:

@@ -68,6 +68,22 @@ def test_a_pair_depends_on_the_seed_and_its_number_and_not_on_how_many_there_are
     assert not torch.equal(few["noise"], other["noise"])
 
 
+def test_the_making_of_a_large_file_is_counted_batch_by_batch(tmp_path):
+    """A file may take hours, and its pairs and evaluations are those of one batch."""
+    given = settings()
+    whole = Maker(given, load_teacher(given.teacher))
+    tensors, evaluations = whole.make(range(10))
+    parts = Maker(given, whole.teacher)
+    parts.batch = 4
+    found = parts.make(range(10))
+    assert found[1] == evaluations
+    assert all(torch.equal(found[0][k], tensors[k]) for k in ("noise", "prompt"))
+    torch.testing.assert_close(found[0]["x"], tensors["x"])
+    shard = folders.Shard("pairs-00000.safetensors", range(10))
+    assert list(folders.make(tmp_path, parts, [shard])) == [4, 8, 10, 10]
+    assert (tmp_path / shard.file).is_file()
+
+
 @pytest.mark.parametrize(
     "process", [Karras(), Linear(), Linear(3.0), Trig(0.5), Tabulated.scaled_linear()]
 )
