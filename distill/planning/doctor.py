@@ -189,7 +189,7 @@ def picture_shape(teacher: Teacher) -> tuple[int, ...]:
     try:
         with torch.no_grad():
             data = teacher.codec.encode(torch.zeros(1, channels, 64, 64))
-    except Exception as error:  # whatever a user's codec raises
+    except (Exception, SystemExit) as error:  # whatever a user's codec raises
         raise UserError(
             f"codec.encode: it raised {type(error).__name__} for a picture "
             f"(1, {channels}, 64, 64): {first_line(error)}"

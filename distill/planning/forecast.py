@@ -177,7 +177,7 @@ def explained(recipe: Recipe, teacher: Teacher) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # a user's own code may raise anything
+    except (Exception, SystemExit) as error:  # a user's own code may raise anything
         if custom_objective.file_of(recipe) is not None:
             who = f"objective.name: {clipped(recipe.objective['name'])}"
         elif is_own(teacher.denoiser):

@@ -89,7 +89,7 @@ def guesses(
                 try:
                     with torch.no_grad():
                         errors = errors_of(subject, lambda x_t, t, d=denoiser: d(x_t, t, cond))
-                except Exception as error:  # a user's own code may raise anything
+                except (Exception, SystemExit) as error:  # a user's own code may raise anything
                     fault = f"{type(error).__name__}: {clipped(first_line(error), 150)}"
                     yield Guess(name, predicts, time, fault=fault)
                     continue

@@ -57,7 +57,7 @@ class LabelReading:
         try:
             with torch.no_grad():
                 out = self.call(network, x, x.new_full((len(x),), 0.5), cond)
-        except Exception as error:  # a user's own code may raise anything
+        except (Exception, SystemExit) as error:  # a user's own code may raise anything
             return f"{type(error).__name__}: {clipped(first_line(error), 150)}"
         return "" if isinstance(out, Tensor) else f"forward returned {type(out).__name__}"
 

@@ -115,7 +115,7 @@ def called(function: Function, name: str, images: Tensor, prompts: Sequence[Any]
         values = function(images, prompts)
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a user's function may raise anything
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"rewards.{name}.function: it raised {clipped(reason, 200)}; correct it"

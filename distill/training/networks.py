@@ -193,7 +193,7 @@ def image_features(place: str, teacher: Teacher) -> ImageFeatures:
     try:
         with torch.no_grad():
             features(x, x.new_zeros(1))
-    except Exception as error:  # a user's network may raise anything
+    except (Exception, SystemExit) as error:  # a user's network may raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"{ENCODER}: of an image of this teacher it raised {clipped(reason, 200)}; return a "

@@ -128,7 +128,7 @@ def tried_samples(generator: Generator, teacher: Teacher, steps: int, cond: Cond
     who = teacher_at(teacher.source)
     try:
         samples = samples_of(generator, teacher, steps, cond)
-    except Exception as error:  # a user's own code may raise anything
+    except (Exception, SystemExit) as error:  # a user's own code may raise anything
         raise UserError(
             f"{who}: its student, whose weights are of float32, raised {type(error).__name__}: "
             f"{first_line(error)}; convert x_t to the dtype of the weights in call"

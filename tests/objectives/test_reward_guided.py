@@ -1,5 +1,6 @@
 """Rewards: on any objective, and by a latent proxy that learns to order samples as they do."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,7 @@ def test_rewards_without_prompts_or_needed_and_missing_are_refused(teacher, pipe
     ("reward", "line"),
     [
         (lambda x, p: 1 / 0, ("rewards.a.function", "ZeroDivisionError")),
+        (lambda x, p: sys.exit(3), ("rewards.a.function", "SystemExit: 3")),
         (lambda x, p: x.flatten(1).mean(1) * float("nan"), ("rewards", "nan")),
         (lambda x, p: x.detach().flatten(1).mean(1), ("rewards.a.function", "gradient")),
         (lambda x, p: x.flatten(1), ("rewards.a.function", "(2,)")),
