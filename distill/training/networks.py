@@ -160,7 +160,7 @@ def critic_of(
         UserError: it has no such blocks.
     """
     source = "teacher" if fake is None else section.reads or "fake"
-    network = teacher.denoiser if source == "teacher" else fake
+    network: Any = teacher.denoiser if source == "teacher" else fake
     if section.encoder is not None:
         source, network = section.encoder, image_features(section.encoder, teacher)
         blocks = section.blocks or ("encoder",)
