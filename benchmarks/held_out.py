@@ -1,4 +1,4 @@
-"""Measure a benchmark's students in features that no row's loss reads, and their variety.
+"""Measure a benchmark's students in features that no row's loss reads.
 
     python benchmarks/held_out.py bench/digits docs/results/bench-digits runs/bench-digits [...]
 
@@ -24,8 +24,8 @@ from distill.sampling.student_sampler import student_samples
 from eval.protocols.measure import protocol
 from students.export.folder import load_student
 
-FIGURES = ("fd", "fd_second", "variety", "precision", "recall", "coverage")
-HEADS = ("FD", "FD, 2nd", "variety", "precision", "recall", "coverage")
+FIGURES = ("fd", "fd_second", "precision", "recall", "coverage")
+HEADS = ("FD", "FD, 2nd", "precision", "recall", "coverage")
 
 
 def finished(bench: Bench, folders: list[Path]) -> Iterator[tuple[str, int, Path]]:
@@ -63,24 +63,21 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def plot(lines: list[dict[str, Any]], out: Path) -> None:
-    """The two distances against each other, and variety against the first one."""
+    """The two distances against each other, of each row at its fewest steps."""
     import matplotlib.pyplot as plt
 
     first = list({v["row"]: v for v in reversed(lines)}.values())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), dpi=150, layout="constrained")
-    for ax, key in ((left, "fd_second"), (right, "variety")):
-        ax.scatter([v["fd"] for v in first], [v[key] for v in first], s=14, color="#0072B2")
-        ax.set_xscale("log")
-        ax.set_xlabel("Fréchet distance of the usual features")
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    left.set_yscale("log")
-    left.set_title("Fréchet distance of features that no loss reads", loc="left", fontsize=10)
-    right.axhline(1, color="#767676", linewidth=0.8)
-    right.set_title("variety within a label; real digits have 1", loc="left", fontsize=10)
-    for v in sorted(first, key=lambda v: abs(v["variety"] - 1))[-5:]:
-        right.annotate(v["row"], (v["fd"], v["variety"]), fontsize=7, xytext=(3, 3),
-                       textcoords="offset points")  # fmt: skip
+    figure, ax = plt.subplots(figsize=(7, 5), dpi=150, layout="constrained")
+    ax.scatter([v["fd"] for v in first], [v["fd_second"] for v in first], s=14, color="#0072B2")
+    ax.set(xscale="log", yscale="log", xlabel="Fréchet distance of the usual features")
+    ax.set_title("Fréchet distance of features that no loss reads", loc="left", fontsize=10)
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ends = {min(first, key=lambda v: v[k])["row"] for k in ("fd", "fd_second")}
+    ends |= {v["row"] for v in sorted(first, key=lambda v: v["fd"])[-4:]}
+    for v in (v for v in first if v["row"] in ends):
+        ax.annotate(v["row"], (v["fd"], v["fd_second"]), fontsize=8, xytext=(-4, 6),
+                    textcoords="offset points", ha="right")  # fmt: skip
     figure.savefig(out)
 
 

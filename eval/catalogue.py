@@ -143,7 +143,7 @@ CATALOGUE: dict[str, MetricInfo] = {
         paper="1801.03924",
     ),
     "variety": MetricInfo(
-        "variety", "spread of features within a prompt, as a share of the reference's", "higher",
+        "variety", "spread of images within a prompt, as a share of real ones'", "higher",
         role="detail",
     ),
     "density": MetricInfo(

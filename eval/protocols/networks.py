@@ -18,9 +18,11 @@ SUFFIXES = ("_bias", "_std", "_unbiased")  # of figures beside a metric's own
 # Of metrics without features. "source" is an option that names the network.
 OF_KINDS = {
     "caption_accuracy": CODE,
+    "caption_variety": CODE,
     "hps": "HPS v2.1",
     "image_reward": "ImageReward v1.0",
     "label_accuracy": EXTRACTORS["digits"].network,
+    "label_variety": CODE,
     "pick_score": "yuvalkirstain/PickScore_v1",
 }
 

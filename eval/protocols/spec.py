@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eval import digits, fetch, shapes
 from eval.errors import MetricError, unknown
-from eval.metrics.base import Features, Metric
+from eval.metrics.base import Metric
 from eval.metrics.clip import ClipScore, PickScore
 from eval.metrics.features import EXTRACTORS, NamedFeatures, Prepared
 from eval.metrics.fid import FID, FIDInfinity
@@ -63,16 +63,25 @@ def lpips_diversity(
     return Diversity(lpips(trunk), size, name)
 
 
-def label_variety(features: Features) -> Variety:
-    """Variety within a label, as a share of the embedded digits'."""
+def pixels(images: Tensor) -> Tensor:
+    """Images as they are, (N, D) from 0 to 1.
+
+    A classifier's features of the pictures that it learned from hardly vary within a label, and
+    every other picture, bad ones above all, would seem varied.
+    """
+    return images.flatten(1).float() / 255
+
+
+def label_variety() -> Variety:
+    """Variety of pixels within a label, as a share of the embedded digits'."""
     images, labels = digits.data()
-    return Variety(features, Samples(to_uint8(images), [str(v) for v in labels.tolist()]))
+    return Variety(pixels, Samples(to_uint8(images), [str(v) for v in labels.tolist()]))
 
 
-def caption_variety(features: Features, each: PositiveInt = 8) -> Variety:
-    """Variety within a caption, as a share of that of `each` drawings of every caption."""
+def caption_variety(each: PositiveInt = 8) -> Variety:
+    """Variety of pixels within a caption, as a share of that of `each` drawings of it."""
     prompts = shapes.all_captions() * each
-    return Variety(features, Samples(shapes.draw(prompts, seed=0), prompts))
+    return Variety(pixels, Samples(shapes.draw(prompts, seed=0), prompts))
 
 
 def known_words_accuracy() -> Metric:

@@ -31,10 +31,6 @@ def features(images):
     return images[:, :, :2, :2].flatten(1).float()
 
 
-def pixels(images):
-    return images.flatten(1).float()
-
-
 def pictures(seed):
     rng = torch.Generator().manual_seed(seed)
     return torch.randint(256, (N, 3, 8, 8), generator=rng, dtype=torch.uint8)
@@ -72,7 +68,7 @@ def given(stubs):
     clip.encoders = stubs
     made = {
         "caption_accuracy": [(kinds["caption_accuracy"](), scenes)],
-        "caption_variety": [(kinds["caption_variety"](pixels, 2), samples)],
+        "caption_variety": [(kinds["caption_variety"](2), samples)],
         "clip_score": [(clip, samples)],
         "cmmd": [(kinds["cmmd"](features, real), samples)],
         "frechet": [(kinds["frechet"](features, real, name=k), samples) for k in distances()],
@@ -86,7 +82,7 @@ def given(stubs):
         "inception_score_infinity": [(kinds["inception_score_infinity"](features, **few), samples)],
         "kid": [(kinds["kid"](features, real, subsets=2, subset_size=9), samples)],
         "label_accuracy": [(kinds["label_accuracy"](), digits)],
-        "label_variety": [(kinds["label_variety"](pixels), samples)],
+        "label_variety": [(kinds["label_variety"](), samples)],
         "lpips_diversity": [(Diversity(distance, 8), samples)],
         "pick_score": [(kinds["pick_score"](stubs), samples)],
         "prdc": [(kinds["prdc"](features, real), samples)],
