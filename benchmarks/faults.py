@@ -422,7 +422,7 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "the first step is matched as well",
         "distill/objectives/distribution/dmd2.py",
-        "self.matched(x[:n], ends[:n], later)",
+        "self.matched(x[:n], ends[:n], later, low)",
         "self.matched(x, ends, batch)",
         "objectives/test_dmd2_options.py::test_the_first_steps_loss_is_the_published_one",
         "objectives/test_dmd2_options.py::test_the_later_steps_are_matched_as_if_the_first_were_not_there",
@@ -669,8 +669,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "gradients through every step of a rollout",
         "students/generator.py",
-        "            with torch.no_grad():\n                moved",
-        "            with torch.enable_grad():\n                moved",
+        "torch.set_grad_enabled(graph and torch.is_grad_enabled()):\n                    if part",
+        "torch.enable_grad():\n                    if part",
         "students/test_students.py::test_a_rollout_spends_as_much_on_each_place_and_no_more_than_it_must",
     ),
     fault(
@@ -1251,8 +1251,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "Flash Diffusion's target of the whole grid",
         "distill/objectives/adversarial/flash.py",
-        "self.grid()[place:].to(",
-        "self.grid().to(",
+        "torch.tensor(self.grid()[place:]",
+        "torch.tensor(self.grid()",
         "objectives/test_flash.py::test_the_target_is_the_teachers_rest_of_the_grid",
     ),
     fault(

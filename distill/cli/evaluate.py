@@ -55,7 +55,7 @@ def sample(
 
     They are the images that the student's diffusers pipeline generates for the same seed.
     """
-    from distill.console import print_line, spinner
+    from distill.console import spinner
     from distill.data.encode import counting, print_cuts
     from students.export.folder import load_student, sample_student
     from teachers.errors import UserError
@@ -75,7 +75,6 @@ def sample(
         images = teacher.codec.decode(sample_student(generator.at(steps), teacher, prompts, seed))
     labels_of = str if is_text else int
     save_images(images, out, [labels_of(p) for p in prompts], len(distinct))
-    print_line(f"wrote {out}")
 
 
 def check_out_and_seed(out: Path, seed: int) -> None:
@@ -146,22 +145,25 @@ def check_conditions(
 
 
 def save_images(images: Any, out: Path, labels: list[Any], distinct: int) -> None:
-    """Write images (N, C, H, W) with their labels to an .npz file, or as a .png grid.
+    """Write images (N, C, H, W) with their labels to an .npz file, or as a .png grid, and say so.
 
     Args:
         distinct: How many different labels follow in turn; the grid has a column for each.
     """
+    from distill.console import print_line
+
     if out.suffix == ".npz":
         import numpy as np
 
         from eval.samples import to_uint8
 
         np.savez(out, images=to_uint8(images).numpy(), labels=np.array(labels))
-        return
-    from distill.grids import save_grid
+    else:
+        from distill.grids import save_grid
 
-    columns = distinct * max(1, 8 // distinct) if distinct <= 16 else 8
-    save_grid(images, out, min(len(images), columns))
+        columns = distinct * max(1, 8 // distinct) if distinct <= 16 else 8
+        save_grid(images, out, min(len(images), columns))
+    print_line(f"wrote {out}")
 
 
 def split_labels(labels: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""What DMD2's options need of the student and of each other."""
+"""What the options of DMD2 (arXiv:2405.14867) need of the student and of each other."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from distill.objectives.dmd2_options.first_step import check_path
 from distill.objectives.dmd2_options.matching import check_pull
@@ -10,12 +10,12 @@ from distill.objectives.dmd2_options.random_chains import check_chains
 from distill.objectives.dmd2_options.split import check_split
 from teachers.errors import UserError
 
-if TYPE_CHECKING:
-    from distill.objectives.distribution.dmd2 import DMD2
 
-
-def check_options(made: DMD2) -> None:
+def check_options(made: Any) -> None:
     """Refuse options that do not go together, or with the student.
+
+    Args:
+        made: A DMD2 or one of its kin.
 
     Raises:
         UserError: naming the key.
