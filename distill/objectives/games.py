@@ -148,7 +148,7 @@ class Adversary(Objective):
         return times.sample(x, self.teacher.process), torch.randn_like(x)
 
     def drawn_for_critic(self, x: Tensor, times: Times) -> tuple[Tensor, Tensor]:
-        """The same, of the critic's times, within its reach."""
+        """Times (B,) within the reach, and unit noise (B, ...), for what a critic reads."""
         t, noise = self.drawn(x, times)
         return (t if self.reach is None else self.reach.shortened(t, self.share(x))), noise
 

@@ -49,7 +49,7 @@ def played(
     every = max(getattr(objective, "student_every", 1), 4)
     total, memory = 0.0, (0, 0)
     evaluations: dict[str, float] = {}
-    if hasattr(objective, "promoted"):  # a copy of the student: torch crashes on fake tensors'
+    if hasattr(objective, "promoted"):  # it copies the student: torch crashes on fake tensors
         vars(objective)["promoted"] = lambda: objective.student.denoiser
     for first, weight in ((0, share), (last, 1 - share)):
         if not weight:
