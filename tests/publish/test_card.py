@@ -362,8 +362,9 @@ def test_the_command_prints_the_card_or_writes_it(run, tmp_path, capsys):
     code, out, err = called(capsys, run)
     assert (code, err) == (0, "")
     assert yaml.safe_load(out.split("---")[1])["library_name"] == "diffusers"
-    assert called(capsys, run, "--out", tmp_path / "x.md")[:2] == (0, "")
-    assert (tmp_path / "x.md").read_text() == out
+    path = tmp_path / "x.md"
+    assert called(capsys, run, "--out", path)[:2] == (0, f"wrote {path}\n")
+    assert path.read_text() == out
 
 
 def changed(name, **entries):
