@@ -78,6 +78,7 @@ ROWS = {
     "AYF": Row("ayf", {k: FLOW[k] for k in ("times", "landings")}, renoise=False),
     "CTM": Row("ctm", {"denoising_weight": 0.0, "target_ema": 0.9}, renoise=False),
     "shortcut": Row("shortcut", {"bootstrap": 0.5, "target_ema": 0.9}, renoise=False),
+    "Lagrangian": Row("lagrangian", {"power": 0.5}, renoise=False),
     "IMM": Row("imm", {"group": 16, "sigma_data": 1.0}, renoise=False),
     "KD": Row("kd", {}, renoise=False),
     "ReFlow": Row("reflow", {}, renoise=False),

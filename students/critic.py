@@ -88,6 +88,34 @@ class Critic(nn.Module):
         return torch.stack(logits).mean(0).float()
 
 
+class HeldWeights(Denoiser):
+    """A network that is not learning by this call, though gradients reach what it reads.
+
+    A critic on the student's own features reads them through it: a student whose weights followed
+    the critic's gradient there would change the features instead of its samples.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self._denoiser = (denoiser,)  # in a tuple: not a submodule
+        self.process = denoiser.process
+
+    @property
+    def inner_denoiser(self) -> Denoiser:
+        return self._denoiser[0]
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        (network,) = self._denoiser
+        learning = [p for p in network.parameters() if p.requires_grad]
+        for p in learning:
+            p.requires_grad_(False)
+        try:
+            return network(x_t, t, cond, s)
+        finally:
+            for p in learning:
+                p.requires_grad_(True)
+
+
 class ImageFeatures(Denoiser):
     """A frozen network of images in a denoiser's place, for a critic to read: it has no x̂.
 

@@ -167,8 +167,8 @@ def to_float32(module: Module) -> Module:
 
 def innermost(denoiser: Denoiser) -> Denoiser:
     """The denoiser inside all wrappers and adapters."""
-    while isinstance(denoiser, AdaptedDenoiser | Wrapper):
-        denoiser = denoiser.denoiser
+    while (inner := denoiser.inner_denoiser) is not None:
+        denoiser = inner
     return denoiser
 
 

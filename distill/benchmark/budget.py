@@ -100,12 +100,14 @@ def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:
     x, cond = torch.zeros(size, *teacher.shape), teacher.codec.condition([0] * size)
     batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
     counter = EvaluationCounter(denoisers_in(fields))
+    begins = {name: player.begins for name, player in recipe.players.items()}
     for step in count():
         with counter as counts:
             seed_all(seed, "turns", step, 0)
             for place, turn in enumerate(objective.turns(step)):
                 seed_all(seed, step, place, 0)
-                turn.loss(batch)
+                if any(step >= begins.get(name, 0) for name in turn.players):
+                    turn.loss(batch)
                 seed_all(seed, "turns", step, place + 1)
         yield sum(counts.values()) * recipe.train.batch // size
 

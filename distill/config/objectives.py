@@ -28,6 +28,7 @@ from distill.objectives.flow_maps.anyflow import AnyFlow
 from distill.objectives.flow_maps.cmt import CMT
 from distill.objectives.flow_maps.ctm import CTM
 from distill.objectives.flow_maps.imm import IMM
+from distill.objectives.flow_maps.lagrangian import Lagrangian
 from distill.objectives.flow_maps.meanflow import AYF, MeanFlow
 from distill.objectives.flow_maps.shortcut import Shortcut
 from distill.objectives.pairs.kd import KD
@@ -68,6 +69,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "imm": IMM,
     "kd": KD,
     "ladd": LADD,
+    "lagrangian": Lagrangian,
     "lcm": LCM,
     "meanflow": MeanFlow,
     "mmd": MMD,

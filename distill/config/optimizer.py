@@ -20,6 +20,14 @@ Decay = Annotated[float, *Finite, Interval(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
+class Wait:
+    """While a logged scalar is above a bound, a player learns in the logged steps alone."""
+
+    scalar: str  # as the log names it, such as critic/accuracy
+    above: Annotated[float, *Finite]
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
 class OptimizerConfig:
     """A form of AdamW with a learning-rate schedule."""
 
@@ -34,6 +42,8 @@ class OptimizerConfig:
     decay_steps: PositiveInt | None = None  # training steps of the decay; by default train.steps
     lr_end: Fraction = 0.0  # learning rate after the decay, as a share of lr
     frozen: str | None = None  # a regular expression found in the names of weights that stay
+    begins: NonNegativeInt = 0  # the first training step in which it learns: others warm up before
+    waits: Wait | None = None  # so that the ratio of updates follows who is ahead
 
     def __post_init__(self) -> None:
         try:

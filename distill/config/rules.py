@@ -44,6 +44,17 @@ def unknown_player(recipe: Recipe) -> str | None:
     return None
 
 
+def players_out_of_turn(recipe: Recipe) -> str | None:
+    steps = recipe.train.steps
+    for name, player in recipe.players.items():
+        if player.begins >= steps:
+            return (
+                f"players.{cut(name)}.begins: training ends at step {steps:,}, and it begins to "
+                f"learn at step {player.begins:,}; lower it, or raise train.steps"
+            )
+    return None
+
+
 def no_adapted_players(recipe: Recipe) -> str | None:
     if recipe.adapters is not None and recipe.adapters.players == ():
         return "adapters.players: the list is empty; name a player, or remove the section"
@@ -137,6 +148,11 @@ def features_of_another_network(recipe: Recipe) -> str | None:
         )
     if critic.encoder is not None and critic.reads is not None:
         return "critic.reads: the critic reads the encoder; remove one of the two keys"
+    if critic.reads == "student" and recipe.train.checkpointing:
+        return (
+            "critic.reads: features of the student are read with its weights held, which recomputed "
+            "activations do not know; set it to teacher, or train.checkpointing to false"
+        )
     if critic.reads == "fake" and "fake" not in network_types(recipe.kind):
         return (
             f"critic.reads: {_objective(recipe)} has no fake score; set it to teacher, or remove it"
@@ -503,6 +519,7 @@ def flat_without_evaluations(recipe: Recipe) -> str | None:
 
 RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     unknown_player,
+    players_out_of_turn,
     no_adapted_players,
     unknown_adapted_player,
     trained_quantised_weights,

@@ -211,9 +211,9 @@ class CriticSection(Section):
 
     # Modules to take features from, each with a head of its own; by default a middle one.
     blocks: tuple[str, ...] | None = None
-    # Whose features: the fake score's, which learn with the critic, or the frozen teacher's. By
-    # default the fake score's where the objective has one.
-    reads: Literal["fake", "teacher"] | None = None
+    # Whose features: the fake score's, which learn with the critic, the frozen teacher's, or the
+    # student's own as they are in each step. By default the fake score's where there is one.
+    reads: Literal["fake", "teacher", "student"] | None = None
     # Read a frozen network of images in place of fake score or teacher: "path/to/file.py:function",
     # which returns a torch module of images (B, C, H, W) in [-1, 1]. Its blocks are named
     # encoder.NAME; by default its own output is read. It sees no time and no condition.

@@ -144,10 +144,10 @@ class Objective:
     @property
     def loss_features(self) -> str:
         """Which features of a frozen network the loss compares; empty for none. It is recorded in
-        summary.json and on the report's page. A critic on the fake score reads no frozen network.
+        summary.json and on the report's page. Fake score and student are no frozen networks.
         """
         critic = getattr(self, "critic", None)
-        if critic is None or critic.source == "fake":
+        if critic is None or critic.source in ("fake", "student"):
             return ""
         return f"{critic.source}'s {', '.join(critic.blocks)}, which the critic reads"
 

@@ -194,6 +194,12 @@ PAPERS = {
         2024,
         "2403.12015",
     ),
+    "lagrangian": Paper(
+        "Flow Map Matching",
+        "Boffi, Nicholas M. and Albergo, Michael S. and Vanden-Eijnden, Eric",
+        2024,
+        "2406.07507",
+    ),
     "lcm": Paper(
         "Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference",
         "Luo, Simian and Tan, Yiqin and Huang, Longbo and Li, Jian and Zhao, Hang",

@@ -290,7 +290,9 @@ class Engine:
             place: Of the turn in its step, from 0.
         """
         self._check_once(turn, place)
-        players = {name: self.players[name] for name in turn.players}
+        players = self._learning(turn)
+        if not players:
+            return {}
         shards, logs = len(stream.mine), {}
         if turn.reset and "student" in players:
             self.ema.restart()  # so that no weights of the stage before are in the average
@@ -310,11 +312,21 @@ class Engine:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
         self.draws += 1
-        name = "+".join(players)
+        name = "+".join(turn.players)
         if not self._first:
             self._first = {f"{name}/loss": logs["loss"]}
         norms = {f"{n}/grad_norm": p.grad_norm for n, p in players.items()}
         return {f"{name}/{key}": v for key, v in logs.items()} | norms
+
+    def _learning(self, turn: Turn) -> dict[str, Player]:
+        """The players of a turn that learn in this step; the others start anew where it says so."""
+        logged = (self.step + 1) % self.cfg.log_every == 0
+        players = {name: self.players[name] for name in turn.players}
+        found = {n: player for n, player in players.items() if player.learns(self.step, logged)}
+        for name in turn.players if turn.reset else ():
+            if name not in found:
+                self.players[name].restart(self.step)
+        return found
 
     def sample(self) -> None:
         """Save a grid of the averaged student's pictures for each step count, on fixed noise.
@@ -476,6 +488,9 @@ class Engine:
         columns = self.graphs.columns() | ({} if speed is None else speed.columns())
         self.accelerator.log({"seconds": self.seconds, **values, **columns}, step=self.step)
         self._check(values)
+        for name, player in self.players.items():
+            check_wait(name, player, values, self.step)
+            player.hear(values)
         return values, speed
 
     def _flops(self, sample: float) -> float:
@@ -561,6 +576,20 @@ class Engine:
 def _players(key: str) -> list[str]:
     """The players of a turn, from the key of a scalar that it logs."""
     return key.split("/")[0].split("+")
+
+
+def check_wait(name: str, player: Player, scalars: Mapping[str, float], step: int) -> None:
+    """Refuse a player that waits for a scalar which nothing logs.
+
+    Raises:
+        UserError: naming the scalars that there are.
+    """
+    wait = player.config.waits
+    if wait is not None and wait.scalar not in scalars and step > player.config.begins:
+        known = ", ".join(k for k in scalars if not k.endswith("/lr"))
+        raise UserError(
+            f"players.{name}.waits: no scalar {wait.scalar!r} was logged; known are {known}"
+        )
 
 
 def has_adapters(network: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from distill.objectives.base import Auxiliary, Objective
 from distill.objectives.distribution.anchored import AnchoredDMD2
 from distill.sampling.guided_teacher import guidance_of, guided, guided_student, share_times
 from students.checkpointing import checkpointing
-from students.critic import Critic, ImageFeatures, SANCritic
+from students.critic import Critic, HeldWeights, ImageFeatures, SANCritic
 from students.export import earlier
 from students.export.forms import form_of
 from students.form import StudentForm, StudentRequest
@@ -73,7 +73,7 @@ def build_networks(
     networks["teacher"] = guided(recipe.teacher, teacher)
     if recipe.critic is not None:
         kind = network_types(recipe.kind, Critic)["critic"]
-        networks["critic"] = critic_of(recipe.critic, networks.get("fake"), teacher, kind)
+        networks["critic"] = critic_of(recipe.critic, networks, teacher, kind)
     auxiliaries: dict[str, type[Any]] = network_types(recipe.kind, Auxiliary)
     for name, auxiliary in auxiliaries.items():
         networks[name] = auxiliary.for_objective(teacher).requires_grad_(True)
@@ -148,19 +148,23 @@ def shared_weights(section: AdaptersSection | None, names: Sequence[str]) -> dic
 
 
 def critic_of(
-    section: CriticSection, fake: Any, teacher: Teacher, kind: type[Any] = Critic
+    section: CriticSection, networks: Mapping[str, Any], teacher: Teacher, kind: type[Any] = Critic
 ) -> Critic:
-    """A critic that reads the features of the fake score, of the teacher or of a network of images.
+    """A critic that reads the features of a network of the run, or of a network of images.
 
     Args:
-        fake: The fake score; None where the objective has none, whose critic reads the teacher's.
+        networks: The student, and the fake score where the objective has one: without `reads` the
+            critic reads its features, else the teacher's.
         kind: The objective's kind of critic.
 
     Raises:
         UserError: it has no such blocks.
     """
-    source = "teacher" if fake is None else section.reads or "fake"
-    network: Any = teacher.denoiser if source == "teacher" else fake
+    source = section.reads or ("fake" if "fake" in networks else "teacher")
+    if source == "student":
+        network: Any = HeldWeights(networks["student"].denoiser)
+    else:
+        network = teacher.denoiser if source == "teacher" else networks["fake"]
     if section.encoder is not None:
         source, network = section.encoder, image_features(section.encoder, teacher)
         blocks = section.blocks or ("encoder",)

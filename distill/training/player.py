@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +40,8 @@ class Player:
         self.optimizer = optimizers.optimizer(
             config.optimizer, self.params, config.lr, config.betas, config.eps, config.weight_decay
         )
-        self.schedule_start = 0  # a step of the engine
+        self.schedule_start = config.begins  # a step of the engine
+        self.waiting = False  # whether the scalar that it waits for was too high when last logged
         self.grad_norm = torch.zeros(())
         self.requires_grad_(False)
 
@@ -50,7 +51,27 @@ class Player:
 
     def rate(self, step: int) -> float:
         """The learning rate of a turn at the engine's `step`."""
-        return self.config.rate(step - self.schedule_start, self.steps)
+        return self.config.rate(max(0, step - self.schedule_start), self.steps)
+
+    def learns(self, step: int, logged: bool) -> bool:
+        """Whether it takes part in its turns of the engine's `step`.
+
+        Args:
+            logged: Whether the step is logged: one that waits learns then, so that what it waits
+                for is known.
+        """
+        return step >= self.config.begins and (logged or not self.waiting)
+
+    def hear(self, scalars: Mapping[str, float]) -> None:
+        """Wait from now on, or no more, by the logged scalars."""
+        wait = self.config.waits
+        if wait is not None and wait.scalar in scalars:
+            self.waiting = scalars[wait.scalar] > wait.above
+
+    def restart(self, step: int) -> None:
+        """Clear the optimiser state and restart the learning-rate schedule."""
+        self.optimizer.state.clear()
+        self.schedule_start = max(step, self.config.begins)
 
     @contextmanager
     def turn(self, step: int, reset: bool = False) -> Iterator[None]:
@@ -61,8 +82,7 @@ class Player:
             reset: Clear the optimiser state and restart the learning-rate schedule.
         """
         if reset:
-            self.optimizer.state.clear()
-            self.schedule_start = step
+            self.restart(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         self.requires_grad_(True)
@@ -92,6 +112,7 @@ class Player:
             "params": [p.detach() for p in self.params],
             "optimizer": optimizer,
             "schedule_start": self.schedule_start,
+            "waiting": self.waiting,
         }
 
     @torch.no_grad()
@@ -104,6 +125,7 @@ class Player:
         moments = {int(i): s for i, s in state["optimizer"].items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.schedule_start = state.get("schedule_start", state.get("born", 0))
+        self.waiting = state.get("waiting", False)  # earlier versions saved none
 
 
 @torch.no_grad()

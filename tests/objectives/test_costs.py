@@ -233,6 +233,8 @@ COSTS = {
         {"critic": True, "r1": 1.0, "penalty": "approximate"}, {
         "student forward": 2, "student backward": 1,
         "teacher forward": 4, "teacher backward": 1}),
+    ("lagrangian", "the value with its derivative, and the teacher at the landing"): (
+        {"student": ODE}, {"student forward": 2.5, "student backward": 1, "teacher forward": 1}),
     ("lcm", "one call of an unguided teacher"): (
         {}, {"student forward": 2, "student backward": 1, "teacher forward": 1}),
     ("lcm", "a guided teacher"): (

@@ -1,5 +1,7 @@
 """What critics read: the fake score, the teacher, or a network of images from a user's file."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -120,13 +122,54 @@ def test_only_a_fake_score_that_the_critic_reads_learns_from_it(reads, moved, tm
     assert all(p.grad is not None for p in critic.parameters())
 
 
+@pytest.mark.parametrize("adapters", [None, {"rank": 2}], ids=["weights", "adapters"])
+def test_a_student_learns_from_the_critic_on_its_features_by_its_samples_alone(adapters, tmp_path):
+    """Its gradient is that of a critic on a frozen copy, and its features follow its weights."""
+    tree = recipe_tree("ladd", "digits", steps=1)
+    tree |= {"teacher": "digits", "critic": {"reads": "student"}}
+    if adapters is not None:
+        tree["adapters"] = {**adapters, "players": ["student"]}
+    objective = build.build(Recipe.check(tree), tmp_path / "run").engine.objective
+    critic, student = objective.critic, objective.student.denoiser
+    weights = [p.requires_grad_(True) for p in student.parameters()]
+    with torch.no_grad():
+        for p in weights:
+            p += 0.05 * torch.randn_like(p)
+    assert (critic.source, objective.loss_features) == ("student", "")
+    x, t, cond = torch.randn(4, 1, 8, 8), torch.full((4,), 0.5), {"class_labels": torch.arange(4)}
+
+    def gradients(critic):
+        sample = student(x, torch.ones(4), cond)
+        return torch.autograd.grad(critic(sample, t, cond).sum(), weights)
+
+    found = gradients(critic)
+    assert all(p.requires_grad for p in weights)
+    frozen = deepcopy(student).requires_grad_(False)
+    apart = Critic(frozen, (1, 8, 8), {"class_labels": torch.tensor([0])}, critic.blocks)
+    apart.load_state_dict(critic.state_dict())
+    for a, b in zip(found, gradients(apart), strict=True):
+        torch.testing.assert_close(a, b)
+    before = critic(x, t, cond)
+    with torch.no_grad():
+        for p in weights:
+            p += 0.05 * torch.randn_like(p)
+    assert not torch.equal(before, critic(x, t, cond))
+
+
+def test_features_of_a_student_with_recomputed_activations_are_refused():
+    tree = recipe_tree("ladd", "digits", checkpointing=True)
+    with refused("critic.reads", "train.checkpointing"):
+        Recipe.check({**tree, "critic": {"reads": "student"}})
+
+
 @pytest.mark.parametrize(
     ("name", "critic", "key"),
     [
         ("ladd", {"reads": "fake"}, "critic.reads"),
         ("sida", {"reads": "teacher"}, "critic.reads"),
         ("dmd2", {"reads": "teacher", "encoder": "mine.py:encoder"}, "critic.reads"),
-        ("dmd2", {"reads": "student"}, "critic.reads"),
+        ("sida", {"reads": "student"}, "critic.reads"),
+        ("dmd2", {"reads": "data"}, "critic.reads"),
     ],
 )
 def test_features_that_the_objective_has_not_are_refused(name, critic, key):

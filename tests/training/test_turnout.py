@@ -1,0 +1,116 @@
+"""Players that begin late or wait: warm-ups, and a ratio of updates that follows a scalar."""
+
+import math
+
+import pytest
+import torch
+
+from distill.benchmark import budget
+from distill.config.optimizer import OptimizerConfig, Wait
+from distill.config.recipe import Recipe
+from distill.training import build
+from tests.benchmark.test_budget import counted
+from tests.helpers.engines import stream
+from tests.helpers.refusals import refused
+from tests.helpers.toys import recipe_tree
+from tests.training.test_player import player
+
+
+def run(pipelines, out, name, players, **train):
+    tree = recipe_tree(name, pipelines["edm"], **{"steps": 6, **train})
+    tree["players"] = players
+    return Recipe.check(tree), out
+
+
+def moves(engine):
+    """For each step, the players whose weights moved in it."""
+    data, found = stream(engine), []
+    before = {n: [p.detach().clone() for p in m.params] for n, m in engine.players.items()}
+    while not engine.done:
+        engine.advance(data)
+        now = {n: [p.detach().clone() for p in m.params] for n, m in engine.players.items()}
+        found.append({n for n in now if not all(map(torch.equal, now[n], before[n]))})
+        before = now
+    data.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("players", "learning"),
+    [
+        ({}, ["sfc", "fc", "sfc", "fc", "sfc", "fc"]),  # the student's turn is every second
+        ({"student": {"begins": 3}}, ["fc", "fc", "fc", "fc", "sfc", "fc"]),
+        ({"critic": {"begins": 2}, "fake": {"begins": 1}}, ["s", "f", "sfc", "fc", "sfc", "fc"]),
+    ],
+)
+def test_a_player_learns_from_the_step_that_it_begins_in(players, learning, pipelines, tmp_path):
+    recipe, out = run(pipelines, tmp_path / "run", "dmd2", players)
+    found = moves(build.build(recipe, out).engine)
+    assert [{name[0] for name in names} for names in found] == [set(v) for v in learning]
+
+
+def test_what_nobody_learns_from_is_not_evaluated_and_budgets_know_it(pipelines, tmp_path):
+    players = {"student": {"begins": 3}, "fake": {"begins": 2}}
+    recipe, out = run(pipelines, tmp_path / "run", "sid", players)
+    foretold = budget.evaluations_after_steps(recipe)
+    spent = counted(recipe, out)
+    assert [next(foretold) for _ in range(6)] == spent
+    assert spent[:2] == [0, 0]
+    assert spent[3] - spent[2] > spent[2] > 0
+
+
+def test_the_schedule_starts_where_the_player_begins():
+    moved = OptimizerConfig(lr=1.0, warmup=1, decay="linear", decay_steps=4, begins=3)
+    mover = player(moved)[1]
+    assert [mover.rate(k) for k in range(3, 8)] == [0.5, 0.75, 0.5, 0.25, 0]
+    mover.restart(1)
+    assert mover.schedule_start == 3
+    mover.restart(5)
+    assert mover.rate(5) == 0.5
+
+
+def test_one_that_waits_learns_in_the_logged_steps_alone():
+    waits = OptimizerConfig(waits=Wait("critic/accuracy", 0.8))
+    mover = player(waits)[1]
+    for value, learns in ((0.9, False), (0.7, True), (0.8, True), (math.nan, True)):
+        mover.hear({"critic/accuracy": value, "critic/loss": 9.0})
+        assert mover.learns(1, logged=False) == learns
+        assert mover.learns(1, logged=True)
+    mover.hear({"critic/accuracy": 0.9})
+    mover.hear({"critic/loss": 0.0})  # what it waits for was not logged: as before
+    assert not mover.learns(1, logged=False)
+    twin = player(waits)[1]
+    twin.load_state_dict(mover.state_dict())
+    assert twin.waiting
+
+
+@pytest.mark.parametrize(("above", "learning"), [
+    (-1.0, ["sc", "sc", "s", "sc", "s", "sc"]), (2.0, ["sc"] * 6),
+])  # fmt: skip
+def test_the_engine_tells_players_what_is_logged(above, learning, pipelines, tmp_path):
+    """Accuracy is from 0 to 1: the critic waits after the first log, or never."""
+    waits = {"scalar": "critic/accuracy", "above": above}
+    recipe, out = run(pipelines, tmp_path / "run", "ladd", {"critic": {"waits": waits}})
+    engine, found = build.build(recipe, out).engine, []
+    play = engine.play
+
+    def noted(turn, place, data):
+        found.append((engine.step, {n for n in engine._learning(turn)}))
+        return play(turn, place, data)
+
+    engine.play = noted
+    engine.train()
+    by_step = [set().union(*(v for k, v in found if k == step)) for step in range(6)]
+    assert [{name[0] for name in names} for names in by_step] == [set(v) for v in learning]
+
+
+def test_a_scalar_that_nothing_logs_is_refused_with_those_that_there_are(pipelines, tmp_path):
+    waits = {"scalar": "critic/accurcy", "above": 0.8}
+    recipe, out = run(pipelines, tmp_path / "run", "ladd", {"critic": {"waits": waits}})
+    with refused("players.critic.waits", "'critic/accurcy'", "critic/accuracy"):
+        build.build(recipe, out).engine.train()
+
+
+def test_a_player_that_would_never_learn_is_refused(pipelines):
+    with refused("players.student.begins", "step 6", "train.steps"):
+        run(pipelines, None, "sid", {"student": {"begins": 6}})
