@@ -184,11 +184,42 @@ def second_derivative_of_recomputed_blocks(recipe: Recipe) -> str | None:
 
 
 def missing_reward(recipe: Recipe) -> str | None:
-    if recipe.kind.needs_reward and not recipe.rewards:
+    learned = [r for r in recipe.rewards.values() if not r.held_out]
+    if recipe.kind.needs_reward and not learned:
         return (
             f"rewards: missing; {_objective(recipe)} learns from them; name a function, as in "
             "'rewards: {mine: {function: mine.py:reward}}'"
         )
+    return None
+
+
+def reward_without_effect(recipe: Recipe) -> str | None:
+    """Refuse keys of a reward that nothing reads."""
+    for name, reward in recipe.rewards.items():
+        key, plain = f"rewards.{cut(name)}", type(reward)(function=reward.function)
+        set_keys = [
+            k
+            for k in ("kind", "temperature", "balance", "begins", "warmup")
+            if getattr(reward, k) != getattr(plain, k)
+        ]
+        if reward.held_out and recipe.train.guards is None:
+            return f"{key}.held_out: train.guards measure it; add 'guards: {{}}' to train"
+        if reward.held_out and set_keys:
+            return f"{key}.{set_keys[0]}: no loss contains a reward that is held out; remove it"
+        if recipe.kind.needs_reward and set_keys:
+            return (
+                f"{key}.{set_keys[0]}: {_objective(recipe)} has the reward in its own loss, which "
+                "does not read it; remove it"
+            )
+        if reward.kind == "weighted" and reward.balance:
+            return f"{key}.balance: a weighted reward has no gradient; remove it"
+        if reward.kind == "direct" and "temperature" in set_keys:
+            return f"{key}.temperature: a direct reward has none; set kind to weighted, or remove it"
+        if reward.begins >= recipe.train.steps:
+            return (
+                f"{key}.begins: training ends at step {recipe.train.steps:,}; lower it, or raise "
+                "train.steps"
+            )
     return None
 
 
@@ -537,6 +568,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     useless_pairs,
     key_of_pairs,
     missing_reward,
+    reward_without_effect,
     extreme_number,
     missing_data,
     coupling_without_data,

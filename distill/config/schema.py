@@ -324,6 +324,9 @@ class GuardsSection(Section):
     diversity: Fraction = 0.9  # variety of a prompt's samples
     matching: Fraction = 0.9  # how near the distributions of a prompt's samples are
     nearest: Fraction = 0.9  # distance to the nearest of the pictures beside `data.captions`
+    # How often the student's sample has the higher of the rewards that are `held_out`, of pairs
+    # with the teacher's for the same prompt; 0.5 is as good as the teacher.
+    held_out: Fraction = 0.9
     prompts: PositiveInt = 16  # number of prompts
     samples: Annotated[int, Strict(), Interval(ge=2, le=1000)] = 4  # of each prompt
 
@@ -404,13 +407,22 @@ class EvalSection(Section):
 
 
 class RewardSection(Section):
-    """A differentiable reward that the student's samples shall raise."""
+    """A reward that the student's samples shall raise, or that only watches them."""
 
     # "file.py:function", which returns (B,) for images (B, C, H, W) in [-1, 1] and a list of B
     # prompts or labels; or "shapes", how sure a classifier is of the caption.
     function: Name
     weight: Positive = 1.0  # β: the loss has -β times the mean reward
     network: Name | None = None  # what its weights are called; as `critic.network`
+    # direct adds the reward to the loss, by its gradient; weighted takes none: samples count more
+    # in the loss the higher their reward, by softmax(β R / temperature).
+    kind: Literal["direct", "weighted"] = "direct"
+    temperature: Positive = 1.0  # of weighted, in the reward's own units
+    balance: bool = False  # direct: β is the length of its gradient as a share of the loss's
+    begins: NonNegativeInt = 0  # the first training step that it acts in
+    warmup: NonNegativeInt = 0  # training steps in which its weight then rises linearly
+    # No part of the loss: `train.guards` measures it, and ends training when it falls.
+    held_out: bool = False
 
 
 class ExportSection(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,22 @@ from teachers.teacher import Teacher
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # beside captions, in lower case
 
 
+# Data (N, ...), their prompts or labels, and whether gradients are taken -> (N,).
+Judge = Callable[[Tensor, Sequence[Any], bool], Tensor]
+
+
 def guards_of(
-    recipe: Recipe, teacher: Teacher, student: Generator, others: Sequence[Any]
+    recipe: Recipe,
+    teacher: Teacher,
+    student: Generator,
+    others: Sequence[Any],
+    judge: Judge | None = None,
 ) -> Guards | None:
     """The checks of `train.guards`; None if the recipe has none.
 
     Args:
         others: Prompts or labels for recipes without captions.
+        judge: A reward that is no part of the loss.
     """
     train = recipe.train
     if train.guards is None:
@@ -44,7 +53,7 @@ def guards_of(
     if expansion is not None:
         others = expansion.expansion.tests or expansion.expansion.captions
     batch = max(1, train.batch // train.accumulate)  # fits the device, as training does
-    return Guards(train.guards, Measurement(recipe, teacher, student, others, batch))
+    return Guards(train.guards, Measurement(recipe, teacher, student, others, batch, judge))
 
 
 class Measurement:
@@ -53,19 +62,21 @@ class Measurement:
     Args:
         prompts: Prompts or labels, each sampled `train.guards.samples` times.
         batch: Samples in one call of a network.
+        judge: As `guards_of` has it.
     """
 
     def __init__(
         self, recipe: Recipe, teacher: Teacher, student: Generator, prompts: Sequence[Any],
-        batch: int,
+        batch: int, judge: Judge | None = None,
     ) -> None:  # fmt: skip
         limits = recipe.train.guards
         assert limits is not None
         self.recipe, self.teacher, self.student = recipe, teacher, student
-        self.batch, self.samples = batch, limits.samples
+        self.batch, self.samples, self.judge = batch, limits.samples, judge
         self.prompts = list(dict.fromkeys(prompts))[: limits.prompts]
         self.device = next(student.parameters()).device
         self._references: tuple[Tensor, Tensor | None] | None = None
+        self._standard: Tensor | None = None  # the judge's rewards of the teacher's samples (P, S)
         self._cond: Any = None
 
     @torch.no_grad()
@@ -86,9 +97,23 @@ class Measurement:
             "diversity": scores.diversity(x, teacher),
             "matching": scores.matching(x, teacher),
         }
-        return found if pictures is None else {
-            **found, "nearest": scores.nearest(x, teacher, pictures)
-        }  # fmt: skip
+        if pictures is not None:
+            found["nearest"] = scores.nearest(x, teacher, pictures)
+        if self.judge is not None:
+            if self._standard is None:
+                self._standard = self._judged(teacher, self.judge)
+            found["held_out"] = scores.preferred(self._judged(x, self.judge), self._standard)
+        return found
+
+    def _judged(self, x: Tensor, judge: Judge) -> Tensor:
+        """Rewards (P, S) of samples (P, S, ...), a batch at a time."""
+        x = x.flatten(0, 1)
+        prompts = [p for p in self.prompts for _ in range(self.samples)]
+        parts = [
+            judge(x[i : i + self.batch].to(self.device), prompts[i : i + self.batch], False).cpu()
+            for i in range(0, len(x), self.batch)
+        ]
+        return torch.cat(parts).float().unflatten(0, (len(self.prompts), self.samples))
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """Samples (N, ...) as (P, S, ...), on the CPU."""

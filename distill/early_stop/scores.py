@@ -54,6 +54,18 @@ def nearest(student: Tensor, teacher: Tensor, pictures: Tensor) -> float:
     return _share(near[0], near[1])
 
 
+def preferred(student: Tensor, teacher: Tensor) -> float:
+    """How often the student's sample has the higher reward, of pairs for the same prompt.
+
+    Args:
+        student, teacher: Rewards (P, S) and (P, R). Equal ones count as half; one that is no number
+            is the lowest.
+    """
+    mine, other = (r.double().nan_to_num(nan=-math.inf) for r in (student, teacher))
+    difference = mine[:, :, None] - other[:, None]
+    return float((difference.nan_to_num(nan=0.0).sign().mean() + 1) / 2)
+
+
 def _share(part: float, whole: float) -> float:
     if not (math.isfinite(part) and math.isfinite(whole)):  # min(1.0, nan) is 1.0
         return 0.0

@@ -1,7 +1,6 @@
 """Rewards of a recipe: functions of the student's images that its loss shall raise.
 
-RG-LCD (arXiv:2403.11027) and ReFL (arXiv:2304.05977) differentiate a reward through the last step
-of the student. Here -β R is added to any loss of the student's turn that has samples.
+Here their functions are found, tried and called; `terms` has how they join a loss.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 from distill.config.recipe import Recipe
 from distill.data.stream import Source
 from distill.objectives.base import Batch, Loss, Objective, Turn
+from distill.rewards.terms import Rewards, Score, Term
 from eval import shapes
 from eval.shapes.classifier import classifier, labels
 from teachers.errors import UserError, clipped, first_line
@@ -27,48 +27,78 @@ Function = Callable[[Tensor, Sequence[Any]], Tensor]
 
 def reward_of(
     recipe: Recipe, teacher: Teacher, source: Source, needs_gradient: bool = True
-) -> Callable[[Tensor, Batch], Tensor]:
-    """The weighted sum of a recipe's rewards (B,), of data (B, ...) and the batch they are for.
+) -> Rewards | None:
+    """A recipe's rewards, for the prompts of a data source; None where all are held out.
 
     Args:
-        needs_gradient: Whether the loss takes the gradient of each, where images have one.
+        needs_gradient: Whether the loss takes the gradient of direct ones, where images have one.
 
     Raises:
         UserError: there is no such function, or the data source keeps no prompts.
     """
+    terms = [t for t in terms_of(recipe, teacher) if not t.section.held_out]
+    if not terms:
+        return None
     if source.prompts is None:
         raise UserError(
             "rewards: they read prompts or labels, which this data source does not keep in memory; "
             "set data.source to 'digits' or 'shapes'"
         )
-    rewards = recipe.rewards.items()
-    for key, section in rewards:
+    return Rewards(terms, source.prompts, needs_gradient)
+
+
+def held_out_of(recipe: Recipe, teacher: Teacher) -> Score | None:
+    """The weighted sum (N,) of the rewards that no loss contains, of data (N, ...) and prompts.
+
+    Raises:
+        UserError: there is no such function.
+    """
+    terms = [t for t in terms_of(recipe, teacher) if t.section.held_out]
+
+    def score(x: Tensor, prompts: Sequence[Any], graph: bool = False) -> Tensor:
+        values = [t.section.weight * t.score(x, prompts, graph) for t in terms]
+        return torch.stack(values).sum(0)
+
+    return score if terms else None
+
+
+def terms_of(recipe: Recipe, teacher: Teacher) -> list[Term]:
+    """All rewards of a recipe.
+
+    Raises:
+        UserError: there is no such function, or it reads what this teacher does not.
+    """
+    if (vae := teacher.codec.vae) is not None and recipe.rewards:
+        vae.requires_grad_(False)
+    found = []
+    for key, section in recipe.rewards.items():
         if section.function == "shapes" and teacher.codec.classes:
             raise UserError(
                 f"rewards.{key}.function: shapes reads captions, and this teacher has labels; name "
                 "a function of your own"
             )
-    functions = [(k, function_of(r.function, k), r.weight) for k, r in rewards]
-    prompts, vae = source.prompts, teacher.codec.vae
-    if vae is not None:
-        vae.requires_grad_(False)
+        found.append(Term(section, score_of(key, function_of(section.function, key), teacher)))
+    return found
 
-    def reward(x: Tensor, batch: Batch) -> Tensor:
-        assert batch.items is not None
-        if vae is not None:
-            vae.to(x.device)
-        images, texts = (
-            teacher.codec.decode_with_graph(x),
-            [prompts[i] for i in batch.items.tolist()],
-        )
-        values = [called(f, k, images, texts) for k, f, _ in functions]
-        if needs_gradient and images.requires_grad:
-            for (key, _, _), value in zip(functions, values, strict=True):
-                check_gradient(value, f"rewards.{key}.function")
-        weights = [w for _, _, w in functions]
-        return torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum(0)
 
-    return reward
+def score_of(key: str, function: Function, teacher: Teacher) -> Score:
+    """A reward of data: of the images that they decode to.
+
+    Args:
+        key: The reward's name, for messages.
+    """
+    codec = teacher.codec
+
+    def score(x: Tensor, prompts: Sequence[Any], graph: bool) -> Tensor:
+        if codec.vae is not None:
+            codec.vae.to(x.device)
+        images = codec.decode_with_graph(x)
+        value = called(function, key, images, prompts)
+        if graph and images.requires_grad:
+            check_gradient(value, f"rewards.{key}.function")
+        return value
+
+    return score
 
 
 def function_of(name: str, key: str) -> Function:
@@ -91,15 +121,32 @@ def rehearse(objective: Objective, source: Source, place: Any) -> None:
             each image; or they have no gradient, unless the objective needs none.
     """
     reward = objective.reward
-    assert reward is not None
+    if reward is None:
+        return
     batch = source.batch(0, 0, 1, min(2, source.size))
     x = (batch.noise if batch.x is None else batch.x).to(place).requires_grad_(True)
     value = reward(x, batch)
-    if not objective.needs_reward or objective.differentiates_reward:
+    taken = not objective.needs_reward or objective.differentiates_reward
+    if getattr(reward, "differentiates", taken):
         check_gradient(value)
     if not value.isfinite().all():
         shown = value.detach().tolist()
         raise UserError(f"rewards: of the first images they are {shown}; return finite numbers")
+
+
+@torch.no_grad()
+def rehearse_held_out(recipe: Recipe, teacher: Teacher, prompts: Sequence[Any]) -> None:
+    """Call the rewards that are held out once, before training.
+
+    Args:
+        prompts: Of the samples that are tried, or labels.
+
+    Raises:
+        UserError: a function raises an exception, or its values are no numbers, one for each image.
+    """
+    score = held_out_of(recipe, teacher)
+    if score is not None and prompts:
+        score(torch.zeros(len(prompts), *teacher.shape), prompts, False)
 
 
 def called(function: Function, name: str, images: Tensor, prompts: Sequence[Any]) -> Tensor:
@@ -163,8 +210,11 @@ def caption_certainty(images: Tensor, prompts: Sequence[Any]) -> Tensor:
     return torch.stack(chosen).sum(0)
 
 
-def rewarded(loss: Loss, batch: Batch, turn: Turn, objective: Objective) -> Loss:
+def rewarded(loss: Loss, batch: Batch, turn: Turn, objective: Objective, step: int = 0) -> Loss:
     """A loss of the student's turn with its rewards, unless the objective adds them itself.
+
+    Args:
+        step: Of training, on which their weights may depend.
 
     Raises:
         UserError: the loss has no samples, or the rewards have no gradient.
@@ -177,6 +227,8 @@ def rewarded(loss: Loss, batch: Batch, turn: Turn, objective: Objective) -> Loss
             f"rewards: {type(objective).__name__} gives no samples of the student to reward; "
             "return Loss(value, logs, samples), or remove the section"
         )
+    if isinstance(reward, Rewards):
+        return reward.added(loss, batch, step)
     value = reward(loss.samples, batch).mean()
     check_gradient(value)
     return loss._replace(value=loss.value - value, logs={**loss.logs, "reward": value.detach()})

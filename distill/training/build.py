@@ -178,6 +178,7 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
         differentiated = not objective.needs_reward or objective.differentiates_reward
         objective.reward = rewards.reward_of(recipe, teacher, source, differentiated)
         rewards.rehearse(objective, source, accelerator.device)
+        rewards.rehearse_held_out(recipe, teacher, grid_prompts(recipe, teacher)[:2])
     if guidance_of(recipe.teacher).kind == "skip":
         rehearse_skipping(objective.teacher, teacher, accelerator.device)
     flops = check_finite(objective.teacher, teacher, source, recipe.train, accelerator)
@@ -254,7 +255,10 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
         stop_when_flat=recipe.eval.stop_when_flat,
         shown=grid_prompts(recipe, teacher),
         sample_flops=parts.flops,
-        guards=guards_of(recipe, teacher, student, grid_prompts(recipe, teacher)),
+        guards=guards_of(
+            recipe, teacher, student, grid_prompts(recipe, teacher),
+            rewards.held_out_of(recipe, teacher),
+        ),  # fmt: skip
     )
     resumed = engine.resume() if resume else False
     if accelerator.is_main_process:  # once the checkpoint is known to be good

@@ -304,7 +304,7 @@ class Engine:
                 batch = next(stream)
                 seed_all(self.cfg.seed, self.step, place, shard)
                 with self.accelerator.autocast():
-                    loss = rewarded(turn.loss(batch), batch, turn, self.objective)
+                    loss = rewarded(turn.loss(batch), batch, turn, self.objective, self.step)
                 check_loss(loss, self.objective)
                 self.accelerator.backward(loss.value / shards)
                 for key, value in {"loss": loss.value, **loss.logs}.items():

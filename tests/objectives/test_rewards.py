@@ -1,0 +1,209 @@
+"""How rewards join a loss: weights of samples, balanced gradients, warm-ups, and held-out ones."""
+
+import pytest
+import torch
+
+from distill.config.recipe import Recipe
+from distill.config.schema import RewardSection
+from distill.early_stop.guards import Guards
+from distill.early_stop.measurement import Measurement
+from distill.early_stop.scores import preferred
+from distill.objectives.base import Batch, Loss
+from distill.objectives.losses import surrogate
+from distill.rewards.rewards import held_out_of, reward_of
+from distill.rewards.terms import Rewards, Term, shares, unit
+from distill.training import build
+from eval.shapes import captions
+from teachers import load
+from tests.helpers.refusals import refused
+from tests.helpers.toys import recipe_tree
+
+D = torch.float64
+BATCH = Batch(None, torch.zeros(4, 3), None, torch.tensor([2, 0, 1, 3]))
+TARGET = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, -1], [3, 0, 4]], dtype=D)
+
+
+def rewards(*sections, score=lambda x, prompts, graph: 2 * x.sum(1)):
+    terms = [Term(RewardSection(function="mine.py:f", **keys), score) for keys in sections]
+    return Rewards(terms, ["a", "b", "c", "d"])
+
+
+def gradients(given, step=0, x=None):
+    """Of a loss whose own gradient at x is TARGET / 4, with rewards; and what it logs."""
+    x = torch.zeros(4, 3, dtype=D) if x is None else x
+    leaf = x.clone().requires_grad_(True)
+    samples = leaf * 1.0  # a student's samples are no leaf
+    loss = Loss(3 * surrogate(samples, TARGET), {}, samples)
+    found = given.added(loss, BATCH, step)
+    found.value.backward()
+    return leaf.grad, found.logs
+
+
+def test_a_direct_reward_is_a_term_of_the_loss():
+    grad, logs = gradients(rewards({"weight": 0.5}))
+    torch.testing.assert_close(grad, TARGET / 4 - 0.5 * 2 / 4 * torch.ones(4, 3, dtype=D))
+    assert logs["reward"] == 0
+
+
+def test_a_balanced_reward_is_as_long_as_its_share_of_the_loss_whatever_its_units():
+    plain = gradients(rewards())[0]
+    for scale in (1.0, 1e4):
+        score = lambda x, prompts, graph, scale=scale: scale * x[:, 0]  # noqa: E731
+        grad = gradients(rewards({"weight": 0.25, "balance": True}, score=score))[0]
+        length = 0.25 * plain.norm(dim=1).mean()
+        torch.testing.assert_close(plain - grad, length * torch.eye(3, dtype=D)[0].expand(4, 3))
+
+
+def test_a_balanced_reward_without_a_gradient_changes_nothing():
+    given = rewards({"balance": True}, score=lambda x, prompts, graph: 0 * x.sum(1))
+    assert torch.equal(gradients(given)[0], gradients(rewards())[0])
+    assert torch.equal(unit(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+def test_a_weighted_reward_multiplies_each_samples_gradient_and_takes_none():
+    values = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=D)
+
+    def score(x, prompts, graph):
+        assert prompts == ["c", "a", "b", "d"] and not graph and not x.requires_grad
+        return values
+
+    grad = gradients(rewards({"kind": "weighted", "temperature": 0.5, "weight": 2.0}, score=score))[0]
+    weights = 4 * (2.0 * values / 0.5).softmax(0)
+    assert weights.mean().item() == pytest.approx(1)
+    torch.testing.assert_close(grad, weights[:, None] * TARGET / 4)
+
+
+@pytest.mark.parametrize("keys", [{}, {"balance": True}, {"kind": "weighted"}], ids=str)
+def test_equal_rewards_change_nothing(keys):
+    score = lambda x, prompts, graph: 0 * x.sum(1) + 7.0  # noqa: E731
+    grad = gradients(rewards(keys, score=score))[0]
+    torch.testing.assert_close(grad, gradients(rewards())[0], rtol=1e-12, atol=0)
+
+
+def test_the_best_sample_alone_counts_at_temperature_zero_and_all_alike_at_infinity():
+    values = torch.tensor([0.3, -1.0, 2.0, 0.0])
+    assert shares(values, 1e-4, 1.0).tolist() == [0, 0, 4, 0]
+    torch.testing.assert_close(shares(values, 1e9, 1.0), torch.ones(4))
+
+
+def test_a_reward_begins_and_warms_up():
+    term = rewards({"weight": 2.0, "begins": 10, "warmup": 3}).terms[0]
+    assert [term.weight(k) for k in (0, 9, 10, 11, 13, 99)] == [0, 0, 0.5, 1.0, 2.0, 2.0]
+
+    def never(x, prompts, graph):
+        raise AssertionError
+
+    silent = rewards({"begins": 1}, score=never)
+    grad, logs = gradients(silent)
+    assert torch.equal(grad, gradients(rewards())[0]) and "reward" not in logs
+
+
+def test_kinds_add_up_in_one_loss():
+    """Weights act on what reaches the samples, a direct reward's term too; balance comes after."""
+    values = torch.arange(4.0, dtype=D)
+    first = RewardSection(function="a.py:f", weight=0.5)
+    second = RewardSection(function="b.py:f", kind="weighted")
+    third = RewardSection(function="c.py:f", weight=0.1, balance=True)
+    given = Rewards([
+        Term(first, lambda x, prompts, graph: x.sum(1)),
+        Term(second, lambda x, prompts, graph: values),
+        Term(third, lambda x, prompts, graph: -x[:, 1]),
+    ], "abcd")  # fmt: skip
+    expected = (4 * values.softmax(0))[:, None] * (TARGET - 0.5) / 4
+    expected[:, 1] += 0.1 * expected.norm(dim=1).mean()
+    torch.testing.assert_close(gradients(given)[0], expected)
+
+
+def test_in_a_run_each_kind_moves_the_student_and_only_as_it_should(tmp_path, pipelines):
+    """A weighted reward needs no gradient, also before training, when rewards are tried."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def bright(images, labels):\n    return images.flatten(1).mean(1)\n"
+        "def counted(images, labels):\n    return images.detach().flatten(1).mean(1).round()\n"
+    )
+    moved = {}
+    kinds = {
+        "none": None,
+        "direct": {"function": f"{file}:bright", "weight": 5.0},
+        "balanced": {"function": f"{file}:bright", "balance": True},
+        "weighted": {"function": f"{file}:counted", "kind": "weighted", "temperature": 0.1},
+    }
+    for name, section in kinds.items():
+        tree = recipe_tree("ect", pipelines["edm"], steps=2, seed=4)
+        tree["rewards"] = {} if section is None else {"mine": section}
+        engine = build.build(Recipe.check(tree), tmp_path / name).engine
+        engine.train()
+        weights = torch.cat([p.detach().flatten() for p in engine.players["student"].params])
+        assert weights.isfinite().all()
+        moved[name] = weights
+    for name in ("direct", "balanced"):
+        assert not torch.equal(moved[name], moved["none"])
+
+
+# ---- held out
+
+
+def test_the_share_of_won_pairs():
+    student = torch.tensor([[1.0, 2.0], [0.0, float("nan")]])
+    teacher = torch.tensor([[1.5, 0.0], [0.0, -1.0]])
+    # prompt 1: 1 > 0, 2 > 1.5, 2 > 0 won, 1 < 1.5 lost; prompt 2: a tie, a win, two lost by NaN
+    assert preferred(student, teacher) == pytest.approx((3 + 0.5 + 1) / 8)
+    assert preferred(teacher, teacher) == 0.5
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return load("shapes")
+
+
+def watched(**keys):
+    tree = recipe_tree("ect", "shapes", guards={"prompts": 2, "samples": 2})
+    tree["teacher"], tree["data"] = "shapes", {"source": "shapes"}
+    tree["eval"] = {"teacher_steps": 1, "teacher_solver": "ddim"}
+    tree["rewards"] = {"watch": {"function": "shapes", "held_out": True, **keys}}
+    return tree
+
+
+def test_a_held_out_reward_is_no_part_of_the_loss_and_ends_training_when_it_falls(shapes, tmp_path):
+    recipe = Recipe.check(watched())
+    source = type("S", (), {"prompts": ["a"]})()
+    assert reward_of(recipe, shapes, source) is None
+    judge = held_out_of(recipe, shapes)
+    seen = []
+
+    def judged(x, prompts, graph):
+        seen.append((len(x), tuple(prompts)))
+        return judge(x, prompts, graph)
+
+    student = build.networks(recipe, tmp_path / "run", False).objective.student
+    prompts = captions(3, seed=1)
+    measurement = Measurement(recipe, shapes, student, prompts, batch=3, judge=judged)
+    found = measurement()
+    assert 0 <= found["held_out"] <= 1
+    assert [n for n, _ in seen] == [3, 1, 3, 1]  # the teacher's samples once, and the student's
+    assert seen[0][1] == (prompts[0], prompts[0], prompts[1])
+    measurement()
+    assert len(seen) == 6
+    guards = Guards(recipe.train.guards, lambda: {})
+    guards.judge(1, {"held_out": 0.5})
+    guards.judge(2, {"held_out": 0.46})
+    assert not guards.stopped
+    guards.judge(3, {"held_out": 0.44})
+    assert guards.stopped and "held_out" in guards.reason
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"train": {"steps": 4}}, ("rewards.watch.held_out", "train.guards")),
+    ({"rewards": {"watch": {"function": "shapes", "held_out": True, "balance": True}}},
+     ("rewards.watch.balance",)),
+    ({"rewards": {"w": {"function": "shapes", "kind": "weighted", "balance": True}}},
+     ("rewards.w.balance",)),
+    ({"rewards": {"w": {"function": "shapes", "temperature": 2.0}}}, ("rewards.w.temperature",)),
+    ({"rewards": {"w": {"function": "shapes", "begins": 4}}}, ("rewards.w.begins", "step 4")),
+    ({"objective": {"name": "draft"}, "rewards": {"w": {"function": "shapes", "warmup": 2}}},
+     ("rewards.w.warmup", "draft")),
+    ({"objective": {"name": "draft"}}, ("rewards",)),
+])  # fmt: skip
+def test_keys_of_rewards_without_effect_are_refused(change, words):
+    with refused(*words):
+        Recipe.check({**watched(), **change})
