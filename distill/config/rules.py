@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distill.config.objective_schema import network_types, networks_of
-from distill.config.schema import PAIRS, GuidanceSection
+from distill.config.schema import PAIRS, GuidanceSection, RewardSection
 from distill.objectives.games import Adversary
 from students.critic import Critic, FeatureMean
 from teachers.denoiser import Denoiser
@@ -150,7 +150,7 @@ def features_of_another_network(recipe: Recipe) -> str | None:
         return "critic.reads: the critic reads the encoder; remove one of the two keys"
     if critic.reads == "student" and recipe.train.checkpointing:
         return (
-            "critic.reads: features of the student are read with its weights held, which recomputed "
+            "critic.reads: the student's features are read with its weights held, which recomputed "
             "activations do not know; set it to teacher, or train.checkpointing to false"
         )
     if critic.reads == "fake" and "fake" not in network_types(recipe.kind):
@@ -196,30 +196,43 @@ def missing_reward(recipe: Recipe) -> str | None:
 def reward_without_effect(recipe: Recipe) -> str | None:
     """Refuse keys of a reward that nothing reads."""
     for name, reward in recipe.rewards.items():
-        key, plain = f"rewards.{cut(name)}", type(reward)(function=reward.function)
-        set_keys = [
-            k
-            for k in ("kind", "temperature", "balance", "begins", "warmup")
-            if getattr(reward, k) != getattr(plain, k)
-        ]
-        if reward.held_out and recipe.train.guards is None:
-            return f"{key}.held_out: train.guards measure it; add 'guards: {{}}' to train"
-        if reward.held_out and set_keys:
-            return f"{key}.{set_keys[0]}: no loss contains a reward that is held out; remove it"
-        if recipe.kind.needs_reward and set_keys:
-            return (
-                f"{key}.{set_keys[0]}: {_objective(recipe)} has the reward in its own loss, which "
-                "does not read it; remove it"
-            )
-        if reward.kind == "weighted" and reward.balance:
-            return f"{key}.balance: a weighted reward has no gradient; remove it"
-        if reward.kind == "direct" and "temperature" in set_keys:
-            return f"{key}.temperature: a direct reward has none; set kind to weighted, or remove it"
-        if reward.begins >= recipe.train.steps:
-            return (
-                f"{key}.begins: training ends at step {recipe.train.steps:,}; lower it, or raise "
-                "train.steps"
-            )
+        message = _unread(recipe, reward) or _unusable(recipe, reward)
+        if message is not None:
+            return f"rewards.{cut(name)}.{message}"
+    return None
+
+
+def _unread(recipe: Recipe, reward: RewardSection) -> str | None:
+    plain = RewardSection(function=reward.function)
+    keys = ("kind", "temperature", "balance", "begins", "warmup")
+    given = [k for k in keys if getattr(reward, k) != getattr(plain, k)]
+    if not given:
+        return None
+    if reward.held_out:
+        return f"{given[0]}: no loss contains a reward that is held out; remove it"
+    if recipe.kind.needs_reward:
+        return (
+            f"{given[0]}: {_objective(recipe)} has the reward in its own loss, which does not read "
+            "it; remove it"
+        )
+    if reward.kind == "weighted" and reward.balance:
+        return "balance: a weighted reward has no gradient; remove it"
+    if reward.kind == "direct" and "temperature" in given:
+        return "temperature: a direct reward has none; remove it, or set another kind"
+    return None
+
+
+def _unusable(recipe: Recipe, reward: RewardSection) -> str | None:
+    train = recipe.train
+    if reward.held_out and train.guards is None:
+        return "held_out: train.guards measure it; add 'guards: {}' to train"
+    if reward.kind == "ranked" and train.batch // train.accumulate < 2:
+        return (
+            "kind: ranked compares samples of a part of a batch, and it has one; raise "
+            "train.batch, or lower train.accumulate"
+        )
+    if reward.begins >= train.steps:
+        return f"begins: training ends at step {train.steps:,}; lower it, or raise train.steps"
     return None
 
 
@@ -604,7 +617,9 @@ def _objective(recipe: Recipe) -> str:
 def _players(recipe: Recipe) -> list[str]:
     """The networks that the objective trains; their names are the keys of `players`."""
     others = {"teacher", "student", *network_types(recipe.kind, FeatureMean)}  # no weights
-    return ["student", *(name for name in networks_of(recipe.kind) if name not in others)]
+    ranking = any(r.kind == "ranked" for r in recipe.rewards.values())
+    named = [name for name in networks_of(recipe.kind) if name not in others]
+    return ["student", *named, *(["ranking"] if ranking else [])]
 
 
 def _copies(recipe: Recipe) -> list[str]:

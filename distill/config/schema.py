@@ -414,11 +414,12 @@ class RewardSection(Section):
     function: Name
     weight: Positive = 1.0  # β: the loss has -β times the mean reward
     network: Name | None = None  # what its weights are called; as `critic.network`
-    # direct adds the reward to the loss, by its gradient; weighted takes none: samples count more
-    # in the loss the higher their reward, by softmax(β R / temperature).
-    kind: Literal["direct", "weighted"] = "direct"
-    temperature: Positive = 1.0  # of weighted, in the reward's own units
-    balance: bool = False  # direct: β is the length of its gradient as a share of the loss's
+    # direct adds the reward to the loss, by its gradient. weighted takes none: samples count more
+    # in the loss the higher their reward, by softmax(β R / temperature). ranked takes that of a
+    # small network, the player `ranking`, which learns to order samples as the reward does.
+    kind: Literal["direct", "weighted", "ranked"] = "direct"
+    temperature: Positive = 1.0  # of weighted and ranked, in the reward's own units
+    balance: bool = False  # not weighted: β is its gradient's length as a share of the loss's
     begins: NonNegativeInt = 0  # the first training step that it acts in
     warmup: NonNegativeInt = 0  # training steps in which its weight then rises linearly
     # No part of the loss: `train.guards` measures it, and ends training when it falls.

@@ -17,7 +17,8 @@ from accelerate.utils import broadcast
 
 from distill.config.schema import GuardsSection
 
-SCORES = ("diversity", "matching", "nearest", "held_out")  # each has a limit of its name in GuardsSection
+# Each has a limit of its name in GuardsSection.
+SCORES = ("diversity", "matching", "nearest", "held_out")
 
 
 class Guards:

@@ -14,6 +14,7 @@ from torch import Tensor
 from distill.config.recipe import Recipe
 from distill.data.stream import Source
 from distill.objectives.base import Batch, Loss, Objective, Turn
+from distill.objectives.trajectory.rg_lcd import LatentReward
 from distill.rewards.terms import Rewards, Score, Term
 from eval import shapes
 from eval.shapes.classifier import classifier, labels
@@ -72,12 +73,19 @@ def terms_of(recipe: Recipe, teacher: Teacher) -> list[Term]:
         vae.requires_grad_(False)
     found = []
     for key, section in recipe.rewards.items():
+        if section.kind == "ranked" and len(teacher.shape) != 3:
+            raise UserError(
+                f"rewards.{key}.kind: ranked orders data of (C, H, W), and the teacher's are "
+                f"{tuple(teacher.shape)}; set it to direct or weighted"
+            )
         if section.function == "shapes" and teacher.codec.classes:
             raise UserError(
                 f"rewards.{key}.function: shapes reads captions, and this teacher has labels; name "
                 "a function of your own"
             )
-        found.append(Term(section, score_of(key, function_of(section.function, key), teacher)))
+        score = score_of(key, function_of(section.function, key), teacher)
+        surrogate = LatentReward.for_objective(teacher) if section.kind == "ranked" else None
+        found.append(Term(section, score, surrogate))
     return found
 
 

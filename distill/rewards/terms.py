@@ -8,7 +8,13 @@ reward's gradient has β times the length of the loss's own at the samples, what
 softmax(R/τ) times the number of samples (the form of f-distill's weights and of DMDR's). It is the
 harder to please by pictures that the loss would not make.
 
-Both act where the loss's gradient reaches the samples, so they suit any objective that gives them.
+`ranked` takes the gradient of a small network of data, the player `ranking`, which learns from the
+student's samples to order them as the reward does (the form of TDM-R1's and RG-LCD's surrogates;
+the loss of Bradley and Terry 1952). The reward itself needs no gradient.
+
+All act where the loss's gradient reaches the samples, so they suit any objective that gives them.
+Differs from TDM-R1, of which only weights are public: the network reads x̂ and not the states of the
+chain, and pairs are of different prompts, as a batch has them.
 """
 
 from __future__ import annotations
@@ -18,7 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from distill.config.schema import RewardSection
 from distill.objectives.base import Batch, Loss
@@ -26,13 +33,19 @@ from distill.objectives.base import Batch, Loss
 # Data (B, ...), their prompts or labels, and whether the gradient is taken -> (B,).
 Score = Callable[[Tensor, Sequence[Any], bool], Tensor]
 
+RANKING = "ranking"  # the player that learns to order samples
+
 
 @dataclass(frozen=True)
 class Term:
-    """A reward of the loss."""
+    """A reward of the loss.
+
+    surrogate: Of a ranked one, a network of data (B, ...) and their condition, (B,).
+    """
 
     section: RewardSection
     score: Score
+    surrogate: nn.Module | None = None
 
     @property
     def differentiates(self) -> bool:
@@ -64,6 +77,11 @@ class Rewards:
         """Whether the gradient of one of them is taken."""
         return self.takes_gradients and any(t.differentiates for t in self.terms)
 
+    @property
+    def networks(self) -> nn.ModuleList:
+        """Those that learn to order samples."""
+        return nn.ModuleList([t.surrogate for t in self.terms if t.surrogate is not None])
+
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """The sum (B,) of the rewards of data x (B, ...), each times its weight."""
         values = [t.section.weight * self.value(t, x, batch) for t in self.terms]
@@ -76,32 +94,64 @@ class Rewards:
         return term.score(x, prompts, self.takes_gradients and term.differentiates)
 
     def added(self, loss: Loss, batch: Batch, step: int) -> Loss:
-        """The loss with its rewards: a term of its value, or a hook on its samples' gradient."""
+        """The loss with its rewards: terms of its value, and a hook on its samples' gradient."""
         x, value, logs = loss.samples, loss.value, dict(loss.logs)
         assert x is not None
         rewards: list[Tensor] = []
         weights: list[Tensor] = []
         balanced: list[Tensor] = []
         for term in self.terms:
-            beta = term.weight(step)
+            beta, section = term.weight(step), term.section
+            if not beta and term.surrogate is None:
+                continue
+            with torch.set_grad_enabled(term.differentiates and torch.is_grad_enabled()):
+                reward = self.value(term, x if term.differentiates else x.detach(), batch)
+            rewards.append(section.weight * reward.detach().mean())
+            if term.surrogate is not None:
+                found = term.surrogate(x.detach(), batch.cond)
+                logs[RANKING] = ranking(found, reward, section.temperature)
+                value = value + logs[RANKING]
             if not beta:
                 continue
-            if not term.differentiates:
-                with torch.no_grad():
-                    reward = self.value(term, x.detach(), batch)
-                weights.append(shares(reward, term.section.temperature, beta))
+            if section.kind == "weighted":
+                weights.append(shares(reward, section.temperature, beta))
+            elif section.balance:
+                balanced.append(beta * unit(slope(term, reward, x, batch)))
             else:
-                reward = self.value(term, x, batch)
-                if term.section.balance:
-                    balanced.append(beta * unit(torch.autograd.grad(reward.sum(), x)[0]))
-                else:
-                    value = value - beta * reward.mean()
-            rewards.append(term.section.weight * reward.detach().mean())
+                value = value - beta * raised(term, reward, x, batch)
         if rewards:
             logs["reward"] = torch.stack(rewards).sum()
         if weights or balanced:
             x.register_hook(lambda grad: steered(grad, weights, balanced))
         return Loss(value, logs, x)
+
+
+def raised(term: Term, reward: Tensor, x: Tensor, batch: Batch) -> Tensor:
+    """A term () whose gradient at x (B, ...) is the mean reward's, or its surrogate's."""
+    if term.surrogate is None:
+        return reward.mean()
+    return ((x - x.detach()) * slope(term, reward, x, batch)).flatten(1).sum(1).mean()
+
+
+def slope(term: Term, reward: Tensor, x: Tensor, batch: Batch) -> Tensor:
+    """The gradient (B, ...) of each sample's reward at x, or of its surrogate, held fixed."""
+    if term.surrogate is None:
+        return torch.autograd.grad(reward.sum(), x)[0]
+    y = x.detach().requires_grad_(True)
+    return torch.autograd.grad(term.surrogate(y, batch.cond).sum(), y)[0].to(x.dtype)
+
+
+def ranking(found: Tensor, reward: Tensor, temperature: float) -> Tensor:
+    """How far scores (B,) are from ordering pairs of samples as rewards (B,) do: the mean KL ().
+
+    The chance that one sample is preferred to another is σ((R - R') / τ), and that of scores
+    σ(s - s').
+    """
+    i, j = torch.triu_indices(len(found), len(found), 1, device=found.device)
+    given = found.float()
+    wanted = torch.sigmoid((reward.float()[i] - reward.float()[j]) / temperature)
+    cross = F.binary_cross_entropy_with_logits(given[i] - given[j], wanted, reduction="none")
+    return (cross - torch.special.entr(wanted) - torch.special.entr(1 - wanted)).mean()
 
 
 def shares(reward: Tensor, temperature: float, strength: float) -> Tensor:

@@ -36,6 +36,7 @@ from distill.objectives.validate import check_first
 from distill.pairs.source import Pairs
 from distill.publish.licence import check_licence
 from distill.rewards import rewards
+from distill.rewards.terms import RANKING, Rewards
 from distill.sampling.guided_teacher import guidance_of, known_pictures, load_teacher
 from distill.sampling.own_metric import OwnMetric
 from distill.sampling.student_sampler import check_protocol, evaluate_student
@@ -242,6 +243,7 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
     train = recipe.train
     if not form_of(teacher, recipe.kind.few_step).draws_pictures:
         train = train.model_copy(update={"sample_every": 0})
+    shown = grid_prompts(recipe, teacher)
     engine = Engine(
         parts.objective,
         parts.players,
@@ -253,12 +255,9 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
         evaluate=None if measure is None and metric is None else evaluate,
         evaluate_every=recipe.eval.every,
         stop_when_flat=recipe.eval.stop_when_flat,
-        shown=grid_prompts(recipe, teacher),
+        shown=shown,
         sample_flops=parts.flops,
-        guards=guards_of(
-            recipe, teacher, student, grid_prompts(recipe, teacher),
-            rewards.held_out_of(recipe, teacher),
-        ),  # fmt: skip
+        guards=guards_of(recipe, teacher, student, shown, rewards.held_out_of(recipe, teacher)),
     )
     resumed = engine.resume() if resume else False
     if accelerator.is_main_process:  # once the checkpoint is known to be good
@@ -297,6 +296,8 @@ def players_of(
     """
     movers = player_networks(objective)
     check_first(objective, movers)
+    if isinstance(objective.reward, Rewards) and len(objective.reward.networks):
+        movers[RANKING] = objective.reward.networks.to(accelerator.device)
     chosen = {name: configs.get(name, OptimizerConfig()) for name in movers}
     return {
         name: Player(chosen[name].learning(network, name), accelerator, chosen[name], steps)

@@ -32,6 +32,7 @@ from distill.objectives.base import Batch, Objective, Turn, networks_in
 from distill.objectives.validate import check_loss, check_turn
 from distill.profiling import EvaluationCounter, denoisers_in, start_peak
 from distill.rewards.rewards import rewarded
+from distill.rewards.terms import RANKING
 from distill.seeds import seed_all
 from distill.speed import Speed, Speedometer, Work
 from distill.training import checkpoint
@@ -319,9 +320,14 @@ class Engine:
         return {f"{name}/{key}": v for key, v in logs.items()} | norms
 
     def _learning(self, turn: Turn) -> dict[str, Player]:
-        """The players of a turn that learn in this step; the others start anew where it says so."""
+        """The players of a turn that learn in this step; the others start anew where it says so.
+
+        A network that orders samples for ranked rewards learns in the student's turns.
+        """
         logged = (self.step + 1) % self.cfg.log_every == 0
         players = {name: self.players[name] for name in turn.players}
+        if "student" in players and RANKING in self.players:
+            players[RANKING] = self.players[RANKING]
         found = {n: player for n, player in players.items() if player.learns(self.step, logged)}
         for name in turn.players if turn.reset else ():
             if name not in found:

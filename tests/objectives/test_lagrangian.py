@@ -73,7 +73,7 @@ def test_without_a_jump_it_learns_the_denoiser():
 
 def test_descent_moves_a_wrong_student_towards_the_map():
     """A constant on x̂ shrinks: a loss with the opposite sign would let it grow."""
-    objective = made(shift=0.3, power=0.0)
+    objective = made(name="gaussian", shift=0.3, power=0.0)
     shift = objective.student.denoiser.shift
     optimizer = torch.optim.SGD([shift], lr=0.02)
     torch.manual_seed(0)

@@ -1,5 +1,7 @@
 """How rewards join a loss: weights of samples, balanced gradients, warm-ups, and held-out ones."""
 
+import math
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from distill.early_stop.scores import preferred
 from distill.objectives.base import Batch, Loss
 from distill.objectives.losses import surrogate
 from distill.rewards.rewards import held_out_of, reward_of
-from distill.rewards.terms import Rewards, Term, shares, unit
+from distill.rewards.terms import Rewards, Term, ranking, shares, unit
 from distill.training import build
 from eval.shapes import captions
 from teachers import load
@@ -67,7 +69,8 @@ def test_a_weighted_reward_multiplies_each_samples_gradient_and_takes_none():
         assert prompts == ["c", "a", "b", "d"] and not graph and not x.requires_grad
         return values
 
-    grad = gradients(rewards({"kind": "weighted", "temperature": 0.5, "weight": 2.0}, score=score))[0]
+    keys = {"kind": "weighted", "temperature": 0.5, "weight": 2.0}
+    grad = gradients(rewards(keys, score=score))[0]
     weights = 4 * (2.0 * values / 0.5).softmax(0)
     assert weights.mean().item() == pytest.approx(1)
     torch.testing.assert_close(grad, weights[:, None] * TARGET / 4)
@@ -140,6 +143,101 @@ def test_in_a_run_each_kind_moves_the_student_and_only_as_it_should(tmp_path, pi
         assert not torch.equal(moved[name], moved["none"])
 
 
+# ---- ranked
+
+
+class Line(torch.nn.Module):
+    """A surrogate that is linear in the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=D))
+
+    def forward(self, x, cond):
+        return x @ self.slope
+
+
+def ranked(surrogate, score, **keys):
+    section = RewardSection(function="mine.py:f", kind="ranked", **keys)
+    return Rewards([Term(section, score, surrogate)], ["a", "b", "c", "d"])
+
+
+def test_scores_that_are_the_reward_over_the_temperature_are_perfect():
+    reward = torch.tensor([0.3, -1.0, 2.0, 0.0])
+    scores = (reward / 0.5 + 3).requires_grad_(True)
+    loss = ranking(scores, reward, 0.5)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert torch.autograd.grad(loss, scores)[0].abs().max() < 1e-6
+    assert ranking(-scores, reward, 0.5) > 1
+    p, q = torch.sigmoid(torch.tensor([1.3 / 0.5, 0.7])).tolist()  # of one pair
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    two = ranking(torch.tensor([0.7, 0.0]), reward[:2], 0.5)
+    assert two.item() == pytest.approx(kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_the_student_raises_the_surrogate_which_learns_the_order_alone(balance):
+    surrogate, x = Line(), torch.randn(4, 3, dtype=D)
+
+    def score(x, prompts, graph):
+        assert not graph and not x.requires_grad
+        return x[:, 0]
+
+    given = ranked(surrogate, score, weight=0.3, balance=balance)
+    grad, logs = gradients(given, x=x)
+    plain = gradients(rewards({"begins": 1}), x=x)[0]
+    slope = surrogate.slope.detach().expand(4, 3)
+    if balance:
+        expected = 0.3 * plain.norm(dim=1).mean() * slope / slope.norm(dim=1).mean()
+    else:
+        expected = 0.3 * slope / 4
+    torch.testing.assert_close(plain - grad, expected)
+    learnt = surrogate.slope.grad.clone()
+    surrogate.zero_grad()
+    ranking(surrogate(x, None), x[:, 0], 1.0).backward()
+    torch.testing.assert_close(learnt, surrogate.slope.grad)
+    assert logs["reward"].item() == pytest.approx(0.3 * x[:, 0].mean().item())
+
+
+def test_the_surrogate_learns_before_the_reward_begins():
+    surrogate, x = Line(), torch.randn(4, 3, dtype=D)
+    grad, _ = gradients(ranked(surrogate, lambda x, p, g: x[:, 0], begins=5), x=x)
+    assert torch.equal(grad, gradients(rewards({"begins": 1}), x=x)[0])
+    assert surrogate.slope.grad.abs().max() > 0
+
+
+def test_descent_on_the_ranking_finds_the_reward():
+    surrogate = Line()
+    optimizer = torch.optim.Adam(surrogate.parameters(), 0.1)
+    torch.manual_seed(0)
+    for _ in range(200):
+        x = torch.randn(16, 3, dtype=D)
+        optimizer.zero_grad()
+        ranking(surrogate(x, None), x @ torch.tensor([0.0, 1.0, 2.0], dtype=D), 2.0).backward()
+        optimizer.step()
+    wanted = torch.tensor([0.0, 0.5, 1.0], dtype=D)
+    torch.testing.assert_close(surrogate.slope.detach(), wanted, atol=0.05, rtol=0)
+
+
+def test_a_run_trains_its_ranking_with_the_student_and_resumes_it(tmp_path, pipelines):
+    file = tmp_path / "mine.py"
+    file.write_text("def bright(images, labels):\n    return images.flatten(1).mean(1).round()\n")
+    tree = recipe_tree("dmd2", pipelines["edm"], steps=4)
+    tree["rewards"] = {"mine": {"function": f"{file}:bright", "kind": "ranked"}}
+    tree["players"] = {"ranking": {"lr": 1e-2}}
+    run = build.build(Recipe.check(tree), tmp_path / "run")
+    mover = run.engine.players["ranking"]
+    before = [p.clone() for p in mover.params]
+    run.engine.train()
+    assert not all(torch.equal(a, b) for a, b in zip(before, mover.params, strict=True))
+    again = build.build(Recipe.check(tree), tmp_path / "run", resume=True)
+    again.engine.resume()
+    for a, b in zip(mover.params, again.engine.players["ranking"].params, strict=True):
+        assert torch.equal(a, b)
+    with refused("players.ranking"):
+        Recipe.check({**tree, "rewards": {}})
+
+
 # ---- held out
 
 
@@ -184,7 +282,7 @@ def test_a_held_out_reward_is_no_part_of_the_loss_and_ends_training_when_it_fall
     assert seen[0][1] == (prompts[0], prompts[0], prompts[1])
     measurement()
     assert len(seen) == 6
-    guards = Guards(recipe.train.guards, lambda: {})
+    guards = Guards(recipe.train.guards, dict)
     guards.judge(1, {"held_out": 0.5})
     guards.judge(2, {"held_out": 0.46})
     assert not guards.stopped

@@ -108,8 +108,8 @@ MAY: dict[str, set[str]] = {
     "distill.publish": {"distill", "students.export", "teachers", "teachers.storage", "eval"},
     "distill.report": {"distill", "distill.config", "distill.publish", "teachers", "eval"},
     "distill.rewards": {
-        "distill.objectives", "distill.config", "distill.data", "teachers", "teachers.storage",
-        "eval.shapes",
+        "distill.objectives", "distill.objectives.trajectory", "distill.config", "distill.data",
+        "teachers", "teachers.storage", "eval.shapes",
     },
     "distill.training": {
         "distill", "distill.rewards", "distill.objectives", "distill.objectives.distribution",

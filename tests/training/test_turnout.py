@@ -95,7 +95,7 @@ def test_the_engine_tells_players_what_is_logged(above, learning, pipelines, tmp
     play = engine.play
 
     def noted(turn, place, data):
-        found.append((engine.step, {n for n in engine._learning(turn)}))
+        found.append((engine.step, set(engine._learning(turn))))
         return play(turn, place, data)
 
     engine.play = noted

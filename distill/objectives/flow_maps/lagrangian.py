@@ -6,12 +6,12 @@ the rectified flow's times τ of t and σ of s, and written with x̂, that is
 
     x̂(x_t, t, s) = D(x_s, s) + σ (1 - σ/τ) ∂x̂/∂σ
 
-of the teacher's denoiser D, and the loss is the error of it with the right-hand side held fixed. x_s
-is the student's own, so there are no data, no fake score and no critic. At s = t it is D(x_t, t),
-from where the derivative carries it down to 0.
+of the teacher's denoiser D, and the loss is the error of it with the right-hand side held fixed.
+x_s is the student's own, so there are no data, no fake score and no critic. At s = t it is
+D(x_t, t), from where the derivative carries it down to 0.
 
-x_t are noise and, of a student of several steps, what its own chain comes to. s is between t and the
-next time of the ODE's chain, or 0 where x̂ is renoised.
+x_t are noise and, of a student of several steps, what its own chain comes to. s is between t and
+the next time of the ODE's chain, or 0 where x̂ is renoised.
 
 Costs, besides the chain, 1 forward of the teacher and 2 of the student, one with gradients.
 
