@@ -28,15 +28,6 @@ KEPT = ("fd", "coverage", "accuracy")
 RUNS = {"dmd2": "digits/dmd2"}  # runs of single recipes; the others are shapes-NAME
 
 
-# Rows that `distill auto` does not start from: their recipes for published checkpoints are new, and
-# were not compared with the others by memory and by form.
-NO_STARTS = frozenset({
-    "SiD, 4 steps", "SiDA", "SIM", "Uni-Instruct", "Uni-Instruct, Jensen-Shannon", "Diff-Instruct",
-    "Diff-Instruct, 4 steps", "DMD", "EMD", "TDM, 4 steps", "LADD", "LADD, 4 steps", "ADD", "SAN",
-    "GDD", "DMD2, relativistic, R1 and R2", "MMD", "FD-loss", "drifting",
-})  # fmt: skip
-
-
 def figures(metrics: dict[str, dict[str, float]]) -> dict[str, list[float]]:
     """Mean and spread of each figure."""
     return {k: [_short(v["mean"]), _short(v["spread"])] for k, v in metrics.items() if k in KEPT}
@@ -70,7 +61,7 @@ def bench_rows(name: str) -> list[dict[str, Any]]:
     found = []
     for line in json.loads((folder / "leaderboard.json").read_text(encoding="utf-8")):
         row = rows.get(line["name"])
-        if line["kind"] != "student" or row is None or not line["steps"] or row.name in NO_STARTS:
+        if line["kind"] != "student" or row is None or not line["steps"]:
             continue
         trained = round(line["train_steps"])
         found.append({

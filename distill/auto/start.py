@@ -92,11 +92,12 @@ def start_of(subject: Subject, steps: int | None, data: Mapping[str, Any]) -> St
     near = nearest(subject.kind, steps)
     good = {near.objective} if near else set()
 
-    def order(name: str) -> tuple[bool, bool, int, int]:
+    def order(name: str) -> tuple[bool, bool, int, int, int]:
         tree = usable[name]
         own, objective = sources(name) == subject.source, tree["objective"]["name"]
         known = PUBLISHED.index(objective) if objective in PUBLISHED else len(PUBLISHED)
-        return not own, objective not in good, known, samples(tree)
+        options = len(tree["objective"])  # the plain form of an objective before its variants
+        return not own, objective not in good, known, options, samples(tree)
 
     name = min(usable, key=order)
     tree = with_steps(usable[name], steps)

@@ -310,7 +310,7 @@ def test_a_small_model_of_labels_starts_from_digits_at_a_level_that_it_can_have(
     teacher: Any = SimpleNamespace(denoiser=SimpleNamespace(process=process))
     mine = Subject("mine", teacher, True, "edm", "labels", 600_000)
     start = start_of(mine, 1, {})
-    assert (start.name, start.relation) == ("digits/sid", "like")  # the best that needs no data
+    assert (start.name, start.relation) == ("digits/diff-instruct", "like")  # the best without data
     assert start.tree["student"] == student
     assert start.tree["teacher"] == {"guidance": 1, "source": "mine"}
     assert start_of(mine, 1, IMAGES).name == "digits/dmd2"
