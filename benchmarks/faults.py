@@ -2262,4 +2262,25 @@ MUTANTS: tuple[Mutant, ...] = (
         ".ge(0).double().mean()))",
         "objectives/test_rewards.py::test_the_share_of_won_pairs",
     ),
+    fault(
+        "the target of Phased DMD's states on the wrong side of the noise",
+        "distill/objectives/distribution/tdm.py",
+        "target = (state - kept * sigma**2 / beta * n) / alpha",
+        "target = (state + kept * sigma**2 / beta * n) / alpha",
+        "objectives/test_tdm.py::test_the_fakes_target_of_states_is_phased_dmds",
+    ),
+    fault(
+        "a critic that reads the teacher unless it is told to read the fake score",
+        "distill/training/networks.py",
+        'section.reads or ("fake" if "fake" in networks else "teacher")',
+        'section.reads or "teacher"',
+        "training/test_critic_encoder.py::test_only_a_fake_score_that_the_critic_reads_learns_from_it",
+    ),
+    fault(
+        "variety of standard deviations and not of squares",
+        "eval/metrics/perceptual.py",
+        'return {"variety": found / self.spread}',
+        'return {"variety": (found / self.spread) ** 0.5}',
+        "eval/test_variety.py::test_gaussians_of_half_the_width_have_a_quarter_of_the_variety",
+    ),
 )
