@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 
 Resize = Callable[[Tensor, int], Tensor]
 
@@ -54,15 +55,43 @@ def centre_then_resize(images: Tensor, size: int) -> Tensor:
     return pil_bytes(centre(images, min(images.shape[2:]), floor), size)
 
 
-def resize_then_centre(images: Tensor, size: int) -> Tensor:
+def resize_then_centre(
+    images: Tensor, size: int, rounding: Callable[[float], int] = floor
+) -> Tensor:
     """The shorter side to `size` with the filter of `pil_bytes`, then the central square.
 
     It is the rule of CLIP's own processor, which PickScore uses; half a pixel is rounded down as in
-    transformers. For square images it equals `pil_bytes`.
+    transformers, or by another `rounding`. For square images it equals `pil_bytes`.
     """
-    h, w = images.shape[2:]
-    sides = (size, int(size * w / h)) if h <= w else (int(size * h / w), size)
-    return centre(pil(images, sides, Image.Resampling.BICUBIC), size, floor).float()
+    resized = pil(images, covering(*images.shape[2:], size), Image.Resampling.BICUBIC)
+    return centre(resized, size, rounding).float()
+
+
+def covering(height: int, width: int, size: int) -> tuple[int, int]:
+    """The sides of an image whose shorter one is `size`, as CLIP's processors round them."""
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+def fit_then_pad(images: Tensor, size: int) -> Tensor:
+    """The longer side to `size` by torch's antialiased bicubic, then black around it.
+
+    Images are (N, C, H, W) in any range whose black is 0, and keep their graph; nothing is rounded
+    or clamped. It is the rule of HPS v2's package with a current torchvision.
+    """
+    scale = size / max(images.shape[2:])
+    if scale == 1 and images.shape[2] == images.shape[3]:
+        return images.float() if images.dtype == torch.uint8 else images
+    height, width = (round(v * scale) for v in images.shape[2:])
+    small = bicubic(images.float() if images.dtype == torch.uint8 else images, (height, width))
+    top, left = (size - height) // 2, (size - width) // 2
+    return pad(small, [left, size - width - left, top, size - height - top])
+
+
+def bicubic(images: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Images (N, C, H, W) at (N, C, *sides) by torch's antialiased bicubic, with their graph."""
+    return interpolate(images, sides, mode="bicubic", antialias=True, align_corners=False)
 
 
 def pil(images: Tensor, sides: tuple[int, int], method: Image.Resampling) -> Tensor:

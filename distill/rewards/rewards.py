@@ -15,6 +15,7 @@ from torch import Tensor
 from distill.config.recipe import Recipe
 from distill.data.stream import Source
 from distill.objectives.base import Batch, Loss, Objective, Turn
+from distill.rewards.preference import PREFERENCES, preference
 from eval import shapes
 from eval.shapes.classifier import classifier, labels
 from teachers.errors import UserError, clipped, first_line
@@ -38,8 +39,8 @@ def reward_of(
     """
     if source.prompts is None:
         raise UserError(
-            "rewards: they read prompts or labels, which this data source does not keep in memory; "
-            "set data.source to 'digits' or 'shapes'"
+            "rewards: they read prompts or labels, which are not known of these pairs; name their "
+            "data.prompts, and make them without data.inverted"
         )
     rewards = recipe.rewards.items()
     for key, section in rewards:
@@ -77,6 +78,8 @@ def function_of(name: str, key: str) -> Function:
     Raises:
         UserError: there is no such function.
     """
+    if name in PREFERENCES:
+        return preference(name)
     return caption_certainty if name == "shapes" else function_at(name, f"rewards.{key}.function")
 
 
