@@ -6,7 +6,7 @@ otherwise. The extractor repeats grey images to three channels, not these functi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import floor
 
 import numpy as np
@@ -63,12 +63,17 @@ def resize_then_centre(
     It is the rule of CLIP's own processor, which PickScore uses; half a pixel is rounded down as in
     transformers, or by another `rounding`. For square images it equals `pil_bytes`.
     """
-    resized = pil(images, covering(*images.shape[2:], size), Image.Resampling.BICUBIC)
+    resized = pil(images, covering(images.shape[2:], size), Image.Resampling.BICUBIC)
     return centre(resized, size, rounding).float()
 
 
-def covering(height: int, width: int, size: int) -> tuple[int, int]:
-    """The sides of an image whose shorter one is `size`, as CLIP's processors round them."""
+def covering(sides: Sequence[int], size: int) -> tuple[int, int]:
+    """Height and width of an image whose shorter side is to be `size`, as CLIP's processors round.
+
+    Args:
+        sides: Its height and width before.
+    """
+    height, width = sides
     if height <= width:
         return size, int(size * width / height)
     return int(size * height / width), size
@@ -80,11 +85,9 @@ def fit_then_pad(images: Tensor, size: int) -> Tensor:
     Images are (N, C, H, W) in any range whose black is 0, and keep their graph; nothing is rounded
     or clamped. It is the rule of HPS v2's package with a current torchvision.
     """
-    scale = size / max(images.shape[2:])
-    if scale == 1 and images.shape[2] == images.shape[3]:
-        return images.float() if images.dtype == torch.uint8 else images
-    height, width = (round(v * scale) for v in images.shape[2:])
-    small = bicubic(images.float() if images.dtype == torch.uint8 else images, (height, width))
+    exact = images.float() if images.dtype == torch.uint8 else images
+    height, width = (max(1, round(v * size / max(images.shape[2:]))) for v in images.shape[2:])
+    small = exact if images.shape[2:] == (height, width) else bicubic(exact, (height, width))
     top, left = (size - height) // 2, (size - width) // 2
     return pad(small, [left, size - width - left, top, size - height - top])
 

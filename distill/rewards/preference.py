@@ -12,6 +12,7 @@ from functools import cache
 from math import floor
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from eval import resize
@@ -58,15 +59,19 @@ class Preference(NamedTuple):
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Images (B, 1|3, H, W) in [-1, 1] as (B, 3, H, W) in 0 … 255, clamped as files are."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).expand(-1, 3, -1, -1)
+    """Images (B, 1|3, H, W) in [-1, 1] as (B, 3, H, W) in 0 … 255, clamped as files are.
+
+    They are float32, or float64 as they were.
+    """
+    exact = images if images.dtype == torch.float64 else images.float()
+    return ((exact.clamp(-1, 1) + 1) * 127.5).expand(-1, 3, -1, -1)
 
 
 def cover(rounding: Callable[[float], int]) -> Callable[[Tensor, int], Tensor]:
     """The rule of `eval.resize.resize_then_centre`, by torch and without rounding to bytes."""
 
     def prepare(images: Tensor, size: int) -> Tensor:
-        sides = resize.covering(*images.shape[2:], size)
+        sides = resize.covering(images.shape[2:], size)
         if images.shape[2:] != sides:
             images = resize.bicubic(images, sides).clamp(0, 255)
         return resize.centre(images, size, rounding)

@@ -18,8 +18,8 @@ from distill.objectives.base import Batch, Loss, Objective, Turn
 from distill.rewards.preference import PREFERENCES, preference
 from eval import shapes
 from eval.shapes.classifier import classifier, labels
-from teachers.errors import UserError, clipped, first_line
-from teachers.storage.plugin import function_at
+from teachers.errors import UserError, clipped, first_line, nearest
+from teachers.storage.plugin import function_at, is_function
 from teachers.teacher import Teacher
 
 # Images (B, C, H, W) in [-1, 1] with their graph, and their prompts or labels -> (B,).
@@ -80,7 +80,15 @@ def function_of(name: str, key: str) -> Function:
     """
     if name in PREFERENCES:
         return preference(name)
-    return caption_certainty if name == "shapes" else function_at(name, f"rewards.{key}.function")
+    if name == "shapes":
+        return caption_certainty
+    if not is_function(name):
+        known = nearest(name, [*PREFERENCES, "shapes"])
+        raise UserError(
+            f"rewards.{key}.function: {clipped(name)!r} is no built-in reward; {known}; or write "
+            "path/to/file.py:function"
+        )
+    return function_at(name, f"rewards.{key}.function")
 
 
 def rehearse(objective: Objective, source: Source, place: Any) -> None:

@@ -1,7 +1,7 @@
 """Networks of HPS v2.1 and ImageReward: their authors' files as transformers' classes.
 
-The authors' packages ask for versions of other packages that do not go with current ones. Only the
-weights are taken from their files, read with weights_only; the networks are stock ones.
+`image-reward` 1.5 imports names that transformers has removed, and `hpsv2` 1.2.0 asks for old
+versions of pytest and protobuf. Only weights are taken from their files, read with weights_only.
 """
 
 from __future__ import annotations
@@ -121,8 +121,6 @@ class ImageRewardNetwork(nn.Module):
     def __init__(self, sizes: RewardSizes | None = None) -> None:
         super().__init__()
         stock = fetch.package("transformers", "transformers")
-        from transformers.models.blip.modeling_blip_text import BlipTextModel
-
         s = sizes or RewardSizes()
         self.size = s.image
         self.picture = stock.BlipVisionModel(
@@ -132,7 +130,7 @@ class ImageRewardNetwork(nn.Module):
                 patch_size=s.patch, layer_norm_eps=1e-6,
             )
         )  # fmt: skip
-        self.text = BlipTextModel(
+        self.text = stock.BlipTextModel(
             stock.BlipTextConfig(
                 hidden_size=s.text, encoder_hidden_size=s.picture, intermediate_size=s.text_inner,
                 num_hidden_layers=s.text_layers, num_attention_heads=s.text_heads,

@@ -21,9 +21,9 @@ from tests.helpers import preference as small
 from tests.helpers.refusals import refused
 
 PROMPTS = ["a cat", "two dogs", "x"]
-# Evaluation rounds the resized picture to bytes, in each direction. These small networks make of it
-# less than this share of the deviation of values over the pictures. HPS
-# is evaluated without that rounding.
+# Evaluation rounds the resized picture to bytes, in each direction. Small networks make of it less
+# than this share of the deviation of values over the pictures. HPS is evaluated without that
+# rounding.
 TOLERANCE = {"pick-score": 0.02, "clip-score": 0.02, "image-reward": 0.06, "hps-v2.1": 1e-4}
 
 
@@ -110,6 +110,9 @@ def test_what_lies_outside_of_the_pictures_range_is_not_rewarded(rewards):
     x = pictures(3, 28, 28).float() / 127.5 - 1
     beyond = torch.where(x > 0.5, x + 1, x)
     torch.testing.assert_close(reward(beyond, PROMPTS), reward(beyond.clamp(-1, 1), PROMPTS))
+    with torch.autocast("cpu", torch.bfloat16):  # as in a run of that precision
+        low = reward(x.bfloat16(), PROMPTS)
+    torch.testing.assert_close(low.float(), reward(x, PROMPTS), rtol=0.1, atol=0.3)
 
 
 def test_grey_pictures_are_read_and_others_refused(rewards):
@@ -153,6 +156,11 @@ def test_their_networks_are_recorded_so_that_no_figure_of_them_is_held_out():
     clip = "clip_score[clip-vit-large-patch14-336, '', 336]"
     used = used_networks({"rewards": tree})
     assert networks.held_out([clip, "fid"], "mjhq-30k", used) == {clip: False, "fid": True}
+
+
+def test_a_name_that_is_none_of_them_is_answered_with_the_nearest():
+    with refused("rewards.taste.function", "'pick_score'", "'pick-score'", "file.py:function"):
+        function_of("pick_score", "taste")
 
 
 def test_a_recipe_names_one_and_latents_receive_its_gradient(rewards, monkeypatch):

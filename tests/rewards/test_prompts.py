@@ -122,7 +122,9 @@ def test_drawn_guidance_scales_leave_the_prompts(tmp_path):
 def test_a_cache_of_another_number_of_rows_is_refused_by_its_folder(tmp_path):
     """Rows of files that were exchanged by hand: their prompts would be those of others."""
     words(tmp_path / "p.txt", 40)
-    given = recipe("sid", prompts=str(tmp_path / "p.txt"), cache=str(tmp_path / "c"), in_memory_gb=0)
+    given = recipe(
+        "sid", prompts=str(tmp_path / "p.txt"), cache=str(tmp_path / "c"), in_memory_gb=0
+    )
     from_recipe.source_of(given, toy())
     job = from_recipe.encoding_job(given, toy())
     folder = cache.Cache(job, tmp_path / "c").folder
@@ -138,7 +140,7 @@ def test_a_cache_of_another_number_of_rows_is_refused_by_its_folder(tmp_path):
 
 
 def test_labels_are_the_prompts_of_classes_and_of_a_users_function(tmp_path):
-    for name, label in (("cats", 0), ("dogs", 1)):
+    for name in ("cats", "dogs"):
         folder_of(tmp_path / f"a/{name}", 6, captioned=False)
     source = from_recipe.source_of(recipe(source=str(tmp_path / "a")), pixels(2))
     for draw in range(6):
