@@ -1234,6 +1234,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_reward_guided.py::test_gradients_flow_through_the_decoder_to_the_students_latents",
     ),
     fault(
+        "a preference reward of pictures in another range than its network's",
+        "distill/rewards/preference.py",
+        "+ 1) * 127.5)",
+        "+ 1) * 128)",
+        "rewards/test_preference.py::test_pixels_are_evaluations_but_for_its_rounding",
+    ),
+    fault(
+        "items of a bucket numbered as those of the first",
+        "distill/data/stream.py",
+        "items=batch.items + self.starts[part]",
+        "items=batch.items",
+        "rewards/test_prompts.py::test_bad_items_have_no_prompt_and_buckets_are_numbered_in_turn",
+    ),
+    fault(
         "a reward lowered",
         "distill/rewards/rewards.py",
         "value=loss.value - value",
@@ -1613,8 +1627,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "CLIP's pictures cut before they are resized",
         "eval/resize.py",
-        "(size, int(size * w / h)) if h <= w else (int(size * h / w), size)",
-        "(size, size)",
+        "return size, int(size * width / height)",
+        "return size, size",
         "eval/test_features.py::test_clips_own_preparation_is_its_processors_whatever_the_shape",
     ),
     fault(

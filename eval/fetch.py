@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import URLError
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eval.errors import MetricError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def cache() -> Path:
@@ -93,7 +95,7 @@ def snapshot(repo: str, revision: str, patterns: Sequence[str]) -> Path:
 
 
 def pretrained(kind: str, source: str, revision: str) -> Any:
-    """A model of transformers' class `kind` in eval mode, from a local folder or else the Hub.
+    """A frozen model of transformers' class `kind` in eval mode, from a folder or else the Hub.
 
     The weights are safetensors, or an older repository's state dict, read with weights_only.
 
@@ -118,7 +120,51 @@ def pretrained(kind: str, source: str, revision: str) -> Any:
         raise MetricError(
             f"weights {source}: {kind} lacks {len(lacking)} of its weights; download it again"
         )
-    return model.eval()
+    return model.eval().requires_grad_(False)
+
+
+def checkpoint(source: str, revision: str, name: str) -> dict[str, Any]:
+    """A file of `torch.save` in a local folder or else on the Hub, read with weights_only.
+
+    Raises:
+        MetricError: it is missing, or holds something else than tensors and plain data.
+    """
+    folder = Path(source) if Path(source).is_dir() else snapshot(source, revision, [name])
+    try:
+        return torch.load(folder / name, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise MetricError(
+            f"weights {source}: {name} cannot be read ({_line(error)}); download it again"
+        ) from error
+
+
+def configs(source: str, revision: str) -> Path:
+    """The folder of a repository's configs and tokenizer: a local one, or else from the Hub."""
+    return Path(source) if Path(source).is_dir() else snapshot(source, revision, TEXT_FILES)
+
+
+def filled(model: Model, state: dict[str, Tensor], source: str) -> Model:
+    """A model with these weights, frozen and in eval mode.
+
+    Args:
+        source: Where they are from, for messages.
+
+    Raises:
+        MetricError: it has weights that they lack, or of another shape.
+    """
+    try:
+        lacking = model.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError as error:  # another shape
+        raise MetricError(
+            f"weights {source}: not those of {type(model).__name__} ({_line(error)}); download "
+            "them again"
+        ) from error
+    if lacking:
+        raise MetricError(
+            f"weights {source}: {type(model).__name__} lacks {len(lacking)} of its weights, such "
+            f"as {lacking[0]}; download them again"
+        )
+    return model.eval().requires_grad_(False)
 
 
 def tokenizer(source: str, revision: str) -> Any:
@@ -128,7 +174,7 @@ def tokenizer(source: str, revision: str) -> Any:
         MetricError: it is missing.
     """
     stock = package("transformers", "transformers")
-    folder = Path(source) if Path(source).is_dir() else snapshot(source, revision, TEXT_FILES)
+    folder = configs(source, revision)
     try:
         return stock.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -6,13 +6,14 @@ otherwise. The extractor repeats grey images to three channels, not these functi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import floor
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 
 Resize = Callable[[Tensor, int], Tensor]
 
@@ -54,15 +55,46 @@ def centre_then_resize(images: Tensor, size: int) -> Tensor:
     return pil_bytes(centre(images, min(images.shape[2:]), floor), size)
 
 
-def resize_then_centre(images: Tensor, size: int) -> Tensor:
+def resize_then_centre(
+    images: Tensor, size: int, rounding: Callable[[float], int] = floor
+) -> Tensor:
     """The shorter side to `size` with the filter of `pil_bytes`, then the central square.
 
     It is the rule of CLIP's own processor, which PickScore uses; half a pixel is rounded down as in
-    transformers. For square images it equals `pil_bytes`.
+    transformers, or by another `rounding`. For square images it equals `pil_bytes`.
     """
-    h, w = images.shape[2:]
-    sides = (size, int(size * w / h)) if h <= w else (int(size * h / w), size)
-    return centre(pil(images, sides, Image.Resampling.BICUBIC), size, floor).float()
+    resized = pil(images, covering(images.shape[2:], size), Image.Resampling.BICUBIC)
+    return centre(resized, size, rounding).float()
+
+
+def covering(sides: Sequence[int], size: int) -> tuple[int, int]:
+    """Height and width of an image whose shorter side is to be `size`, as CLIP's processors round.
+
+    Args:
+        sides: Its height and width before.
+    """
+    height, width = sides
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+def fit_then_pad(images: Tensor, size: int) -> Tensor:
+    """The longer side to `size` by torch's antialiased bicubic, then black around it.
+
+    Images are (N, C, H, W) in any range whose black is 0, and keep their graph; nothing is rounded
+    or clamped. It is the rule of HPS v2's package with a current torchvision.
+    """
+    exact = images.float() if images.dtype == torch.uint8 else images
+    height, width = (max(1, round(v * size / max(images.shape[2:]))) for v in images.shape[2:])
+    small = exact if images.shape[2:] == (height, width) else bicubic(exact, (height, width))
+    top, left = (size - height) // 2, (size - width) // 2
+    return pad(small, [left, size - width - left, top, size - height - top])
+
+
+def bicubic(images: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Images (N, C, H, W) at (N, C, *sides) by torch's antialiased bicubic, with their graph."""
+    return interpolate(images, sides, mode="bicubic", antialias=True, align_corners=False)
 
 
 def pil(images: Tensor, sides: tuple[int, int], method: Image.Resampling) -> Tensor:

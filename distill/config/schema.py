@@ -410,7 +410,8 @@ class RewardSection(Section):
     """A reward that the student's samples shall raise, or that only watches them."""
 
     # "file.py:function", which returns (B,) for images (B, C, H, W) in [-1, 1] and a list of B
-    # prompts or labels; or "shapes", how sure a classifier is of the caption.
+    # prompts or labels; or a built-in one: pick-score, hps-v2.1, image-reward, clip-score, or
+    # shapes, how sure a classifier is of the caption of the embedded shapes.
     function: Name
     weight: Positive = 1.0  # β: the loss has -β times the mean reward
     network: Name | None = None  # what its weights are called; as `critic.network`

@@ -266,10 +266,32 @@ class Cache:
         for bucket in self.job.groups:
             files = [self.folder / s.file for s in self.shards if s.bucket == bucket]
             names, shape = list(self.job.shapes(bucket)), self.job.datum(bucket)
-            sources.append(Cached(files, names, shape, bucket_seed(seed, bucket)))
+            cached = Cached(files, names, shape, bucket_seed(seed, bucket))
+            cached.prompts = self._prompts(bucket, cached.size)
+            sources.append(cached)
         return join_buckets(
             sources, seed, listing.report(listing.total, notes.bad, notes.first_frames)
         )
+
+    def _prompts(self, bucket: int, rows: int) -> list[Any]:
+        """The prompt or label of each of a bucket's rows; files keep only which items are bad.
+
+        The folder's name has a hash of all prompts, so the listed ones are those of the rows.
+
+        Raises:
+            UserError: the files have another number of rows.
+        """
+        prompts: list[Any] = []
+        for shard in self.shards:
+            if shard.bucket == bucket:
+                bad = {b.name for b in _notes_of(self.folder / shard.file).bad}
+                prompts += [i.prompt for i in shard.items if i.name not in bad]
+        if len(prompts) != rows:
+            raise UserError(
+                f"data.cache: {self.folder} has {rows:,} rows for {len(prompts):,} prompts; delete "
+                "it, and the next run makes it again"
+            )
+        return prompts
 
     def null(self) -> Cond:
         """The null condition, each entry (1, ...); the text encoder is not needed."""

@@ -46,12 +46,14 @@ class Encoding(NamedTuple):
     bad: The other items.
     first_frames: Names of images with several frames, of which only the first is read.
     cuts: Prompts of good items that are longer than the text encoder reads.
+    prompts: The N good items' prompts or labels.
     """
 
     tensors: Encoded
     bad: list[BadItem]
     first_frames: list[str]
     cuts: Cuts
+    prompts: list[Any]
 
 
 class ReadItem(NamedTuple):
@@ -165,7 +167,7 @@ class EncodingJob:
                     first_frames += [item.name] * any(p.first for p in read.pictures)
                     images += [p.pixels for p in read.pictures[: self.with_data]]
         if not good:
-            return Encoding({}, bad, [], Cuts())
+            return Encoding({}, bad, [], Cuts(), [])
         x = signed(images) if self.with_data else None
         with counting(self.teacher) as cuts:
             tensors = self._encoded(x, prompts)
@@ -176,7 +178,7 @@ class EncodingJob:
                     f"teacher {self.teacher.source!r}: its codec made {name} of shape "
                     f"{tuple(tensors[name].shape[1:])} after {shape}; pad it to one length"
                 )
-        return Encoding(tensors, bad, first_frames, cuts)
+        return Encoding(tensors, bad, first_frames, cuts, [i.prompt for i in good])
 
     def null(self) -> Encoded:
         """The null condition, each entry (1, ...); empty if the codec has none.
@@ -336,19 +338,22 @@ def encode_in_memory(job: EncodingJob, seed: int, share: float) -> Source:
             tensors = {
                 k: v.new_empty(len(items), *v.shape[1:]) for k, v in job.samples[bucket].items()
             }
-            rows = 0
+            rows, prompts = 0, []
             for group in parts(items):
                 encoding = job.encode(group)
                 n = len(group) - len(encoding.bad)
                 for name, value in encoding.tensors.items():
                     tensors[name][rows : rows + n] = value
                 rows += n
+                prompts += encoding.prompts
                 bad += encoding.bad
                 first_frames += encoding.first_frames
                 cuts.add(encoding.cuts)
                 listing.check(bad, total, share)
             x, cond = split({k: v[:rows] for k, v in tensors.items()})
-            sources.append(Source(job.datum(bucket), x, cond, bucket_seed(seed, bucket), rows))
+            source = Source(job.datum(bucket), x, cond, bucket_seed(seed, bucket), rows)
+            source.prompts = prompts
+            sources.append(source)
     job.print_notes(first_frames, cuts)
     return join_buckets(sources, seed, listing.report(total, bad, first_frames))
 

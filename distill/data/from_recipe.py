@@ -47,7 +47,9 @@ def source_of(recipe: Recipe, teacher: Teacher) -> Source:
     cond = codec.condition(labels)
     tensors = {f"{COND}{k}": v for k, v in (cond or {}).items()}
     check_finite(tensors, [f"label {k}" for k in labels], teacher, "data")
-    return Source(teacher.shape, None, cond, seed, len(labels))
+    source = Source(teacher.shape, None, cond, seed, len(labels))
+    source.prompts = labels
+    return source
 
 
 # ---- data sets that come with the package
@@ -143,7 +145,9 @@ def own_source(recipe: Recipe, teacher: Teacher) -> Source:
     tensors = {f"{COND}{k}": v for k, v in (cond or {}).items()} | {"x": x}
     check_finite(tensors, [f"item {i}" for i in range(len(x))], teacher, key)
     used = x if recipe.needs_data else None
-    return Source(teacher.shape, used, cond, recipe.train.seed, len(x))
+    source = Source(teacher.shape, used, cond, recipe.train.seed, len(x))
+    source.prompts = prompts
+    return source
 
 
 def data_of(x: Any, teacher: Teacher, key: str) -> Tensor:

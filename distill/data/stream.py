@@ -62,7 +62,7 @@ class Source:
         self.report: dict[str, Any] | None = None  # for data-report.json, if files were read
         self.coupling: CouplingSection | None = None
         self.evaluations = 0  # of the teacher's network, that its items took to make
-        self.prompts: Sequence[Any] | None = None  # of each item, where they are kept
+        self.prompts: Sequence[Any] | None = None  # or labels, of each item; None: not known
         self._order = lru_cache(2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> Tensor:
@@ -117,13 +117,17 @@ class Buckets(Source):
 
     The batches of a source are spread evenly, in proportion to its size: in a round of as many
     batches as there are items, each source has as many batches as items. Within a source, each
-    epoch visits every item once.
+    epoch visits every item once. Items are numbered through all sources, in their order.
     """
 
     def __init__(self, parts: Sequence[Source], seed: int) -> None:
         size = sum(p.size for p in parts)
         super().__init__(parts[0].shape, None, None, seed, size)
         self.parts = parts
+        self.starts = [sum(p.size for p in parts[:i]) for i in range(len(parts))]
+        prompts = [p.prompts for p in parts if p.prompts is not None]
+        if len(prompts) == len(parts):
+            self.prompts = [prompt for part in prompts for prompt in part]
         self._rounds = lru_cache(2)(self._round)
 
     def couple(self, coupling: CouplingSection | None) -> None:
@@ -145,7 +149,9 @@ class Buckets(Source):
         number, place = divmod(draw, self.size)
         part, turn = (int(v[place]) for v in self._rounds(number))
         source = self.parts[part]
-        return source.batch(number * source.size + turn, shard, shards, size)
+        batch = source.batch(number * source.size + turn, shard, shards, size)
+        assert batch.items is not None
+        return batch._replace(items=batch.items + self.starts[part])
 
 
 def coupled(

@@ -23,8 +23,8 @@ class Batch(NamedTuple):
     x: data (B, ...), or None for objectives that need none.
     noise: unit noise (B, ...), shaped like a datum; the source's own where it stores noise.
     cond: the condition of each sample, entries (B, ...), or None.
-    items: the number of each sample's item in its source, or in its bucket where there are several,
-        (B,) int64 on the host; None of a batch that no source made.
+    items: the number of each sample's item in its source, (B,) int64 on the host; None of a batch
+        that no source made.
     """
 
     x: Tensor | None

@@ -71,7 +71,27 @@ class Pairs:
                 f"{KEY}: {clipped(str(self.folder))} is not finished; run the distill pairs that "
                 "began it again, with the same options"
             )
-        return open_pairs(self.folder, index, recipe)
+        source = open_pairs(self.folder, index, recipe)
+        if recipe.rewards:
+            source.prompts = self._prompts(index)
+        return source
+
+    def _prompts(self, index: dict[str, Any]) -> list[Any] | None:
+        """The prompt or label of each pair, or None where not all are known.
+
+        They are known where the recipe names what the pairs were made of, and none is inverted.
+        """
+        settings = settings_of(self.recipe)
+        if index.get("inverted") != 0:
+            return None
+        prompts = prompts_of(settings, self.teacher)
+        if index.get("prompts") != hash_of(prompts):
+            return None
+        places: list[int] = []
+        for entry in index["shards"]:
+            with opened(self.folder / entry["file"]) as shard:
+                places += shard.get_tensor("prompt").tolist()
+        return [prompts[place] for place in places]
 
     def _check(self, index: dict[str, Any]) -> None:
         check_pairs(self.folder, index, self.recipe, self.known)

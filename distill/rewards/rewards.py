@@ -15,11 +15,12 @@ from distill.config.recipe import Recipe
 from distill.data.stream import Source
 from distill.objectives.base import Batch, Loss, Objective, Turn
 from distill.objectives.trajectory.rg_lcd import LatentReward
+from distill.rewards.preference import PREFERENCES, preference
 from distill.rewards.terms import Rewards, Score, Term
 from eval import shapes
 from eval.shapes.classifier import classifier, labels
-from teachers.errors import UserError, clipped, first_line
-from teachers.storage.plugin import function_at
+from teachers.errors import UserError, clipped, first_line, nearest
+from teachers.storage.plugin import function_at, is_function
 from teachers.teacher import Teacher
 
 # Images (B, C, H, W) in [-1, 1] with their graph, and their prompts or labels -> (B,).
@@ -37,14 +38,14 @@ def reward_of(
     Raises:
         UserError: there is no such function, or the data source keeps no prompts.
     """
-    terms = [t for t in terms_of(recipe, teacher) if not t.section.held_out]
-    if not terms:
+    if all(section.held_out for section in recipe.rewards.values()):
         return None
     if source.prompts is None:
         raise UserError(
-            "rewards: they read prompts or labels, which this data source does not keep in memory; "
-            "set data.source to 'digits' or 'shapes'"
+            "rewards: they read prompts or labels, which are not known of these pairs; name their "
+            "data.prompts, and make them without data.inverted"
         )
+    terms = [t for t in terms_of(recipe, teacher) if not t.section.held_out]
     return Rewards(terms, source.prompts, needs_gradient)
 
 
@@ -115,7 +116,17 @@ def function_of(name: str, key: str) -> Function:
     Raises:
         UserError: there is no such function.
     """
-    return caption_certainty if name == "shapes" else function_at(name, f"rewards.{key}.function")
+    if name in PREFERENCES:
+        return preference(name)
+    if name == "shapes":
+        return caption_certainty
+    if not is_function(name):
+        known = nearest(name, [*PREFERENCES, "shapes"])
+        raise UserError(
+            f"rewards.{key}.function: {clipped(name)!r} is no built-in reward; {known}; or write "
+            "path/to/file.py:function"
+        )
+    return function_at(name, f"rewards.{key}.function")
 
 
 def rehearse(objective: Objective, source: Source, place: Any) -> None:

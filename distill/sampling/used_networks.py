@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from eval import catalogue
-from eval.protocols.networks import held_out, networks
+from eval.protocols.networks import OF_REWARDS, held_out, networks
 
 LPIPS = "lpips-vgg"  # as `eval.protocols.networks` calls it
 
@@ -14,12 +14,15 @@ LPIPS = "lpips-vgg"  # as `eval.protocols.networks` calls it
 def used_networks(recipe: Mapping[str, Any]) -> list[str]:
     """Their names, from a recipe as plain data; recipes of earlier versions may lack sections.
 
-    A reward, or a critic's encoder, is named by `network` in its section, else by its function. The
-    teacher's own features, which no protocol reads, are not among them.
+    A reward, or a critic's encoder, is named by `network` in its section, else by its function;
+    the networks of built-in rewards are known. The teacher's own features, which no protocol reads,
+    are not among them.
     """
     objective, critic = recipe.get("objective") or {}, recipe.get("critic") or {}
     names = [LPIPS] if objective.get("distance") == "lpips" else []
-    names += [r.get("network") or r["function"] for r in (recipe.get("rewards") or {}).values()]
+    for reward in (recipe.get("rewards") or {}).values():
+        known = OF_REWARDS.get(reward["function"])
+        names.append(known or reward.get("network") or reward["function"])
     if encoder := critic.get("encoder"):
         names.append(critic.get("network") or encoder)
     return sorted({*names})

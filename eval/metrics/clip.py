@@ -41,9 +41,21 @@ class CLIPEncoders:
 
     @cached_property
     def model(self) -> tuple[Any, Any]:
-        """The network and its tokenizer."""
-        network = fetch.pretrained("CLIPModel", self.source, self.revision)
-        return network.to(device()), fetch.tokenizer(*self.tokenizer)
+        """The frozen network and its tokenizer."""
+        return self.load(), fetch.tokenizer(*self.tokenizer)
+
+    def load(self) -> Any:
+        """The network, on the CPU."""
+        return fetch.pretrained("CLIPModel", self.source, self.revision)
+
+    @property
+    def size(self) -> int:
+        """The side of the images that the network reads."""
+        return self.model[0].config.vision_config.image_size
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Uint8 images (N, 3, H, W) at the network's size, float32 in 0 … 255."""
+        return resize_then_centre(images, self.size)
 
     @property
     def scale(self) -> float:
@@ -53,9 +65,13 @@ class CLIPEncoders:
     @torch.no_grad()
     def cosines(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Cosines (N,), float64, of uint8 images (N, 3, H, W) and prompts."""
+        pixels = self.prepared(images).to(device())
+        return self.agreement(pixels, prompts).double().cpu()
+
+    def agreement(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """Cosines (N,) of prepared images (N, 3, size, size) in 0 … 255, with their graph."""
         network, tokenizer = self.model
-        size = network.config.vision_config.image_size
-        pixels = resize_then_centre(images, size)
+        network.to(pixels.device)
         tokens = tokenizer(
             prompts,
             padding="max_length",
@@ -64,11 +80,11 @@ class CLIPEncoders:
             return_tensors="pt",
         )
         output = network(
-            pixel_values=normalised(pixels.to(device()), CLIP),
-            input_ids=tokens["input_ids"].to(device()),
-            attention_mask=tokens["attention_mask"].to(device()),
+            pixel_values=normalised(pixels, CLIP),
+            input_ids=tokens["input_ids"].to(pixels.device),
+            attention_mask=tokens["attention_mask"].to(pixels.device),
         )
-        return torch.cosine_similarity(output.image_embeds, output.text_embeds).double().cpu()
+        return torch.cosine_similarity(output.image_embeds, output.text_embeds)
 
     def mean(self, samples: Samples, prefix: str = "", resolution: int | None = None) -> float:
         """The mean cosine of samples and their prompts, in batches."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from eval.catalogue import name_of
-from eval.metrics.features import EXTRACTORS
+from eval.metrics.features import CLIP_L_336, EXTRACTORS
 from eval.protocols import spec
 
 CODE = ""  # exact code reads the images, and no network
@@ -24,6 +24,13 @@ OF_KINDS = {
     "label_accuracy": EXTRACTORS["digits"].network,
     "label_variety": CODE,
     "pick_score": "yuvalkirstain/PickScore_v1",
+}
+# Of the rewards that recipes name without a file.
+OF_REWARDS = {
+    "clip-score": CLIP_L_336[0],
+    "hps-v2.1": OF_KINDS["hps"],
+    "image-reward": OF_KINDS["image_reward"],
+    "pick-score": OF_KINDS["pick_score"],
 }
 
 

@@ -16,7 +16,6 @@ from distill.report import page
 from distill.sampling.teacher_sampler import Sampler
 from eval import catalogue, shapes
 from eval.catalogue import CATALOGUE
-from eval.metrics import rewards
 from eval.metrics.perceptual import Agreement, Diversity
 from eval.protocols import spec
 from eval.samples import Samples
@@ -37,14 +36,11 @@ def pictures(seed):
 
 
 @pytest.fixture
-def stubs(monkeypatch):
-    """The packages and networks that score images, without weights."""
-    package = SimpleNamespace(
-        load=lambda *_, **__: SimpleNamespace(score=lambda *_: 0.5),
-        score=lambda images, *_, **__: [0.5] * len(images),
+def stubs():
+    """The networks that score images, without weights."""
+    return SimpleNamespace(
+        name="m", scale=1.0, mean=lambda *_: 0.5, values=lambda *_: torch.ones(1)
     )
-    monkeypatch.setattr(rewards, "package", lambda *_: package)
-    return SimpleNamespace(name="m", scale=1.0, mean=lambda *_: 0.5)
 
 
 def distance(a, b):
@@ -76,8 +72,8 @@ def given(stubs):
             (kinds["frechet_infinity"](features, real, **few, **name), samples)
             for name in ({}, {"name": "fid_infinity"})
         ],
-        "hps": [(kinds["hps"](), samples)],
-        "image_reward": [(kinds["image_reward"](), samples)],
+        "hps": [(kinds["hps"](stubs), samples)],
+        "image_reward": [(kinds["image_reward"](stubs), samples)],
         "inception_score": [(kinds["inception_score"](features, splits=2), samples)],
         "inception_score_infinity": [(kinds["inception_score_infinity"](features, **few), samples)],
         "kid": [(kinds["kid"](features, real, subsets=2, subset_size=9), samples)],

@@ -28,7 +28,6 @@ from eval.metrics.features import (
     pool_of_resized,
 )
 from eval.metrics.perceptual import Agreement, Diversity, lpips, psnr
-from eval.metrics.rewards import HPS, ImageReward
 from eval.samples import Samples
 from tests.helpers.families import clip_tokenizer
 
@@ -377,42 +376,6 @@ def test_weights_of_another_hash_are_refused(offline):
     path.write_bytes(b"something else")
     with pytest.raises(MetricError, match="not the published file"):
         fetch.download("https://example.org/net.pt", "0" * 64)
-
-
-@pytest.mark.parametrize("metric", [ImageReward(), HPS()])
-def test_a_metric_whose_package_is_missing_says_how_to_install_it(metric, monkeypatch):
-    import sys
-
-    for name in ("ImageReward", "hpsv2"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MetricError, match=r"cannot be imported .*pip install"):
-        metric(Samples(pictures(), ["a", "b"]))
-
-
-class Scorer:
-    """Stands in for either reward package: the score is the picture's mean level."""
-
-    def load(self, name, device):
-        assert name == "ImageReward-v1.0"
-        return self
-
-    def score(self, a, b, hps_version=None):
-        if hps_version is None:
-            assert isinstance(a, str)
-            return float(np.asarray(b).mean())
-        assert hps_version == "v2.1" and b in ("x", "y")
-        return [float(np.asarray(v).mean()) for v in a]
-
-
-def test_rewards_are_averages_over_samples_on_the_papers_scales(monkeypatch):
-    import sys
-
-    for name in ("ImageReward", "hpsv2"):
-        monkeypatch.setitem(sys.modules, name, Scorer())
-    levels = torch.tensor([10, 20, 60], dtype=torch.uint8)
-    samples = Samples(levels.view(3, 1, 1, 1).expand(3, 3, 4, 4), ["x", "y", "x"])
-    assert ImageReward()(samples) == {"image_reward": pytest.approx(30)}
-    assert HPS()(samples) == {"hps_v2.1": pytest.approx(3000)}
 
 
 # pictures against pictures

@@ -109,7 +109,7 @@ MAY: dict[str, set[str]] = {
     "distill.report": {"distill", "distill.config", "distill.publish", "teachers", "eval"},
     "distill.rewards": {
         "distill.objectives", "distill.objectives.trajectory", "distill.config", "distill.data",
-        "teachers", "teachers.storage", "eval.shapes",
+        "teachers", "teachers.storage", "eval", "eval.shapes", "eval.metrics",
     },
     "distill.training": {
         "distill", "distill.rewards", "distill.objectives", "distill.objectives.distribution",
