@@ -4,7 +4,8 @@
 
 The second argument is the folder to write held-out.json, .md and .png to; the others are folders of
 the benchmark. Each finished run's exported student is sampled with one seed of noise, and figures
-are means over the training seeds that are there.
+are means over the training seeds that are there. With --kept they are those that the runs measured
+themselves, where these have them all.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from distill.sampling.student_sampler import student_samples
 from eval.protocols.measure import protocol
 from students.export.folder import load_student
 
-FIGURES = ("fd", "fd_second", "precision", "recall", "coverage")
-HEADS = ("FD", "FD, 2nd", "precision", "recall", "coverage")
+FIGURES = ("fd", "fd_second", "precision", "recall", "coverage", "accuracy", "variety")
+HEADS = ("FD", "FD, 2nd", "precision", "recall", "coverage", "accuracy", "variety")
 
 
 def finished(bench: Bench, folders: list[Path]) -> Iterator[tuple[str, int, Path]]:
@@ -36,6 +37,14 @@ def finished(bench: Bench, folders: list[Path]) -> Iterator[tuple[str, int, Path
             run = next((v for v in runs if (v / "summary.json").is_file()), None)
             if run is not None:
                 yield row.name, seed, run
+
+
+def kept(run: Path) -> dict[int, dict[str, float]] | None:
+    """The figures that a run measured by step count; None where it lacks some."""
+    found = json.loads((run / "summary.json").read_text(encoding="utf-8"))["metrics"]["student"]
+    if not all(set(FIGURES) <= figures.keys() for figures in found.values()):
+        return None
+    return {int(k): {name: v[name] for name in FIGURES} for k, v in found.items()}
 
 
 def measured(run: Path, name: str) -> dict[int, dict[str, float]]:
@@ -81,7 +90,7 @@ def plot(lines: list[dict[str, Any]], out: Path) -> None:
     figure.savefig(out)
 
 
-def main(name: str, out: Path, folders: list[Path]) -> None:
+def main(name: str, out: Path, folders: list[Path], own: bool = False) -> None:
     bench = Bench.load(name)
     measure = bench.reference().eval.protocol
     if measure is None:
@@ -89,7 +98,8 @@ def main(name: str, out: Path, folders: list[Path]) -> None:
     runs: dict[tuple[str, int], list[dict[str, float]]] = {}
     seeds: dict[str, list[int]] = {}
     for row, seed, run in finished(bench, folders):
-        for count, figures in measured(run, measure).items():
+        figures_of_run = (kept(run) if own else None) or measured(run, measure)
+        for count, figures in figures_of_run.items():
             runs.setdefault((row, count), []).append(figures)
         seeds.setdefault(row, []).append(seed)
         print_line(run.name)
@@ -106,6 +116,7 @@ def main(name: str, out: Path, folders: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4:
+    words = [v for v in sys.argv[1:] if v != "--kept"]
+    if len(words) < 3:
         raise SystemExit(__doc__)
-    main(sys.argv[1], Path(sys.argv[2]), [Path(v) for v in sys.argv[3:]])
+    main(words[0], Path(words[1]), [Path(v) for v in words[2:]], "--kept" in sys.argv)
