@@ -110,7 +110,7 @@ METHODS = {
                              "progressive", BOTH),
 }  # fmt: skip
 # The latent consistency family and reflow, by row of the shapes benchmark.
-LATENT = {
+LATENT: dict[str, tuple[str, str, str | None]] = {
     "LCM, all weights": ("LCM, all weights", "Luo et al. 2023, arXiv:2310.04378", "lcm"),
     "LCM-LoRA": ("LCM-LoRA", "Luo et al. 2023, arXiv:2311.05556", "lcm-lora"),
     "PCM, 4 steps": ("PCM", "Wang et al. 2024, arXiv:2405.18407", "pcm"),
@@ -118,6 +118,30 @@ LATENT = {
     "RG-LCD": ("RG-LCD, latent proxy", "Li et al. 2024, arXiv:2403.11027", "rg-lcd"),
     "ReFlow": ("ReFlow", "Liu et al. 2022, arXiv:2209.03003", "reflow"),
 }
+# Matching, critics, rewards and features, by row of the shapes benchmark.
+MATCHING: dict[str, tuple[str, str, str | None]] = {
+    "SwiftBrush, one step only": ("SwiftBrush", "Nguyen & Tran 2023, arXiv:2312.05239",
+                                  "swiftbrush"),
+    "SiD-LSG, one step only": ("SiD-LSG, α = 1", "Zhou et al. 2024, arXiv:2406.01561", "sid-lora"),
+    "Decoupled DMD": ("Decoupled DMD", "arXiv:2511.22677", "decoupled"),
+    "DP-DMD": ("DP-DMD", "arXiv:2602.03139", "dp-dmd"),
+    "CDM": ("CDM", "arXiv:2605.06376", "cdm"),
+    "CDM without its chains": ("Decoupled DMD along the ODE", "arXiv:2511.22677", "cdm"),
+    "TDM": ("TDM", "Luo et al. 2025, arXiv:2503.06674", "tdm"),
+    "TDM, the fake learns states": ("TDM, as Phased DMD's fake learns", "arXiv:2510.27684", "tdm"),
+    "DMD2, gradients of two steps": ("DMD2, gradients of two steps", "arXiv:2606.12575",
+                                     "dmd2-lora"),
+    "DMD2 with critic on the teacher": ("DMD2, `critic.reads: teacher`", "Yin et al. 2024, "
+                                        "arXiv:2405.14867", "dmd2-lora"),
+    "DMD2 with critic, adaptive noise": ("DMD2, Diffusion-GAN's `reach`", "Wang et al. 2022, "
+                                         "arXiv:2206.02262", "dmd2-lora"),
+    "DMD2, split steps": ("DMD2, Flash-DMD's `split`", "Chen et al. 2025, arXiv:2511.20549",
+                          "dmd2-lora"),
+    "Flash Diffusion": ("Flash Diffusion", "Chadebec et al. 2024, arXiv:2406.02347", "flash"),
+    "DRaFT, 2 steps": ("DRaFT", "Clark et al. 2023, arXiv:2309.17400", "draft"),
+    "DRaFT-LV, 2 steps": ("DRaFT-LV", "the same", "draft"),
+    "MMD, one step only": ("MMD in features", "Aiello et al. 2023, arXiv:2301.07969", None),
+}  # fmt: skip
 # By shapes recipe: the method, and the data that its adapters learn from beside the teacher.
 SHAPES = {
     "dmd2-lora": ("DMD2", "captions"),
@@ -214,14 +238,15 @@ def chains() -> str:
     return "\n".join(lines)
 
 
-def latent() -> str:
-    """A row for each method on latents: captions right and distance by step count."""
+def latent(methods: dict[str, tuple[str, str, str | None]]) -> str:
+    """A row for each of the methods on shapes: captions right and distance by step count."""
     board = {(line.name, line.steps): line for line in lines("shapes")}
     rows = ["| method | paper | recipe | 1 step | 2 steps | 4 steps |", "|---|---|---|---|---|---|"]
-    for name, (title, paper, recipe) in LATENT.items():
+    for name, (title, paper, recipe) in methods.items():
         at = [board.get((name, k)) for k in (1, 2, 4)]
         cells = [caption_accuracy(line) if line else "" for line in at]
-        rows.append(f"| {title} | {paper} | `shapes/{recipe}` | {' | '.join(cells)} |")
+        shown = f"`shapes/{recipe}`" if recipe else "`bench/shapes`"
+        rows.append(f"| {title} | {paper} | {shown} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -375,7 +400,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {  # by file and marker, the fu
         "chains": chains,
         "shapes": shapes,
         "seeds": seeds,
-        "latent": latent,
+        "latent": partial(latent, LATENT),
+        "matching": partial(latent, MATCHING),
     },
     "docs/benchmark.md": {
         "gaussians": partial(students, "gaussians"),
