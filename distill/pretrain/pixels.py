@@ -2,7 +2,8 @@
 
 A teacher recipe has no `teacher`, but two other sections: `network`, the configuration of a
 UNet2DModel, and `scheduler`, the configuration of the diffusers scheduler that defines its process.
-A recipe with `text_encoder` describes a text-to-image pipeline; text_to_image.py trains that.
+A recipe with `text_encoder` describes a text-to-image pipeline; text_to_image.py trains that. One
+with a `teacher` and the objective `discriminator` trains a discriminator of it: discriminator.py.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from distill.config.recipe import Recipe, override, read_recipe
 from distill.data.encode import device
 from distill.evaluation.finish import summarise
 from distill.files import write
+from distill.objectives.adversarial.discriminator import Discriminator
 from distill.pretrain import text_to_image
+from distill.pretrain.discriminator import teach_discriminator
 from distill.pretrain.text_to_image import Scenes, TextRecipe
 from distill.profiling import device_name
 from distill.publish.results_table import many
@@ -45,7 +48,7 @@ STEPS = (1, 2, 4, 8, 32)  # solver steps for which the card states the teacher's
 
 
 def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str, Any]:
-    """Train the teacher of a recipe, and save it in `out`/teacher.
+    """Train the teacher of a recipe, and save it in `out`/teacher; or a teacher's discriminator.
 
     Raises:
         UserError: the recipe, the network or the scheduler has a wrong key or value.
@@ -53,6 +56,10 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
     tree = override(read_recipe(path), overrides)
     if "text_encoder" in tree:
         return teach_pictures(TextRecipe.check(tree, path), out, resume, path)
+    if "teacher" in tree and "network" not in tree:  # it strengthens one that there is
+        recipe = Recipe.check(tree, path)
+        if issubclass(recipe.kind, Discriminator):
+            return teach_discriminator(recipe, out, resume)
     for section in ("network", "scheduler"):
         if not isinstance(tree.get(section), dict):
             raise UserError(f"{path}: {section}: missing; add the section to the teacher recipe")
