@@ -1451,8 +1451,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "interval of guidance shut at the wrong end",
         "teachers/guidance.py",
-        "(sigma > self.low * alpha) & (sigma <= self.high * alpha)",
-        "(sigma >= self.low * alpha) & (sigma < self.high * alpha)",
+        "(sigma > low * alpha) & (sigma <= high * alpha)",
+        "(sigma >= low * alpha) & (sigma < high * alpha)",
         "teachers/test_guidance.py::test_an_interval_holds_its_high_end_and_not_its_low_one",
     ),
     fault(

@@ -1,4 +1,4 @@
-"""`distill teach` of a discriminator: trained on a teacher, saved, and measured with the teacher."""
+"""`distill teach` of a discriminator: trained, saved, and measured with its teacher."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ from distill.sampling.discriminator import NAME, save
 from distill.sampling.teacher_sampler import evaluate_teacher
 from distill.training import build
 from distill.training.run_folder import release
+
+
+def discriminator_recipe(tree: dict[str, Any], where: str) -> Recipe | None:
+    """A recipe's tree as that of a discriminator, checked; None if it describes something else.
+
+    Raises:
+        UserError: one of its keys is wrong.
+    """
+    if "teacher" not in tree or "network" in tree:
+        return None
+    recipe = Recipe.check(tree, where)
+    return recipe if issubclass(recipe.kind, Discriminator) else None
 
 
 def teach_discriminator(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:

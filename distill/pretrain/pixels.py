@@ -24,9 +24,8 @@ from distill.config.recipe import Recipe, override, read_recipe
 from distill.data.encode import device
 from distill.evaluation.finish import summarise
 from distill.files import write
-from distill.objectives.adversarial.discriminator import Discriminator
 from distill.pretrain import text_to_image
-from distill.pretrain.discriminator import teach_discriminator
+from distill.pretrain.discriminator import discriminator_recipe, teach_discriminator
 from distill.pretrain.text_to_image import Scenes, TextRecipe
 from distill.profiling import device_name
 from distill.publish.results_table import many
@@ -56,10 +55,8 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
     tree = override(read_recipe(path), overrides)
     if "text_encoder" in tree:
         return teach_pictures(TextRecipe.check(tree, path), out, resume, path)
-    if "teacher" in tree and "network" not in tree:  # it strengthens one that there is
-        recipe = Recipe.check(tree, path)
-        if issubclass(recipe.kind, Discriminator):
-            return teach_discriminator(recipe, out, resume)
+    if (recipe := discriminator_recipe(tree, path)) is not None:
+        return teach_discriminator(recipe, out, resume)
     for section in ("network", "scheduler"):
         if not isinstance(tree.get(section), dict):
             raise UserError(f"{path}: {section}: missing; add the section to the teacher recipe")

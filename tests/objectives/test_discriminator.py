@@ -86,7 +86,7 @@ def test_it_learns_data_against_samples_of_the_guided_teacher_under_equal_condit
     loss = turn.loss(batch)
     x = solve(teacher, batch.noise, 4, "heun", batch.cond).detach().repeat(3, 1)
     data = batch.data.repeat(3, 1)
-    (both, cond), = seen
+    ((both, cond),) = seen
     torch.testing.assert_close(both, torch.cat([x, data]), rtol=0, atol=1e-6)
     assert torch.equal(cond["class_labels"], batch.cond["class_labels"].repeat(6))
     expected = -x.sum(1).neg().sigmoid().log().mean() - data.sum(1).sigmoid().log().mean()

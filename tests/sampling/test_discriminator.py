@@ -1,4 +1,4 @@
-"""A discriminator's file: written by `distill teach`, read by recipes, refused if it does not fit."""
+"""A discriminator's file: `distill teach` writes it, recipes read it, misfits are refused."""
 
 import json
 
