@@ -45,7 +45,7 @@ def run(
         checked = Recipe.load(recipe, [*(overrides or []), *(reason if licence_override else [])])
         if not checked.kind.few_step:
             name = checked.objective["name"]
-            raise UserError(f"{recipe}: objective.name: {name} trains teachers; use distill teach")
+            raise UserError(f"{recipe}: objective.name: {name} makes no student; use distill teach")
         from distill.training import build, run_folder
 
         new_run = None
