@@ -1049,6 +1049,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_ddo.py::test_the_loss_is_a_discriminators_between_data_and_samples_of_the_reference",
     ),
     fault(
+        "a discriminator pushes the teacher away from the data",
+        "teachers/guidance.py",
+        "moved = x + (expand(weight, x)",
+        "moved = x - (expand(weight, x)",
+        "teachers/test_discriminator_guidance.py::test_with_the_exact_ratio_and_weight_one_the_teacher_is_the_datas_denoiser",
+    ),
+    fault(
         "a critic's image network sees no images",
         "students/critic.py",
         "self.codec.decode_with_graph(x_t)",
@@ -1458,8 +1465,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "interval of guidance shut at the wrong end",
         "teachers/guidance.py",
-        "(sigma > self.low * alpha) & (sigma <= self.high * alpha)",
-        "(sigma >= self.low * alpha) & (sigma < self.high * alpha)",
+        "(sigma > low * alpha) & (sigma <= high * alpha)",
+        "(sigma >= low * alpha) & (sigma < high * alpha)",
         "teachers/test_guidance.py::test_an_interval_holds_its_high_end_and_not_its_low_one",
     ),
     fault(

@@ -6,7 +6,7 @@ the same network without some blocks (`SkipLayerGuided`), or a weaker network (`
 noise levels. All of them combine, and all read each sample's own scale from the condition's
 `guidance_scale` where there is one. CFG++ changes the sampler and not x̂, so it is a solver:
 `teachers.solver.cfgpp`. `Adaptive` is stateful: create one for each sampling run; it cannot be the
-teacher in training.
+teacher in training. `DiscriminatorGuided` adds to any of them the gradient of a discriminator.
 
 | paper | here |
 |---|---|
@@ -18,25 +18,29 @@ teacher in training.
 | skip-layer guidance | `SkipLayerGuided(denoiser, g, blocks)` |
 | of the first channels only, as DiT's code | `Guided(denoiser, g, null, FirstChannels(3))` |
 | adaptive guidance, arXiv:2312.12487 | `Adaptive(guided, threshold)` |
+| discriminator guidance, arXiv:2211.17091 | `DiscriminatorGuided(denoiser, log_ratio, w)` |
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teachers import conditions
 from teachers.conditions import GUIDANCE_SCALE
 from teachers.denoiser import Cond, Denoiser, Guided, Mix, Scale, Wrapper, broadcast, linear
 from teachers.errors import UserError
 from teachers.features import blocks_of, changed
-from teachers.process import expand
+from teachers.process import Process, expand
 
+LogRatio = Callable[[Tensor, Tensor, Cond], Tensor]  # of x_t (B, ...), t (B,), cond -> ℓ (B,)
 KEY = "teacher.guidance.blocks"  # the recipe key of skipped blocks, which begins error messages
 
 
@@ -237,8 +241,7 @@ class Interval(Wrapper):
 
     def inside(self, t: Tensor) -> Tensor:
         """Whether each t (B,) is guided."""
-        alpha, sigma = self.process.scales(t.double())
-        return (sigma > self.low * alpha) & (sigma <= self.high * alpha)
+        return between(self.process, t, self.low, self.high)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
         inside = self.inside(t)
@@ -252,6 +255,79 @@ class Interval(Wrapper):
             some = conditions.rows(entries, i)
             estimates.append(denoiser(x_t[i], t[i], some, s if s is None else s[i]))
         return torch.cat(estimates)[torch.cat(parts).argsort()]
+
+
+def between(process: Process, t: Tensor, low: float, high: float) -> Tensor:
+    """Whether low < σ/α ≤ high at each t (B,)."""
+    alpha, sigma = process.scales(t.double())
+    return (sigma > low * alpha) & (sigma <= high * alpha)
+
+
+PURE = 1000.0  # σ/α above which x_t is taken for noise alone, which no discriminator reads
+
+
+class DiscriminatorGuided(Wrapper):
+    """Discriminator guidance (arXiv:2211.17091): x̂ + w σ²/α ∇ℓ, where ℓ is a log-density ratio.
+
+    ℓ(x_t, t, cond) = log p_t/q_t, of the data noised to t over the denoiser's own samples noised to
+    t. w ∇ℓ is added to the score ∇ log q_t, and x̂ = (x_t + σ² score) / α. With the exact ℓ of an
+    exact denoiser of its samples, and w = 1, the result is the data's exact denoiser.
+
+    The gradient is taken whether or not the caller records gradients, and in inference mode too. It
+    has a graph of its own only where the caller asks for gradients with respect to x_t. Samples
+    outside the interval cost as much as those in it, so that the host need not wait for t.
+
+    Differs from the authors' code, which has other weights for the two evaluations of a Heun step,
+    and boosts in every second step: a denoiser does not know its solver.
+
+    Args:
+        denoiser: Guided or not; the samples that ℓ was learned from are its own.
+        log_ratio: ℓ (B,); a module's weights are frozen.
+        scale: w; 0 is the denoiser itself.
+        interval: Low and high σ/α of the samples that are moved, low < σ/α ≤ high.
+        boost: The factor of w for samples with ℓ < 0, which are taken for the denoiser's own.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        log_ratio: LogRatio,
+        scale: float = 1.0,
+        interval: tuple[float, float] = (0.0, PURE),
+        boost: float = 1.0,
+    ) -> None:
+        super().__init__(denoiser)
+        self.log_ratio, self.scale, self.interval, self.boost = log_ratio, scale, interval, boost
+        if isinstance(log_ratio, nn.Module):
+            log_ratio.requires_grad_(False).eval()
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        x = self.denoiser(x_t, t, cond, s)
+        if self.scale == 0:
+            return x
+        _, cond = conditions.without(cond, GUIDANCE_SCALE)
+        logits, slope = slope_of(self.log_ratio, x_t, t, cond)
+        weight = torch.where(logits < 0, self.boost * self.scale, self.scale)
+        alpha, sigma = self.process.at(t, x_t)
+        moved = x + (expand(weight, x) * sigma**2 / alpha * slope).to(x.dtype)
+        return torch.where(expand(between(self.process, t, *self.interval), x), moved, x)
+
+
+def slope_of(f: LogRatio, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+    """f (B,) at x_t (B, ...), and its gradient (B, ...) with respect to x_t.
+
+    The gradient has a graph where the caller records gradients and x_t requires one. Attention is
+    then computed by its formula, since fused attention has no second derivative.
+    """
+    graph = torch.is_grad_enabled() and x_t.requires_grad
+    with torch.inference_mode(False), torch.enable_grad():
+        if not graph:  # copies, because autograd saves no tensor of inference mode
+            x_t = x_t.clone().detach().requires_grad_()
+            t, cond = t.clone(), conditions.each(cond, torch.clone)
+        with sdpa_kernel(SDPBackend.MATH) if graph else nullcontext():
+            values = f(x_t, t, cond)
+        (slope,) = torch.autograd.grad(values.sum(), x_t, create_graph=graph)
+    return values.detach(), slope
 
 
 AGREED = 0.991  # the paper's γ̄
@@ -299,6 +375,10 @@ class Adaptive(Wrapper):
 
 def describe(denoiser: Denoiser) -> str:
     """The guidance of a denoiser in one line; g = 1 is unguided."""
+    if isinstance(denoiser, DiscriminatorGuided) and denoiser.scale != 0:
+        low, high = denoiser.interval
+        inner = describe(denoiser.denoiser)
+        return f"{inner}; discriminator, w = {denoiser.scale:g} where {low:g} < σ/α ≤ {high:g}"
     if isinstance(denoiser, Interval):
         inner = describe(denoiser.guided)
         if denoiser.guided.scale == 1:

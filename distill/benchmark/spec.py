@@ -326,8 +326,9 @@ class BenchmarkRun:
 
 
 def teacher_files(section: TeacherSection) -> dict[str, list[int]]:
-    """Stamps of the local files of a teacher, of its weaker teacher and of its VAE."""
-    sources = (section.source, guidance_of(section).weaker, section.vae)
+    """Stamps of the local files of a teacher, its weaker teacher, VAE and discriminator."""
+    critic = None if section.discriminator is None else section.discriminator.file
+    sources = (section.source, guidance_of(section).weaker, section.vae, critic)
     return {k: v for source in sources if source for k, v in stamps(source).items()}
 
 

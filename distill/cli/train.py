@@ -45,7 +45,7 @@ def run(
         checked = Recipe.load(recipe, [*(overrides or []), *(reason if licence_override else [])])
         if not checked.kind.few_step:
             name = checked.objective["name"]
-            raise UserError(f"{recipe}: objective.name: {name} trains teachers; use distill teach")
+            raise UserError(f"{recipe}: objective.name: {name} makes no student; use distill teach")
         from distill.training import build, run_folder
 
         new_run = None
@@ -194,19 +194,28 @@ TeachOut = Annotated[
 def teach(
     recipe: RecipeArg, overrides: Overrides = None, out: TeachOut = None, resume: Resume = False
 ):
-    """Train a small teacher from scratch and save it as a diffusers folder."""
+    """Train a small teacher from scratch, and save it as a diffusers folder.
+
+    A recipe with a teacher and the objective discriminator trains a discriminator of that teacher,
+    which strengthens it: OUT/critic.safetensors, for the key teacher.discriminator of recipes.
+    """
     from distill.console import out as console
     from distill.console import results_table
     from distill.pretrain.pixels import teach as train_teacher
+    from distill.sampling.discriminator import NAME
 
     out = out or Path("runs") / f"teach-{Path(recipe).stem}"
     summary = train_teacher(recipe, out, overrides or [], resume)
-    if summary.get("metrics"):
-        metrics = summary["metrics"]
+    if metrics := summary.get("metrics"):
         rows = {f"{metrics['teacher']['steps']} steps": metrics["teacher"]}
-        rows |= {f"{k} steps": v for k, v in metrics["teacher_few"].items()}
+        rows |= {f"{k} steps": v for k, v in metrics.get("teacher_few", {}).items()}
+        if "teacher_alone" in metrics:
+            rows["without the discriminator"] = metrics["teacher_alone"]
         console.print(results_table("teacher", rows, base=next(iter(rows))))
-    console.print(f"teacher in {out / 'teacher'}")
+    if summary.get("objective") == "discriminator":
+        console.print(f"discriminator in {out / NAME}")
+    else:
+        console.print(f"teacher in {out / 'teacher'}")
 
 
 def bench(

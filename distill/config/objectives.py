@@ -1,6 +1,7 @@
 """The objectives by name, a file to a family. A new one is its class and its line here."""
 
 from distill.objectives.adversarial.ddo import DDO
+from distill.objectives.adversarial.discriminator import Discriminator
 from distill.objectives.adversarial.flash import Flash
 from distill.objectives.adversarial.ladd import ADD, GDD, LADD
 from distill.objectives.base import Objective
@@ -53,6 +54,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ddo": DDO,
     "diff-instruct": DiffInstruct,
     "diffusion": Diffusion,
+    "discriminator": Discriminator,
     "dmd": DMD,
     "dmd2": DMD2,
     "dmd2-anchored": AnchoredDMD2,

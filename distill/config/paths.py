@@ -29,6 +29,7 @@ KEYS = (
     "teacher.vae",
     "teacher.config",
     "teacher.guidance.weaker",
+    "teacher.discriminator.file",
     FILE,
     "data.source",
     "data.source.hf",

@@ -105,6 +105,38 @@ def dora_on_quantised_weights(recipe: Recipe) -> str | None:
     return None
 
 
+def section_of_a_student(recipe: Recipe) -> str | None:
+    """Where an objective trains no student, what only a student has."""
+    if recipe.kind.trains == "student":
+        return None
+    found = {
+        "adapters": recipe.adapters is not None,
+        "student": recipe.student != type(recipe.student)(),
+        "rewards": bool(recipe.rewards),
+        "train.guards": recipe.train.guards is not None,
+        "train.ema_lengths": recipe.train.ema_lengths is not None,
+        "eval.every": recipe.eval.every > 0,
+        "eval.metric": recipe.eval.metric is not None,
+    }
+    for key, given in found.items():
+        if given:
+            return f"{key}: {_objective(recipe)} trains no student; remove it"
+    return None
+
+
+def discriminator_of_other_features(recipe: Recipe) -> str | None:
+    """A discriminator's logits are log-density ratios, read off the teacher that they move."""
+    if recipe.kind.trains != "critic" or recipe.critic is None:
+        return None
+    critic, who = recipe.critic, _objective(recipe)
+    if critic.encoder is not None or critic.reads not in (None, "teacher"):
+        key = "reads" if critic.encoder is None else "encoder"
+        return f"critic.{key}: {who}'s critic reads the teacher, which it moves; remove it"
+    if critic.san:
+        return f"critic.san: {who}'s logits are log-density ratios, and SAN's are not; remove it"
+    return None
+
+
 def useless_critic(recipe: Recipe) -> str | None:
     if recipe.critic is not None and "critic" not in networks_of(recipe.kind):
         return f"critic: {_objective(recipe)} has no critic; remove the section"
@@ -509,6 +541,28 @@ def empty_guidance_interval(recipe: Recipe) -> str | None:
     return None
 
 
+def empty_discriminator_interval(recipe: Recipe) -> str | None:
+    section = recipe.teacher.discriminator
+    if section is None or section.interval is None:
+        return None
+    low, high = section.interval
+    if low >= high:
+        return (
+            f"teacher.discriminator.interval: low, {low:g}, is not below high, {high:g}; "
+            "write it as [low, high]"
+        )
+    return None
+
+
+def discriminator_of_a_discriminator(recipe: Recipe) -> str | None:
+    if recipe.kind.trains != "critic" or recipe.teacher.discriminator is None:
+        return None
+    return (
+        f"teacher.discriminator: {_objective(recipe)} learns from samples of the teacher alone; "
+        "remove it"
+    )
+
+
 # ---- training
 
 
@@ -569,6 +623,8 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     trained_quantised_weights,
     copied_quantised_weights,
     dora_on_quantised_weights,
+    section_of_a_student,
+    discriminator_of_other_features,
     useless_critic,
     missing_critic,
     san_without_a_game,
@@ -599,6 +655,8 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     missing_guidance_key,
     misplaced_sampling_scale,
     empty_guidance_interval,
+    empty_discriminator_interval,
+    discriminator_of_a_discriminator,
     prompts_beside_images,
     partners_without_images,
     buckets_without_images,
@@ -617,9 +675,10 @@ def _objective(recipe: Recipe) -> str:
 def _players(recipe: Recipe) -> list[str]:
     """The networks that the objective trains; their names are the keys of `players`."""
     others = {"teacher", "student", *network_types(recipe.kind, FeatureMean)}  # no weights
+    student = ["student"] if recipe.kind.trains == "student" else []
     ranking = any(r.kind == "ranked" for r in recipe.rewards.values())
     named = [name for name in networks_of(recipe.kind) if name not in others]
-    return ["student", *named, *(["ranking"] if ranking else [])]
+    return [*student, *named, *(["ranking"] if ranking else [])]
 
 
 def _copies(recipe: Recipe) -> list[str]:

@@ -111,11 +111,22 @@ class AdapterFile(Section):
     strength: Annotated[float, *Finite] = 1.0  # what its change is multiplied by
 
 
+class DiscriminatorSection(Section):
+    """A discriminator whose gradient moves the teacher's x̂ towards data (arXiv:2211.17091)."""
+
+    file: Name  # critic.safetensors, as `distill teach` leaves it, of this very teacher
+    scale: NonNegative = 1.0  # w of its gradient; 0 is the teacher alone
+    # σ/α where it acts, low < σ/α ≤ high; by default the levels that it was trained at.
+    interval: tuple[NonNegative, NonNegative] | None = None
+    boost: Positive = 1.0  # factor of the scale for samples that it takes for the teacher's
+
+
 class TeacherSection(Section):
     """The model to distil."""
 
     source: Name  # "digits", a diffusers folder, a Hub id, or "file.py:function"
     guidance: Guidance = 1.0  # scale g = 1 + w, where 1 means no guidance; or a mapping
+    discriminator: DiscriminatorSection | None = None  # it strengthens the model; by default none
     null_label: NonNegativeInt | None = None  # label for "no class"; by default none, or DiT's
     negative_prompt: str | None = None  # prompt that guidance moves away from; by default ""
     size: PositiveInt | None = None  # side of the images in pixels; by default the checkpoint's

@@ -114,6 +114,9 @@ class Objective:
     needs_data: ClassVar[Literal["always", "never", "critic", "pairs"]] = "always"
     # Whether the student is a few-step copy in a stock form, or the teacher's network as it is.
     few_step: ClassVar[bool] = True
+    # The player that a run trains above all: it keeps the average of its weights, and leaves them.
+    # Where it is not the student, there is none, and the field `student` is the teacher itself.
+    trains: ClassVar[str] = "student"
     # What the student learns: the chains of the step counts that it is trained for; every time, and
     # so every count; or the one chain of all its steps.
     learns: ClassVar[Learns] = "chains"

@@ -28,7 +28,8 @@ def guidance_of(teacher: Denoiser, key: str) -> Guided:
     if type(teacher) is not Guided or teacher.null is None or teacher.scale == 1:
         raise UserError(
             f"objective.{key}: it needs a teacher with classifier-free guidance at all noise "
-            "levels; set teacher.guidance to a number other than 1, or remove the key"
+            "levels, and without a discriminator; set teacher.guidance to a number other than 1, "
+            "or remove the key"
         )
     return teacher
 

@@ -58,6 +58,28 @@ class LogNormal:
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
+class LogUniform:
+    """Noise levels σ/α whose logarithm is uniform between those of `least` and `most`.
+
+    The density of times is proportional to g²/σ² of a process dx = f x dt + g dw, because
+    d log(σ²/α²) = g²/σ² dt: the weights of maximum likelihood (arXiv:2101.09258), by which
+    discriminator guidance (arXiv:2211.17091) draws its times.
+    """
+
+    least: Positive
+    most: Positive
+
+    def __post_init__(self) -> None:
+        if self.least >= self.most:
+            raise ValueError(f"least, {self.least}, is not below most, {self.most}; lower it")
+
+    def sample(self, like: Tensor, process: Process) -> Tensor:
+        """One time for each item of `like` (B, ...), shaped (B,), clamped to [0, 1]."""
+        share = torch.rand(len(like), device=like.device)
+        return process.time(self.least * (self.most / self.least) ** share).clamp(0, 1)
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
 class LogStudent:
     """Noise levels σ/α whose logarithm is Student's t, truncated to log low … log high.
 
@@ -94,4 +116,4 @@ class LogStudent:
         return process.time(log_sigma.exp()).clamp(0, 1).to(torch.float32)
 
 
-Times = Uniform | LogNormal | LogStudent
+Times = Uniform | LogNormal | LogUniform | LogStudent

@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from distill.config.recipe import Recipe, shipped
 from distill.config.schema import PAIRS, PairSolver, Place, TeacherSection
 from distill.data.from_recipe import source_of
 from distill.data.prompts import list_prompts
 from distill.data.stream import Buckets, Source
+from distill.sampling.discriminator import described
 from distill.sampling.guided_teacher import guidance_of
+from distill.sampling.identity import levels, weights_hash
 from eval import shapes
 from teachers.errors import UserError, clipped
 from teachers.teacher import Teacher
@@ -174,8 +173,10 @@ def plain(place: Place | None) -> Any:
 def teacher_identity(section: TeacherSection, teacher: Teacher) -> dict[str, Any]:
     """What pairs must share with the run that learns from them."""
     shared = section.share_times
+    discriminator = described(section.discriminator)
     return {
         **({} if shared is None else {"share_times": shared.model_dump(mode="json")}),
+        **({} if discriminator is None else {"discriminator": discriminator}),
         "teacher": teacher.source or section.source,
         "weights": weights_hash(teacher.denoiser),
         "guidance": guidance_of(section).model_dump(mode="json"),
@@ -185,25 +186,6 @@ def teacher_identity(section: TeacherSection, teacher: Teacher) -> dict[str, Any
         "levels": levels(teacher),
         "shape": list(teacher.shape),
     }
-
-
-def levels(teacher: Teacher) -> list[float]:
-    """α and σ at both ends and the middle, to nine digits: a process may print less than it is."""
-    t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
-    scales = torch.cat(teacher.denoiser.process.scales(t))
-    return [float(f"{v:.9g}") for v in scales.tolist()]
-
-
-def weights_hash(network: nn.Module) -> str:
-    """A hash of all tensors in a network's state."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(value, Tensor):  # some quantisers keep plain settings among them
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(flat.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _reads_text(teacher: Teacher) -> bool:

@@ -100,7 +100,7 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
     tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
     weights = unique(tensors)
     held, host = moments_of(recipe, movers)
-    average = 4 * sum(p.numel() for p in movers["student"]) if train.ema else 0
+    average = 4 * sum(p.numel() for p in movers[objective.trains]) if train.ema else 0
     beside, codes = encoders(teacher), coding(recipe, teacher, fake)
     drawing = weights + held + 2 * average + codes.decoding
     return Plan(

@@ -2,7 +2,8 @@
 
 A teacher recipe has no `teacher`, but two other sections: `network`, the configuration of a
 UNet2DModel, and `scheduler`, the configuration of the diffusers scheduler that defines its process.
-A recipe with `text_encoder` describes a text-to-image pipeline; text_to_image.py trains that.
+A recipe with `text_encoder` describes a text-to-image pipeline; text_to_image.py trains that. One
+with a `teacher` and the objective `discriminator` trains a discriminator of it: discriminator.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from distill.data.encode import device
 from distill.evaluation.finish import summarise
 from distill.files import write
 from distill.pretrain import text_to_image
+from distill.pretrain.discriminator import discriminator_recipe, teach_discriminator
 from distill.pretrain.text_to_image import Scenes, TextRecipe
 from distill.profiling import device_name
 from distill.publish.results_table import many
@@ -45,7 +47,7 @@ STEPS = (1, 2, 4, 8, 32)  # solver steps for which the card states the teacher's
 
 
 def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str, Any]:
-    """Train the teacher of a recipe, and save it in `out`/teacher.
+    """Train the teacher of a recipe, and save it in `out`/teacher; or a teacher's discriminator.
 
     Raises:
         UserError: the recipe, the network or the scheduler has a wrong key or value.
@@ -53,6 +55,8 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
     tree = override(read_recipe(path), overrides)
     if "text_encoder" in tree:
         return teach_pictures(TextRecipe.check(tree, path), out, resume, path)
+    if (recipe := discriminator_recipe(tree, path)) is not None:
+        return teach_discriminator(recipe, out, resume)
     for section in ("network", "scheduler"):
         if not isinstance(tree.get(section), dict):
             raise UserError(f"{path}: {section}: missing; add the section to the teacher recipe")

@@ -89,6 +89,12 @@ PAPERS = {
         2022,
         "2206.00364",
     ),
+    "discriminator": Paper(
+        "Refining Generative Process with Discriminator Guidance in Score-based Diffusion Models",
+        "Kim, Dongjun and Kim, Yeongmin and Kwon, Se Jung and Kang, Wanmo and Moon, Il-Chul",
+        2022,
+        "2211.17091",
+    ),
     "dmd": Paper(
         "One-step Diffusion with Distribution Matching Distillation",
         'Yin, Tianwei and Gharbi, Micha{\\"e}l and Zhang, Richard and Shechtman, Eli and '

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from distill.config.schema import GuidanceSection, SharedTimesSection, TeacherSection
 from distill.data.encode import counting, print_cuts
+from distill.sampling import discriminator
 from students.lora import innermost, unwrap
 from students.scale_reading import GuidedStudent
 from teachers.catalogue.loading import load, pictures_of
@@ -28,6 +29,8 @@ def load_teacher(section: TeacherSection) -> Teacher:
     teacher = load(section.source, **section.options())
     if section.share_times is not None:
         share_times(teacher.denoiser, section.share_times, "teacher")
+    if section.discriminator is not None:  # before adapters change the teacher's layers
+        discriminator.check(section.discriminator, teacher)
     guidance = guidance_of(section)
     if section.negative_prompt:
         with counting(teacher) as cuts:
@@ -68,11 +71,18 @@ def guidance_of(section: TeacherSection) -> GuidanceSection:
 
 
 def guided(section: TeacherSection, teacher: Teacher) -> Denoiser:
-    """The guided denoiser that the objective takes as its teacher; scale 1 changes nothing.
+    """The denoiser that the objective takes as its teacher: guided, then with its discriminator.
+
+    Guidance of scale 1 changes nothing.
 
     Raises:
         UserError: a block to skip does not exist, or the weaker teacher does not fit.
     """
+    if section.discriminator is not None:
+        alone = section.model_copy(update={"discriminator": None})
+        return discriminator.with_discriminator(
+            section.discriminator, teacher, guided(alone, teacher)
+        )
     guidance, denoiser = guidance_of(section), teacher.denoiser
     scale = guidance.one_scale
     mix: Mix = linear

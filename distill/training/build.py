@@ -189,7 +189,7 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     players = players_of(objective, recipe.players, recipe.train.steps, accelerator)
     if custom_objective.file_of(recipe) is not None:
         custom_objective.rehearse(objective, players, source, recipe.train, accelerator)
-    compile_run(recipe, objective, players["student"], source, accelerator, mode)
+    compile_run(recipe, objective, players[objective.trains], source, accelerator, mode)
     return Parts(teacher, source, measure, accelerator, objective, players, flops, metric)
 
 
@@ -241,7 +241,8 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
         return {**metrics, "headline": headline(metrics)}
 
     train = recipe.train
-    if not form_of(teacher, recipe.kind.few_step).draws_pictures:
+    form = form_of(teacher, recipe.kind.few_step)
+    if not form.draws_pictures or recipe.kind.trains != "student":
         train = train.model_copy(update={"sample_every": 0})
     shown = grid_prompts(recipe, teacher)
     engine = Engine(

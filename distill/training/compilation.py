@@ -76,7 +76,7 @@ def compile_run(
     """Compile an objective's networks, and call its student so that all its graphs are made.
 
     Args:
-        player: The student's.
+        player: The student's, or of an objective that trains no student, another.
     """
     if mode != "off":
         compile_networks(recipe, networks_in(objective), mode)
@@ -125,6 +125,7 @@ def needs_blocks(recipe: Recipe, networks: dict[str, nn.Module]) -> str | None:
     reasons = {
         "train.checkpointing recomputes blocks": recipe.train.checkpointing,
         "the critic reads a block's output": recipe.critic is not None,
+        "the discriminator reads a block's output": recipe.teacher.discriminator is not None,
         "skip-layer guidance skips blocks": any(isinstance(m, SkipLayerGuided) for m in modules),
         "a landing time or a guidance scale is added inside the network": any(
             isinstance(m, NumberReading) for m in modules

@@ -124,8 +124,9 @@ class Engine:
         self.evaluate, self.evaluate_every, self.shown = evaluate, evaluate_every, shown
         self.stop_when_flat = stop_when_flat
         self.guards, self.extras = guards, Attempts(out)
-        self.ema = EMA(players["student"].params, train.ema)
-        self.power = PowerEMA(players["student"].params, train.ema_lengths or ())
+        averaged = players[objective.trains].params
+        self.ema = EMA(averaged, train.ema)
+        self.power = PowerEMA(averaged, train.ema_lengths or ())
         self._shown: Cond = None  # the grids' condition, encoded at the first grid
         self.step = self.draws = 0
         self.seconds, self.best = 0.0, math.inf
@@ -295,7 +296,7 @@ class Engine:
         if not players:
             return {}
         shards, logs = len(stream.mine), {}
-        if turn.reset and "student" in players:
+        if turn.reset and self.objective.trains in players:
             self.ema.restart()  # so that no weights of the stage before are in the average
             self.power.restart()
         with ExitStack() as stack:

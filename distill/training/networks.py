@@ -66,8 +66,11 @@ def build_networks(
     adapters = shared_weights(recipe.adapters, names) if form.adapts else {}
     # copies first: a copy that is made after the adapters would contain them
     networks: dict[str, nn.Module] = {n: form.network() for n in names if n not in adapters}
-    student = student_of(recipe, form, adapters.get("student"), planned)
-    networks["student"] = with_numbers(recipe, with_guidance(recipe, teacher, student))
+    if recipe.kind.trains == "student":
+        student = student_of(recipe, form, adapters.get("student"), planned)
+        networks["student"] = with_numbers(recipe, with_guidance(recipe, teacher, student))
+    else:
+        networks["student"] = Generator(teacher.denoiser)
     for name in [n for n in names if n in adapters]:
         networks[name] = adapt(teacher, adapters[name], name)
     networks["teacher"] = guided(recipe.teacher, teacher)
@@ -246,5 +249,7 @@ def backbones(networks: dict[str, nn.Module]) -> list[nn.Module]:
 
 def player_networks(objective: Objective) -> dict[str, nn.Module]:
     """The networks that learn, by field: all but the teacher, and those with weights."""
-    fields = {n: getattr(objective, n) for n in networks_of(type(objective)) if n != "teacher"}
+    frozen = {"teacher"} if objective.trains == "student" else {"teacher", "student"}
+    names = [n for n in networks_of(type(objective)) if n not in frozen]
+    fields = {n: getattr(objective, n) for n in names}
     return {n: v for n, v in fields.items() if v is not None and any(True for _ in v.parameters())}

@@ -105,11 +105,13 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         objective["student_every"] = 2
         tree["critic"] = {}
         tree["student"] = {"steps": 2, "counts": [1, 2]}
-    if name in ("sida", "uni-instruct", "add", "flash", "gdd", "ladd"):
+    if name in ("sida", "uni-instruct", "add", "discriminator", "flash", "gdd", "ladd"):
         tree["critic"] = {}
     if name in ("kd", "reflow", "dmd"):
         tree["student"] = {"renoise": False}
         tree["data"] = {"source": "pairs", "path": f"{teacher}-pairs", "count": 16, "steps": 2}
+    if name == "discriminator":
+        objective["solver_steps"] = 2
     if name == "ddo":
         objective["solver_steps"] = 2
         tree["student"] = {"steps": 2, "renoise": False}

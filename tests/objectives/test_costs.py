@@ -143,6 +143,8 @@ COSTS = {
         "student forward": 2, "student backward": 1, "teacher forward": 2,
         "fake forward": 3, "fake backward": 1}),
     ("diffusion", "one"): ({}, {"student forward": 1, "student backward": 1}),
+    ("discriminator", "two noise levels of both, and three steps of Heun"): (
+        {"critic": True, "levels": 2, "solver_steps": 3}, {"teacher forward": 5 + 2 * 2}),
     ("dmd", "DMD2 and the pairs"): ({}, {
         "student forward": 3, "student backward": 2, "teacher forward": 1,
         "fake forward": 2, "fake backward": 1}),

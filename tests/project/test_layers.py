@@ -135,10 +135,10 @@ MAY: dict[str, set[str]] = {
         "eval.protocols",
     },
     "distill.pretrain": {
-        "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",
-        "distill.training", "distill.evaluation", "students.export", "teachers",
-        "teachers.storage", "teachers.families", "teachers.catalogue", "eval", "eval.shapes",
-        "eval.protocols",
+        "distill", "distill.objectives.adversarial", "distill.config", "distill.data",
+        "distill.sampling", "distill.publish", "distill.training", "distill.evaluation",
+        "students.export", "teachers", "teachers.storage", "teachers.families",
+        "teachers.catalogue", "eval", "eval.shapes", "eval.protocols",
     },
     "distill.tuning": {
         "distill", "distill.config", "distill.data", "distill.data.expansion", "distill.sampling",

@@ -134,6 +134,7 @@ KEEP_STATE = {kind.state_dict: name for name, kind in reversed(OBJECTIVES.items(
     [
         name if name in KEEP_STATE.values() else pytest.param(name, marks=pytest.mark.slow)
         for name in OBJECTIVES
+        if OBJECTIVES[name].trains == "student"  # else: sampling/test_discriminator.py
     ],
 )
 def test_a_run_of_adapters_that_has_lost_its_last_checkpoints_is_the_run_left_alone(
