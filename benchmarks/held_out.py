@@ -2,10 +2,10 @@
 
     python benchmarks/held_out.py bench/digits docs/results/bench-digits runs/bench-digits [...]
 
-The second argument is the folder to write held-out.json, .md and .png to; the others are folders of
-the benchmark. Each finished run's exported student is sampled with one seed of noise, and figures
-are means over the training seeds that are there. With --kept they are those that the runs measured
-themselves, where these have them all.
+The second argument is the folder to write held-out.json, .md and .png and variety.png to; the
+others are folders of the benchmark. Each finished run's exported student is sampled with one seed
+of noise, and figures are means over the training seeds that are there. With --kept they are those
+that the runs measured themselves, where these have them all.
 """
 
 from __future__ import annotations
@@ -90,6 +90,31 @@ def plot(lines: list[dict[str, Any]], out: Path) -> None:
     figure.savefig(out)
 
 
+def plot_variety(lines: list[dict[str, Any]], out: Path) -> None:
+    """Variety within a prompt against the share of prompts that are right, at the fewest steps.
+
+    A student that has lost modes is far to the left; one of noise and wrong images is low.
+    """
+    import matplotlib.pyplot as plt
+
+    first = list({v["row"]: v for v in reversed(lines)}.values())
+    figure, ax = plt.subplots(figsize=(7, 5), dpi=150, layout="constrained")
+    ax.scatter([v["variety"] for v in first], [v["accuracy"] for v in first], s=14, color="#0072B2")
+    ax.axvline(1, color="0.6", linewidth=0.8)
+    ax.set(xlabel="variety within a prompt, as a share of real images'")
+    ax.set_title("Share of prompts that the image shows", loc="left", fontsize=10)
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    by = sorted(first, key=lambda v: v["variety"])
+    ends = [*by[:4], *by[-2:], min(first, key=lambda v: v["accuracy"])]
+    for i, v in enumerate({v["row"]: v for v in ends}.values()):
+        right = v["variety"] > by[len(by) // 2]["variety"]
+        ax.annotate(v["row"], (v["variety"], v["accuracy"]), fontsize=8,
+                    xytext=(-5 if right else 5, 6 if i % 2 else -10), textcoords="offset points",
+                    ha="right" if right else "left")  # fmt: skip
+    figure.savefig(out)
+
+
 def main(name: str, out: Path, folders: list[Path], own: bool = False) -> None:
     bench = Bench.load(name)
     measure = bench.reference().eval.protocol
@@ -111,6 +136,7 @@ def main(name: str, out: Path, folders: list[Path], own: bool = False) -> None:
     (out / "held-out.json").write_text(json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
     (out / "held-out.md").write_text(table(lines))
     plot(lines, out / "held-out.png")
+    plot_variety(lines, out / "variety.png")
     order: Any = spearmanr([v["fd"] for v in lines], [v["fd_second"] for v in lines])
     print_line(f"{len(lines)} lines; rank correlation of the two distances: {order.statistic:.3f}")
 
