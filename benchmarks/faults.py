@@ -2223,8 +2223,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "a player that waits while the scalar is low",
         "distill/training/player.py",
-        "scalars[wait.scalar] > wait.above",
-        "scalars[wait.scalar] < wait.above",
+        "scalars[key] > wait.above",
+        "scalars[key] < wait.above",
         "training/test_turnout.py::test_one_that_waits_learns_in_the_logged_steps_alone",
     ),
     fault(

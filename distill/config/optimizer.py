@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from annotated_types import Interval
@@ -23,8 +24,18 @@ Decay = Annotated[float, *Finite, Interval(ge=0, lt=1)]
 class Wait:
     """While a logged scalar is above a bound, a player learns in the logged steps alone."""
 
-    scalar: str  # as the log names it, such as critic/accuracy
+    scalar: str  # PLAYER/NAME, such as critic/accuracy, also where several players learn together
     above: Annotated[float, *Finite]
+
+    @property
+    def player(self) -> str:
+        return self.scalar.partition("/")[0]
+
+    def found(self, logged: Iterable[str]) -> str | None:
+        """The scalar's key among the logged ones, such as fake+critic/accuracy; None without it."""
+        player, _, name = self.scalar.partition("/")
+        parts = ((key, *key.partition("/")[::2]) for key in logged)
+        return next((k for k, who, n in parts if n == name and player in who.split("+")), None)
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})

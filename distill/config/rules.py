@@ -52,6 +52,12 @@ def players_out_of_turn(recipe: Recipe) -> str | None:
                 f"players.{cut(name)}.begins: training ends at step {steps:,}, and it begins to "
                 f"learn at step {player.begins:,}; lower it, or raise train.steps"
             )
+        known = _players(recipe)
+        if player.waits is not None and player.waits.player not in known:
+            return (
+                f"players.{cut(name)}.waits.scalar: {cut(player.waits.scalar)!r} is of no player; "
+                f"write PLAYER/NAME, such as {known[0]}/loss, of {', '.join(known)}"
+            )
     return None
 
 

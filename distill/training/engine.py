@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -318,7 +318,10 @@ class Engine:
         if not self._first:
             self._first = {f"{name}/loss": logs["loss"]}
         norms = {f"{n}/grad_norm": p.grad_norm for n, p in players.items()}
-        return {f"{name}/{key}": v for key, v in logs.items()} | norms
+        scalars = {f"{name}/{key}": v for key, v in logs.items()} | norms
+        for waiting, player in self.players.items():
+            check_wait(waiting, player, turn, scalars)
+        return scalars
 
     def _learning(self, turn: Turn) -> dict[str, Player]:
         """The players of a turn that learn in this step; the others start anew where it says so.
@@ -495,8 +498,7 @@ class Engine:
         columns = self.graphs.columns() | ({} if speed is None else speed.columns())
         self.accelerator.log({"seconds": self.seconds, **values, **columns}, step=self.step)
         self._check(values)
-        for name, player in self.players.items():
-            check_wait(name, player, values, self.step)
+        for player in self.players.values():
             player.hear(values)
         return values, speed
 
@@ -585,18 +587,19 @@ def _players(key: str) -> list[str]:
     return key.split("/")[0].split("+")
 
 
-def check_wait(name: str, player: Player, scalars: Mapping[str, float], step: int) -> None:
-    """Refuse a player that waits for a scalar which nothing logs.
+def check_wait(name: str, player: Player, turn: Turn, scalars: Iterable[str]) -> None:
+    """Refuse a player that waits for a scalar which the turns of that scalar's player do not log.
 
     Raises:
         UserError: naming the scalars that there are.
     """
     wait = player.config.waits
-    if wait is not None and wait.scalar not in scalars and step > player.config.begins:
-        known = ", ".join(k for k in scalars if not k.endswith("/lr"))
-        raise UserError(
-            f"players.{name}.waits: no scalar {wait.scalar!r} was logged; known are {known}"
-        )
+    if wait is None or wait.player not in turn.players or wait.found(scalars):
+        return
+    known = ", ".join(f"{wait.player}/{k.partition('/')[2]}" for k in scalars)
+    raise UserError(
+        f"players.{name}.waits: no scalar {wait.scalar!r} is logged; name one of {known}"
+    )
 
 
 def has_adapters(network: nn.Module) -> bool:

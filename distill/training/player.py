@@ -36,7 +36,8 @@ class Player:
         steps: int,
     ) -> None:
         self.params = list(params)
-        self.accelerator, self.config, self.steps = accelerator, config, steps
+        self.accelerator, self.config = accelerator, config
+        self.steps = max(1, steps - config.begins)  # that it may learn in, by default its decay's
         self.optimizer = optimizers.optimizer(
             config.optimizer, self.params, config.lr, config.betas, config.eps, config.weight_decay
         )
@@ -65,8 +66,9 @@ class Player:
     def hear(self, scalars: Mapping[str, float]) -> None:
         """Wait from now on, or no more, by the logged scalars."""
         wait = self.config.waits
-        if wait is not None and wait.scalar in scalars:
-            self.waiting = scalars[wait.scalar] > wait.above
+        key = None if wait is None else wait.found(scalars)
+        if wait is not None and key is not None:
+            self.waiting = scalars[key] > wait.above
 
     def restart(self, step: int) -> None:
         """Clear the optimiser state and restart the learning-rate schedule."""

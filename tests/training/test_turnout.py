@@ -60,6 +60,8 @@ def test_what_nobody_learns_from_is_not_evaluated_and_budgets_know_it(pipelines,
 
 
 def test_the_schedule_starts_where_the_player_begins():
+    whole = player(OptimizerConfig(lr=1.0, decay="linear", begins=3), steps=13)[1]
+    assert [whole.rate(k) for k in (3, 8, 13)] == [1, 0.5, 0]  # ends with the training
     moved = OptimizerConfig(lr=1.0, warmup=1, decay="linear", decay_steps=4, begins=3)
     mover = player(moved)[1]
     assert [mover.rate(k) for k in range(3, 8)] == [0.5, 0.75, 0.5, 0.25, 0]
@@ -104,11 +106,31 @@ def test_the_engine_tells_players_what_is_logged(above, learning, pipelines, tmp
     assert [{name[0] for name in names} for names in by_step] == [set(v) for v in learning]
 
 
-def test_a_scalar_that_nothing_logs_is_refused_with_those_that_there_are(pipelines, tmp_path):
+@pytest.mark.parametrize("name", ["ladd", "dmd2"])
+def test_a_scalar_that_nothing_logs_is_refused_in_the_first_step(name, pipelines, tmp_path):
     waits = {"scalar": "critic/accurcy", "above": 0.8}
-    recipe, out = run(pipelines, tmp_path / "run", "ladd", {"critic": {"waits": waits}})
+    recipe, out = run(pipelines, tmp_path / "run", name, {"critic": {"waits": waits}})
+    engine = build.build(recipe, out).engine
     with refused("players.critic.waits", "'critic/accurcy'", "critic/accuracy"):
-        build.build(recipe, out).engine.train()
+        engine.train()
+    assert engine.step == 0
+
+
+def test_the_scalars_player_may_learn_with_others_or_begin_later(pipelines, tmp_path):
+    players = {
+        "student": {"begins": 4},
+        "fake": {"waits": {"scalar": "student/gap", "above": 99}},
+        "critic": {"waits": {"scalar": "critic/accuracy", "above": -1}},
+    }
+    recipe, out = run(pipelines, tmp_path / "run", "dmd2", players)
+    engine = build.build(recipe, out).engine
+    engine.train()
+    assert engine.players["critic"].waiting and not engine.players["fake"].waiting
+    logged = ["fake+critic/loss", "fake+critic/accuracy", "student/loss"]
+    assert Wait("critic/accuracy", 0).found(logged) == "fake+critic/accuracy"
+    assert Wait("student/accuracy", 0).found(logged) is None
+    with refused("players.fake.waits.scalar", "'studnt/loss'", "student/loss"):
+        run(pipelines, None, "sid", {"fake": {"waits": {"scalar": "studnt/loss", "above": 1}}})
 
 
 def test_a_player_that_would_never_learn_is_refused(pipelines):
