@@ -487,7 +487,8 @@ class Engine:
         # With the first loss among them: it may be NaN on another process alone.
         first = {f"first {k}": v for k, v in self._first.items()}
         means = self._over_processes({**logs, **first})
-        self._first = dict.fromkeys(self._first, means[-1])
+        if first:
+            self._first = dict.fromkeys(self._first, means[-1])
         values = dict(zip(logs, means.tolist()))
         speed = self.speed.measure(self.step)
         for name, player in self.players.items():
@@ -520,6 +521,8 @@ class Engine:
 
     def _over_processes(self, logs: Mapping[str, Tensor]) -> Tensor:
         """The scalars (N,), averaged over processes."""
+        if not logs:  # before a player begins
+            return torch.zeros(0)
         values = torch.stack([v.float() for v in logs.values()])
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, reduction="mean")

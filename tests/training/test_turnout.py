@@ -1,5 +1,6 @@
 """Players that begin late or wait: warm-ups, and a ratio of updates that follows a scalar."""
 
+import json
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from distill.training import build
 from tests.benchmark.test_budget import counted
 from tests.helpers.engines import stream
 from tests.helpers.refusals import refused
-from tests.helpers.toys import recipe_tree
+from tests.helpers.toys import REWARD, recipe_tree
 from tests.training.test_player import player
 
 
@@ -114,3 +115,13 @@ def test_a_scalar_that_nothing_logs_is_refused_with_those_that_there_are(pipelin
 def test_a_player_that_would_never_learn_is_refused(pipelines):
     with refused("players.student.begins", "step 6", "train.steps"):
         run(pipelines, None, "sid", {"student": {"begins": 6}})
+
+
+def test_a_run_logs_and_saves_before_anything_has_been_learned(pipelines, tmp_path):
+    recipe, out = run(
+        pipelines, tmp_path / "run", "lagrangian", {"student": {"begins": 3}}, log_every=1
+    )
+    engine = build.build(recipe, out).engine
+    engine.train()
+    lines = [json.loads(v) for v in (out / "metrics.jsonl").read_text().splitlines()]
+    assert ["student/loss" in v for v in lines] == [False] * 3 + [True] * 3
