@@ -111,7 +111,7 @@ class Rewards:
                 found = term.surrogate(x.detach(), batch.cond)
                 logs[RANKING] = ranking(found, reward, section.temperature)
                 value = value + logs[RANKING]
-            if not beta:
+            if not beta or not x.requires_grad:  # the student begins later, or waits
                 continue
             if section.kind == "weighted":
                 weights.append(shares(reward, section.temperature, beta))

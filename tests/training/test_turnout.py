@@ -125,3 +125,15 @@ def test_a_run_logs_and_saves_before_anything_has_been_learned(pipelines, tmp_pa
     engine.train()
     lines = [json.loads(v) for v in (out / "metrics.jsonl").read_text().splitlines()]
     assert ["student/loss" in v for v in lines] == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("kind", [{"kind": "ranked"}, {"balance": True}, {"kind": "weighted"}])
+def test_samples_are_ranked_while_the_student_waits(kind, pipelines, tmp_path):
+    recipe, out = run(pipelines, tmp_path / "run", "dmd2", {"student": {"begins": 3}})
+    mine = {"function": f"{REWARD}:brightness"}
+    rewards = {"order": {**mine, "kind": "ranked", "balance": True}, "other": {**mine, **kind}}
+    tree = recipe.tree() | {"rewards": rewards}
+    found = moves(build.build(Recipe.check(tree), out).engine)
+    assert [{name[0] for name in names} for names in found][:4] == [
+        set("rfc"), set("fc"), set("rfc"), set("fc"),
+    ]  # fmt: skip
