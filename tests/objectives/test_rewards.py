@@ -301,6 +301,8 @@ def test_a_held_out_reward_is_no_part_of_the_loss_and_ends_training_when_it_fall
     ({"objective": {"name": "draft"}, "rewards": {"w": {"function": "shapes", "warmup": 2}}},
      ("rewards.w.warmup", "draft")),
     ({"objective": {"name": "draft"}}, ("rewards",)),
+    ({"train": {"steps": 4, "guards": {"held_out": 0.5}}, "rewards": {}},
+     ("train.guards.held_out", "no reward is held out")),
 ])  # fmt: skip
 def test_keys_of_rewards_without_effect_are_refused(change, words):
     with refused(*words):
