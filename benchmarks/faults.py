@@ -2225,7 +2225,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "distill/training/player.py",
         "scalars[wait.scalar] > wait.above",
         "scalars[wait.scalar] < wait.above",
-        "training/test_turnout.py::test_one_that_waits_learns_in_the_logged_steps_alone",
+        "training/test_turnout.py::test_one_that_waits_learns_once_in_the_steps_between_logs",
     ),
     fault(
         "a budget that pays for players which have not begun",

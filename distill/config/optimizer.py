@@ -21,7 +21,7 @@ Decay = Annotated[float, *Finite, Interval(ge=0, lt=1)]
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class Wait:
-    """While a logged scalar is above a bound, a player learns in the logged steps alone."""
+    """While a logged scalar is above a bound, a player learns once in `train.log_every` steps."""
 
     scalar: str  # as the log names it, such as critic/accuracy
     above: Annotated[float, *Finite]

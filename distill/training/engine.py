@@ -325,11 +325,11 @@ class Engine:
 
         A network that orders samples for ranked rewards learns in the student's turns.
         """
-        logged = (self.step + 1) % self.cfg.log_every == 0
+        every = self.cfg.log_every
         players = {name: self.players[name] for name in turn.players}
         if "student" in players and RANKING in self.players:
             players[RANKING] = self.players[RANKING]
-        found = {n: player for n, player in players.items() if player.learns(self.step, logged)}
+        found = {n: player for n, player in players.items() if player.learns(self.step, every)}
         for name in turn.players if turn.reset else ():
             if name not in found:
                 self.players[name].restart(self.step)

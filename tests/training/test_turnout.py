@@ -70,19 +70,35 @@ def test_the_schedule_starts_where_the_player_begins():
     assert mover.rate(5) == 0.5
 
 
-def test_one_that_waits_learns_in_the_logged_steps_alone():
+def test_one_that_waits_learns_once_in_the_steps_between_logs():
     waits = OptimizerConfig(waits=Wait("critic/accuracy", 0.8))
     mover = player(waits)[1]
+    with mover.turn(7):
+        pass
     for value, learns in ((0.9, False), (0.7, True), (0.8, True), (math.nan, True)):
         mover.hear({"critic/accuracy": value, "critic/loss": 9.0})
-        assert mover.learns(1, logged=False) == learns
-        assert mover.learns(1, logged=True)
+        assert mover.learns(11, every=5) == learns
+        assert mover.learns(12, every=5)
     mover.hear({"critic/accuracy": 0.9})
     mover.hear({"critic/loss": 0.0})  # what it waits for was not logged: as before
-    assert not mover.learns(1, logged=False)
+    assert not mover.learns(11, every=5)
     twin = player(waits)[1]
     twin.load_state_dict(mover.state_dict())
-    assert twin.waiting
+    assert twin.waiting and twin.learned == 7
+
+
+def test_one_whose_turns_are_not_in_logged_steps_learns_while_it_waits(pipelines, tmp_path):
+    waits = {"scalar": "student/matching", "above": -1e9}
+    recipe, out = run(
+        pipelines, tmp_path / "run", "dmd2", {"student": {"waits": waits}}, log_every=2
+    )
+    engine, steps = build.build(recipe, out).engine, []
+    advance = engine.advance
+    engine.advance = lambda data: (advance(data), steps.append(engine.players["student"].learned))[
+        0
+    ]
+    engine.train()
+    assert steps == [0, 0, 2, 2, 4, 4]  # its turns are those of even steps, and logs of odd ones
 
 
 @pytest.mark.parametrize(("above", "learning"), [
