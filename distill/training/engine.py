@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -497,7 +497,8 @@ class Engine:
         self.accelerator.log({"seconds": self.seconds, **values, **columns}, step=self.step)
         self._check(values)
         for name, player in self.players.items():
-            check_wait(name, player, values, self.step)
+            if self.step > self.objective.last_stage:
+                check_wait(name, player, values, self.players)
             player.hear(values)
         return values, speed
 
@@ -588,14 +589,22 @@ def _players(key: str) -> list[str]:
     return key.split("/")[0].split("+")
 
 
-def check_wait(name: str, player: Player, scalars: Mapping[str, float], step: int) -> None:
-    """Refuse a player that waits for a scalar which nothing logs.
+def check_wait(
+    name: str, player: Player, scalars: Mapping[str, float], players: Iterable[str]
+) -> None:
+    """Refuse a player that waits for a scalar which nothing logs, once its turn has been played.
+
+    Args:
+        players: All, by name; where no turn has the scalar's name, each must have learned before.
 
     Raises:
         UserError: naming the scalars that there are.
     """
     wait = player.config.waits
-    if wait is not None and wait.scalar not in scalars and step > player.config.begins:
+    if wait is None or wait.scalar in scalars:
+        return
+    turn = wait.scalar.rpartition("/")[0]
+    if f"{turn}/loss" in scalars or all(f"{other}/grad_norm" in scalars for other in players):
         known = ", ".join(k for k in scalars if not k.endswith("/lr"))
         raise UserError(
             f"players.{name}.waits: no scalar {wait.scalar!r} was logged; known are {known}"

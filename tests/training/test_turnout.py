@@ -128,6 +128,20 @@ def test_a_scalar_that_nothing_logs_is_refused_with_those_that_there_are(pipelin
         build.build(recipe, out).engine.train()
 
 
+@pytest.mark.parametrize("scalar", ["fake+critic/accuracy", "fake+critic/accurcy", "nobody/loss"])
+def test_a_scalar_of_a_player_that_begins_later_is_waited_for(scalar, pipelines, tmp_path):
+    players = {"fake": {"begins": 3}, "critic": {"begins": 3}}
+    players["student"] = {"waits": {"scalar": scalar, "above": 2.0}}
+    recipe, out = run(pipelines, tmp_path / "run", "dmd2", players, log_every=1)
+    engine = build.build(recipe, out).engine
+    if scalar.endswith("accuracy"):
+        engine.train()
+    else:
+        with refused("players.student.waits", scalar, "fake+critic/accuracy"):
+            engine.train()
+    assert engine.step == (6 if scalar.endswith("accuracy") else 4)
+
+
 def test_a_player_that_would_never_learn_is_refused(pipelines):
     with refused("players.student.begins", "step 6", "train.steps"):
         run(pipelines, None, "sid", {"student": {"begins": 6}})
