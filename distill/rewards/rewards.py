@@ -68,7 +68,8 @@ def terms_of(recipe: Recipe, teacher: Teacher) -> list[Term]:
     """All rewards of a recipe.
 
     Raises:
-        UserError: there is no such function, or it reads what this teacher does not.
+        UserError: there is no such function, it reads what this teacher does not, or a built-in one
+            has a network of another name.
     """
     if (vae := teacher.codec.vae) is not None and recipe.rewards:
         vae.requires_grad_(False)
@@ -84,7 +85,12 @@ def terms_of(recipe: Recipe, teacher: Teacher) -> list[Term]:
                 f"rewards.{key}.function: shapes reads captions, and this teacher has labels; name "
                 "a function of your own"
             )
-        score = score_of(key, function_of(section.function, key), teacher)
+        function = function_of(section.function, key)
+        if section.network is not None and not is_function(section.function):
+            raise UserError(
+                f"rewards.{key}.network: that of {section.function} is known; remove it"
+            )
+        score = score_of(key, function, teacher)
         surrogate = LatentReward.for_objective(teacher) if section.kind == "ranked" else None
         found.append(Term(section, score, surrogate))
     return found

@@ -323,3 +323,8 @@ def test_a_held_out_reward_of_no_numbers_is_refused_before_training(shapes, tmp_
     recipe = Recipe.check(watched(function=f"{file}:none"))
     with refused("rewards", "nan", "return finite numbers"):
         rehearse_held_out(recipe, shapes, captions(2, seed=1))
+
+
+def test_a_network_of_a_built_in_reward_is_refused(shapes):
+    with refused("rewards.watch.network", "shapes", "remove it"):
+        held_out_of(Recipe.check(watched(network="mine/other")), shapes)
