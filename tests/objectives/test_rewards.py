@@ -328,3 +328,15 @@ def test_a_held_out_reward_of_no_numbers_is_refused_before_training(shapes, tmp_
 def test_a_network_of_a_built_in_reward_is_refused(shapes):
     with refused("rewards.watch.network", "shapes", "remove it"):
         held_out_of(Recipe.check(watched(network="mine/other")), shapes)
+
+
+def test_the_gradient_of_emds_loss_reaches_its_samples(pipelines, tmp_path):
+    recipe = Recipe.check(recipe_tree("emd", pipelines["edm"]))
+    run = build.build(recipe, tmp_path / "run")
+    objective, batch = run.engine.objective, run.engine.source.batch(0, 0, 1, 2)
+    objective.student.requires_grad_(True)
+    loss = objective.student_loss(batch, objective.student)
+    found = []
+    loss.samples.register_hook(lambda grad: found.append(grad.abs().sum() > 0))
+    loss.value.backward()
+    assert found and all(found)
