@@ -101,7 +101,7 @@ class Rewards:
         weights: list[Tensor] = []
         balanced: list[Tensor] = []
         for term in self.terms:
-            beta, section = term.weight(step), term.section
+            beta, section = term.weight(step) * x.requires_grad, term.section
             if not beta and term.surrogate is None:
                 continue
             with torch.set_grad_enabled(term.differentiates and torch.is_grad_enabled()):
@@ -111,7 +111,7 @@ class Rewards:
                 found = term.surrogate(x.detach(), batch.cond)
                 logs[RANKING] = ranking(found, reward, section.temperature)
                 value = value + logs[RANKING]
-            if not beta or not x.requires_grad:  # the student begins later, or waits
+            if not beta:
                 continue
             if section.kind == "weighted":
                 weights.append(shares(reward, section.temperature, beta))
