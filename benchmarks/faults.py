@@ -280,8 +280,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "EMD's pair counts half",
         "distill/objectives/distribution/emd.py",
-        "size, samples = 2 * size,",
-        "size, samples = size,",
+        "size = 2 * size",
+        "size = 1 * size",
         "objectives/test_emd.py::test_the_gradient_is_that_of_the_walks_exact_moments",
     ),
     fault(
@@ -2225,7 +2225,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "distill/training/player.py",
         "scalars[key] > wait.above",
         "scalars[key] < wait.above",
-        "training/test_turnout.py::test_one_that_waits_learns_in_the_logged_steps_alone",
+        "training/test_turnout.py::test_one_that_waits_learns_once_in_the_steps_between_logs",
     ),
     fault(
         "a budget that pays for players which have not begun",

@@ -120,6 +120,7 @@ def main(name: str, out: Path, folders: list[Path], own: bool = False) -> None:
     measure = bench.reference().eval.protocol
     if measure is None:
         raise SystemExit(f"{name}: it has no protocol")
+    out.mkdir(parents=True, exist_ok=True)  # before hours of work
     runs: dict[tuple[str, int], list[dict[str, float]]] = {}
     seeds: dict[str, list[int]] = {}
     for row, seed, run in finished(bench, folders):
@@ -128,6 +129,9 @@ def main(name: str, out: Path, folders: list[Path], own: bool = False) -> None:
             runs.setdefault((row, count), []).append(figures)
         seeds.setdefault(row, []).append(seed)
         print_line(run.name)
+    if not runs:  # what `out` holds stays
+        where = ", ".join(map(str, folders))
+        raise SystemExit(f"no finished run of {name} in {where}; name folders of the benchmark")
     lines = [
         {"row": row, "steps": count, "seeds": seeds[row]}
         | {k: mean(v[k] for v in found) for k in FIGURES}

@@ -164,8 +164,11 @@ class Bench(Section):
             for key in row.shares:
                 yield f"row {row.name!r}: shares", override({}, [f"{key}=0"])
 
-    def recipe(self, row: Row, seed: int, steps: int = 1) -> Recipe:
+    def recipe(self, row: Row, seed: int, steps: int | None = None) -> Recipe:
         """The recipe of a row's run with this seed and so many training steps.
+
+        Args:
+            steps: By default the fewest in which all of the row begins.
 
         Raises:
             UserError: a key or a value is wrong, or the objective trains no student.
@@ -181,6 +184,7 @@ class Bench(Section):
             name = objective.get("name")
             tree = laid_over(tree, current_names(above, name))
         tree = deepcopy(tree)  # override changes it, and parts of it are common's
+        steps = steps or fewest_steps(tree, row.shares)
         words = [f"train.seed={seed}", f"train.steps={steps}"]
         words += [f"{k}={math.ceil(v * steps)}" for k, v in row.shares.items()]
         recipe = Recipe.check(override(tree, words), f"row {row.name!r}")
@@ -229,6 +233,16 @@ def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(old, dict) and isinstance(value, dict)
         merged[key] = laid_over(old, value) if both else value  # pyright: ignore
     return merged
+
+
+def fewest_steps(tree: dict[str, Any], shares: dict[str, float]) -> int:
+    """The training steps in which every player and reward of an unchecked recipe begins."""
+    if any(key.endswith(".begins") for key in shares):
+        return 100
+    sections = [tree.get(name) for name in ("players", "rewards")]
+    parts = [v for s in sections if isinstance(s, dict) for v in s.values() if isinstance(v, dict)]
+    begins = [v.get("begins") for v in parts]
+    return 1 + max((v for v in begins if isinstance(v, int) and v > 0), default=0)
 
 
 def slug(name: str) -> str:
@@ -296,10 +310,10 @@ class BenchmarkRun:
             UserError: the recipe cannot be built, or the budget is below one step.
         """
 
-        def affordable(steps: int) -> int:
+        def affordable(steps: int | None = None) -> int:
             return self.bench.budget.steps(self.bench.recipe(self.row, self.seed, steps))
 
-        most = affordable(1)
+        most = affordable()
         if not self.row.shares or self.bench.budget.seconds is not None:  # timing is not so exact
             return most
         while (more := affordable(most)) > most:  # shares of a single step are far off

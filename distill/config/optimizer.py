@@ -22,20 +22,21 @@ Decay = Annotated[float, *Finite, Interval(ge=0, lt=1)]
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class Wait:
-    """While a logged scalar is above a bound, a player learns in the logged steps alone."""
+    """While a logged scalar is above a bound, a player learns once in `train.log_every` steps."""
 
     scalar: str  # PLAYER/NAME, such as critic/accuracy, also where several players learn together
     above: Annotated[float, *Finite]
 
     @property
     def player(self) -> str:
-        return self.scalar.partition("/")[0]
+        """One that the scalar is of."""
+        return self.scalar.partition("/")[0].split("+")[0]
 
     def found(self, logged: Iterable[str]) -> str | None:
         """The scalar's key among the logged ones, such as fake+critic/accuracy; None without it."""
-        player, _, name = self.scalar.partition("/")
+        name = self.scalar.partition("/")[2]
         parts = ((key, *key.partition("/")[::2]) for key in logged)
-        return next((k for k, who, n in parts if n == name and player in who.split("+")), None)
+        return next((k for k, who, n in parts if n == name and self.player in who.split("+")), None)
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})

@@ -240,6 +240,18 @@ def reward_without_effect(recipe: Recipe) -> str | None:
     return None
 
 
+def guard_of_no_reward(recipe: Recipe) -> str | None:
+    guards = recipe.train.guards
+    if guards is None or any(r.held_out for r in recipe.rewards.values()):
+        return None
+    if guards.held_out != type(guards).model_fields["held_out"].default:
+        return (
+            "train.guards.held_out: no reward is held out; set held_out of a reward to true, or "
+            "remove it"
+        )
+    return None
+
+
 def _unread(recipe: Recipe, reward: RewardSection) -> str | None:
     plain = RewardSection(function=reward.function)
     keys = ("kind", "temperature", "balance", "begins", "warmup")
@@ -644,6 +656,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     key_of_pairs,
     missing_reward,
     reward_without_effect,
+    guard_of_no_reward,
     extreme_number,
     missing_data,
     coupling_without_data,

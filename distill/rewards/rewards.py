@@ -68,7 +68,8 @@ def terms_of(recipe: Recipe, teacher: Teacher) -> list[Term]:
     """All rewards of a recipe.
 
     Raises:
-        UserError: there is no such function, or it reads what this teacher does not.
+        UserError: there is no such function, it reads what this teacher does not, or a built-in one
+            has a network of another name.
     """
     if (vae := teacher.codec.vae) is not None and recipe.rewards:
         vae.requires_grad_(False)
@@ -84,7 +85,12 @@ def terms_of(recipe: Recipe, teacher: Teacher) -> list[Term]:
                 f"rewards.{key}.function: shapes reads captions, and this teacher has labels; name "
                 "a function of your own"
             )
-        score = score_of(key, function_of(section.function, key), teacher)
+        function = function_of(section.function, key)
+        if section.network is not None and not is_function(section.function):
+            raise UserError(
+                f"rewards.{key}.network: that of {section.function} is known; remove it"
+            )
+        score = score_of(key, function, teacher)
         surrogate = LatentReward.for_objective(teacher) if section.kind == "ranked" else None
         found.append(Term(section, score, surrogate))
     return found
@@ -148,24 +154,25 @@ def rehearse(objective: Objective, source: Source, place: Any) -> None:
     taken = not objective.needs_reward or objective.differentiates_reward
     if getattr(reward, "differentiates", taken):
         check_gradient(value)
-    if not value.isfinite().all():
-        shown = value.detach().tolist()
-        raise UserError(f"rewards: of the first images they are {shown}; return finite numbers")
+    check_finite(value, "the first images")
 
 
 @torch.no_grad()
 def rehearse_held_out(recipe: Recipe, teacher: Teacher, prompts: Sequence[Any]) -> None:
-    """Call the rewards that are held out once, before training.
+    """Call the rewards that are held out once, of noise, before training.
 
     Args:
         prompts: Of the samples that are tried, or labels.
 
     Raises:
-        UserError: a function raises an exception, or its values are no numbers, one for each image.
+        UserError: a function raises an exception, or its values are no finite numbers, one for
+            each image.
     """
     score = held_out_of(recipe, teacher)
     if score is not None and prompts:
-        score(torch.zeros(len(prompts), *teacher.shape), prompts, False)
+        rng = torch.Generator().manual_seed(recipe.train.seed)
+        x = torch.randn(len(prompts), *teacher.shape, generator=rng)
+        check_finite(score(x, prompts, False), "noise")
 
 
 def called(function: Function, name: str, images: Tensor, prompts: Sequence[Any]) -> Tensor:
@@ -189,6 +196,17 @@ def called(function: Function, name: str, images: Tensor, prompts: Sequence[Any]
     return checked(values, name, images)
 
 
+def check_finite(value: Tensor, what: str) -> None:
+    """Refuse rewards (B,) that no loss and no comparison could use.
+
+    Raises:
+        UserError: naming them, and of what they are.
+    """
+    if not value.isfinite().all():
+        shown = value.detach().tolist()
+        raise UserError(f"rewards: of {what} they are {shown}; return finite numbers")
+
+
 def check_gradient(value: Tensor, key: str = "rewards") -> None:
     """Refuse rewards that the student cannot raise.
 
@@ -203,7 +221,7 @@ def check_gradient(value: Tensor, key: str = "rewards") -> None:
 
 
 def checked(values: Tensor, name: str, images: Tensor) -> Tensor:
-    """A function's values.
+    """A function's values, in floating point.
 
     Raises:
         UserError: they are not one number for each image.
@@ -213,7 +231,9 @@ def checked(values: Tensor, name: str, images: Tensor) -> Tensor:
         raise UserError(
             f"rewards.{name}.function: it returned {shape}; return a tensor of ({len(images)},)"
         )
-    return values
+    if values.is_complex():
+        raise UserError(f"rewards.{name}.function: it returned complex numbers; return real ones")
+    return values if values.is_floating_point() else values.float()
 
 
 def caption_certainty(images: Tensor, prompts: Sequence[Any]) -> Tensor:

@@ -101,7 +101,7 @@ class Rewards:
         weights: list[Tensor] = []
         balanced: list[Tensor] = []
         for term in self.terms:
-            beta, section = term.weight(step), term.section
+            beta, section = term.weight(step) * x.requires_grad, term.section
             if not beta and term.surrogate is None:
                 continue
             with torch.set_grad_enabled(term.differentiates and torch.is_grad_enabled()):

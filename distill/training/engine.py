@@ -319,8 +319,9 @@ class Engine:
             self._first = {f"{name}/loss": logs["loss"]}
         norms = {f"{n}/grad_norm": p.grad_norm for n, p in players.items()}
         scalars = {f"{name}/{key}": v for key, v in logs.items()} | norms
-        for waiting, player in self.players.items():
-            check_wait(waiting, player, turn, scalars)
+        if self.step >= self.objective.last_stage:  # earlier stages may log others
+            for waiting, player in self.players.items():
+                check_wait(waiting, player, turn, scalars)
         return scalars
 
     def _learning(self, turn: Turn) -> dict[str, Player]:
@@ -328,11 +329,11 @@ class Engine:
 
         A network that orders samples for ranked rewards learns in the student's turns.
         """
-        logged = (self.step + 1) % self.cfg.log_every == 0
+        every = self.cfg.log_every
         players = {name: self.players[name] for name in turn.players}
         if "student" in players and RANKING in self.players:
             players[RANKING] = self.players[RANKING]
-        found = {n: player for n, player in players.items() if player.learns(self.step, logged)}
+        found = {n: player for n, player in players.items() if player.learns(self.step, every)}
         for name in turn.players if turn.reset else ():
             if name not in found:
                 self.players[name].restart(self.step)
@@ -490,7 +491,8 @@ class Engine:
         # With the first loss among them: it may be NaN on another process alone.
         first = {f"first {k}": v for k, v in self._first.items()}
         means = self._over_processes({**logs, **first})
-        self._first = dict.fromkeys(self._first, means[-1])
+        if first:
+            self._first = dict.fromkeys(self._first, means[-1])
         values = dict(zip(logs, means.tolist()))
         speed = self.speed.measure(self.step)
         for name, player in self.players.items():
@@ -522,6 +524,8 @@ class Engine:
 
     def _over_processes(self, logs: Mapping[str, Tensor]) -> Tensor:
         """The scalars (N,), averaged over processes."""
+        if not logs:  # before a player begins
+            return torch.zeros(0)
         values = torch.stack([v.float() for v in logs.values()])
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, reduction="mean")

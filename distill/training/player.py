@@ -43,6 +43,7 @@ class Player:
         )
         self.schedule_start = config.begins  # a step of the engine
         self.waiting = False  # whether the scalar that it waits for was too high when last logged
+        self.learned = 0  # the last step in which it learned
         self.grad_norm = torch.zeros(())
         self.requires_grad_(False)
 
@@ -54,14 +55,14 @@ class Player:
         """The learning rate of a turn at the engine's `step`."""
         return self.config.rate(max(0, step - self.schedule_start), self.steps)
 
-    def learns(self, step: int, logged: bool) -> bool:
+    def learns(self, step: int, every: int) -> bool:
         """Whether it takes part in its turns of the engine's `step`.
 
         Args:
-            logged: Whether the step is logged: one that waits learns then, so that what it waits
-                for is known.
+            every: Steps between logs. One that waits learns once in as many, so that what it waits
+                for is known; a player of every step does so in the logged ones.
         """
-        return step >= self.config.begins and (logged or not self.waiting)
+        return step >= self.config.begins and (not self.waiting or step - self.learned >= every)
 
     def hear(self, scalars: Mapping[str, float]) -> None:
         """Wait from now on, or no more, by the logged scalars."""
@@ -85,6 +86,7 @@ class Player:
         """
         if reset:
             self.restart(step)
+        self.learned = step
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         self.requires_grad_(True)
@@ -115,6 +117,7 @@ class Player:
             "optimizer": optimizer,
             "schedule_start": self.schedule_start,
             "waiting": self.waiting,
+            "learned": self.learned,
         }
 
     @torch.no_grad()
@@ -128,6 +131,7 @@ class Player:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.schedule_start = state.get("schedule_start", state.get("born", 0))
         self.waiting = state.get("waiting", False)  # earlier versions saved none
+        self.learned = state.get("learned", 0)
 
 
 @torch.no_grad()

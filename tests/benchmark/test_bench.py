@@ -165,6 +165,18 @@ def test_what_a_row_shares_is_its_own():
     assert warmups == [4, OptimizerConfig().warmup]
 
 
+def test_a_row_may_have_players_and_rewards_that_begin_later():
+    first = TREE["rows"][0]
+    late = {**first.get("overrides", {}), "players": {"student": {"begins": 3}}}
+    rows = [{**first, "overrides": late}, TREE["rows"][1]]
+    rows += [{**first, "name": "share", "shares": {"players.student.begins": 0.5}}]
+    bench = Bench.model_validate({**TREE, "rows": rows})
+    assert [bench.recipe(row, 0).train.steps for row in bench.rows] == [4, 1, 100]
+    assert bench.recipe(bench.rows[2], 0, steps=8).players["student"].begins == 4
+    with refused("row 'DMD2'", "players.student.begins", "step 2"):
+        bench.recipe(bench.rows[0], 0, steps=2)
+
+
 @pytest.mark.parametrize("name", [n for n in shipped() if n.startswith("bench/")])
 def test_every_shipped_benchmark_is_valid(name):
     assert Bench.load(name).rows

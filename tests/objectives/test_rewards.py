@@ -12,7 +12,7 @@ from distill.early_stop.measurement import Measurement
 from distill.early_stop.scores import preferred
 from distill.objectives.base import Batch, Loss
 from distill.objectives.losses import surrogate
-from distill.rewards.rewards import held_out_of, reward_of
+from distill.rewards.rewards import called, held_out_of, rehearse_held_out, reward_of
 from distill.rewards.terms import Rewards, Term, ranking, shares, unit
 from distill.training import build
 from eval.shapes import captions
@@ -301,7 +301,42 @@ def test_a_held_out_reward_is_no_part_of_the_loss_and_ends_training_when_it_fall
     ({"objective": {"name": "draft"}, "rewards": {"w": {"function": "shapes", "warmup": 2}}},
      ("rewards.w.warmup", "draft")),
     ({"objective": {"name": "draft"}}, ("rewards",)),
+    ({"train": {"steps": 4, "guards": {"held_out": 0.5}}, "rewards": {}},
+     ("train.guards.held_out", "no reward is held out")),
 ])  # fmt: skip
 def test_keys_of_rewards_without_effect_are_refused(change, words):
     with refused(*words):
         Recipe.check({**watched(), **change})
+
+
+def test_whole_numbers_are_rewards_and_complex_ones_are_not():
+    images = torch.zeros(2, 3, 4, 4)
+    counts = called(lambda images, prompts: torch.tensor([1, 2]), "mine", images, ["a", "b"])
+    assert counts.is_floating_point() and counts.tolist() == [1, 2]
+    with refused("rewards.mine.function", "complex", "return real"):
+        called(lambda images, prompts: torch.ones(2) * 1j, "mine", images, ["a", "b"])
+
+
+def test_a_held_out_reward_of_no_numbers_is_refused_before_training(shapes, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def none(images, prompts):\n    return images.mean((1, 2, 3)) / 0 * 0\n")
+    recipe = Recipe.check(watched(function=f"{file}:none"))
+    with refused("rewards", "nan", "return finite numbers"):
+        rehearse_held_out(recipe, shapes, captions(2, seed=1))
+
+
+def test_a_network_of_a_built_in_reward_is_refused(shapes):
+    with refused("rewards.watch.network", "shapes", "remove it"):
+        held_out_of(Recipe.check(watched(network="mine/other")), shapes)
+
+
+def test_the_gradient_of_emds_loss_reaches_its_samples(pipelines, tmp_path):
+    recipe = Recipe.check(recipe_tree("emd", pipelines["edm"]))
+    run = build.build(recipe, tmp_path / "run")
+    objective, batch = run.engine.objective, run.engine.source.batch(0, 0, 1, 2)
+    objective.student.requires_grad_(True)
+    loss = objective.student_loss(batch, objective.student)
+    found = []
+    loss.samples.register_hook(lambda grad: found.append(grad.abs().sum() > 0))
+    loss.value.backward()
+    assert found and all(found)

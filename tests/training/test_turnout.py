@@ -1,5 +1,6 @@
 """Players that begin late or wait: warm-ups, and a ratio of updates that follows a scalar."""
 
+import json
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from distill.training import build
 from tests.benchmark.test_budget import counted
 from tests.helpers.engines import stream
 from tests.helpers.refusals import refused
-from tests.helpers.toys import recipe_tree
+from tests.helpers.toys import REWARD, recipe_tree
 from tests.training.test_player import player
 
 
@@ -71,19 +72,35 @@ def test_the_schedule_starts_where_the_player_begins():
     assert mover.rate(5) == 0.5
 
 
-def test_one_that_waits_learns_in_the_logged_steps_alone():
+def test_one_that_waits_learns_once_in_the_steps_between_logs():
     waits = OptimizerConfig(waits=Wait("critic/accuracy", 0.8))
     mover = player(waits)[1]
+    with mover.turn(7):
+        pass
     for value, learns in ((0.9, False), (0.7, True), (0.8, True), (math.nan, True)):
         mover.hear({"critic/accuracy": value, "critic/loss": 9.0})
-        assert mover.learns(1, logged=False) == learns
-        assert mover.learns(1, logged=True)
+        assert mover.learns(11, every=5) == learns
+        assert mover.learns(12, every=5)
     mover.hear({"critic/accuracy": 0.9})
     mover.hear({"critic/loss": 0.0})  # what it waits for was not logged: as before
-    assert not mover.learns(1, logged=False)
+    assert not mover.learns(11, every=5)
     twin = player(waits)[1]
     twin.load_state_dict(mover.state_dict())
-    assert twin.waiting
+    assert twin.waiting and twin.learned == 7
+
+
+def test_one_whose_turns_are_not_in_logged_steps_learns_while_it_waits(pipelines, tmp_path):
+    waits = {"scalar": "student/matching", "above": -1e9}
+    recipe, out = run(
+        pipelines, tmp_path / "run", "dmd2", {"student": {"waits": waits}}, log_every=2
+    )
+    engine, steps = build.build(recipe, out).engine, []
+    advance = engine.advance
+    engine.advance = lambda data: (advance(data), steps.append(engine.players["student"].learned))[
+        0
+    ]
+    engine.train()
+    assert steps == [0, 0, 2, 2, 4, 4]  # its turns are those of even steps, and logs of odd ones
 
 
 @pytest.mark.parametrize(("above", "learning"), [
@@ -133,6 +150,42 @@ def test_the_scalars_player_may_learn_with_others_or_begin_later(pipelines, tmp_
         run(pipelines, None, "sid", {"fake": {"waits": {"scalar": "studnt/loss", "above": 1}}})
 
 
+@pytest.mark.parametrize("scalar", ["fake+critic/accuracy", "critic/accuracy", "critic/accurcy"])
+def test_a_scalar_of_a_player_that_begins_later_is_waited_for(scalar, pipelines, tmp_path):
+    players = {"fake": {"begins": 3}, "critic": {"begins": 3}}
+    players["student"] = {"waits": {"scalar": scalar, "above": 2.0}}
+    recipe, out = run(pipelines, tmp_path / "run", "dmd2", players, log_every=1)
+    engine = build.build(recipe, out).engine
+    if scalar.endswith("accuracy"):
+        engine.train()
+    else:
+        with refused("players.student.waits", scalar, "critic/accuracy"):
+            engine.train()
+    assert engine.step == (6 if scalar.endswith("accuracy") else 3)
+
+
 def test_a_player_that_would_never_learn_is_refused(pipelines):
     with refused("players.student.begins", "step 6", "train.steps"):
         run(pipelines, None, "sid", {"student": {"begins": 6}})
+
+
+def test_a_run_logs_and_saves_before_anything_has_been_learned(pipelines, tmp_path):
+    recipe, out = run(
+        pipelines, tmp_path / "run", "lagrangian", {"student": {"begins": 3}}, log_every=1
+    )
+    engine = build.build(recipe, out).engine
+    engine.train()
+    lines = [json.loads(v) for v in (out / "metrics.jsonl").read_text().splitlines()]
+    assert ["student/loss" in v for v in lines] == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("kind", [{"kind": "ranked"}, {"balance": True}, {"kind": "weighted"}])
+def test_samples_are_ranked_while_the_student_waits(kind, pipelines, tmp_path):
+    recipe, out = run(pipelines, tmp_path / "run", "dmd2", {"student": {"begins": 3}})
+    mine = {"function": f"{REWARD}:brightness"}
+    rewards = {"order": {**mine, "kind": "ranked", "balance": True}, "other": {**mine, **kind}}
+    tree = recipe.tree() | {"rewards": rewards}
+    found = moves(build.build(Recipe.check(tree), out).engine)
+    assert [{name[0] for name in names} for names in found][:4] == [
+        set("rfc"), set("fc"), set("rfc"), set("fc"),
+    ]  # fmt: skip

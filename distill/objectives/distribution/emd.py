@@ -88,9 +88,10 @@ class EMD(DiffInstruct):
         size = eps[0].numel() if self.reduction == "sum" else 1
         if self.cancel == "paired" and x is None:
             both = torch.cat([walk.z, walk.free_z])
-            x = student(both, conditions.joined(batch.cond, batch.cond))
+            samples, free = student(both, conditions.joined(batch.cond, batch.cond)).chunk(2)
+            x = torch.cat([samples, free])  # so that the loss's gradient reaches the samples
             grad = torch.cat([weight * walk.eps, -weight * walk.free_eps])
-            size, samples = 2 * size, x[: len(eps)]  # the mean is over twice as many
+            size = 2 * size  # the mean is over twice as many
         else:
             x = samples = student(walk.z, batch.cond) if x is None else x
             grad = weight * (walk.eps if self.cancel == "none" else walk.eps - walk.free_eps)
