@@ -77,6 +77,8 @@ METHODS = {
     "MeanFlow, of data": ("MeanFlow, from data", "the same", "meanflow.py", "meanflow", DATA),
     "improved MeanFlow": ("Improved MeanFlow", "Geng et al. 2025, arXiv:2512.02012", "meanflow.py",
                           "meanflow", BOTH),
+    "Lagrangian": ("Lagrangian self-matching", "Boffi et al. 2024, arXiv:2406.07507",
+                   "lagrangian.py", "lagrangian", "teacher"),
     "AYF": ("AYF", "Sabour et al. 2025, arXiv:2506.14603", "meanflow.py", "ayf", BOTH),
     "CTM": ("CTM, no critic", "Kim et al. 2023, arXiv:2310.02279", "ctm.py", "ctm", BOTH),
     "CTM, critic": ("CTM, with a critic", "the same", "ctm.py", "ctm", BOTH),

@@ -229,7 +229,8 @@ def checked(values: Tensor, name: str, images: Tensor) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise UserError(
-            f"rewards.{name}.function: it returned {shape}; return a tensor of ({len(images)},)"
+            f"rewards.{name}.function: it returned {shape}; return a value for each image, a "
+            f"tensor of ({len(images)},)"
         )
     if values.is_complex():
         raise UserError(f"rewards.{name}.function: it returned complex numbers; return real ones")

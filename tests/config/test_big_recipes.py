@@ -111,8 +111,9 @@ def likeness(name, tmp_path):
         tree["teacher"]["source"] = str(families.build(family, tmp_path / "teacher"))
     if size := families.OPTIONS.get(family, {}).get("size"):
         tree["teacher"]["size"] = size
-    # Of two samples, some shares of a batch are none or all.
-    batch = 4 if OBJECTIVES[tree["objective"]["name"]].shares else 2
+    # Of two samples, some shares of a batch are none or all, and four steps have no sample each.
+    whole = OBJECTIVES[tree["objective"]["name"]].shares or "first_step" in tree["objective"]
+    batch = 4 if whole else 2
     tree["train"] |= {"steps": 1, "batch": batch, "accumulate": 1, "sample_every": 0}
     photos, prompts = tmp_path / "photos", tmp_path / "prompts.txt"
     photos.mkdir()

@@ -137,7 +137,7 @@ class ADD(LADD):
 
 @dataclass(kw_only=True)
 class GDD(LADD):
-    """A game alone, from pure noise. Zheng and Yang 2024 (arXiv:2405.20750)."""
+    """GDD: a game alone, from pure noise. Zheng and Yang 2024 (arXiv:2405.20750)."""
 
     r1: NonNegative = 1e-4
     critic_times: Times = Uniform(0.0, 0.0)  # the critic sees what users see

@@ -133,7 +133,7 @@ class MeanFlow(Objective):
 
 @dataclass(kw_only=True)
 class AYF(MeanFlow):
-    """Descends along g / (|g| + offset), where -g is MeanFlow's error; at s = 0 sCM's tangent."""
+    """Align Your Flow: along g / (|g| + offset), -g being MeanFlow's error; at s = 0 sCM's."""
 
     equal: Fraction = 0.0
     offset: Positive = 0.1
