@@ -106,11 +106,11 @@ def plot_variety(lines: list[dict[str, Any]], out: Path) -> None:
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     by = sorted(first, key=lambda v: v["variety"])
-    ends = [*by[:4], *by[-2:], min(first, key=lambda v: v["accuracy"])]
+    ends = [*by[:3], by[-1], min(first, key=lambda v: v["accuracy"])]
     for i, v in enumerate({v["row"]: v for v in ends}.values()):
         right = v["variety"] > by[len(by) // 2]["variety"]
         ax.annotate(v["row"], (v["variety"], v["accuracy"]), fontsize=8,
-                    xytext=(-5 if right else 5, 6 if i % 2 else -10), textcoords="offset points",
+                    xytext=(-5 if right else 5, 6 if i % 2 else -12), textcoords="offset points",
                     ha="right" if right else "left")  # fmt: skip
     figure.savefig(out)
 
