@@ -142,6 +142,8 @@ MATCHING: dict[str, tuple[str, str, str | None]] = {
     "Flash Diffusion": ("Flash Diffusion", "Chadebec et al. 2024, arXiv:2406.02347", "flash"),
     "DRaFT, 2 steps": ("DRaFT", "Clark et al. 2023, arXiv:2309.17400", "draft"),
     "DRaFT-LV, 2 steps": ("DRaFT-LV", "the same", "draft"),
+    "DMD2 with a reward, one step only": ("DMD2, a balanced reward", "Clark et al. 2023, "
+                                          "arXiv:2309.17400", "dmd2-lora-1step"),
     "MMD, one step only": ("MMD in features", "Aiello et al. 2023, arXiv:2301.07969", None),
 }  # fmt: skip
 # By shapes recipe: the method, and the data that its adapters learn from beside the teacher.
