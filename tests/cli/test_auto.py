@@ -95,7 +95,7 @@ def test_a_network_of_ones_own_gets_a_recipe_that_runs(tmp_path, monkeypatch, ca
     code, out, err = called(capsys, *words)
     assert code == 0, err
     recipe, said = Recipe.load("o/recipe.yaml"), " ".join(out.split())
-    assert (recipe.objective["name"], recipe.student.start) == ("sid", None)
+    assert (recipe.objective["name"], recipe.student.start) == ("diff-instruct", None)
     assert "doctor: passed" in said and "10 parameters" in Path("o/recipe.yaml").read_text()
     code, _, err = called(capsys, "run", "o/recipe.yaml", "train.steps=20", "--out", "o/run")
     assert code == 0, err
