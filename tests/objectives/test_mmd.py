@@ -1,12 +1,15 @@
 """MMD in frozen features: closed forms of Gaussians, gradients by differences, and their reach."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
 
 from distill.objectives.base import Batch
 from distill.objectives.features.base import others, pooled
+from distill.objectives.features.drift import Drift
+from distill.objectives.features.fd_loss import FDLoss
 from distill.objectives.features.mmd import MMD
 from students.generator import Generator
 from teachers import load
@@ -16,6 +19,7 @@ from tests.helpers.refusals import refused
 from tests.helpers.toys import Affine
 
 D = torch.float64
+LABELS = {"class_labels": torch.arange(10) % 3}
 
 
 def made(d=1, m=0.0, r=1.0, steps=(1.0,), **keys):
@@ -186,6 +190,50 @@ def test_a_whole_chain_has_no_graph_where_gradients_are_off():
     with torch.no_grad():
         assert not objective.student(draws(4), whole_chain=True).requires_grad
     assert objective.student(draws(4)).requires_grad
+
+
+def gradient_in_parts(kind, parts, gradient):
+    """The loss and the gradient of a student of two steps that starts as its teacher."""
+    torch.manual_seed(0)
+    batch = Batch(torch.randn(10, 1, 8, 8), torch.randn(10, 1, 8, 8), LABELS)
+    teacher = load("digits").denoiser.requires_grad_(False)
+    denoiser = deepcopy(teacher).requires_grad_(True)
+    student = Generator(denoiser, (1.0, 0.5), renoise=False)
+    fill = {"fill": 0} if kind is FDLoss else {}
+    objective = kind(teacher=teacher, student=student, noise_level=0.0, gradient=gradient,
+                     parts=parts, **fill)  # fmt: skip
+    loss = objective.student_loss(batch, student, 1)
+    loss.value.backward()
+    used = [p.grad.flatten() for p in denoiser.parameters() if p.grad is not None]
+    return loss.value.detach(), torch.cat(used)
+
+
+@pytest.mark.parametrize("gradient", ["last", "chain"])
+@pytest.mark.parametrize("kind", [MMD, Drift, FDLoss])
+def test_parts_leave_the_loss_and_the_gradient_of_the_whole_batch(kind, gradient):
+    """No mean of losses of the parts: those are other estimates."""
+    whole, slope = gradient_in_parts(kind, 1, gradient)
+    cut, same = gradient_in_parts(kind, 3, gradient)
+    torch.testing.assert_close(cut, whole, rtol=1e-4, atol=0)
+    assert (same - slope).norm() < 1e-3 * slope.norm()
+
+
+def test_parts_hold_the_graph_of_one_at_a_time():
+    """Each part's samples are taken again for the gradient, and draw the noise that they had."""
+    objective, _ = made(d=2, m=0.4, parts=4, blocks=())
+    noises, samples = [], objective.samples
+
+    def watched(batch, student, first):
+        noises.append(torch.randn_like(batch.noise))
+        return samples(batch, student, first) * noises[-1]
+
+    objective.samples = watched
+    loss = objective.student_loss(Batch(draws(8, 0, 2, 1), draws(8, 0, 2, 2)), objective.student)
+    assert [len(n) for n in noises] == [2] * 4
+    loss.value.backward()
+    assert [len(n) for n in noises] == [2] * 8
+    for first in noises[:4]:
+        assert any(torch.equal(first, again) for again in noises[4:])
 
 
 # features

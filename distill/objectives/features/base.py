@@ -15,11 +15,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from distill.field_types import NonNegative, PositiveInt
 from distill.objectives.base import Batch, Loss, Objective, Turn
 from students.critic import channels_first, image_stream
 from students.generator import Generator
+from teachers.conditions import rows
 from teachers.denoiser import Cond, Denoiser, Guided
 from teachers.errors import UserError
 from teachers.features import blocks_of, tapped
@@ -37,6 +39,9 @@ class FeatureMatching(Objective):
     # What gradients reach: the last of the steps that were taken, and each step has its turn to be
     # the last; or all of the chain.
     gradient: Literal["last", "chain"] = "last"
+    # How many parts of a batch take their samples and features anew for the gradient, one after the
+    # other: the loss is the whole batch's, and the memory that of a part (gradient caching).
+    parts: PositiveInt = 1
 
     def __post_init__(self) -> None:
         blocks_of(self.teacher, self.blocks, KEY)
@@ -69,6 +74,23 @@ class FeatureMatching(Objective):
         if self.gradient == "chain":
             return student(batch.noise, batch.cond, whole_chain=True)
         return student(batch.noise, batch.cond, first + 1)
+
+    def read(self, batch: Batch, student: Generator, first: int) -> tuple[Tensor, list[Tensor]]:
+        """x̂ (B, ...) and its features (B, D) at each block, with their graph, in `parts`."""
+
+        def taken(noise: Tensor, cond: Cond) -> tuple[Tensor, ...]:
+            x = self.samples(Batch(None, noise, cond), student, first)
+            return x, *self.features(x, cond)
+
+        if self.parts == 1:
+            x, *features = taken(batch.noise, batch.cond)
+            return x, features
+        pieces = [
+            checkpoint(taken, batch.noise[index], rows(batch.cond, index), use_reentrant=False)
+            for index in torch.arange(len(batch.noise), device=batch.noise.device).chunk(self.parts)
+        ]
+        x, *features = map(torch.cat, zip(*pieces, strict=True))
+        return x, features
 
     def features(self, x: Tensor, cond: Cond) -> list[Tensor]:
         """Features (B, D) of clean x (B, ...) at each block, in float32 or wider; with a graph."""

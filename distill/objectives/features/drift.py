@@ -45,12 +45,12 @@ class Drift(FeatureMatching):
             raise UserError("objective.radii: it is empty; name at least one radius")
 
     def student_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
-        x = self.samples(batch, student, first)
+        x, features = self.read(batch, student, first)
         with torch.no_grad():
             real = self.features(batch.data, batch.cond)
         pairs = others(batch.cond, len(x), x.device, self.by_label)
         losses, lengths, neighbours = [], [], []
-        for z, r in zip(self.features(x, batch.cond), real, strict=True):
+        for z, r in zip(features, real, strict=True):
             scale = mean_distance(r, pairs)
             z, r = z / scale, r / scale
             with torch.no_grad():

@@ -60,8 +60,8 @@ class FDLoss(FeatureMatching):
         self.remember()
 
     def student_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
-        x = self.samples(batch, student, first)
-        fresh = [sums_of(f) for f in self.features(x, batch.cond)]
+        x, features = self.read(batch, student, first)
+        fresh = [sums_of(f) for f in features]
         self.fresh.append([v.detach() for v in fresh])
         if self.step < self.reference_steps or not self.data:
             with torch.no_grad():

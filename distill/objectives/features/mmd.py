@@ -42,11 +42,10 @@ class MMD(FeatureMatching):
     by_label: bool = False  # whether pairs of different class labels have a kernel of 0
 
     def student_loss(self, batch: Batch, student: Generator, first: int = 0) -> Loss:
-        x = self.samples(batch, student, first)
+        x, fakes = self.read(batch, student, first)
         with torch.no_grad():
             real = self.features(batch.data, batch.cond)
         pairs = others(batch.cond, len(x), x.device, self.by_label)
-        fakes = self.features(x, batch.cond)
         squares = [self.discrepancy(f, r, pairs) for f, r in zip(fakes, real, strict=True)]
         logs = {f"mmd{i}": v.detach() for i, v in enumerate(squares)} if len(squares) > 1 else {}
         return Loss(torch.stack(squares).sum(), logs, x)
