@@ -2230,8 +2230,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "a budget that pays for players which have not begun",
         "distill/benchmark/budget.py",
-        "if any(step >= begins.get(name, 0) for name in turn.players):",
-        "if turn.players:",
+        "if any(step >= begins.get(name, 0) for name in learning):",
+        "if learning:",
         "training/test_turnout.py::test_what_nobody_learns_from_is_not_evaluated_and_budgets_know_it",
     ),
     fault(

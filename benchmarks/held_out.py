@@ -24,6 +24,7 @@ from distill.console import print_line
 from distill.sampling.student_sampler import student_samples
 from eval.protocols.measure import protocol
 from students.export.folder import load_student
+from teachers.errors import UserError
 
 FIGURES = ("fd", "fd_second", "precision", "recall", "coverage", "accuracy", "variety")
 HEADS = ("FD", "FD, 2nd", "precision", "recall", "coverage", "accuracy", "variety")
@@ -116,7 +117,10 @@ def plot_variety(lines: list[dict[str, Any]], out: Path) -> None:
 
 
 def main(name: str, out: Path, folders: list[Path], own: bool = False) -> None:
-    bench = Bench.load(name)
+    try:
+        bench = Bench.load(name)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
     measure = bench.reference().eval.protocol
     if measure is None:
         raise SystemExit(f"{name}: it has no protocol")

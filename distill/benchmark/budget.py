@@ -28,6 +28,7 @@ from distill.pairs.making import Maker
 from distill.pairs.settings import settings_of
 from distill.pairs.source import Pairs
 from distill.profiling import EvaluationCounter, denoisers_in
+from distill.rewards.terms import RANKING
 from distill.sampling.guided_teacher import load_teacher
 from distill.seeds import seed_all
 from distill.training.build import build
@@ -53,8 +54,9 @@ def steps_for_evaluations(recipe: Recipe, budget: float, most: int | None = None
     """
     before = pair_evaluations(recipe)
     steps, spent, total = 0, before, before
+    learns = min((player.begins for player in recipe.players.values()), default=0)
     for total in islice((before + n for n in evaluations_after_steps(recipe)), most):
-        if total == spent:
+        if total == spent and steps >= learns:
             raise UserError(
                 f"budget: step {steps + 1} evaluates no network, so steps are free; use seconds"
             )
@@ -101,12 +103,14 @@ def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:
     batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
     counter = EvaluationCounter(denoisers_in(fields))
     begins = {name: player.begins for name, player in recipe.players.items()}
+    ranking = [RANKING] if any(r.kind == "ranked" for r in recipe.rewards.values()) else []
     for step in count():
         with counter as counts:
             seed_all(seed, "turns", step, 0)
             for place, turn in enumerate(objective.turns(step)):
                 seed_all(seed, step, place, 0)
-                if any(step >= begins.get(name, 0) for name in turn.players):
+                learning = [*turn.players, *(ranking if "student" in turn.players else [])]
+                if any(step >= begins.get(name, 0) for name in learning):
                     turn.loss(batch)
                 seed_all(seed, "turns", step, place + 1)
         yield sum(counts.values()) * recipe.train.batch // size

@@ -146,6 +146,11 @@ def require_finished(run: Path) -> None:
     who = f"run {str(run)!r}"
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{who}: no recipe.yaml there; give the folder of a `distill run`")
+    if (run / "critic.safetensors").is_file() and not (run / "student").exists():
+        raise UserError(
+            f"{who}: it trained a discriminator, and has no student; name its critic.safetensors "
+            "in the recipe of one, by teacher.discriminator.file"
+        )
     if not (run / "summary.json").is_file() or not (run / "student").is_dir():
         raise UserError(f"{who}: not finished; continue it with `distill run … --resume`")
     refuse_own_network(run)

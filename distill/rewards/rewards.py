@@ -186,7 +186,9 @@ def called(function: Function, name: str, images: Tensor, prompts: Sequence[Any]
     """
     try:
         values = function(images, prompts)
-    except (UserError, torch.OutOfMemoryError):
+    except UserError as error:  # a built-in one's, which does not know its name in the recipe
+        raise UserError(f"rewards.{name}.function: {error}") from None
+    except torch.OutOfMemoryError:
         raise
     except (Exception, SystemExit) as error:  # a user's function may raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"

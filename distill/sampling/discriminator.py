@@ -87,9 +87,17 @@ def check(section: DiscriminatorSection, teacher: Teacher) -> None:
     """Refuse a discriminator that does not belong to a teacher as it was loaded.
 
     Raises:
-        UserError: it was trained on another teacher, or its heads do not fit.
+        UserError: it was trained on another teacher or at other noise levels, or its heads do not
+            fit.
     """
     _, about = read_about(section.file)
+    (low, high), asked = about["interval"], section.interval
+    if asked is not None and not low <= asked[0] < asked[1] <= high:
+        raise UserError(
+            f"teacher.discriminator.interval: {clipped(section.file)} was trained where "
+            f"{low:g} ≤ σ/α ≤ {high:g}, and {list(asked)} goes beyond; stay within, or "
+            "remove it"
+        )
     for name, value in identity(teacher).items():
         if name != "teacher" and about.get(name) != value:
             raise UserError(

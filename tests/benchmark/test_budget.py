@@ -67,6 +67,23 @@ def test_a_guided_teacher_counts_twice(adapters, pipelines, tmp_path):
     assert next(budget.evaluations_after_steps(recipe)) == 8 * (2 + 2 + 2)
 
 
+@pytest.mark.parametrize("ranked", [False, True], ids=["nobody", "ranking"])
+def test_steps_before_a_player_begins_count_as_they_run(ranked, pipelines, tmp_path):
+    """They are free where nobody learns; what orders samples learns in the student's turn."""
+    tree = recipe_tree("sid", pipelines["edm"], steps=4)
+    tree["players"] = {"student": {"begins": 2}, "fake": {"begins": 1}}
+    if ranked:
+        file = tmp_path / "mine.py"
+        file.write_text("def bright(images, prompts):\n    return images.flatten(1).mean(1)\n")
+        tree["rewards"] = {"bright": {"function": f"{file}:bright", "kind": "ranked"}}
+    recipe = Recipe.check(tree)
+    foretold = budget.evaluations_after_steps(recipe)
+    found = counted(recipe, tmp_path / "run")
+    assert [next(foretold) for _ in range(4)] == found
+    assert (found[0] > 0) == ranked
+    assert budget.steps_for_evaluations(recipe, found[-1]) == 4
+
+
 def test_a_budget_buys_the_most_steps_that_do_not_exceed_it(pipelines):
     recipe = Recipe.check(recipe_tree("sid", pipelines["edm"], batch=8))
     each = 8 * 5  # student and fake twice, teacher once

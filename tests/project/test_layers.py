@@ -148,7 +148,7 @@ MAY: dict[str, set[str]] = {
     },
     "distill.benchmark": {
         "distill", "distill.objectives", "distill.objectives.features", "distill.config",
-        "distill.data", "distill.sampling", "distill.pairs", "distill.training",
+        "distill.data", "distill.rewards", "distill.sampling", "distill.pairs", "distill.training",
         "distill.evaluation", "students", "students.export", "teachers", "eval", "eval.protocols",
     },
     "distill.auto": {

@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 from distill.config.recipe import Recipe
 from distill.rewards import preference
 from distill.rewards.preference import PREFERENCES, cover, of_encoders, of_scorer
-from distill.rewards.rewards import function_of, reward_of
+from distill.rewards.rewards import called, function_of, reward_of
 from distill.sampling.used_networks import used_networks
 from eval import fetch, resize
 from eval.metrics.clip import ClipScore, PickScore
@@ -119,10 +119,10 @@ def test_grey_pictures_are_read_and_others_refused(rewards):
     reward, *_ = rewards["image-reward"]
     grey = torch.rand(3, 1, 30, 30)
     torch.testing.assert_close(reward(grey, PROMPTS), reward(grey.expand(-1, 3, -1, -1), PROMPTS))
-    with refused("rewards", "(3, 2, 8, 8)"):
-        reward(torch.rand(3, 3, 2, 8, 8), PROMPTS)
-    with refused("rewards", "captions", "7"):
-        reward(torch.rand(2, 3, 8, 8), ["a", 7])
+    with refused("rewards.taste.function", "(3, 2, 8, 8)"):
+        called(reward, "taste", torch.rand(3, 3, 2, 8, 8), PROMPTS)
+    with refused("rewards.taste.function", "captions", "7"):
+        called(reward, "taste", torch.rand(2, 3, 8, 8), ["a", 7])
 
 
 def test_a_network_is_loaded_once_and_a_missing_one_is_one_line(tmp_path, monkeypatch):
@@ -138,8 +138,8 @@ def test_a_network_is_loaded_once_and_a_missing_one_is_one_line(tmp_path, monkey
         assert len(loaded) == 1
         preference.preference.cache_clear()
         monkeypatch.setattr(preference, "PICK", (str(tmp_path / "scratch"), ""))
-        with refused("rewards", "pick-score", "download"):
-            function_of("pick-score", "a")(torch.rand(2, 3, 30, 30), ["a", "b"])
+        with refused("rewards.a.function", "pick-score", "download"):
+            called(function_of("pick-score", "a"), "a", torch.rand(2, 3, 30, 30), ["a", "b"])
     finally:
         preference.preference.cache_clear()
 

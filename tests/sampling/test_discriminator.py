@@ -12,7 +12,8 @@ from distill.config.recipe import Recipe
 from distill.pairs.settings import teacher_identity
 from distill.planning import forecast
 from distill.pretrain.pixels import teach
-from distill.sampling.discriminator import NAME, critic_of
+from distill.publish.card import require_finished
+from distill.sampling.discriminator import NAME, check, critic_of
 from distill.sampling.guided_teacher import guided, load_teacher
 from distill.training import build
 from teachers.denoiser import Guided
@@ -204,6 +205,18 @@ def test_what_a_run_without_a_student_cannot_have_is_refused(key, value):
     with pytest.raises(UserError) as error:
         Recipe.check(tree)
     assert error.value.key.endswith(key)
+
+
+@pytest.mark.parametrize("interval", [[0.01, 1.0], [0.1, 50.0]])
+def test_levels_that_it_was_not_trained_at_are_refused(pipelines, run, interval):
+    section = section_of(pipelines, run / NAME, interval=interval)
+    with refused("teacher.discriminator.interval", "0.05 ≤ σ/α ≤ 20"):
+        check(section.discriminator, load_teacher(section))
+
+
+def test_its_run_has_no_page_and_says_so(run):
+    with refused("run *", "trained a discriminator", "teacher.discriminator.file"):
+        require_finished(run)
 
 
 @pytest.mark.parametrize("interval", [[1.0, 1.0], [2.0, 0.1]])
