@@ -16,6 +16,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")  # of objectives, beside their colours
 GREY, BLACK = "#767676", "#1a1a1a"
 NAME = 0.21  # inches that a name takes
+BEST = 20  # rows of the short picture of a long benchmark
 LINES = 20  # the most rows whose lines an eye can follow; more are ranked
 
 
@@ -46,7 +47,7 @@ def plot(lines: Sequence[LeaderboardRow], out: Path) -> list[Path]:
     paths = []
     with mpl.rc_context(style):
         if any(v.steps != students[0].steps for v in students):
-            paths.append(quality_by_steps(lines, out))
+            paths += quality_by_steps(lines, out)
         paths.append(quality_by_cost(lines, first, out))
         if all("recall" in v.metrics for v in first):
             paths.append(diversity(lines, first, out))
@@ -83,15 +84,21 @@ def saved(fig: Any, path: Path) -> Path:
     return path
 
 
-def quality_by_steps(lines: Sequence[LeaderboardRow], out: Path) -> Path:
-    """Distance by the students' sampling steps: a line for each row, dashed for baselines."""
+def quality_by_steps(lines: Sequence[LeaderboardRow], out: Path) -> list[Path]:
+    """Distance by the students' sampling steps: a line for each row, dashed for baselines.
+
+    Many rows are ranked instead, and of very many there is a second picture of the best.
+    """
     rows: dict[str, list[LeaderboardRow]] = {}
     most = max(v.steps or 0 for v in lines if v.kind == "student")
     few = [v for v in lines if v.steps and v.steps <= most and v.kind != "teacher"]
     for line in sorted(few, key=lambda v: v.steps or 0):
         rows.setdefault(line.name, []).append(line)
     if len(rows) > LINES:
-        return ranking(rows, lines, out)
+        paths = [ranking(rows, lines, out / "quality-steps.png")]
+        if len(rows) > 2 * BEST:
+            paths.append(ranking(rows, lines, out / "quality-best.png", BEST))
+        return paths
     fig, ax = figure(len(rows) + 1)
     look, points = looks(lines), []
     for name, path in rows.items():
@@ -107,43 +114,51 @@ def quality_by_steps(lines: Sequence[LeaderboardRow], out: Path) -> Path:
     scale_of_distance(ax, "Distance by sampling steps", distance_of(few[0].metrics))
     points += reference(ax, lines, None)
     in_margin(ax, points)
-    return saved(fig, out / "quality-steps.png")
+    return [saved(fig, out / "quality-steps.png")]
 
 
 def ranking(
-    rows: dict[str, list[LeaderboardRow]], lines: Sequence[LeaderboardRow], out: Path
+    rows: dict[str, list[LeaderboardRow]],
+    lines: Sequence[LeaderboardRow],
+    path: Path,
+    most: int | None = None,
 ) -> Path:
     """Distance by sampling steps with the names as an axis, the best on top: a dot for each count.
 
     Args:
         rows: By name, its lines of a few steps.
+        path: The file to write.
+        most: How many rows are shown, of the best; by default all.
     """
     order = sorted(rows.values(), key=lambda v: min(w.distance for w in v), reverse=True)
-    counts = sorted({v.steps for path in order for v in path if v.steps})
+    shown = f"The best {most} of {len(order)}" if most else "Distance"
+    order = order[-(most or len(order)) :]
+    counts = sorted({v.steps for row in order for v in row if v.steps})
     fig, ax = figure(len(order) + 1, 8.4)
-    for place, path in enumerate(order):
-        x, untrained = [v.distance for v in path], path[0].kind == "baseline"
+    for place, row in enumerate(order):
+        x, untrained = [v.distance for v in row], row[0].kind == "baseline"
         ax.plot(x, [place] * len(x), color=GREY, lw=0.8, ls=":" if untrained else "-", zorder=1)
     for k, colour, mark in zip(counts, COLOURS, MARKS, strict=False):
-        dots = [(v.distance, i) for i, path in enumerate(order) for v in path if v.steps == k]
-        ax.plot(*zip(*dots, strict=True), mark, color=colour, ms=6, ls="", alpha=0.9,
-                label=f"{k} {plural(k, 'step')}")  # fmt: skip
+        dots = [(v.distance, i) for i, row in enumerate(order) for v in row if v.steps == k]
+        if dots:
+            ax.plot(*zip(*dots, strict=True), mark, color=colour, ms=6, ls="", alpha=0.9,
+                    label=f"{k} {plural(k, 'step')}")  # fmt: skip
     for line in lines:
         if line.kind == "teacher":
             name = f"{line.name}, {line.steps} steps"
             ax.axvline(line.distance, color=BLACK, lw=1, label=name, zorder=0)
-    ax.set_yticks(range(len(order)), [path[0].name for path in order])
-    for text, path in zip(ax.get_yticklabels(), order, strict=True):
-        text.set_color(GREY if path[0].kind == "baseline" else BLACK)
+    ax.set_yticks(range(len(order)), [row[0].name for row in order])
+    for text, row in zip(ax.get_yticklabels(), order, strict=True):
+        text.set_color(GREY if row[0].kind == "baseline" else BLACK)
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(-0.7, len(order) - 0.3)
     ax.set_xscale("log")
     numbered(ax.xaxis)
     ax.grid(axis="x", lw=0.6)
-    ax.set_title("Distance by sampling steps; grey names are the teacher without training")
+    ax.set_title(f"{shown} by sampling steps; grey names are the teacher without training")
     ax.set_xlabel(f"{catalogue.label(distance_of(order[0][0].metrics))}, lower is better")
     ax.legend(loc="center right", frameon=False)
-    return saved(fig, out / "quality-steps.png")
+    return saved(fig, path)
 
 
 def quality_by_cost(

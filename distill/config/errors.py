@@ -62,6 +62,8 @@ def _expected(problem: ErrorDetails) -> str:
     if problem["type"] == "tuple_type":
         return "expected a list"
     if problem["type"] in ("model_type", "dict_type"):
+        if problem["loc"] == ("eval",) and problem["input"] is None:
+            return "to measure nothing, write eval: {protocol: null}"
         return "expected a section of keys"
     message = str(context["error"]) if problem["type"] == "value_error" else problem["msg"]
     message = message[0].lower() + message[1:]

@@ -103,7 +103,7 @@ def test_many_rows_are_ranked_by_their_best_distance(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "saved", lambda fig, path: figures.append(fig) or path)
     rows = [*CROWD, *(line(f"more {i}", 2, 0.2 + 0.1 * i) for i in range(10))]
-    plots.quality_by_steps(rows, tmp_path)
+    assert plots.quality_by_steps(rows, tmp_path) == [tmp_path / "quality-steps.png"]
     (ax,) = figures[0].axes
     names = [t.get_text() for t in ax.get_yticklabels()]
     assert len(names) == 27
@@ -113,3 +113,15 @@ def test_many_rows_are_ranked_by_their_best_distance(tmp_path, monkeypatch):
     x, y = dots["1 step"].get_data()
     assert len(x) == 17 and x[list(y).index(names.index("row 3"))] == pytest.approx(0.403)
     assert [names[i] for i in dots["2 steps"].get_data()[1]].count("more 4") == 1
+
+
+def test_very_many_rows_have_a_second_picture_of_the_best(tmp_path, monkeypatch):
+    figures = {}
+    monkeypatch.setattr(plots, "saved", lambda fig, path: figures.update({path.name: fig}) or path)
+    rows = [*CROWD, *(line(f"more {i}", 2, 0.2 + 0.01 * i) for i in range(30))]
+    paths = plots.quality_by_steps(rows, tmp_path)
+    assert [v.name for v in paths] == ["quality-steps.png", "quality-best.png"]
+    (ax,) = figures["quality-best.png"].axes
+    names = [t.get_text() for t in ax.get_yticklabels()]
+    assert names == [f"more {i}" for i in reversed(range(20))]
+    assert "The best 20 of 47" in ax.get_title()
