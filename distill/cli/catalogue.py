@@ -13,8 +13,13 @@ if TYPE_CHECKING:
 
 def objectives() -> dict[str, str]:
     from distill.config.objectives import OBJECTIVES
+    from distill.publish.papers import PAPERS
 
-    return {k: f"{description(v)} {NEEDS[data_needs(v)]}" for k, v in OBJECTIVES.items()}
+    papers = {k: f" arXiv:{paper.arxiv}." for k, paper in PAPERS.items()}
+    return {
+        k: f"{description(v)}{papers.get(k, '')} {NEEDS[data_needs(v)]}"
+        for k, v in OBJECTIVES.items()
+    }
 
 
 def data_needs(kind: type[Objective]) -> str:
