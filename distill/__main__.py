@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from distill import __version__
-from distill.cli import auto, average, compat, evaluate, inspect, publish, train, tune
+from distill.cli import auto, compat, evaluate, inspect, publish, train, tune, weights
 from distill.cli.errors import resume_hint
 
 app = typer.Typer(
@@ -55,7 +55,8 @@ COMMANDS = {
     "compat": (compat.compat, "Try LoRA files in a student and in its teacher."),
     "draw": (evaluate.draw, "Generate images for GenEval or DPG-Bench."),
     "reference": (evaluate.reference, "Compute the reference statistics of protocols."),
-    "average": (average.average, "Average a run's saved weights anew, or search."),
+    "average": (weights.average, "Average a run's saved weights anew, or search."),
+    "compress": (weights.compress, "Make a smaller network of a teacher's."),
     "report": (publish.report, "Write the HTML report of a finished run."),
     "compare": (publish.compare, "Compare training curves with known-good runs."),
     "card": (publish.card, "Write the model card of a finished run."),

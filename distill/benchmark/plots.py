@@ -99,12 +99,27 @@ def quality_by_steps(lines: Sequence[LeaderboardRow], out: Path) -> list[Path]:
         if len(rows) > 2 * BEST:
             paths.append(ranking(rows, lines, out / "quality-best.png", BEST))
         return paths
+    return [lines_by_steps(rows, lines, few, out / "quality-steps.png")]
+
+
+def lines_by_steps(
+    rows: dict[str, list[LeaderboardRow]],
+    lines: Sequence[LeaderboardRow],
+    few: Sequence[LeaderboardRow],
+    path: Path,
+) -> Path:
+    """Distance by sampling steps: a line for each row.
+
+    Args:
+        few: The lines of few steps, without the teacher's.
+        path: The file to write.
+    """
     fig, ax = figure(len(rows) + 1)
     look, points = looks(lines), []
-    for name, path in rows.items():
-        colour, mark = look.get(path[0].objective, (GREY, "."))
-        x, y = [v.steps or 0 for v in path], [v.distance for v in path]
-        dashed = "--" if path[0].kind == "baseline" else "-"
+    for name, row in rows.items():
+        colour, mark = look.get(row[0].objective, (GREY, "."))
+        x, y = [v.steps or 0 for v in row], [v.distance for v in row]
+        dashed = "--" if row[0].kind == "baseline" else "-"
         ax.plot(x, y, dashed, marker=mark, color=colour, lw=1.2, ms=4.5, alpha=0.9)
         points.append(Point(x[-1], y[-1], name, colour))
     ax.set_xscale("log", base=2)
@@ -114,7 +129,7 @@ def quality_by_steps(lines: Sequence[LeaderboardRow], out: Path) -> list[Path]:
     scale_of_distance(ax, "Distance by sampling steps", distance_of(few[0].metrics))
     points += reference(ax, lines, None)
     in_margin(ax, points)
-    return [saved(fig, out / "quality-steps.png")]
+    return saved(fig, path)
 
 
 def ranking(

@@ -34,6 +34,7 @@ from distill.objectives.flow_maps.meanflow import AYF, MeanFlow
 from distill.objectives.flow_maps.shortcut import Shortcut
 from distill.objectives.pairs.kd import KD
 from distill.objectives.pairs.reflow import Reflow
+from distill.objectives.smaller.compress import Compression
 from distill.objectives.trajectory.draft import DRaFT
 from distill.objectives.trajectory.guided import GuidedDistillation
 from distill.objectives.trajectory.lcm import LCM
@@ -54,6 +55,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ddo": DDO,
     "diff-instruct": DiffInstruct,
     "diffusion": Diffusion,
+    "compress": Compression,
     "discriminator": Discriminator,
     "dmd": DMD,
     "dmd2": DMD2,

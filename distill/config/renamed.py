@@ -22,6 +22,7 @@ OBJECTIVES = {
 }
 # For each section: its old and new keys, with any objective.
 SECTIONS = {
+    "student": {"source": "init"},
     "train.vae": {"moves": "optimizer"},
     "train.unet": {"moves": "optimizer"},
 }

@@ -78,6 +78,34 @@ def unknown_adapted_player(recipe: Recipe) -> str | None:
     return None
 
 
+def architecture_of_another_start(recipe: Recipe) -> str | None:
+    if recipe.student.architecture is None or recipe.student.init is None:
+        return None
+    return "student.architecture: student.init has one of its own; remove one of the two"
+
+
+def architecture_under_adapters(recipe: Recipe) -> str | None:
+    """An adapter is on the teacher's own weights, which have the teacher's architecture."""
+    if recipe.student.architecture is None or recipe.adapters is None:
+        return None
+    if "student" not in (recipe.adapters.players or ("student",)):
+        return None
+    return (
+        "student.architecture: an adapter is on the teacher's own network; name other networks in "
+        "adapters.players, or remove adapters"
+    )
+
+
+def empty_architecture(recipe: Recipe) -> str | None:
+    if (a := recipe.student.architecture) is None:
+        return None
+    if not a.config and not a.remove:
+        return "student.architecture: it changes nothing; give config or remove, or leave it out"
+    if repeated := [n for n in a.remove if a.remove.count(n) > 1]:
+        return f"student.architecture.remove: {cut(repeated[0])!r} is there twice; name it once"
+    return None
+
+
 def trained_quantised_weights(recipe: Recipe) -> str | None:
     if recipe.teacher.precision in FORMS and (recipe.adapters is None or not recipe.kind.few_step):
         return (
@@ -638,6 +666,9 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     players_out_of_turn,
     no_adapted_players,
     unknown_adapted_player,
+    architecture_of_another_start,
+    architecture_under_adapters,
+    empty_architecture,
     trained_quantised_weights,
     copied_quantised_weights,
     dora_on_quantised_weights,

@@ -156,6 +156,17 @@ class TeacherSection(Section):
         return {**given, "adapters": adapters} if adapters else given
 
 
+class ArchitectureSection(Section):
+    """A student's network that is made of the teacher's, with its weights."""
+
+    # Settings of the network's own config.json that become others, such as mid_block_type: null.
+    config: dict[str, Any] = {}
+    # Layers that are removed, by name; `distill compress` lists them with what each costs.
+    remove: tuple[Name, ...] = ()
+    # For the beginning of a name of the student's weights, that of the teacher's that they are.
+    rename: dict[Name, Name] = {}
+
+
 class StudentSection(Section):
     """The few-step model to train."""
 
@@ -177,9 +188,10 @@ class StudentSection(Section):
     # How the network of a flow map reads where its step lands: by an embedding that is added to
     # the time's and is 0 at first, or by a copy of the time's, a quarter of the two mixed.
     landing: Literal["added", "mixed"] | None = None  # by default added
-    # An earlier student that this one starts as: a run's folder, or an exported student. By default
-    # it starts as the teacher.
-    source: Name | None = None
+    # What this student starts as: an earlier student (a run's folder, or an exported student), or a
+    # smaller network that `distill compress` made. By default it starts as the teacher.
+    init: Name | None = None
+    architecture: ArchitectureSection | None = None  # by default the teacher's
 
     def trained(self, learns: Learns, possible: Sequence[int]) -> dict[int, float]:
         """The relative training frequency of each count.

@@ -48,6 +48,12 @@ PAPERS = {
         2025,
         "2509.24526",
     ),
+    "compress": Paper(
+        "BK-SDM: A Lightweight, Fast, and Cheap Version of Stable Diffusion",
+        "Kim, Bo-Kyeong and Song, Hyoung-Kyu and Castells, Thibault and Choi, Shinkook",
+        2023,
+        "2305.15798",
+    ),
     "consistency": Paper(
         "Consistency Models",
         "Song, Yang and Dhariwal, Prafulla and Chen, Mark and Sutskever, Ilya",

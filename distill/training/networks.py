@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from distill.config.schema import AdaptersSection, CriticSection
 from distill.objectives.base import Auxiliary, Objective
 from distill.objectives.distribution.anchored import AnchoredDMD2
 from distill.sampling.guided_teacher import guidance_of, guided, guided_student, share_times
+from students.architecture.change import changed_teacher
 from students.checkpointing import checkpointing
 from students.critic import Critic, HeldWeights, ImageFeatures, SANCritic
 from students.export import earlier
@@ -28,6 +30,7 @@ from students.schedulers import renoised_in_part
 from students.two_time import keep_slow, two_time
 from teachers.denoiser import Denoiser, Network
 from teachers.errors import UserError, clipped, first_line
+from teachers.families.base import Pretrained
 from teachers.storage.plugin import called
 from teachers.teacher import Teacher
 
@@ -42,9 +45,9 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
     """
     check_form(recipe, form_of(teacher, recipe.kind.few_step))
     objective = assembled(recipe, build_networks(recipe, teacher), device)
-    if recipe.student.source is not None and isinstance(objective, AnchoredDMD2):
+    if recipe.student.init is not None and isinstance(objective, AnchoredDMD2):
         # not the student as it starts, whose base may have LoRA files that it did not have
-        objective.before = earlier.denoiser(recipe.student.source).to(device)
+        objective.before = earlier.denoiser(recipe.student.init).to(device)
     return objective
 
 
@@ -112,16 +115,34 @@ def student_of(
         UserError: there is no such student.
     """
     s = recipe.student
-    if s.source is None or planned:
-        student = form.student(s.steps, s.start, s.renoise, adapter)
+    if s.init is None or planned:
+        student = shaped(recipe, form).student(s.steps, s.start, s.renoise, adapter)
     else:
-        student = earlier.student(s.source, form, s.steps, s.renoise, adapter)
+        student = earlier.student(s.init, form, s.steps, s.renoise, adapter)
     if s.share_times is not None:
         share_times(student.denoiser, s.share_times, "student")
     if s.gamma is not None:
         student = renoised_in_part(student, s.gamma)
     counts = s.trained(recipe.kind.learns, student.counts)
     return student.keep(*counts, weights=list(counts.values()))
+
+
+def shaped(recipe: Recipe, form: StudentForm) -> StudentForm:
+    """The form of students that have the recipe's architecture.
+
+    Raises:
+        UserError: the teacher's weights do not make such a network.
+    """
+    s, teacher = recipe.student, form.teacher
+    if s.architecture is not None:
+        a = s.architecture
+        return replace(form, teacher=changed_teacher(teacher, a.config, a.rename, a.remove))
+    if s.init is not None and (backbone := earlier.outline(s.init, teacher)) is not None:
+        network = network_of(teacher.denoiser)
+        assert isinstance(network, Pretrained)
+        twin = network.twin(backbone, network.schedule)
+        return replace(form, teacher=replace(teacher, denoiser=twin))
+    return form
 
 
 def with_guidance(recipe: Recipe, teacher: Teacher, student: Generator) -> Generator:

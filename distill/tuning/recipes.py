@@ -101,7 +101,7 @@ def teacher_recipe(student: Tunable, places: Places, settings: Settings, own: in
     base, train = student.recipe.tree(), student.recipe.train
     tree = {
         "teacher": {**base["teacher"], "guidance": 1.0},
-        "student": {**base["student"], "source": None},
+        "student": {**base["student"], "init": None},
         "objective": {"name": "finetune", "known_from": own},
         "adapters": lora_like(student),
         "players": {"student": player(student, settings.teacher_rate, settings.teacher_steps)},
@@ -145,7 +145,7 @@ def matched(tree: dict[str, Any], student: Tunable, places: Places) -> dict[str,
     return {
         **tree,
         "teacher": tuned_teacher(student, places),
-        "student": {**tree["student"], "source": str(student.folder.resolve())},
+        "student": {**tree["student"], "init": str(student.folder.resolve())},
         "objective": {**(base.objective if own else {}), "name": "dmd2-anchored",
                       "known_from": OWN_PROMPTS},
         "adapters": adapters_of(student),
@@ -169,7 +169,7 @@ def fitted(tree: dict[str, Any], student: Tunable, places: Places) -> dict[str, 
     return {
         **tree,
         "teacher": teacher,
-        "student": {**tree["student"], "source": None},
+        "student": {**tree["student"], "init": None},
         "objective": {"name": "finetune"},
         "adapters": lora_like(student),
         "data": {"source": str(places.data.resolve()), "size": tree["data"]["size"]},

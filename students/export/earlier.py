@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from students.architecture.score import COMPRESSED
 from students.export.folder import SIDECAR, load_student, refuse_unfinished
 from students.export.formats import parts
 from students.export.forms import form_of
@@ -17,11 +19,14 @@ from students.export.lora_files import DIFFUSERS, TURBO
 from students.form import StudentForm
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, Adapter, adapter_of, unwrap
+from teachers.catalogue.loading import load
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, clipped
+from teachers.storage.components import networks
 from teachers.storage.files import home, read_json
+from teachers.teacher import Teacher
 
-KEY = "student.source"
+KEY = "student.init"
 
 
 def student(
@@ -42,6 +47,9 @@ def student(
         UserError: there is no student of this teacher in the folder, or its LoRA does not fit the
             adapter.
     """
+    if (made := compressed(source)) is not None:
+        like = load(str(made), **form.teacher.options)
+        return form_of(fitting(source, like, form.teacher)).student(steps, None, renoise, adapter)
     folder = student_folder(source)
     file = lora_of(folder)
     if adapter is not None and adapter.kind == "lora" and file is not None:
@@ -51,13 +59,50 @@ def student(
         start_with(network, load_file(file), file)
         return made
     _, like = load_student(folder, adapters=new_files(folder, form.teacher))
-    if like.shape != form.teacher.shape:
-        want, got = ("×".join(map(str, s)) for s in (form.teacher.shape, like.shape))
+    return form_of(fitting(source, like, form.teacher)).student(steps, None, renoise, adapter)
+
+
+def fitting(source: str, like: Teacher, teacher: Teacher) -> Teacher:
+    """What a student starts as, if it is of the teacher's data.
+
+    Raises:
+        UserError: its data have another shape.
+    """
+    if like.shape != teacher.shape:
+        want, got = ("×".join(map(str, s)) for s in (teacher.shape, like.shape))
         raise UserError(
             f"{KEY}: {clipped(source)}: its data are {got} and the teacher's are {want}; name a "
             "student of this teacher"
         )
-    return form_of(like).student(steps, None, renoise, adapter)
+    return like
+
+
+def compressed(source: str) -> Path | None:
+    """The folder of a teacher's pipeline with a smaller network; None where it is a student's."""
+    folder = home(source, KEY)
+    return folder if (folder / COMPRESSED).is_file() else None
+
+
+def outline(source: str, teacher: Teacher) -> Any:
+    """The network that a student starts as, without its values, for a plan.
+
+    It is made of the config in the folder, under whatever FakeTensorMode there is; None where the
+    folder is not here yet, or has a network of the teacher's own config.
+
+    Raises:
+        UserError: the folder is not a student's.
+    """
+    if not home(source, KEY).is_dir():
+        return None
+    folder = compressed(source) or student_folder(source)
+    network = unwrap(teacher.denoiser)
+    with unset_fake_temporarily():
+        index = read_json(folder / "model_index.json", KEY)
+        config = read_json(folder / network.PART / "config.json", KEY)
+    kind = dict(networks(index)).get(network.PART)
+    if kind is None:
+        return None
+    return kind.from_config({k: v for k, v in config.items() if not k.startswith("_")})
 
 
 def denoiser(source: str) -> Denoiser:

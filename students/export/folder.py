@@ -169,14 +169,20 @@ def brings_source(network: Denoiser) -> bool:
     """Whether the export includes the network's source, because diffusers has no such class."""
     from teachers.edm.model import EDM  # slow: it imports diffusers' models
     from teachers.imagenet.model import SiT
+    from teachers.reduced.network import Reduced
 
-    return isinstance(network, EDM | SiT)
+    return isinstance(network, EDM | SiT) or isinstance(network_of(network).backbone, Reduced)
 
 
 def write_source(folder: Path, network: Pretrained, pipe: Any) -> None:
     """Add the source of a network that brings it to the folder of its pipeline."""
     from students.export.sources import edm, imagenet
+    from teachers.reduced import source as reduced
+    from teachers.reduced.network import Reduced
 
+    if isinstance(network.backbone, Reduced):
+        reduced.write(folder, network.PART, network.backbone)
+        return
     source: Any = edm if network.PART == "unet" else imagenet
     source.write(folder, pipe)
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from teachers.denoiser import Cond
 from teachers.errors import UserError, clipped, teacher_at
 from teachers.families.base import Pretrained, check_schedule
+from teachers.reduced.source import module_of
 from teachers.storage import components
+from teachers.storage.components import reduced_class
 from teachers.storage.diffusers_config import Shift, read, shifted
 from teachers.storage.files import read_json
 from teachers.teacher import Pixels, Teacher
@@ -143,7 +145,8 @@ def backbone_of(own: Networks, folder: Path, who: str) -> tuple[type[UNet], Any]
     kind = str(config.get("_class_name"))
     if kind in own:
         return own[kind](folder, config, who)
-    if kind != "UNet2DModel":
+    network_class = reduced_class([module_of(kind), kind]) or UNet2DModel
+    if kind != network_class.__name__:
         raise UserError(f"{who}: {folder / 'config.json'} holds a {kind}; expected a UNet2DModel")
     if (embed := config.get("class_embed_type")) is not None:
         raise UserError(
@@ -154,7 +157,7 @@ def backbone_of(own: Networks, folder: Path, who: str) -> tuple[type[UNet], Any]
             f"{who}: no safetensors weights in {folder}; pickled weights are never loaded, "
             "convert them with diffusers' save_pretrained first"
         )
-    network = steady_type(components.module(UNet2DModel, folder, who, low_cpu_mem_usage=False))
+    network = steady_type(components.module(network_class, folder, who, low_cpu_mem_usage=False))
     channels, outputs = network.config["in_channels"], network.config["out_channels"]
     if outputs not in (channels, 2 * channels):
         raise UserError(

@@ -171,7 +171,12 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
     """
     index = read_json(folder / "model_index.json", who)
     check_index(folder, index, who)
-    kinds, parts, classes = dict(networks(index)), {}, {}
+    kinds, parts = dict(networks(index)), dict[str, Any]()
+    classes = {
+        part: kinds[part].__mro__[2].__name__
+        for part, entry in index.items()
+        if isinstance(entry, list) and reduced_class(entry) is not None
+    }
     chosen = variants(who, {part: folder / part for part in kinds})
     for part, kind in kinds.items():
         # transformers' older name, which all versions accept
@@ -197,7 +202,8 @@ def assembled(
     """The pipeline of loaded components; the others come from its folder.
 
     Args:
-        classes: The names of tokenizers' classes where they are not those of the index.
+        classes: The names of classes where they are not those of the index: of tokenizers, and of
+            the stock networks in whose place reduced ones are.
         dtypes: As `stock` has them.
 
     Raises:
@@ -265,7 +271,10 @@ def naming(folder: Path, index: dict[str, Any], classes: dict[str, str]) -> Iter
         for path in folder.iterdir():
             if path.name != "model_index.json":
                 (Path(place) / path.name).symlink_to(path.resolve())
-        named = {part: ["transformers", name] for part, name in classes.items()}
+        named = {
+            part: ["transformers" if name.endswith(TOKENIZERS) else "diffusers", name]
+            for part, name in classes.items()
+        }
         (Path(place) / "model_index.json").write_text(json.dumps(index | named), encoding="utf-8")
         yield Path(place)
 
@@ -276,12 +285,28 @@ def networks(index: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     import transformers
 
     for part, entry in index.items():
-        if not isinstance(entry, list) or part == "safety_checker" or entry[0] not in LOADED:
+        if not isinstance(entry, list) or part == "safety_checker":
+            continue
+        if (reduced := reduced_class(entry)) is not None:
+            yield part, reduced
+        if entry[0] not in LOADED:
             continue
         library = diffusers if entry[0] == "diffusers" else transformers
         kind = getattr(library, entry[1], None)
         if isinstance(kind, type) and issubclass(kind, nn.Module):
             yield part, kind
+
+
+def reduced_class(entry: list[Any]) -> Any:
+    """Our own class of a network that lacks layers, where an entry of an index names one.
+
+    The source that lies beside its weights is never run: it is that of this class.
+    """
+    from teachers.reduced import network, source
+
+    kind = getattr(network, str(entry[1]), None) if len(entry) == 2 else None
+    known = isinstance(kind, type) and issubclass(kind, network.Reduced)
+    return kind if known and entry[0] == source.module_of(str(entry[1])) else None
 
 
 def check_parts(folder: Path, who: str) -> None:

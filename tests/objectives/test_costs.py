@@ -121,6 +121,11 @@ COSTS = {
         {}, {"student forward": 2, "student backward": 1}),
     ("ayf", "the value with its derivative"): (
         {}, {"student forward": 2, "student backward": 1, "teacher forward": 1}),
+    ("compress", "the student and the teacher once"): (
+        {"features": 0}, {"student forward": 1, "student backward": 1, "teacher forward": 1}),
+    ("compress", "and the guided teacher"): (
+        {"features": 0, "guided": True},
+        {"student forward": 1, "student backward": 1, "teacher forward": 3}),
     ("consistency", "Heun's two calls"): (
         {}, {"student forward": 2, "student backward": 1, "teacher forward": 2}),
     ("consistency", "one call of DDIM"): (

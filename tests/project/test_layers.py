@@ -24,6 +24,7 @@ SHARED = (
     "branches",
     "first_step",
     "games",
+    "taps",
 )  # no objective of its own
 OBJECTIVES = [
     p for p in sorted((ROOT / "distill/objectives").rglob("*.py")) if p.stem not in SHARED
@@ -32,9 +33,12 @@ OBJECTIVES = [
 # The folders, lowest first, and what each may import beside itself: only what stands above it here.
 MAY: dict[str, set[str]] = {
     "teachers": set(),
-    "teachers.storage": {"teachers"},
+    "teachers.reduced": set(),
+    "teachers.storage": {"teachers", "teachers.reduced"},
     "teachers.adapters": {"teachers", "teachers.storage"},
-    "teachers.families": {"teachers", "teachers.storage", "teachers.adapters"},
+    "teachers.families": {
+        "teachers", "teachers.reduced", "teachers.storage", "teachers.adapters",
+    },
     "teachers.pipelines": {"teachers", "teachers.storage", "teachers.families"},
     "teachers.pictured": {"teachers", "teachers.families"},
     "teachers.edm": {"teachers", "teachers.storage", "teachers.families"},
@@ -45,12 +49,16 @@ MAY: dict[str, set[str]] = {
     },
     "teachers.diagnosis": {"teachers"},
     "students": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
+    "students.architecture": {
+        "students", "teachers", "teachers.catalogue", "teachers.families", "teachers.reduced",
+    },
     "students.metadata": {"students", "teachers", "teachers.storage", "teachers.families"},
     "students.export.sources": {
         "students", "teachers", "teachers.edm", "teachers.imagenet", "teachers.storage",
     },
     "students.export": {
-        "students", "students.export.sources", "students.metadata", "teachers",
+        "students", "students.architecture", "students.export.sources", "students.metadata",
+        "teachers", "teachers.reduced",
         "teachers.storage", "teachers.adapters", "teachers.families", "teachers.edm",
         "teachers.imagenet", "teachers.catalogue",
     },
@@ -79,12 +87,16 @@ MAY: dict[str, set[str]] = {
     },
     "distill.objectives.features": {"distill", "distill.objectives", "students", "teachers"},
     "distill.objectives.adversarial": {"distill", "distill.objectives", "students", "teachers"},
+    "distill.objectives.smaller": {
+        "distill", "distill.objectives", "students", "students.architecture", "teachers",
+    },
     "distill.config": {
         "distill", "distill.objectives", "distill.objectives.consistency",
         "distill.objectives.flow_maps", "distill.objectives.pairs",
         "distill.objectives.trajectory",
         "distill.objectives.distribution", "distill.objectives.features",
-        "distill.objectives.adversarial", "students", "teachers", "teachers.storage",
+        "distill.objectives.adversarial", "distill.objectives.smaller", "students", "teachers",
+        "teachers.storage",
     },
     "distill.data.expansion": {"distill", "teachers", "teachers.storage", "eval"},
     "distill.data.conditions": {"distill", "teachers", "teachers.storage", "eval"},
@@ -113,15 +125,16 @@ MAY: dict[str, set[str]] = {
     },
     "distill.training": {
         "distill", "distill.rewards", "distill.objectives", "distill.objectives.distribution",
-        "distill.config",
-        "distill.data", "distill.data.expansion", "distill.sampling", "distill.early_stop",
-        "distill.pairs", "distill.publish", "distill.report", "students", "students.export",
-        "teachers", "teachers.storage", "eval", "eval.shapes", "eval.protocols",
+        "distill.config", "distill.data", "distill.data.expansion", "distill.sampling",
+        "distill.early_stop", "distill.pairs", "distill.publish", "distill.report", "students",
+        "students.architecture", "students.export",
+        "teachers", "teachers.storage", "teachers.families", "eval", "eval.shapes",
+        "eval.protocols",
     },
     "distill.planning": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.training",
-        "students", "students.export", "teachers", "teachers.storage", "teachers.families",
-        "teachers.catalogue", "teachers.diagnosis", "eval",
+        "students", "students.architecture", "students.export", "teachers", "teachers.storage",
+        "teachers.families", "teachers.catalogue", "teachers.diagnosis", "eval",
     },
     "distill.evaluation": {
         "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",

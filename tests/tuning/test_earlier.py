@@ -31,7 +31,7 @@ def built(tree):
 
 
 def from_run(teacher, student, **adapter):
-    tree = tree_of(teacher, student={"steps": 1, "source": str(student)})
+    tree = tree_of(teacher, student={"steps": 1, "init": str(student)})
     tree["adapters"] = {**tree["adapters"], **adapter}
     return built(tree)
 
@@ -52,7 +52,7 @@ def test_the_anchor_is_the_earlier_student_without_the_teachers_new_lora(
     teacher, student, tmp_path
 ):
     """The LoRA file is in the base of the student in training, and not in that of the anchor."""
-    tree = tree_of(teacher, student={"steps": 1, "source": str(student)})
+    tree = tree_of(teacher, student={"steps": 1, "init": str(student)})
     tree["objective"] = {"name": "dmd2-anchored", "known_from": 5}
     plain = load(str(teacher))
     layers = lora_formats.layers_of(plain.denoiser.backbone, r".*attn\d\.to_v")
@@ -83,7 +83,7 @@ def test_without_a_lora_file_it_starts_on_the_weights_in_the_folder(teacher, stu
     """A folder that is moved away from its run; a new adapter on it, or the weights themselves."""
     folder = tmp_path / "student"
     folder.symlink_to(student / "student")
-    tree = tree_of(teacher, student={"steps": 1, "source": str(folder)})
+    tree = tree_of(teacher, student={"steps": 1, "init": str(folder)})
     then, of_then = load_student(student)
     for adapters in ({"rank": 2}, None):
         networks, codec = built({**tree, "adapters": adapters})
@@ -117,7 +117,7 @@ def test_a_lora_file_in_the_weights_is_not_added_again_under_another_name_or_str
 
 
 def test_a_plan_reads_no_weights_of_an_earlier_student(teacher):
-    tree = tree_of(teacher, student={"steps": 1, "source": "nowhere"})
+    tree = tree_of(teacher, student={"steps": 1, "init": "nowhere"})
     codec = load(str(teacher))
     networks = build_networks(Recipe.check(tree), codec, form_of(codec))
     assert adapter_of(networks["student"].denoiser) is not None
@@ -137,7 +137,7 @@ def test_a_folder_without_a_student_is_refused(teacher, tmp_path):
     for source in (tmp_path, tmp_path / "nowhere", teacher):
         with pytest.raises(UserError) as error:
             earlier.student_folder(str(source))
-        assert error.value.key == "student.source"
+        assert error.value.key == "student.init"
 
 
 def test_the_file_of_the_adapter_alone_is_taken(student, tmp_path):

@@ -108,7 +108,7 @@ def test_what_the_command_prints_and_trains(student, pictures, trained, tmp_path
     recipe = trained["tuned"]
     assert recipe.teacher.guidance == 2
     assert [v.file for v in recipe.teacher.adapters] == [f"{out}-teacher/lora/{DIFFUSERS}"]
-    assert recipe.student.source == str(student / "student")
+    assert recipe.student.init == str(student / "student")
     figures = json.loads((out / "tune.json").read_text())
     assert figures["quality"]["after"] == {"1": {"fd": 4.5, "accuracy": 0.9}}
     assert figures["students"]["1"] == ROW

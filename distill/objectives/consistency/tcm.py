@@ -5,7 +5,7 @@ is that of the first stage. Pairs of times t > r lie above it, except that the e
 `boundary_share` of the batch is below: their target is the first stage's, and holds the rest fast.
 
 The first stage is ECT, in the run's first `first_steps` steps. With `first_steps: 0` it is the
-student as the run begins, such as an earlier run's (`student.source`).
+student as the run begins, such as an earlier run's (`student.init`).
 
 A step of the second stage takes 2 + (1 - boundary_share) forward passes and one backward pass.
 Differs from the paper: the first stage's last weights are frozen, not their average.

@@ -2,7 +2,7 @@
 
 Hu et al. 2025 (arXiv:2509.24526). It is a warm-up before another objective: the student that it
 leaves already jumps to the end from any time, so that what follows starts near its goal
-(`student.source`). A batch of B samples has B / `points` trajectories of `points` solver steps from
+(`student.init`). A batch of B samples has B / `points` trajectories of `points` solver steps from
 data at the highest noise; the student regresses the end from each state, at that state's time.
 
 Costs forwards: 1 of the student and 1 of the teacher. Differs from the authors' code: distances are

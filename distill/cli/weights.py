@@ -1,4 +1,4 @@
-"""`distill average`: a finished run's student with other averages of its weights."""
+"""`distill average` and `distill compress`: other weights of a student, and fewer of a teacher."""
 
 from __future__ import annotations
 
@@ -66,3 +66,62 @@ def average(
                  for k, v in rows.items()}  # fmt: skip
         console.print(results_table(title, table))
     console.print(f"student in {out}", soft_wrap=True)
+
+
+def compress(
+    teacher: Annotated[str, typer.Argument(help="As in a recipe's teacher.source.")],
+    out: Annotated[Path, typer.Option(callback=expand_home, help="The new pipeline's folder.")],
+    keep: Annotated[
+        float | None,
+        typer.Option(help="The share of the weights that stays at most; the cheapest layers go."),
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option(help="A layer that goes, by name; give it again for others.")
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(help="A setting of the network's config as KEY=VALUE, such as sample_size=8."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(callback=expand_home, help="Prompts that costs are measured on, a line each."),
+    ] = None,
+    null_label: Annotated[
+        int | None, typer.Option(min=0, help="The class that means no class, if there is one.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the samples that costs are measured on.")
+    ] = 0,
+):
+    """Make a smaller network of a teacher's, with its weights: what a student can start as.
+
+    Every layer that keeps its shape is scored by how far the output moves without it; the cheapest
+    choice of the size that is asked for goes. Train it by the objective compress, then distil.
+    """
+    from distill.config.recipe import override
+    from distill.console import out as console
+    from distill.console import print_line, spinner
+    from distill.data.encode import device
+    from distill.planning import compress as planning
+    from teachers.catalogue.loading import load
+    from teachers.errors import UserError
+
+    settings = override({}, config or [])
+    planning.check_request(keep, remove or [], settings)
+    planning.check_folder(out)
+    lines: list[str] = []
+    if prompts is not None:
+        try:
+            lines = [v.strip() for v in prompts.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {prompts}: it cannot be read ({error})") from None
+        if not (lines := [v for v in lines if v]):
+            raise UserError(f"--prompts {prompts}: it has no line; give a prompt on each")
+    options = {} if null_label is None else {"null_label": null_label}
+    loaded = load(teacher, **options)
+    loaded.denoiser.to(device())
+    with spinner("measuring what every layer is worth"):
+        made = planning.compress(loaded, out, keep, remove or [], settings, lines, seed)
+    for table in planning.tables(made):
+        console.print(table)
+    print_line(planning.summary(made, out))

@@ -1,0 +1,172 @@
+"""A backbone of another architecture with the weights of the one that it is made from.
+
+What a stock config can say stays stock; single layers that are removed make a network of
+`teachers/reduced`, which brings its source along when it is exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from students.architecture.units import LISTS, check_units
+from students.schedulers import source_of
+from teachers.errors import UserError, clipped, first_line, nearest
+from teachers.families.base import quiet
+from teachers.reduced.network import REMOVED, ReducedUNet2DConditionModel, ReducedUNet2DModel
+from teachers.teacher import Teacher
+
+KEY = "student.architecture"  # the recipe key, which begins error messages
+REDUCED = {
+    "UNet2DModel": ReducedUNet2DModel,
+    "UNet2DConditionModel": ReducedUNet2DConditionModel,
+}
+Change = Mapping[str, Any]
+
+
+def changed_teacher(
+    teacher: Teacher, config: Change, rename: Mapping[str, str], remove: Sequence[str]
+) -> Teacher:
+    """The teacher with a network of another architecture: what its students are copies of.
+
+    Args:
+        config, rename, remove: As `changed` has them.
+
+    Raises:
+        UserError: as `changed`, or the teacher is no network of diffusers.
+    """
+    network = source_of(teacher)
+    backbone = changed(network.backbone, config, rename, remove)
+    twin = network.twin(backbone.requires_grad_(False).eval(), network.schedule)
+    return replace(teacher, denoiser=twin)
+
+
+def changed(
+    backbone: Any, config: Change, rename: Mapping[str, str], remove: Sequence[str]
+) -> nn.Module:
+    """A new backbone with the weights of this one.
+
+    Args:
+        config: Keys of the stock config that become other values.
+        rename: For the beginning of a name of the new network's weights, that of the weights that
+            they are. Others have their own name; where a stage or a list is shorter, see `places`.
+        remove: Names of units (`units`) that are removed. What a stock config can say, it says.
+
+    Raises:
+        UserError: no such key, value or unit; or weights of the new network have no source.
+    """
+    check_units(backbone, remove, f"{KEY}.remove")
+    stock, left, own = stock_form(backbone, remove)
+    before = dict(backbone.config)
+    if unknown := [k for k in config if k not in before]:
+        raise UserError(
+            f"{KEY}.config: {type(backbone).__name__} has no setting {clipped(unknown[0])!r}; "
+            f"{nearest(unknown[0], [k for k in before if not k.startswith('_')])}"
+        )
+    after = {**before, **stock, **config}
+    kind: Any = type(backbone)
+    gone = [*before.get(REMOVED, ()), *left]
+    if gone:
+        after[REMOVED] = gone
+        kind = REDUCED.get(kind.__name__.removeprefix("Reduced"))
+        if kind is None:
+            raise UserError(
+                f"{KEY}.remove: of a {type(backbone).__name__} whole blocks can go, and not "
+                f"{left[0]!r}; name others"
+            )
+    try:
+        made = kind.from_config({k: v for k, v in after.items() if not k.startswith("_")})
+    except (Exception, SystemExit) as error:  # diffusers raises many types for such values
+        raise UserError(
+            f"{KEY}.config: no {type(backbone).__name__} has it ({clipped(first_line(error), 200)})"
+        ) from None
+    like = next(backbone.parameters())
+    with quiet():  # diffusers warns of every conversion
+        made = made.to(device=like.device, dtype=like.dtype)
+    return with_weights(made, backbone, {**places(made, backbone), **own, **rename})
+
+
+def stock_form(
+    backbone: Any, remove: Sequence[str]
+) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    """A stock config without the units, those that it cannot say, and whose weights its names are.
+
+    A UNet can be without all of its middle, or without all attentions of a stage; a network of
+    equal blocks without any of them.
+    """
+    config, left, rename = dict[str, Any](), [*remove], dict[str, str]()
+    middle = [n for n, _ in backbone.named_modules() if n.startswith("mid_block.")]
+    parts = {n for n in middle if n.count(".") == 2}
+    units_in_middle = {n for n in parts if n.split(".")[1] in ("resnets", "attentions")}
+    if units_in_middle and units_in_middle <= set(left):
+        config["mid_block_type"] = None
+        left = [n for n in left if n not in units_in_middle]
+    for name in LISTS:
+        blocks = getattr(backbone, name, None)
+        gone = [n for n in left if n.rpartition(".")[0] == name]
+        key = "num_single_layers" if name.startswith("single") else "num_layers"
+        if blocks is None or not gone or key not in backbone.config:
+            continue
+        kept = [i for i in range(len(blocks)) if f"{name}.{i}" not in gone]
+        config[key] = len(kept)
+        rename |= {f"{name}.{new}": f"{name}.{old}" for new, old in enumerate(kept)}
+        left = [n for n in left if n not in gone]
+    return config, left, rename
+
+
+def places(made: nn.Module, before: nn.Module) -> dict[str, str]:
+    """Whose weights the names of shorter lists are: of a shorter stage, and of fewer blocks.
+
+    An up stage of fewer layers keeps the first ones and the last, which reads the outermost skip
+    (BK-SDM, arXiv:2305.15798). Of equal blocks, every other one stays, and the last, or in the same
+    way by other ratios: block i stands for those up to the teacher's block (i + 1) M / N - 1.
+    """
+    rename = {}
+    lists = {n: m for n, m in made.named_modules() if isinstance(m, nn.ModuleList)}
+    for name, modules in lists.items():
+        old = dict(before.named_modules()).get(name)
+        if not isinstance(old, nn.ModuleList) or not 0 < len(modules) < len(old):
+            continue
+        if name in LISTS:
+            chosen = [-(-(i + 1) * len(old) // len(modules)) - 1 for i in range(len(modules))]
+        elif name.startswith("up_blocks.") and name.count(".") == 2:
+            chosen = [*range(len(modules) - 1), len(old) - 1]
+        else:
+            continue
+        rename |= {f"{name}.{new}": f"{name}.{i}" for new, i in enumerate(chosen) if new != i}
+    return rename
+
+
+def with_weights(made: Any, before: nn.Module, rename: Mapping[str, str]) -> Any:
+    """The new network, in place, with the weights of the one before.
+
+    Args:
+        rename: As `changed` has it; of several beginnings the longest counts.
+
+    Raises:
+        UserError: a weight has no source, or one of another shape.
+    """
+    old, new = before.state_dict(), dict[str, Tensor]()
+    begins = sorted(rename, key=len, reverse=True)
+    for name, value in made.state_dict().items():
+        start = next((b for b in begins if name == b or name.startswith(f"{b}.")), None)
+        origin = name if start is None else rename[start] + name[len(start) :]
+        if origin not in old:
+            raise UserError(
+                f"{KEY}: the new network's {name} has no source: the teacher has no {origin}; say "
+                "by rename which weights they are, or leave the settings that add them out"
+            )
+        if old[origin].shape != value.shape:
+            was, now = ("×".join(map(str, v.shape)) for v in (old[origin], value))
+            raise UserError(
+                f"{KEY}: the new network's {name} is {now}, and the teacher's {origin} {was}; "
+                "keep the widths"
+            )
+        new[name] = old[origin].detach().clone()
+    with torch.no_grad():
+        made.load_state_dict(new)
+    return made

@@ -1,0 +1,42 @@
+"""The cheapest units to remove for a size: a knapsack, solved by dynamic programming."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+GRAIN = 4096  # parts that all the sizes together are counted in
+
+
+def cheapest(cost: Mapping[str, float], size: Mapping[str, int], least: int) -> list[str]:
+    """The units whose sizes sum to at least `least` and whose costs have the smallest sum.
+
+    Costs are taken to add up, as in LAPTOP-Diff (arXiv:2404.11098, section 3). Sizes are rounded
+    down to a `GRAIN`-th of their sum, so that what is returned is never too small. Of equal costs,
+    the units that come first stay.
+
+    Args:
+        cost: What removing each unit costs; those of negative cost are free and always removed.
+        size: Of each unit, in weights.
+
+    Raises:
+        ValueError: all of them together are smaller.
+    """
+    if least <= 0:
+        return [name for name in cost if cost[name] < 0]
+    if sum(size[name] for name in cost) < least:
+        raise ValueError("the units together are smaller")
+    grain = max(1, sum(size[name] for name in cost) // GRAIN)
+    # reached[k]: the least cost of units of k grains and more, k being at most `want`
+    want = -(-least // grain)
+    if sum(size[name] // grain for name in cost) < want:
+        return [*cost]
+    best = [0.0] + [float("inf")] * want
+    taken: list[list[str]] = [[] for _ in range(want + 1)]
+    for name in cost:
+        grains, price = size[name] // grain, max(0.0, cost[name])
+        for k in range(want, 0, -1):
+            before = max(0, k - grains)
+            if before != k and best[before] + price < best[k]:
+                best[k], taken[k] = best[before] + price, [*taken[before], name]
+    free = [name for name in cost if cost[name] < 0 and name not in taken[want]]
+    return [name for name in cost if name in taken[want] or name in free]

@@ -1,0 +1,173 @@
+"""What each unit of a teacher's network is worth, and the smaller network without the cheap ones.
+
+LAPTOP-Diff, Zhang et al. 2024 (arXiv:2404.11098): a unit's cost is how far the network's output
+moves where the unit is skipped, costs are taken to add up, and the cheapest set of a given size is
+a knapsack's. They add up as a ranking and not as a number: units that stand in for each other look
+cheaper alone than they are together, so the cost of the whole choice is measured as well.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from students.architecture.change import changed
+from students.architecture.knapsack import cheapest
+from students.architecture.units import size_of, skipping, units
+from students.schedulers import source_of
+from teachers import conditions
+from teachers.catalogue.loading import find
+from teachers.denoiser import Cond
+from teachers.errors import UserError, clipped
+from teachers.families.base import Pretrained, quiet
+from teachers.reduced.network import Reduced
+from teachers.reduced.source import write as write_source
+from teachers.solver import solve
+from teachers.teacher import EMBEDDED, Teacher
+
+COMPRESSED = "compressed.json"  # in the folder of a smaller network: how it was made
+LEVELS = 8  # noise levels, evenly spaced in time, that costs are averaged over
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A layer that can go.
+
+    weights: How many it has.
+    cost: E|F - F'|² over dimensions, of the network's own output without it, in the units in which
+        the teacher's training loss is.
+    """
+
+    name: str
+    weights: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """States that costs are measured at: x_t (N, ...), t (N,) and conditions."""
+
+    x_t: Tensor
+    t: Tensor
+    cond: Cond
+
+
+@torch.no_grad()
+def calibration(teacher: Teacher, prompts: Sequence[Any], seed: int = 0) -> Calibration:
+    """States of the teacher's own samples, one for each prompt and each of `LEVELS` noise levels.
+
+    The samples are drawn in 16 DDIM steps without guidance.
+    """
+    network, device = source_of(teacher), next(teacher.denoiser.parameters()).device
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randn(len(prompts), *teacher.shape, generator=rng).to(device)
+    cond = conditions.moved(teacher.codec.condition([*prompts]), device)
+    x = torch.cat([
+        solve(network, part, 16, "ddim", conditions.rows(cond, slice(i, i + len(part))))
+        for i, part in zip(range(0, len(z), 64), z.split(64), strict=False)
+    ])  # fmt: skip
+    x, cond = torch.cat([x] * LEVELS), conditions.joined(*[cond] * LEVELS)
+    places = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
+    t = places.repeat_interleave(len(z)).to(device, torch.float32)
+    noise = torch.randn(x.shape, generator=rng).to(device)
+    return Calibration(network.process.noise(x, t, noise), t, cond)
+
+
+@torch.no_grad()
+def cost_without(network: Pretrained, names: Iterable[str], states: Calibration) -> float:
+    """How far the network's output moves without some of its units, as `Unit.cost` says."""
+    with skipping(network.backbone, names):
+        moved = outputs(network, states)
+    error = (moved - outputs(network, states)).square().flatten(1).mean(1)
+    return (network.weight(states.t) * error).mean().item()
+
+
+@torch.no_grad()
+def outputs(network: Pretrained, states: Calibration, batch: int = 64) -> Tensor:
+    """x̂ (N, ...) at the states."""
+    parts = []
+    for i in range(0, len(states.t), batch):
+        rows = slice(i, i + batch)
+        cond = conditions.rows(states.cond, rows)
+        parts.append(network(states.x_t[rows], states.t[rows], cond))
+    return torch.cat(parts)
+
+
+def scored(teacher: Teacher, states: Calibration) -> list[Unit]:
+    """Every unit of the teacher's network with its cost, in the network's order.
+
+    Raises:
+        UserError: the network has no units.
+    """
+    network = source_of(teacher)
+    found = units(network.backbone)
+    if not found:
+        raise UserError(
+            f"teacher {clipped(teacher.source)!r}: a {type(network.backbone).__name__} has no "
+            "layers that can go; give settings of its config"
+        )
+    return [
+        Unit(name, size_of(module), cost_without(network, [name], states))
+        for name, module in found.items()
+    ]
+
+
+def chosen(scores: Sequence[Unit], total: int, keep: float) -> list[str]:
+    """The units to remove so that at most a share `keep` of all weights stays.
+
+    Args:
+        total: Weights of the whole network.
+
+    Raises:
+        UserError: its units are not as much of it.
+    """
+    cost, size = {u.name: u.cost for u in scores}, {u.name: u.weights for u in scores}
+    least = total - int(keep * total)
+    try:
+        return cheapest(cost, size, least)
+    except ValueError:
+        share = 1 - sum(size.values()) / total
+        raise UserError(
+            f"--keep {keep:g}: without any of its layers that can go, {share:.2f} of the weights "
+            "stay; give more, or settings of the network's config"
+        ) from None
+
+
+def save(
+    teacher: Teacher, folder: Path, config: dict[str, Any], remove: Sequence[str], about: Any
+) -> Any:
+    """Write a pipeline like the teacher's whose network is the smaller one; that network.
+
+    All other parts are copies of the teacher's files.
+
+    Args:
+        config, remove: As `change.changed` has them.
+        about: Plain data of how it was made, which `compressed.json` takes up.
+
+    Raises:
+        UserError: the teacher is no folder of a pipeline, or the weights do not make such a
+            network.
+    """
+    network = source_of(teacher)
+    made: Any = changed(network.backbone, config, {}, remove)
+    where = EMBEDDED.get(teacher.source) or find(teacher.source)
+    if not (where / network.PART / "config.json").is_file():
+        raise UserError(
+            f"teacher {clipped(teacher.source)!r}: it is no folder of a diffusers pipeline; "
+            "distil it once with all of its layers, and give that student"
+        )
+    part = network.PART
+    shutil.copytree(where, folder, ignore=shutil.ignore_patterns(part, "*.md"), dirs_exist_ok=True)
+    with quiet():
+        made.save_pretrained(folder / part)
+    if isinstance(made, Reduced):
+        write_source(folder, part, made)
+    (folder / COMPRESSED).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return made

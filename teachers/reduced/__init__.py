@@ -1,0 +1,1 @@
+"""Networks of diffusers from which single layers were removed."""

@@ -1,0 +1,291 @@
+"""Smaller networks: units that can go, the cheapest choice, weights carried over, and exports."""
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+
+from distill.config.recipe import Recipe
+from distill.training.networks import build_networks
+from eval import shapes
+from students.architecture.change import changed, places, stock_form
+from students.architecture.knapsack import cheapest
+from students.architecture.score import calibration, chosen, cost_without, save, scored
+from students.architecture.units import size_of, skipping, units
+from students.export import folder as folders
+from students.export.earlier import outline
+from students.lora import network_of
+from students.schedulers import source_of
+from students.schedulers import student as student_of
+from teachers import load
+from teachers.errors import UserError
+from teachers.reduced.network import REMOVED, Reduced
+from tests.helpers.refusals import refused
+from tests.helpers.toys import recipe_tree
+
+MIDDLE = ["mid_block.resnets.0", "mid_block.resnets.1"]
+
+
+@pytest.fixture(scope="module")
+def text():
+    """The embedded text teacher, its states for 32 captions, and its scores."""
+    teacher = load("shapes")
+    states = calibration(teacher, shapes.all_captions()[::24][:32])
+    return teacher, states, scored(teacher, states)
+
+
+def inputs(teacher, n=2):
+    torch.manual_seed(0)
+    prompts = folders.prompts_of(teacher)
+    cond = teacher.codec.condition([prompts[i % len(prompts)] for i in range(n)])
+    return torch.randn(n, *teacher.shape), torch.linspace(0.3, 0.9, n), cond
+
+
+# the cheapest choice
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_is_the_cheapest_of_all_sets_that_are_large_enough(seed):
+    rng = random.Random(seed)
+    names = [f"u{i}" for i in range(8)]
+    cost = {n: rng.random() for n in names}
+    size = {n: rng.randint(1, 400) for n in names}
+    least = int(rng.uniform(0.1, 0.9) * sum(size.values()))
+    sets = [c for k in range(9) for c in itertools.combinations(names, k)]
+    enough = [c for c in sets if sum(size[n] for n in c) >= least]
+    best = min(sum(cost[n] for n in c) for c in enough)
+    found = cheapest(cost, size, least)
+    assert sum(size[n] for n in found) >= least
+    assert sum(cost[n] for n in found) == pytest.approx(best)
+
+
+def test_large_sizes_are_rounded_to_the_safe_side():
+    rng = random.Random(1)
+    size = {f"u{i}": rng.randint(10**6, 10**8) for i in range(40)}
+    cost = {n: rng.random() for n in size}
+    least = sum(size.values()) // 3
+    found = cheapest(cost, size, least)
+    assert least <= sum(size[n] for n in found) < 1.2 * least
+
+
+def test_units_that_make_things_better_go_and_too_much_is_refused():
+    assert cheapest({"a": -1.0, "b": 2.0}, {"a": 1, "b": 1}, 0) == ["a"]
+    assert cheapest({"a": -1.0, "b": 2.0}, {"a": 1, "b": 5}, 4) == ["a", "b"]
+    with pytest.raises(ValueError, match="smaller"):
+        cheapest({"a": 1.0}, {"a": 1}, 2)
+
+
+# units and their costs
+
+
+def test_the_units_of_the_text_teacher_are_its_seven_layers_that_keep_their_shape(text):
+    _, _, scores = text
+    assert {u.name: u.weights for u in scores} == {
+        "down_blocks.0.attentions.0": 53_232,
+        "down_blocks.0.resnets.0": 51_024,
+        "up_blocks.1.attentions.0": 53_232,
+        "up_blocks.1.attentions.1": 53_232,
+        "mid_block.attentions.0": 198_624,
+        "mid_block.resnets.0": 184_992,
+        "mid_block.resnets.1": 184_992,
+    }
+
+
+def test_the_two_nearly_free_layers_of_the_text_teacher_are_found(text):
+    teacher, states, scores = text
+    cost = {u.name: u.cost for u in scores}
+    others = [v for k, v in cost.items() if k not in MIDDLE]
+    assert max(cost[n] for n in MIDDLE) < min(others) / 5
+    total = size_of(source_of(teacher).backbone)
+    assert sorted(chosen(scores, total, 0.8)) == MIDDLE
+    # they stand in for each other: together they cost more than their sum
+    assert cost_without(source_of(teacher), MIDDLE, states) > sum(cost[n] for n in MIDDLE)
+    with refused("--keep", "0.4", "0.56"):
+        chosen(scores, total, 0.4)
+
+
+def test_a_cost_is_the_error_of_the_networks_own_output(text):
+    teacher, states, _ = text
+    network = source_of(teacher)
+    name = "down_blocks.0.attentions.0"
+    x_t, t = states.x_t[:4], states.t[:4]
+    cond = {k: v[:4] for k, v in states.cond.items()}
+    with torch.no_grad():
+        whole = network.call(x_t, t, cond, None)
+        with skipping(network.backbone, [name]):
+            without = network.call(x_t, t, cond, None)
+        few = type(states)(x_t, t, cond)
+        assert cost_without(network, [name], few) == pytest.approx(
+            (whole - without).square().mean().item(), rel=1e-3
+        )
+        assert torch.equal(network.call(x_t, t, cond, None), whole)  # nothing stays skipped
+
+
+def test_blocks_of_a_transformer_are_units(folders):
+    backbone = load(folders("dit")).denoiser.backbone
+    found = units(backbone)
+    assert [*found] == [f"transformer_blocks.{i}" for i in range(len(found))] and found
+
+
+# weights carried over
+
+
+def test_a_stock_setting_makes_a_stock_network_with_the_teachers_weights():
+    backbone = load("shapes").denoiser.backbone
+    made = changed(backbone, {"mid_block_type": None}, {}, [])
+    assert size_of(made) == 1_216_036 and type(made).__name__ == "UNet2DConditionModel"
+    before = backbone.state_dict()
+    assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())
+    assert all(a.data_ptr() != b.data_ptr() for a, b in
+               zip(made.parameters(), backbone.parameters(), strict=False))  # fmt: skip
+
+
+@pytest.mark.parametrize("teacher", ["shapes", "digits"])
+def test_a_removed_layer_is_a_skipped_one(teacher):
+    loaded = load(teacher)
+    network = source_of(loaded)
+    made = changed(network.backbone, {}, {}, MIDDLE[:1])
+    assert isinstance(made, Reduced) and made.config[REMOVED] == MIDDLE[:1]
+    twin = network.twin(made.eval(), network.schedule)
+    x_t, t, cond = inputs(loaded)
+    with torch.no_grad():
+        small = twin(x_t, t, cond)
+        with skipping(network.backbone, MIDDLE[:1]):
+            assert torch.equal(small, network(x_t, t, cond))
+    assert not torch.equal(small, network(x_t, t, cond))
+
+
+def test_a_second_removal_keeps_the_first():
+    backbone = load("shapes").denoiser.backbone
+    once = changed(backbone, {}, {}, MIDDLE[:1])
+    twice = changed(once, {}, {}, MIDDLE[1:])
+    assert twice.config[REMOVED] == MIDDLE
+    assert size_of(twice) == size_of(backbone) - 2 * 184_992
+
+
+def test_what_a_stock_config_can_say_stays_stock(folders):
+    backbone = load("shapes").denoiser.backbone
+    whole_middle = [*MIDDLE, "mid_block.attentions.0"]
+    assert stock_form(backbone, whole_middle) == ({"mid_block_type": None}, [], {})
+    assert stock_form(backbone, MIDDLE) == ({}, MIDDLE, {})
+    dit = load(folders("dit")).denoiser.backbone
+    made = changed(dit, {}, {}, ["transformer_blocks.0"])
+    assert type(made) is type(dit) and made.config.num_layers == dit.config.num_layers - 1
+    old, new = dit.state_dict(), made.state_dict()
+    name = "attn1.to_q.weight"
+    assert torch.equal(new[f"transformer_blocks.0.{name}"], old[f"transformer_blocks.1.{name}"])
+
+
+def test_fewer_layers_of_an_up_stage_keep_the_first_and_the_last(folders):
+    """BK-SDM's: the last one reads the outermost skip."""
+    from diffusers import UNet2DConditionModel
+
+    config = {**load(folders("sd")).denoiser.backbone.config, "layers_per_block": 2}
+    large = UNet2DConditionModel.from_config({k: v for k, v in config.items() if k[0] != "_"})
+    made = changed(large, {"layers_per_block": 1}, {}, [])
+    assert places(made, large)["up_blocks.0.resnets.1"] == "up_blocks.0.resnets.2"
+    old, new = large.state_dict(), made.state_dict()
+    for i, j in ((0, 0), (1, 2)):
+        name = "conv2.weight"
+        assert torch.equal(new[f"up_blocks.1.resnets.{i}.{name}"],
+                           old[f"up_blocks.1.resnets.{j}.{name}"])  # fmt: skip
+
+
+def test_of_fewer_blocks_the_last_of_each_group_stays():
+    made, before = (torch.nn.Module() for _ in range(2))
+    for module, n in ((made, 3), (before, 6)):
+        module.blocks = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(n))
+    assert places(made, before) == {f"blocks.{i}": f"blocks.{2 * i + 1}" for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (({"mid_block": None}, {}, []), ["config", "'mid_block'", "mid_block_type"]),
+        (({"block_out_channels": [8, 16]}, {}, []), ["keep the widths"]),
+        (({"layers_per_block": 2}, {}, []), ["no source"]),
+        (({"mid_block_type": "Nothing"}, {}, []), ["config", "no UNet2DConditionModel"]),
+        (({}, {}, ["mid_block"]), ["remove", "no layer that can go", "mid_block.resnets"]),
+        (({}, {"mid_block": "nowhere"}, []), ["nowhere"]),
+    ],
+)
+def test_what_cannot_be_made_is_refused(change, words):
+    with pytest.raises(UserError) as error:
+        changed(load("shapes").denoiser.backbone, *change)
+    assert error.value.key.startswith("student.architecture")
+    for word in words:
+        assert word in str(error.value)
+
+
+# recipes and exports
+
+
+def smaller(source, **student):
+    tree = recipe_tree("sid", source)
+    if source == "shapes":
+        tree["teacher"], tree["data"] = {"source": "shapes"}, {"source": "shapes"}
+    return Recipe.check({**tree, "student": student})
+
+
+@pytest.mark.parametrize("source", ["shapes", "digits"])
+def test_the_student_alone_is_smaller_and_leaves_as_a_folder_of_its_own(source, tmp_path):
+    recipe = smaller(source, architecture={"remove": MIDDLE[:1]})
+    teacher = load(source, **({"null_label": 10} if source == "digits" else {}))
+    networks = build_networks(recipe, teacher)
+    small = network_of(networks["student"].denoiser).backbone
+    fake = network_of(networks["fake"]).backbone
+    assert isinstance(small, Reduced) and not isinstance(fake, Reduced)
+    folders.export(networks["student"], teacher, tmp_path / "student", recipe.tree())
+    index = json.loads((tmp_path / "student" / "model_index.json").read_text())
+    assert index["unet"] == [type(small).__name__.lower(), type(small).__name__]
+    generator, _ = folders.load_student(tmp_path / "student")
+    assert network_of(generator.denoiser).backbone.config[REMOVED] == MIDDLE[:1]
+
+
+def test_a_smaller_pipeline_is_a_teacher_and_what_a_student_starts_as(tmp_path, text):
+    teacher, _, _ = text
+    made = save(teacher, tmp_path / "small", {}, MIDDLE, {"why": "test"})
+    loaded = load(str(tmp_path / "small"))
+    assert size_of(loaded.denoiser.backbone) == size_of(made)
+    recipe = smaller("shapes", init=str(tmp_path / "small"))
+    student = build_networks(recipe, load("shapes"))["student"]
+    assert network_of(student.denoiser).backbone.config[REMOVED] == MIDDLE
+    drawn = outline(str(tmp_path / "small"), teacher)
+    assert size_of(drawn) == size_of(made)
+
+
+def test_the_source_that_lies_beside_the_weights_is_never_run(tmp_path, text):
+    teacher, _, _ = text
+    save(teacher, tmp_path / "small", {}, MIDDLE, {})
+    module = tmp_path / "small" / "unet" / "reducedunet2dconditionmodel.py"
+    assert "class ReducedUNet2DConditionModel" in module.read_text()
+    module.write_text("raise SystemExit('run')")
+    assert isinstance(load(str(tmp_path / "small")).denoiser.backbone, Reduced)
+
+
+def test_a_smaller_student_of_a_run_starts_the_next_one(tmp_path):
+    recipe = smaller("shapes", architecture={"config": {"mid_block_type": None}})
+    teacher = load("shapes")
+    student = build_networks(recipe, teacher)["student"]
+    folders.export(student, teacher, tmp_path / "student", recipe.tree())
+    after = smaller("shapes", init=str(tmp_path))
+    again = build_networks(after, load("shapes"))["student"]
+    assert size_of(network_of(again.denoiser).backbone) < 1_784_644 * 0.69
+    whole = student_of(load("shapes"))
+    assert size_of(network_of(whole.denoiser).backbone) >= 1_784_644
+
+
+@pytest.mark.parametrize(
+    ("student", "more", "key"),
+    [
+        ({"init": "x", "architecture": {"remove": MIDDLE}}, {}, "student.architecture"),
+        ({"architecture": {"remove": MIDDLE}}, {"adapters": {}}, "student.architecture"),
+        ({"architecture": {}}, {}, "student.architecture"),
+        ({"architecture": {"remove": MIDDLE * 2}}, {}, "student.architecture.remove"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(student, more, key):
+    with refused(f"*{key}"):
+        Recipe.check({**recipe_tree("sid", "digits"), "student": student, **more})
