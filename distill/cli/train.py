@@ -197,7 +197,9 @@ def teach(
     """Train a small teacher from scratch, and save it as a diffusers folder.
 
     A recipe with a teacher and the objective discriminator trains a discriminator of that teacher,
-    which strengthens it: OUT/critic.safetensors, for the key teacher.discriminator of recipes.
+    which strengthens it: OUT/critic.safetensors, for the key teacher.discriminator of recipes. One
+    with the objective decoder trains a light decoder of a student: OUT/student is the student with
+    it.
     """
     from distill.console import out as console
     from distill.console import results_table
@@ -206,16 +208,38 @@ def teach(
 
     out = out or Path("runs") / f"teach-{Path(recipe).stem}"
     summary = train_teacher(recipe, out, overrides or [], resume)
-    if metrics := summary.get("metrics"):
+    if (metrics := summary.get("metrics")) and "teacher" in metrics:
         rows = {f"{metrics['teacher']['steps']} steps": metrics["teacher"]}
         rows |= {f"{k} steps": v for k, v in metrics.get("teacher_few", {}).items()}
         if "teacher_alone" in metrics:
             rows["without the discriminator"] = metrics["teacher_alone"]
         console.print(results_table("teacher", rows, base=next(iter(rows))))
-    if summary.get("objective") == "discriminator":
+    if summary.get("objective") == "decoder":
+        show_decoder(summary, out)
+    elif summary.get("objective") == "discriminator":
         console.print(f"discriminator in {out / NAME}")
     else:
         console.print(f"teacher in {out / 'teacher'}")
+
+
+def show_decoder(summary: dict[str, Any], out: Path) -> None:
+    """Print what a light decoder gains and costs, and where its pipeline is."""
+    from distill.console import out as console
+    from distill.console import print_line, results_table
+    from distill.pretrain.decoder import NAME
+
+    metrics, found = summary["metrics"], summary["decoder"]
+    rows = {f"{who} decoder, {k} step{'s' * (k != '1')}": v
+            for who, name in (("large", "against"), ("light", "student"))
+            for k, v in metrics.get(name, {}).items()}  # fmt: skip
+    if rows:
+        console.print(results_table("student", rows, base=next(iter(rows))))
+    light, large = found["weights"]["light"], found["weights"]["large"]
+    faster = found["seconds"]["large"] / found["seconds"]["light"]
+    print_line(
+        f"light decoder: {light:,} weights instead of {large:,}, {faster:.1f}× as fast, "
+        f"{found['psnr_db']:.1f} dB of the large one's pictures; student in {out / NAME}"
+    )
 
 
 def bench(

@@ -35,6 +35,8 @@ from distill.objectives.flow_maps.shortcut import Shortcut
 from distill.objectives.pairs.kd import KD
 from distill.objectives.pairs.reflow import Reflow
 from distill.objectives.smaller.compress import Compression
+from distill.objectives.smaller.decoder import LightDecoder
+from distill.objectives.smaller.gft import GuidanceFree
 from distill.objectives.trajectory.draft import DRaFT
 from distill.objectives.trajectory.guided import GuidedDistillation
 from distill.objectives.trajectory.lcm import LCM
@@ -56,6 +58,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "diff-instruct": DiffInstruct,
     "diffusion": Diffusion,
     "compress": Compression,
+    "decoder": LightDecoder,
     "discriminator": Discriminator,
     "dmd": DMD,
     "dmd2": DMD2,
@@ -69,6 +72,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "finetune": FineTuning,
     "flash": Flash,
     "gdd": GDD,
+    "gft": GuidanceFree,
     "guided": GuidedDistillation,
     "imm": IMM,
     "kd": KD,

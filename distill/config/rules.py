@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distill.config.objective_schema import network_types, networks_of
 from distill.config.schema import PAIRS, GuidanceSection, RewardSection
 from distill.objectives.games import Adversary
+from distill.objectives.smaller.gft import GuidanceFree
 from students.critic import Critic, FeatureMean
 from teachers.denoiser import Denoiser
 from teachers.errors import cut, nearest
@@ -574,6 +575,17 @@ def misplaced_sampling_scale(recipe: Recipe) -> str | None:
     return None
 
 
+def one_scale_of_many(recipe: Recipe) -> str | None:
+    guidance = recipe.teacher.guidance
+    ranged = isinstance(guidance, GuidanceSection) and guidance.range is not None
+    if ranged or not issubclass(recipe.kind, GuidanceFree):
+        return None
+    return (
+        f"teacher.guidance: {_objective(recipe)} learns a range of scales; write it as "
+        "{scale: [1, 5], sampling_scale: 3}"
+    )
+
+
 def empty_guidance_interval(recipe: Recipe) -> str | None:
     guidance = recipe.teacher.guidance
     if not isinstance(guidance, GuidanceSection) or guidance.interval is None:
@@ -704,6 +716,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     guidance_key_of_another_kind,
     missing_guidance_key,
     misplaced_sampling_scale,
+    one_scale_of_many,
     empty_guidance_interval,
     empty_discriminator_interval,
     discriminator_of_a_discriminator,

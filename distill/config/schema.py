@@ -165,6 +165,8 @@ class ArchitectureSection(Section):
     remove: tuple[Name, ...] = ()
     # For the beginning of a name of the student's weights, that of the teacher's that they are.
     rename: dict[Name, Name] = {}
+    # Whether weights that have no source, such as those of other widths, are drawn anew.
+    fresh: bool = False
 
 
 class StudentSection(Section):

@@ -3,7 +3,8 @@
 A teacher recipe has no `teacher`, but two other sections: `network`, the configuration of a
 UNet2DModel, and `scheduler`, the configuration of the diffusers scheduler that defines its process.
 A recipe with `text_encoder` describes a text-to-image pipeline; text_to_image.py trains that. One
-with a `teacher` and the objective `discriminator` trains a discriminator of it: discriminator.py.
+with a `teacher` and the objective `discriminator` trains a discriminator of it: discriminator.py;
+one with the objective `decoder`, a light decoder of it: decoder.py.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from distill.data.encode import device
 from distill.evaluation.finish import summarise
 from distill.files import write
 from distill.pretrain import text_to_image
+from distill.pretrain.decoder import decoder_recipe, teach_decoder
 from distill.pretrain.discriminator import discriminator_recipe, teach_discriminator
 from distill.pretrain.text_to_image import Scenes, TextRecipe
 from distill.profiling import device_name
@@ -57,6 +59,8 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
         return teach_pictures(TextRecipe.check(tree, path), out, resume, path)
     if (recipe := discriminator_recipe(tree, path)) is not None:
         return teach_discriminator(recipe, out, resume)
+    if (recipe := decoder_recipe(tree, path)) is not None:
+        return teach_decoder(recipe, out, resume)
     for section in ("network", "scheduler"):
         if not isinstance(tree.get(section), dict):
             raise UserError(f"{path}: {section}: missing; add the section to the teacher recipe")

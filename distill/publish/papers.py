@@ -95,6 +95,13 @@ PAPERS = {
         2022,
         "2206.00364",
     ),
+    "decoder": Paper(
+        "SnapFusion: Text-to-Image Diffusion Model on Mobile Devices within Two Seconds",
+        "Li, Yanyu and Wang, Huan and Jin, Qing and Hu, Ju and Chemerys, Pavlo and Fu, Yun and "
+        "Wang, Yanzhi and Tulyakov, Sergey and Ren, Jian",
+        2023,
+        "2306.00980",
+    ),
     "discriminator": Paper(
         "Refining Generative Process with Discriminator Guidance in Score-based Diffusion Models",
         "Kim, Dongjun and Kim, Yeongmin and Kwon, Se Jung and Kang, Wanmo and Moon, Il-Chul",
@@ -179,6 +186,12 @@ PAPERS = {
         "Zheng, Bowen and Yang, Tianming",
         2024,
         "2405.20750",
+    ),
+    "gft": Paper(
+        "Visual Generation Without Guidance",
+        "Chen, Huayu and Jiang, Kai and Zheng, Kaiwen and Chen, Jianfei and Su, Hang and Zhu, Jun",
+        2025,
+        "2501.15420",
     ),
     "guided": Paper(
         "On Distillation of Guided Diffusion Models",

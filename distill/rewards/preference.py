@@ -43,19 +43,19 @@ class Preference(NamedTuple):
     def __call__(self, images: Tensor, prompts: Sequence[Any]) -> Tensor:
         if images.dim() != 4 or images.shape[1] not in (1, 3):
             raise UserError(
-                f"{self.name} reads pictures of 1 or 3 channels, and these are "
+                f"rewards: {self.name} reads pictures of 1 or 3 channels, and these are "
                 f"{tuple(images.shape[1:])}; name a function of your own"
             )
         if unread := [p for p in prompts if not isinstance(p, str)]:
             raise UserError(
-                f"{self.name} reads captions, and these data have {unread[0]!r}; name a "
+                f"rewards: {self.name} reads captions, and these data have {unread[0]!r}; name a "
                 "function of your own"
             )
         try:
             shown = self.prepare(pixels(images), self.size())
             return self.value(shown, list(prompts))
         except MetricError as error:
-            raise UserError(f"{self.name}: {error}") from None
+            raise UserError(f"rewards: {self.name}: {error}") from None
 
 
 def pixels(images: Tensor) -> Tensor:

@@ -187,7 +187,8 @@ def called(function: Function, name: str, images: Tensor, prompts: Sequence[Any]
     try:
         values = function(images, prompts)
     except UserError as error:  # a built-in one's, which does not know its name in the recipe
-        raise UserError(f"rewards.{name}.function: {error}") from None
+        reason = str(error).removeprefix("rewards: ")
+        raise UserError(f"rewards.{name}.function: {reason}") from None
     except torch.OutOfMemoryError:
         raise
     except (Exception, SystemExit) as error:  # a user's function may raise anything

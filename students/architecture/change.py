@@ -29,24 +29,32 @@ Change = Mapping[str, Any]
 
 
 def changed_teacher(
-    teacher: Teacher, config: Change, rename: Mapping[str, str], remove: Sequence[str]
+    teacher: Teacher,
+    config: Change,
+    rename: Mapping[str, str],
+    remove: Sequence[str],
+    fresh: bool = False,
 ) -> Teacher:
     """The teacher with a network of another architecture: what its students are copies of.
 
     Args:
-        config, rename, remove: As `changed` has them.
+        config, rename, remove, fresh: As `changed` has them.
 
     Raises:
         UserError: as `changed`, or the teacher is no network of diffusers.
     """
     network = source_of(teacher)
-    backbone = changed(network.backbone, config, rename, remove)
+    backbone = changed(network.backbone, config, rename, remove, fresh)
     twin = network.twin(backbone.requires_grad_(False).eval(), network.schedule)
     return replace(teacher, denoiser=twin)
 
 
 def changed(
-    backbone: Any, config: Change, rename: Mapping[str, str], remove: Sequence[str]
+    backbone: Any,
+    config: Change,
+    rename: Mapping[str, str],
+    remove: Sequence[str],
+    fresh: bool = False,
 ) -> nn.Module:
     """A new backbone with the weights of this one.
 
@@ -55,6 +63,7 @@ def changed(
         rename: For the beginning of a name of the new network's weights, that of the weights that
             they are. Others have their own name; where a stage or a list is shorter, see `places`.
         remove: Names of units (`units`) that are removed. What a stock config can say, it says.
+        fresh: Whether weights without a source keep the values that diffusers draws for them.
 
     Raises:
         UserError: no such key, value or unit; or weights of the new network have no source.
@@ -87,7 +96,7 @@ def changed(
     like = next(backbone.parameters())
     with quiet():  # diffusers warns of every conversion
         made = made.to(device=like.device, dtype=like.dtype)
-    return with_weights(made, backbone, {**places(made, backbone), **own, **rename})
+    return with_weights(made, backbone, {**places(made, backbone), **own, **rename}, fresh)
 
 
 def stock_form(
@@ -141,11 +150,13 @@ def places(made: nn.Module, before: nn.Module) -> dict[str, str]:
     return rename
 
 
-def with_weights(made: Any, before: nn.Module, rename: Mapping[str, str]) -> Any:
+def with_weights(
+    made: Any, before: nn.Module, rename: Mapping[str, str], fresh: bool = False
+) -> Any:
     """The new network, in place, with the weights of the one before.
 
     Args:
-        rename: As `changed` has it; of several beginnings the longest counts.
+        rename, fresh: As `changed` has them; of several beginnings the longest counts.
 
     Raises:
         UserError: a weight has no source, or one of another shape.
@@ -155,6 +166,9 @@ def with_weights(made: Any, before: nn.Module, rename: Mapping[str, str]) -> Any
     for name, value in made.state_dict().items():
         start = next((b for b in begins if name == b or name.startswith(f"{b}.")), None)
         origin = name if start is None else rename[start] + name[len(start) :]
+        if fresh and (origin not in old or old[origin].shape != value.shape):
+            new[name] = value
+            continue
         if origin not in old:
             raise UserError(
                 f"{KEY}: the new network's {name} has no source: the teacher has no {origin}; say "

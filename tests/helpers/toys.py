@@ -123,6 +123,8 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         objective |= {"initial_steps": 4, "stage_steps": 2}
     if name == "flash":
         objective |= {"levels": 4, "stage_steps": 1}
+    if name == "gft":
+        tree["teacher"]["guidance"] = {"scale": [1.0, 3.0]}
     if name == "draft":
         tree["student"] = {"steps": 2}
     if name in ("draft", "rg-lcd"):

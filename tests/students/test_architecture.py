@@ -193,6 +193,18 @@ def test_fewer_layers_of_an_up_stage_keep_the_first_and_the_last(folders):
                            old[f"up_blocks.1.resnets.{j}.{name}"])  # fmt: skip
 
 
+def test_other_widths_are_drawn_anew_where_that_is_asked_for():
+    backbone = load("digits").denoiser.backbone
+    torch.manual_seed(0)
+    made = changed(backbone, {"block_out_channels": [16, 32]}, {}, [], fresh=True)
+    assert size_of(made) == 164_689
+    torch.manual_seed(0)
+    again = changed(backbone, {"block_out_channels": [16, 32]}, {}, [], fresh=True)
+    pairs = zip(made.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert made.conv_in.weight.std() > 0.01
+
+
 def test_of_fewer_blocks_the_last_of_each_group_stays():
     made, before = (torch.nn.Module() for _ in range(2))
     for module, n in ((made, 3), (before, 6)):

@@ -1,0 +1,147 @@
+"""`distill teach` of a light decoder: trained, put into the pipeline, compared with the large."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.config.recipe import Recipe
+from distill.evaluation.finish import summarise
+from distill.files import write
+from distill.objectives.smaller.decoder import LightDecoder
+from distill.sampling.student_sampler import evaluate_student
+from distill.training import build
+from distill.training.run_folder import release
+from students.export.folder import SIDECAR, load_student
+from teachers.catalogue.loading import find
+from teachers.errors import UserError, clipped
+from teachers.families.base import quiet
+from teachers.teacher import EMBEDDED
+
+NAME = "student"  # the folder, in the run's, of the pipeline with the light decoder
+COMPARED = 64  # latents that the two decoders are compared on
+
+
+def decoder_recipe(tree: dict[str, Any], where: str) -> Recipe | None:
+    """A recipe's tree as that of a light decoder, checked; None if it describes something else.
+
+    Raises:
+        UserError: one of its keys is wrong.
+    """
+    if "teacher" not in tree or "network" in tree:
+        return None
+    recipe = Recipe.check(tree, where)
+    return recipe if issubclass(recipe.kind, LightDecoder) else None
+
+
+def teach_decoder(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
+    """Train the decoder of a checked recipe, and save `out`/student: the teacher's folder with it.
+
+    Returns:
+        The content of summary.json: `decoder` compares the two; `metrics` are the student's with
+        the large decoder (`against`) and with the light one (`student`), if it is a student.
+
+    Raises:
+        UserError: as `build.build`, or the teacher is no folder of a pipeline.
+    """
+    where = folder_of(recipe)
+    run = build.build(recipe, out, resume)
+    run.engine.train()
+    summary: dict[str, Any] = {}
+    if run.engine.accelerator.is_main_process:
+        objective = run.engine.objective
+        assert isinstance(objective, LightDecoder)
+        with run.engine.ema.swapped():
+            tiny = objective.decoder.tiny
+            compared = compare(run, tiny)
+            save(tiny, where, out / NAME)
+        summary = {**summarise(run, measure(run, where, out / NAME)), "decoder": compared}
+        write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    run.engine.accelerator.wait_for_everyone()
+    run.engine.accelerator.end_training()
+    release(out)
+    return summary
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """The folder of the pipeline whose decoder is replaced.
+
+    Raises:
+        UserError: the teacher is none.
+    """
+    source = recipe.teacher.source
+    where = EMBEDDED.get(source) or find(source)
+    if not (where / "vae" / "config.json").is_file():
+        raise UserError(
+            f"teacher.source: {clipped(source)} is no folder of a pipeline with an autoencoder; "
+            "give a student's folder"
+        )
+    return where
+
+
+def save(tiny: Any, where: Path, folder: Path) -> None:
+    """Write a copy of a pipeline's folder in which the autoencoder is the light one."""
+    draft = folder.with_name(f".{folder.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(where, draft, ignore=shutil.ignore_patterns("vae"))
+    with quiet():
+        tiny.save_pretrained(draft / "vae")
+    index = json.loads((draft / "model_index.json").read_text(encoding="utf-8"))
+    index["vae"] = ["diffusers", type(tiny).__name__]
+    (draft / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+
+
+@torch.no_grad()
+def compare(run: build.Run, tiny: Any) -> dict[str, Any]:
+    """The two decoders on the same latents of data: agreement, weights, and seconds of a batch."""
+    device = next(tiny.parameters()).device
+    x = run.engine.source.batch(0, 0, 1, min(COMPARED, run.engine.source.size)).data.to(device)
+    vae: Any = run.teacher.codec.vae
+    vae.to(device)
+    large, light = run.teacher.codec.decode(x), tiny.decode(x).sample
+    error = ((large - light) / 2).square().mean()
+    seconds = {
+        name: timed(decode, x)
+        for name, decode in (("large", run.teacher.codec.decode), ("light", tiny.decode))
+    }
+    weights = {"large": vae.decoder, "light": tiny.decoder}
+    return {
+        "psnr_db": (-10 * error.log10()).item(),
+        "weights": {k: sum(p.numel() for p in v.parameters()) for k, v in weights.items()},
+        "seconds": seconds,
+        "batch": len(x),
+    }
+
+
+def timed(decode: Any, x: Tensor) -> float:
+    """Seconds of a call, the best of three."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        decode(x)
+        if x.device.type != "cpu":
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def measure(run: build.Run, where: Path, folder: Path) -> dict[str, Any]:
+    """Figures of the student with either decoder; empty without a protocol or of no student."""
+    if run.protocol is None or not (where / SIDECAR).is_file():
+        return {}
+    found: dict[str, Any] = {}
+    for name, place in (("against", where), ("student", folder)):
+        generator, teacher = load_student(place)
+        found[name] = {
+            str(k): evaluate_student(generator.at(k), teacher, run.protocol, run.recipe.eval.seeds)
+            for k in generator.counts
+        }
+    return found
