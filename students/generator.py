@@ -227,8 +227,8 @@ class Generator(nn.Module):
     def remaining(self, size: int, first: int) -> list[int]:
         """How many samples of a `rollout` of `size` samples go on after each of the steps."""
         n = len(self.times)
-        places = [(first + i) % n for i in range(size)]
-        return [sum(p > k for p in places) for k in range(n)]
+        at = [size // n + ((k - first) % n < size % n) for k in range(n)]  # samples of each place
+        return [sum(at[k + 1 :]) for k in range(n)]
 
     @torch.no_grad()
     def samples(self, z: Tensor, cond: Cond, sees: ChainSamples, first: int = 0) -> Tensor:
