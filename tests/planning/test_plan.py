@@ -137,8 +137,11 @@ STAGED = {
 }
 
 
-@pytest.mark.parametrize("name", STAGED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("ctm", "sida") else n for n in STAGED]
+)
 def test_a_plan_holds_what_the_last_stage_does_and_works_as_all_stages(name, pipelines):
+    """Work is the mean over stages, and memory that of the largest."""
     tree = recipe_tree(name, pipelines["edm"], steps=8)
     if name == "ctm":
         tree["critic"] = {}
