@@ -662,8 +662,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "the first place of a chain trained twice as often",
         "students/generator.py",
-        "places = [(first + i) % n for i in range(size)]",
-        "places = [(first + i) % (n + 1) % n for i in range(size)]",
+        "at = [size // n + ((k - first) % n < size % n) for k in range(n)]",
+        "at = [(1 + (k == 0)) * size // (n + 1) for k in range(n)]",
         "students/test_students.py::test_a_rollout_spends_as_much_on_each_place_and_no_more_than_it_must",
     ),
     fault(

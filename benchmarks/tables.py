@@ -389,6 +389,40 @@ def figures() -> str:
     return "\n".join(lines)
 
 
+def recovery() -> str:
+    """How far a smaller network is from its teacher, by what it learned."""
+    found = json.loads((ROOT / "docs/results/recovery.json").read_text())
+    names = list(found["sizes"])
+    heads = [f"{name} ({share:.0%} of the weights)" for name, share in found["sizes"].items()]
+    lines = ["| terms | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
+    before = {r["network"]: f"{r['before']:.4f}" for r in found["rows"]}
+    lines.append("| before | " + " | ".join(before[name] for name in names) + " |")
+    for loss in dict.fromkeys(r["loss"] for r in found["rows"]):
+        after = {r["network"]: f"{r['after']:.4f} ± {r['spread']:.4f}"
+                 for r in found["rows"] if r["loss"] == loss}  # fmt: skip
+        lines.append(f"| {loss} | " + " | ".join(after.get(name, "") for name in names) + " |")
+    return "\n".join(lines)
+
+
+def sizes() -> str:
+    """Students of other sizes: figures, and what they weigh and take, as shares of the first."""
+    found = json.loads((ROOT / "docs/results/smaller.json").read_text())
+    first = next(iter(found.values()))
+    lines = ["| student | weights | decoder's | work | time of 1 | of 64 | right | FD | variety |"]
+    lines.append("| --- " * 9 + "|")
+    for name, v in found.items():
+        steps = min(v["steps"], key=int)
+        figures = v["steps"][steps]
+        times = [f"{v['seconds'][n] / first['seconds'][n]:.2f}" for n in ("1", "64")]
+        cells = [
+            name, f"{v['weights']:,}", f"{v['decoder']:,}", f"{v['flops'] / 1e6:.0f} MFLOP", *times,
+            f"{100 * figures['accuracy']:.1f} %",
+            f"{figures['fd']:.2f}", f"{figures['variety']:.2f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def insert(text: str, name: str, table: str) -> str:
     """The text with the table between the markers of that name."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
@@ -415,6 +449,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {  # by file and marker, the fu
         "shapes-untrained": partial(untrained, "shapes", caption_accuracy),
     },
     "docs/performance.md": {"gpus": gpus},
+    "docs/smaller.md": {"recovery": recovery, "sizes": sizes},
     "docs/sharing.md": {"style": style},
 }
 

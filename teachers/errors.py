@@ -85,11 +85,22 @@ def shortened(message: str) -> str:
     return LONG_WORD.sub(lambda match: cut(match[0], WORD), message)
 
 
+NAMES = 300  # letters of known names in an error line
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error line: the known name nearest to a wrong one, or all names if none is."""
+    """The end of an error line: the known name nearest to a wrong one, or the names if none is.
+
+    Of very many, those that do not fit in a line's `NAMES` letters are counted.
+    """
     name, known = name[:WORD], sorted(known)
-    close = get_close_matches(name, known, 1, 0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    if close := get_close_matches(name, known, 1, 0.6):
+        return f"did you mean {close[0]!r}?"
+    shown = len(known)
+    while shown > 1 and len(", ".join(known[:shown])) > NAMES:
+        shown -= 1
+    more = f" and {len(known) - shown} more" if shown < len(known) else ""
+    return f"known: {', '.join(known[:shown])}{more}"
 
 
 @contextmanager
