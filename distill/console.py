@@ -292,6 +292,12 @@ def plan_table(tree: dict[str, Any], memory: float, reserve: float) -> Table:
     if tree["host_gb"]:
         table.add_row("optimizer state in host memory", memory_text(tree["host_gb"]))
     table.add_section()
+    if (count := tree.get("student_params")) is not None:
+        weights, work = count / tree["base_params"], tree["student_work"]
+        table.add_row(
+            "student's network, of the teacher's",
+            f"{weights:.0%} of the weights, {work:.0%} of the work",
+        )
     samples = ", ".join(f"{k} {v:g}" for k, v in tree["evaluations_per_step"].items() if v)
     table.add_row("evaluations per step", samples)
     table.add_row("compute per step", f"{tree['tflop_per_step']:.3g} TFLOP")

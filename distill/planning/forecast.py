@@ -18,7 +18,7 @@ from distill.config.schema import TeacherSection
 from distill.data.encode import at_once
 from distill.objectives.base import Batch, Objective
 from distill.planning.plan import Plan, play
-from distill.profiling import FusedAttention, Meter, unique
+from distill.profiling import FlopMeter, FusedAttention, Meter, unique
 from distill.rates import family_of
 from distill.training import custom_objective
 from distill.training.compilation import wanted_mode
@@ -94,6 +94,7 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
         cond = teacher.codec.condition([0] * n)
         cond = conditions.each(cond, torch.clone)
         batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
+        smaller = smaller_of(recipe, teacher, objective, batch)
         with explained(recipe, teacher):
             most, gradients, flops, evaluations = played(recipe, objective, movers, batch)
     networks = [v for v in vars(objective).values() if isinstance(v, nn.Module)]
@@ -120,7 +121,27 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
         evaluations=evaluations,
         flops=flops,
         host=host,
+        smaller=smaller,
     )
+
+
+@torch.no_grad()
+def smaller_of(
+    recipe: Recipe, teacher: Teacher, objective: Objective, batch: Batch
+) -> tuple[int, float] | None:
+    """The weights of a student of another architecture, and its work as a share of the teacher's;
+    None of other students."""
+    student = recipe.student
+    if student.architecture is None and student.init is None:
+        return None
+    work, counts = [], []
+    t = torch.ones(len(batch.noise))
+    for network in (network_of(objective.student.denoiser), network_of(teacher.denoiser)):
+        with FlopMeter() as meter:
+            network(batch.noise, t, batch.cond)
+        work.append(meter.flops)
+        counts.append(parameters(network.backbone))
+    return (counts[0], work[0] / work[1]) if counts[0] != counts[1] else None
 
 
 def compiles(recipe: Recipe) -> bool:

@@ -51,6 +51,8 @@ class Plan:
             text encoders are not counted.
         grids: The most while sample grids are drawn; the averaged weights are there twice then.
         family, adapter: Of the networks, as measured rates name them; adapter is "full" or a kind.
+        smaller: Of a student of another architecture: its weights, and the share of the work of one
+            pass of the teacher's network that its own is.
     """
 
     weights: int
@@ -69,6 +71,7 @@ class Plan:
     grids: int = 0
     family: str = ""
     adapter: str = "full"
+    smaller: tuple[int, float] | None = None
 
     @property
     def parts(self) -> dict[str, float]:
@@ -122,6 +125,11 @@ class Plan:
             "share_of_peak": share.value,
             "share_source": share.source or "assumed",
             **({} if share.source else {"assumed_share_of_peak": share.value}),
+            **(
+                {}
+                if self.smaller is None
+                else {"student_params": self.smaller[0], "student_work": self.smaller[1]}
+            ),
         }
 
 

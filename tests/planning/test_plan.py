@@ -220,3 +220,20 @@ def test_sdxl_under_adapters_holds_at_most_three_and_a_half_bytes_a_parameter(tm
     # its build took 18.4 GB while encoders stood beside the networks
     assert plan["parts_gb"]["weights"] + 3 < plan["build_gb"] < plan["peak_gb"]
     assert plan["fits"]
+
+
+def test_a_smaller_student_is_shown_beside_its_teacher(tmp_path):
+    from students.architecture.score import save
+
+    tree = {**recipe_tree("sid", "digits"), "teacher": {"source": "shapes"}}
+    tree["data"] = {"source": "shapes"}
+    tree["student"] = {"architecture": {"config": {"mid_block_type": None}}}
+    plan = forecast.plan(Recipe.check(tree))
+    count, work = plan.smaller
+    assert count == 1_216_036 and work == pytest.approx(75.4 / 92.4, abs=0.01)
+    save(load("shapes"), tmp_path / "small", {"mid_block_type": None}, [], {})
+    started = {**tree, "student": {"init": str(tmp_path / "small")}}
+    assert forecast.plan(Recipe.check(started)).smaller == plan.smaller
+    assert forecast.plan(Recipe.check({**tree, "student": {}})).smaller is None
+    shown = plan.tree("rtx-4090", GPUS["rtx-4090"])
+    assert shown["student_params"] == 1_216_036
