@@ -27,7 +27,7 @@ from students.architecture.score import calibration, outputs
 from students.architecture.units import size_of
 from students.generator import Generator
 from students.schedulers import source_of
-from teachers import load
+from teachers import conditions, load
 from teachers.denoiser import Guided
 
 MIDDLE: dict[str, Any] = {"mid_block_type": None}
@@ -73,9 +73,7 @@ def trained(config: dict[str, Any], terms: dict[str, Any], steps: int, seed: int
     torch.manual_seed(seed)
     for _ in range(steps):
         rows = torch.randint(len(pictures), (32,))
-        batch = Batch(
-            pictures[rows], torch.randn_like(pictures[rows]), {k: v[rows] for k, v in cond.items()}
-        )
+        batch = Batch(pictures[rows], torch.randn_like(pictures[rows]), conditions.rows(cond, rows))
         optimizer.zero_grad()
         objective.loss(batch, 0).value.backward()
         optimizer.step()
@@ -83,7 +81,7 @@ def trained(config: dict[str, Any], terms: dict[str, Any], steps: int, seed: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="How a smaller network is taught.")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)

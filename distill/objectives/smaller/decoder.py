@@ -58,12 +58,11 @@ class LightAutoencoder(Auxiliary):
         from diffusers import AutoencoderTiny
 
         vae: Any = self.codec[0].vae
-        stages = len(vae.config.block_out_channels)
-        sides: dict[str, Any] = {
-            f"{side}_block_out_channels": (width,) * stages for side in ("encoder", "decoder")
-        }
-        counts = {f"num_{side}_blocks": (blocks,) * stages for side in ("encoder", "decoder")}
-        made = AutoencoderTiny(latent_channels=self.channels, **sides, **counts)
+        stages, given = len(vae.config.block_out_channels), dict[str, Any]()
+        for side in ("encoder", "decoder"):
+            given[f"{side}_block_out_channels"] = (width,) * stages
+            given[f"num_{side}_blocks"] = (blocks,) * stages
+        made: Any = AutoencoderTiny(latent_channels=self.channels, **given)
         self.tiny = made.to(device).requires_grad_(True)
 
 
