@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from teachers.storage.files import home, read_json
 from teachers.teacher import Teacher
 
 KEY = "student.init"
+OF_FILES = ("variant", "config")  # options of a teacher's own files, which a smaller one has not
+# Settings of a network that an export changes and that leave its other layers as they are.
+EXPORTED = ("time_cond_proj_dim", "num_class_embeds", "out_channels")
 
 
 def student(
@@ -48,7 +52,8 @@ def student(
             adapter.
     """
     if (made := compressed(source)) is not None:
-        like = load(str(made), **form.teacher.options)
+        options = {k: v for k, v in form.teacher.options.items() if k not in OF_FILES}
+        like = load(str(made), **options)
         return form_of(fitting(source, like, form.teacher)).student(steps, None, renoise, adapter)
     folder = student_folder(source)
     file = lora_of(folder)
@@ -83,6 +88,12 @@ def compressed(source: str) -> Path | None:
     return folder if (folder / COMPRESSED).is_file() else None
 
 
+def plain(config: Any) -> dict[str, Any]:
+    """A network's settings as JSON has them, without those that are diffusers' own."""
+    own = {k: v for k, v in dict(config).items() if not k.startswith("_")}
+    return json.loads(json.dumps(own, default=list))
+
+
 def outline(source: str, teacher: Teacher) -> Any:
     """The network that a student starts as, without its values, for a plan.
 
@@ -99,10 +110,10 @@ def outline(source: str, teacher: Teacher) -> Any:
     with unset_fake_temporarily():
         index = read_json(folder / "model_index.json", KEY)
         config = read_json(folder / network.PART / "config.json", KEY)
-    kind = dict(networks(index)).get(network.PART)
-    if kind is None:
-        return None
-    return kind.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    kind: Any = dict(networks(index)).get(network.PART)
+    own, theirs = plain(network.backbone.config), plain(config)
+    same = all(own.get(k) == v for k, v in theirs.items() if k not in EXPORTED)
+    return None if kind is None or same else kind.from_config(theirs)
 
 
 def denoiser(source: str) -> Denoiser:

@@ -306,6 +306,7 @@ def reduced_class(entry: list[Any]) -> Any:
 
     kind = getattr(network, str(entry[1]), None) if len(entry) == 2 else None
     known = isinstance(kind, type) and issubclass(kind, network.Reduced)
+    known = known and kind is not network.Reduced  # the mixin, which is no network
     return kind if known and entry[0] == source.module_of(str(entry[1])) else None
 
 

@@ -301,3 +301,20 @@ def test_a_smaller_student_of_a_run_starts_the_next_one(tmp_path):
 def test_keys_that_do_not_go_together_are_refused(student, more, key):
     with refused(f"*{key}"):
         Recipe.check({**recipe_tree("sid", "digits"), "student": student, **more})
+
+
+def test_what_has_the_teachers_architecture_needs_no_other_outline(tmp_path):
+    teacher = load("shapes")
+    folders.export(student_of(teacher), teacher, tmp_path / "student", {})
+    assert outline(str(tmp_path), load("shapes")) is None
+
+
+@pytest.mark.parametrize("name", ["Reduced", "Removed", "nn", "UNet2DModel"])
+def test_an_index_that_names_something_else_of_that_module_is_refused(name, tmp_path, text):
+    teacher, _, _ = text
+    save(teacher, tmp_path / "small", {}, MIDDLE, {})
+    file = tmp_path / "small" / "model_index.json"
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps({**index, "unet": [name.lower(), name]}))
+    with pytest.raises(UserError):
+        load(str(tmp_path / "small"))
