@@ -79,6 +79,8 @@ def changed(
     after = {**before, **stock, **config}
     kind: Any = type(backbone)
     gone = [*before.get(REMOVED, ()), *left]
+    if after.get("mid_block_type", "") is None:
+        gone = [name for name in gone if not name.startswith("mid_block.")]
     if gone:
         after[REMOVED] = gone
         kind = REDUCED.get(kind.__name__.removeprefix("Reduced"))

@@ -110,6 +110,10 @@ def test_a_share_of_conditions_is_the_null_one_where_nothing_is_guided(teacher):
     assert 0.15 < lost.float().mean() < 0.35
     assert torch.equal(found[~lost], batch.cond["text"][~lost])
     assert made(teacher, 3.0, drop=0.25).dropped(batch.cond) is batch.cond
+    scale = torch.rand(400)
+    ranged = made(teacher, drop=1.0).dropped({**batch.cond, "guidance_scale": scale})
+    assert torch.equal(ranged["guidance_scale"], scale)
+    assert torch.equal(ranged["text"], null.expand_as(ranged["text"]))
 
 
 def test_distances_of_features_by_hand():

@@ -165,6 +165,14 @@ def test_a_second_removal_keeps_the_first():
     assert size_of(twice) == size_of(backbone) - 2 * 184_992
 
 
+def test_a_middle_that_goes_takes_what_was_removed_of_it_along():
+    backbone = load("shapes").denoiser.backbone
+    once = changed(backbone, {}, {}, [MIDDLE[0], "down_blocks.0.attentions.0"])
+    twice = changed(once, {"mid_block_type": None}, {}, [])
+    assert twice.config[REMOVED] == ["down_blocks.0.attentions.0"]
+    assert size_of(twice) == 1_216_036 - 53_232
+
+
 def test_what_a_stock_config_can_say_stays_stock(folders):
     backbone = load("shapes").denoiser.backbone
     whole_middle = [*MIDDLE, "mid_block.attentions.0"]

@@ -29,10 +29,11 @@ from distill.objectives.losses import mean_square
 from distill.objectives.noise_levels import Times, Uniform
 from distill.objectives.smaller.taps import KEY, Scale, feature_loss, taps_of
 from students.lora import innermost
-from teachers import conditions
+from teachers.conditions import GUIDANCE_SCALE
 from teachers.denoiser import Cond, Denoiser, Guided
 from teachers.errors import UserError
 from teachers.features import tapped
+from teachers.process import expand
 
 
 @dataclass(kw_only=True)
@@ -91,12 +92,13 @@ class Compression(Objective):
 
     def dropped(self, cond: Cond) -> Cond:
         """Conditions of which a share is the null one, where an unguided teacher has one."""
-        null = self.teacher.null if isinstance(self.teacher, Guided) and not self.guides else None
-        if cond is None or null is None or not self.drop:
+        teacher, scale = self.teacher, (cond or {}).get(GUIDANCE_SCALE)
+        if cond is None or self.guides or not isinstance(teacher, Guided):
             return cond
-        first = next(iter(cond.values()))
-        size, lost = len(first), torch.rand(len(first), device=first.device) < self.drop
-        empty = conditions.each(null, lambda v: v.expand(size, *v.shape[1:]))
-        assert empty is not None
-        return {k: torch.where(lost.view(-1, *(1,) * (v.ndim - 1)), empty[k].to(v), v)
-                for k, v in cond.items()}  # fmt: skip
+        if teacher.null is None or not self.drop:
+            return cond
+        own = {k: v for k, v in cond.items() if k != GUIDANCE_SCALE}
+        empty = teacher.branches(own)[1]
+        lost = torch.rand(len(next(iter(own.values()))), device=next(iter(own.values())).device)
+        found = {k: torch.where(expand(lost < self.drop, v), empty[k], v) for k, v in own.items()}
+        return found if scale is None else {**found, GUIDANCE_SCALE: scale}
