@@ -13,7 +13,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from teachers.storage import components
+from teachers.storage import components, variants
 
 MOST = 64  # networks that are kept
 
@@ -30,7 +30,8 @@ def remembered() -> Iterator[None]:
     real, kept = components.module, OrderedDict[Any, Any]()
 
     def module(kind: Any, folder: Path, who: str, part: str = "", **options: Any) -> Any:
-        key = (kind, str(folder), part, repr(sorted(options.items())), stamp(Path(folder)))
+        asked = variants._ASKED.get()  # what a folder of several is read for
+        key = (kind, str(folder), part, asked, repr(sorted(options.items())), stamp(Path(folder)))
         if key not in kept:
             made = real(kind, folder, who, part, **options)
             if any(p.is_meta for p in made.parameters()) or hasattr(made, "hf_quantizer"):
