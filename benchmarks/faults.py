@@ -2273,7 +2273,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a reward that acts before it begins",
         "distill/rewards/terms.py",
         "if age < 0:",
-        "if age < -1:",
+        "if age < -20:",
         "objectives/test_rewards.py::test_a_reward_begins_and_warms_up",
     ),
     fault(
