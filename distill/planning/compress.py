@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.sampling.student_sampler import timed
 from students.architecture import score
 from students.architecture.units import check_units, size_of
 from students.export.folder import prompts_of
@@ -112,17 +113,8 @@ def size(teacher: Teacher, network: Any, batches: Sequence[int] = (1, 16)) -> Si
             with FlopCounterMode(display=False) as counter:
                 network(x, t, cond)
             flops = counter.get_total_flops() / n
-        seconds[n] = median(timed(network, x, t, cond) for _ in range(TIMED))
+        seconds[n] = median(timed(partial(network, x, t, cond), device)[1] for _ in range(TIMED))
     return Size(size_of(network.backbone), flops, seconds)
-
-
-def timed(network: Any, *inputs: Any) -> float:
-    """Seconds of a call."""
-    began = time.perf_counter()
-    network(*inputs)
-    if inputs[0].device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - began
 
 
 def tables(made: Compressed) -> list[Table]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distill.config.recipe import Recipe
 from distill.evaluation.finish import summarise
 from distill.files import write
 from distill.objectives.smaller.decoder import LightDecoder
-from distill.sampling.student_sampler import evaluate_student
+from distill.sampling.student_sampler import evaluate_student, timed
 from distill.training import build
 from distill.training.run_folder import release
 from students.export.folder import SIDECAR, load_student
@@ -26,18 +25,6 @@ from teachers.teacher import EMBEDDED
 
 NAME = "student"  # the folder, in the run's, of the pipeline with the light decoder
 COMPARED = 64  # latents that the two decoders are compared on
-
-
-def decoder_recipe(tree: dict[str, Any], where: str) -> Recipe | None:
-    """A recipe's tree as that of a light decoder, checked; None if it describes something else.
-
-    Raises:
-        UserError: one of its keys is wrong.
-    """
-    if "teacher" not in tree or "network" in tree:
-        return None
-    recipe = Recipe.check(tree, where)
-    return recipe if issubclass(recipe.kind, LightDecoder) else None
 
 
 def teach_decoder(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
@@ -109,7 +96,7 @@ def compare(run: build.Run, tiny: Any) -> dict[str, Any]:
     large, light = run.teacher.codec.decode(x), tiny.decode(x).sample
     error = ((large - light) / 2).square().mean()
     seconds = {
-        name: timed(decode, x)
+        name: min(timed(partial(decode, x), device)[1] for _ in range(3))
         for name, decode in (("large", run.teacher.codec.decode), ("light", tiny.decode))
     }
     weights = {"large": vae.decoder, "light": tiny.decoder}
@@ -119,18 +106,6 @@ def compare(run: build.Run, tiny: Any) -> dict[str, Any]:
         "seconds": seconds,
         "batch": len(x),
     }
-
-
-def timed(decode: Any, x: Tensor) -> float:
-    """Seconds of a call, the best of three."""
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        decode(x)
-        if x.device.type != "cpu":
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - began)
-    return min(times)
 
 
 def measure(run: build.Run, where: Path, folder: Path) -> dict[str, Any]:

@@ -17,18 +17,6 @@ from distill.training import build
 from distill.training.run_folder import release
 
 
-def discriminator_recipe(tree: dict[str, Any], where: str) -> Recipe | None:
-    """A recipe's tree as that of a discriminator, checked; None if it describes something else.
-
-    Raises:
-        UserError: one of its keys is wrong.
-    """
-    if "teacher" not in tree or "network" in tree:
-        return None
-    recipe = Recipe.check(tree, where)
-    return recipe if issubclass(recipe.kind, Discriminator) else None
-
-
 def teach_discriminator(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
     """Train the critic of a checked recipe, and save it as `out`/critic.safetensors.
 

@@ -25,9 +25,11 @@ from distill.config.recipe import Recipe, override, read_recipe
 from distill.data.encode import device
 from distill.evaluation.finish import summarise
 from distill.files import write
+from distill.objectives.adversarial.discriminator import Discriminator
+from distill.objectives.smaller.decoder import LightDecoder
 from distill.pretrain import text_to_image
-from distill.pretrain.decoder import decoder_recipe, teach_decoder
-from distill.pretrain.discriminator import discriminator_recipe, teach_discriminator
+from distill.pretrain.decoder import teach_decoder
+from distill.pretrain.discriminator import teach_discriminator
 from distill.pretrain.text_to_image import Scenes, TextRecipe
 from distill.profiling import device_name
 from distill.publish.results_table import many
@@ -45,6 +47,8 @@ from teachers.families.unet import UNet
 from teachers.storage.diffusers_config import read as read_schedule
 from teachers.storage.files import open_to_readers, read_json
 
+# What is trained of a teacher that is there: by the objective's class.
+PARTS = {Discriminator: teach_discriminator, LightDecoder: teach_decoder}
 STEPS = (1, 2, 4, 8, 32)  # solver steps for which the card states the teacher's quality
 
 
@@ -57,10 +61,9 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
     tree = override(read_recipe(path), overrides)
     if "text_encoder" in tree:
         return teach_pictures(TextRecipe.check(tree, path), out, resume, path)
-    if (recipe := discriminator_recipe(tree, path)) is not None:
-        return teach_discriminator(recipe, out, resume)
-    if (recipe := decoder_recipe(tree, path)) is not None:
-        return teach_decoder(recipe, out, resume)
+    if (part := part_of(tree, path)) is not None:
+        recipe, teach_part = part
+        return teach_part(recipe, out, resume)
     for section in ("network", "scheduler"):
         if not isinstance(tree.get(section), dict):
             raise UserError(f"{path}: {section}: missing; add the section to the teacher recipe")
@@ -103,6 +106,19 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
     run.engine.accelerator.end_training()
     release(out)
     return summary
+
+
+def part_of(tree: dict[str, Any], where: str) -> tuple[Recipe, Any] | None:
+    """A recipe's tree as that of a part of a teacher, and what trains it; None of other recipes.
+
+    Raises:
+        UserError: one of its keys is wrong.
+    """
+    if "teacher" not in tree or "network" in tree:
+        return None
+    recipe = Recipe.check(tree, where)
+    found = [teach_part for kind, teach_part in PARTS.items() if issubclass(recipe.kind, kind)]
+    return (recipe, found[0]) if found else None
 
 
 def keep(pipe: Any, folder: Path, where: str) -> None:

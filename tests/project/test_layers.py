@@ -133,9 +133,9 @@ MAY: dict[str, set[str]] = {
         "eval.protocols",
     },
     "distill.planning": {
-        "distill", "distill.objectives", "distill.config", "distill.data", "distill.training",
-        "students", "students.architecture", "students.export", "teachers", "teachers.storage",
-        "teachers.families", "teachers.catalogue", "teachers.diagnosis", "eval",
+        "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
+        "distill.training", "students", "students.architecture", "students.export", "teachers",
+        "teachers.storage", "teachers.families", "teachers.catalogue", "teachers.diagnosis", "eval",
     },
     "distill.evaluation": {
         "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",
