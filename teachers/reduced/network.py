@@ -45,7 +45,7 @@ class Reduced:
         made = super().from_config(settings, return_unused_kwargs, **kwargs)  # pyright: ignore
         network = made[0] if return_unused_kwargs else made
         for name in removed:
-            if not name.split(".")[-2:-1] in (["resnets"], ["attentions"]):
+            if name.split(".")[-2:-1] not in (["resnets"], ["attentions"]):
                 raise ValueError(f"{REMOVED}: {name!r} is no layer that can go")
             network.get_submodule(name)  # it raises where there is none
             network.set_submodule(name, Removed())
