@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -94,17 +95,32 @@ def changed(
     kind = kind_of(backbone, gone, [*forms, *(change or ())])
     if kind is not type(backbone) or REMOVED in before:
         after |= {REMOVED: gone, CHANGED: forms}
-    try:
-        made = kind.from_config({k: v for k, v in after.items() if not k.startswith("_")})
-    except (Exception, SystemExit) as error:  # diffusers raises many types for such values
-        raise UserError(
-            f"{KEY}.config: no {type(backbone).__name__} has it ({clipped(first_line(error), 200)})"
-        ) from None
+    settings = {k: v for k, v in after.items() if not k.startswith("_")}
+    made = built(kind, settings, type(backbone).__name__, fresh)
     like = next(backbone.parameters())
-    with quiet():  # diffusers warns of every conversion
-        made = made.to(device=like.device, dtype=like.dtype)
+    if fresh:
+        with quiet():  # diffusers warns of every conversion
+            made = made.to(device=like.device, dtype=like.dtype)
     made = with_weights(made, backbone, {**places(made, backbone), **own, **rename}, fresh)
+    if any(b.is_meta for b in made.buffers()) and not like.is_meta:  # those that no file has
+        whole = built(kind, settings, type(backbone).__name__, fresh=True).to(like.device)
+        whole.load_state_dict(made.state_dict(), assign=True)
+        made = whole
     return with_forms(made, change or {})
+
+
+def built(kind: Any, settings: Change, name: str, fresh: bool) -> Any:
+    """A network of this config; without values where none of them would stay, which takes no time.
+
+    Raises:
+        UserError: there is no such network.
+    """
+    try:
+        with nullcontext() if fresh else torch.device("meta"):
+            return kind.from_config(settings)
+    except (Exception, SystemExit) as error:  # diffusers raises many types for such values
+        reason = clipped(first_line(error), 200)
+        raise UserError(f"{KEY}.config: no {name} has it ({reason})") from None
 
 
 def still_there(
@@ -239,6 +255,5 @@ def with_weights(
                 "keep the widths"
             )
         new[name] = old[origin].detach().clone()
-    with torch.no_grad():
-        made.load_state_dict(new)
-    return made
+    made.load_state_dict({k: v.requires_grad_(False) for k, v in new.items()}, assign=True)
+    return made.requires_grad_(True)

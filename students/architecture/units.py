@@ -21,9 +21,17 @@ LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
 def units(backbone: nn.Module) -> dict[str, nn.Module]:
     """The units of a backbone by name, in its own order; without any, an empty mapping.
 
-    Of UNets they are residual blocks whose channels stay, and attentions; of networks of equal
-    blocks, such as DiT's, the blocks.
+    Of UNets they are residual blocks whose channels stay, and attentions, or the blocks of an
+    attention that has several (SDXL's have up to ten); of networks of equal blocks, such as DiT's,
+    the blocks.
     """
+    found = removable(backbone)
+    whole = {n.rpartition(".transformer_blocks.")[0] for n in found}
+    return {n: m for n, m in found.items() if n not in whole}
+
+
+def removable(backbone: nn.Module) -> dict[str, nn.Module]:
+    """The units by name, and the attentions that some of them are parts of."""
     from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -37,9 +45,16 @@ def units(backbone: nn.Module) -> dict[str, nn.Module]:
             keeps = parent.endswith("attentions") and module.residual_connection
         else:
             keeps = isinstance(module, Transformer2DModel) and bool(parent)
-        if keeps or parent in LISTS:
+        if keeps or parent in LISTS or in_a_stack(backbone, parent):
             found[name] = module
     return found
+
+
+def in_a_stack(backbone: nn.Module, parent: str) -> bool:
+    """Whether modules of this parent are an attention's blocks, of which it has several."""
+    if not parent.endswith(".transformer_blocks") or ".attentions." not in parent:
+        return False
+    return len(list(backbone.get_submodule(parent).children())) > 1
 
 
 @contextmanager
@@ -58,7 +73,7 @@ def check_units(backbone: nn.Module, names: Iterable[str], key: str) -> None:
     Raises:
         UserError: naming the key and the nearest unit.
     """
-    known = units(backbone)
+    known = removable(backbone)
     for name in names:
         if name not in known:
             raise UserError(f"{key}: {name!r} is no layer that can go; {nearest(name, [*known])}")

@@ -17,6 +17,7 @@ from teachers.reduced.layers import change
 
 REMOVED = "removed_units"  # the key of a config: the names of the layers that are not there
 CHANGED = "changed_units"  # by the name of a layer, its kind in `layers.KINDS` and its settings
+LISTS = ("resnets", "attentions", "transformer_blocks")  # whose modules can go
 
 
 class Removed(nn.Module):
@@ -45,7 +46,7 @@ class Reduced:
         made = super().from_config(settings, return_unused_kwargs, **kwargs)  # pyright: ignore
         network = made[0] if return_unused_kwargs else made
         for name in removed:
-            if name.split(".")[-2:-1] not in (["resnets"], ["attentions"]):
+            if name.split(".")[-2:-1] not in ([kind] for kind in LISTS):
                 raise ValueError(f"{REMOVED}: {name!r} is no layer that can go")
             network.get_submodule(name)  # it raises where there is none
             network.set_submodule(name, Removed())

@@ -17,10 +17,11 @@ from students.architecture.score import calibration, chosen, cost_without, save,
 from students.architecture.units import size_of, skipping, units
 from students.export import folder as folders
 from students.export.earlier import outline
-from students.lora import network_of
+from students.lora import network_of, unwrap
 from students.schedulers import source_of
 from students.schedulers import student as student_of
 from teachers import load
+from teachers.catalogue.outlines import outline as outline_of
 from teachers.errors import UserError
 from teachers.reduced.network import CHANGED, REMOVED, Reduced
 from tests.helpers.refusals import refused
@@ -128,6 +129,52 @@ def test_blocks_of_a_transformer_are_units(folders):
     backbone = load(folders("dit")).denoiser.backbone
     found = units(backbone)
     assert [*found] == [f"transformer_blocks.{i}" for i in range(len(found))] and found
+
+
+SD15, SDXL = (
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-xl-base-1.0",
+)
+THREE_STAGES = {
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 3,
+}
+SHIFTED = {f"up_blocks.{j}": f"up_blocks.{j + 1}" for j in range(3)}
+SHIFTED |= {
+    f"up_blocks.{j}.{kind}.1": f"up_blocks.{j + 1}.{kind}.2"
+    for j in range(3)
+    for kind in ("resnets", "attentions")
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "rename", "millions"),
+    [
+        (SD15, {}, {}, 579.38),  # BK-SDM-Base, arXiv:2305.15798, table 1
+        (SD15, {"mid_block_type": None}, {}, 482.35),  # BK-SDM-Small
+        (SD15, {"mid_block_type": None, **THREE_STAGES}, SHIFTED, 323.38),  # BK-SDM-Tiny
+        (SDXL, {"transformer_layers_per_block": [1, 2, 6]}, {}, 1161),  # KOALA-1B, arXiv:2312.04005
+        (SDXL, {"transformer_layers_per_block": [1, 2, 5], "mid_block_type": None}, {}, 782.82),
+    ],
+)
+def test_published_students_have_their_published_sizes(source, config, rename, millions):
+    large = unwrap(outline_of(source, torch.device("meta")).denoiser).backbone
+    made = changed(large, {"layers_per_block": 1, **config}, rename, [])
+    assert size_of(made) / 1e6 == pytest.approx(millions, rel=2e-4)
+
+
+def test_of_an_attention_of_several_blocks_each_can_go():
+    """SDXL's: 70 blocks of attention and six residual blocks keep their shape."""
+    large = unwrap(outline_of(SDXL, torch.device("meta")).denoiser).backbone
+    found = units(large)
+    blocks = [n for n in found if ".transformer_blocks." in n]
+    assert (len(found), len(blocks)) == (76, 70)
+    recipe = Recipe.load("sdxl/laptop").student.architecture
+    made = changed(large, {}, {}, recipe.remove)
+    assert set(recipe.remove) <= set(blocks) and size_of(made) / 1e9 == pytest.approx(1.3, abs=0.05)
+    whole = changed(large, {}, {}, ["mid_block.attentions.0"])  # also all ten of them
+    assert size_of(whole) < size_of(large) - 345e6
 
 
 # weights carried over
