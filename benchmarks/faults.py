@@ -2339,4 +2339,34 @@ MUTANTS: tuple[Mutant, ...] = (
         "return error / ours.square().mean()",
         "objectives/test_compress.py::test_distances_of_features_by_hand",
     ),
+    # what of a network goes is learned
+    fault(
+        "gates of units turned round",
+        "students/architecture/gates.py",
+        "return m * output + (1 - m) * x",
+        "return (1 - m) * output + m * x",
+        "objectives/test_tinyfusion.py::test_open_gates_are_the_teacher_closed_ones_skip_and_half_is_between",
+    ),
+    fault(
+        "the least likely way to keep layers decides",
+        "distill/objectives/smaller/tinyfusion.py",
+        "self.weights.argmax(1)",
+        "self.weights.argmin(1)",
+        "objectives/test_tinyfusion.py::test_the_likeliest_way_decides_and_the_temperature_falls_evenly",
+    ),
+    fault(
+        "gates that are drawn without their scale",
+        "distill/objectives/smaller/tinyfusion.py",
+        "logits = (SCALE * self.weights)",
+        "logits = (self.weights)",
+        "objectives/test_tinyfusion.py::test_what_a_small_gap_of_the_weights_means",
+        "objectives/test_tinyfusion.py::test_a_hard_draw_has_the_gradient_of_the_soft_one",
+    ),
+    fault(
+        "one way for all samples",
+        "distill/objectives/smaller/tinyfusion.py",
+        "return (choice @ self.ways).flatten(1)",
+        "return (choice[:1].expand_as(choice) @ self.ways).flatten(1)",
+        "objectives/test_tinyfusion.py::test_at_the_start_every_unit_is_kept_as_often_as_any",
+    ),
 )

@@ -199,7 +199,7 @@ def teach(
     A recipe with a teacher and the objective discriminator trains a discriminator of that teacher,
     which strengthens it: OUT/critic.safetensors, for the key teacher.discriminator of recipes. One
     with the objective decoder trains a light decoder of a student: OUT/student is the student with
-    it.
+    it. One with tinyfusion learns which layers can go: OUT/pruned is the teacher without them.
     """
     from distill.console import out as console
     from distill.console import results_table
@@ -216,6 +216,9 @@ def teach(
         console.print(results_table("teacher", rows, base=next(iter(rows))))
     if summary.get("objective") == "decoder":
         show_decoder(summary, out)
+    elif "removed" in summary:
+        for part in summary["shown"]:
+            console.print(part)
     elif summary.get("objective") == "discriminator":
         console.print(f"discriminator in {out / NAME}")
     else:

@@ -37,6 +37,7 @@ from distill.objectives.pairs.reflow import Reflow
 from distill.objectives.smaller.compress import Compression
 from distill.objectives.smaller.decoder import LightDecoder
 from distill.objectives.smaller.gft import GuidanceFree
+from distill.objectives.smaller.tinyfusion import TinyFusion
 from distill.objectives.trajectory.draft import DRaFT
 from distill.objectives.trajectory.guided import GuidedDistillation
 from distill.objectives.trajectory.lcm import LCM
@@ -94,5 +95,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "tcd": TCD,
     "tcm": TruncatedConsistency,
     "tdm": TDM,
+    "tinyfusion": TinyFusion,
     "uni-instruct": UniInstruct,
 }

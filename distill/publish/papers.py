@@ -327,6 +327,12 @@ PAPERS = {
         2025,
         "2503.06674",
     ),
+    "tinyfusion": Paper(
+        "TinyFusion: Diffusion Transformers Learned Shallow",
+        "Fang, Gongfan and Li, Kunjun and Ma, Xinyin and Wang, Xinchao",
+        2024,
+        "2412.01199",
+    ),
     "uni-instruct": Paper(
         "Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence Instruction",
         "Wang, Yifei and Bai, Weimin and Zhang, Colin and Zhang, Debing and Luo, Weijian and "

@@ -157,13 +157,8 @@ def save(
     """
     network = source_of(teacher)
     made: Any = changed(network.backbone, config, {}, remove)
-    where = EMBEDDED.get(teacher.source) or find(teacher.source)
-    if not (where / network.PART / "config.json").is_file():
-        raise UserError(
-            f"teacher {clipped(teacher.source)!r}: it is no folder of a diffusers pipeline; "
-            "distil it once with all of its layers, and give that student"
-        )
     part = network.PART
+    where = folder_of(teacher.source, f"{part}/config.json")
     shutil.copytree(where, folder, ignore=shutil.ignore_patterns(part, "*.md"), dirs_exist_ok=True)
     with quiet():
         made.save_pretrained(folder / part)
@@ -171,3 +166,18 @@ def save(
         write_source(folder, part, made)
     (folder / COMPRESSED).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return made
+
+
+def folder_of(source: str, file: str = "model_index.json") -> Path:
+    """The folder of a teacher's pipeline, which smaller ones are copies of.
+
+    Raises:
+        UserError: the teacher is none: there is no such file in it.
+    """
+    where = EMBEDDED.get(source) or find(source)
+    if not (where / file).is_file():
+        raise UserError(
+            f"teacher {clipped(source)!r}: it is no folder of a diffusers pipeline; distil it once "
+            "with all of its layers, and give that student"
+        )
+    return where

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from teachers.errors import UserError, nearest
 from teachers.features import blocks_of, replaced
@@ -39,7 +42,26 @@ def units(backbone: nn.Module) -> dict[str, nn.Module]:
             keeps = isinstance(module, Transformer2DModel) and bool(parent)
         if keeps or parent in LISTS:
             found[name] = module
+    if feeds_the_output(backbone):
+        del found["transformer_blocks.0"]
     return found
+
+
+def feeds_the_output(backbone: nn.Module) -> bool:
+    """Whether a DiT's first block has an embedding that no other has: its output layer reads it.
+
+    All blocks of published DiTs have the same one, which diffusers keeps once for each.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    if not isinstance(backbone, DiTTransformer2DModel):
+        return False
+    blocks: Any = backbone.transformer_blocks
+    first, *others = (block.norm1.emb.state_dict() for block in blocks)
+    pairs = [(v, other[name]) for name, v in first.items() for other in others]
+    return not any(isinstance(v, FakeTensor) for v, _ in pairs) and not all(
+        torch.equal(v, other) for v, other in pairs
+    )
 
 
 @contextmanager
