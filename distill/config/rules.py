@@ -100,8 +100,8 @@ def architecture_under_adapters(recipe: Recipe) -> str | None:
 def empty_architecture(recipe: Recipe) -> str | None:
     if (a := recipe.student.architecture) is None:
         return None
-    if not a.config and not a.remove:
-        return "student.architecture: it changes nothing; give config or remove, or leave it out"
+    if not (a.config or a.remove or a.change):
+        return "student.architecture: it changes nothing; give config, remove or change"
     if repeated := [n for n in a.remove if a.remove.count(n) > 1]:
         return f"student.architecture.remove: {cut(repeated[0])!r} is there twice; name it once"
     return None

@@ -167,6 +167,8 @@ class ArchitectureSection(Section):
     rename: dict[Name, Name] = {}
     # Whether weights that have no source, such as those of other widths, are drawn anew.
     fresh: bool = False
+    # Layers of another form, by name: the form's `kind` and settings (docs/smaller.md).
+    change: dict[Name, dict[str, Any]] = {}
 
 
 class StudentSection(Section):

@@ -1,11 +1,12 @@
 """A backbone of another architecture with the weights of the one that it is made from.
 
-What a stock config can say stays stock; single layers that are removed make a network of
-`teachers/reduced`, which brings its source along when it is exported.
+What a stock config can say stays stock; single layers that are removed or have another form make a
+network of `teachers/reduced`, which brings its source along when it is exported.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,13 @@ from students.architecture.units import LISTS, check_units
 from students.schedulers import source_of
 from teachers.errors import UserError, clipped, first_line, nearest
 from teachers.families.base import quiet
-from teachers.reduced.network import REMOVED, ReducedUNet2DConditionModel, ReducedUNet2DModel
+from teachers.reduced.layers import change as change_layer
+from teachers.reduced.network import (
+    CHANGED,
+    REMOVED,
+    ReducedUNet2DConditionModel,
+    ReducedUNet2DModel,
+)
 from teachers.teacher import Teacher
 
 KEY = "student.architecture"  # the recipe key, which begins error messages
@@ -34,17 +41,18 @@ def changed_teacher(
     rename: Mapping[str, str],
     remove: Sequence[str],
     fresh: bool = False,
+    change: Mapping[str, Change] | None = None,
 ) -> Teacher:
     """The teacher with a network of another architecture: what its students are copies of.
 
     Args:
-        config, rename, remove, fresh: As `changed` has them.
+        config, rename, remove, fresh, change: As `changed` has them.
 
     Raises:
         UserError: as `changed`, or the teacher is no network of diffusers.
     """
     network = source_of(teacher)
-    backbone = changed(network.backbone, config, rename, remove, fresh)
+    backbone = changed(network.backbone, config, rename, remove, fresh, change)
     twin = network.twin(backbone.requires_grad_(False).eval(), network.schedule)
     return replace(teacher, denoiser=twin)
 
@@ -55,6 +63,7 @@ def changed(
     rename: Mapping[str, str],
     remove: Sequence[str],
     fresh: bool = False,
+    change: Mapping[str, Change] | None = None,
 ) -> nn.Module:
     """A new backbone with the weights of this one.
 
@@ -64,9 +73,10 @@ def changed(
             they are. Others have their own name; where a stage or a list is shorter, see `places`.
         remove: Names of units (`units`) that are removed. What a stock config can say, it says.
         fresh: Whether weights without a source keep the values that diffusers draws for them.
+        change: By a layer's name its other form, as `teachers/reduced/layers.py` has them.
 
     Raises:
-        UserError: no such key, value or unit; or weights of the new network have no source.
+        UserError: no such key, value, unit or form; or weights of the new network have no source.
     """
     check_units(backbone, remove, f"{KEY}.remove")
     stock, left, own = stock_form(backbone, remove)
@@ -77,18 +87,13 @@ def changed(
             f"{nearest(unknown[0], [k for k in before if not k.startswith('_')])}"
         )
     after = {**before, **stock, **config}
-    kind: Any = type(backbone)
     gone = [*before.get(REMOVED, ()), *left]
     if after.get("mid_block_type", "") is None:
         gone = [name for name in gone if not name.startswith("mid_block.")]
-    if gone:
-        after[REMOVED] = gone
-        kind = REDUCED.get(kind.__name__.removeprefix("Reduced"))
-        if kind is None:
-            raise UserError(
-                f"{KEY}.remove: of a {type(backbone).__name__} whole blocks can go, and not "
-                f"{left[0]!r}; name others"
-            )
+    forms = still_there(before.get(CHANGED, {}), gone, after.get("mid_block_type", ""))
+    kind = kind_of(backbone, gone, [*forms, *(change or ())])
+    if kind is not type(backbone) or REMOVED in before:
+        after |= {REMOVED: gone, CHANGED: forms}
     try:
         made = kind.from_config({k: v for k, v in after.items() if not k.startswith("_")})
     except (Exception, SystemExit) as error:  # diffusers raises many types for such values
@@ -98,7 +103,58 @@ def changed(
     like = next(backbone.parameters())
     with quiet():  # diffusers warns of every conversion
         made = made.to(device=like.device, dtype=like.dtype)
-    return with_weights(made, backbone, {**places(made, backbone), **own, **rename}, fresh)
+    made = with_weights(made, backbone, {**places(made, backbone), **own, **rename}, fresh)
+    return with_forms(made, change or {})
+
+
+def still_there(
+    forms: Mapping[str, Change], gone: Sequence[str], middle: str | None
+) -> dict[str, Change]:
+    """The layers' forms, but for those inside layers that go, and inside a middle that is none."""
+    out = [*gone, *(["mid_block"] if middle is None else [])]
+    return {n: v for n, v in forms.items() if not any(f"{n}.".startswith(f"{g}.") for g in out)}
+
+
+def kind_of(backbone: Any, removed: Sequence[str], changed: Sequence[str]) -> Any:
+    """The class of a network like this one without some layers, and with some of another form.
+
+    Raises:
+        UserError: there is none.
+    """
+    kind = type(backbone)
+    if not removed and not changed:
+        return kind
+    made = REDUCED.get(kind.__name__.removeprefix("Reduced"))
+    if made is not None:
+        return made
+    if not removed:
+        known = " and ".join(REDUCED)
+        raise UserError(f"{KEY}.change: a {kind.__name__} cannot be changed so, a {known} can")
+    raise UserError(
+        f"{KEY}.remove: of a {kind.__name__} whole blocks can go, and not {removed[0]!r}; name "
+        "others"
+    )
+
+
+def with_forms(made: Any, forms: Mapping[str, Change]) -> Any:
+    """The network, in place, with layers in another form, each with the weights that it had.
+
+    Raises:
+        UserError: there are no such layers or forms.
+    """
+    for name, settings in forms.items():
+        try:
+            change_layer(made, name, settings)
+        except ValueError as error:
+            raise UserError(f"{KEY}.change.{clipped(name)}: {error}") from None
+    if forms:
+        made.register_to_config(**{CHANGED: {**made.config.get(CHANGED, {}), **plain(forms)}})
+    return made
+
+
+def plain(forms: Mapping[str, Change]) -> dict[str, Any]:
+    """Layers' forms as JSON has them."""
+    return json.loads(json.dumps(forms, default=list))
 
 
 def stock_form(

@@ -1,4 +1,5 @@
-"""UNets of diffusers without some of their layers: the config names those that were removed.
+"""UNets of diffusers without some of their layers, or with some in another form; the config names
+both.
 
 Stock configs say how many layers a stage has, and not which ones: a UNet that lacks a single
 residual block or attention has no stock form. Here each removed layer is replaced by one without
@@ -12,7 +13,10 @@ from typing import Any
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from teachers.reduced.layers import change
+
 REMOVED = "removed_units"  # the key of a config: the names of the layers that are not there
+CHANGED = "changed_units"  # by the name of a layer, its kind in `layers.KINDS` and its settings
 
 
 class Removed(nn.Module):
@@ -25,24 +29,35 @@ class Removed(nn.Module):
 
 
 class Reduced:
-    """Mixin of diffusers' networks: a network is made of its config without the removed layers."""
+    """Mixin of diffusers' networks: made of its config without the removed layers, and with others
+    in another form.
+
+    Raises:
+        ValueError: the config names layers that cannot be changed so.
+    """
 
     @classmethod
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        own = {k: v for k, v in dict(config or {}).items() if k != REMOVED}
-        made = super().from_config(own, return_unused_kwargs, **kwargs)  # pyright: ignore
+        settings = dict(config or {})
+        removed, changed = [*settings.pop(REMOVED, ())], {**settings.pop(CHANGED, {})}
+        made = super().from_config(settings, return_unused_kwargs, **kwargs)  # pyright: ignore
         network = made[0] if return_unused_kwargs else made
-        for name in (names := [*dict(config or {}).get(REMOVED, ())]):
+        for name in removed:
+            if name.split(".")[-2:-1] not in (["resnets"], ["attentions"]):
+                raise ValueError(f"{REMOVED}: {name!r} is no layer that can go")
+            network.get_submodule(name)  # it raises where there is none
             network.set_submodule(name, Removed())
-        network.register_to_config(**{REMOVED: names})
+        for name, form in changed.items():
+            change(network, name, form)
+        network.register_to_config(**{REMOVED: removed, CHANGED: changed})
         return made
 
 
 class ReducedUNet2DModel(Reduced, UNet2DModel):
-    """A UNet2DModel without the layers of its config's `removed_units`."""
+    """A UNet2DModel with the changes that its config names."""
 
 
 class ReducedUNet2DConditionModel(Reduced, UNet2DConditionModel):
-    """A UNet2DConditionModel without the layers of its config's `removed_units`."""
+    """A UNet2DConditionModel with the changes that its config names."""

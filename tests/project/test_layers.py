@@ -55,7 +55,8 @@ MAY: dict[str, set[str]] = {
     },
     "students.metadata": {"students", "teachers", "teachers.storage", "teachers.families"},
     "students.export.sources": {
-        "students", "teachers", "teachers.edm", "teachers.imagenet", "teachers.storage",
+        "students", "teachers", "teachers.edm", "teachers.imagenet", "teachers.reduced",
+        "teachers.storage",
     },
     "students.export": {
         "students", "students.architecture", "students.export.sources", "students.metadata",

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from copy import deepcopy
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from students.schedulers import source_of
 from students.schedulers import student as student_of
 from teachers import load
 from teachers.errors import UserError
-from teachers.reduced.network import REMOVED, Reduced
+from teachers.reduced.network import CHANGED, REMOVED, Reduced
 from tests.helpers.refusals import refused
 from tests.helpers.toys import recipe_tree
 
@@ -237,6 +238,82 @@ def test_what_cannot_be_made_is_refused(change, words):
     assert error.value.key.startswith("student.architecture")
     for word in words:
         assert word in str(error.value)
+
+
+# layers of another form
+
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+FEED_FORWARD = "up_blocks.1.attentions.0.transformer_blocks.0.ff"
+
+
+def silenced(backbone, name, keep, inner):
+    """A copy in which the inner numbers that do not stay reach nothing."""
+    copy = deepcopy(backbone)
+    layer = copy.get_submodule(name)
+    out = layer.to_out[0] if hasattr(layer, "to_out") else layer.net[2]
+    width = out.in_features // inner
+    gone = [i for i in range(inner) if i not in keep]
+    for i in gone:
+        out.weight.data[:, i * width : (i + 1) * width] = 0
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "keep", "inner"),
+    [(ATTENTION, "heads", [0, 2], None), (FEED_FORWARD, "neurons", [1, 5, 17], None)],
+)
+def test_a_cut_layer_is_one_whose_other_parts_reach_nothing(name, kind, keep, inner):
+    loaded = load("shapes")
+    network = source_of(loaded)
+    layer = network.backbone.get_submodule(name)
+    inner = layer.heads if kind == "heads" else layer.net[2].in_features
+    keep = [i for i in keep if i < inner]
+    form = {name: {"kind": kind, "keep": keep}}
+    made = changed(network.backbone, {}, {}, [], change=form)
+    assert made.config[CHANGED] == form and size_of(made) < size_of(network.backbone)
+    assert network.backbone.get_submodule(name) is layer  # of the teacher nothing changed
+    x_t, t, cond = inputs(loaded)
+    with torch.no_grad():
+        cut = network.twin(made.eval(), network.schedule)(x_t, t, cond)
+        same = silenced(network.backbone, name, keep, inner)
+        want = network.twin(same, network.schedule)(x_t, t, cond)
+        assert not torch.allclose(cut, network(x_t, t, cond), atol=1e-3)
+    torch.testing.assert_close(cut, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cut_network_leaves_as_a_folder_and_is_cut_again(tmp_path):
+    recipe = smaller("shapes", architecture={"change": {ATTENTION: {"kind": "heads", "keep": [0]}}})
+    teacher = load("shapes")
+    student = build_networks(recipe, teacher)["student"]
+    folders.export(student, teacher, tmp_path / "student", recipe.tree())
+    generator, _ = folders.load_student(tmp_path / "student")
+    again = network_of(generator.denoiser).backbone
+    form = {FEED_FORWARD: {"kind": "neurons", "keep": [*range(7)]}}
+    twice = changed(again, {}, {}, [], change=form)
+    assert [*twice.config[CHANGED]] == [ATTENTION, FEED_FORWARD]
+    gone = changed(twice, {}, {}, ["down_blocks.0.attentions.0"])
+    assert [*gone.config[CHANGED]] == [FEED_FORWARD]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        (ATTENTION, {"kind": "heads", "keep": []}, "give some of its"),
+        (ATTENTION, {"kind": "heads", "keep": [1, 0]}, "in order"),
+        (ATTENTION, {"kind": "heads", "keep": [0, 99]}, "from 0 to"),
+        (ATTENTION, {"kind": "heads", "keep": [True]}, "give some of its"),
+        (ATTENTION, {"kind": "heads", "lose": [1]}, "has keep"),
+        (ATTENTION, {"kind": "neurons", "keep": [0]}, "no feed-forward"),
+        (FEED_FORWARD, {"kind": "heads", "keep": [0]}, "no attention"),
+        (ATTENTION, {"kind": "arms"}, "heads, neurons"),
+        (ATTENTION, {}, "heads, neurons"),
+        ("nowhere", {"kind": "heads", "keep": [0]}, "no such layer"),
+    ],
+)
+def test_a_form_that_cannot_be_is_refused(name, settings, words):
+    with pytest.raises(UserError, match=words) as error:
+        changed(load("shapes").denoiser.backbone, {}, {}, [], change={name: settings})
+    assert error.value.key == f"student.architecture.change.{name}"
 
 
 # recipes and exports

@@ -8,11 +8,9 @@ of latents, which also decodes, comes with its source too.
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from teachers.edm import model as model_file
@@ -21,6 +19,7 @@ from teachers.edm import pipeline as pipeline_file
 from teachers.edm.latents import PIPELINE
 from teachers.edm.model import EDMModel
 from teachers.edm.pipeline import EDM2LatentsPipeline
+from teachers.reduced.source import body
 
 HEADER = '''"""The {what} of a few-step student (arXiv:2206.00364, arXiv:2312.02696); Apache-2.0.
 
@@ -66,18 +65,3 @@ def module(what: str, imports: dict[str, None], bodies: list[str]) -> str:
     first = [line for line in imports if line.startswith("from __future__")]
     rest = [line for line in imports if line not in first]
     return "\n\n".join([HEADER.format(what=what) + "\n".join(first), "\n".join(rest), *bodies])
-
-
-def body(module: ModuleType, imports: dict[str, None]) -> str:
-    """A module's source without its docstring and imports; these are added, but for our own."""
-    text = inspect.getsource(module)
-    lines, cut = text.splitlines(), set()
-    for i, node in enumerate(ast.parse(text).body):
-        own = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("teachers")
-        imported = isinstance(node, ast.Import | ast.ImportFrom)
-        if imported and not own:
-            imports[ast.unparse(node)] = None
-        if imported or i == 0:
-            assert node.end_lineno is not None
-            cut |= set(range(node.lineno - 1, node.end_lineno))
-    return "\n".join(line for i, line in enumerate(lines) if i not in cut).strip()

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from students.export.sources.edm import body
 from teachers.imagenet import parts, schedule
+from teachers.reduced.source import body
 
 HEADER = '''"""{what} of a few-step student ({paper}); Apache-2.0.
 
