@@ -36,6 +36,7 @@ from distill.objectives.pairs.kd import KD
 from distill.objectives.pairs.reflow import Reflow
 from distill.objectives.smaller.compress import Compression
 from distill.objectives.smaller.decoder import LightDecoder
+from distill.objectives.smaller.ecodiff import EcoDiff
 from distill.objectives.smaller.gft import GuidanceFree
 from distill.objectives.smaller.tinyfusion import TinyFusion
 from distill.objectives.trajectory.draft import DRaFT
@@ -66,6 +67,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dmd2-anchored": AnchoredDMD2,
     "draft": DRaFT,
     "drift": Drift,
+    "ecodiff": EcoDiff,
     "ect": ConsistencyTuning,
     "emd": EMD,
     "fd-loss": FDLoss,

@@ -143,6 +143,13 @@ PAPERS = {
         2026,
         "2605.07327",
     ),
+    "ecodiff": Paper(
+        "Effortless Efficiency: Low-Cost Pruning of Diffusion Models",
+        "Zhang, Yang and Jin, Er and Dong, Yanfei and Khakzar, Ashkan and Torr, Philip and "
+        "Stegmaier, Johannes and Kawaguchi, Kenji",
+        2024,
+        "2412.02852",
+    ),
     "ect": Paper(
         "Consistency Models Made Easy",
         "Geng, Zhengyang and Pokle, Ashwini and Luo, William and Lin, Justin and Kolter, J. Zico",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from teachers.compiled import eagerly
 from teachers.denoiser import Denoiser
-from teachers.features import blocks_of, changed
+from teachers.features import blocks_of, changed, hooked, modules_around
 from teachers.process import expand
 
 BACKBONE = "backbone."  # of the names of a network's modules
@@ -47,3 +49,31 @@ def between(output: Tensor, x: Tensor, gates: Tensor) -> Tensor:
     """m output + (1 - m) x of (R, ...), with gates m (B,) for each B of the rows."""
     m = expand(gates.repeat(len(output) // len(gates)).to(output), output)
     return m * output + (1 - m) * x
+
+
+@contextmanager
+def narrowed(denoiser: Denoiser, keep: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it, inputs of linear layers are multiplied by gates: what a gate of 0 stands for is
+    not there. Calls of several times B rows repeat the gates, as in `gated`.
+
+    Args:
+        denoiser: As `gated` has it.
+        keep: The gates m (B, U) of a layer's inputs, in U parts of equal width, by its name.
+
+    Raises:
+        UserError: as `teachers.features.changed`.
+    """
+    key, names = "objective.prune", [BACKBONE + name for name in keep]
+    with ExitStack() as stack:
+        stack.enter_context(eagerly(modules_around(denoiser, names)))
+        for name, module in blocks_of(denoiser, names, key).items():
+            before = partial(parts_of, keep[name.removeprefix(BACKBONE)])
+            stack.enter_context(hooked(module, lambda *_: None, before))
+        yield
+
+
+def parts_of(gates: Tensor, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A layer's arguments, the first (R, ..., F) of them with each of U parts times its gate."""
+    x, (rows, units) = args[0], gates.shape
+    m = gates.repeat(len(x) // rows, 1).to(x).repeat_interleave(x.shape[-1] // units, 1)
+    return (x * m.view(len(x), *(1,) * (x.ndim - 2), -1), *args[1:])

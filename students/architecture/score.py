@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,14 +141,19 @@ def chosen(scores: Sequence[Unit], total: int, keep: float) -> list[str]:
 
 
 def save(
-    teacher: Teacher, folder: Path, config: dict[str, Any], remove: Sequence[str], about: Any
+    teacher: Teacher,
+    folder: Path,
+    config: dict[str, Any],
+    remove: Sequence[str],
+    about: Any,
+    change: Mapping[str, Any] | None = None,
 ) -> Any:
     """Write a pipeline like the teacher's whose network is the smaller one; that network.
 
     All other parts are copies of the teacher's files.
 
     Args:
-        config, remove: As `change.changed` has them.
+        config, remove, change: As `change.changed` has them.
         about: Plain data of how it was made, which `compressed.json` takes up.
 
     Raises:
@@ -156,7 +161,7 @@ def save(
             network.
     """
     network = source_of(teacher)
-    made: Any = changed(network.backbone, config, {}, remove)
+    made: Any = changed(network.backbone, config, {}, remove, change=change)
     part = network.PART
     where = folder_of(teacher.source, f"{part}/config.json")
     shutil.copytree(where, folder, ignore=shutil.ignore_patterns(part, "*.md"), dirs_exist_ok=True)

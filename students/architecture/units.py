@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from teachers.errors import UserError, nearest
 from teachers.features import blocks_of, replaced
+from teachers.reduced.layers import share_weights
 from teachers.reduced.network import Removed
 
 LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
@@ -62,6 +64,37 @@ def feeds_the_output(backbone: nn.Module) -> bool:
     return not any(isinstance(v, FakeTensor) for v, _ in pairs) and not all(
         torch.equal(v, other) for v, other in pairs
     )
+
+
+@dataclass(frozen=True)
+class Width:
+    """The heads of an attention, or the inner neurons of a feed-forward layer.
+
+    count: How many there are.
+    out: The name of the linear layer that reads them, in parts of equal width.
+    """
+
+    kind: Literal["heads", "neurons"]
+    count: int
+    out: str
+
+
+def widths(backbone: nn.Module) -> dict[str, Width]:
+    """What layers of a backbone are made of and can do with less of, by the layers' names.
+
+    Not of attentions whose heads share weights.
+    """
+    from diffusers.models.attention import FeedForward
+    from diffusers.models.attention_processor import Attention
+
+    found = {}
+    for name, module in backbone.named_modules():
+        net: Any = module
+        if isinstance(module, Attention) and not share_weights(module):
+            found[name] = Width("heads", net.heads, f"{name}.to_out.0")
+        elif isinstance(module, FeedForward):
+            found[name] = Width("neurons", net.net[2].in_features, f"{name}.net.2")
+    return found
 
 
 @contextmanager

@@ -207,7 +207,7 @@ def test_the_loss_is_the_networks_own_of_the_network_that_was_drawn(shapes):
 
 
 def test_gates_learn_to_keep_the_layers_that_the_loss_needs(shapes):
-    """A few steps of the gates alone, of which the two cheapest of seven layers are to go."""
+    """In a few steps of the gates alone: the two cheapest of seven layers go, and no other."""
     objective = made(shapes, keep=5, of=7, drop=0.0, anneal_steps=20)
     optimizer = torch.optim.Adam(objective.gates.parameters(), lr=1e-2)
     objective.times = Uniform(0.3, 0.9)
@@ -222,8 +222,8 @@ def test_gates_learn_to_keep_the_layers_that_the_loss_needs(shapes):
         optimizer.step()
     ways = objective.gates.probabilities()[0] @ objective.gates.ways
     stays = dict(zip(objective.gates.units, ways.tolist(), strict=True))
-    assert max(sorted(stays.values())[:2]) < 5 / 7
-    assert set(sorted(stays, key=stays.__getitem__)[:2]) <= {*MIDDLE, "mid_block.attentions.0"}
+    assert [name for name, p in stays.items() if p < 0.5] == MIDDLE
+    assert min(p for name, p in stays.items() if name not in MIDDLE) > 5 / 7
 
 
 def test_what_learns_beside_the_gates_is_an_adapter_or_a_copy(shapes):
@@ -279,10 +279,10 @@ def test_what_is_taught_is_the_teacher_without_the_layers_that_go(tmp_path, monk
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(tree))
     summary = teach(str(file), tmp_path / "run", [], False)
-    assert len(summary["removed"]) == 2 and summary["steps"] == 3
+    assert len(summary["remove"]) == 2 and summary["steps"] == 3
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["likeliest"][0] < 0.2
     small, whole = (load(str(s)).denoiser.backbone for s in (tmp_path / "run" / "pruned", "digits"))
-    assert small.config[REMOVED] == summary["removed"]
+    assert small.config[REMOVED] == summary["remove"]
     old = whole.state_dict()
     assert all(torch.equal(v, old[k]) for k, v in small.state_dict().items())
     again = teach(str(file), tmp_path / "run", ["train.steps=4"], True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from math import comb
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +135,11 @@ class TinyFusion(Objective):
         likeliest = self.gates.probabilities().amax(1).mean()
         loss = (network.weight(t) * mean_square(out, x)).mean()
         return Loss(loss, {"likeliest": likeliest.detach()})
+
+    def smaller(self) -> dict[str, Any]:
+        """What goes, and how likely each group's choice is."""
+        likeliest = self.gates.probabilities().amax(1).tolist()
+        return {"remove": self.gates.removed(), "likeliest": likeliest}
 
     def temperature_at(self, step: int) -> float:
         """The Gumbel-softmax's temperature at a training step."""
