@@ -123,12 +123,13 @@ def hooked_modules() -> list[nn.Module]:
 def hooked(
     block: nn.Module,
     after: Hook,
-    before: Callable[[nn.Module, tuple[Any, ...]], None] | None = None,
+    before: Callable[[nn.Module, tuple[Any, ...]], Any] | None = None,
     always: bool = False,
 ) -> Iterator[None]:
     """Call `before` and `after` around each call of one module.
 
     Args:
+        before: What it returns, if anything, takes the place of the positional arguments.
         always: Call `after` also when the module raises an exception.
     """
     with ExitStack() as hooks:

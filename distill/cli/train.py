@@ -199,7 +199,7 @@ def teach(
     A recipe with a teacher and the objective discriminator trains a discriminator of that teacher,
     which strengthens it: OUT/critic.safetensors, for the key teacher.discriminator of recipes. One
     with the objective decoder trains a light decoder of a student: OUT/student is the student with
-    it.
+    it. One with tinyfusion or ecodiff learns what can go: OUT/pruned is the teacher without it.
     """
     from distill.console import out as console
     from distill.console import results_table
@@ -216,6 +216,10 @@ def teach(
         console.print(results_table("teacher", rows, base=next(iter(rows))))
     if summary.get("objective") == "decoder":
         show_decoder(summary, out)
+    elif "shown" in summary:
+        show_figures(summary["metrics"], ("whole", "pruned"))
+        for part in summary["shown"]:
+            console.print(part)
     elif summary.get("objective") == "discriminator":
         console.print(f"discriminator in {out / NAME}")
     else:
@@ -224,22 +228,29 @@ def teach(
 
 def show_decoder(summary: dict[str, Any], out: Path) -> None:
     """Print what a light decoder gains and costs, and where its pipeline is."""
-    from distill.console import out as console
-    from distill.console import print_line, results_table
+    from distill.console import print_line
     from distill.pretrain.decoder import NAME
 
-    metrics, found = summary["metrics"], summary["decoder"]
-    rows = {f"{who} decoder, {k} step{'s' * (k != '1')}": v
-            for who, name in (("large", "against"), ("light", "student"))
-            for k, v in metrics.get(name, {}).items()}  # fmt: skip
-    if rows:
-        console.print(results_table("student", rows, base=next(iter(rows))))
+    found = summary["decoder"]
+    show_figures(summary["metrics"], ("large decoder", "light decoder"))
     light, large = found["weights"]["light"], found["weights"]["large"]
     faster = found["seconds"]["large"] / found["seconds"]["light"]
     print_line(
         f"light decoder: {light:,} weights instead of {large:,}, {faster:.1f}× as fast, "
         f"{found['psnr_db']:.1f} dB of the large one's pictures; student in {out / NAME}"
     )
+
+
+def show_figures(metrics: dict[str, Any], names: tuple[str, str]) -> None:
+    """Print a student's figures before a part of it was replaced and after, if it was measured."""
+    from distill.console import out as console
+    from distill.console import results_table
+
+    rows = {f"{who}, {k} step{'s' * (k != '1')}": v
+            for who, name in zip(names, ("against", "student"), strict=True)
+            for k, v in metrics.get(name, {}).items()}  # fmt: skip
+    if rows:
+        console.print(results_table("student", rows, base=next(iter(rows))))
 
 
 def bench(

@@ -36,7 +36,9 @@ from distill.objectives.pairs.kd import KD
 from distill.objectives.pairs.reflow import Reflow
 from distill.objectives.smaller.compress import Compression
 from distill.objectives.smaller.decoder import LightDecoder
+from distill.objectives.smaller.ecodiff import EcoDiff
 from distill.objectives.smaller.gft import GuidanceFree
+from distill.objectives.smaller.tinyfusion import TinyFusion
 from distill.objectives.trajectory.draft import DRaFT
 from distill.objectives.trajectory.guided import GuidedDistillation
 from distill.objectives.trajectory.lcm import LCM
@@ -65,6 +67,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dmd2-anchored": AnchoredDMD2,
     "draft": DRaFT,
     "drift": Drift,
+    "ecodiff": EcoDiff,
     "ect": ConsistencyTuning,
     "emd": EMD,
     "fd-loss": FDLoss,
@@ -94,5 +97,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "tcd": TCD,
     "tcm": TruncatedConsistency,
     "tdm": TDM,
+    "tinyfusion": TinyFusion,
     "uni-instruct": UniInstruct,
 }

@@ -144,8 +144,10 @@ def section_of_a_student(recipe: Recipe) -> str | None:
     """Where an objective trains no student, what only a student has."""
     if recipe.kind.trains == "student":
         return None
+    adapted = _adapted_players(recipe)
     found = {
-        "adapters": recipe.adapters is not None,
+        "adapters": recipe.adapters is not None
+        and ("student" in adapted or _copies(recipe) == ["student"]),
         "student": recipe.student != type(recipe.student)(),
         "rewards": bool(recipe.rewards),
         "train.guards": recipe.train.guards is not None,
@@ -157,6 +159,15 @@ def section_of_a_student(recipe: Recipe) -> str | None:
         if given:
             return f"{key}: {_objective(recipe)} trains no student; remove it"
     return None
+
+
+def gates_of_recomputed_blocks(recipe: Recipe) -> str | None:
+    if recipe.kind.trains != "gates" or not recipe.train.checkpointing:
+        return None
+    return (
+        f"train.checkpointing: {_objective(recipe)}'s gates are gone when activations are computed "
+        "again; set it to false"
+    )
 
 
 def discriminator_of_other_features(recipe: Recipe) -> str | None:
@@ -685,6 +696,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     copied_quantised_weights,
     dora_on_quantised_weights,
     section_of_a_student,
+    gates_of_recomputed_blocks,
     discriminator_of_other_features,
     useless_critic,
     missing_critic,

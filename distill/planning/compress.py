@@ -63,6 +63,7 @@ def compress(
     config: Mapping[str, Any] | None = None,
     prompts: Sequence[Any] = (),
     seed: int = 0,
+    change: Mapping[str, Any] | None = None,
 ) -> Compressed:
     """Write a pipeline like the teacher's with a smaller network to `folder`.
 
@@ -73,6 +74,7 @@ def compress(
         prompts: That the teacher is sampled for, to measure costs; by default labels in turn, or
             two prompts of any teacher's.
         seed: Of the samples and of the noise.
+        change: Layers that keep some of their heads or neurons; no unit is scored then.
 
     Raises:
         UserError: there are no such layers or settings, or the teacher is no folder of a pipeline.
@@ -83,15 +85,16 @@ def compress(
         names = list(prompts) or [*range(classes)]
     states = score.calibration(teacher, [names[i % len(names)] for i in range(SAMPLES)], seed)
     check_units(network.backbone, remove, "--remove")
-    scores, gone = score.scored(teacher, states), [*remove]
+    scores, gone = [] if change else score.scored(teacher, states), [*remove]
     if keep is not None:
         gone = score.chosen(scores, size_of(network.backbone), keep)
-    cost = score.cost_without(network, gone, states) if gone and not config else None
+    cost = score.cost_without(network, gone, states) if gone and not (config or change) else None
     about = {
         "teacher": teacher.source, "keep": keep, "remove": gone, "config": dict(config or {}),
-        "cost": cost, "units": [asdict(u) for u in scores], "seed": seed,
+        "change": dict(change or {}), "cost": cost, "units": [asdict(u) for u in scores],
+        "seed": seed,
     }  # fmt: skip
-    made = score.save(teacher, folder, dict(config or {}), gone, about)
+    made = score.save(teacher, folder, dict(config or {}), gone, about, change)
     twin = network.twin(made.to(next(network.parameters()).device).eval(), network.schedule)
     sizes = [size(teacher, v) for v in (network, twin)]
     return Compressed(scores, gone, dict(config or {}), cost, *sizes)
@@ -118,7 +121,7 @@ def size(teacher: Teacher, network: Any, batches: Sequence[int] = (1, 16)) -> Si
 
 
 def tables(made: Compressed) -> list[Table]:
-    """The layers that could go with what each costs, and the network before and after."""
+    """The layers that could go with what each costs, if measured; the network before and after."""
     units = Table("layer that can go", "weights", "cost", "", box=None, header_style="bold")
     for u in made.scores:
         units.add_row(u.name, f"{u.weights:,}", f"{u.cost:.4f}", "goes" * (u.name in made.removed))
@@ -132,7 +135,7 @@ def tables(made: Compressed) -> list[Table]:
     shares = [f"{then.seconds[n] / first.seconds[n]:.0%}" for n in first.seconds]
     sizes.add_row("", f"{then.weights / first.weights:.0%}", f"{then.flops / first.flops:.0%}",
                   *shares)  # fmt: skip
-    return [units, sizes]
+    return [units, sizes] if made.scores else [sizes]
 
 
 def check_request(keep: float | None, remove: Sequence[str], config: Mapping[str, Any]) -> None:
@@ -162,7 +165,8 @@ def check_folder(folder: Path) -> None:
 
 def summary(made: Compressed, folder: Path) -> str:
     """What was made, in two lines."""
-    count = f"without {len(made.removed)} {plural(len(made.removed), 'layer')}"
+    gone = len(made.removed)
+    count = f"without {gone} {plural(gone, 'layer')}" if gone else "with narrower layers"
     error = "" if made.cost is None else f", its output moved by {made.cost:.4f}"
     return (
         f"{folder}: {made.after.weights / made.before.weights:.0%} of the weights, {count}{error}\n"

@@ -143,6 +143,13 @@ PAPERS = {
         2026,
         "2605.07327",
     ),
+    "ecodiff": Paper(
+        "Effortless Efficiency: Low-Cost Pruning of Diffusion Models",
+        "Zhang, Yang and Jin, Er and Dong, Yanfei and Khakzar, Ashkan and Torr, Philip and "
+        "Stegmaier, Johannes and Kawaguchi, Kenji",
+        2024,
+        "2412.02852",
+    ),
     "ect": Paper(
         "Consistency Models Made Easy",
         "Geng, Zhengyang and Pokle, Ashwini and Luo, William and Lin, Justin and Kolter, J. Zico",
@@ -326,6 +333,12 @@ PAPERS = {
         "Luo, Yihong and Hu, Tianyang and Sun, Jiacheng and Cai, Yujun and Tang, Jing",
         2025,
         "2503.06674",
+    ),
+    "tinyfusion": Paper(
+        "TinyFusion: Diffusion Transformers Learned Shallow",
+        "Fang, Gongfan and Li, Kunjun and Ma, Xinyin and Wang, Xinchao",
+        2024,
+        "2412.01199",
     ),
     "uni-instruct": Paper(
         "Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence Instruction",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,14 +141,19 @@ def chosen(scores: Sequence[Unit], total: int, keep: float) -> list[str]:
 
 
 def save(
-    teacher: Teacher, folder: Path, config: dict[str, Any], remove: Sequence[str], about: Any
+    teacher: Teacher,
+    folder: Path,
+    config: dict[str, Any],
+    remove: Sequence[str],
+    about: Any,
+    change: Mapping[str, Any] | None = None,
 ) -> Any:
     """Write a pipeline like the teacher's whose network is the smaller one; that network.
 
     All other parts are copies of the teacher's files.
 
     Args:
-        config, remove: As `change.changed` has them.
+        config, remove, change: As `change.changed` has them.
         about: Plain data of how it was made, which `compressed.json` takes up.
 
     Raises:
@@ -156,14 +161,9 @@ def save(
             network.
     """
     network = source_of(teacher)
-    made: Any = changed(network.backbone, config, {}, remove)
-    where = EMBEDDED.get(teacher.source) or find(teacher.source)
-    if not (where / network.PART / "config.json").is_file():
-        raise UserError(
-            f"teacher {clipped(teacher.source)!r}: it is no folder of a diffusers pipeline; "
-            "distil it once with all of its layers, and give that student"
-        )
+    made: Any = changed(network.backbone, config, {}, remove, change=change)
     part = network.PART
+    where = folder_of(teacher.source, f"{part}/config.json")
     shutil.copytree(where, folder, ignore=shutil.ignore_patterns(part, "*.md"), dirs_exist_ok=True)
     with quiet():
         made.save_pretrained(folder / part)
@@ -171,3 +171,18 @@ def save(
         write_source(folder, part, made)
     (folder / COMPRESSED).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return made
+
+
+def folder_of(source: str, file: str = "model_index.json") -> Path:
+    """The folder of a teacher's pipeline, which smaller ones are copies of.
+
+    Raises:
+        UserError: the teacher is none: there is no such file in it.
+    """
+    where = EMBEDDED.get(source) or find(source)
+    if not (where / file).is_file():
+        raise UserError(
+            f"teacher {clipped(source)!r}: it is no folder of a diffusers pipeline; distil it once "
+            "with all of its layers, and give that student"
+        )
+    return where

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from teachers.errors import UserError, nearest
 from teachers.features import blocks_of, replaced
+from teachers.reduced.layers import share_weights
 from teachers.reduced.network import Removed
 
 LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
@@ -47,6 +52,56 @@ def removable(backbone: nn.Module) -> dict[str, nn.Module]:
             keeps = isinstance(module, Transformer2DModel) and bool(parent)
         if keeps or parent in LISTS or in_a_stack(backbone, parent):
             found[name] = module
+    if feeds_the_output(backbone):
+        del found["transformer_blocks.0"]
+    return found
+
+
+def feeds_the_output(backbone: nn.Module) -> bool:
+    """Whether a DiT's first block has an embedding that no other has: its output layer reads it.
+
+    All blocks of published DiTs have the same one, which diffusers keeps once for each.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    if not isinstance(backbone, DiTTransformer2DModel):
+        return False
+    blocks: Any = backbone.transformer_blocks
+    first, *others = (block.norm1.emb.state_dict() for block in blocks)
+    pairs = [(v, other[name]) for name, v in first.items() for other in others]
+    return not any(isinstance(v, FakeTensor) for v, _ in pairs) and not all(
+        torch.equal(v, other) for v, other in pairs
+    )
+
+
+@dataclass(frozen=True)
+class Width:
+    """The heads of an attention, or the inner neurons of a feed-forward layer.
+
+    count: How many there are.
+    out: The name of the linear layer that reads them, in parts of equal width.
+    """
+
+    kind: Literal["heads", "neurons"]
+    count: int
+    out: str
+
+
+def widths(backbone: nn.Module) -> dict[str, Width]:
+    """What layers of a backbone are made of and can do with less of, by the layers' names.
+
+    Not of attentions whose heads share weights.
+    """
+    from diffusers.models.attention import FeedForward
+    from diffusers.models.attention_processor import Attention
+
+    found = {}
+    for name, module in backbone.named_modules():
+        net: Any = module
+        if isinstance(module, Attention) and not share_weights(module):
+            found[name] = Width("heads", net.heads, f"{name}.to_out.0")
+        elif isinstance(module, FeedForward):
+            found[name] = Width("neurons", net.net[2].in_features, f"{name}.net.2")
     return found
 
 

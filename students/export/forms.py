@@ -69,6 +69,8 @@ class StockForm(StudentForm):
 class NetworkForm(StudentForm):
     """The teacher's own network under training: a teacher is made, and no few-step student."""
 
+    adapts = True  # other networks than the student
+
     def check(self, request: StudentRequest) -> None:
         if request.steps != 1:
             raise UserError(

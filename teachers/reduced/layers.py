@@ -26,12 +26,10 @@ def heads(layer: Attention, keep: Sequence[int]) -> Attention:
     """
     if not isinstance(layer, Attention):
         raise ValueError(f"a {type(layer).__name__} is no attention")
-    shared = layer.add_k_proj is not None or layer.inner_kv_dim != layer.inner_dim
-    width = layer.inner_dim // layer.heads  # numbers of a head
-    norms = [getattr(m, "weight", None) for m in (layer.norm_q, layer.norm_k)]
-    if shared or any(w is not None and w.shape != (width,) for w in norms):
+    if share_weights(layer):
         raise ValueError("its heads share weights")
     check(keep, layer.heads, "heads")
+    width = layer.inner_dim // layer.heads  # numbers of a head
     out: Any = layer.to_out
     places = torch.cat([torch.arange(h * width, (h + 1) * width) for h in keep])
     for name in ("to_q", "to_k", "to_v"):
@@ -41,6 +39,14 @@ def heads(layer: Attention, keep: Sequence[int]) -> Attention:
     layer.heads = layer.sliceable_head_dim = len(keep)
     layer.inner_dim = layer.inner_kv_dim = len(places)
     return layer
+
+
+def share_weights(layer: Attention) -> bool:
+    """Whether heads of an attention share weights, so that none can be cut alone."""
+    norms = [getattr(m, "weight", None) for m in (layer.norm_q, layer.norm_k)]
+    width = layer.inner_dim // layer.heads
+    shared = layer.add_k_proj is not None or layer.inner_kv_dim != layer.inner_dim
+    return shared or any(w is not None and w.shape != (width,) for w in norms)
 
 
 def neurons(layer: FeedForward, keep: Sequence[int]) -> FeedForward:

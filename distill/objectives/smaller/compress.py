@@ -92,13 +92,16 @@ class Compression(Objective):
 
     def dropped(self, cond: Cond) -> Cond:
         """Conditions of which a share is the null one, where an unguided teacher has one."""
-        teacher, scale = self.teacher, (cond or {}).get(GUIDANCE_SCALE)
-        if cond is None or self.guides or not isinstance(teacher, Guided):
-            return cond
-        if teacher.null is None or not self.drop:
-            return cond
-        own = {k: v for k, v in cond.items() if k != GUIDANCE_SCALE}
-        empty = teacher.branches(own)[1]
-        lost = torch.rand(len(next(iter(own.values()))), device=next(iter(own.values())).device)
-        found = {k: torch.where(expand(lost < self.drop, v), empty[k], v) for k, v in own.items()}
-        return found if scale is None else {**found, GUIDANCE_SCALE: scale}
+        return cond if self.guides else with_null(self.teacher, cond, self.drop)
+
+
+def with_null(teacher: Denoiser, cond: Cond, share: float) -> Cond:
+    """Conditions (B, ...) of which a share is the null one, as guidance has it, if there is one."""
+    scale = (cond or {}).get(GUIDANCE_SCALE)
+    if cond is None or not isinstance(teacher, Guided) or teacher.null is None or not share:
+        return cond
+    own = {k: v for k, v in cond.items() if k != GUIDANCE_SCALE}
+    empty = teacher.branches(own)[1]
+    lost = torch.rand(len(next(iter(own.values()))), device=next(iter(own.values())).device)
+    found = {k: torch.where(expand(lost < share, v), empty[k], v) for k, v in own.items()}
+    return found if scale is None else {**found, GUIDANCE_SCALE: scale}
