@@ -17,6 +17,7 @@ from students.architecture.units import LISTS, check_units
 from students.schedulers import source_of
 from teachers.errors import UserError, clipped, first_line, nearest
 from teachers.families.base import quiet
+from teachers.reduced.haar import NOISE, HaarUNet2DModel
 from teachers.reduced.network import REMOVED, ReducedUNet2DConditionModel, ReducedUNet2DModel
 from teachers.teacher import Teacher
 
@@ -34,17 +35,19 @@ def changed_teacher(
     rename: Mapping[str, str],
     remove: Sequence[str],
     fresh: bool = False,
+    haar: bool = False,
+    noise: int = 0,
 ) -> Teacher:
     """The teacher with a network of another architecture: what its students are copies of.
 
     Args:
-        config, rename, remove, fresh: As `changed` has them.
+        config, rename, remove, fresh, haar, noise: As `changed` has them.
 
     Raises:
         UserError: as `changed`, or the teacher is no network of diffusers.
     """
     network = source_of(teacher)
-    backbone = changed(network.backbone, config, rename, remove, fresh)
+    backbone = changed(network.backbone, config, rename, remove, fresh, haar, noise)
     twin = network.twin(backbone.requires_grad_(False).eval(), network.schedule)
     return replace(teacher, denoiser=twin)
 
@@ -55,6 +58,8 @@ def changed(
     rename: Mapping[str, str],
     remove: Sequence[str],
     fresh: bool = False,
+    haar: bool = False,
+    noise: int = 0,
 ) -> nn.Module:
     """A new backbone with the weights of this one.
 
@@ -64,6 +69,8 @@ def changed(
             they are. Others have their own name; where a stage or a list is shorter, see `places`.
         remove: Names of units (`units`) that are removed. What a stock config can say, it says.
         fresh: Whether weights without a source keep the values that diffusers draws for them.
+        haar: Whether it works on the Haar coefficients of its images (`teachers/reduced/haar.py`).
+        noise: Of such a network, how many unit normals it draws in each call and reads.
 
     Raises:
         UserError: no such key, value or unit; or weights of the new network have no source.
@@ -89,6 +96,8 @@ def changed(
                 f"{KEY}.remove: of a {type(backbone).__name__} whole blocks can go, and not "
                 f"{left[0]!r}; name others"
             )
+    if haar:
+        kind, after[NOISE] = haar_class(kind, after), noise
     try:
         made = kind.from_config({k: v for k, v in after.items() if not k.startswith("_")})
     except (Exception, SystemExit) as error:  # diffusers raises many types for such values
@@ -99,6 +108,22 @@ def changed(
     with quiet():  # diffusers warns of every conversion
         made = made.to(device=like.device, dtype=like.dtype)
     return with_weights(made, backbone, {**places(made, backbone), **own, **rename}, fresh)
+
+
+def haar_class(kind: Any, config: Change) -> Any:
+    """The class of a network on Haar coefficients, for the class and config of images.
+
+    Raises:
+        UserError: there is none.
+    """
+    if kind.__name__ != "UNet2DModel":
+        raise UserError(
+            f"{KEY}.haar: a UNet2DModel of images can be on their coefficients, and not a "
+            f"{kind.__name__}; remove it"
+        )
+    if (size := config["sample_size"]) % 2:
+        raise UserError(f"{KEY}.haar: the images' side is {size}, which is odd; remove it")
+    return HaarUNet2DModel
 
 
 def stock_form(

@@ -1,1 +1,1 @@
-"""Networks of diffusers from which single layers were removed."""
+"""Networks of diffusers without some of their layers, or on coefficients of their images."""

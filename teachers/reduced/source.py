@@ -1,15 +1,19 @@
-"""The source of a reduced network, beside its weights, for diffusers to import."""
+"""The source of a changed network, beside its weights, for diffusers to import."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from teachers.reduced import network
+from teachers.reduced.haar import HaarUNet2DModel
+from teachers.reduced.network import ReducedUNet2DConditionModel, ReducedUNet2DModel
 
-HEADER = '''"""The network of this pipeline: one of diffusers without some layers; Apache-2.0.
+CLASSES = (ReducedUNet2DModel, ReducedUNet2DConditionModel, HaarUNet2DModel)
+
+HEADER = '''"""The network of this pipeline: one of diffusers, changed; Apache-2.0.
 
 Load the whole folder: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
 """
@@ -29,7 +33,8 @@ def write(folder: Path, part: str, backbone: Any) -> None:
         part: The pipeline's component that is the network.
     """
     kind = type(backbone).__name__
-    body = inspect.getsource(network)
+    (own,) = (c for c in CLASSES if isinstance(backbone, c))
+    body = inspect.getsource(sys.modules[own.__module__])
     body = body[body.index("from __future__") :]
     (folder / part / f"{module_of(kind)}.py").write_text(HEADER + "\n" + body, encoding="utf-8")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))

@@ -304,6 +304,9 @@ def test_a_smaller_student_of_a_run_starts_the_next_one(tmp_path):
         ({"architecture": {"remove": MIDDLE}}, {"adapters": {}}, "student.architecture"),
         ({"architecture": {}}, {}, "student.architecture"),
         ({"architecture": {"remove": MIDDLE * 2}}, {}, "student.architecture.remove"),
+        ({"architecture": {"haar": True}}, {}, "student.architecture.haar"),
+        ({"architecture": {"fresh": True, "remove": MIDDLE, "noise": 2}}, {},
+         "student.architecture.noise"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(student, more, key):
