@@ -1000,6 +1000,34 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_games.py::test_a_directions_gradient_is_the_wasserstein_losss_along_the_sphere",
     ),
     fault(
+        "WaveDiff's penalty in every step",
+        "distill/objectives/adversarial/wavediff.py",
+        "penalised = step % self.penalty_every == 0",
+        "penalised = step % self.penalty_every >= 0",
+        "objectives/test_wavediff.py::test_penalties_come_in_every_kth_step_and_weigh_no_more_for_that",
+    ),
+    fault(
+        "RGM's x̂ compared with the noisy state as it is",
+        "distill/objectives/adversarial/wavediff.py",
+        "((alpha * x - pair.x_t) / sigma)",
+        "((x - pair.x_t) / sigma)",
+        "objectives/test_wavediff.py::test_what_was_measured_is_explained_by_the_noisy_state_itself",
+    ),
+    fault(
+        "a critic of pairs reads one state twice",
+        "students/critic.py",
+        "super()._outputs(*before, cond)",
+        "super()._outputs(x_t, t, cond)",
+        "objectives/test_wavediff.py::test_a_critic_of_pairs_reads_both_states_each_at_its_own_time",
+    ),
+    fault(
+        "Haar's diagonal difference is none",
+        "teachers/reduced/haar.py",
+        "a - b - c + d)",
+        "a - b - c - d)",
+        "students/test_haar.py::test_the_transform_is_orthonormal_and_its_inverse_exact",
+    ),
+    fault(
         "LADD's first step starts from noised data",
         "distill/objectives/adversarial/ladd.py",
         "torch.where(expand(t == student.times[0], x_t), pure, x_t)",
@@ -1492,10 +1520,11 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     fault(
         "ancestral steps with too little fresh noise",
-        "teachers/solver.py",
+        "teachers/process.py",
         "(1 - keep**2)",
         "(1 - keep)",
         "teachers/test_solver.py::test_an_ancestral_step_has_the_posteriors_mean_and_variance",
+        "students/test_posterior.py::test_two_steps_have_the_marginals_of_the_process",
     ),
     fault(
         "shift of a flow inverted in its inverse",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from students.generator import Generator, divisor_grids
+from students.generator import Generator, Renoise, divisor_grids
 from students.lora import (
     AdaptedDenoiser,
     Adapter,
@@ -261,13 +261,19 @@ def is_plain(value: Any) -> bool:
 
 
 def student(
-    teacher: Teacher, steps: int, start: float | None, renoise: bool, adapter: Adapter | None
+    teacher: Teacher, steps: int, start: float | None, renoise: Renoise, adapter: Adapter | None
 ) -> Generator:
     """A trainable few-step student that starts as the teacher; arguments as `schedulers.student`.
 
     Raises:
-        UserError: the process has no such start, or the adapter's targets match nothing.
+        UserError: the process has no such start, the adapter's targets match nothing, or the
+            posterior shall be sampled.
     """
+    if renoise == "posterior":
+        raise UserError(
+            "student.renoise: a network of your own is sampled with new noise, or along the ODE; "
+            "set it to true or false"
+        )
     source = network_of(teacher.denoiser)
     times = times_of(source.process, steps, start)
     view = view_of(source)

@@ -101,12 +101,7 @@ def ancestral(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None)
         x = denoiser(x_t, t, cond)
         if s is None:
             return x
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, x_t), process.at(s, x_t)
-        keep = alpha_t * sigma_s / (alpha_s * sigma_t)  # of x_t's noise; 0 from pure noise
-        kappa = sigma_s * (1 - keep**2).clamp(min=0).sqrt()
-        eps = process.eps(x_t, x, t)
-        x_t = alpha_s * x + (sigma_s**2 - kappa**2).clamp(min=0).sqrt() * eps
-        x_t = x_t + kappa * torch.randn_like(x)
+        x_t = process.posterior(x_t, x, t, s, torch.randn_like(x))
     return x_t
 
 

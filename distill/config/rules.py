@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.config.objective_schema import network_types, networks_of
 from distill.config.schema import PAIRS, GuidanceSection, RewardSection
+from distill.objectives.adversarial.wavediff import WaveDiff
 from distill.objectives.games import Adversary
 from distill.objectives.smaller.gft import GuidanceFree
 from students.critic import Critic, FeatureMean
@@ -100,8 +101,15 @@ def architecture_under_adapters(recipe: Recipe) -> str | None:
 def empty_architecture(recipe: Recipe) -> str | None:
     if (a := recipe.student.architecture) is None:
         return None
-    if not (a.config or a.remove or a.change):
+    if not (a.config or a.remove or a.change or a.haar):
         return "student.architecture: it changes nothing; give config, remove or change"
+    if a.haar and not a.fresh:
+        return (
+            "student.architecture.haar: the first and last layers have coefficients in place of "
+            "pixels, and no weights of the teacher's; set fresh to true"
+        )
+    if a.noise and not a.haar:
+        return "student.architecture.noise: only networks with haar read it; set haar, or remove it"
     if repeated := [n for n in a.remove if a.remove.count(n) > 1]:
         return f"student.architecture.remove: {cut(repeated[0])!r} is there twice; name it once"
     return None
@@ -201,6 +209,8 @@ def san_without_a_game(recipe: Recipe) -> str | None:
             f"critic.san: {_objective(recipe)} has no loss for the directions of a SAN critic; "
             "remove it, or take ladd, gdd or dmd2"
         )
+    if recipe.critic is not None and recipe.critic.san and issubclass(recipe.kind, WaveDiff):
+        return "critic.san: this critic reads two states, and has no directions; remove it"
     return None
 
 

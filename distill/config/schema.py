@@ -169,6 +169,10 @@ class ArchitectureSection(Section):
     fresh: bool = False
     # Layers of another form, by name: the form's `kind` and settings (docs/smaller.md).
     change: dict[Name, dict[str, Any]] = {}
+    # Whether a UNet2DModel works on the Haar coefficients of its images, at half their side; its
+    # first and last layers are then drawn anew.
+    haar: bool = False
+    noise: NonNegativeInt = 0  # of such a network: how many unit normals it draws and reads
 
 
 class StudentSection(Section):
@@ -182,7 +186,9 @@ class StudentSection(Section):
     # all steps of all chains are trained equally often.
     weights: tuple[Positive, ...] | None = None
     start: Positive | None = None  # σ/α of the first step; by default the teacher's highest
-    renoise: bool = True  # between steps, add new noise (true) or follow the ODE (false)
+    # Between steps: add new noise (true), follow the ODE (false), or sample q(x_s | x_t, x̂), which
+    # keeps a part of the noise ("posterior").
+    renoise: bool | Literal["posterior"] = True
     # Of renoising: the share of the way to the next time that noise is added from, TCD's γ. By
     # default x̂ itself is renoised. Stock pipelines take it as `eta`.
     gamma: Fraction | None = None

@@ -347,4 +347,10 @@ PAPERS = {
         2025,
         "2505.20755",
     ),
+    "wavediff": Paper(
+        "Wavelet Diffusion Models are fast and scalable Image Generators",
+        "Phung, Hao and Dao, Quan and Tran, Anh",
+        2022,
+        "2211.16152",
+    ),
 }

@@ -136,7 +136,9 @@ def shaped(recipe: Recipe, form: StudentForm) -> StudentForm:
     s, teacher = recipe.student, form.teacher
     if s.architecture is not None:
         a = s.architecture
-        made = changed_teacher(teacher, a.config, a.rename, a.remove, a.fresh, a.change)
+        made = changed_teacher(
+            teacher, a.config, a.rename, a.remove, a.fresh, a.change, a.haar, a.noise
+        )
         return replace(form, teacher=made)
     if s.init is not None and (backbone := earlier.outline(s.init, teacher)) is not None:
         network = network_of(teacher.denoiser)

@@ -19,6 +19,7 @@ from students.architecture.units import LISTS, check_units
 from students.schedulers import source_of
 from teachers.errors import UserError, clipped, first_line, nearest
 from teachers.families.base import quiet
+from teachers.reduced.haar import NOISE, HaarUNet2DModel
 from teachers.reduced.layers import change as change_layer
 from teachers.reduced.network import (
     CHANGED,
@@ -43,17 +44,19 @@ def changed_teacher(
     remove: Sequence[str],
     fresh: bool = False,
     change: Mapping[str, Change] | None = None,
+    haar: bool = False,
+    noise: int = 0,
 ) -> Teacher:
     """The teacher with a network of another architecture: what its students are copies of.
 
     Args:
-        config, rename, remove, fresh, change: As `changed` has them.
+        config, rename, remove, fresh, change, haar, noise: As `changed` has them.
 
     Raises:
         UserError: as `changed`, or the teacher is no network of diffusers.
     """
     network = source_of(teacher)
-    backbone = changed(network.backbone, config, rename, remove, fresh, change)
+    backbone = changed(network.backbone, config, rename, remove, fresh, change, haar, noise)
     twin = network.twin(backbone.requires_grad_(False).eval(), network.schedule)
     return replace(teacher, denoiser=twin)
 
@@ -65,6 +68,8 @@ def changed(
     remove: Sequence[str],
     fresh: bool = False,
     change: Mapping[str, Change] | None = None,
+    haar: bool = False,
+    noise: int = 0,
 ) -> nn.Module:
     """A new backbone with the weights of this one.
 
@@ -75,6 +80,8 @@ def changed(
         remove: Names of units (`units`) that are removed. What a stock config can say, it says.
         fresh: Whether weights without a source keep the values that diffusers draws for them.
         change: By a layer's name its other form, as `teachers/reduced/layers.py` has them.
+        haar: Whether it works on the Haar coefficients of its images (`teachers/reduced/haar.py`).
+        noise: Of such a network, how many unit normals it draws in each call and reads.
 
     Raises:
         UserError: no such key, value, unit or form; or weights of the new network have no source.
@@ -95,6 +102,8 @@ def changed(
     kind = kind_of(backbone, gone, [*forms, *(change or ())])
     if kind is not type(backbone) or REMOVED in before:
         after |= {REMOVED: gone, CHANGED: forms}
+    if haar:
+        kind, after[NOISE] = haar_class(kind, after), noise
     settings = {k: v for k, v in after.items() if not k.startswith("_")}
     made = built(kind, settings, type(backbone).__name__, fresh)
     like = next(backbone.parameters())
@@ -171,6 +180,22 @@ def with_forms(made: Any, forms: Mapping[str, Change]) -> Any:
 def plain(forms: Mapping[str, Change]) -> dict[str, Any]:
     """Layers' forms as JSON has them."""
     return json.loads(json.dumps(forms, default=list))
+
+
+def haar_class(kind: Any, config: Change) -> Any:
+    """The class of a network on Haar coefficients, for the class and config of images.
+
+    Raises:
+        UserError: there is none.
+    """
+    if kind.__name__ != "UNet2DModel":
+        raise UserError(
+            f"{KEY}.haar: a UNet2DModel of images can be on their coefficients, and not a "
+            f"{kind.__name__}; remove it"
+        )
+    if (size := config["sample_size"]) % 2:
+        raise UserError(f"{KEY}.haar: the images' side is {size}, which is odd; remove it")
+    return HaarUNet2DModel
 
 
 def stock_form(

@@ -27,7 +27,7 @@ from teachers.catalogue.loading import find
 from teachers.denoiser import Cond
 from teachers.errors import UserError, clipped
 from teachers.families.base import Pretrained, quiet
-from teachers.reduced.network import Reduced
+from teachers.reduced.source import CLASSES
 from teachers.reduced.source import write as write_source
 from teachers.solver import solve
 from teachers.teacher import EMBEDDED, Teacher
@@ -167,7 +167,7 @@ def save(
     shutil.copytree(where, folder, ignore=shutil.ignore_patterns(part, "*.md"), dirs_exist_ok=True)
     with quiet():
         made.save_pretrained(folder / part)
-    if isinstance(made, Reduced):
+    if isinstance(made, CLASSES):
         write_source(folder, part, made)
     (folder / COMPRESSED).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return made

@@ -169,18 +169,17 @@ def brings_source(network: Denoiser) -> bool:
     """Whether the export includes the network's source, because diffusers has no such class."""
     from teachers.edm.model import EDM  # slow: it imports diffusers' models
     from teachers.imagenet.model import SiT
-    from teachers.reduced.network import Reduced
+    from teachers.reduced.source import CLASSES
 
-    return isinstance(network, EDM | SiT) or isinstance(network_of(network).backbone, Reduced)
+    return isinstance(network, EDM | SiT) or isinstance(network_of(network).backbone, CLASSES)
 
 
 def write_source(folder: Path, network: Pretrained, pipe: Any) -> None:
     """Add the source of a network that brings it to the folder of its pipeline."""
     from students.export.sources import edm, imagenet
     from teachers.reduced import source as reduced
-    from teachers.reduced.network import Reduced
 
-    if isinstance(network.backbone, Reduced):
+    if isinstance(network.backbone, reduced.CLASSES):
         reduced.write(folder, network.PART, network.backbone)
         return
     source: Any = edm if network.PART == "unet" else imagenet
@@ -498,7 +497,8 @@ def sample_student(
     All noise is drawn by CPU generators before the batches, so the pictures depend neither on the
     device nor on the batch size. Pipelines that pass their generator to the scheduler draw all
     noise from it; the others' schedulers draw the noise of renoising from a generator of seed
-    `seed` + 1, as they do on the CPU after `torch.manual_seed`.
+    `seed` + 1, as they do on the CPU after `torch.manual_seed`. A network that draws noise itself
+    takes it from the global generator of that seed, batch by batch.
 
     Args:
         cond: The labels' condition, if it is known already.
@@ -516,11 +516,23 @@ def sample_student(
     cond = teacher.codec.condition(list(labels)) if cond is None else cond
     device = next(generator.parameters()).device
     parts = []
-    for i in range(0, n, batch):
-        z, *noises = [x[i : i + batch].to(device) for x in noise]
-        part = conditions.moved(conditions.rows(cond, slice(i, i + batch)), device)
-        parts.append(generator(z, part, noises=noises))
+    with own_noise(seed + 1):
+        for i in range(0, n, batch):
+            z, *noises = [x[i : i + batch].to(device) for x in noise]
+            part = conditions.moved(conditions.rows(cond, slice(i, i + batch)), device)
+            parts.append(generator(z, part, noises=noises))
     return torch.cat(parts)
+
+
+@contextmanager
+def own_noise(seed: int) -> Iterator[None]:
+    """Within it, networks that draw noise draw it from this seed (`teachers/reduced/haar.py`)."""
+    drawn = torch.default_generator.get_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        torch.default_generator.set_state(drawn)
 
 
 def has_student(folder: Path) -> bool:
@@ -583,7 +595,7 @@ def load_student(
     whole = isinstance(counts, list) and counts and all(type(k) is int for k in counts)
     options = sidecar.get("options", {})  # older students have none
     whole = whole and isinstance(options, dict) and options.keys() <= set(SHAPING)
-    if not whole or not isinstance(sidecar.get("renoise"), bool):
+    if not whole or sidecar.get("renoise") not in (True, False, "posterior"):
         raise UserError(f"student {str(folder)!r}: {SIDECAR} is damaged; export the run again")
     if precision is not None:
         options = {**options, "precision": precision}

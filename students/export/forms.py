@@ -19,7 +19,7 @@ from students.export.encoders import RecordedEncoders
 from students.export.unquantised import unquantised
 from students.form import StudentForm, StudentRequest
 from students.gaussian import GaussianForm
-from students.generator import Generator
+from students.generator import Generator, Renoise
 from students.lora import Adapter, to_float32
 from teachers.analytic import Gaussian
 from teachers.denoiser import Denoiser
@@ -39,13 +39,13 @@ class StockForm(StudentForm):
     leaves_pipeline = True
     adapts = True
 
-    def fixed(self, steps: int, start: float | None, renoise: bool) -> StockForm:
+    def fixed(self, steps: int, start: float | None, renoise: Renoise) -> StockForm:
         """This form with the scheduler computed now: it takes values, which fake tensors lack."""
         source = schedulers.source_of(self.teacher)
         return replace(self, scheduler=schedulers.form(source, steps, start, renoise))
 
     def student(
-        self, steps: int, start: float | None, renoise: bool, adapter: Adapter | None
+        self, steps: int, start: float | None, renoise: Renoise, adapter: Adapter | None
     ) -> Generator:
         form = self.scheduler or self.fixed(steps, start, renoise).scheduler
         assert form is not None
@@ -79,7 +79,7 @@ class NetworkForm(StudentForm):
             )
 
     def student(
-        self, steps: int, start: float | None, renoise: bool, adapter: Adapter | None
+        self, steps: int, start: float | None, renoise: Renoise, adapter: Adapter | None
     ) -> Generator:
         return Generator(deepcopy(self.teacher.denoiser).requires_grad_(True))
 
@@ -105,7 +105,7 @@ class OwnForm(StudentForm):
         own_network.check(self.teacher)
 
     def student(
-        self, steps: int, start: float | None, renoise: bool, adapter: Adapter | None
+        self, steps: int, start: float | None, renoise: Renoise, adapter: Adapter | None
     ) -> Generator:
         return own_network.student(self.teacher, steps, start, renoise, adapter)
 

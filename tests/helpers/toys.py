@@ -110,6 +110,8 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
     if name in ("kd", "reflow", "dmd"):
         tree["student"] = {"renoise": False}
         tree["data"] = {"source": "pairs", "path": f"{teacher}-pairs", "count": 16, "steps": 2}
+    if name == "wavediff":
+        tree["critic"], tree["student"] = {}, {"steps": 2, "renoise": "posterior"}
     if name == "discriminator":
         objective["solver_steps"] = 2
     if name == "ddo":

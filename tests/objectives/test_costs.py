@@ -236,6 +236,10 @@ COSTS = {
     ("ladd", "the critic reads fakes and data"): ({"critic": True}, {
         "student forward": 2, "student backward": 1,
         "teacher forward": 3, "teacher backward": 1}),
+    ("wavediff", "the critic reads pairs of fakes and of data"): (
+        {"critic": True, "student": {"times": (1.0,)}, "step": 1}, {
+        "student forward": 2, "student backward": 1,
+        "teacher forward": 3, "teacher backward": 1}),
     ("ladd", "the relativistic student also reads data"): (
         {"critic": True, "game": "relativistic"}, {
         "student forward": 2, "student backward": 1,
