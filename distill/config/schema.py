@@ -167,6 +167,9 @@ class ArchitectureSection(Section):
     rename: dict[Name, Name] = {}
     # Whether weights that have no source, such as those of other widths, are drawn anew.
     fresh: bool = False
+    # With more than 1, one step is a chain of so many: the UNet's encoder runs once, and its
+    # decoder at all of the chain's times at once (TiUE, arXiv:2505.21960).
+    decoder_times: PositiveInt = 1
 
 
 class StudentSection(Section):

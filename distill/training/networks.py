@@ -136,7 +136,7 @@ def shaped(recipe: Recipe, form: StudentForm) -> StudentForm:
     s, teacher = recipe.student, form.teacher
     if s.architecture is not None:
         a = s.architecture
-        made = changed_teacher(teacher, a.config, a.rename, a.remove, a.fresh)
+        made = changed_teacher(teacher, a.config, a.rename, a.remove, a.fresh, a.decoder_times)
         return replace(form, teacher=made)
     if s.init is not None and (backbone := earlier.outline(s.init, teacher)) is not None:
         network = network_of(teacher.denoiser)

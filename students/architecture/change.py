@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from students.architecture.one_pass import decoder_settings
 from students.architecture.units import LISTS, check_units
 from students.schedulers import source_of
 from teachers.errors import UserError, clipped, first_line, nearest
 from teachers.families.base import quiet
-from teachers.reduced.network import REMOVED, ReducedUNet2DConditionModel, ReducedUNet2DModel
+from teachers.reduced.network import (
+    REMOVED,
+    OnePassUNet2DConditionModel,
+    ReducedUNet2DConditionModel,
+    ReducedUNet2DModel,
+)
 from teachers.teacher import Teacher
 
 KEY = "student.architecture"  # the recipe key, which begins error messages
@@ -34,17 +41,20 @@ def changed_teacher(
     rename: Mapping[str, str],
     remove: Sequence[str],
     fresh: bool = False,
+    decoder_times: int = 1,
 ) -> Teacher:
     """The teacher with a network of another architecture: what its students are copies of.
 
     Args:
         config, rename, remove, fresh: As `changed` has them.
+        decoder_times: At how many times its decoder runs; with 1, as any network's.
 
     Raises:
         UserError: as `changed`, or the teacher is no network of diffusers.
     """
     network = source_of(teacher)
-    backbone = changed(network.backbone, config, rename, remove, fresh)
+    decoder = {} if decoder_times == 1 else decoder_settings(network, decoder_times)
+    backbone = changed(network.backbone, config, rename, remove, fresh, decoder)
     twin = network.twin(backbone.requires_grad_(False).eval(), network.schedule)
     return replace(teacher, denoiser=twin)
 
@@ -55,6 +65,7 @@ def changed(
     rename: Mapping[str, str],
     remove: Sequence[str],
     fresh: bool = False,
+    decoder: Change = MappingProxyType({}),
 ) -> nn.Module:
     """A new backbone with the weights of this one.
 
@@ -64,6 +75,7 @@ def changed(
             they are. Others have their own name; where a stage or a list is shorter, see `places`.
         remove: Names of units (`units`) that are removed. What a stock config can say, it says.
         fresh: Whether weights without a source keep the values that diffusers draws for them.
+        decoder: Of a one-pass network, its `decoder_settings`.
 
     Raises:
         UserError: no such key, value or unit; or weights of the new network have no source.
@@ -89,6 +101,9 @@ def changed(
                 f"{KEY}.remove: of a {type(backbone).__name__} whole blocks can go, and not "
                 f"{left[0]!r}; name others"
             )
+    if decoder:
+        after |= decoder
+        kind = OnePassUNet2DConditionModel
     try:
         made = kind.from_config({k: v for k, v in after.items() if not k.startswith("_")})
     except (Exception, SystemExit) as error:  # diffusers raises many types for such values

@@ -1,1 +1,1 @@
-"""Networks of diffusers from which single layers were removed."""
+"""Networks of diffusers that do less work than their stock configs can say."""

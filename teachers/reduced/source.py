@@ -9,7 +9,7 @@ from typing import Any
 
 from teachers.reduced import network
 
-HEADER = '''"""The network of this pipeline: one of diffusers without some layers; Apache-2.0.
+HEADER = '''"""The network of this pipeline: one of diffusers that does less work; Apache-2.0.
 
 Load the whole folder: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
 """
