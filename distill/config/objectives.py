@@ -37,6 +37,7 @@ from distill.objectives.pairs.reflow import Reflow
 from distill.objectives.smaller.compress import Compression
 from distill.objectives.smaller.decoder import LightDecoder
 from distill.objectives.smaller.gft import GuidanceFree
+from distill.objectives.smaller.ilf import InnerLoopFeedback
 from distill.objectives.trajectory.draft import DRaFT
 from distill.objectives.trajectory.guided import GuidedDistillation
 from distill.objectives.trajectory.lcm import LCM
@@ -74,6 +75,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "gdd": GDD,
     "gft": GuidanceFree,
     "guided": GuidedDistillation,
+    "ilf": InnerLoopFeedback,
     "imm": IMM,
     "kd": KD,
     "ladd": LADD,

@@ -90,6 +90,7 @@ MAY: dict[str, set[str]] = {
     "distill.objectives.adversarial": {"distill", "distill.objectives", "students", "teachers"},
     "distill.objectives.smaller": {
         "distill", "distill.objectives", "students", "students.architecture", "teachers",
+        "teachers.reduced",
     },
     "distill.config": {
         "distill", "distill.objectives", "distill.objectives.consistency",
@@ -108,7 +109,8 @@ MAY: dict[str, set[str]] = {
     },
     "distill.sampling": {
         "distill", "distill.config", "distill.data", "students", "students.export", "teachers",
-        "teachers.storage", "teachers.families", "teachers.catalogue", "eval", "eval.protocols",
+        "teachers.reduced", "teachers.storage", "teachers.families", "teachers.catalogue", "eval",
+        "eval.protocols",
     },
     "distill.early_stop": {
         "distill", "distill.config", "distill.data", "distill.sampling", "students",
@@ -152,8 +154,8 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.objectives.adversarial", "distill.objectives.smaller",
         "distill.config", "distill.data",
         "distill.sampling", "distill.publish", "distill.training", "distill.evaluation",
-        "students.export", "teachers", "teachers.storage", "teachers.families",
-        "teachers.catalogue", "eval", "eval.shapes", "eval.protocols",
+        "students", "students.export", "teachers", "teachers.reduced", "teachers.storage",
+        "teachers.families", "teachers.catalogue", "eval", "eval.shapes", "eval.protocols",
     },
     "distill.tuning": {
         "distill", "distill.config", "distill.data", "distill.data.expansion", "distill.sampling",
