@@ -199,7 +199,9 @@ def teach(
     A recipe with a teacher and the objective discriminator trains a discriminator of that teacher,
     which strengthens it: OUT/critic.safetensors, for the key teacher.discriminator of recipes. One
     with the objective decoder trains a light decoder of a student: OUT/student is the student with
-    it. One with tinyfusion or ecodiff learns what can go: OUT/pruned is the teacher without it.
+    it. One with tinyfusion or ecodiff learns what can go: OUT/pruned is the teacher without it. One
+    with ilf trains what carries a UNet's inner levels on from step to step: OUT/student is the
+    teacher with it.
     """
     from distill.console import out as console
     from distill.console import results_table
@@ -220,10 +222,26 @@ def teach(
         show_figures(summary["metrics"], ("whole", "pruned"))
         for part in summary["shown"]:
             console.print(part)
+    elif summary.get("objective") == "ilf":
+        show_feedback(summary, out)
     elif summary.get("objective") == "discriminator":
         console.print(f"discriminator in {out / NAME}")
     else:
         console.print(f"teacher in {out / 'teacher'}")
+
+
+def show_feedback(summary: dict[str, Any], out: Path) -> None:
+    """Print the figures with carried levels, with kept ones and of whole steps, and the folder."""
+    from distill.console import out as console
+    from distill.console import results_table
+    from distill.pretrain.decoder import NAME
+
+    kinds = {"student": "carried", "against": "kept", "fewer": "whole"}
+    metrics = summary["metrics"].items()
+    rows = {f"{kinds[kind]}, {k} steps": v for kind, found in metrics for k, v in found.items()}
+    if rows:
+        console.print(results_table("teacher", rows, base=next(iter(rows))))
+    console.print(f"teacher in {out / NAME}")
 
 
 def show_decoder(summary: dict[str, Any], out: Path) -> None:

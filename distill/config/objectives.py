@@ -39,6 +39,7 @@ from distill.objectives.smaller.compress import Compression
 from distill.objectives.smaller.decoder import LightDecoder
 from distill.objectives.smaller.ecodiff import EcoDiff
 from distill.objectives.smaller.gft import GuidanceFree
+from distill.objectives.smaller.ilf import InnerLoopFeedback
 from distill.objectives.smaller.tinyfusion import TinyFusion
 from distill.objectives.trajectory.draft import DRaFT
 from distill.objectives.trajectory.guided import GuidedDistillation
@@ -78,6 +79,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "gdd": GDD,
     "gft": GuidanceFree,
     "guided": GuidedDistillation,
+    "ilf": InnerLoopFeedback,
     "imm": IMM,
     "kd": KD,
     "ladd": LADD,

@@ -101,7 +101,7 @@ def architecture_under_adapters(recipe: Recipe) -> str | None:
 def empty_architecture(recipe: Recipe) -> str | None:
     if (a := recipe.student.architecture) is None:
         return None
-    if not (a.config or a.remove or a.change or a.haar):
+    if not (a.config or a.remove or a.change or a.haar or a.decoder_times > 1):
         return "student.architecture: it changes nothing; give config, remove or change"
     if a.haar and not a.fresh:
         return (
@@ -112,6 +112,28 @@ def empty_architecture(recipe: Recipe) -> str | None:
         return "student.architecture.noise: only networks with haar read it; set haar, or remove it"
     if repeated := [n for n in a.remove if a.remove.count(n) > 1]:
         return f"student.architecture.remove: {cut(repeated[0])!r} is there twice; name it once"
+    return None
+
+
+def one_pass_of_other_times(recipe: Recipe) -> str | None:
+    """The decoder of a one-pass student runs at its own times, whatever time it is called at."""
+    if (a := recipe.student.architecture) is None or a.decoder_times == 1:
+        return None
+    key = "student.architecture.decoder_times"
+    if recipe.student.steps != 1:
+        return f"{key}: they are the steps, and run as one; set student.steps to 1"
+    for option in ("schedule", "alignment"):  # dmd2's
+        if recipe.objective.get(option) is not None:
+            return f"objective.{option}: a student with decoder_times has no other time; remove it"
+    if recipe.kind.learns != "chains" or recipe.kind.between_steps:
+        return (
+            f"{key}: {_objective(recipe)} calls the student at other times than its first; name an "
+            "objective that learns from its samples, such as dmd2, or remove the key"
+        )
+    if recipe.critic is not None and recipe.critic.reads == "student":
+        return f"{key}: a critic at all times cannot read such a student; remove critic.reads"
+    if recipe.train.compile == "full":
+        return f"{key}: its halves are compiled by blocks alone; set train.compile to blocks or off"
     return None
 
 
@@ -702,6 +724,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     architecture_of_another_start,
     architecture_under_adapters,
     empty_architecture,
+    one_pass_of_other_times,
     trained_quantised_weights,
     copied_quantised_weights,
     dora_on_quantised_weights,

@@ -173,6 +173,9 @@ class ArchitectureSection(Section):
     # first and last layers are then drawn anew.
     haar: bool = False
     noise: NonNegativeInt = 0  # of such a network: how many unit normals it draws and reads
+    # With more than 1, one step is a chain of so many: the UNet's encoder runs once, and its
+    # decoder at all of the chain's times at once (TiUE, arXiv:2505.21960).
+    decoder_times: PositiveInt = 1
 
 
 class StudentSection(Section):

@@ -120,6 +120,8 @@ class Objective:
     # What the student learns: the chains of the step counts that it is trained for; every time, and
     # so every count; or the one chain of all its steps.
     learns: ClassVar[Learns] = "chains"
+    # Whether it learns chains, and is called at times between their steps as well.
+    between_steps: ClassVar[bool] = False
     # Whether the student's network reads the time s that its step lands on: denoiser(x_t, t, c, s).
     two_times: ClassVar[bool] = False
     # Whether the loss takes derivatives of the student's network along time.

@@ -141,7 +141,8 @@ def smaller_of(
             network(batch.noise, t, batch.cond)
         work.append(meter.flops)
         counts.append(parameters(network.backbone))
-    return (counts[0], work[0] / work[1]) if counts[0] != counts[1] else None
+    same = counts[0] == counts[1] and work[0] == work[1]
+    return None if same else (counts[0], work[0] / work[1])
 
 
 def compiles(recipe: Recipe) -> bool:

@@ -207,6 +207,12 @@ PAPERS = {
         2022,
         "2210.03142",
     ),
+    "ilf": Paper(
+        "Accelerate High-Quality Diffusion Models with Inner Loop Feedback",
+        "Gwilliam, Matthew and Cai, Han and Wu, Di and Shrivastava, Abhinav and Cheng, Zhiyu",
+        2025,
+        "2501.13107",
+    ),
     "imm": Paper(
         "Inductive Moment Matching",
         "Zhou, Linqi and Ermon, Stefano and Song, Jiaming",

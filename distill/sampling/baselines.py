@@ -3,7 +3,7 @@
 A baseline uses one of our own solvers, or a scheduler of diffusers in the teacher's stock pipeline.
 Its schedule is the process's own, or one of `timesteps.py`. Guidance may stop early
 (`teachers.guidance.Adaptive`), and a UNet may reuse its deep part from call to call
-(`distill.sampling.deepcache`).
+(`teachers.reduced.deepcache`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pydantic import Field, model_validator
 from distill.config.recipe import Recipe
 from distill.config.schema import GuidanceSection, Section
 from distill.field_types import PositiveInt
-from distill.sampling.deepcache import deep_part
 from distill.sampling.guided_teacher import guidance_of
 from distill.sampling.teacher_sampler import PipelineSampler, Sampler, SolverSampler
 from distill.sampling.timesteps import (
@@ -35,6 +34,7 @@ from teachers.errors import UserError
 from teachers.families.base import Prompted
 from teachers.guidance import AGREED
 from teachers.process import Karras
+from teachers.reduced.deepcache import deep_part
 from teachers.solver import is_pure_noise
 from teachers.teacher import Teacher
 

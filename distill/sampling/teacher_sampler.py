@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from distill.config.recipe import Recipe
 from distill.data.encode import encoders_on
 from distill.profiling import Meter
-from distill.sampling.deepcache import DeepCache
 from distill.sampling.guided_teacher import guidance_of, guided
 from distill.sampling.student_sampler import decode, default_batch, timed
 from distill.sampling.timesteps import (
@@ -35,6 +34,7 @@ from teachers.denoiser import Denoiser, Guided, computes
 from teachers.families import unet
 from teachers.families.base import Prompted, images_of, quiet
 from teachers.guidance import Adaptive
+from teachers.reduced.deepcache import DeepCache
 from teachers.solver import SOLVERS
 from teachers.teacher import Teacher
 
@@ -291,13 +291,17 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def shallow_share(teacher: Teacher) -> float:
-    """The FLOPs of a shallow call of the teacher's UNet, as a share of a whole call's."""
+def shallow_share(teacher: Teacher, feedback: Any = None) -> float:
+    """The FLOPs of a shallow call of the teacher's UNet, as a share of a whole call's.
+
+    Args:
+        feedback: As `DeepCache` takes it.
+    """
     cond = teacher.codec.condition([0] if teacher.codec.classes else [""])
     device = device_of(teacher)
     cond = conditions.moved(cond, device)
     x, t, flops = torch.zeros(1, *teacher.shape, device=device), torch.ones(1, device=device), []
-    with DeepCache(unwrap(teacher.denoiser).backbone, 2):
+    with DeepCache(unwrap(teacher.denoiser).backbone, 2, feedback):
         for _ in ("whole", "shallow"):
             with Meter(set()) as meter:
                 teacher.denoiser(x, t, cond)

@@ -137,7 +137,15 @@ def shaped(recipe: Recipe, form: StudentForm) -> StudentForm:
     if s.architecture is not None:
         a = s.architecture
         made = changed_teacher(
-            teacher, a.config, a.rename, a.remove, a.fresh, a.change, a.haar, a.noise
+            teacher,
+            a.config,
+            a.rename,
+            a.remove,
+            a.fresh,
+            a.change,
+            a.haar,
+            a.noise,
+            a.decoder_times,
         )
         return replace(form, teacher=made)
     if s.init is not None and (backbone := earlier.outline(s.init, teacher)) is not None:

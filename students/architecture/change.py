@@ -10,11 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from students.architecture.one_pass import decoder_settings
 from students.architecture.units import LISTS, check_units
 from students.schedulers import source_of
 from teachers.errors import UserError, clipped, first_line, nearest
@@ -27,6 +29,7 @@ from teachers.reduced.network import (
     ReducedUNet2DConditionModel,
     ReducedUNet2DModel,
 )
+from teachers.reduced.one_pass import OnePassUNet2DConditionModel
 from teachers.teacher import Teacher
 
 KEY = "student.architecture"  # the recipe key, which begins error messages
@@ -46,17 +49,22 @@ def changed_teacher(
     change: Mapping[str, Change] | None = None,
     haar: bool = False,
     noise: int = 0,
+    decoder_times: int = 1,
 ) -> Teacher:
     """The teacher with a network of another architecture: what its students are copies of.
 
     Args:
         config, rename, remove, fresh, change, haar, noise: As `changed` has them.
+        decoder_times: At how many times its decoder runs; with 1, as any network's.
 
     Raises:
         UserError: as `changed`, or the teacher is no network of diffusers.
     """
     network = source_of(teacher)
-    backbone = changed(network.backbone, config, rename, remove, fresh, change, haar, noise)
+    decoder = {} if decoder_times == 1 else decoder_settings(network, decoder_times)
+    backbone = changed(
+        network.backbone, config, rename, remove, fresh, change, haar, noise, decoder
+    )
     twin = network.twin(backbone.requires_grad_(False).eval(), network.schedule)
     return replace(teacher, denoiser=twin)
 
@@ -70,6 +78,7 @@ def changed(
     change: Mapping[str, Change] | None = None,
     haar: bool = False,
     noise: int = 0,
+    decoder: Change = MappingProxyType({}),
 ) -> nn.Module:
     """A new backbone with the weights of this one.
 
@@ -82,6 +91,7 @@ def changed(
         change: By a layer's name its other form, as `teachers/reduced/layers.py` has them.
         haar: Whether it works on the Haar coefficients of its images (`teachers/reduced/haar.py`).
         noise: Of such a network, how many unit normals it draws in each call and reads.
+        decoder: Of a one-pass network, its `decoder_settings`.
 
     Raises:
         UserError: no such key, value, unit or form; or weights of the new network have no source.
@@ -104,6 +114,9 @@ def changed(
         after |= {REMOVED: gone, CHANGED: forms}
     if haar:
         kind, after[NOISE] = haar_class(kind, after), noise
+    if decoder:
+        after |= decoder
+        kind = OnePassUNet2DConditionModel
     settings = {k: v for k, v in after.items() if not k.startswith("_")}
     made = built(kind, settings, type(backbone).__name__, fresh)
     like = next(backbone.parameters())

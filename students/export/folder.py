@@ -316,13 +316,38 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
         ExportError: they differ by more than rounding, or the process fails.
     """
     prompts, arguments = request(generator, teacher)
-    device = next(generator.parameters()).device.type
-    network = unwrap(generator.denoiser)
+    network, counts = unwrap(generator.denoiser), generator.counts
+    theirs = drawn_elsewhere(folder, network, teacher, counts, arguments, brings_source(network))
+    for steps in counts:
+        with without_tf32():
+            ours = pictures(generator, teacher, steps, prompts)
+        if difference := pixel_difference(ours, theirs[str(steps)], generator):
+            raise ExportError(f"at {steps} steps the exported pipeline {difference}")
+
+
+def drawn_elsewhere(
+    folder: Path,
+    network: Pretrained,
+    teacher: Teacher,
+    counts: Sequence[int],
+    arguments: Mapping[str, Any],
+    own: bool,
+) -> dict[str, Tensor]:
+    """The pictures (N, ...) in [0, 1] that diffusers alone draws from a folder, by step count.
+
+    Args:
+        network: As it is in the folder; its device is the one that is drawn on.
+        arguments: Of the pipeline.
+        own: Whether the folder brings source of its own.
+
+    Raises:
+        ExportError: the process fails.
+    """
     job = {
-        "counts": generator.counts,
+        "counts": counts,
         "absent": absent_parts(teacher),
-        "device": device,
-        "own": brings_source(network),
+        "device": next(network.parameters()).device.type,
+        "own": own,
         "seeded": network.SEEDED,
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -350,12 +375,7 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
             raise ExportError.of("the student's folder", result.stderr)
         from safetensors.torch import load_file
 
-        theirs = load_file(out)
-    for steps in generator.counts:
-        with without_tf32():
-            ours = pictures(generator, teacher, steps, prompts)
-        if difference := pixel_difference(ours, theirs[str(steps)], generator):
-            raise ExportError(f"at {steps} steps the exported pipeline {difference}")
+        return load_file(out)
 
 
 def pixel_difference(ours: Tensor, theirs: Tensor, generator: Generator) -> str:

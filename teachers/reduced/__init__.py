@@ -1,1 +1,1 @@
-"""Networks of diffusers in other forms: without some layers, or on coefficients of images."""
+"""Networks of diffusers in other forms: without some layers, with others, or run in other ways."""

@@ -9,14 +9,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from teachers.reduced import haar, layers, network
+from teachers.reduced import feedback, haar, layers, network, one_pass
+from teachers.reduced.feedback import FeedbackUNet2DConditionModel
 from teachers.reduced.haar import HaarUNet2DModel
 from teachers.reduced.network import ReducedUNet2DConditionModel, ReducedUNet2DModel
+from teachers.reduced.one_pass import OnePassUNet2DConditionModel
 
 MODULES = {  # that each class is made of
     ReducedUNet2DModel: (layers, network),
     ReducedUNet2DConditionModel: (layers, network),
     HaarUNet2DModel: (haar,),
+    OnePassUNet2DConditionModel: (layers, network, one_pass),
+    FeedbackUNet2DConditionModel: (layers, network, one_pass, feedback),
 }
 CLASSES = tuple(MODULES)
 
@@ -40,7 +44,7 @@ def write(folder: Path, part: str, backbone: Any) -> None:
         part: The pipeline's component that is the network.
     """
     kind = type(backbone).__name__
-    (modules,) = (v for k, v in MODULES.items() if isinstance(backbone, k))
+    modules = next(v for k, v in reversed(MODULES.items()) if isinstance(backbone, k))
     (folder / part / f"{module_of(kind)}.py").write_text(source(*modules), encoding="utf-8")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index[part] = [module_of(kind), kind]

@@ -173,7 +173,7 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
     check_index(folder, index, who)
     kinds, parts = dict(networks(index)), dict[str, Any]()
     classes = {
-        part: kinds[part].__mro__[2].__name__
+        part: next(k for k in kinds[part].__mro__ if k.__module__.startswith("diffusers.")).__name__
         for part, entry in index.items()
         if isinstance(entry, list) and reduced_class(entry) is not None
     }

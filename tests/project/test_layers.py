@@ -34,7 +34,7 @@ OBJECTIVES = [
 # The folders, lowest first, and what each may import beside itself: only what stands above it here.
 MAY: dict[str, set[str]] = {
     "teachers": set(),
-    "teachers.reduced": set(),
+    "teachers.reduced": {"teachers"},
     "teachers.storage": {"teachers", "teachers.reduced"},
     "teachers.adapters": {"teachers", "teachers.storage"},
     "teachers.families": {
@@ -91,6 +91,7 @@ MAY: dict[str, set[str]] = {
     "distill.objectives.adversarial": {"distill", "distill.objectives", "students", "teachers"},
     "distill.objectives.smaller": {
         "distill", "distill.objectives", "students", "students.architecture", "teachers",
+        "teachers.reduced",
     },
     "distill.config": {
         "distill", "distill.objectives", "distill.objectives.consistency",
@@ -109,7 +110,8 @@ MAY: dict[str, set[str]] = {
     },
     "distill.sampling": {
         "distill", "distill.config", "distill.data", "students", "students.export", "teachers",
-        "teachers.storage", "teachers.families", "teachers.catalogue", "eval", "eval.protocols",
+        "teachers.reduced", "teachers.storage", "teachers.families", "teachers.catalogue", "eval",
+        "eval.protocols",
     },
     "distill.early_stop": {
         "distill", "distill.config", "distill.data", "distill.sampling", "students",
@@ -153,8 +155,8 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.objectives.adversarial", "distill.objectives.smaller",
         "distill.config", "distill.data",
         "distill.sampling", "distill.publish", "distill.training", "distill.evaluation",
-        "distill.planning", "students.architecture",
-        "students.export", "teachers", "teachers.storage", "teachers.families",
+        "distill.planning", "students", "students.architecture",
+        "students.export", "teachers", "teachers.reduced", "teachers.storage", "teachers.families",
         "teachers.catalogue", "eval", "eval.shapes", "eval.protocols",
     },
     "distill.tuning": {

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from distill.sampling.deepcache import DeepCache, deep_part
+from teachers.reduced.deepcache import DeepCache, deep_part
 from tests.helpers.refusals import refused
 
 LEVELS = (32, 32, 64)

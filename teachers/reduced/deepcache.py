@@ -3,7 +3,7 @@
 The inner levels of a UNet change little from one sampling step to the next. Of every `interval`
 calls one is whole; the others are shallow: they run only the outermost level, which reads the deep
 output of the last whole call. The paper may also cut inside a level; here the cut is between
-levels.
+levels. What was kept may pass through a `Feedback` in each shallow call (ILF, arXiv:2501.13107).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from teachers.errors import UserError
 from teachers.features import blocks_of, hooked, replaced
+from teachers.reduced.feedback import inner_blocks
 
 
 class DeepCache(AbstractContextManager["DeepCache"]):
@@ -27,13 +28,17 @@ class DeepCache(AbstractContextManager["DeepCache"]):
 
     Args:
         interval: Calls from one whole call to the next; with 1 every call is whole.
+        feedback: From the kept output (B, C, ...) and the embedding (B, D) of a shallow call's time
+            to what this call reads, and keeps; by default the kept output.
 
     Raises:
         UserError: the network is not such a UNet, has one level, or its deep blocks are compiled.
     """
 
-    def __init__(self, backbone: nn.Module, interval: int) -> None:
-        self.backbone, self.interval = backbone, interval
+    def __init__(
+        self, backbone: nn.Module, interval: int, feedback: Callable[..., Tensor] | None = None
+    ) -> None:
+        self.backbone, self.interval, self.feedback = backbone, interval, feedback
         stand_ins, last = deep_part(backbone)
         deep = blocks_of(backbone, [*stand_ins, last], "DeepCache")
         self._deep = [(deep[name], forward) for name, forward in stand_ins.items()]
@@ -62,10 +67,15 @@ class DeepCache(AbstractContextManager["DeepCache"]):
         self.shallow += len(args[0])
         for block, stand_in in self._deep:
             self._replaced.enter_context(replaced(block, stand_in))
-        self._replaced.enter_context(replaced(self.last, lambda *_, **__: self._deep_output))
+        self._replaced.enter_context(replaced(self.last, self._carry))
 
     def _end(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         self._replaced.close()
+
+    def _carry(self, hidden_states: Tensor, skips: Any = (), temb: Any = None, **_: Any) -> Any:
+        if self.feedback is not None:
+            self._deep_output = self.feedback(self._deep_output, temb)
+        return self._deep_output
 
     def _keep(self, block: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
         self._deep_output = output
@@ -102,26 +112,4 @@ def deep_part(backbone: nn.Module) -> tuple[dict[str, Callable[..., Any]], str]:
         raise UserError(
             "cache: the UNet has one level, and nothing deeper to keep; leave cache out"
         )
-    samplers = range(len(down[0].downsamplers or ()))
-    stand_ins: dict[str, Callable[..., Any]] = {}
-    stand_ins |= {f"down_blocks.0.downsamplers.{i}": same for i in samplers}
-    stand_ins |= {f"down_blocks.{i}": same_and_skips(down[i]) for i in range(1, len(down))}
-    if backbone.mid_block is not None:
-        stand_ins["mid_block"] = same
-    stand_ins |= {f"up_blocks.{i}": same for i in range(len(up) - 2)}
-    return stand_ins, f"up_blocks.{len(up) - 2}"
-
-
-def same(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    """The forward of a block that returns its input."""
-    return hidden_states
-
-
-def same_and_skips(block: Any) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
-    """The forward of a down block that returns its input, also as skip connections no one reads."""
-    count = len(block.resnets) + len(block.downsamplers or ())
-
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return hidden_states, (hidden_states,) * count
-
-    return forward
+    return inner_blocks(backbone)
