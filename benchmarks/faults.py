@@ -2339,4 +2339,32 @@ MUTANTS: tuple[Mutant, ...] = (
         "return error / ours.square().mean()",
         "objectives/test_compress.py::test_distances_of_features_by_hand",
     ),
+    fault(
+        "GET's iterates that begin at zero and not at a random z",
+        "students/architecture/get.py",
+        "z = normal_of(noise, h[0].numel()).to(h.dtype).view_as(h)",
+        "z = 0 * normal_of(noise, h[0].numel()).to(h.dtype).view_as(h)",
+        "students/test_foreign.py::test_of_a_linear_block_the_iterates_go_to_its_fixed_point",
+    ),
+    fault(
+        "GET's injection taken away instead of added",
+        "students/architecture/get.py",
+        "qkv = qkv if more is None else qkv + more",
+        "qkv = qkv if more is None else qkv - more",
+        "students/test_foreign.py::test_injection_is_added_to_queries_keys_and_values",
+    ),
+    fault(
+        "GET's noise multiplied by its level instead of divided",
+        "students/architecture/get.py",
+        "[1].reciprocal().float()",
+        "[1].float()",
+        "students/test_foreign.py::test_it_reads_unit_noise_in_any_process",
+    ),
+    fault(
+        "iterates that all count alike",
+        "distill/objectives/pairs/kd.py",
+        "self.output_decay**k * more",
+        "self.output_decay * more",
+        "students/test_foreign.py::test_each_iterate_counts_less_than_the_one_after_it",
+    ),
 )

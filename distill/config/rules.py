@@ -100,11 +100,27 @@ def architecture_under_adapters(recipe: Recipe) -> str | None:
 def empty_architecture(recipe: Recipe) -> str | None:
     if (a := recipe.student.architecture) is None:
         return None
-    if not a.config and not a.remove:
+    if a.network is None and not a.config and not a.remove:
         return "student.architecture: it changes nothing; give config or remove, or leave it out"
     if repeated := [n for n in a.remove if a.remove.count(n) > 1]:
         return f"student.architecture.remove: {cut(repeated[0])!r} is there twice; name it once"
     return None
+
+
+def network_beside_changes(recipe: Recipe) -> str | None:
+    a = recipe.student.architecture
+    if a is None or a.network is None:
+        return None
+    if changed := next((k for k in ("config", "remove", "rename", "fresh") if getattr(a, k)), None):
+        return (
+            f"student.architecture.{changed}: it changes the teacher's network, and network names "
+            "another one; remove one of the two"
+        )
+    if recipe.kind.few_step and recipe.kind.trains == "student":
+        return None
+    return (
+        f"student.architecture.network: {_objective(recipe)} trains no few-step student; remove it"
+    )
 
 
 def trained_quantised_weights(recipe: Recipe) -> str | None:
@@ -681,6 +697,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     architecture_of_another_start,
     architecture_under_adapters,
     empty_architecture,
+    network_beside_changes,
     trained_quantised_weights,
     copied_quantised_weights,
     dora_on_quantised_weights,

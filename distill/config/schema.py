@@ -157,7 +157,7 @@ class TeacherSection(Section):
 
 
 class ArchitectureSection(Section):
-    """A student's network that is made of the teacher's, with its weights."""
+    """A student's network: made of the teacher's, with its weights, or another one."""
 
     # Settings of the network's own config.json that become others, such as mid_block_type: null.
     config: dict[str, Any] = {}
@@ -167,6 +167,9 @@ class ArchitectureSection(Section):
     rename: dict[Name, Name] = {}
     # Whether weights that have no source, such as those of other widths, are drawn anew.
     fresh: bool = False
+    # A network that is not made of the teacher's: "get", or "path/to/file.py:function", a function
+    # of the teacher that returns a Network in its process. Then without the keys above.
+    network: Name | None = None
 
 
 class StudentSection(Section):
@@ -194,6 +197,11 @@ class StudentSection(Section):
     # smaller network that `distill compress` made. By default it starts as the teacher.
     init: Name | None = None
     architecture: ArchitectureSection | None = None  # by default the teacher's
+
+    @property
+    def network(self) -> str | None:
+        """The network that is not made of the teacher's, if there is one."""
+        return None if self.architecture is None else self.architecture.network
 
     def trained(self, learns: Learns, possible: Sequence[int]) -> dict[int, float]:
         """The relative training frequency of each count.
