@@ -2367,4 +2367,32 @@ MUTANTS: tuple[Mutant, ...] = (
         "self.output_decay * more",
         "students/test_foreign.py::test_each_iterate_counts_less_than_the_one_after_it",
     ),
+    fault(
+        "a Fourier layer over the batch instead of the times",
+        "students/architecture/dsno.py",
+        "x = h.unflatten(0, (-1, self.states))",
+        "x = h.unflatten(0, (self.states, -1)).transpose(0, 1)",
+        "students/test_dsno.py::test_samples_of_a_batch_are_not_mixed",
+    ),
+    fault(
+        "what a Fourier layer adds taken away",
+        "students/architecture/dsno.py",
+        "return h + F.leaky_relu(more)",
+        "return h - F.leaky_relu(more)",
+        "students/test_dsno.py::test_a_linear_layer_is_a_product_for_each_frequency",
+    ),
+    fault(
+        "DSNO's weights that fall with the signal",
+        "distill/objectives/pairs/dsno.py",
+        "(alpha / sigma).clamp(1, MOST)",
+        "(sigma / alpha).clamp(1, MOST)",
+        "students/test_dsno.py::test_the_loss_is_a_weighted_mean_over_the_times",
+    ),
+    fault(
+        "of Heun's two calls at a time, the guess stored as the state",
+        "teachers/solver.py",
+        "found[place] = x_t",
+        "found.setdefault(place, x_t)",
+        "students/test_dsno.py::test_states_are_those_of_the_ode_at_quadratic_times",
+    ),
 )

@@ -17,6 +17,7 @@ from students.critic import Critic, FeatureMean
 from teachers.denoiser import Denoiser
 from teachers.errors import cut, nearest
 from teachers.quantised import FORMS
+from teachers.solver import STATES
 
 if TYPE_CHECKING:
     from distill.config.recipe import Recipe
@@ -364,6 +365,23 @@ def missing_pairs(recipe: Recipe) -> str | None:
     )
 
 
+def pairs_without_states(recipe: Recipe) -> str | None:
+    states, network = recipe.data.states, recipe.student.network
+    if not recipe.kind.needs_states:
+        return None
+    if network is None:
+        return (
+            f"student.architecture: missing; {_objective(recipe)} trains a network of several "
+            "outputs; write it as {network: dsno}"
+        )
+    if states is None or (network == "dsno" and states != STATES):
+        return (
+            f"data.states: {'missing' if states is None else states}; {_objective(recipe)} learns "
+            f"from states of the teacher's trajectory, one for each output; set it to {STATES}"
+        )
+    return None
+
+
 def pairs_of_several_scales(recipe: Recipe) -> str | None:
     guidance = recipe.teacher.guidance
     if recipe.kind.needs_data != PAIRS or not isinstance(guidance, GuidanceSection):
@@ -388,7 +406,7 @@ def key_of_pairs(recipe: Recipe) -> str | None:
             if getattr(recipe.data, key) is not None:
                 return f"data.{key}: pairs have none; remove it"
         return None
-    for key in ("path", "count", "solver", "steps", "inverted", "images"):
+    for key in ("path", "count", "solver", "steps", "inverted", "images", "states"):
         if getattr(recipe.data, key) is not None:
             return f"data.{key}: only pairs have it; set data.source to 'pairs', or remove it"
     return None
@@ -711,6 +729,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     reach_without_a_zero,
     second_derivative_of_recomputed_blocks,
     missing_pairs,
+    pairs_without_states,
     pairs_of_several_scales,
     useless_pairs,
     key_of_pairs,

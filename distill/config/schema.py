@@ -318,6 +318,9 @@ class DataSection(Section):
     steps: PositiveInt | None = None  # of that solver; by default 18
     inverted: NonNegativeInt | None = None  # further pairs: data, and the noise the ODE leads to
     images: Place | None = None  # the data of inverted pairs, as for `source`
+    # States of the teacher's trajectory that each pair has, at times ((T - k) / T)², the last of
+    # which is the sample: T, as many as the network of dsno has outputs. By default none.
+    states: PositiveInt | None = None
     prompts: Place | None = None  # a text file, "pack:starter" (default), or "DATASET:COLUMN"
     # For teachers that edit a picture: the edited pictures, which objectives that need real data
     # learn from. A folder with a file of the same name for each image of `source`, or a column of

@@ -22,7 +22,7 @@ from distill.profiling import FlopMeter, FusedAttention, Meter, unique
 from distill.rates import family_of
 from distill.training import custom_objective
 from distill.training.compilation import wanted_mode
-from distill.training.networks import assembled, build_networks, form_for, player_networks
+from distill.training.networks import assembled, build_networks, form_for, path_of, player_networks
 from distill.training.optimizers import optimizer_bytes
 from students.export.forms import StockForm
 from students.lora import network_of, unwrap, view_of
@@ -93,7 +93,7 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
         x = torch.zeros(n, *teacher.shape)
         cond = teacher.codec.condition([0] * n)
         cond = conditions.each(cond, torch.clone)
-        batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
+        batch = Batch(x if recipe.needs_data else None, x.clone(), cond, path=path_of(recipe, x))
         smaller = smaller_of(recipe, teacher, objective, batch)
         with explained(recipe, teacher):
             most, gradients, flops, evaluations = played(recipe, objective, movers, batch)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from distill.config.objective_schema import network_types, networks_of
@@ -251,6 +251,12 @@ def check_form(recipe: Recipe, form: StudentForm) -> None:
             sample_every=recipe.train.sample_every,
         )
     )
+
+
+def path_of(recipe: Recipe, x: Tensor) -> Tensor | None:
+    """States of x (B, ...) as the recipe's pairs have them (B, T, ...); zeros, for plans."""
+    states = recipe.data.states
+    return x.new_zeros(len(x), states, *x.shape[1:]) if states else None
 
 
 def assembled(recipe: Recipe, networks: dict[str, nn.Module], device: torch.device) -> Objective:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from students.architecture.dsno import dsno
 from students.architecture.get import KEY, get
 from students.own_network import is_own
 from teachers.denoiser import Network
@@ -12,7 +13,7 @@ from teachers.errors import UserError, clipped, nearest
 from teachers.storage.plugin import called, is_function
 from teachers.teacher import Teacher
 
-NETWORKS: dict[str, Callable[[Teacher], Network]] = {"get": get}  # those that are built in
+NETWORKS: dict[str, Callable[[Teacher], Network]] = {"dsno": dsno, "get": get}  # built in
 
 
 def host_teacher(teacher: Teacher, name: str) -> Teacher:
