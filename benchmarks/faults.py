@@ -2057,8 +2057,8 @@ MUTANTS: tuple[Mutant, ...] = (
     fault(
         "shared times that reach α and σ",
         "teachers/denoiser.py",
-        "self.coefficients(*self.process.at(t, x_t))\n        output",
-        "self.coefficients(*self.process.at(self.read_time(t), x_t))\n        output",
+        "self.denoised(x_t, t, self.call(",
+        "self.denoised(x_t, self.read_time(t), self.call(",
         "teachers/test_shared_times.py::test_the_network_reads_one_time_and_its_coefficients_the_true_one",
     ),
     fault(
