@@ -138,6 +138,19 @@ def check_output(teacher: Teacher, who: str) -> None:
         )
 
 
+@torch.no_grad()
+def reads_time(teacher: Teacher) -> bool:
+    """Whether the network's output for two samples depends on the time."""
+    network = network_of(teacher.denoiser)
+    device = next(network.backbone.parameters()).device
+    cond = conditions.moved(example_condition(teacher, 2), device)
+    x_t = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    early, late = (
+        network.call(x_t.clone(), x_t.new_full((2,), t), cond, x_t.new_zeros(2)) for t in (0.1, 0.9)
+    )
+    return not torch.equal(early, late)
+
+
 def called(network: Network, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor, who: str) -> Tensor:
     """The network's output.
 

@@ -33,6 +33,7 @@ from distill.objectives.flow_maps.imm import IMM
 from distill.objectives.flow_maps.lagrangian import Lagrangian
 from distill.objectives.flow_maps.meanflow import AYF, MeanFlow
 from distill.objectives.flow_maps.shortcut import Shortcut
+from distill.objectives.pairs.dsno import DSNO
 from distill.objectives.pairs.kd import KD
 from distill.objectives.pairs.reflow import Reflow
 from distill.objectives.smaller.compress import Compression
@@ -69,6 +70,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dmd2-anchored": AnchoredDMD2,
     "draft": DRaFT,
     "drift": Drift,
+    "dsno": DSNO,
     "ecodiff": EcoDiff,
     "ect": ConsistencyTuning,
     "emd": EMD,

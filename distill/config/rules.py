@@ -18,6 +18,7 @@ from students.critic import Critic, FeatureMean
 from teachers.denoiser import Denoiser
 from teachers.errors import cut, nearest
 from teachers.quantised import FORMS
+from teachers.solver import STATES
 
 if TYPE_CHECKING:
     from distill.config.recipe import Recipe
@@ -101,7 +102,9 @@ def architecture_under_adapters(recipe: Recipe) -> str | None:
 def empty_architecture(recipe: Recipe) -> str | None:
     if (a := recipe.student.architecture) is None:
         return None
-    if not (a.config or a.remove or a.change or a.haar or a.decoder_times > 1):
+    if a.network is None and not (
+        a.config or a.remove or a.change or a.haar or a.decoder_times > 1
+    ):
         return "student.architecture: it changes nothing; give config, remove or change"
     if a.haar and not a.fresh:
         return (
@@ -135,6 +138,34 @@ def one_pass_of_other_times(recipe: Recipe) -> str | None:
     if recipe.train.compile == "full":
         return f"{key}: its halves are compiled by blocks alone; set train.compile to blocks or off"
     return None
+
+
+CHANGES = (
+    "config",
+    "remove",
+    "rename",
+    "fresh",
+    "change",
+    "haar",
+    "noise",
+)  # of a teacher's network
+
+
+def network_beside_changes(recipe: Recipe) -> str | None:
+    a = recipe.student.architecture
+    if a is None or a.network is None:
+        return None
+    changes = (k for k in CHANGES if getattr(a, k))
+    if changed := next(changes, "decoder_times" if a.decoder_times > 1 else None):
+        return (
+            f"student.architecture.{changed}: it changes the teacher's network, and network names "
+            "another one; remove one of the two"
+        )
+    if recipe.kind.few_step and recipe.kind.trains == "student":
+        return None
+    return (
+        f"student.architecture.network: {_objective(recipe)} trains no few-step student; remove it"
+    )
 
 
 def trained_quantised_weights(recipe: Recipe) -> str | None:
@@ -391,6 +422,23 @@ def missing_pairs(recipe: Recipe) -> str | None:
     )
 
 
+def pairs_without_states(recipe: Recipe) -> str | None:
+    states, network = recipe.data.states, recipe.student.network
+    if not recipe.kind.needs_states:
+        return None
+    if network is None:
+        return (
+            f"student.architecture: missing; {_objective(recipe)} trains a network of several "
+            "outputs; write it as {network: dsno}"
+        )
+    if states is None or (network == "dsno" and states != STATES):
+        return (
+            f"data.states: {'missing' if states is None else states}; {_objective(recipe)} learns "
+            f"from states of the teacher's trajectory, one for each output; set it to {STATES}"
+        )
+    return None
+
+
 def pairs_of_several_scales(recipe: Recipe) -> str | None:
     guidance = recipe.teacher.guidance
     if recipe.kind.needs_data != PAIRS or not isinstance(guidance, GuidanceSection):
@@ -415,7 +463,7 @@ def key_of_pairs(recipe: Recipe) -> str | None:
             if getattr(recipe.data, key) is not None:
                 return f"data.{key}: pairs have none; remove it"
         return None
-    for key in ("path", "count", "solver", "steps", "inverted", "images"):
+    for key in ("path", "count", "solver", "steps", "inverted", "images", "states"):
         if getattr(recipe.data, key) is not None:
             return f"data.{key}: only pairs have it; set data.source to 'pairs', or remove it"
     return None
@@ -725,6 +773,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     architecture_under_adapters,
     empty_architecture,
     one_pass_of_other_times,
+    network_beside_changes,
     trained_quantised_weights,
     copied_quantised_weights,
     dora_on_quantised_weights,
@@ -739,6 +788,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     reach_without_a_zero,
     second_derivative_of_recomputed_blocks,
     missing_pairs,
+    pairs_without_states,
     pairs_of_several_scales,
     useless_pairs,
     key_of_pairs,

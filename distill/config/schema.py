@@ -157,7 +157,7 @@ class TeacherSection(Section):
 
 
 class ArchitectureSection(Section):
-    """A student's network that is made of the teacher's, with its weights."""
+    """A student's network: made of the teacher's, with its weights, or another one."""
 
     # Settings of the network's own config.json that become others, such as mid_block_type: null.
     config: dict[str, Any] = {}
@@ -176,6 +176,9 @@ class ArchitectureSection(Section):
     # With more than 1, one step is a chain of so many: the UNet's encoder runs once, and its
     # decoder at all of the chain's times at once (TiUE, arXiv:2505.21960).
     decoder_times: PositiveInt = 1
+    # A network that is not made of the teacher's: "get", or "path/to/file.py:function", a function
+    # of the teacher that returns a Network in its process. Then without the keys above.
+    network: Name | None = None
 
 
 class StudentSection(Section):
@@ -205,6 +208,11 @@ class StudentSection(Section):
     # smaller network that `distill compress` made. By default it starts as the teacher.
     init: Name | None = None
     architecture: ArchitectureSection | None = None  # by default the teacher's
+
+    @property
+    def network(self) -> str | None:
+        """The network that is not made of the teacher's, if there is one."""
+        return None if self.architecture is None else self.architecture.network
 
     def trained(self, learns: Learns, possible: Sequence[int]) -> dict[int, float]:
         """The relative training frequency of each count.
@@ -321,6 +329,9 @@ class DataSection(Section):
     steps: PositiveInt | None = None  # of that solver; by default 18
     inverted: NonNegativeInt | None = None  # further pairs: data, and the noise the ODE leads to
     images: Place | None = None  # the data of inverted pairs, as for `source`
+    # States of the teacher's trajectory that each pair has, at times ((T - k) / T)², the last of
+    # which is the sample: T, as many as the network of dsno has outputs. By default none.
+    states: PositiveInt | None = None
     prompts: Place | None = None  # a text file, "pack:starter" (default), or "DATASET:COLUMN"
     # For teachers that edit a picture: the edited pictures, which objectives that need real data
     # learn from. A folder with a file of the same name for each image of `source`, or a column of

@@ -32,6 +32,7 @@ class PairSettings:
     images: The data of these, as `data.source` in a recipe.
     prompts: As `data.prompts`.
     seed: Of the noise; pair i depends on the seed and i alone.
+    states: How many states of each trajectory are stored, at quadratic times; 0 stores none.
     """
 
     teacher: TeacherSection
@@ -42,6 +43,7 @@ class PairSettings:
     images: Place | None = None
     prompts: Place | None = None
     seed: int = 0
+    states: int = 0
 
     @property
     def total(self) -> int:
@@ -60,6 +62,11 @@ class PairSettings:
             )
         if self.inverted and self.images is None:
             raise UserError("data.images: missing; inverted pairs start at data; name their folder")
+        if self.inverted and self.states:
+            raise UserError(
+                "data.states: inverted pairs have no states of the teacher's sampler; remove one "
+                "of the two"
+            )
         if self.images is not None and not self.inverted:
             raise UserError("data.images: only inverted pairs start at data; set data.inverted")
         if self.prompts is not None and (teacher.codec.classes or not _reads_text(teacher)):
@@ -99,7 +106,8 @@ def recipe_of(
 def settings_of(recipe: Recipe) -> PairSettings:
     """The settings of a recipe whose `data.source` is "pairs"; of others, those of its teacher."""
     data = recipe.data
-    given = {k: getattr(data, k) for k in ("count", "solver", "steps", "inverted", "images")}
+    given = {k: getattr(data, k) for k in ("count", "solver", "steps", "inverted", "images",
+                                            "states")}  # fmt: skip
     settings = PairSettings(recipe.teacher, prompts=data.prompts, seed=recipe.train.seed)
     return replace(settings, **{k: v for k, v in given.items() if v is not None})
 
@@ -162,6 +170,7 @@ def identity(settings: PairSettings, known: dict[str, Any], prompts: list[Any]) 
         "images": plain(settings.images),
         "prompts": hash_of(prompts),
         "dtype": "float32",
+        **({"states": settings.states} if settings.states else {}),
     }  # fmt: skip
 
 

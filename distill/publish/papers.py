@@ -150,6 +150,13 @@ PAPERS = {
         2024,
         "2412.02852",
     ),
+    "dsno": Paper(
+        "Fast Sampling of Diffusion Models via Operator Learning",
+        "Zheng, Hongkai and Nie, Weili and Vahdat, Arash and Azizzadenesheli, Kamyar and "
+        "Anandkumar, Anima",
+        2022,
+        "2211.13449",
+    ),
     "ect": Paper(
         "Consistency Models Made Easy",
         "Geng, Zhengyang and Pokle, Ashwini and Luo, William and Lin, Justin and Kolter, J. Zico",

@@ -45,7 +45,7 @@ from distill.trackers import trackers
 from distill.training import custom_objective, optimizers
 from distill.training.compilation import compile_run, mode_of
 from distill.training.engine import Engine, check_memory, shards_of
-from distill.training.networks import check_form, objective_of, player_networks
+from distill.training.networks import check_form, form_for, objective_of, player_networks
 from distill.training.player import Player
 from distill.training.preflight import rehearse_end
 from distill.training.rehearsal import check_finite
@@ -59,7 +59,6 @@ from distill.training.run_folder import (
 from eval import shapes
 from eval.catalogue import headline
 from eval.protocols.measure import Protocol, protocol
-from students.export.forms import form_of
 from students.form import StudentForm
 from students.generator import Generator
 from teachers import conditions
@@ -85,7 +84,7 @@ class Run:
 
     @property
     def form(self) -> StudentForm:
-        return form_of(self.teacher, self.recipe.kind.few_step)
+        return form_for(self.recipe, self.teacher)
 
 
 @dataclass
@@ -154,7 +153,7 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
     mode = mode_of(recipe, device())
     teacher = load_teacher(recipe.teacher)
-    form = form_of(teacher, recipe.kind.few_step)
+    form = form_for(recipe, teacher)
     if measure is not None:
         check_protocol(measure, teacher)
         measure.check()
@@ -241,7 +240,7 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
         return {**metrics, "headline": headline(metrics)}
 
     train = recipe.train
-    form = form_of(teacher, recipe.kind.few_step)
+    form = form_for(recipe, teacher)
     if not form.draws_pictures or recipe.kind.trains != "student":
         train = train.model_copy(update={"sample_every": 0})
     shown = grid_prompts(recipe, teacher)

@@ -112,6 +112,10 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         tree["data"] = {"source": "pairs", "path": f"{teacher}-pairs", "count": 16, "steps": 2}
     if name == "wavediff":
         tree["critic"], tree["student"] = {}, {"steps": 2, "renoise": "posterior"}
+    if name == "dsno":
+        tree["student"] = {"renoise": False, "architecture": {"network": "dsno"}}
+        tree["data"] = {"source": "pairs", "path": f"{teacher}-states", "count": 16, "steps": 2,
+                        "states": 4}  # fmt: skip
     if name == "discriminator":
         objective["solver_steps"] = 2
     if name == "ddo":

@@ -26,6 +26,7 @@ SHARED = (
     "first_step",
     "games",
     "taps",
+    "outputs",
 )  # no objective of its own
 OBJECTIVES = [
     p for p in sorted((ROOT / "distill/objectives").rglob("*.py")) if p.stem not in SHARED
@@ -52,6 +53,7 @@ MAY: dict[str, set[str]] = {
     "students": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
     "students.architecture": {
         "students", "teachers", "teachers.catalogue", "teachers.families", "teachers.reduced",
+        "teachers.storage",
     },
     "students.metadata": {"students", "teachers", "teachers.storage", "teachers.families"},
     "students.export.sources": {
@@ -77,7 +79,7 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.objectives", "distill.objectives.consistency", "students", "teachers",
     },
     "distill.objectives.pairs": {
-        "distill", "distill.objectives", "teachers", "eval.metrics",
+        "distill", "distill.objectives", "students", "teachers", "eval.metrics",
     },
     "distill.objectives.trajectory": {
         "distill", "distill.objectives", "distill.objectives.consistency", "students", "teachers",
