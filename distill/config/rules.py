@@ -97,6 +97,24 @@ def architecture_under_adapters(recipe: Recipe) -> str | None:
     )
 
 
+def format_under_adapters(recipe: Recipe) -> str | None:
+    """Rounding is of whole weights, which an adapter leaves to the teacher."""
+    if recipe.student.format is None or recipe.adapters is None:
+        return None
+    if "student" not in (recipe.adapters.players or ("student",)):
+        return None
+    return (
+        "student.format: an adapter is not rounded, nor the teacher's weights under it; name other "
+        "networks in adapters.players, or round the student afterwards with distill quantise"
+    )
+
+
+def format_of_no_student(recipe: Recipe) -> str | None:
+    if recipe.student.format is None or (recipe.kind.few_step and recipe.kind.trains == "student"):
+        return None
+    return f"student.format: {_objective(recipe)} makes no few-step student; remove it"
+
+
 def empty_architecture(recipe: Recipe) -> str | None:
     if (a := recipe.student.architecture) is None:
         return None
@@ -680,6 +698,8 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     unknown_adapted_player,
     architecture_of_another_start,
     architecture_under_adapters,
+    format_under_adapters,
+    format_of_no_student,
     empty_architecture,
     trained_quantised_weights,
     copied_quantised_weights,

@@ -169,6 +169,13 @@ class ArchitectureSection(Section):
     fresh: bool = False
 
 
+class FormatSection(Section):
+    """The numbers that a student is trained through, and leaves with."""
+
+    # Bits of every weight, each output with a scale of its own; gradients pass straight through.
+    weights: Annotated[int, Strict(), Interval(ge=2, le=8)]
+
+
 class StudentSection(Section):
     """The few-step model to train."""
 
@@ -194,6 +201,7 @@ class StudentSection(Section):
     # smaller network that `distill compress` made. By default it starts as the teacher.
     init: Name | None = None
     architecture: ArchitectureSection | None = None  # by default the teacher's
+    format: FormatSection | None = None  # by default floating point
 
     def trained(self, learns: Learns, possible: Sequence[int]) -> dict[int, float]:
         """The relative training frequency of each count.
