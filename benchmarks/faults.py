@@ -1328,6 +1328,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_draft.py::test_a_reward_must_be_there_and_have_a_gradient",
     ),
     fault(
+        "a floor that pushes samples above it",
+        "distill/rewards/terms.py",
+        "-F.relu(term.section.floor - found)",
+        "-F.relu(found - term.section.floor)",
+        "objectives/test_unifl.py::test_a_floor_makes_a_reward_the_hinge_of_the_paper",
+    ),
+    fault(
+        "UniFL's feedback through all steps",
+        "distill/objectives/adversarial/unifl.py",
+        "        z = batch.noise\n        with torch.no_grad():",
+        "        z = batch.noise\n        with torch.enable_grad():",
+        "objectives/test_unifl.py::test_perceptual_feedback_starts_from_noised_data",
+    ),
+    fault(
+        "UniFL's critic trained backwards",
+        "distill/objectives/adversarial/unifl.py",
+        "critic_loss(fake, real)",
+        "critic_loss(real, fake)",
+        "objectives/test_unifl.py::test_student_and_critic_play_against_each_other",
+    ),
+    fault(
         "weights rounded to an even number of levels",
         "students/quantisation/rounding.py",
         "largest = 2 ** (bits - 1) - 1",

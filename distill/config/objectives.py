@@ -4,6 +4,7 @@ from distill.objectives.adversarial.ddo import DDO
 from distill.objectives.adversarial.discriminator import Discriminator
 from distill.objectives.adversarial.flash import Flash
 from distill.objectives.adversarial.ladd import ADD, GDD, LADD
+from distill.objectives.adversarial.unifl import UniFL
 from distill.objectives.base import Objective
 from distill.objectives.consistency.consistency import Consistency, ConsistencyTuning
 from distill.objectives.consistency.consistency_training import ConsistencyTraining
@@ -95,4 +96,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "tcm": TruncatedConsistency,
     "tdm": TDM,
     "uni-instruct": UniInstruct,
+    "unifl": UniFL,
 }

@@ -301,8 +301,10 @@ def guard_of_no_reward(recipe: Recipe) -> str | None:
 
 def _unread(recipe: Recipe, reward: RewardSection) -> str | None:
     plain = RewardSection(function=reward.function)
-    keys = ("kind", "temperature", "balance", "begins", "warmup")
+    keys = ("kind", "temperature", "floor", "balance", "begins", "warmup")
     given = [k for k in keys if getattr(reward, k) != getattr(plain, k)]
+    if recipe.kind.needs_reward and not reward.held_out and "floor" in given:
+        given.remove("floor")  # part of the reward's value
     if not given:
         return None
     if reward.held_out:

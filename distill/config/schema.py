@@ -453,6 +453,9 @@ class RewardSection(Section):
     # small network, the player `ranking`, which learns to order samples as the reward does.
     kind: Literal["direct", "weighted", "ranked"] = "direct"
     temperature: Positive = 1.0  # of weighted and ranked, in the reward's own units
+    # α of UniFL (arXiv:2404.05595): samples count by ReLU(α - r), so those above it are not pushed
+    # further. By default there is none.
+    floor: Annotated[float, *Finite] | None = None
     balance: bool = False  # not weighted: β is its gradient's length as a share of the loss's
     begins: NonNegativeInt = 0  # the first training step that it acts in
     warmup: NonNegativeInt = 0  # training steps in which its weight then rises linearly
