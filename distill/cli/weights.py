@@ -1,16 +1,22 @@
-"""`distill average` and `distill compress`: other weights of a student, and fewer of a teacher."""
+"""`distill average`, `compress` and `quantise`: other weights, fewer, and weights of fewer bits."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from distill.cli.options import RunArg, expand_home
+from distill.cli.options import RunArg, Student, expand_home
 
 LEAST, MOST = 1e-4, 0.28  # lengths; the even average over all steps has √(1/12)
 EVALUATIONS = 100
+
+Prompts = Annotated[
+    Path | None,
+    typer.Option(callback=expand_home, help="Prompts that costs are measured on, a line each."),
+]
 
 
 def average(
@@ -82,10 +88,7 @@ def compress(
         list[str] | None,
         typer.Option(help="A setting of the network's config as KEY=VALUE, such as sample_size=8."),
     ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(callback=expand_home, help="Prompts that costs are measured on, a line each."),
-    ] = None,
+    prompts: Prompts = None,
     null_label: Annotated[
         int | None, typer.Option(min=0, help="The class that means no class, if there is one.")
     ] = None,
@@ -104,19 +107,11 @@ def compress(
     from distill.data.encode import device
     from distill.planning import compress as planning
     from teachers.catalogue.loading import load
-    from teachers.errors import UserError
 
     settings = override({}, config or [])
     planning.check_request(keep, remove or [], settings)
     planning.check_folder(out)
-    lines: list[str] = []
-    if prompts is not None:
-        try:
-            lines = [v.strip() for v in prompts.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {prompts}: it cannot be read ({error})") from None
-        if not (lines := [v for v in lines if v]):
-            raise UserError(f"--prompts {prompts}: it has no line; give a prompt on each")
+    lines = prompt_lines(prompts)
     options = {} if null_label is None else {"null_label": null_label}
     loaded = load(teacher, **options)
     loaded.denoiser.to(device())
@@ -125,3 +120,59 @@ def compress(
     for table in planning.tables(made):
         console.print(table)
     print_line(planning.summary(made, out))
+
+
+def quantise(
+    student: Student,
+    out: Annotated[Path, typer.Option(callback=expand_home, help="The new student's folder.")],
+    bits: Annotated[
+        float, typer.Option(help="The largest mean over weights, 2 to 8; each layer has 2, 4 or 8.")
+    ] = 8,
+    activation_bits: Annotated[
+        int, typer.Option(help="Of every layer's input, 4 to 8; simulated, for the figures.")
+    ] = 16,
+    keep_share: Annotated[
+        float, typer.Option(help="The share of layers whose inputs stay in 16 bits.")
+    ] = 0.01,
+    prompts: Prompts = None,
+    seeds: Annotated[int, typer.Option(min=0, help="That figures are averaged over.")] = 1,
+):
+    """Round a student's weights to few bits, with the bits of each layer by what it loses.
+
+    The folder is a stock one with rounded weights in floating point: its pictures are those of few
+    bits, its speed is not. The figures are by the protocol of the student's run.
+    """
+    from distill.console import out as console
+    from distill.console import print_line, results_table, spinner
+    from distill.planning.compress import check_folder
+
+    with spinner("distill: preparing"):
+        from distill.planning import quantise as planning
+    request = planning.Request(bits, activation_bits, keep_share, (), seeds)
+    request.check()
+    check_folder(out)
+    request = replace(request, prompts=tuple(prompt_lines(prompts)))
+    made = planning.quantise(student, out, request)
+    if rows := planning.rows_of(made):
+        first = next(iter(rows.values()))
+        console.print(results_table(f"{first['protocol']}: {first['n']:,} samples", rows))
+    print_line(planning.summary(made, out))
+
+
+def prompt_lines(file: Path | None) -> list[str]:
+    """The prompts in a file, a line each; none without a file.
+
+    Raises:
+        UserError: it cannot be read, or has no line.
+    """
+    from teachers.errors import UserError
+
+    if file is None:
+        return []
+    try:
+        lines = [v.strip() for v in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {file}: it cannot be read ({error})") from None
+    if not (lines := [v for v in lines if v]):
+        raise UserError(f"--prompts {file}: it has no line; give a prompt on each")
+    return lines

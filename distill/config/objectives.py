@@ -4,6 +4,7 @@ from distill.objectives.adversarial.ddo import DDO
 from distill.objectives.adversarial.discriminator import Discriminator
 from distill.objectives.adversarial.flash import Flash
 from distill.objectives.adversarial.ladd import ADD, GDD, LADD
+from distill.objectives.adversarial.unifl import UniFL
 from distill.objectives.adversarial.wavediff import WaveDiff
 from distill.objectives.base import Objective
 from distill.objectives.consistency.consistency import Consistency, ConsistencyTuning
@@ -104,5 +105,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "tdm": TDM,
     "tinyfusion": TinyFusion,
     "uni-instruct": UniInstruct,
+    "unifl": UniFL,
     "wavediff": WaveDiff,
 }

@@ -99,6 +99,24 @@ def architecture_under_adapters(recipe: Recipe) -> str | None:
     )
 
 
+def format_under_adapters(recipe: Recipe) -> str | None:
+    """Rounding is of whole weights, which an adapter leaves to the teacher."""
+    if recipe.student.format is None or recipe.adapters is None:
+        return None
+    if "student" not in (recipe.adapters.players or ("student",)):
+        return None
+    return (
+        "student.format: an adapter is not rounded, nor the teacher's weights under it; name other "
+        "networks in adapters.players, or round the student afterwards with distill quantise"
+    )
+
+
+def format_of_no_student(recipe: Recipe) -> str | None:
+    if recipe.student.format is None or (recipe.kind.few_step and recipe.kind.trains == "student"):
+        return None
+    return f"student.format: {_objective(recipe)} makes no few-step student; remove it"
+
+
 def empty_architecture(recipe: Recipe) -> str | None:
     if (a := recipe.student.architecture) is None:
         return None
@@ -357,8 +375,10 @@ def guard_of_no_reward(recipe: Recipe) -> str | None:
 
 def _unread(recipe: Recipe, reward: RewardSection) -> str | None:
     plain = RewardSection(function=reward.function)
-    keys = ("kind", "temperature", "balance", "begins", "warmup")
+    keys = ("kind", "temperature", "floor", "balance", "begins", "warmup")
     given = [k for k in keys if getattr(reward, k) != getattr(plain, k)]
+    if recipe.kind.needs_reward and not reward.held_out and "floor" in given:
+        given.remove("floor")  # part of the reward's value
     if not given:
         return None
     if reward.held_out:
@@ -771,6 +791,8 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     unknown_adapted_player,
     architecture_of_another_start,
     architecture_under_adapters,
+    format_under_adapters,
+    format_of_no_student,
     empty_architecture,
     one_pass_of_other_times,
     network_beside_changes,

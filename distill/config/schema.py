@@ -181,6 +181,13 @@ class ArchitectureSection(Section):
     network: Name | None = None
 
 
+class FormatSection(Section):
+    """The numbers that a student is trained through, and leaves with."""
+
+    # Bits of every weight, each output with a scale of its own; gradients pass straight through.
+    weights: Annotated[int, Strict(), Interval(ge=2, le=8)]
+
+
 class StudentSection(Section):
     """The few-step model to train."""
 
@@ -208,6 +215,7 @@ class StudentSection(Section):
     # smaller network that `distill compress` made. By default it starts as the teacher.
     init: Name | None = None
     architecture: ArchitectureSection | None = None  # by default the teacher's
+    format: FormatSection | None = None  # by default floating point
 
     @property
     def network(self) -> str | None:
@@ -467,6 +475,9 @@ class RewardSection(Section):
     # small network, the player `ranking`, which learns to order samples as the reward does.
     kind: Literal["direct", "weighted", "ranked"] = "direct"
     temperature: Positive = 1.0  # of weighted and ranked, in the reward's own units
+    # α of UniFL (arXiv:2404.05595): samples count by ReLU(α - r), so those above it are not pushed
+    # further. By default there is none.
+    floor: Annotated[float, *Finite] | None = None
     balance: bool = False  # not weighted: β is its gradient's length as a share of the loss's
     begins: NonNegativeInt = 0  # the first training step that it acts in
     warmup: NonNegativeInt = 0  # training steps in which its weight then rises linearly

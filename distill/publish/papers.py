@@ -353,6 +353,14 @@ PAPERS = {
         2024,
         "2412.01199",
     ),
+    "unifl": Paper(
+        "UniFL: Improve Latent Diffusion Model via Unified Feedback Learning",
+        "Zhang, Jiacheng and Wu, Jie and Ren, Yuxi and Xia, Xin and Kuang, Huafeng and Xie, Pan "
+        "and Li, Jiashi and Xiao, Xuefeng and Huang, Weilin and Wen, Shilei and Fu, Lean and "
+        "Li, Guanbin",
+        2024,
+        "2404.05595",
+    ),
     "uni-instruct": Paper(
         "Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence Instruction",
         "Wang, Yifei and Bai, Weimin and Zhang, Colin and Zhang, Debing and Luo, Weijian and "

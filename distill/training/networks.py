@@ -25,6 +25,7 @@ from students.form import StudentForm, StudentRequest
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, Adapter, adapt, network_of
 from students.own_network import middle_of
+from students.quantisation.training import rounding
 from students.scale_reading import scale_reading
 from students.schedulers import renoised_in_part
 from students.two_time import keep_slow, two_time
@@ -128,6 +129,8 @@ def student_of(
         share_times(student.denoiser, s.share_times, "student")
     if s.gamma is not None:
         student = renoised_in_part(student, s.gamma)
+    if s.format is not None:
+        student = rounding(student, s.format.weights)
     counts = s.trained(recipe.kind.learns, student.counts)
     return student.keep(*counts, weights=list(counts.values()))
 

@@ -23,6 +23,7 @@ from students.form import StudentForm, StudentRequest
 from students.gaussian import GaussianForm
 from students.generator import Generator, Renoise
 from students.lora import Adapter, to_float32
+from students.quantisation.training import with_rounded_weights
 from teachers.analytic import Gaussian
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, clipped, teacher_at
@@ -63,7 +64,7 @@ class StockForm(StudentForm):
         return partial(folders.rehearse, teacher=self.teacher, encoders=encoders)
 
     def export(self, student: Generator, folder: Path, recipe: Mapping[str, Any]) -> Generator:
-        student = unquantised(student, self.teacher)
+        student = with_rounded_weights(unquantised(student, self.teacher))
         folders.export(student, self.teacher, folder, recipe)
         return student
 

@@ -131,7 +131,7 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         objective |= {"levels": 4, "stage_steps": 1}
     if name == "gft":
         tree["teacher"]["guidance"] = {"scale": [1.0, 3.0]}
-    if name == "draft":
+    if name in ("draft", "unifl"):
         tree["student"] = {"steps": 2}
     if name in ("draft", "rg-lcd"):
         tree["rewards"] = {"bright": {"function": f"{REWARD}:brightness"}}

@@ -306,6 +306,10 @@ COSTS = {
         {"student": {**FOUR, "renoise": False}}, {
         "student forward": 5, "student backward": 1, "teacher forward": 1,
         "fake forward": 2, "fake backward": 1}),
+    ("unifl", "one step, of noised data"): (
+        {"student": PAIR, "first_stage": 1}, {"student forward": 1, "student backward": 1}),
+    ("unifl", "the first step, once more for the critic"): (
+        {"student": PAIR}, {"student forward": 2, "student backward": 1}),
     ("uni-instruct", "as SiDA"): ({"critic": True}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
         "fake forward": 3, "fake backward": 3}),

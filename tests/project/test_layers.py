@@ -55,14 +55,17 @@ MAY: dict[str, set[str]] = {
         "students", "teachers", "teachers.catalogue", "teachers.families", "teachers.reduced",
         "teachers.storage",
     },
+    "students.quantisation": {
+        "students", "students.architecture", "teachers", "teachers.families",
+    },
     "students.metadata": {"students", "teachers", "teachers.storage", "teachers.families"},
     "students.export.sources": {
         "students", "teachers", "teachers.edm", "teachers.imagenet", "teachers.reduced",
         "teachers.storage",
     },
     "students.export": {
-        "students", "students.architecture", "students.export.sources", "students.metadata",
-        "teachers", "teachers.reduced",
+        "students", "students.architecture", "students.quantisation", "students.export.sources",
+        "students.metadata", "teachers", "teachers.reduced",
         "teachers.storage", "teachers.adapters", "teachers.families", "teachers.edm",
         "teachers.imagenet", "teachers.catalogue",
     },
@@ -133,14 +136,15 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.rewards", "distill.objectives", "distill.objectives.distribution",
         "distill.config", "distill.data", "distill.data.expansion", "distill.sampling",
         "distill.early_stop", "distill.pairs", "distill.publish", "distill.report", "students",
-        "students.architecture", "students.export",
+        "students.architecture", "students.quantisation", "students.export",
         "teachers", "teachers.storage", "teachers.families", "eval", "eval.shapes",
         "eval.protocols",
     },
     "distill.planning": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
-        "distill.training", "students", "students.architecture", "students.export", "teachers",
-        "teachers.storage", "teachers.families", "teachers.catalogue", "teachers.diagnosis", "eval",
+        "distill.publish", "distill.training", "students", "students.architecture",
+        "students.quantisation", "students.export", "teachers", "teachers.storage",
+        "teachers.families", "teachers.catalogue", "teachers.diagnosis", "eval", "eval.protocols",
     },
     "distill.evaluation": {
         "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",
