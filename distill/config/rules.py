@@ -444,6 +444,20 @@ def partners_without_images(recipe: Recipe) -> str | None:
     return None
 
 
+def part_of_two_kinds(recipe: Recipe) -> str | None:
+    if (where := recipe.data.where) is None:
+        return None
+    if (where.labels is None) == (where.words is None):
+        given = "missing" if where.labels is None else "both are given"
+        return f"data.where: labels or words: {given}; give one of the two"
+    if recipe.eval.protocol is not None:
+        return (
+            "eval.protocol: it measures every condition, and data.where leaves some out; remove "
+            "it, and measure what distill route makes of all parts, by distill eval"
+        )
+    return None
+
+
 def buckets_without_images(recipe: Recipe) -> str | None:
     if recipe.data.buckets is not None and recipe.data.source in (None, "digits"):
         return "data.buckets: there are no images to sort; remove it"
@@ -722,6 +736,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     discriminator_of_a_discriminator,
     prompts_beside_images,
     partners_without_images,
+    part_of_two_kinds,
     buckets_without_images,
     batch_that_does_not_divide,
     guards_without_an_average,

@@ -63,6 +63,7 @@ MAY: dict[str, set[str]] = {
         "teachers.storage", "teachers.adapters", "teachers.families", "teachers.edm",
         "teachers.imagenet", "teachers.catalogue",
     },
+    "students.routing": {"students", "students.export", "teachers", "teachers.storage"},
     "eval": set(),
     "eval.digits": {"eval"},
     "eval.shapes": {"eval"},
@@ -100,14 +101,17 @@ MAY: dict[str, set[str]] = {
         "teachers.storage",
     },
     "distill.data.expansion": {"distill", "teachers", "teachers.storage", "eval"},
-    "distill.data.conditions": {"distill", "teachers", "teachers.storage", "eval"},
+    "distill.data.conditions": {
+        "distill", "distill.config", "students.routing", "teachers", "teachers.storage", "eval",
+    },
     "distill.data": {
         "distill", "distill.data.expansion", "distill.data.conditions", "distill.objectives",
         "distill.config", "teachers", "teachers.storage", "teachers.families", "eval",
         "eval.digits", "eval.shapes",
     },
     "distill.sampling": {
-        "distill", "distill.config", "distill.data", "students", "students.export", "teachers",
+        "distill", "distill.config", "distill.data", "students", "students.export",
+        "students.routing", "teachers",
         "teachers.storage", "teachers.families", "teachers.catalogue", "eval", "eval.protocols",
     },
     "distill.early_stop": {
@@ -115,8 +119,8 @@ MAY: dict[str, set[str]] = {
         "students.export", "teachers", "teachers.storage",
     },
     "distill.pairs": {
-        "distill", "distill.config", "distill.data", "distill.sampling", "eval.shapes", "teachers",
-        "teachers.storage",
+        "distill", "distill.config", "distill.data", "distill.data.conditions", "distill.sampling",
+        "eval.shapes", "teachers", "teachers.storage",
     },
     "distill.publish": {"distill", "students.export", "teachers", "teachers.storage", "eval"},
     "distill.report": {"distill", "distill.config", "distill.publish", "teachers", "eval"},
@@ -126,8 +130,9 @@ MAY: dict[str, set[str]] = {
     },
     "distill.training": {
         "distill", "distill.rewards", "distill.objectives", "distill.objectives.distribution",
-        "distill.config", "distill.data", "distill.data.expansion", "distill.sampling",
-        "distill.early_stop", "distill.pairs", "distill.publish", "distill.report", "students",
+        "distill.config", "distill.data", "distill.data.conditions", "distill.data.expansion",
+        "distill.sampling", "distill.early_stop", "distill.pairs", "distill.publish",
+        "distill.report", "students",
         "students.architecture", "students.export",
         "teachers", "teachers.storage", "teachers.families", "eval", "eval.shapes",
         "eval.protocols",
@@ -138,9 +143,10 @@ MAY: dict[str, set[str]] = {
         "teachers.storage", "teachers.families", "teachers.catalogue", "teachers.diagnosis", "eval",
     },
     "distill.evaluation": {
-        "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",
-        "distill.report", "distill.training", "students", "students.export", "teachers",
-        "teachers.storage", "teachers.adapters", "teachers.catalogue", "eval", "eval.shapes",
+        "distill", "distill.config", "distill.data", "distill.data.conditions", "distill.pairs",
+        "distill.sampling", "distill.publish", "distill.report", "distill.training", "students",
+        "students.export", "students.routing", "teachers", "teachers.storage",
+        "teachers.adapters", "teachers.catalogue", "eval", "eval.shapes",
         "eval.metrics", "eval.protocols",
     },
     "distill.averaging": {
