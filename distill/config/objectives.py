@@ -37,6 +37,7 @@ from distill.objectives.pairs.reflow import Reflow
 from distill.objectives.smaller.compress import Compression
 from distill.objectives.smaller.decoder import LightDecoder
 from distill.objectives.smaller.gft import GuidanceFree
+from distill.objectives.smaller.guide import Guide
 from distill.objectives.trajectory.draft import DRaFT
 from distill.objectives.trajectory.guided import GuidedDistillation
 from distill.objectives.trajectory.lcm import LCM
@@ -73,6 +74,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "flash": Flash,
     "gdd": GDD,
     "gft": GuidanceFree,
+    "guide": Guide,
     "guided": GuidedDistillation,
     "imm": IMM,
     "kd": KD,

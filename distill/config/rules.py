@@ -13,6 +13,7 @@ from distill.config.objective_schema import network_types, networks_of
 from distill.config.schema import PAIRS, GuidanceSection, RewardSection
 from distill.objectives.games import Adversary
 from distill.objectives.smaller.gft import GuidanceFree
+from distill.objectives.smaller.guide import Guide
 from students.critic import Critic, FeatureMean
 from teachers.denoiser import Denoiser
 from teachers.errors import cut, nearest
@@ -600,6 +601,17 @@ def one_scale_of_many(recipe: Recipe) -> str | None:
     )
 
 
+def guide_of_several_scales(recipe: Recipe) -> str | None:
+    guidance = recipe.teacher.guidance
+    ranged = isinstance(guidance, GuidanceSection) and guidance.range is not None
+    if not ranged or not issubclass(recipe.kind, Guide):
+        return None
+    return (
+        "teacher.guidance.scale: a guide reads no scale and is of one; give one number, and train "
+        "another guide for another scale"
+    )
+
+
 def empty_guidance_interval(recipe: Recipe) -> str | None:
     guidance = recipe.teacher.guidance
     if not isinstance(guidance, GuidanceSection) or guidance.interval is None:
@@ -731,6 +743,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     missing_guidance_key,
     misplaced_sampling_scale,
     one_scale_of_many,
+    guide_of_several_scales,
     empty_guidance_interval,
     empty_discriminator_interval,
     discriminator_of_a_discriminator,

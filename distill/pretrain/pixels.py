@@ -4,7 +4,8 @@ A teacher recipe has no `teacher`, but two other sections: `network`, the config
 UNet2DModel, and `scheduler`, the configuration of the diffusers scheduler that defines its process.
 A recipe with `text_encoder` describes a text-to-image pipeline; text_to_image.py trains that. One
 with a `teacher` and the objective `discriminator` trains a discriminator of it: discriminator.py;
-one with the objective `decoder`, a light decoder of it: decoder.py.
+one with the objective `decoder`, a light decoder of it: decoder.py; one with `guide`, a guide
+beside it: guide.py.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from distill.evaluation.finish import summarise
 from distill.files import write
 from distill.objectives.adversarial.discriminator import Discriminator
 from distill.objectives.smaller.decoder import LightDecoder
+from distill.objectives.smaller.guide import Guide
 from distill.pretrain import text_to_image
 from distill.pretrain.decoder import teach_decoder
 from distill.pretrain.discriminator import teach_discriminator
+from distill.pretrain.guide import teach_guide
 from distill.pretrain.text_to_image import Scenes, TextRecipe
 from distill.profiling import device_name
 from distill.publish.results_table import many
@@ -48,7 +51,7 @@ from teachers.storage.diffusers_config import read as read_schedule
 from teachers.storage.files import open_to_readers, read_json
 
 # What is trained of a teacher that is there: by the objective's class.
-PARTS = {Discriminator: teach_discriminator, LightDecoder: teach_decoder}
+PARTS = {Discriminator: teach_discriminator, LightDecoder: teach_decoder, Guide: teach_guide}
 STEPS = (1, 2, 4, 8, 32)  # solver steps for which the card states the teacher's quality
 
 

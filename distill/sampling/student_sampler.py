@@ -102,7 +102,8 @@ def routed_samples(
     teacher = students.experts[0][1]
     device = next(students.experts[0][0].parameters()).device
     batch = batch or default_batch(teacher)
-    made, seconds = timed(lambda: students.samples(prompts, seed, steps, batch), device)
+    drawn, seconds = timed(lambda: students.samples(prompts, seed, steps, batch), device)
+    made: Any = drawn
     images: list[Any] = [None] * len(prompts)
     for places, x, own in made:
         for place, image in zip(places, decode(own, x, batch), strict=True):

@@ -158,7 +158,7 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.objectives.adversarial", "distill.objectives.smaller",
         "distill.config", "distill.data",
         "distill.sampling", "distill.publish", "distill.training", "distill.evaluation",
-        "students.export", "teachers", "teachers.storage", "teachers.families",
+        "students", "students.export", "teachers", "teachers.storage", "teachers.families",
         "teachers.catalogue", "eval", "eval.shapes", "eval.protocols",
     },
     "distill.tuning": {
