@@ -191,6 +191,14 @@ TeachOut = Annotated[
 ]
 
 
+# Rows of the table of `distill teach`, by the names of their figures.
+ALONE = {
+    "teacher_alone": "without the discriminator",
+    "guide": "one evaluation with the guide",
+    "base": "one evaluation without it",
+}
+
+
 def teach(
     recipe: RecipeArg, overrides: Overrides = None, out: TeachOut = None, resume: Resume = False
 ):
@@ -201,10 +209,12 @@ def teach(
     with the objective decoder trains a light decoder of a student: OUT/student is the student with
     it. One with tinyfusion or ecodiff learns what can go: OUT/pruned is the teacher without it. One
     with ilf trains what carries a UNet's inner levels on from step to step: OUT/student is the
-    teacher with it.
+    teacher with it. One with guide trains a ControlNet that takes the place of guidance: OUT/guided
+    is the teacher with it.
     """
     from distill.console import out as console
     from distill.console import results_table
+    from distill.pretrain.guide import NAME as GUIDED
     from distill.pretrain.pixels import teach as train_teacher
     from distill.sampling.discriminator import NAME
 
@@ -213,8 +223,9 @@ def teach(
     if (metrics := summary.get("metrics")) and "teacher" in metrics:
         rows = {f"{metrics['teacher']['steps']} steps": metrics["teacher"]}
         rows |= {f"{k} steps": v for k, v in metrics.get("teacher_few", {}).items()}
-        if "teacher_alone" in metrics:
-            rows["without the discriminator"] = metrics["teacher_alone"]
+        for name, words in ALONE.items():
+            if name in metrics:
+                rows[words] = metrics[name]
         console.print(results_table("teacher", rows, base=next(iter(rows))))
     if summary.get("objective") == "decoder":
         show_decoder(summary, out)
@@ -224,6 +235,12 @@ def teach(
             console.print(part)
     elif summary.get("objective") == "ilf":
         show_feedback(summary, out)
+    elif summary.get("objective") == "guide":
+        counts = summary["guide"]
+        console.print(
+            f"guide: {counts['guide']:,} weights beside {counts['base']:,}; in {out / GUIDED}",
+            soft_wrap=True,
+        )
     elif summary.get("objective") == "discriminator":
         console.print(f"discriminator in {out / NAME}")
     else:

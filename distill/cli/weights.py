@@ -176,3 +176,25 @@ def prompt_lines(file: Path | None) -> list[str]:
     if not (lines := [v for v in lines if v]):
         raise UserError(f"--prompts {file}: it has no line; give a prompt on each")
     return lines
+
+
+def route(
+    students: Annotated[
+        list[str], typer.Argument(help="Students of parts: their folders or their runs'.")
+    ],
+    out: Annotated[Path, typer.Option(callback=expand_home, help="The new pipeline's folder.")],
+):
+    """Make one pipeline of students that each learned a part of the conditions (data.where).
+
+    It draws each prompt or label by the student that it belongs to. diffusers loads it by
+    DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
+    """
+    from distill.console import print_line, spinner
+
+    with spinner("distill: preparing"):
+        from distill.evaluation import route as routes
+    with spinner(f"routing {len(students)} students"):
+        routed = routes.route(students, out)
+    for number, part in enumerate(routed.rule["parts"]):
+        print_line(f"{students[number]}: {routed.rule['by']} {', '.join(map(str, part))}")
+    print_line(f"pipeline of {len(students)} students in {out}; measure it by distill eval {out}")

@@ -41,6 +41,7 @@ from distill.objectives.smaller.compress import Compression
 from distill.objectives.smaller.decoder import LightDecoder
 from distill.objectives.smaller.ecodiff import EcoDiff
 from distill.objectives.smaller.gft import GuidanceFree
+from distill.objectives.smaller.guide import Guide
 from distill.objectives.smaller.ilf import InnerLoopFeedback
 from distill.objectives.smaller.tinyfusion import TinyFusion
 from distill.objectives.trajectory.draft import DRaFT
@@ -81,6 +82,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "flash": Flash,
     "gdd": GDD,
     "gft": GuidanceFree,
+    "guide": Guide,
     "guided": GuidedDistillation,
     "ilf": InnerLoopFeedback,
     "imm": IMM,

@@ -14,6 +14,7 @@ from distill.config.schema import PAIRS, GuidanceSection, RewardSection
 from distill.objectives.adversarial.wavediff import WaveDiff
 from distill.objectives.games import Adversary
 from distill.objectives.smaller.gft import GuidanceFree
+from distill.objectives.smaller.guide import Guide
 from students.critic import Critic, FeatureMean
 from teachers.denoiser import Denoiser
 from teachers.errors import cut, nearest
@@ -555,6 +556,20 @@ def partners_without_images(recipe: Recipe) -> str | None:
     return None
 
 
+def part_of_two_kinds(recipe: Recipe) -> str | None:
+    if (where := recipe.data.where) is None:
+        return None
+    if (where.labels is None) == (where.words is None):
+        given = "missing" if where.labels is None else "both are given"
+        return f"data.where: labels or words: {given}; give one of the two"
+    if recipe.eval.protocol is not None:
+        return (
+            "eval.protocol: it measures every condition, and data.where leaves some out; remove "
+            "it, and measure what distill route makes of all parts, by distill eval"
+        )
+    return None
+
+
 def buckets_without_images(recipe: Recipe) -> str | None:
     if recipe.data.buckets is not None and recipe.data.source in (None, "digits"):
         return "data.buckets: there are no images to sort; remove it"
@@ -697,6 +712,17 @@ def one_scale_of_many(recipe: Recipe) -> str | None:
     )
 
 
+def guide_of_several_scales(recipe: Recipe) -> str | None:
+    guidance = recipe.teacher.guidance
+    ranged = isinstance(guidance, GuidanceSection) and guidance.range is not None
+    if not ranged or not issubclass(recipe.kind, Guide):
+        return None
+    return (
+        "teacher.guidance.scale: a guide reads no scale and is of one; give one number, and train "
+        "another guide for another scale"
+    )
+
+
 def empty_guidance_interval(recipe: Recipe) -> str | None:
     guidance = recipe.teacher.guidance
     if not isinstance(guidance, GuidanceSection) or guidance.interval is None:
@@ -834,11 +860,13 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     missing_guidance_key,
     misplaced_sampling_scale,
     one_scale_of_many,
+    guide_of_several_scales,
     empty_guidance_interval,
     empty_discriminator_interval,
     discriminator_of_a_discriminator,
     prompts_beside_images,
     partners_without_images,
+    part_of_two_kinds,
     buckets_without_images,
     batch_that_does_not_divide,
     guards_without_an_average,

@@ -322,6 +322,14 @@ PAIRS = "pairs"  # the `data.source` of stored pairs
 PairSolver = Literal["heun", "ddim", "dpmpp_2m", "euler"]  # the deterministic ones
 
 
+class WhereSection(Section):
+    """Which conditions of the data a run learns: those of one student of several."""
+
+    labels: Annotated[list[NonNegativeInt], MinLen(1)] | None = None  # of a class-conditional model
+    # Captions or prompts that have one of these words or phrases, whole and in any case.
+    words: Annotated[list[Name], MinLen(1)] | None = None
+
+
 class DataSection(Section):
     """Images with labels or captions, prompts only, or stored pairs of noise and sample."""
 
@@ -356,6 +364,7 @@ class DataSection(Section):
     captions: Name | None = None
     # Share of the phrases of expanded captions that no prompt has, for tests and `train.guards`.
     held_out: Fraction = 0.2
+    where: WhereSection | None = None  # the part of the conditions that is learned; by default all
     size: PositiveInt | None = None  # side of the images in pixels; by default the teacher's
     buckets: Bucketing | None = None  # several aspect ratios of one area; by default one size
     in_memory_gb: NonNegative = 4.0  # encoded data of more GB are read from a cache

@@ -155,13 +155,14 @@ def check_prompts(folder: Path, index: dict[str, Any], recipe: Recipe, teacher: 
     Raises:
         UserError: they have others.
     """
-    if recipe.data.prompts is None:
+    if recipe.data.prompts is None and recipe.data.where is None:
         return
     settings = settings_of(recipe)
     settings.check(teacher)
     if index.get("prompts") != hash_of(prompts_of(settings, teacher)):
+        key = "where" if recipe.data.prompts is None else "prompts"
         raise UserError(
-            f"data.prompts: the pairs in {clipped(str(folder))} have other prompts; remove the "
+            f"data.{key}: the pairs in {clipped(str(folder))} have other prompts; remove the "
             "key, or give another data.path"
         )
 

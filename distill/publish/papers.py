@@ -102,6 +102,13 @@ PAPERS = {
         2023,
         "2306.00980",
     ),
+    "guide": Paper(
+        "Plug-and-Play Diffusion Distillation",
+        "Hsiao, Yi-Ting and Khodadadeh, Siavash and Duarte, Kevin and Lin, Wei-An and Qu, Hui and "
+        "Kwon, Mingi and Kalarot, Ratheesh",
+        2024,
+        "2406.01954",
+    ),
     "discriminator": Paper(
         "Refining Generative Process with Discriminator Guidance in Score-based Diffusion Models",
         "Kim, Dongjun and Kim, Yeongmin and Kwon, Se Jung and Kang, Wanmo and Moon, Il-Chul",

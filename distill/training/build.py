@@ -17,6 +17,7 @@ from distill.config.recipe import Recipe
 from distill.config.schema import PAIRS, TrainSection
 from distill.console import print_notice
 from distill.data import cache
+from distill.data.conditions.part import is_inside
 from distill.data.encode import device
 from distill.data.expansion.captions import write_prompts
 from distill.data.from_recipe import (
@@ -329,7 +330,18 @@ def rehearse_skipping(guided: nn.Module, teacher: Teacher, device: torch.device)
 
 
 def grid_prompts(recipe: Recipe, teacher: Teacher) -> list[Any]:
-    """What the sample grids show: every class in turn, or prompts of the recipe's own kind."""
+    """What the sample grids show: every class in turn, or prompts of the recipe's own kind.
+
+    Those that `data.where` leaves out give their place to the others; where none is left, all stay.
+    """
+    every, where = _grid_prompts(recipe, teacher), recipe.data.where
+    if where is None or teacher.codec.pictures:
+        return every
+    inside = [v for v in every if is_inside(v, where)] or every
+    return [inside[i % len(inside)] for i in range(len(every))]
+
+
+def _grid_prompts(recipe: Recipe, teacher: Teacher) -> list[Any]:
     if classes := teacher.codec.classes:
         return [i % classes for i in range(80)]
     if teacher.codec.pictures:

@@ -49,6 +49,7 @@ from teachers.storage.files import open_to_readers, read_json, save_tensors
 from teachers.teacher import Teacher
 
 SIDECAR = "fewstep.json"  # describes the student; diffusers ignores it
+ROUTER = "router.json"  # in the folder of several students
 SAMPLER = "sampler.py"  # in the folder of a student of a network of one's own
 SHAPING = ("size", "frames", "embedded_guidance")  # options of a teacher that students share
 TOLERANCE = 1e-3  # of any pixel in [0, 1]: a quarter of a grey level
@@ -79,7 +80,8 @@ pictures = pictures_in(request.get("pictures", ""))
 options = {"trust_remote_code": True} if request["own"] else {}
 pipe = DiffusionPipeline.from_pretrained(folder, **options, **dict.fromkeys(request["absent"]))
 pipe.to(request["device"]).set_progress_bar_config(disable=True)
-images, step = {}, pipe.scheduler.step
+images = {}
+step = None if request["seeded"] else pipe.scheduler.step
 for steps in request["counts"]:
     torch.manual_seed(1)  # for schedulers that draw from no other generator
     draw = torch.Generator().manual_seed(0)
@@ -350,10 +352,26 @@ def drawn_elsewhere(
         "own": own,
         "seeded": network.SEEDED,
     }
+    return drawn_apart(folder, job, arguments, "the student's folder")
+
+
+def drawn_apart(
+    folder: Path, job: Mapping[str, Any], arguments: Mapping[str, Any], what: str
+) -> dict[str, Tensor]:
+    """What a folder's pipeline draws in a process without our packages, by step count.
+
+    Args:
+        job: The keys that SCRIPT reads, but for the arguments.
+        arguments: Of the pipeline.
+        what: The folder, for messages.
+
+    Raises:
+        ExportError: the process fails.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "images.safetensors"
         plain, file = apart(arguments, Path(scratch) / "pictures.safetensors")
-        job |= {"arguments": plain, "pictures": file}
+        job = {**job, "arguments": plain, "pictures": file}
         # -I: the child finds our packages neither in this folder nor by PYTHONPATH
         command = [
             sys.executable,
@@ -372,7 +390,7 @@ def drawn_elsewhere(
             env={**child_environment(), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch},
         )
         if result.returncode:
-            raise ExportError.of("the student's folder", result.stderr)
+            raise ExportError.of(what, result.stderr)
         from safetensors.torch import load_file
 
         return load_file(out)
@@ -511,37 +529,47 @@ def sample_student(
     seed: int,
     batch: int = 512,
     cond: Cond = None,
+    noise: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """x̂ (N, ...) for N labels or prompts, from the same noise that a stock pipeline draws.
 
     All noise is drawn by CPU generators before the batches, so the pictures depend neither on the
-    device nor on the batch size. Pipelines that pass their generator to the scheduler draw all
-    noise from it; the others' schedulers draw the noise of renoising from a generator of seed
-    `seed` + 1, as they do on the CPU after `torch.manual_seed`. A network that draws noise itself
-    takes it from the global generator of that seed, batch by batch.
+    device nor on the batch size. A network that draws noise itself takes it from the global
+    generator of the seed `seed` + 1, batch by batch.
 
     Args:
         cond: The labels' condition, if it is known already.
+        noise: As `noise_of`, if it is drawn already.
+    """
+    noise = noise_of(generator, teacher, len(labels), seed) if noise is None else noise
+    cond = teacher.codec.condition(list(labels)) if cond is None else cond
+    device = next(generator.parameters()).device
+    parts = []
+    with own_noise(seed + 1):
+        for i in range(0, len(labels), batch):
+            z, *noises = [x[i : i + batch].to(device) for x in noise]
+            part = conditions.moved(conditions.rows(cond, slice(i, i + batch)), device)
+            parts.append(generator(z, part, noises=noises))
+    return torch.cat(parts)
+
+
+def noise_of(generator: Generator, teacher: Teacher, n: int, seed: int) -> list[Tensor]:
+    """The noise (N, ...) that sampling starts at, and that of each renoising.
+
+    Pipelines that pass their generator to the scheduler draw all noise from it; the others'
+    schedulers draw the noise of renoising from a generator of seed `seed` + 1, as they do on the
+    CPU after `torch.manual_seed`.
     """
     network = network_of(generator.denoiser)
     own = not isinstance(network, Pretrained)  # `sampler_file.py` has one generator
     kind = Pretrained if own else type(network)
     rng = torch.Generator().manual_seed(seed)
     again = rng if own or kind.SEEDED else torch.Generator().manual_seed(seed + 1)
-    steps, n = len(generator.times), len(labels)
     noise = [torch.randn(n, *teacher.shape, generator=rng)]
     layout = kind.pack(noise[0]).shape
-    for _ in range(steps - 1 if generator.renoise else 0):
+    for _ in range(len(generator.times) - 1 if generator.renoise else 0):
         noise.append(kind.unpack(torch.randn(layout, generator=again), teacher.shape))
-    cond = teacher.codec.condition(list(labels)) if cond is None else cond
-    device = next(generator.parameters()).device
-    parts = []
-    with own_noise(seed + 1):
-        for i in range(0, n, batch):
-            z, *noises = [x[i : i + batch].to(device) for x in noise]
-            part = conditions.moved(conditions.rows(cond, slice(i, i + batch)), device)
-            parts.append(generator(z, part, noises=noises))
-    return torch.cat(parts)
+    return noise
 
 
 @contextmanager
@@ -594,6 +622,11 @@ def student_folder(folder: Path) -> Path:
     if not (folder / SIDECAR).exists() and (folder / "student" / SIDECAR).exists():
         return folder / "student"  # a run folder was named
     refuse_unfinished(folder)
+    if (folder / ROUTER).is_file():
+        raise UserError(
+            f"student {clipped(str(folder))!r}: it is a pipeline of several students; give one of "
+            "those in it, or measure all by distill eval"
+        )
     return folder
 
 
