@@ -75,6 +75,15 @@ def compress(
         float | None,
         typer.Option(help="The share of the weights that stays at most; the cheapest layers go."),
     ] = None,
+    by: Annotated[
+        str, typer.Option(help="What --keep is a share of: weights, work or time.")
+    ] = "weights",
+    evolve: Annotated[
+        bool, typer.Option("--evolve", help="Choose one by one, each without those before.")
+    ] = False,
+    repeat: Annotated[
+        int, typer.Option(min=0, help="How many layers run twice: the ones worth most.")
+    ] = 0,
     remove: Annotated[
         list[str] | None, typer.Option(help="A layer that goes, by name; give it again for others.")
     ] = None,
@@ -104,24 +113,17 @@ def compress(
     from distill.data.encode import device
     from distill.planning import compress as planning
     from teachers.catalogue.loading import load
-    from teachers.errors import UserError
 
     settings = override({}, config or [])
-    planning.check_request(keep, remove or [], settings)
+    more = {"by": by, "evolve": evolve, "repeat": repeat}
+    planning.check_request(keep, remove or [], settings, **more)
     planning.check_folder(out)
-    lines: list[str] = []
-    if prompts is not None:
-        try:
-            lines = [v.strip() for v in prompts.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {prompts}: it cannot be read ({error})") from None
-        if not (lines := [v for v in lines if v]):
-            raise UserError(f"--prompts {prompts}: it has no line; give a prompt on each")
+    lines = planning.lines_of(prompts)
     options = {} if null_label is None else {"null_label": null_label}
     loaded = load(teacher, **options)
     loaded.denoiser.to(device())
     with spinner("measuring what every layer is worth"):
-        made = planning.compress(loaded, out, keep, remove or [], settings, lines, seed)
+        made = planning.compress(loaded, out, keep, remove or [], settings, lines, seed, **more)
     for table in planning.tables(made):
         console.print(table)
     print_line(planning.summary(made, out))

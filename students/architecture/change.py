@@ -142,7 +142,13 @@ def with_forms(made: Any, forms: Mapping[str, Change]) -> Any:
     Raises:
         UserError: there are no such layers or forms.
     """
-    for name, settings in forms.items():
+    for name, settings in sorted(forms.items()):  # as a saved config has them: outer ones first
+        inside = [n for n in made.config.get(CHANGED, {}) if n.startswith(f"{name}.")]
+        if inside:
+            raise UserError(
+                f"{KEY}.change.{clipped(name)}: {clipped(inside[0])} in it has another form "
+                "already; change the outer layer first"
+            )
         try:
             change_layer(made, name, settings)
         except ValueError as error:

@@ -14,6 +14,8 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from teachers.reduced.repeated import repeat
+
 
 def heads(layer: Attention, keep: Sequence[int]) -> Attention:
     """The attention, in place, with some of its heads: the others' rows and columns are cut.
@@ -96,7 +98,11 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return made
 
 
-KINDS: dict[str, Callable[..., nn.Module]] = {"heads": heads, "neurons": neurons}
+KINDS: dict[str, Callable[..., nn.Module]] = {
+    "heads": heads,
+    "neurons": neurons,
+    "repeat": repeat,
+}
 
 
 def change(network: nn.Module, name: str, settings: Mapping[str, Any]) -> None:

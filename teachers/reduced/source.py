@@ -9,7 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from teachers.reduced import layers, network
+from teachers.reduced import layers, network, repeated
+
+MODULES = (repeated, layers, network)  # one that another one needs comes first
 
 HEADER = '''"""The network of this pipeline: one of diffusers with other layers; Apache-2.0.
 
@@ -31,7 +33,7 @@ def write(folder: Path, part: str, backbone: Any) -> None:
         part: The pipeline's component that is the network.
     """
     kind = type(backbone).__name__
-    (folder / part / f"{module_of(kind)}.py").write_text(source(layers, network), encoding="utf-8")
+    (folder / part / f"{module_of(kind)}.py").write_text(source(*MODULES), encoding="utf-8")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index[part] = [module_of(kind), kind]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
