@@ -14,6 +14,8 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from teachers.reduced.experts import experts
+from teachers.reduced.pyramid import pyramid
 from teachers.reduced.repeated import repeat
 
 
@@ -102,6 +104,8 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "heads": heads,
     "neurons": neurons,
     "repeat": repeat,
+    "pyramid": pyramid,
+    "experts": experts,
 }
 
 

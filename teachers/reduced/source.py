@@ -9,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from teachers.reduced import layers, network, repeated
+from teachers.reduced import experts, layers, network, pyramid, repeated
 
-MODULES = (repeated, layers, network)  # one that another one needs comes first
+MODULES = (repeated, pyramid, experts, layers, network)  # one that another one needs comes first
 
 HEADER = '''"""The network of this pipeline: one of diffusers with other layers; Apache-2.0.
 

@@ -108,8 +108,9 @@ MAY: dict[str, set[str]] = {
         "eval.digits", "eval.shapes",
     },
     "distill.sampling": {
-        "distill", "distill.config", "distill.data", "students", "students.export", "teachers",
-        "teachers.storage", "teachers.families", "teachers.catalogue", "eval", "eval.protocols",
+        "distill", "distill.config", "distill.data", "students", "students.architecture",
+        "students.export", "teachers", "teachers.storage", "teachers.families",
+        "teachers.catalogue", "eval", "eval.protocols",
     },
     "distill.early_stop": {
         "distill", "distill.config", "distill.data", "distill.sampling", "students",

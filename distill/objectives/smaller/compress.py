@@ -8,8 +8,8 @@ in the network's own units. KOALA (arXiv:2312.04005) compares the outputs of sel
 
 It trains at all times, so that the student of `student: {steps: K, renoise: false}` is a model of
 many steps: the start of any few-step student (`student.init`). With a guided teacher the output is
-the guided one, which then takes one evaluation. Costs a forward of each network, and one more of
-the teacher where it is guided, whose features are those without guidance.
+the guided one, which then takes one evaluation. Costs a forward of each network, two of a guided
+teacher, and one more of that where features are compared, which are those without guidance.
 
 `skip` leaves out layers at random, which prepares a network for losing some: SnapFusion's robust
 training (arXiv:2306.00980, section 3.1), whose probability is not stated.
@@ -21,7 +21,7 @@ unguided half of guidance would learn nothing of its own; and the middle is comp
 from __future__ import annotations
 
 import random
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -94,9 +94,11 @@ class Compression(Objective):
         value = self.task * logs["task"]
         if not self.output + self.features:
             return Loss(value, logs)
-        with torch.no_grad(), tapped(self.plain, [*self.pairs.values()], KEY) as theirs:
-            target = self.plain(x_t, t, cond)
-        if self.guides and self.output:
+        guided, theirs = self.guides and self.output > 0, dict[str, Tensor]()
+        if self.features or not guided:
+            with torch.no_grad(), tapped(self.plain, [*self.pairs.values()], KEY) as theirs:
+                target = self.plain(x_t, t, cond)
+        if guided:
             with torch.no_grad():
                 target = self.teacher(x_t, t, cond)
         logs["output"] = (weight * mean_square(out, target)).mean()
@@ -108,6 +110,8 @@ class Compression(Objective):
 
     def skipping(self) -> AbstractContextManager[None]:
         """Within it, the student runs without a random choice of its layers that can go."""
+        if not self.units:
+            return nullcontext()
         gone = [name for name in self.units if random.random() < self.skip]
         return skipping(network_of(self.student.denoiser).backbone, gone)
 
