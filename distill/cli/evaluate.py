@@ -276,7 +276,8 @@ def evaluate(
         check_writable(json_file, "--json")
     sampler = {"solver": solver, "guidance": guidance, "null_label": null_label}
     few_step = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
-    few_step["inherit"] = tuple(inherit or ())
+    if inherit:  # files of results from before this option stay valid without it
+        few_step["inherit"] = inherit
     beside = {"against": against, "against_steps": against_steps}
     weights = {"precision": precision, "speed": speed, "json_file": json_file}
     measure(
