@@ -81,6 +81,15 @@ def compress(
         float | None,
         typer.Option(help="The share of the weights that stays at most; the cheapest layers go."),
     ] = None,
+    by: Annotated[
+        str, typer.Option(help="What --keep is a share of: weights, work or time.")
+    ] = "weights",
+    evolve: Annotated[
+        bool, typer.Option("--evolve", help="Choose one by one, each without those before.")
+    ] = False,
+    repeat: Annotated[
+        int, typer.Option(min=0, help="How many layers run twice: the ones worth most.")
+    ] = 0,
     remove: Annotated[
         list[str] | None, typer.Option(help="A layer that goes, by name; give it again for others.")
     ] = None,
@@ -109,14 +118,15 @@ def compress(
     from teachers.catalogue.loading import load
 
     settings = override({}, config or [])
-    planning.check_request(keep, remove or [], settings)
+    more = {"by": by, "evolve": evolve, "repeat": repeat}
+    planning.check_request(keep, remove or [], settings, **more)
     planning.check_folder(out)
-    lines = prompt_lines(prompts)
+    lines = planning.lines_of(prompts)
     options = {} if null_label is None else {"null_label": null_label}
     loaded = load(teacher, **options)
     loaded.denoiser.to(device())
     with spinner("measuring what every layer is worth"):
-        made = planning.compress(loaded, out, keep, remove or [], settings, lines, seed)
+        made = planning.compress(loaded, out, keep, remove or [], settings, lines, seed, **more)
     for table in planning.tables(made):
         console.print(table)
     print_line(planning.summary(made, out))
@@ -144,38 +154,19 @@ def quantise(
     """
     from distill.console import out as console
     from distill.console import print_line, results_table, spinner
-    from distill.planning.compress import check_folder
+    from distill.planning.compress import check_folder, lines_of
 
     with spinner("distill: preparing"):
         from distill.planning import quantise as planning
     request = planning.Request(bits, activation_bits, keep_share, (), seeds)
     request.check()
     check_folder(out)
-    request = replace(request, prompts=tuple(prompt_lines(prompts)))
+    request = replace(request, prompts=tuple(lines_of(prompts)))
     made = planning.quantise(student, out, request)
     if rows := planning.rows_of(made):
         first = next(iter(rows.values()))
         console.print(results_table(f"{first['protocol']}: {first['n']:,} samples", rows))
     print_line(planning.summary(made, out))
-
-
-def prompt_lines(file: Path | None) -> list[str]:
-    """The prompts in a file, a line each; none without a file.
-
-    Raises:
-        UserError: it cannot be read, or has no line.
-    """
-    from teachers.errors import UserError
-
-    if file is None:
-        return []
-    try:
-        lines = [v.strip() for v in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file}: it cannot be read ({error})") from None
-    if not (lines := [v for v in lines if v]):
-        raise UserError(f"--prompts {file}: it has no line; give a prompt on each")
-    return lines
 
 
 def route(

@@ -196,13 +196,14 @@ def teacher(
     adaptive: float | None = None,
     cache: int = 1,
     precision: Precision | None = None,
+    inherit: Sequence[str] = (),
 ) -> Subject:
     """A teacher with one of our solvers or one of diffusers' schedulers.
 
     Args:
         source: As `teacher.source` in a recipe.
         adaptive: The cosine at which guidance stops; None for guidance in all steps.
-        schedule, cache: As in `Baseline`.
+        schedule, cache, inherit: As in `Baseline`.
 
     Raises:
         UserError: there is no such teacher, or it does not support these options.
@@ -218,6 +219,7 @@ def teacher(
     loaded.denoiser.to(device)
     key = "solver" if solver in SOLVERS else "scheduler"
     tree: dict[str, Any] = {key: solver, "schedule": schedule, "cache": cache}
+    tree["inherit"] = [*inherit]
     counts = tuple(TRUNCATED) if schedule == "truncated" else None
     if counts is not None:
         tree["steps"] = counts

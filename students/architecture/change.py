@@ -180,7 +180,14 @@ def with_forms(made: Any, forms: Mapping[str, Change]) -> Any:
     Raises:
         UserError: there are no such layers or forms.
     """
-    for name, settings in forms.items():
+    for name, settings in sorted(forms.items()):  # as a saved config has them: outer ones first
+        inside = [n for n in made.config.get(CHANGED, {}) if n.startswith(f"{name}.")]
+        if inside:
+            raise UserError(
+                f"{KEY}.change.{clipped(name)}: {clipped(inside[0])} in it has another form "
+                "already; change the outer layer first"
+            )
+        check_square(made, name, settings)
         try:
             change_layer(made, name, settings)
         except ValueError as error:
@@ -188,6 +195,20 @@ def with_forms(made: Any, forms: Mapping[str, Change]) -> Any:
     if forms:
         made.register_to_config(**{CHANGED: {**made.config.get(CHANGED, {}), **plain(forms)}})
     return made
+
+
+def check_square(made: Any, name: str, settings: Change) -> None:
+    """Refuse a pyramid in a network of pictures that are not square: tokens do not say their shape.
+
+    Raises:
+        UserError: naming it.
+    """
+    size = made.config.get("sample_size")
+    if settings.get("kind") == "pyramid" and isinstance(size, Sequence) and len({*size}) > 1:
+        raise UserError(
+            f"{KEY}.change.{clipped(name)}: a pyramid is for square pictures, and this network's "
+            f"are {'×'.join(map(str, size))}; keep the attention"
+        )
 
 
 def plain(forms: Mapping[str, Change]) -> dict[str, Any]:

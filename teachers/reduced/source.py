@@ -9,18 +9,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from teachers.reduced import feedback, haar, layers, network, one_pass
+from teachers.reduced import (
+    experts,
+    feedback,
+    haar,
+    layers,
+    network,
+    one_pass,
+    pyramid,
+    repeated,
+)
 from teachers.reduced.feedback import FeedbackUNet2DConditionModel
 from teachers.reduced.haar import HaarUNet2DModel
 from teachers.reduced.network import ReducedUNet2DConditionModel, ReducedUNet2DModel
 from teachers.reduced.one_pass import OnePassUNet2DConditionModel
 
+CHANGED = (repeated, pyramid, experts, layers, network)  # one that another one needs comes first
 MODULES = {  # that each class is made of
-    ReducedUNet2DModel: (layers, network),
-    ReducedUNet2DConditionModel: (layers, network),
+    ReducedUNet2DModel: CHANGED,
+    ReducedUNet2DConditionModel: CHANGED,
     HaarUNet2DModel: (haar,),
-    OnePassUNet2DConditionModel: (layers, network, one_pass),
-    FeedbackUNet2DConditionModel: (layers, network, one_pass, feedback),
+    OnePassUNet2DConditionModel: (*CHANGED, one_pass),
+    FeedbackUNet2DConditionModel: (*CHANGED, one_pass, feedback),
 }
 CLASSES = tuple(MODULES)
 

@@ -127,7 +127,7 @@ COSTS = {
         {"features": 0}, {"student forward": 1, "student backward": 1, "teacher forward": 1}),
     ("compress", "and the guided teacher"): (
         {"features": 0, "guided": True},
-        {"student forward": 1, "student backward": 1, "teacher forward": 3}),
+        {"student forward": 1, "student backward": 1, "teacher forward": 2}),
     ("consistency", "Heun's two calls"): (
         {}, {"student forward": 2, "student backward": 1, "teacher forward": 2}),
     ("consistency", "one call of DDIM"): (

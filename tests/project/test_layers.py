@@ -117,8 +117,8 @@ MAY: dict[str, set[str]] = {
         "eval.digits", "eval.shapes",
     },
     "distill.sampling": {
-        "distill", "distill.config", "distill.data", "students", "students.export",
-        "students.routing", "teachers", "teachers.reduced", "teachers.storage",
+        "distill", "distill.config", "distill.data", "students", "students.architecture",
+        "students.export", "students.routing", "teachers", "teachers.reduced", "teachers.storage",
         "teachers.families", "teachers.catalogue", "eval", "eval.protocols",
     },
     "distill.early_stop": {
