@@ -57,6 +57,8 @@ COMMANDS = {
     "reference": (evaluate.reference, "Compute the reference statistics of protocols."),
     "average": (weights.average, "Average a run's saved weights anew, or search."),
     "compress": (weights.compress, "Make a smaller network of a teacher's."),
+    "quantise": (weights.quantise, "Round a student's weights to few bits."),
+    "route": (weights.route, "Make one pipeline of students of parts."),
     "report": (publish.report, "Write the HTML report of a finished run."),
     "compare": (publish.compare, "Compare training curves with known-good runs."),
     "card": (publish.card, "Write the model card of a finished run."),

@@ -16,6 +16,7 @@ from teachers.process import Process
 from teachers.teacher import Codec
 
 KEY = "critic.blocks"  # the recipe key, which begins error messages
+NOISIER, NOISIER_TIME = "noisier", "noisier_time"  # entries of a condition: see `PairCritic`
 
 
 class Critic(nn.Module):
@@ -86,6 +87,25 @@ class Critic(nn.Module):
         """Logits (B,) of the blocks' outputs, in the order of `features`."""
         logits = [h(f.float()).flatten() for h, f in zip(self.heads, features, strict=True)]
         return torch.stack(logits).mean(0).float()
+
+
+class PairCritic(Critic):
+    """A critic that reads a state of a chain and the noisier one before it, as DDGAN's does.
+
+    The condition holds the other state, `NOISIER` (B, ...), and its times, `NOISIER_TIME` (B,).
+    Each head reads the block's features of both, channels beside channels (arXiv:2112.07804).
+    """
+
+    def _outputs(self, x_t: Tensor, t: Tensor, cond: Cond) -> dict[str, Any]:
+        other = cond or {}
+        before = other.get(NOISIER, x_t), other.get(NOISIER_TIME, t)
+        own = super()._outputs(x_t, t, cond)
+        (denoiser,) = self._denoiser
+        modules = blocks_of(denoiser, self.blocks, KEY)
+        return {
+            name: torch.cat([own[name], value], -1 if is_tokens(value, modules[name]) else 1)
+            for name, value in super()._outputs(*before, cond).items()
+        }
 
 
 class HeldWeights(Denoiser):
@@ -281,6 +301,11 @@ def head_for(
         f"{KEY}: block {name!r} returns neither a feature map (B, C, H, W) nor tokens (B, N, C); "
         "name another block"
     )
+
+
+def is_tokens(feature: Tensor, block: nn.Module) -> bool:
+    """Whether a block's output is tokens (B, N, C), and not a map whose channels come first."""
+    return feature.ndim == 3 and not channels_first(block)
 
 
 def channels_first(block: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from students.generator import Generator
+from students.generator import Generator, Renoise
 from students.lora import Adapter
 from teachers.denoiser import Denoiser
 from teachers.teacher import Teacher
@@ -65,7 +65,7 @@ class StudentForm:
         """
 
     def student(
-        self, steps: int, start: float | None, renoise: bool, adapter: Adapter | None
+        self, steps: int, start: float | None, renoise: Renoise, adapter: Adapter | None
     ) -> Generator:
         """A trainable student, as `schedulers.student` describes the arguments.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from students.form import Normal, StudentForm, StudentRequest
-from students.generator import Generator
+from students.generator import Generator, Renoise
 from students.lora import Adapter
 from teachers.analytic import Gaussian
 from teachers.denoiser import Cond, Denoiser
@@ -78,7 +78,7 @@ class GaussianForm(StudentForm):
             raise UserError(f"{where}: train.sample_every: it has no pictures to show; set it to 0")
 
     def student(
-        self, steps: int, start: float | None, renoise: bool, adapter: Adapter | None
+        self, steps: int, start: float | None, renoise: Renoise, adapter: Adapter | None
     ) -> Generator:
         """A one-step student far from the teacher's distribution: N(1, ¼), independently per
         dimension.

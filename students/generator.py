@@ -14,6 +14,8 @@ from teachers.denoiser import Cond, Denoiser
 
 # Which x̂ of a chain of steps: the last step's, or every step's. A step's index is its place.
 ChainSamples = Literal["last", "places"]
+# How a student returns to its next time: see `Generator`.
+Renoise = bool | Literal["posterior"]
 
 
 class Generator(nn.Module):
@@ -22,7 +24,8 @@ class Generator(nn.Module):
     Args:
         denoiser: The network being distilled.
         times: The times of its steps, from noise to data.
-        renoise: Return to the next time with fresh noise (True) or along the ODE (False). A number
+        renoise: Return to the next time with fresh noise (True), along the ODE (False), or by a
+            sample of q(x_s | x_t, x̂), which keeps a part of x_t's noise ("posterior"). A number
             between is CTM's γ (arXiv:2310.02279): go along the ODE to less noise, √(1 - γ²) of the
             next time's, and add the rest. No stock scheduler does that.
         floor: The σ/α of the noise that x̂ still contains; renoising adds only the rest. It is σ_min
@@ -42,7 +45,7 @@ class Generator(nn.Module):
         self,
         denoiser: Denoiser,
         times: Sequence[float] = (1.0,),
-        renoise: bool | float = True,
+        renoise: Renoise | float = True,
         floor: float = 0.0,
         start: float | None = None,
         grids: Mapping[int, Sequence[float]] | None = None,
@@ -104,16 +107,23 @@ class Generator(nn.Module):
             noise: Of the renoising, shaped like x_t; by default it is drawn.
         """
         t, s = (x_t.new_full((len(x_t),), v) for v in self.times[k : k + 2])
-        if 0 < self.renoise < 1:
+        if self.renoises_in_part:
             return self.partial_step(x_t, t, s, cond, noise)
         x = self.denoiser(x_t, t, cond, torch.zeros_like(s) if self.renoise else s)
         if not self.renoise:
             return self.denoiser.process.step(x_t, x, t, s)
         noise = torch.randn_like(x) if noise is None else noise
+        if self.renoise == "posterior":
+            return self.denoiser.process.posterior(x_t, x, t, s, noise)
         if self.gamma is not None:
             return self.partly_renoised(x_t, x, t, s, noise)
         alpha, sigma = self.denoiser.process.at(s, x)
         return alpha * x + (sigma**2 - (alpha * self.floor) ** 2).sqrt() * noise
+
+    @property
+    def renoises_in_part(self) -> bool:
+        """Whether `renoise` is a number between 0 and 1, CTM's γ."""
+        return self.renoise != "posterior" and 0 < float(self.renoise) < 1
 
     def partly_renoised(
         self, x_t: Tensor, x: Tensor, t: Tensor, s: Tensor, noise: Tensor
@@ -130,7 +140,7 @@ class Generator(nn.Module):
         """As `step`, from t to s (B,): along the ODE below s, and back to s with fresh noise."""
         process = self.denoiser.process
         alpha, sigma = process.scales(s.double())
-        kept = (1 - self.renoise**2) ** 0.5
+        kept = (1 - float(self.renoise) ** 2) ** 0.5
         lower = process.time(kept * (sigma / alpha - self.floor) + self.floor).clamp(min=0).to(s)
         x = process.step(x_t, self.denoiser(x_t, t, cond, lower), t, lower)
         noise = torch.randn_like(x) if noise is None else noise

@@ -47,7 +47,7 @@ def landing_of(generator: Generator) -> TwoTime | None:
 
 def lands_at_0(generator: Generator) -> bool:
     """Whether all steps land at 0: of chains that renoise, and of a single step."""
-    return generator.renoise is True or max(generator.counts) == 1
+    return generator.renoise in (True, "posterior") or max(generator.counts) == 1
 
 
 def check_landing(generator: Generator) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from students.generator import Generator, divisor_grids
+from students.generator import Generator, Renoise, divisor_grids
 from students.lora import (
     AdaptedDenoiser,
     Adapter,
@@ -136,6 +136,19 @@ def check_output(teacher: Teacher, who: str) -> None:
             f"{who}: no gradient of its network's output reaches its weights; let it compute "
             "without no_grad and detach"
         )
+
+
+@torch.no_grad()
+def reads_time(teacher: Teacher) -> bool:
+    """Whether the network's output for two samples depends on the time."""
+    network = network_of(teacher.denoiser)
+    device = next(network.backbone.parameters()).device
+    cond = conditions.moved(example_condition(teacher, 2), device)
+    x_t = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    early, late = (
+        network.call(x_t.clone(), x_t.new_full((2,), t), cond, x_t.new_zeros(2)) for t in (0.1, 0.9)
+    )
+    return not torch.equal(early, late)
 
 
 def called(network: Network, x_t: Tensor, t: Tensor, cond: Cond, s: Tensor, who: str) -> Tensor:
@@ -261,13 +274,19 @@ def is_plain(value: Any) -> bool:
 
 
 def student(
-    teacher: Teacher, steps: int, start: float | None, renoise: bool, adapter: Adapter | None
+    teacher: Teacher, steps: int, start: float | None, renoise: Renoise, adapter: Adapter | None
 ) -> Generator:
     """A trainable few-step student that starts as the teacher; arguments as `schedulers.student`.
 
     Raises:
-        UserError: the process has no such start, or the adapter's targets match nothing.
+        UserError: the process has no such start, the adapter's targets match nothing, or the
+            posterior shall be sampled.
     """
+    if renoise == "posterior":
+        raise UserError(
+            "student.renoise: a network of your own is sampled with new noise, or along the ODE; "
+            "set it to true or false"
+        )
     source = network_of(teacher.denoiser)
     times = times_of(source.process, steps, start)
     view = view_of(source)

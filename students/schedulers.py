@@ -7,6 +7,7 @@ scheduler of diffusers, chosen here before training:
 |---|---|---|---|
 | EDM | renoising | CMStochasticIterative | equal steps in σ^(1/ρ), on its 40-level grid |
 | EDM, a UNet2DModel | the ODE | EDMEuler | equal steps in σ^(1/ρ), of one count only |
+| EDM, a UNet2DModel | the posterior | EDMDPMSolverMultistep, SDE of order 1 | the same |
 | DDPM betas | renoising | LCM | equal steps of its 50-index grid |
 | DDPM betas | renoising in part (`student.gamma`) | TCD | the same |
 | DDPM betas | the ODE | DDIM, trailing | equal steps of the index |
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from students.generator import Generator, divisor_grids
+from students.generator import Generator, Renoise, divisor_grids
 from students.lora import AdaptedDenoiser, Adapter, to_float32, unwrap, with_schedule
 from teachers.denoiser import Prediction, coefficients, edm
 from teachers.edm.latents import Latents
@@ -58,7 +59,7 @@ class SchedulerForm:
 
     schedule: Schedule
     grids: dict[int, tuple[float, ...]]
-    renoise: bool
+    renoise: Renoise
     floor: float = 0.0
     start: float | None = None
 
@@ -74,7 +75,7 @@ def form(
     network: Pretrained,
     steps: int = 1,
     start: float | None = None,
-    renoise: bool = True,
+    renoise: Renoise = True,
     exported: bool = False,
 ) -> SchedulerForm:
     """The scheduler form of a student of this network.
@@ -82,7 +83,7 @@ def form(
     Args:
         steps: The largest step count; smaller ones divide it.
         start: σ/α of the noise that it starts from; by default the teacher's highest.
-        renoise: Move to the next time by renoising, or along the ODE.
+        renoise: Move to the next time by renoising, along the ODE, or by the posterior.
         exported: The network is already such a student, read from its folder.
 
     Raises:
@@ -94,9 +95,14 @@ def form(
     if start is not None and not isinstance(process, Karras):
         raise UserError("student.start: only EDM students choose where they start; leave it out")
     if isinstance(process, Karras):
-        if renoise or steps == 1:
+        if renoise is True or steps == 1:
             return _consistency(network.schedule, process, steps, start)
-        return _euler(network, process, steps, start, exported)
+        return _edm(network, process, steps, start, renoise, exported)
+    if renoise == "posterior":
+        raise UserError(
+            "student.renoise: 'posterior' needs a teacher with EDM's noise and a UNet2DModel; set "
+            "it to true or false"
+        )
     if isinstance(process, Linear):
         return _flow(network, process, steps, renoise)
     if not isinstance(process, Tabulated):
@@ -119,24 +125,30 @@ def _consistency(
     return SchedulerForm(schedule, divisor_grids(times), True, floor=process.sigma_min)
 
 
-def _euler(
-    network: Pretrained, process: Karras, steps: int, start: float | None, exported: bool
+def _edm(
+    network: Pretrained,
+    process: Karras,
+    steps: int,
+    start: float | None,
+    renoise: Renoise,
+    exported: bool,
 ) -> SchedulerForm:
-    """The teacher's own parametrisation with Euler steps in σ, which equal DDIM's.
+    """The teacher's own parametrisation with Euler steps in σ, which equal DDIM's, or with samples
+    of the posterior.
 
     The scheduler spaces its times from σ_max to σ_min, so σ_min of the exported scheduler is the
     student's last time, and there is one step count. An exported student's schedule has it already.
     """
     if not _is_unet2d(network) or network.schedule.name == CM:
         raise UserError(
-            "student.renoise: stock pipelines follow the ODE of EDM's networks only if they are a "
-            "UNet2DModel with EDM's own scheduler; set it to true"
+            "student.renoise: stock pipelines follow the ODE of EDM's networks, or sample the "
+            "posterior, only if they are a UNet2DModel with EDM's own scheduler; set it to true"
         )
     first = _start_time(process, start)
     times = [first * (1 - k / (steps - exported)) for k in range(steps)]
     sigma = process.scales(torch.tensor(first, dtype=torch.float64))[1].item()
     return SchedulerForm(
-        network.schedule, {steps: tuple(times)}, False, start=(sigma**2 + 1) ** 0.5
+        network.schedule, {steps: tuple(times)}, renoise, start=(sigma**2 + 1) ** 0.5
     )
 
 
@@ -224,7 +236,7 @@ def student(
     teacher: Teacher,
     steps: int = 1,
     start: float | None = None,
-    renoise: bool = True,
+    renoise: Renoise = True,
     adapter: Adapter | None = None,
     exported: bool = False,
 ) -> Generator:
@@ -416,10 +428,10 @@ def scheduler(generator: Generator) -> Any:
 
     check_read_times(generator)
 
-    if 0 < generator.renoise < 1:
+    if generator.renoises_in_part:
         raise UserError(
-            f"student.renoise: {generator.renoise:g}: no scheduler of diffusers renoises in part; "
-            "sample it in Python, or set it to true or false"
+            f"student.renoise: {float(generator.renoise):g}: no scheduler of diffusers renoises in "
+            "part; sample it in Python, or set it to true or false"
         )
     network = unwrap(generator.denoiser)
     schedule, steps = network.schedule, len(generator.times)
@@ -427,13 +439,14 @@ def scheduler(generator: Generator) -> Any:
         assert schedule.sigma_data is not None
         ends = torch.tensor(generator.times, dtype=torch.float64)[[0, -1]]
         sigma_max, sigma_min = process.scales(ends)[1].tolist()
-        if not generator.renoise:
-            return diffusers.EDMEulerScheduler(
-                sigma_min=sigma_min,
-                sigma_max=sigma_max,
-                sigma_data=schedule.sigma_data,
-                rho=process.rho,
+        own = {"sigma_min": sigma_min, "sigma_max": sigma_max, "sigma_data": schedule.sigma_data,
+               "rho": process.rho}  # fmt: skip
+        if generator.renoise == "posterior":  # the SDE's first order has the same mean and noise
+            return diffusers.EDMDPMSolverMultistepScheduler(
+                algorithm_type="sde-dpmsolver++", solver_order=1, **own
             )
+        if not generator.renoise:
+            return diffusers.EDMEulerScheduler(**own)
         return diffusers.CMStochasticIterativeScheduler(
             num_train_timesteps=cm_levels(steps),
             sigma_min=process.sigma_min,

@@ -146,9 +146,12 @@ class Network(Denoiser):
         return t if self.share_times is None else self.share_times(t)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None) -> Tensor:
+        return self.denoised(x_t, t, self.call(x_t, self.read_time(t), cond, s))
+
+    def denoised(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """x̂ of the backbone's raw output for x_t at t."""
         c_skip, c_out = self.coefficients(*self.process.at(t, x_t))
-        output = without_variance(self.call(x_t, self.read_time(t), cond, s), x_t)
-        return c_skip * x_t + c_out * output.to(c_out.dtype)
+        return c_skip * x_t + c_out * without_variance(output, x_t).to(c_out.dtype)
 
     def weight(self, t: Tensor) -> Tensor:
         _, c_out = self.coefficients(*self.process.scales(t))

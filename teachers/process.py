@@ -72,6 +72,17 @@ class Process:
         kept = alpha / alpha_s
         return kept * x_s + (sigma**2 - (kept * sigma_s) ** 2).clamp(min=0).sqrt() * eps
 
+    def posterior(self, x_t: Tensor, x: Tensor, t: Tensor, s: Tensor, eps: Tensor) -> Tensor:
+        """x_s, drawn from q(x_s | x_t, x) at lower times s (B,) with the noise eps: DDPM's step.
+
+        Of x_t's own noise a part stays, and eps takes the rest's place.
+        """
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.at(t, x_t), self.at(s, x_t)
+        keep = alpha_t * sigma_s / (alpha_s * sigma_t)  # of x_t's noise; 0 from pure noise
+        fresh = sigma_s * (1 - keep**2).clamp(min=0).sqrt()
+        kept = (sigma_s**2 - fresh**2).clamp(min=0).sqrt()
+        return alpha_s * x + kept * self.eps(x_t, x, t) + fresh * eps
+
     def end(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The x̂ from which a step from x_t lands on x_s: the inverse of `step`."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.at(t, x_t), self.at(s, x_t)

@@ -6,7 +6,7 @@ formulas: DDIM (arXiv:2010.02502), Heun (arXiv:2206.00364), DPM-Solver++(2M) (ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -101,12 +101,7 @@ def ancestral(denoiser: Denoiser, x_t: Tensor, times: Tensor, cond: Cond = None)
         x = denoiser(x_t, t, cond)
         if s is None:
             return x
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, x_t), process.at(s, x_t)
-        keep = alpha_t * sigma_s / (alpha_s * sigma_t)  # of x_t's noise; 0 from pure noise
-        kappa = sigma_s * (1 - keep**2).clamp(min=0).sqrt()
-        eps = process.eps(x_t, x, t)
-        x_t = alpha_s * x + (sigma_s**2 - kappa**2).clamp(min=0).sqrt() * eps
-        x_t = x_t + kappa * torch.randn_like(x)
+        x_t = process.posterior(x_t, x, t, s, torch.randn_like(x))
     return x_t
 
 
@@ -171,10 +166,52 @@ SOLVERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+STATES = 4  # of a trajectory that a student learns, by default
+
+
+def quadratic_times(n: int) -> list[float]:
+    """n times below 1 down to 0, whose roots are spaced evenly (DSNO, arXiv:2211.13449)."""
+    return [(k / n) ** 2 for k in range(n - 1, -1, -1)]
+
+
+def solve_through(
+    denoiser: Denoiser, z: Tensor, steps: int, method: str, cond: Cond, states: int
+) -> tuple[Tensor, Tensor]:
+    """As `solve`, on a grid that has the `quadratic_times` as well, and the states at those times.
+
+    Returns:
+        x̂ (B, ...), and the states x_t (B, states, ...), the last of which is x̂.
+    """
+    wanted = quadratic_times(states)
+    found: dict[float, Tensor] = {}
+
+    def note(module: Denoiser, args: tuple[Tensor, ...]) -> None:
+        x_t, t = args[:2]
+        place = next((w for w in wanted if abs(w - t[0].item()) < 1e-6), None)
+        if place is not None:  # of Heun's two calls at a time, the state's is the later one
+            found[place] = x_t
+
+    handle = denoiser.register_forward_pre_hook(note)
+    try:
+        x = solve(denoiser, z, steps, method, cond, wanted[:-1])
+    finally:
+        handle.remove()
+    found[0.0] = x
+    return x, torch.stack([found[w] for w in wanted], 1)
+
+
 def solve(
-    denoiser: Denoiser, z: Tensor, steps: int, method: str = "heun", cond: Cond = None
+    denoiser: Denoiser,
+    z: Tensor,
+    steps: int,
+    method: str = "heun",
+    cond: Cond = None,
+    further: Sequence[float] = (),
 ) -> Tensor:
     """Data x̂ from unit noise z (B, ...), by `steps` steps of a named solver on the process's grid.
+
+    Args:
+        further: Times that the grid has beside its own.
 
     Raises:
         UserError: no solver of that name, or steps < 1.
@@ -183,7 +220,9 @@ def solve(
         raise UserError(f"solver {method!r}: unknown; {nearest(method, SOLVERS)}")
     if steps < 1:
         raise UserError(f"steps: expected at least 1, not {steps}")
-    times = denoiser.process.grid(steps).to(z.device)
+    times = denoiser.process.grid(steps)
+    more = [t for t in further if (times - t).abs().min() > 1e-6]
+    times = torch.cat([times, times.new_tensor(more)]).sort(descending=True)[0].to(z.device)
     start = times[:1].to(z.dtype).expand(len(z))
     return SOLVERS[method](
         denoiser, denoiser.process.noise(torch.zeros_like(z), start, z), times, cond

@@ -20,10 +20,9 @@ from distill.publish.card import draft
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import evaluate_student
 from distill.sampling.used_networks import of_student, record
-from distill.training.networks import check_form, objective_of
+from distill.training.networks import check_form, form_for, objective_of
 from eval.protocols.measure import Protocol, protocol
 from students.export.folder import SIDECAR
-from students.export.forms import form_of
 from students.form import StudentForm
 from students.generator import Generator
 from teachers.errors import UserError
@@ -42,7 +41,7 @@ class Trained:
 
     @property
     def form(self) -> StudentForm:
-        return form_of(self.teacher, self.recipe.kind.few_step)
+        return form_for(self.recipe, self.teacher)
 
     @property
     def params(self) -> list[nn.Parameter]:
@@ -86,7 +85,7 @@ def trained(run: Path) -> Trained:
     tree = from_start(current_names(read_yaml(run / "recipe.yaml"), quiet=True), run)
     recipe = Recipe.check(tree, f"RUN: {run}")
     teacher = load_teacher(recipe.teacher)
-    form = form_of(teacher, recipe.kind.few_step)
+    form = form_for(recipe, teacher)
     if not form.leaves_pipeline:
         raise UserError(
             f"RUN: {run}: its student is no pipeline of diffusers, of which averages are made; "

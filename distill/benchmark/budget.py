@@ -32,7 +32,7 @@ from distill.rewards.terms import RANKING
 from distill.sampling.guided_teacher import load_teacher
 from distill.seeds import seed_all
 from distill.training.build import build
-from distill.training.networks import assembled, build_networks
+from distill.training.networks import assembled, build_networks, path_of
 from students.critic import Critic, FeatureMean
 from students.two_time import NumberReading
 from teachers.denoiser import Cond, Denoiser, computes
@@ -100,7 +100,7 @@ def evaluations_after_steps(recipe: Recipe) -> Iterator[int]:
     fields = {k: v for k, v in vars(objective).items() if isinstance(v, nn.Module)}
     seed, size = recipe.train.seed, recipe.train.batch // recipe.train.accumulate
     x, cond = torch.zeros(size, *teacher.shape), teacher.codec.condition([0] * size)
-    batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
+    batch = Batch(x if recipe.needs_data else None, x.clone(), cond, path=path_of(recipe, x))
     counter = EvaluationCounter(denoisers_in(fields))
     begins = {name: player.begins for name, player in recipe.players.items()}
     ranking = [RANKING] if any(r.kind == "ranked" for r in recipe.rewards.values()) else []

@@ -26,7 +26,7 @@ from distill.files import write
 from distill.sampling.guided_teacher import load_teacher
 from distill.sampling.student_sampler import check_protocol
 from distill.sampling.teacher_sampler import SolverSampler
-from distill.training.networks import check_form
+from distill.training.networks import check_form, form_for
 from eval import catalogue
 from eval.protocols.measure import Protocol, protocol
 from students.export.forms import form_of
@@ -90,7 +90,7 @@ def check_rows(made: Bench, teacher: Teacher, path: str) -> None:
     for row in made.rows:
         recipe = made.recipe(row, made.seeds[0])
         try:
-            check_form(recipe, form_of(teacher))
+            check_form(recipe, form_for(recipe, teacher))
             check_places(recipe, teacher)
             made.budget.check(recipe)
         except UserError as error:

@@ -230,6 +230,10 @@ DeepCache = Annotated[
         min=1, help="DeepCache: compute the whole UNet only once in this many evaluations."
     ),
 ]
+Inherit = Annotated[
+    list[str] | None,
+    typer.Option(help="With --cache: a layer that is kept, by name, not all inner levels."),
+]
 Precision = Annotated[
     str | None, typer.Option(help="Weights of text-to-image models in fp32, bf16 or fp16.")
 ]
@@ -259,6 +263,7 @@ def evaluate(
     schedule: Schedule = "own",
     adaptive: Adaptive = None,
     cache: DeepCache = 1,
+    inherit: Inherit = None,
     precision: Precision = None,
     speed: Speed = False,
     json_file: JsonFile = None,
@@ -271,6 +276,8 @@ def evaluate(
         check_writable(json_file, "--json")
     sampler = {"solver": solver, "guidance": guidance, "null_label": null_label}
     few_step = {"schedule": schedule, "adaptive": adaptive, "cache": cache}
+    if inherit:  # files of results from before this option stay valid without it
+        few_step["inherit"] = inherit
     beside = {"against": against, "against_steps": against_steps}
     weights = {"precision": precision, "speed": speed, "json_file": json_file}
     measure(

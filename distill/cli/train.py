@@ -191,6 +191,14 @@ TeachOut = Annotated[
 ]
 
 
+# Rows of the table of `distill teach`, by the names of their figures.
+ALONE = {
+    "teacher_alone": "without the discriminator",
+    "guide": "one evaluation with the guide",
+    "base": "one evaluation without it",
+}
+
+
 def teach(
     recipe: RecipeArg, overrides: Overrides = None, out: TeachOut = None, resume: Resume = False
 ):
@@ -199,10 +207,14 @@ def teach(
     A recipe with a teacher and the objective discriminator trains a discriminator of that teacher,
     which strengthens it: OUT/critic.safetensors, for the key teacher.discriminator of recipes. One
     with the objective decoder trains a light decoder of a student: OUT/student is the student with
-    it. One with tinyfusion or ecodiff learns what can go: OUT/pruned is the teacher without it.
+    it. One with tinyfusion or ecodiff learns what can go: OUT/pruned is the teacher without it. One
+    with ilf trains what carries a UNet's inner levels on from step to step: OUT/student is the
+    teacher with it. One with guide trains a ControlNet that takes the place of guidance: OUT/guided
+    is the teacher with it.
     """
     from distill.console import out as console
     from distill.console import results_table
+    from distill.pretrain.guide import NAME as GUIDED
     from distill.pretrain.pixels import teach as train_teacher
     from distill.sampling.discriminator import NAME
 
@@ -211,8 +223,9 @@ def teach(
     if (metrics := summary.get("metrics")) and "teacher" in metrics:
         rows = {f"{metrics['teacher']['steps']} steps": metrics["teacher"]}
         rows |= {f"{k} steps": v for k, v in metrics.get("teacher_few", {}).items()}
-        if "teacher_alone" in metrics:
-            rows["without the discriminator"] = metrics["teacher_alone"]
+        for name, words in ALONE.items():
+            if name in metrics:
+                rows[words] = metrics[name]
         console.print(results_table("teacher", rows, base=next(iter(rows))))
     if summary.get("objective") == "decoder":
         show_decoder(summary, out)
@@ -220,10 +233,32 @@ def teach(
         show_figures(summary["metrics"], ("whole", "pruned"))
         for part in summary["shown"]:
             console.print(part)
+    elif summary.get("objective") == "ilf":
+        show_feedback(summary, out)
+    elif summary.get("objective") == "guide":
+        counts = summary["guide"]
+        console.print(
+            f"guide: {counts['guide']:,} weights beside {counts['base']:,}; in {out / GUIDED}",
+            soft_wrap=True,
+        )
     elif summary.get("objective") == "discriminator":
         console.print(f"discriminator in {out / NAME}")
     else:
         console.print(f"teacher in {out / 'teacher'}")
+
+
+def show_feedback(summary: dict[str, Any], out: Path) -> None:
+    """Print the figures with carried levels, with kept ones and of whole steps, and the folder."""
+    from distill.console import out as console
+    from distill.console import results_table
+    from distill.pretrain.decoder import NAME
+
+    kinds = {"student": "carried", "against": "kept", "fewer": "whole"}
+    metrics = summary["metrics"].items()
+    rows = {f"{kinds[kind]}, {k} steps": v for kind, found in metrics for k, v in found.items()}
+    if rows:
+        console.print(results_table("teacher", rows, base=next(iter(rows))))
+    console.print(f"teacher in {out / NAME}")
 
 
 def show_decoder(summary: dict[str, Any], out: Path) -> None:

@@ -4,6 +4,8 @@ from distill.objectives.adversarial.ddo import DDO
 from distill.objectives.adversarial.discriminator import Discriminator
 from distill.objectives.adversarial.flash import Flash
 from distill.objectives.adversarial.ladd import ADD, GDD, LADD
+from distill.objectives.adversarial.unifl import UniFL
+from distill.objectives.adversarial.wavediff import WaveDiff
 from distill.objectives.base import Objective
 from distill.objectives.consistency.consistency import Consistency, ConsistencyTuning
 from distill.objectives.consistency.consistency_training import ConsistencyTraining
@@ -32,12 +34,15 @@ from distill.objectives.flow_maps.imm import IMM
 from distill.objectives.flow_maps.lagrangian import Lagrangian
 from distill.objectives.flow_maps.meanflow import AYF, MeanFlow
 from distill.objectives.flow_maps.shortcut import Shortcut
+from distill.objectives.pairs.dsno import DSNO
 from distill.objectives.pairs.kd import KD
 from distill.objectives.pairs.reflow import Reflow
 from distill.objectives.smaller.compress import Compression
 from distill.objectives.smaller.decoder import LightDecoder
 from distill.objectives.smaller.ecodiff import EcoDiff
 from distill.objectives.smaller.gft import GuidanceFree
+from distill.objectives.smaller.guide import Guide
+from distill.objectives.smaller.ilf import InnerLoopFeedback
 from distill.objectives.smaller.tinyfusion import TinyFusion
 from distill.objectives.trajectory.draft import DRaFT
 from distill.objectives.trajectory.guided import GuidedDistillation
@@ -67,6 +72,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dmd2-anchored": AnchoredDMD2,
     "draft": DRaFT,
     "drift": Drift,
+    "dsno": DSNO,
     "ecodiff": EcoDiff,
     "ect": ConsistencyTuning,
     "emd": EMD,
@@ -76,7 +82,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "flash": Flash,
     "gdd": GDD,
     "gft": GuidanceFree,
+    "guide": Guide,
     "guided": GuidedDistillation,
+    "ilf": InnerLoopFeedback,
     "imm": IMM,
     "kd": KD,
     "ladd": LADD,
@@ -99,4 +107,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "tdm": TDM,
     "tinyfusion": TinyFusion,
     "uni-instruct": UniInstruct,
+    "unifl": UniFL,
+    "wavediff": WaveDiff,
 }

@@ -41,12 +41,19 @@ KEYS = (
     "data.captions",
     "data.targets",
     "data.masks",
+    "student.architecture.network",
     "critic.encoder",
     "objective.name",
     "eval.metric",
     "rewards.*.function",
 )
-CODE = ("critic.encoder", "objective.name", "eval.metric", "rewards.*.function")
+CODE = (
+    "student.architecture.network",
+    "critic.encoder",
+    "objective.name",
+    "eval.metric",
+    "rewards.*.function",
+)
 RESERVED = (*EMBEDDED, "pairs")  # names that are never paths
 NAMES = ("analytic:", "pack:")  # begin values that are no paths
 RUN = (".lock", "metrics.jsonl", "checkpoints")  # one of them lies beside the recipe of a run

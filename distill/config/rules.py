@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from distill.config.objective_schema import network_types, networks_of
 from distill.config.schema import PAIRS, GuidanceSection, RewardSection
+from distill.objectives.adversarial.wavediff import WaveDiff
 from distill.objectives.games import Adversary
 from distill.objectives.smaller.gft import GuidanceFree
+from distill.objectives.smaller.guide import Guide
 from students.critic import Critic, FeatureMean
 from teachers.denoiser import Denoiser
 from teachers.errors import cut, nearest
 from teachers.quantised import FORMS
+from teachers.solver import STATES
 
 if TYPE_CHECKING:
     from distill.config.recipe import Recipe
@@ -97,14 +100,91 @@ def architecture_under_adapters(recipe: Recipe) -> str | None:
     )
 
 
+def format_under_adapters(recipe: Recipe) -> str | None:
+    """Rounding is of whole weights, which an adapter leaves to the teacher."""
+    if recipe.student.format is None or recipe.adapters is None:
+        return None
+    if "student" not in (recipe.adapters.players or ("student",)):
+        return None
+    return (
+        "student.format: an adapter is not rounded, nor the teacher's weights under it; name other "
+        "networks in adapters.players, or round the student afterwards with distill quantise"
+    )
+
+
+def format_of_no_student(recipe: Recipe) -> str | None:
+    if recipe.student.format is None or (recipe.kind.few_step and recipe.kind.trains == "student"):
+        return None
+    return f"student.format: {_objective(recipe)} makes no few-step student; remove it"
+
+
 def empty_architecture(recipe: Recipe) -> str | None:
     if (a := recipe.student.architecture) is None:
         return None
-    if not (a.config or a.remove or a.change):
+    if a.network is None and not (
+        a.config or a.remove or a.change or a.haar or a.decoder_times > 1
+    ):
         return "student.architecture: it changes nothing; give config, remove or change"
+    if a.haar and not a.fresh:
+        return (
+            "student.architecture.haar: the first and last layers have coefficients in place of "
+            "pixels, and no weights of the teacher's; set fresh to true"
+        )
+    if a.noise and not a.haar:
+        return "student.architecture.noise: only networks with haar read it; set haar, or remove it"
     if repeated := [n for n in a.remove if a.remove.count(n) > 1]:
         return f"student.architecture.remove: {cut(repeated[0])!r} is there twice; name it once"
     return None
+
+
+def one_pass_of_other_times(recipe: Recipe) -> str | None:
+    """The decoder of a one-pass student runs at its own times, whatever time it is called at."""
+    if (a := recipe.student.architecture) is None or a.decoder_times == 1:
+        return None
+    key = "student.architecture.decoder_times"
+    if recipe.student.steps != 1:
+        return f"{key}: they are the steps, and run as one; set student.steps to 1"
+    for option in ("schedule", "alignment"):  # dmd2's
+        if recipe.objective.get(option) is not None:
+            return f"objective.{option}: a student with decoder_times has no other time; remove it"
+    if recipe.kind.learns != "chains" or recipe.kind.between_steps:
+        return (
+            f"{key}: {_objective(recipe)} calls the student at other times than its first; name an "
+            "objective that learns from its samples, such as dmd2, or remove the key"
+        )
+    if recipe.critic is not None and recipe.critic.reads == "student":
+        return f"{key}: a critic at all times cannot read such a student; remove critic.reads"
+    if recipe.train.compile == "full":
+        return f"{key}: its halves are compiled by blocks alone; set train.compile to blocks or off"
+    return None
+
+
+CHANGES = (
+    "config",
+    "remove",
+    "rename",
+    "fresh",
+    "change",
+    "haar",
+    "noise",
+)  # of a teacher's network
+
+
+def network_beside_changes(recipe: Recipe) -> str | None:
+    a = recipe.student.architecture
+    if a is None or a.network is None:
+        return None
+    changes = (k for k in CHANGES if getattr(a, k))
+    if changed := next(changes, "decoder_times" if a.decoder_times > 1 else None):
+        return (
+            f"student.architecture.{changed}: it changes the teacher's network, and network names "
+            "another one; remove one of the two"
+        )
+    if recipe.kind.few_step and recipe.kind.trains == "student":
+        return None
+    return (
+        f"student.architecture.network: {_objective(recipe)} trains no few-step student; remove it"
+    )
 
 
 def trained_quantised_weights(recipe: Recipe) -> str | None:
@@ -201,6 +281,8 @@ def san_without_a_game(recipe: Recipe) -> str | None:
             f"critic.san: {_objective(recipe)} has no loss for the directions of a SAN critic; "
             "remove it, or take ladd, gdd or dmd2"
         )
+    if recipe.critic is not None and recipe.critic.san and issubclass(recipe.kind, WaveDiff):
+        return "critic.san: this critic reads two states, and has no directions; remove it"
     return None
 
 
@@ -294,8 +376,10 @@ def guard_of_no_reward(recipe: Recipe) -> str | None:
 
 def _unread(recipe: Recipe, reward: RewardSection) -> str | None:
     plain = RewardSection(function=reward.function)
-    keys = ("kind", "temperature", "balance", "begins", "warmup")
+    keys = ("kind", "temperature", "floor", "balance", "begins", "warmup")
     given = [k for k in keys if getattr(reward, k) != getattr(plain, k)]
+    if recipe.kind.needs_reward and not reward.held_out and "floor" in given:
+        given.remove("floor")  # part of the reward's value
     if not given:
         return None
     if reward.held_out:
@@ -359,6 +443,23 @@ def missing_pairs(recipe: Recipe) -> str | None:
     )
 
 
+def pairs_without_states(recipe: Recipe) -> str | None:
+    states, network = recipe.data.states, recipe.student.network
+    if not recipe.kind.needs_states:
+        return None
+    if network is None:
+        return (
+            f"student.architecture: missing; {_objective(recipe)} trains a network of several "
+            "outputs; write it as {network: dsno}"
+        )
+    if states is None or (network == "dsno" and states != STATES):
+        return (
+            f"data.states: {'missing' if states is None else states}; {_objective(recipe)} learns "
+            f"from states of the teacher's trajectory, one for each output; set it to {STATES}"
+        )
+    return None
+
+
 def pairs_of_several_scales(recipe: Recipe) -> str | None:
     guidance = recipe.teacher.guidance
     if recipe.kind.needs_data != PAIRS or not isinstance(guidance, GuidanceSection):
@@ -383,7 +484,7 @@ def key_of_pairs(recipe: Recipe) -> str | None:
             if getattr(recipe.data, key) is not None:
                 return f"data.{key}: pairs have none; remove it"
         return None
-    for key in ("path", "count", "solver", "steps", "inverted", "images"):
+    for key in ("path", "count", "solver", "steps", "inverted", "images", "states"):
         if getattr(recipe.data, key) is not None:
             return f"data.{key}: only pairs have it; set data.source to 'pairs', or remove it"
     return None
@@ -452,6 +553,20 @@ def partners_without_images(recipe: Recipe) -> str | None:
     for key in ("targets", "masks"):
         if getattr(recipe.data, key) is not None and recipe.data.source is None:
             return f"data.{key}: they belong to the images of data.source; set that as well"
+    return None
+
+
+def part_of_two_kinds(recipe: Recipe) -> str | None:
+    if (where := recipe.data.where) is None:
+        return None
+    if (where.labels is None) == (where.words is None):
+        given = "missing" if where.labels is None else "both are given"
+        return f"data.where: labels or words: {given}; give one of the two"
+    if recipe.eval.protocol is not None:
+        return (
+            "eval.protocol: it measures every condition, and data.where leaves some out; remove "
+            "it, and measure what distill route makes of all parts, by distill eval"
+        )
     return None
 
 
@@ -597,6 +712,17 @@ def one_scale_of_many(recipe: Recipe) -> str | None:
     )
 
 
+def guide_of_several_scales(recipe: Recipe) -> str | None:
+    guidance = recipe.teacher.guidance
+    ranged = isinstance(guidance, GuidanceSection) and guidance.range is not None
+    if not ranged or not issubclass(recipe.kind, Guide):
+        return None
+    return (
+        "teacher.guidance.scale: a guide reads no scale and is of one; give one number, and train "
+        "another guide for another scale"
+    )
+
+
 def empty_guidance_interval(recipe: Recipe) -> str | None:
     guidance = recipe.teacher.guidance
     if not isinstance(guidance, GuidanceSection) or guidance.interval is None:
@@ -691,7 +817,11 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     unknown_adapted_player,
     architecture_of_another_start,
     architecture_under_adapters,
+    format_under_adapters,
+    format_of_no_student,
     empty_architecture,
+    one_pass_of_other_times,
+    network_beside_changes,
     trained_quantised_weights,
     copied_quantised_weights,
     dora_on_quantised_weights,
@@ -706,6 +836,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     reach_without_a_zero,
     second_derivative_of_recomputed_blocks,
     missing_pairs,
+    pairs_without_states,
     pairs_of_several_scales,
     useless_pairs,
     key_of_pairs,
@@ -729,11 +860,13 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     missing_guidance_key,
     misplaced_sampling_scale,
     one_scale_of_many,
+    guide_of_several_scales,
     empty_guidance_interval,
     empty_discriminator_interval,
     discriminator_of_a_discriminator,
     prompts_beside_images,
     partners_without_images,
+    part_of_two_kinds,
     buckets_without_images,
     batch_that_does_not_divide,
     guards_without_an_average,

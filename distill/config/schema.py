@@ -157,7 +157,7 @@ class TeacherSection(Section):
 
 
 class ArchitectureSection(Section):
-    """A student's network that is made of the teacher's, with its weights."""
+    """A student's network: made of the teacher's, with its weights, or another one."""
 
     # Settings of the network's own config.json that become others, such as mid_block_type: null.
     config: dict[str, Any] = {}
@@ -169,6 +169,23 @@ class ArchitectureSection(Section):
     fresh: bool = False
     # Layers of another form, by name: the form's `kind` and settings (docs/smaller.md).
     change: dict[Name, dict[str, Any]] = {}
+    # Whether a UNet2DModel works on the Haar coefficients of its images, at half their side; its
+    # first and last layers are then drawn anew.
+    haar: bool = False
+    noise: NonNegativeInt = 0  # of such a network: how many unit normals it draws and reads
+    # With more than 1, one step is a chain of so many: the UNet's encoder runs once, and its
+    # decoder at all of the chain's times at once (TiUE, arXiv:2505.21960).
+    decoder_times: PositiveInt = 1
+    # A network that is not made of the teacher's: "get", or "path/to/file.py:function", a function
+    # of the teacher that returns a Network in its process. Then without the keys above.
+    network: Name | None = None
+
+
+class FormatSection(Section):
+    """The numbers that a student is trained through, and leaves with."""
+
+    # Bits of every weight, each output with a scale of its own; gradients pass straight through.
+    weights: Annotated[int, Strict(), Interval(ge=2, le=8)]
 
 
 class StudentSection(Section):
@@ -182,7 +199,9 @@ class StudentSection(Section):
     # all steps of all chains are trained equally often.
     weights: tuple[Positive, ...] | None = None
     start: Positive | None = None  # σ/α of the first step; by default the teacher's highest
-    renoise: bool = True  # between steps, add new noise (true) or follow the ODE (false)
+    # Between steps: add new noise (true), follow the ODE (false), or sample q(x_s | x_t, x̂), which
+    # keeps a part of the noise ("posterior").
+    renoise: bool | Literal["posterior"] = True
     # Of renoising: the share of the way to the next time that noise is added from, TCD's γ. By
     # default x̂ itself is renoised. Stock pipelines take it as `eta`.
     gamma: Fraction | None = None
@@ -196,6 +215,12 @@ class StudentSection(Section):
     # smaller network that `distill compress` made. By default it starts as the teacher.
     init: Name | None = None
     architecture: ArchitectureSection | None = None  # by default the teacher's
+    format: FormatSection | None = None  # by default floating point
+
+    @property
+    def network(self) -> str | None:
+        """The network that is not made of the teacher's, if there is one."""
+        return None if self.architecture is None else self.architecture.network
 
     def trained(self, learns: Learns, possible: Sequence[int]) -> dict[int, float]:
         """The relative training frequency of each count.
@@ -297,6 +322,14 @@ PAIRS = "pairs"  # the `data.source` of stored pairs
 PairSolver = Literal["heun", "ddim", "dpmpp_2m", "euler"]  # the deterministic ones
 
 
+class WhereSection(Section):
+    """Which conditions of the data a run learns: those of one student of several."""
+
+    labels: Annotated[list[NonNegativeInt], MinLen(1)] | None = None  # of a class-conditional model
+    # Captions or prompts that have one of these words or phrases, whole and in any case.
+    words: Annotated[list[Name], MinLen(1)] | None = None
+
+
 class DataSection(Section):
     """Images with labels or captions, prompts only, or stored pairs of noise and sample."""
 
@@ -312,6 +345,9 @@ class DataSection(Section):
     steps: PositiveInt | None = None  # of that solver; by default 18
     inverted: NonNegativeInt | None = None  # further pairs: data, and the noise the ODE leads to
     images: Place | None = None  # the data of inverted pairs, as for `source`
+    # States of the teacher's trajectory that each pair has, at times ((T - k) / T)², the last of
+    # which is the sample: T, as many as the network of dsno has outputs. By default none.
+    states: PositiveInt | None = None
     prompts: Place | None = None  # a text file, "pack:starter" (default), or "DATASET:COLUMN"
     # For teachers that edit a picture: the edited pictures, which objectives that need real data
     # learn from. A folder with a file of the same name for each image of `source`, or a column of
@@ -328,6 +364,7 @@ class DataSection(Section):
     captions: Name | None = None
     # Share of the phrases of expanded captions that no prompt has, for tests and `train.guards`.
     held_out: Fraction = 0.2
+    where: WhereSection | None = None  # the part of the conditions that is learned; by default all
     size: PositiveInt | None = None  # side of the images in pixels; by default the teacher's
     buckets: Bucketing | None = None  # several aspect ratios of one area; by default one size
     in_memory_gb: NonNegative = 4.0  # encoded data of more GB are read from a cache
@@ -447,6 +484,9 @@ class RewardSection(Section):
     # small network, the player `ranking`, which learns to order samples as the reward does.
     kind: Literal["direct", "weighted", "ranked"] = "direct"
     temperature: Positive = 1.0  # of weighted and ranked, in the reward's own units
+    # α of UniFL (arXiv:2404.05595): samples count by ReLU(α - r), so those above it are not pushed
+    # further. By default there is none.
+    floor: Annotated[float, *Finite] | None = None
     balance: bool = False  # not weighted: β is its gradient's length as a share of the loss's
     begins: NonNegativeInt = 0  # the first training step that it acts in
     warmup: NonNegativeInt = 0  # training steps in which its weight then rises linearly

@@ -10,6 +10,7 @@ from distill.config.recipe import Recipe
 from distill.config.schema import PAIRS
 from distill.console import print_notice
 from distill.data import cache
+from distill.data.conditions.part import places_of
 from distill.data.encode import COND, EncodingJob, check_finite, picture_shape
 from distill.data.expansion.captions import Prompts, expanded, print_summary, read_captions
 from distill.data.images import list_images, place_of_images
@@ -43,13 +44,37 @@ def source_of(recipe: Recipe, teacher: Teacher) -> Source:
         return own_source(recipe, teacher)
     if (job := encoding_job(recipe, teacher)) is not None:
         return cache.source(job, recipe.data, seed)
-    labels = list(range(teacher.codec.classes)) or [0]
+    labels: list[Any] = list(range(teacher.codec.classes)) or [0]
+    labels = [labels[i] for i in places_of(labels, recipe.data.where, codec.classes)]
     cond = codec.condition(labels)
     tensors = {f"{COND}{k}": v for k, v in (cond or {}).items()}
     check_finite(tensors, [f"label {k}" for k in labels], teacher, "data")
     source = Source(teacher.shape, None, cond, seed, len(labels))
     source.prompts = labels
     return source
+
+
+def every_prompt(recipe: Recipe, teacher: Teacher) -> list[Any]:
+    """The prompts or labels of a recipe's data, those that `data.where` leaves out included.
+
+    No picture is read.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    data, classes = recipe.data, teacher.codec.classes
+    if data.source == "digits":
+        return sorted(set(digits.data()[1].tolist()))
+    if data.source == "shapes":
+        return shapes.all_captions()
+    if is_function(data.source):
+        whole = data.model_copy(update={"where": None})
+        return list(own_source(recipe.model_copy(update={"data": whole}), teacher).prompts or [])
+    if (listing := _listing(recipe, teacher)) is None:
+        return list(range(classes)) or [0]
+    if classes:
+        listing.read_labels(classes)
+    return list(dict.fromkeys(item.prompt for item in listing.items))
 
 
 # ---- data sets that come with the package
@@ -69,6 +94,8 @@ def embedded_source(recipe: Recipe, teacher: Teacher) -> Source:
             f"data.source: {name!r} has images of {images.shape[1]} channels and the teacher takes "
             f"{channels}; name other images"
         )
+    places = places_of(prompts, recipe.data.where, teacher.codec.classes)
+    images, prompts = images[places], [prompts[i] for i in places]
     x = None
     if needs_data or name == "digits":  # digits of another size are refused in any case
         x = teacher.codec.encode(images)
@@ -141,9 +168,11 @@ def own_source(recipe: Recipe, teacher: Teacher) -> Source:
     prompts = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
     if len(prompts) != len(x):
         raise UserError(f"{key}: {len(x)} data and {len(prompts)} labels; return as many of each")
+    places = places_of(prompts, recipe.data.where, codec.classes)
+    x, prompts = x[places], [prompts[i] for i in places]
     cond = codec.condition(prompts)
     tensors = {f"{COND}{k}": v for k, v in (cond or {}).items()} | {"x": x}
-    check_finite(tensors, [f"item {i}" for i in range(len(x))], teacher, key)
+    check_finite(tensors, [f"item {i}" for i in places], teacher, key)
     used = x if recipe.needs_data else None
     source = Source(teacher.shape, used, cond, recipe.train.seed, len(x))
     source.prompts = prompts
@@ -256,6 +285,7 @@ def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
     listing.check(listing.bad, listing.total, data.skip_share)
     if classes := teacher.codec.classes:
         listing.read_labels(classes)
+    keep_part(listing, recipe, teacher)
     with_data = data.source is not None and recipe.needs_data
     if not with_data and not takes:
         return EncodingJob(teacher, listing, [(0, 0)], False)
@@ -265,6 +295,20 @@ def encoding_job(recipe: Recipe, teacher: Teacher) -> EncodingJob | None:
     into_buckets(listing, sizes)
     listing.check(listing.bad, listing.total, data.skip_share)
     return EncodingJob(teacher, listing, sizes, with_data)
+
+
+def keep_part(listing: Listing, recipe: Recipe, teacher: Teacher) -> None:
+    """Leave out what `data.where` does not name, and say how much stays.
+
+    Raises:
+        UserError: it names what the data do not have.
+    """
+    if (where := recipe.data.where) is None:
+        return
+    prompts, total = [item.prompt for item in listing.items], len(listing.items)
+    places = places_of(prompts, where, teacher.codec.classes)
+    listing.items = [listing.items[i] for i in places]
+    print_notice(f"{listing.where}: {len(places):,} of {total:,} items are in data.where")
 
 
 def hold_out(listing: Listing) -> None:
@@ -299,6 +343,7 @@ def shown_prompts(recipe: Recipe, teacher: Teacher) -> list[Pictured]:
     """
     listing = _listing(recipe, teacher)
     assert listing is not None
+    keep_part(listing, recipe, teacher)
     trained, shown = held_out(listing.items)
     height, width = picture_shape(teacher)[-2:]
     read = [pictured(item, height, width, partial=True) for item in (shown or trained)[:SHOWN]]

@@ -28,11 +28,15 @@ AHEAD = 3  # shards that are prepared in advance
 
 
 class Items(NamedTuple):
-    """Items of a source: data (B, ...), conditions, and noise (B, ...) if it is stored."""
+    """Items of a source: data (B, ...), conditions, and noise (B, ...) if it is stored.
+
+    path: the states (B, T, ...) between noise and data, if they are stored.
+    """
 
     x: Tensor | None
     cond: Cond
     noise: Tensor | None = None
+    path: Tensor | None = None
 
 
 class Source:
@@ -46,6 +50,7 @@ class Source:
         cond: Entries (N, ...), or None.
         size: N, the number of items.
         noise: (N, ...), the noise that each datum was made from; None for new noise each time.
+        path: (N, T, ...), the states between them; None if they are not stored.
     """
 
     def __init__(
@@ -56,9 +61,10 @@ class Source:
         seed: int,
         size: int,
         noise: Tensor | None = None,
+        path: Tensor | None = None,
     ) -> None:
         self.shape, self.x, self.cond, self.seed, self.noise = shape, x, cond, seed, noise
-        self.size = size
+        self.size, self.path = size, path
         self.report: dict[str, Any] | None = None  # for data-report.json, if files were read
         self.coupling: CouplingSection | None = None
         self.evaluations = 0  # of the teacher's network, that its items took to make
@@ -83,13 +89,13 @@ class Source:
                 for e in range(int(epochs[0]), int(epochs[-1]) + 1)
             ]
         )
-        x, cond, noise = self.take(index)
+        x, cond, noise, path = self.take(index)
         if noise is None:
             rng = torch.Generator().manual_seed(seed_of(self.seed, "noise", draw, shard))
             noise = torch.randn(size, *self.shape, generator=rng)
             if self.coupling is not None and x is not None:
                 noise = coupled(self.coupling, x, noise, cond, rng)
-        return Batch(x, noise, cond, index)
+        return Batch(x, noise, cond, index, path)
 
     def couple(self, coupling: CouplingSection | None) -> None:
         """Give each datum its noise by this coupling from now on.
@@ -108,8 +114,9 @@ class Source:
 
     def take(self, index: Tensor) -> Items:
         """The items with the numbers `index` (B,)."""
-        x, noise = (None if v is None else v[index] for v in (self.x, self.noise))
-        return Items(x, conditions.rows(self.cond, index), noise)
+        stored = (self.x, self.noise, self.path)
+        x, noise, path = (None if v is None else v[index] for v in stored)
+        return Items(x, conditions.rows(self.cond, index), noise, path)
 
 
 class Buckets(Source):
@@ -254,9 +261,9 @@ class Stream:
         def move(v: Tensor) -> Tensor:
             return v.pin_memory().to(self.device, non_blocking=True)
 
-        x = None if batch.x is None else move(batch.x)
+        x, path = (None if v is None else move(v) for v in (batch.x, batch.path))
         cond = conditions.each(batch.cond, move)
-        return Batch(x, move(batch.noise), cond, batch.items)
+        return Batch(x, move(batch.noise), cond, batch.items, path)
 
     def __next__(self) -> Batch:
         self.waiting.append(self._submit())

@@ -21,7 +21,9 @@ from distill.sampling import used_networks
 from eval.protocols.measure import Protocol
 from eval.protocols.measure import protocol as protocol_of
 from eval.stream import Processes
+from students.routing.folder import is_routed
 from teachers.errors import UserError, cut, nearest
+from teachers.storage.files import home
 
 AGAINST_STEPS = 18  # of the teacher beside the subject, by default
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -156,6 +158,8 @@ def subjects_of(request: Request, counts: list[int], device: Any) -> Subjects:
         UserError: one cannot be loaded or has no such count, or their images differ in shape.
     """
     sampler, few_step, precision = request.sampler, request.few_step, request.precision
+    if request.speed and is_routed(home(request.source)):
+        raise UserError("--speed: these are several students; give one of them, or its run")
     if subject.is_student(request.source):
         subject.refuse_options(few_step, "this option is for teachers; leave it out")
         if request.against is None:

@@ -26,12 +26,13 @@ from distill.publish.results_table import steps_of
 from distill.sampling import speed, used_networks
 from distill.sampling.baselines import Baseline, Stock, StockEDM
 from distill.sampling.guided_teacher import load_teacher
-from distill.sampling.student_sampler import check_protocol, student_samples
+from distill.sampling.student_sampler import check_protocol, routed_samples, student_samples
 from distill.sampling.timesteps import COMPUTED, FINE_STEPS, TRUNCATED
 from eval.metrics.perceptual import lpips, psnr
 from eval.protocols.measure import PROTOCOLS, Protocol, Sampler
 from eval.stream import ONE_PROCESS, Processes
 from students.export.folder import SIDECAR, has_student, load_student, refuse_unfinished
+from students.routing import folder as routing
 from teachers.denoiser import Denoiser
 from teachers.errors import UserError, nearest
 from teachers.quantised import Precision
@@ -95,7 +96,7 @@ def is_student(source: str) -> bool:
     """
     folder = home(source)
     refuse_unfinished(folder)
-    return has_student(folder)
+    return has_student(folder) or routing.is_routed(folder)
 
 
 def usual_protocol(source: str) -> str:
@@ -106,7 +107,7 @@ def usual_protocol(source: str) -> str:
     """
     folder, teacher, named = home(source), source, None
     refuse_unfinished(folder)
-    for path in (folder / SIDECAR, folder / "student" / SIDECAR):
+    for path in (folder / SIDECAR, folder / "student" / SIDECAR, folder / routing.ROUTER):
         if path.is_file():
             sidecar = read_json(path, f"student {source!r}")
             teacher, recipe = sidecar.get("teacher"), sidecar.get("recipe")
@@ -143,6 +144,8 @@ def student(source: str, device: torch.device, precision: Precision | None = Non
         UserError: the folder holds no student, or a damaged one.
     """
     folder = home(source)
+    if routing.is_routed(folder):
+        return routed(folder, device, precision)
     generator, teacher = load_student(folder, precision)
     generator = generator.to(device)
 
@@ -165,6 +168,24 @@ def student(source: str, device: torch.device, precision: Precision | None = Non
     )
 
 
+def routed(folder: Path, device: torch.device, precision: Precision | None = None) -> Subject:
+    """Routed students, sampled as their pipeline samples them.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    students = routing.load(folder, precision)
+    first, teacher = students.experts[0]
+    for generator, _ in students.experts:
+        generator.to(device)
+
+    def sampler(prompts: list[str], steps: int, batch: int | None) -> Sampler:
+        return lambda part, seed: routed_samples(students, part, seed, steps, batch)
+
+    identity = {"files": stamps(str(folder)), "precision": precision}
+    return Subject("student", teacher, first.counts, sampler, identity, first.denoiser)
+
+
 def teacher(
     source: str,
     device: torch.device,
@@ -175,13 +196,14 @@ def teacher(
     adaptive: float | None = None,
     cache: int = 1,
     precision: Precision | None = None,
+    inherit: Sequence[str] = (),
 ) -> Subject:
     """A teacher with one of our solvers or one of diffusers' schedulers.
 
     Args:
         source: As `teacher.source` in a recipe.
         adaptive: The cosine at which guidance stops; None for guidance in all steps.
-        schedule, cache: As in `Baseline`.
+        schedule, cache, inherit: As in `Baseline`.
 
     Raises:
         UserError: there is no such teacher, or it does not support these options.
@@ -197,6 +219,7 @@ def teacher(
     loaded.denoiser.to(device)
     key = "solver" if solver in SOLVERS else "scheduler"
     tree: dict[str, Any] = {key: solver, "schedule": schedule, "cache": cache}
+    tree["inherit"] = [*inherit]
     counts = tuple(TRUNCATED) if schedule == "truncated" else None
     if counts is not None:
         tree["steps"] = counts

@@ -25,12 +25,15 @@ class Batch(NamedTuple):
     cond: the condition of each sample, entries (B, ...), or None.
     items: the number of each sample's item in its source, (B,) int64 on the host; None of a batch
         that no source made.
+    path: of pairs with `data.states`, the states of the teacher's trajectory (B, T, ...) from the
+        noise to x, at quadratic times; the last is x.
     """
 
     x: Tensor | None
     noise: Tensor
     cond: Cond = None
     items: Tensor | None = None
+    path: Tensor | None = None
 
     @property
     def data(self) -> Tensor:
@@ -112,6 +115,8 @@ class Objective:
     # Whether batches must hold real data: always, never, or only when there is a critic. "pairs":
     # data that the teacher's ODE leads the batch's noise to.
     needs_data: ClassVar[Literal["always", "never", "critic", "pairs"]] = "always"
+    # Whether pairs must hold states of the teacher's trajectory (`Batch.path`).
+    needs_states: ClassVar[bool] = False
     # Whether the student is a few-step copy in a stock form, or the teacher's network as it is.
     few_step: ClassVar[bool] = True
     # The player that a run trains above all: it keeps the average of its weights, and leaves them.
@@ -120,6 +125,8 @@ class Objective:
     # What the student learns: the chains of the step counts that it is trained for; every time, and
     # so every count; or the one chain of all its steps.
     learns: ClassVar[Learns] = "chains"
+    # Whether it learns chains, and is called at times between their steps as well.
+    between_steps: ClassVar[bool] = False
     # Whether the student's network reads the time s that its step lands on: denoiser(x_t, t, c, s).
     two_times: ClassVar[bool] = False
     # Whether the loss takes derivatives of the student's network along time.

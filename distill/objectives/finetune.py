@@ -8,7 +8,7 @@ can be held to the output of the frozen teacher, as learning without forgetting 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class FineTuning(Objective):
     # without a change of the network they have no gradient, and so no noise. The anchor then holds
     # these items alone, since on the others it would pull against the pictures.
     known_from: NonNegativeInt | None = None
+
+    between_steps: ClassVar[bool] = True
 
     def loss(self, batch: Batch, step: int) -> Loss:
         student, first = self.student.sample_chain()

@@ -124,12 +124,22 @@ class Adversary(Objective):
             s, other = t, torch.randn_like(batch.data)
         else:
             s, other = self.drawn_for_critic(batch.data, times)
-        real = self.shown(batch.data, batch.cond, s, other)
-        if self.r1 or self.r2:
+        return self.compared(critic, fake, self.shown(batch.data, batch.cond, s, other))
+
+    def compared(
+        self, critic: Critic, fake: Shown, real: Shown, penalised: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critic's loss () of what it reads of samples and of data; scalars to log.
+
+        Args:
+            penalised: With the penalties that have a weight.
+        """
+        if penalised and (self.r1 or self.r2):
             f, r = self.judged(critic, fake, self.r2), self.judged(critic, real, self.r1)
         else:
-            joined = conditions.joined(cond, batch.cond)
-            both = Shown(torch.cat([fake.x_t, real.x_t]), torch.cat([t, s]), joined)
+            joined = conditions.joined(fake.cond, real.cond)
+            times = torch.cat([fake.t, real.t])
+            both = Shown(torch.cat([fake.x_t, real.x_t]), times, joined)
             f, r = halves(self.judged(critic, both))
         if self.reach is not None:
             self.hear(r.logits.detach())

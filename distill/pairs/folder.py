@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill.console import consume_with_bar, print_line
 from distill.files import write
-from distill.pairs.making import Maker, encoded, joined
+from distill.pairs.making import PATH, Maker, encoded, joined
 from distill.pairs.settings import PairSettings, identity, teacher_identity
 from teachers.errors import UserError
 from teachers.storage.files import is_complete, read_json, save_whole
@@ -91,15 +91,21 @@ def fill(
 def rows(maker: Maker) -> int:
     """Pairs in a file: at most `SHARD`, and less where they are large."""
     cond = encoded(maker.teacher, maker.prompts[:1]) or {}
-    size = 2 * 4 * math.prod(maker.teacher.shape)
+    size = (2 + maker.settings.states) * 4 * math.prod(maker.teacher.shape)
     size += sum(v.numel() * v.element_size() for v in cond.values())
     return max(1, min(SHARD, SHARD_BYTES // size))
+
+
+def shapes_of(shape: Sequence[int], states: int) -> dict[str, Sequence[int]]:
+    """The shapes of one pair's tensors by name, without those of its condition."""
+    path = {PATH: [states, *shape]} if states else {}
+    return dict.fromkeys(NAMES, shape) | path
 
 
 def make(folder: Path, maker: Maker, files: list[Shard]) -> Iterator[int]:
     """Make this process's part of the shards, and wait for the others'; yields the pairs made."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    done, shapes = 0, dict.fromkeys(NAMES, maker.teacher.shape)
+    done, shapes = 0, shapes_of(maker.teacher.shape, maker.settings.states)
     for shard in files[rank::world]:
         if not is_shard(folder / shard.file, len(shard.numbers), shapes):
             parts: list[tuple[dict[str, Tensor], int]] = []
@@ -169,7 +175,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         files = {folder / str(entry["file"]): int(entry["pairs"]) for entry in index["shards"]}
-        data = dict.fromkeys(NAMES, index["shape"])
+        data = shapes_of(index["shape"], index.get("states", 0))
         shapes = data | {f"cond.{k}": v for k, v in index["conditions"].items()}
         sound = index.keys() >= NEEDED and bool(files) and isinstance(index["evaluations"], int)
         sound = sound and all(isinstance(v, list) for v in shapes.values())

@@ -22,9 +22,10 @@ from distill.seeds import seed_of
 from teachers import conditions
 from teachers.conditions import Cond
 from teachers.denoiser import Denoiser, computes
-from teachers.solver import heun_step, solve
+from teachers.solver import heun_step, solve, solve_through
 from teachers.teacher import Teacher
 
+PATH = "path"  # of a pair: the states between noise and data
 CLEAN = 0.002  # σ/α at which data are taken as they are, where a process begins at less
 
 
@@ -48,8 +49,9 @@ class Maker:
     def make(self, numbers: range) -> tuple[dict[str, Tensor], int]:
         """Tensors (N, ...) by name, on the CPU, and the network evaluations that they took.
 
-        `noise` is unit noise and `x` data; entries of the condition begin with "cond.". `prompt` is
-        the number of the prompt, or -1 of inverted pairs.
+        `noise` is unit noise and `x` data; `path` (N, T, ...) are states between them, if they are
+        asked for. Entries of the condition begin with "cond.". `prompt` is the number of the
+        prompt, or -1 of inverted pairs.
         """
         return joined(list(self.parts(numbers)))
 
@@ -72,19 +74,17 @@ class Maker:
         places = [self.places[i % len(self.places)] for i in numbers]
         cond = encoded(self.teacher, [self.prompts[p] for p in places])
         where, settings = device(), self.settings
-        x = solve(
-            self.denoiser,
-            z.to(where),
-            settings.steps,
-            settings.solver,
-            conditions.moved(cond, where),
-        )
-        return _tensors(z, x, cond, torch.tensor(places))
+        start, moved = z.to(where), conditions.moved(cond, where)
+        given = self.denoiser, start, settings.steps, settings.solver, moved
+        if not settings.states:
+            return _tensors(z, solve(*given), cond, torch.tensor(places))
+        x, path = solve_through(*given, settings.states)
+        return {**_tensors(z, x, cond, torch.tensor(places)), PATH: path.float().cpu()}
 
     def _inverted(self, numbers: range) -> dict[str, Tensor]:
         assert self.data is not None
         index = torch.tensor([(i - self.settings.count) % self.data.size for i in numbers])
-        x, cond, _ = self.data.take(self._shuffled("inverted", self.data.size)[index])
+        x, cond, *_ = self.data.take(self._shuffled("inverted", self.data.size)[index])
         assert x is not None
         where, second = device(), self.settings.solver != "ddim"
         z = invert(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill.config.recipe import Recipe, shipped
-from distill.config.schema import PAIRS, PairSolver, Place, TeacherSection
+from distill.config.schema import PAIRS, PairSolver, Place, TeacherSection, WhereSection
+from distill.data.conditions.part import places_of
 from distill.data.from_recipe import source_of
 from distill.data.prompts import list_prompts
 from distill.data.stream import Buckets, Source
@@ -32,6 +33,8 @@ class PairSettings:
     images: The data of these, as `data.source` in a recipe.
     prompts: As `data.prompts`.
     seed: Of the noise; pair i depends on the seed and i alone.
+    states: How many states of each trajectory are stored, at quadratic times; 0 stores none.
+    where: As `data.where`.
     """
 
     teacher: TeacherSection
@@ -42,6 +45,8 @@ class PairSettings:
     images: Place | None = None
     prompts: Place | None = None
     seed: int = 0
+    states: int = 0
+    where: WhereSection | None = None
 
     @property
     def total(self) -> int:
@@ -60,6 +65,11 @@ class PairSettings:
             )
         if self.inverted and self.images is None:
             raise UserError("data.images: missing; inverted pairs start at data; name their folder")
+        if self.inverted and self.states:
+            raise UserError(
+                "data.states: inverted pairs have no states of the teacher's sampler; remove one "
+                "of the two"
+            )
         if self.images is not None and not self.inverted:
             raise UserError("data.images: only inverted pairs start at data; set data.inverted")
         if self.prompts is not None and (teacher.codec.classes or not _reads_text(teacher)):
@@ -99,8 +109,11 @@ def recipe_of(
 def settings_of(recipe: Recipe) -> PairSettings:
     """The settings of a recipe whose `data.source` is "pairs"; of others, those of its teacher."""
     data = recipe.data
-    given = {k: getattr(data, k) for k in ("count", "solver", "steps", "inverted", "images")}
-    settings = PairSettings(recipe.teacher, prompts=data.prompts, seed=recipe.train.seed)
+    given = {k: getattr(data, k) for k in ("count", "solver", "steps", "inverted", "images",
+                                            "states")}  # fmt: skip
+    settings = PairSettings(
+        recipe.teacher, prompts=data.prompts, seed=recipe.train.seed, where=data.where
+    )
     return replace(settings, **{k: v for k, v in given.items() if v is not None})
 
 
@@ -110,10 +123,14 @@ def prompts_of(settings: PairSettings, teacher: Teacher) -> list[Any]:
     Raises:
         UserError: the prompts cannot be read.
     """
-    if classes := teacher.codec.classes:
-        return list(range(classes))
-    if not _reads_text(teacher):
-        return [0]
+    every: list[Any] = list(range(teacher.codec.classes)) or [0]
+    if _reads_text(teacher):
+        every = _texts(settings, teacher)
+    return [every[i] for i in places_of(every, settings.where, teacher.codec.classes)]
+
+
+def _texts(settings: PairSettings, teacher: Teacher) -> list[str]:
+    """The prompts of a teacher that reads text."""
     if settings.prompts is None and teacher.source == "shapes":
         return shapes.all_captions()
     listing = list_prompts(settings.prompts or "pack:starter")
@@ -132,7 +149,7 @@ def data_of(settings: PairSettings, teacher: Teacher) -> Source | None:
     tree = {
         "teacher": settings.teacher.model_dump(),
         "objective": {"name": "ect"},  # one that needs data
-        "data": {"source": plain(settings.images)},
+        "data": {"source": plain(settings.images), "where": part_of(settings)},
         "train": {"steps": 1, "seed": settings.seed},
     }  # fmt: skip
     source = source_of(Recipe.check(tree, "pairs"), teacher)
@@ -162,7 +179,14 @@ def identity(settings: PairSettings, known: dict[str, Any], prompts: list[Any]) 
         "images": plain(settings.images),
         "prompts": hash_of(prompts),
         "dtype": "float32",
+        **({"states": settings.states} if settings.states else {}),
+        **({} if settings.where is None else {"where": part_of(settings)}),
     }  # fmt: skip
+
+
+def part_of(settings: PairSettings) -> dict[str, Any] | None:
+    """The part of the conditions that pairs are of, as plain data."""
+    return None if settings.where is None else settings.where.model_dump(mode="json")
 
 
 def plain(place: Place | None) -> Any:

@@ -15,6 +15,7 @@ from distill.data.cache import Cached
 from distill.data.encode import device, split
 from distill.data.stream import Items, Source
 from distill.pairs.folder import ABOUT, NAMES, fill, opened, read_index
+from distill.pairs.making import PATH
 from distill.pairs.settings import (
     hash_of,
     identity,
@@ -28,7 +29,14 @@ from teachers.storage.files import home
 from teachers.teacher import Teacher
 
 KEY = "data.path"
-GIVEN = ("count", "solver", "steps", "inverted", "images")  # keys that must agree with the folder
+GIVEN = (
+    "count",
+    "solver",
+    "steps",
+    "inverted",
+    "images",
+    "states",
+)  # keys that must agree with the folder
 GB = 1e9
 
 
@@ -147,13 +155,14 @@ def check_prompts(folder: Path, index: dict[str, Any], recipe: Recipe, teacher: 
     Raises:
         UserError: they have others.
     """
-    if recipe.data.prompts is None:
+    if recipe.data.prompts is None and recipe.data.where is None:
         return
     settings = settings_of(recipe)
     settings.check(teacher)
     if index.get("prompts") != hash_of(prompts_of(settings, teacher)):
+        key = "where" if recipe.data.prompts is None else "prompts"
         raise UserError(
-            f"data.prompts: the pairs in {clipped(str(folder))} have other prompts; remove the "
+            f"data.{key}: the pairs in {clipped(str(folder))} have other prompts; remove the "
             "key, or give another data.path"
         )
 
@@ -162,6 +171,7 @@ def open_pairs(folder: Path, index: dict[str, Any], recipe: Recipe) -> Source:
     """The pairs, in memory if they fit, else read from memory-mapped files."""
     files = [folder / entry["file"] for entry in index["shards"]]
     names = [*NAMES, *(f"cond.{k}" for k in index["conditions"])]
+    names += [PATH] if recipe.kind.needs_states else []
     shape, seed = tuple(index["shape"]), recipe.train.seed
     size = sum(file.stat().st_size for file in files)
     if size > recipe.data.in_memory_gb * GB:
@@ -172,9 +182,9 @@ def open_pairs(folder: Path, index: dict[str, Any], recipe: Recipe) -> Source:
             with opened(file) as shard:
                 parts.append({k: shard.get_tensor(k) for k in names})
         tensors = {k: torch.cat([p[k] for p in parts]) for k in names}
-        noise = tensors.pop("noise")
+        noise, path = tensors.pop("noise"), tensors.pop(PATH, None)
         x, cond = split(tensors)
-        source = Source(shape, x, cond, seed, len(noise), noise)
+        source = Source(shape, x, cond, seed, len(noise), noise, path)
     source.evaluations = int(index["evaluations"])
     return source
 
@@ -184,5 +194,5 @@ class StoredPairs(Cached):
 
     def take(self, index: Tensor) -> Items:
         tensors = self.rows_of(index)
-        noise = tensors.pop("noise")
-        return Items(*split(tensors), noise)
+        noise, path = tensors.pop("noise"), tensors.pop(PATH, None)
+        return Items(*split(tensors), noise, path)

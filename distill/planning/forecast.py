@@ -22,9 +22,9 @@ from distill.profiling import FlopMeter, FusedAttention, Meter, unique
 from distill.rates import family_of
 from distill.training import custom_objective
 from distill.training.compilation import wanted_mode
-from distill.training.networks import assembled, build_networks, player_networks
+from distill.training.networks import assembled, build_networks, form_for, path_of, player_networks
 from distill.training.optimizers import optimizer_bytes
-from students.export.forms import StockForm, form_of
+from students.export.forms import StockForm
 from students.lora import network_of, unwrap, view_of
 from students.own_network import is_own
 from teachers import conditions
@@ -82,7 +82,7 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
     train, parts = recipe.train, recipe.train.accumulate
     n = train.batch // parts
     base = parameters(network_of(teacher.denoiser).backbone)  # before adapters are on it
-    form, student = form_of(teacher, recipe.kind.few_step), recipe.student
+    form, student = form_for(recipe, teacher), recipe.student
     if isinstance(form, StockForm):  # values, which fake tensors lack, decide the times
         form = form.fixed(student.steps, student.start, student.renoise)
     with fake, no_moves():
@@ -93,7 +93,7 @@ def plan(recipe: Recipe, shape: Callable[[Any], Teacher] | None = None) -> Plan:
         x = torch.zeros(n, *teacher.shape)
         cond = teacher.codec.condition([0] * n)
         cond = conditions.each(cond, torch.clone)
-        batch = Batch(x if recipe.needs_data else None, x.clone(), cond)
+        batch = Batch(x if recipe.needs_data else None, x.clone(), cond, path=path_of(recipe, x))
         smaller = smaller_of(recipe, teacher, objective, batch)
         with explained(recipe, teacher):
             most, gradients, flops, evaluations = played(recipe, objective, movers, batch)
@@ -141,7 +141,8 @@ def smaller_of(
             network(batch.noise, t, batch.cond)
         work.append(meter.flops)
         counts.append(parameters(network.backbone))
-    return (counts[0], work[0] / work[1]) if counts[0] != counts[1] else None
+    same = counts[0] == counts[1] and work[0] == work[1]
+    return None if same else (counts[0], work[0] / work[1])
 
 
 def compiles(recipe: Recipe) -> bool:
@@ -200,6 +201,8 @@ def explained(recipe: Recipe, teacher: Teacher) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # a user's own code may raise anything
         if custom_objective.file_of(recipe) is not None:
             who = f"objective.name: {clipped(recipe.objective['name'])}"
+        elif recipe.student.network is not None:
+            who = f"student.architecture.network: {clipped(recipe.student.network)!r}"
         elif is_own(teacher.denoiser):
             who = teacher_at(teacher.source)
         else:

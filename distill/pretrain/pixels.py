@@ -5,7 +5,8 @@ UNet2DModel, and `scheduler`, the configuration of the diffusers scheduler that 
 A recipe with `text_encoder` describes a text-to-image pipeline; text_to_image.py trains that. One
 with a `teacher` and the objective `discriminator` trains a discriminator of it: discriminator.py;
 one with the objective `decoder`, a light decoder of it: decoder.py; one with `tinyfusion` or
-`ecodiff`, what of its network can go: gates.py.
+`ecodiff`, what of its network can go: gates.py; one with `ilf`, what carries its inner levels on
+from step to step: feedback.py; one with `guide`, a guide beside it: guide.py.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ from distill.files import write
 from distill.objectives.adversarial.discriminator import Discriminator
 from distill.objectives.smaller.decoder import LightDecoder
 from distill.objectives.smaller.ecodiff import EcoDiff
+from distill.objectives.smaller.guide import Guide
+from distill.objectives.smaller.ilf import InnerLoopFeedback
 from distill.objectives.smaller.tinyfusion import TinyFusion
 from distill.pretrain import text_to_image
 from distill.pretrain.decoder import teach_decoder
 from distill.pretrain.discriminator import teach_discriminator
+from distill.pretrain.feedback import teach_feedback
 from distill.pretrain.gates import teach_gates
+from distill.pretrain.guide import teach_guide
 from distill.pretrain.text_to_image import Scenes, TextRecipe
 from distill.profiling import device_name
 from distill.publish.results_table import many
@@ -57,6 +62,8 @@ PARTS = {
     LightDecoder: teach_decoder,
     TinyFusion: teach_gates,
     EcoDiff: teach_gates,
+    InnerLoopFeedback: teach_feedback,
+    Guide: teach_guide,
 }
 STEPS = (1, 2, 4, 8, 32)  # solver steps for which the card states the teacher's quality
 

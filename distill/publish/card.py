@@ -406,7 +406,7 @@ def training(facts: Facts) -> str:
     lines = [
         f"- **Teacher**: {teacher_name(facts)}, {scale}. {sampled}",
         *lora_lines(facts),
-        *([f"- **Weights**: {line}."] if (line := facts.sidecar.get("average")) else []),
+        *[f"- **Weights**: {line}." for line in weight_lines(facts)],
         f"- **Data**: {data}.",
     ]
     if summary := facts.summary:
@@ -417,6 +417,15 @@ def training(facts: Facts) -> str:
             f"- **Cost**: {cost(summary)}.",
         ]
     return "## Training\n\n" + "\n".join(lines)
+
+
+def weight_lines(facts: Facts) -> list[str]:
+    """What the weights are, where they are not those of the training's end."""
+    lines = [line for key in ("average", "rounded") if (line := facts.sidecar.get(key))]
+    if number := facts.setting("student", "format"):
+        bits = number["weights"]
+        lines.append(f"trained through {bits} bits, and rounded to them in floating point")
+    return lines
 
 
 def lora_lines(facts: Facts) -> list[str]:

@@ -102,6 +102,13 @@ PAPERS = {
         2023,
         "2306.00980",
     ),
+    "guide": Paper(
+        "Plug-and-Play Diffusion Distillation",
+        "Hsiao, Yi-Ting and Khodadadeh, Siavash and Duarte, Kevin and Lin, Wei-An and Qu, Hui and "
+        "Kwon, Mingi and Kalarot, Ratheesh",
+        2024,
+        "2406.01954",
+    ),
     "discriminator": Paper(
         "Refining Generative Process with Discriminator Guidance in Score-based Diffusion Models",
         "Kim, Dongjun and Kim, Yeongmin and Kwon, Se Jung and Kang, Wanmo and Moon, Il-Chul",
@@ -149,6 +156,13 @@ PAPERS = {
         "Stegmaier, Johannes and Kawaguchi, Kenji",
         2024,
         "2412.02852",
+    ),
+    "dsno": Paper(
+        "Fast Sampling of Diffusion Models via Operator Learning",
+        "Zheng, Hongkai and Nie, Weili and Vahdat, Arash and Azizzadenesheli, Kamyar and "
+        "Anandkumar, Anima",
+        2022,
+        "2211.13449",
     ),
     "ect": Paper(
         "Consistency Models Made Easy",
@@ -206,6 +220,12 @@ PAPERS = {
         "Stefano and Ho, Jonathan and Salimans, Tim",
         2022,
         "2210.03142",
+    ),
+    "ilf": Paper(
+        "Accelerate High-Quality Diffusion Models with Inner Loop Feedback",
+        "Gwilliam, Matthew and Cai, Han and Wu, Di and Shrivastava, Abhinav and Cheng, Zhiyu",
+        2025,
+        "2501.13107",
     ),
     "imm": Paper(
         "Inductive Moment Matching",
@@ -340,11 +360,25 @@ PAPERS = {
         2024,
         "2412.01199",
     ),
+    "unifl": Paper(
+        "UniFL: Improve Latent Diffusion Model via Unified Feedback Learning",
+        "Zhang, Jiacheng and Wu, Jie and Ren, Yuxi and Xia, Xin and Kuang, Huafeng and Xie, Pan "
+        "and Li, Jiashi and Xiao, Xuefeng and Huang, Weilin and Wen, Shilei and Fu, Lean and "
+        "Li, Guanbin",
+        2024,
+        "2404.05595",
+    ),
     "uni-instruct": Paper(
         "Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence Instruction",
         "Wang, Yifei and Bai, Weimin and Zhang, Colin and Zhang, Debing and Luo, Weijian and "
         "Sun, He",
         2025,
         "2505.20755",
+    ),
+    "wavediff": Paper(
+        "Wavelet Diffusion Models are fast and scalable Image Generators",
+        "Phung, Hao and Dao, Quan and Tran, Anh",
+        2022,
+        "2211.16152",
     ),
 }

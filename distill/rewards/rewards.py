@@ -6,6 +6,7 @@ Here their functions are found, tried and called; `terms` has how they join a lo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from distill.objectives.trajectory.rg_lcd import LatentReward
 from distill.rewards.preference import PREFERENCES, preference
 from distill.rewards.terms import Rewards, Score, Term
 from eval import shapes
-from eval.shapes.classifier import classifier, labels
+from eval.shapes.classifier import HEADS, classifier, labels
 from teachers.errors import UserError, clipped, first_line, nearest
 from teachers.storage.plugin import function_at, is_function
 from teachers.teacher import Teacher
@@ -80,10 +81,10 @@ def terms_of(recipe: Recipe, teacher: Teacher) -> list[Term]:
                 f"rewards.{key}.kind: ranked orders data of (C, H, W), and the teacher's are "
                 f"{tuple(teacher.shape)}; set it to direct or weighted"
             )
-        if section.function == "shapes" and teacher.codec.classes:
+        if section.function in CERTAINTIES and teacher.codec.classes:
             raise UserError(
-                f"rewards.{key}.function: shapes reads captions, and this teacher has labels; name "
-                "a function of your own"
+                f"rewards.{key}.function: {section.function} reads captions, and this teacher has "
+                "labels; name a function of your own"
             )
         function = function_of(section.function, key)
         if section.network is not None and not is_function(section.function):
@@ -124,10 +125,10 @@ def function_of(name: str, key: str) -> Function:
     """
     if name in PREFERENCES:
         return preference(name)
-    if name == "shapes":
-        return caption_certainty
+    if name in CERTAINTIES:
+        return CERTAINTIES[name]
     if not is_function(name):
-        known = nearest(name, [*PREFERENCES, "shapes"])
+        known = nearest(name, [*PREFERENCES, *CERTAINTIES])
         raise UserError(
             f"rewards.{key}.function: {clipped(name)!r} is no built-in reward; {known}; or write "
             "path/to/file.py:function"
@@ -240,8 +241,13 @@ def checked(values: Tensor, name: str, images: Tensor) -> Tensor:
     return values if values.is_floating_point() else values.float()
 
 
-def caption_certainty(images: Tensor, prompts: Sequence[Any]) -> Tensor:
+def caption_certainty(
+    images: Tensor, prompts: Sequence[Any], attributes: Sequence[int] = range(len(HEADS))
+) -> Tensor:
     """The log-probability (B,) of captions of the embedded shapes by their small classifier.
+
+    Args:
+        attributes: Which of a scene's count, by their place in `Scene`; by default all.
 
     The features of the protocol `shapes` are this network's, so its distance is no fair judge of a
     student of this reward. Its share of right captions is, as it is read from the pixels.
@@ -249,8 +255,18 @@ def caption_certainty(images: Tensor, prompts: Sequence[Any]) -> Tensor:
     network = classifier().to(images.device)
     wanted = labels([shapes.parse(p) for p in prompts]).to(images.device)
     logits = [head.log_softmax(1) for head in network(images)]
-    chosen = [row.gather(1, wanted[:, k : k + 1])[:, 0] for k, row in enumerate(logits)]
+    chosen = [logits[k].gather(1, wanted[:, k : k + 1])[:, 0] for k in attributes]
     return torch.stack(chosen).sum(0)
+
+
+# By the name of a recipe: of all that a caption says, or of one attribute.
+CERTAINTIES: dict[str, Function] = {
+    "shapes": caption_certainty,
+    **{
+        f"shapes-{name}": partial(caption_certainty, attributes=(place,))
+        for place, name in enumerate(shapes.Scene._fields)
+    },
+}
 
 
 def rewarded(loss: Loss, batch: Batch, turn: Turn, objective: Objective, step: int = 0) -> Loss:

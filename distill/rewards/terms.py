@@ -12,6 +12,9 @@ harder to please by pictures that the loss would not make.
 student's samples to order them as the reward does (the form of TDM-R1's and RG-LCD's surrogates;
 the loss of Bradley and Terry 1952). The reward itself needs no gradient.
 
+Of a reward with a `floor` α, in place of R there is -ReLU(α - R): those above it are as good as α
+(UniFL, arXiv:2404.05595).
+
 All act where the loss's gradient reaches the samples, so they suit any objective that gives them.
 Differs from TDM-R1, of which only weights are public: the network reads x̂ and not the states of the
 chain, and pairs are of different prompts, as a batch has them.
@@ -91,7 +94,8 @@ class Rewards:
         """A reward (B,) of data x (B, ...); without a graph where its gradient is not taken."""
         assert batch.items is not None
         prompts = [self.prompts[i] for i in batch.items.tolist()]
-        return term.score(x, prompts, self.takes_gradients and term.differentiates)
+        found = term.score(x, prompts, self.takes_gradients and term.differentiates)
+        return found if term.section.floor is None else -F.relu(term.section.floor - found)
 
     def added(self, loss: Loss, batch: Batch, step: int) -> Loss:
         """The loss with its rewards: terms of its value, and a hook on its samples' gradient."""

@@ -3,7 +3,7 @@
 A baseline uses one of our own solvers, or a scheduler of diffusers in the teacher's stock pipeline.
 Its schedule is the process's own, or one of `timesteps.py`. Guidance may stop early
 (`teachers.guidance.Adaptive`), and a UNet may reuse its deep part from call to call
-(`distill.sampling.deepcache`).
+(`teachers.reduced.deepcache`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from annotated_types import MinLen
 from pydantic import Field, model_validator
 
 from distill.config.recipe import Recipe
-from distill.config.schema import GuidanceSection, Section
+from distill.config.schema import GuidanceSection, Name, Section
 from distill.field_types import PositiveInt
-from distill.sampling.deepcache import deep_part
 from distill.sampling.guided_teacher import guidance_of
 from distill.sampling.teacher_sampler import PipelineSampler, Sampler, SolverSampler
 from distill.sampling.timesteps import (
@@ -30,11 +29,13 @@ from distill.sampling.timesteps import (
     pipeline_class,
 )
 from eval.protocols.measure import Protocol
+from students.architecture.units import check_units
 from students.lora import unwrap
-from teachers.errors import UserError
+from teachers.errors import UserError, plural
 from teachers.families.base import Prompted
 from teachers.guidance import AGREED
 from teachers.process import Karras
+from teachers.reduced.deepcache import DeepCache
 from teachers.solver import is_pure_noise
 from teachers.teacher import Teacher
 
@@ -63,6 +64,7 @@ class Baseline(Section):
     guidance: Literal["full", "adaptive"] = "full"  # adaptive: stop when both predictions agree
     threshold: Annotated[float, Field(gt=0, le=1)] = AGREED  # their cosine at which guidance stops
     cache: PositiveInt = 1  # DeepCache: run the whole UNet at every n-th call; 1 is always
+    inherit: tuple[Name, ...] = ()  # with cache: layers that are kept, not all inner levels
 
     @model_validator(mode="after")
     def _agree(self) -> Baseline:
@@ -76,6 +78,8 @@ class Baseline(Section):
             raise ValueError(
                 "input should have guidance: full, because stock pipelines guide all steps"
             )
+        if self.inherit and self.cache == 1:
+            raise ValueError("input should have cache: 2 or more with inherit")
         if self.guidance != "full" and self.cache > 1:
             raise ValueError(
                 "input should have cache: 1, because adaptive guidance changes the batch"
@@ -91,6 +95,9 @@ class Baseline(Section):
         if self.guidance == "adaptive":
             name += ", adaptive guidance"
             name += "" if self.threshold == AGREED else f" {self.threshold:g}"
+        if self.inherit:
+            count = len(self.inherit)
+            return f"{name}, {count} {plural(count, 'layer')} inherited {self.cache}"
         return name if self.cache == 1 else f"{name}, DeepCache {self.cache}"
 
     def check(self, recipe: Recipe, teacher: Teacher, where: str = "") -> None:
@@ -111,7 +118,8 @@ class Baseline(Section):
         self._check_adaptive(guidance, where)
         if self.cache > 1:
             try:
-                deep_part(unwrap(teacher.denoiser).backbone)
+                check_units(unwrap(teacher.denoiser).backbone, self.inherit, "inherit")
+                DeepCache(unwrap(teacher.denoiser).backbone, self.cache, units=self.inherit)
             except UserError as error:
                 raise UserError(f"{where}: {teacher.source!r}: {error}") from None
 
@@ -197,7 +205,9 @@ class Baseline(Section):
             batch: Samples in one call of the networks; by default as many as their size allows.
         """
         if self.scheduler is not None:
-            return PipelineSampler(recipe, teacher, self.scheduler, steps, self.cache, batch)
+            return PipelineSampler(
+                recipe, teacher, self.scheduler, steps, self.cache, batch, self.inherit
+            )
         assert self.solver is not None
         threshold = self.threshold if self.guidance == "adaptive" else None
         return SolverSampler(
@@ -210,4 +220,5 @@ class Baseline(Section):
             threshold,
             self.cache,
             batch,
+            self.inherit,
         )

@@ -15,6 +15,7 @@ from eval.protocols.measure import Protocol, images_to_samples
 from eval.samples import Samples
 from students.export.folder import sample_student
 from students.generator import Generator
+from students.routing.folder import Routed
 from teachers.errors import UserError
 from teachers.teacher import Teacher
 
@@ -88,6 +89,26 @@ def student_samples(
     device, batch = next(student.parameters()).device, batch or default_batch(teacher)
     x, seconds = timed(lambda: sample_student(student, teacher, prompts, seed, batch), device)
     return images_to_samples(decode(teacher, x, batch), list(prompts), seconds)
+
+
+def routed_samples(
+    students: Routed, prompts: Sequence[str], seed: int, steps: int, batch: int | None = None
+) -> Samples:
+    """Routed students' images for the prompts, from the noise that their pipeline draws.
+
+    Args:
+        batch: As for `student_samples`.
+    """
+    teacher = students.experts[0][1]
+    device = next(students.experts[0][0].parameters()).device
+    batch = batch or default_batch(teacher)
+    drawn, seconds = timed(lambda: students.samples(prompts, seed, steps, batch), device)
+    made: Any = drawn
+    images: list[Any] = [None] * len(prompts)
+    for places, x, own in made:
+        for place, image in zip(places, decode(own, x, batch), strict=True):
+            images[place] = image
+    return images_to_samples(torch.stack(images), list(prompts), seconds)
 
 
 def evaluate_student(

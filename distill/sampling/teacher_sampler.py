@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from distill.config.recipe import Recipe
 from distill.data.encode import encoders_on
 from distill.profiling import Meter
-from distill.sampling.deepcache import DeepCache
 from distill.sampling.guided_teacher import guidance_of, guided
 from distill.sampling.student_sampler import decode, default_batch, timed
 from distill.sampling.timesteps import (
@@ -29,12 +28,14 @@ from distill.sampling.timesteps import (
 )
 from eval.protocols.measure import Protocol, images_to_samples
 from eval.samples import Samples
+from students.architecture.units import check_units
 from students.lora import unwrap
 from teachers import conditions
 from teachers.denoiser import Denoiser, Guided, computes
 from teachers.families import unet
 from teachers.families.base import Prompted, images_of, quiet
 from teachers.guidance import Adaptive
+from teachers.reduced.deepcache import DeepCache
 from teachers.solver import SOLVERS
 from teachers.teacher import Teacher
 
@@ -46,16 +47,26 @@ class Sampler(ABC):
         denoiser: The networks in it are counted.
         cache: DeepCache's interval; 1 is no caching.
         batch: Images in one call of the networks; by default as many as their size allows.
+        inherit: DeepCache's units.
     """
 
-    def __init__(self, teacher: Teacher, denoiser: Denoiser, cache: int, batch: int | None) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        denoiser: Denoiser,
+        cache: int,
+        batch: int | None,
+        inherit: Sequence[str] = (),
+    ) -> None:
         self.teacher, self.device = teacher, device_of(teacher)
         self.batch = batch or default_batch(teacher)
         self.networks = [m for m in denoiser.modules() if computes(m)]
         self.deep_cache: DeepCache | None = None
         if cache > 1:
-            self.deep_cache = DeepCache(unwrap(teacher.denoiser).backbone, cache)
-            self.shallow_share = shallow_share(teacher)
+            backbone = unwrap(teacher.denoiser).backbone
+            check_units(backbone, inherit, "inherit")
+            self.deep_cache = DeepCache(backbone, cache, units=inherit)
+            self.shallow_share = shallow_share(teacher, inherit=inherit)
         self.search_evaluations = 0  # for computing the schedule
 
     @abstractmethod
@@ -114,9 +125,10 @@ class SolverSampler(Sampler):
         threshold: float | None = None,
         cache: int = 1,
         batch: int | None = None,
+        inherit: Sequence[str] = (),
     ) -> None:
         self.denoiser = guided(recipe.teacher, teacher)
-        super().__init__(teacher, self.denoiser, cache, batch)
+        super().__init__(teacher, self.denoiser, cache, batch, inherit)
         self.solver, self.threshold = SOLVERS[solver], threshold
         with counted(self.networks) as sizes:
             self.times = self.schedule_times(schedule, steps, prompts)
@@ -194,8 +206,9 @@ class PipelineSampler(Sampler):
         steps: int,
         cache: int = 1,
         batch: int | None = None,
+        inherit: Sequence[str] = (),
     ) -> None:
-        super().__init__(teacher, teacher.denoiser, cache, batch)
+        super().__init__(teacher, teacher.denoiser, cache, batch, inherit)
         self.networks = [unwrap(teacher.denoiser).backbone]  # pipelines call the backbone directly
         self.scale, self.steps = guidance_of(recipe.teacher).one_scale, steps
         self.pipe = pipeline(teacher, scheduler)
@@ -291,13 +304,17 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def shallow_share(teacher: Teacher) -> float:
-    """The FLOPs of a shallow call of the teacher's UNet, as a share of a whole call's."""
+def shallow_share(teacher: Teacher, feedback: Any = None, inherit: Sequence[str] = ()) -> float:
+    """The FLOPs of a shallow call of the teacher's UNet, as a share of a whole call's.
+
+    Args:
+        feedback, inherit: As `DeepCache` takes feedback and units.
+    """
     cond = teacher.codec.condition([0] if teacher.codec.classes else [""])
     device = device_of(teacher)
     cond = conditions.moved(cond, device)
     x, t, flops = torch.zeros(1, *teacher.shape, device=device), torch.ones(1, device=device), []
-    with DeepCache(unwrap(teacher.denoiser).backbone, 2):
+    with DeepCache(unwrap(teacher.denoiser).backbone, 2, feedback, inherit):
         for _ in ("whole", "shallow"):
             with Meter(set()) as meter:
                 teacher.denoiser(x, t, cond)

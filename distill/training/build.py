@@ -17,6 +17,7 @@ from distill.config.recipe import Recipe
 from distill.config.schema import PAIRS, TrainSection
 from distill.console import print_notice
 from distill.data import cache
+from distill.data.conditions.part import is_inside
 from distill.data.encode import device
 from distill.data.expansion.captions import write_prompts
 from distill.data.from_recipe import (
@@ -45,7 +46,7 @@ from distill.trackers import trackers
 from distill.training import custom_objective, optimizers
 from distill.training.compilation import compile_run, mode_of
 from distill.training.engine import Engine, check_memory, shards_of
-from distill.training.networks import check_form, objective_of, player_networks
+from distill.training.networks import check_form, form_for, objective_of, player_networks
 from distill.training.player import Player
 from distill.training.preflight import rehearse_end
 from distill.training.rehearsal import check_finite
@@ -59,7 +60,6 @@ from distill.training.run_folder import (
 from eval import shapes
 from eval.catalogue import headline
 from eval.protocols.measure import Protocol, protocol
-from students.export.forms import form_of
 from students.form import StudentForm
 from students.generator import Generator
 from teachers import conditions
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def form(self) -> StudentForm:
-        return form_of(self.teacher, self.recipe.kind.few_step)
+        return form_for(self.recipe, self.teacher)
 
 
 @dataclass
@@ -154,7 +154,7 @@ def networks(recipe: Recipe, out: Path, resume: bool) -> Parts:
     measure = protocol(recipe.eval.protocol) if recipe.eval.protocol else None
     mode = mode_of(recipe, device())
     teacher = load_teacher(recipe.teacher)
-    form = form_of(teacher, recipe.kind.few_step)
+    form = form_for(recipe, teacher)
     if measure is not None:
         check_protocol(measure, teacher)
         measure.check()
@@ -241,7 +241,7 @@ def open_run(recipe: Recipe, parts: Parts, out: Path, resume: bool) -> Run:
         return {**metrics, "headline": headline(metrics)}
 
     train = recipe.train
-    form = form_of(teacher, recipe.kind.few_step)
+    form = form_for(recipe, teacher)
     if not form.draws_pictures or recipe.kind.trains != "student":
         train = train.model_copy(update={"sample_every": 0})
     shown = grid_prompts(recipe, teacher)
@@ -330,7 +330,18 @@ def rehearse_skipping(guided: nn.Module, teacher: Teacher, device: torch.device)
 
 
 def grid_prompts(recipe: Recipe, teacher: Teacher) -> list[Any]:
-    """What the sample grids show: every class in turn, or prompts of the recipe's own kind."""
+    """What the sample grids show: every class in turn, or prompts of the recipe's own kind.
+
+    Those that `data.where` leaves out give their place to the others; where none is left, all stay.
+    """
+    every, where = _grid_prompts(recipe, teacher), recipe.data.where
+    if where is None or teacher.codec.pictures:
+        return every
+    inside = [v for v in every if is_inside(v, where)] or every
+    return [inside[i % len(inside)] for i in range(len(every))]
+
+
+def _grid_prompts(recipe: Recipe, teacher: Teacher) -> list[Any]:
     if classes := teacher.codec.classes:
         return [i % classes for i in range(80)]
     if teacher.codec.pictures:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from distill.config.objective_schema import network_types, networks_of
@@ -25,6 +25,7 @@ from students.form import StudentForm, StudentRequest
 from students.generator import Generator
 from students.lora import AdaptedDenoiser, Adapter, adapt, network_of
 from students.own_network import middle_of
+from students.quantisation.training import rounding
 from students.scale_reading import scale_reading
 from students.schedulers import renoised_in_part
 from students.two_time import keep_slow, two_time
@@ -43,12 +44,17 @@ def objective_of(recipe: Recipe, teacher: Teacher, device: torch.device) -> Obje
     Raises:
         UserError: the recipe asks for networks that there cannot be.
     """
-    check_form(recipe, form_of(teacher, recipe.kind.few_step))
+    check_form(recipe, form_for(recipe, teacher))
     objective = assembled(recipe, build_networks(recipe, teacher), device)
     if recipe.student.init is not None and isinstance(objective, AnchoredDMD2):
         # not the student as it starts, whose base may have LoRA files that it did not have
         objective.before = earlier.denoiser(recipe.student.init).to(device)
     return objective
+
+
+def form_for(recipe: Recipe, teacher: Teacher) -> StudentForm:
+    """The form of a recipe's students."""
+    return form_of(teacher, recipe.kind.few_step, recipe.student.network)
 
 
 def build_networks(
@@ -64,7 +70,7 @@ def build_networks(
         UserError: the teacher, the student, the adapters or the critic do not go together.
     """
     planned = form is not None
-    form = form or form_of(teacher, recipe.kind.few_step)
+    form = form or form_for(recipe, teacher)
     names = [n for n in network_types(recipe.kind, Denoiser) if n != "teacher"]
     adapters = shared_weights(recipe.adapters, names) if form.adapts else {}
     # copies first: a copy that is made after the adapters would contain them
@@ -123,6 +129,8 @@ def student_of(
         share_times(student.denoiser, s.share_times, "student")
     if s.gamma is not None:
         student = renoised_in_part(student, s.gamma)
+    if s.format is not None:
+        student = rounding(student, s.format.weights)
     counts = s.trained(recipe.kind.learns, student.counts)
     return student.keep(*counts, weights=list(counts.values()))
 
@@ -134,9 +142,19 @@ def shaped(recipe: Recipe, form: StudentForm) -> StudentForm:
         UserError: the teacher's weights do not make such a network.
     """
     s, teacher = recipe.student, form.teacher
-    if s.architecture is not None:
+    if s.architecture is not None and s.network is None:
         a = s.architecture
-        made = changed_teacher(teacher, a.config, a.rename, a.remove, a.fresh, a.change)
+        made = changed_teacher(
+            teacher,
+            a.config,
+            a.rename,
+            a.remove,
+            a.fresh,
+            a.change,
+            a.haar,
+            a.noise,
+            a.decoder_times,
+        )
         return replace(form, teacher=made)
     if s.init is not None and (backbone := earlier.outline(s.init, teacher)) is not None:
         network = network_of(teacher.denoiser)
@@ -246,6 +264,12 @@ def check_form(recipe: Recipe, form: StudentForm) -> None:
             sample_every=recipe.train.sample_every,
         )
     )
+
+
+def path_of(recipe: Recipe, x: Tensor) -> Tensor | None:
+    """States of x (B, ...) as the recipe's pairs have them (B, T, ...); zeros, for plans."""
+    states = recipe.data.states
+    return x.new_zeros(len(x), states, *x.shape[1:]) if states else None
 
 
 def assembled(recipe: Recipe, networks: dict[str, nn.Module], device: torch.device) -> Objective:

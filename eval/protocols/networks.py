@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from eval.catalogue import name_of
 from eval.metrics.features import CLIP_L_336, EXTRACTORS
 from eval.protocols import spec
+from eval.shapes import Scene
 
 CODE = ""  # exact code reads the images, and no network
 OF_PRDC = ("precision", "recall", "density", "coverage")
@@ -31,6 +32,7 @@ OF_REWARDS = {
     "hps-v2.1": OF_KINDS["hps"],
     "image-reward": OF_KINDS["image_reward"],
     "pick-score": OF_KINDS["pick_score"],
+    **{f"shapes-{name}": EXTRACTORS["shapes"].network for name in Scene._fields},
 }
 
 

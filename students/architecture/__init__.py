@@ -1,1 +1,1 @@
-"""Students of another architecture than their teacher's: smaller ones, with its weights."""
+"""Students of another architecture than their teacher's: smaller ones, and other networks."""

@@ -10,15 +10,18 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from students.architecture.one_pass import decoder_settings
 from students.architecture.units import LISTS, check_units
 from students.schedulers import source_of
 from teachers.errors import UserError, clipped, first_line, nearest
 from teachers.families.base import quiet
+from teachers.reduced.haar import NOISE, HaarUNet2DModel
 from teachers.reduced.layers import change as change_layer
 from teachers.reduced.network import (
     CHANGED,
@@ -26,6 +29,7 @@ from teachers.reduced.network import (
     ReducedUNet2DConditionModel,
     ReducedUNet2DModel,
 )
+from teachers.reduced.one_pass import OnePassUNet2DConditionModel
 from teachers.teacher import Teacher
 
 KEY = "student.architecture"  # the recipe key, which begins error messages
@@ -43,17 +47,24 @@ def changed_teacher(
     remove: Sequence[str],
     fresh: bool = False,
     change: Mapping[str, Change] | None = None,
+    haar: bool = False,
+    noise: int = 0,
+    decoder_times: int = 1,
 ) -> Teacher:
     """The teacher with a network of another architecture: what its students are copies of.
 
     Args:
-        config, rename, remove, fresh, change: As `changed` has them.
+        config, rename, remove, fresh, change, haar, noise: As `changed` has them.
+        decoder_times: At how many times its decoder runs; with 1, as any network's.
 
     Raises:
         UserError: as `changed`, or the teacher is no network of diffusers.
     """
     network = source_of(teacher)
-    backbone = changed(network.backbone, config, rename, remove, fresh, change)
+    decoder = {} if decoder_times == 1 else decoder_settings(network, decoder_times)
+    backbone = changed(
+        network.backbone, config, rename, remove, fresh, change, haar, noise, decoder
+    )
     twin = network.twin(backbone.requires_grad_(False).eval(), network.schedule)
     return replace(teacher, denoiser=twin)
 
@@ -65,6 +76,9 @@ def changed(
     remove: Sequence[str],
     fresh: bool = False,
     change: Mapping[str, Change] | None = None,
+    haar: bool = False,
+    noise: int = 0,
+    decoder: Change = MappingProxyType({}),
 ) -> nn.Module:
     """A new backbone with the weights of this one.
 
@@ -75,6 +89,9 @@ def changed(
         remove: Names of units (`units`) that are removed. What a stock config can say, it says.
         fresh: Whether weights without a source keep the values that diffusers draws for them.
         change: By a layer's name its other form, as `teachers/reduced/layers.py` has them.
+        haar: Whether it works on the Haar coefficients of its images (`teachers/reduced/haar.py`).
+        noise: Of such a network, how many unit normals it draws in each call and reads.
+        decoder: Of a one-pass network, its `decoder_settings`.
 
     Raises:
         UserError: no such key, value, unit or form; or weights of the new network have no source.
@@ -95,6 +112,11 @@ def changed(
     kind = kind_of(backbone, gone, [*forms, *(change or ())])
     if kind is not type(backbone) or REMOVED in before:
         after |= {REMOVED: gone, CHANGED: forms}
+    if haar:
+        kind, after[NOISE] = haar_class(kind, after), noise
+    if decoder:
+        after |= decoder
+        kind = OnePassUNet2DConditionModel
     settings = {k: v for k, v in after.items() if not k.startswith("_")}
     made = built(kind, settings, type(backbone).__name__, fresh)
     like = next(backbone.parameters())
@@ -158,7 +180,14 @@ def with_forms(made: Any, forms: Mapping[str, Change]) -> Any:
     Raises:
         UserError: there are no such layers or forms.
     """
-    for name, settings in forms.items():
+    for name, settings in sorted(forms.items()):  # as a saved config has them: outer ones first
+        inside = [n for n in made.config.get(CHANGED, {}) if n.startswith(f"{name}.")]
+        if inside:
+            raise UserError(
+                f"{KEY}.change.{clipped(name)}: {clipped(inside[0])} in it has another form "
+                "already; change the outer layer first"
+            )
+        check_square(made, name, settings)
         try:
             change_layer(made, name, settings)
         except ValueError as error:
@@ -168,9 +197,39 @@ def with_forms(made: Any, forms: Mapping[str, Change]) -> Any:
     return made
 
 
+def check_square(made: Any, name: str, settings: Change) -> None:
+    """Refuse a pyramid in a network of pictures that are not square: tokens do not say their shape.
+
+    Raises:
+        UserError: naming it.
+    """
+    size = made.config.get("sample_size")
+    if settings.get("kind") == "pyramid" and isinstance(size, Sequence) and len({*size}) > 1:
+        raise UserError(
+            f"{KEY}.change.{clipped(name)}: a pyramid is for square pictures, and this network's "
+            f"are {'×'.join(map(str, size))}; keep the attention"
+        )
+
+
 def plain(forms: Mapping[str, Change]) -> dict[str, Any]:
     """Layers' forms as JSON has them."""
     return json.loads(json.dumps(forms, default=list))
+
+
+def haar_class(kind: Any, config: Change) -> Any:
+    """The class of a network on Haar coefficients, for the class and config of images.
+
+    Raises:
+        UserError: there is none.
+    """
+    if kind.__name__ != "UNet2DModel":
+        raise UserError(
+            f"{KEY}.haar: a UNet2DModel of images can be on their coefficients, and not a "
+            f"{kind.__name__}; remove it"
+        )
+    if (size := config["sample_size"]) % 2:
+        raise UserError(f"{KEY}.haar: the images' side is {size}, which is odd; remove it")
+    return HaarUNet2DModel
 
 
 def stock_form(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from students.architecture.change import changed
+from students.architecture.change import Change, changed
 from students.architecture.knapsack import cheapest
 from students.architecture.units import size_of, skipping, units
 from students.schedulers import source_of
@@ -27,7 +27,7 @@ from teachers.catalogue.loading import find
 from teachers.denoiser import Cond
 from teachers.errors import UserError, clipped
 from teachers.families.base import Pretrained, quiet
-from teachers.reduced.network import Reduced
+from teachers.reduced.source import CLASSES
 from teachers.reduced.source import write as write_source
 from teachers.solver import solve
 from teachers.teacher import EMBEDDED, Teacher
@@ -81,11 +81,19 @@ def calibration(teacher: Teacher, prompts: Sequence[Any], seed: int = 0) -> Cali
 
 
 @torch.no_grad()
-def cost_without(network: Pretrained, names: Iterable[str], states: Calibration) -> float:
-    """How far the network's output moves without some of its units, as `Unit.cost` says."""
+def cost_without(
+    network: Pretrained, names: Iterable[str], states: Calibration, whole: Tensor | None = None
+) -> float:
+    """How far the network's output moves without some of its units, as `Unit.cost` says.
+
+    Args:
+        whole: Its `outputs` with all of them, if they are known.
+    """
     with skipping(network.backbone, names):
         moved = outputs(network, states)
-    error = (moved - outputs(network, states)).square().flatten(1).mean(1)
+    error = (
+        (moved - (outputs(network, states) if whole is None else whole)).square().flatten(1).mean(1)
+    )
     return (network.weight(states.t) * error).mean().item()
 
 
@@ -113,31 +121,86 @@ def scored(teacher: Teacher, states: Calibration) -> list[Unit]:
             f"teacher {clipped(teacher.source)!r}: a {type(network.backbone).__name__} has no "
             "layers that can go; give settings of its config"
         )
+    whole = outputs(network, states)
     return [
-        Unit(name, size_of(module), cost_without(network, [name], states))
+        Unit(name, size_of(module), cost_without(network, [name], states, whole))
         for name, module in found.items()
     ]
 
 
-def chosen(scores: Sequence[Unit], total: int, keep: float) -> list[str]:
-    """The units to remove so that at most a share `keep` of all weights stays.
+def chosen(
+    scores: Sequence[Unit],
+    total: int,
+    keep: float,
+    saves: Mapping[str, int] | None = None,
+    repeated: Sequence[str] = (),
+    pick: Callable[[Mapping[str, float], Mapping[str, int], int], list[str]] = cheapest,
+) -> list[str]:
+    """The units to remove so that at most a share `keep` of the whole network stays.
 
     Args:
-        total: Weights of the whole network.
+        total: The whole network, in what `saves` counts.
+        saves: What removing each unit saves; by default weights.
+        repeated: Units that run twice: they stay, and their copies count as part of the network.
+        pick: The units, of their costs and savings, that save at least so much.
 
     Raises:
         UserError: its units are not as much of it.
     """
-    cost, size = {u.name: u.cost for u in scores}, {u.name: u.weights for u in scores}
-    least = total - int(keep * total)
+    saves = saves or {u.name: u.weights for u in scores}
+    cost = {u.name: u.cost for u in scores if u.name not in repeated}
+    size = {name: saves[name] for name in cost}
+    added = sum(saves[name] for name in repeated)
     try:
-        return cheapest(cost, size, least)
+        return pick(cost, size, total + added - int(keep * total))
     except ValueError:
-        share = 1 - sum(size.values()) / total
+        share = 1 + (added - sum(size.values())) / total
         raise UserError(
             f"--keep {keep:g}: without any of its layers that can go, {share:.2f} of the weights "
-            "stay; give more, or settings of the network's config"
+            "stay, or of what else --by counts; give more, or settings of the network's config"
         ) from None
+
+
+def evolved(
+    network: Pretrained,
+    states: Calibration,
+    cost: Mapping[str, float],
+    saves: Mapping[str, int],
+    least: int,
+) -> list[str]:
+    """The units to remove, one by one, until they save `least`: SnapFusion's rule.
+
+    Each time the unit goes that costs least for what it saves (arXiv:2306.00980, section 3.1),
+    measured without those that went before.
+
+    Args:
+        cost, saves: Of each unit that can go: what it costs alone, and what it saves.
+
+    Raises:
+        ValueError: all of them together save less.
+    """
+    if sum(saves.values()) < least:
+        raise ValueError("the units together are smaller")
+    gone, more, whole = list[str](), dict(cost), outputs(network, states)
+    while least > 0:
+        gone.append(lowest(more, saves))
+        least -= saves[gone[-1]]
+        if least > 0:
+            before = cost_without(network, gone, states, whole)
+            left = [n for n in saves if n not in gone]
+            more = {n: cost_without(network, [*gone, n], states, whole) - before for n in left}
+    return gone
+
+
+def lowest(cost: Mapping[str, float], saves: Mapping[str, int]) -> str:
+    """The unit that costs least for what it saves."""
+    return min(cost, key=lambda name: cost[name] / max(1, saves[name]))
+
+
+def highest(scores: Sequence[Unit], saves: Mapping[str, int], count: int) -> list[str]:
+    """The units that cost most for what removing them would save: what is worth repeating."""
+    worth = {u.name: u.cost / max(1, saves[u.name]) for u in scores}
+    return sorted(worth, key=lambda name: -worth[name])[:count]
 
 
 def save(
@@ -146,7 +209,7 @@ def save(
     config: dict[str, Any],
     remove: Sequence[str],
     about: Any,
-    change: Mapping[str, Any] | None = None,
+    change: Mapping[str, Change] | None = None,
 ) -> Any:
     """Write a pipeline like the teacher's whose network is the smaller one; that network.
 
@@ -167,7 +230,7 @@ def save(
     shutil.copytree(where, folder, ignore=shutil.ignore_patterns(part, "*.md"), dirs_exist_ok=True)
     with quiet():
         made.save_pretrained(folder / part)
-    if isinstance(made, Reduced):
+    if isinstance(made, CLASSES):
         write_source(folder, part, made)
     (folder / COMPRESSED).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return made

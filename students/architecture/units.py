@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from teachers.compiled import eagerly
 from teachers.errors import UserError, nearest
-from teachers.features import blocks_of, replaced
+from teachers.features import blocks_of, modules_around, replaced
 from teachers.reduced.layers import share_weights
 from teachers.reduced.network import Removed
+from teachers.reduced.repeated import Repeated
 
 LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
 
@@ -44,12 +46,14 @@ def removable(backbone: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in backbone.named_modules():
         parent = name.rpartition(".")[0]
+        if parent.rpartition(".")[2] not in ("resnets", "attentions", *LISTS):
+            continue
         if isinstance(module, ResnetBlock2D):
             keeps = module.conv_shortcut is None and module.upsample is module.downsample is None
         elif isinstance(module, Attention):  # not those inside a transformer's block
             keeps = parent.endswith("attentions") and module.residual_connection
         else:
-            keeps = isinstance(module, Transformer2DModel) and bool(parent)
+            keeps = isinstance(module, Transformer2DModel | Repeated)
         if keeps or parent in LISTS or in_a_stack(backbone, parent):
             found[name] = module
     if feeds_the_output(backbone):
@@ -115,9 +119,10 @@ def in_a_stack(backbone: nn.Module, parent: str) -> bool:
 @contextmanager
 def skipping(backbone: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Within it, the network runs without some of its units."""
-    gone = Removed()
+    gone, names = Removed(), [*names]
     with ExitStack() as stack:
-        for module in blocks_of(backbone, [*names], "units").values():
+        stack.enter_context(eagerly(modules_around(backbone, names)))
+        for module in blocks_of(backbone, names, "units").values():
             stack.enter_context(replaced(module, gone.forward))
         yield
 

@@ -18,7 +18,7 @@ from students.export.formats import parts
 from students.export.forms import form_of
 from students.export.lora_files import DIFFUSERS, TURBO
 from students.form import StudentForm
-from students.generator import Generator
+from students.generator import Generator, Renoise
 from students.lora import AdaptedDenoiser, Adapter, adapter_of, unwrap
 from teachers.catalogue.loading import load
 from teachers.denoiser import Denoiser
@@ -34,7 +34,7 @@ EXPORTED = ("time_cond_proj_dim", "num_class_embeds", "out_channels")
 
 
 def student(
-    source: str, form: StudentForm, steps: int, renoise: bool, adapter: Adapter | None
+    source: str, form: StudentForm, steps: int, renoise: Renoise, adapter: Adapter | None
 ) -> Generator:
     """A trainable student that starts as the one in a folder.
 

@@ -49,6 +49,7 @@ from teachers.storage.files import open_to_readers, read_json, save_tensors
 from teachers.teacher import Teacher
 
 SIDECAR = "fewstep.json"  # describes the student; diffusers ignores it
+ROUTER = "router.json"  # in the folder of several students
 SAMPLER = "sampler.py"  # in the folder of a student of a network of one's own
 SHAPING = ("size", "frames", "embedded_guidance")  # options of a teacher that students share
 TOLERANCE = 1e-3  # of any pixel in [0, 1]: a quarter of a grey level
@@ -79,7 +80,8 @@ pictures = pictures_in(request.get("pictures", ""))
 options = {"trust_remote_code": True} if request["own"] else {}
 pipe = DiffusionPipeline.from_pretrained(folder, **options, **dict.fromkeys(request["absent"]))
 pipe.to(request["device"]).set_progress_bar_config(disable=True)
-images, step = {}, pipe.scheduler.step
+images = {}
+step = None if request["seeded"] else pipe.scheduler.step
 for steps in request["counts"]:
     torch.manual_seed(1)  # for schedulers that draw from no other generator
     draw = torch.Generator().manual_seed(0)
@@ -169,18 +171,17 @@ def brings_source(network: Denoiser) -> bool:
     """Whether the export includes the network's source, because diffusers has no such class."""
     from teachers.edm.model import EDM  # slow: it imports diffusers' models
     from teachers.imagenet.model import SiT
-    from teachers.reduced.network import Reduced
+    from teachers.reduced.source import CLASSES
 
-    return isinstance(network, EDM | SiT) or isinstance(network_of(network).backbone, Reduced)
+    return isinstance(network, EDM | SiT) or isinstance(network_of(network).backbone, CLASSES)
 
 
 def write_source(folder: Path, network: Pretrained, pipe: Any) -> None:
     """Add the source of a network that brings it to the folder of its pipeline."""
     from students.export.sources import edm, imagenet
     from teachers.reduced import source as reduced
-    from teachers.reduced.network import Reduced
 
-    if isinstance(network.backbone, Reduced):
+    if isinstance(network.backbone, reduced.CLASSES):
         reduced.write(folder, network.PART, network.backbone)
         return
     source: Any = edm if network.PART == "unet" else imagenet
@@ -317,19 +318,60 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
         ExportError: they differ by more than rounding, or the process fails.
     """
     prompts, arguments = request(generator, teacher)
-    device = next(generator.parameters()).device.type
-    network = unwrap(generator.denoiser)
+    network, counts = unwrap(generator.denoiser), generator.counts
+    theirs = drawn_elsewhere(folder, network, teacher, counts, arguments, brings_source(network))
+    for steps in counts:
+        with without_tf32():
+            ours = pictures(generator, teacher, steps, prompts)
+        if difference := pixel_difference(ours, theirs[str(steps)], generator):
+            raise ExportError(f"at {steps} steps the exported pipeline {difference}")
+
+
+def drawn_elsewhere(
+    folder: Path,
+    network: Pretrained,
+    teacher: Teacher,
+    counts: Sequence[int],
+    arguments: Mapping[str, Any],
+    own: bool,
+) -> dict[str, Tensor]:
+    """The pictures (N, ...) in [0, 1] that diffusers alone draws from a folder, by step count.
+
+    Args:
+        network: As it is in the folder; its device is the one that is drawn on.
+        arguments: Of the pipeline.
+        own: Whether the folder brings source of its own.
+
+    Raises:
+        ExportError: the process fails.
+    """
     job = {
-        "counts": generator.counts,
+        "counts": counts,
         "absent": absent_parts(teacher),
-        "device": device,
-        "own": brings_source(network),
+        "device": next(network.parameters()).device.type,
+        "own": own,
         "seeded": network.SEEDED,
     }
+    return drawn_apart(folder, job, arguments, "the student's folder")
+
+
+def drawn_apart(
+    folder: Path, job: Mapping[str, Any], arguments: Mapping[str, Any], what: str
+) -> dict[str, Tensor]:
+    """What a folder's pipeline draws in a process without our packages, by step count.
+
+    Args:
+        job: The keys that SCRIPT reads, but for the arguments.
+        arguments: Of the pipeline.
+        what: The folder, for messages.
+
+    Raises:
+        ExportError: the process fails.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "images.safetensors"
         plain, file = apart(arguments, Path(scratch) / "pictures.safetensors")
-        job |= {"arguments": plain, "pictures": file}
+        job = {**job, "arguments": plain, "pictures": file}
         # -I: the child finds our packages neither in this folder nor by PYTHONPATH
         command = [
             sys.executable,
@@ -348,15 +390,10 @@ def verify(folder: Path, generator: Generator, teacher: Teacher) -> None:
             env={**child_environment(), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch},
         )
         if result.returncode:
-            raise ExportError.of("the student's folder", result.stderr)
+            raise ExportError.of(what, result.stderr)
         from safetensors.torch import load_file
 
-        theirs = load_file(out)
-    for steps in generator.counts:
-        with without_tf32():
-            ours = pictures(generator, teacher, steps, prompts)
-        if difference := pixel_difference(ours, theirs[str(steps)], generator):
-            raise ExportError(f"at {steps} steps the exported pipeline {difference}")
+        return load_file(out)
 
 
 def pixel_difference(ours: Tensor, theirs: Tensor, generator: Generator) -> str:
@@ -492,35 +529,58 @@ def sample_student(
     seed: int,
     batch: int = 512,
     cond: Cond = None,
+    noise: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """x̂ (N, ...) for N labels or prompts, from the same noise that a stock pipeline draws.
 
     All noise is drawn by CPU generators before the batches, so the pictures depend neither on the
-    device nor on the batch size. Pipelines that pass their generator to the scheduler draw all
-    noise from it; the others' schedulers draw the noise of renoising from a generator of seed
-    `seed` + 1, as they do on the CPU after `torch.manual_seed`.
+    device nor on the batch size. A network that draws noise itself takes it from the global
+    generator of the seed `seed` + 1, batch by batch.
 
     Args:
         cond: The labels' condition, if it is known already.
+        noise: As `noise_of`, if it is drawn already.
+    """
+    noise = noise_of(generator, teacher, len(labels), seed) if noise is None else noise
+    cond = teacher.codec.condition(list(labels)) if cond is None else cond
+    device = next(generator.parameters()).device
+    parts = []
+    with own_noise(seed + 1):
+        for i in range(0, len(labels), batch):
+            z, *noises = [x[i : i + batch].to(device) for x in noise]
+            part = conditions.moved(conditions.rows(cond, slice(i, i + batch)), device)
+            parts.append(generator(z, part, noises=noises))
+    return torch.cat(parts)
+
+
+def noise_of(generator: Generator, teacher: Teacher, n: int, seed: int) -> list[Tensor]:
+    """The noise (N, ...) that sampling starts at, and that of each renoising.
+
+    Pipelines that pass their generator to the scheduler draw all noise from it; the others'
+    schedulers draw the noise of renoising from a generator of seed `seed` + 1, as they do on the
+    CPU after `torch.manual_seed`.
     """
     network = network_of(generator.denoiser)
     own = not isinstance(network, Pretrained)  # `sampler_file.py` has one generator
     kind = Pretrained if own else type(network)
     rng = torch.Generator().manual_seed(seed)
     again = rng if own or kind.SEEDED else torch.Generator().manual_seed(seed + 1)
-    steps, n = len(generator.times), len(labels)
     noise = [torch.randn(n, *teacher.shape, generator=rng)]
     layout = kind.pack(noise[0]).shape
-    for _ in range(steps - 1 if generator.renoise else 0):
+    for _ in range(len(generator.times) - 1 if generator.renoise else 0):
         noise.append(kind.unpack(torch.randn(layout, generator=again), teacher.shape))
-    cond = teacher.codec.condition(list(labels)) if cond is None else cond
-    device = next(generator.parameters()).device
-    parts = []
-    for i in range(0, n, batch):
-        z, *noises = [x[i : i + batch].to(device) for x in noise]
-        part = conditions.moved(conditions.rows(cond, slice(i, i + batch)), device)
-        parts.append(generator(z, part, noises=noises))
-    return torch.cat(parts)
+    return noise
+
+
+@contextmanager
+def own_noise(seed: int) -> Iterator[None]:
+    """Within it, networks that draw noise draw it from this seed (`teachers/reduced/haar.py`)."""
+    drawn = torch.default_generator.get_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        torch.default_generator.set_state(drawn)
 
 
 def has_student(folder: Path) -> bool:
@@ -562,6 +622,11 @@ def student_folder(folder: Path) -> Path:
     if not (folder / SIDECAR).exists() and (folder / "student" / SIDECAR).exists():
         return folder / "student"  # a run folder was named
     refuse_unfinished(folder)
+    if (folder / ROUTER).is_file():
+        raise UserError(
+            f"student {clipped(str(folder))!r}: it is a pipeline of several students; give one of "
+            "those in it, or measure all by distill eval"
+        )
     return folder
 
 
@@ -583,7 +648,7 @@ def load_student(
     whole = isinstance(counts, list) and counts and all(type(k) is int for k in counts)
     options = sidecar.get("options", {})  # older students have none
     whole = whole and isinstance(options, dict) and options.keys() <= set(SHAPING)
-    if not whole or not isinstance(sidecar.get("renoise"), bool):
+    if not whole or sidecar.get("renoise") not in (True, False, "posterior"):
         raise UserError(f"student {str(folder)!r}: {SIDECAR} is damaged; export the run again")
     if precision is not None:
         options = {**options, "precision": precision}

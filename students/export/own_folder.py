@@ -271,7 +271,7 @@ x = sample("this/folder", 16, steps={max(config["steps"])}, seed=0{cond})
 | `model.safetensors` | the weights; an adapter is merged into them |
 | `config.json` | times, scales and coefficients of every step; the network's arguments |
 | `sampler.py` | the sampler; it needs torch and safetensors alone |
-| {f"{own}" if own else "`" + config["module"] + "`"} | the class `{config["class"]}`: {"a copy of the teacher's own source" if own else "it comes with an installed package"} |
+| {f"{own}" if own else "`" + config["module"] + "`"} | the class `{config["class"]}`: {"a copy of the network's own source" if own else "it comes with an installed package"} |
 
 Samples are what the network was trained on, before any decoding by the teacher's codec.
 """  # noqa: E501

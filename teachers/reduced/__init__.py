@@ -1,1 +1,1 @@
-"""Networks of diffusers without some of their layers, or with others in another form."""
+"""Networks of diffusers in other forms: without some layers, with others, or run in other ways."""

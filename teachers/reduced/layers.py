@@ -14,6 +14,10 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from teachers.reduced.experts import experts
+from teachers.reduced.pyramid import pyramid
+from teachers.reduced.repeated import repeat
+
 
 def heads(layer: Attention, keep: Sequence[int]) -> Attention:
     """The attention, in place, with some of its heads: the others' rows and columns are cut.
@@ -102,7 +106,13 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return made
 
 
-KINDS: dict[str, Callable[..., nn.Module]] = {"heads": heads, "neurons": neurons}
+KINDS: dict[str, Callable[..., nn.Module]] = {
+    "heads": heads,
+    "neurons": neurons,
+    "repeat": repeat,
+    "pyramid": pyramid,
+    "experts": experts,
+}
 
 
 def change(network: nn.Module, name: str, settings: Mapping[str, Any]) -> None:

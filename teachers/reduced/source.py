@@ -1,4 +1,4 @@
-"""The source of a reduced network, beside its weights, for diffusers to import."""
+"""The source of a changed network, beside its weights, for diffusers to import."""
 
 from __future__ import annotations
 
@@ -9,9 +9,32 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from teachers.reduced import layers, network
+from teachers.reduced import (
+    experts,
+    feedback,
+    haar,
+    layers,
+    network,
+    one_pass,
+    pyramid,
+    repeated,
+)
+from teachers.reduced.feedback import FeedbackUNet2DConditionModel
+from teachers.reduced.haar import HaarUNet2DModel
+from teachers.reduced.network import ReducedUNet2DConditionModel, ReducedUNet2DModel
+from teachers.reduced.one_pass import OnePassUNet2DConditionModel
 
-HEADER = '''"""The network of this pipeline: one of diffusers with other layers; Apache-2.0.
+CHANGED = (repeated, pyramid, experts, layers, network)  # one that another one needs comes first
+MODULES = {  # that each class is made of
+    ReducedUNet2DModel: CHANGED,
+    ReducedUNet2DConditionModel: CHANGED,
+    HaarUNet2DModel: (haar,),
+    OnePassUNet2DConditionModel: (*CHANGED, one_pass),
+    FeedbackUNet2DConditionModel: (*CHANGED, one_pass, feedback),
+}
+CLASSES = tuple(MODULES)
+
+HEADER = '''"""The network of this pipeline: one of diffusers, changed; Apache-2.0.
 
 Load the whole folder: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
 """
@@ -31,7 +54,8 @@ def write(folder: Path, part: str, backbone: Any) -> None:
         part: The pipeline's component that is the network.
     """
     kind = type(backbone).__name__
-    (folder / part / f"{module_of(kind)}.py").write_text(source(layers, network), encoding="utf-8")
+    modules = next(v for k, v in reversed(MODULES.items()) if isinstance(backbone, k))
+    (folder / part / f"{module_of(kind)}.py").write_text(source(*modules), encoding="utf-8")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index[part] = [module_of(kind), kind]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

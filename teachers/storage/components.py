@@ -173,7 +173,7 @@ def stock(folder: Path, who: str, dtypes: dict[str, torch.dtype]) -> Any:
     check_index(folder, index, who)
     kinds, parts = dict(networks(index)), dict[str, Any]()
     classes = {
-        part: kinds[part].__mro__[2].__name__
+        part: next(k for k in kinds[part].__mro__ if k.__module__.startswith("diffusers.")).__name__
         for part, entry in index.items()
         if isinstance(entry, list) and reduced_class(entry) is not None
     }
@@ -298,16 +298,14 @@ def networks(index: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def reduced_class(entry: list[Any]) -> Any:
-    """Our own class of a network that lacks layers, where an entry of an index names one.
+    """Our own class of a network that is changed, where an entry of an index names one.
 
     The source that lies beside its weights is never run: it is that of this class.
     """
-    from teachers.reduced import network, source
+    from teachers.reduced import source
 
-    kind = getattr(network, str(entry[1]), None) if len(entry) == 2 else None
-    known = isinstance(kind, type) and issubclass(kind, network.Reduced)
-    known = known and kind is not network.Reduced  # the mixin, which is no network
-    return kind if known and entry[0] == source.module_of(str(entry[1])) else None
+    known = {(source.module_of(kind.__name__), kind.__name__): kind for kind in source.CLASSES}
+    return known.get(tuple(entry)) if all(isinstance(v, str) for v in entry) else None
 
 
 def check_parts(folder: Path, who: str) -> None:

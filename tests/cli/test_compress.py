@@ -6,7 +6,7 @@ import pytest
 
 from students.architecture.score import COMPRESSED
 from teachers import load
-from teachers.reduced.network import REMOVED
+from teachers.reduced.network import CHANGED, REMOVED
 from tests.helpers.command_line import called
 
 
@@ -23,6 +23,19 @@ def test_the_cheapest_layers_go_and_the_rest_is_a_teacher(source, tmp_path, caps
     assert sorted(about["remove"]) == ["mid_block.resnets.0", "mid_block.resnets.1"]
     assert about["cost"] > 0 and about["keep"] == 0.8 and about["teacher"] == source
     assert load(str(out)).denoiser.backbone.config[REMOVED] == about["remove"]
+
+
+def test_layers_that_are_worth_most_run_twice_and_others_go(tmp_path, capsys):
+    out = tmp_path / "evolved"
+    options = ("--keep", "0.96", "--by", "work", "--repeat", "1", "--out", str(out))
+    code, shown, err = called(capsys, "compress", "shapes", *options)
+    assert code == 0, err
+    about = json.loads((out / COMPRESSED).read_text())
+    assert sorted(about["remove"]) == ["mid_block.resnets.0", "mid_block.resnets.1"]
+    assert about["repeat"] == ["up_blocks.1.attentions.1"] and about["by"] == "work"
+    assert "runs twice" in " ".join(shown.split())
+    made = load(str(out)).denoiser.backbone
+    assert made.config[CHANGED] == {"up_blocks.1.attentions.1": {"kind": "repeat"}}
 
 
 def test_a_setting_of_the_config_makes_a_stock_network(tmp_path, capsys):
@@ -46,6 +59,9 @@ def test_a_setting_of_the_config_makes_a_stock_network(tmp_path, capsys):
         (("--keep", "0.8", "--remove", "x"), ["--remove"]),
         (("--remove", "mid_block"), ["--remove", "'mid_block'"]),
         (("--config", "mid=null"), ["config", "'mid'"]),
+        (("--keep", "0.8", "--by", "price"), ["--by price", "weights, work, time"]),
+        (("--remove", "x", "--evolve"), ["--evolve", "--keep"]),
+        (("--remove", "x", "--repeat", "1"), ["--repeat"]),
         (("--keep", "0.8", "--prompts", "nowhere.txt"), ["--prompts nowhere.txt"]),
     ],
 )

@@ -186,6 +186,8 @@ def test_the_figure_that_counts_is_the_first_distance_there_is():
             ["digits", "--adaptive", "0.9", "--guidance", "2", "--cache", "2"],
             ("eval", "1"),
         ),
+        (["digits", "--inherit", "mid_block.resnets.0"], ("eval", "cache: 2 or more")),
+        (["digits", "--cache", "2", "--inherit", "mid_block"], ("eval", "no layer that can go")),
         (["digits", "--steps", "0"], ("--steps", "0")),
         (["digits", "--steps", "1,two"], ("--steps", "1,two")),
         (["digits", "--steps", "1,,2"], ("--steps", "1", "2")),

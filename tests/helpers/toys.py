@@ -110,6 +110,12 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
     if name in ("kd", "reflow", "dmd"):
         tree["student"] = {"renoise": False}
         tree["data"] = {"source": "pairs", "path": f"{teacher}-pairs", "count": 16, "steps": 2}
+    if name == "wavediff":
+        tree["critic"], tree["student"] = {}, {"steps": 2, "renoise": "posterior"}
+    if name == "dsno":
+        tree["student"] = {"renoise": False, "architecture": {"network": "dsno"}}
+        tree["data"] = {"source": "pairs", "path": f"{teacher}-states", "count": 16, "steps": 2,
+                        "states": 4}  # fmt: skip
     if name == "discriminator":
         objective["solver_steps"] = 2
     if name == "ddo":
@@ -125,7 +131,7 @@ def recipe_tree(name: str, teacher: Path | str, **train: Any) -> dict[str, Any]:
         objective |= {"levels": 4, "stage_steps": 1}
     if name == "gft":
         tree["teacher"]["guidance"] = {"scale": [1.0, 3.0]}
-    if name == "draft":
+    if name in ("draft", "unifl"):
         tree["student"] = {"steps": 2}
     if name in ("draft", "rg-lcd"):
         tree["rewards"] = {"bright": {"function": f"{REWARD}:brightness"}}

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from distill.objectives.base import Batch
+from distill.objectives.smaller import compress
 from distill.objectives.smaller.compress import Compression
 from distill.objectives.smaller.taps import distance, feature_loss, inner, taps_of
 from students.architecture.change import changed
+from students.architecture.units import skipping, units
 from students.critic import image_stream
 from students.generator import Generator
 from students.schedulers import source_of
@@ -114,6 +116,38 @@ def test_a_share_of_conditions_is_the_null_one_where_nothing_is_guided(teacher):
     ranged = made(teacher, drop=1.0).dropped({**batch.cond, "guidance_scale": scale})
     assert torch.equal(ranged["guidance_scale"], scale)
     assert torch.equal(ranged["text"], null.expand_as(ranged["text"]))
+
+
+def test_layers_are_left_out_as_often_as_skip_says(teacher, monkeypatch):
+    objective = made(teacher, skip=0.3, features=0)
+    drawn = []
+    monkeypatch.setattr(compress, "skipping", lambda backbone, names: drawn.append([*names]))
+    for _ in range(400):
+        objective.skipping()
+    found = [n for names in drawn for n in names]
+    assert {*found} == {*units(source_of(teacher).backbone)}
+    assert len(found) / (7 * 400) == pytest.approx(0.3, abs=0.04)
+
+
+def test_only_the_student_runs_without_layers(teacher):
+    """With every layer left out, the loss is that of a student without them; then all are back."""
+    whole, none = made(teacher, skip=1.0, features=0), made(teacher, features=0)
+    batch, network = batch_of(teacher), none.student.denoiser
+    for objective in (whole, none):
+        torch.manual_seed(1)
+        objective.found = objective.loss(batch, 0).logs["output"]
+    assert none.found == 0 and whole.found > 0.1
+    torch.manual_seed(1)
+    with skipping(network.backbone, units(network.backbone)):
+        torch.testing.assert_close(none.loss(batch, 0).logs["output"], whole.found)
+    x_t, t = batch.x, torch.full((6,), 0.5)
+    assert torch.equal(whole.student.denoiser(x_t, t, batch.cond), network(x_t, t, batch.cond))
+
+
+def test_taps_inside_layers_that_are_left_out_are_refused(teacher):
+    with refused("objective.skip", "down_blocks.0.attentions.0", "name blocks"):
+        made(teacher, skip=0.1, taps=("self-attention",))
+    made(teacher, skip=0.1, taps=("self-attention",), features=0)
 
 
 def test_distances_of_features_by_hand():

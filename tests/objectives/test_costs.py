@@ -127,7 +127,7 @@ COSTS = {
         {"features": 0}, {"student forward": 1, "student backward": 1, "teacher forward": 1}),
     ("compress", "and the guided teacher"): (
         {"features": 0, "guided": True},
-        {"student forward": 1, "student backward": 1, "teacher forward": 3}),
+        {"student forward": 1, "student backward": 1, "teacher forward": 2}),
     ("consistency", "Heun's two calls"): (
         {}, {"student forward": 2, "student backward": 1, "teacher forward": 2}),
     ("consistency", "one call of DDIM"): (
@@ -236,6 +236,10 @@ COSTS = {
     ("ladd", "the critic reads fakes and data"): ({"critic": True}, {
         "student forward": 2, "student backward": 1,
         "teacher forward": 3, "teacher backward": 1}),
+    ("wavediff", "the critic reads pairs of fakes and of data"): (
+        {"critic": True, "student": {"times": (1.0,)}, "step": 1}, {
+        "student forward": 2, "student backward": 1,
+        "teacher forward": 3, "teacher backward": 1}),
     ("ladd", "the relativistic student also reads data"): (
         {"critic": True, "game": "relativistic"}, {
         "student forward": 2, "student backward": 1,
@@ -302,6 +306,10 @@ COSTS = {
         {"student": {**FOUR, "renoise": False}}, {
         "student forward": 5, "student backward": 1, "teacher forward": 1,
         "fake forward": 2, "fake backward": 1}),
+    ("unifl", "one step, of noised data"): (
+        {"student": PAIR, "first_stage": 1}, {"student forward": 1, "student backward": 1}),
+    ("unifl", "the first step, once more for the critic"): (
+        {"student": PAIR}, {"student forward": 2, "student backward": 1}),
     ("uni-instruct", "as SiDA"): ({"critic": True}, {
         "student forward": 2, "student backward": 1, "teacher forward": 1, "teacher backward": 1,
         "fake forward": 3, "fake backward": 3}),
@@ -323,6 +331,7 @@ def test_a_step_costs_no_more_than_it_must(name, case):
 
 
 def test_every_objective_has_its_cost():
-    # no network of the teacher's kind learns: objectives/test_{decoder,tinyfusion,ecodiff}.py
-    others = {"decoder", "tinyfusion", "ecodiff"}
+    # no network of the teacher's kind learns: objectives/test_{decoder,tinyfusion,ecodiff,ilf}.py,
+    # test_guide.py; or it has several outputs: students/test_dsno.py
+    others = {"decoder", "tinyfusion", "ecodiff", "ilf", "guide", "dsno"}
     assert {name for name, _ in COSTS} == set(OBJECTIVES) - others

@@ -26,6 +26,7 @@ SHARED = (
     "first_step",
     "games",
     "taps",
+    "outputs",
 )  # no objective of its own
 OBJECTIVES = [
     p for p in sorted((ROOT / "distill/objectives").rglob("*.py")) if p.stem not in SHARED
@@ -34,7 +35,7 @@ OBJECTIVES = [
 # The folders, lowest first, and what each may import beside itself: only what stands above it here.
 MAY: dict[str, set[str]] = {
     "teachers": set(),
-    "teachers.reduced": set(),
+    "teachers.reduced": {"teachers"},
     "teachers.storage": {"teachers", "teachers.reduced"},
     "teachers.adapters": {"teachers", "teachers.storage"},
     "teachers.families": {
@@ -52,6 +53,10 @@ MAY: dict[str, set[str]] = {
     "students": {"teachers", "teachers.storage", "teachers.families", "teachers.edm"},
     "students.architecture": {
         "students", "teachers", "teachers.catalogue", "teachers.families", "teachers.reduced",
+        "teachers.storage",
+    },
+    "students.quantisation": {
+        "students", "students.architecture", "teachers", "teachers.families",
     },
     "students.metadata": {"students", "teachers", "teachers.storage", "teachers.families"},
     "students.export.sources": {
@@ -59,11 +64,12 @@ MAY: dict[str, set[str]] = {
         "teachers.storage",
     },
     "students.export": {
-        "students", "students.architecture", "students.export.sources", "students.metadata",
-        "teachers", "teachers.reduced",
+        "students", "students.architecture", "students.quantisation", "students.export.sources",
+        "students.metadata", "teachers", "teachers.reduced",
         "teachers.storage", "teachers.adapters", "teachers.families", "teachers.edm",
         "teachers.imagenet", "teachers.catalogue",
     },
+    "students.routing": {"students", "students.export", "teachers", "teachers.storage"},
     "eval": set(),
     "eval.digits": {"eval"},
     "eval.shapes": {"eval"},
@@ -77,7 +83,7 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.objectives", "distill.objectives.consistency", "students", "teachers",
     },
     "distill.objectives.pairs": {
-        "distill", "distill.objectives", "teachers", "eval.metrics",
+        "distill", "distill.objectives", "students", "teachers", "eval.metrics",
     },
     "distill.objectives.trajectory": {
         "distill", "distill.objectives", "distill.objectives.consistency", "students", "teachers",
@@ -91,6 +97,7 @@ MAY: dict[str, set[str]] = {
     "distill.objectives.adversarial": {"distill", "distill.objectives", "students", "teachers"},
     "distill.objectives.smaller": {
         "distill", "distill.objectives", "students", "students.architecture", "teachers",
+        "teachers.reduced",
     },
     "distill.config": {
         "distill", "distill.objectives", "distill.objectives.consistency",
@@ -101,23 +108,26 @@ MAY: dict[str, set[str]] = {
         "teachers.storage",
     },
     "distill.data.expansion": {"distill", "teachers", "teachers.storage", "eval"},
-    "distill.data.conditions": {"distill", "teachers", "teachers.storage", "eval"},
+    "distill.data.conditions": {
+        "distill", "distill.config", "students.routing", "teachers", "teachers.storage", "eval",
+    },
     "distill.data": {
         "distill", "distill.data.expansion", "distill.data.conditions", "distill.objectives",
         "distill.config", "teachers", "teachers.storage", "teachers.families", "eval",
         "eval.digits", "eval.shapes",
     },
     "distill.sampling": {
-        "distill", "distill.config", "distill.data", "students", "students.export", "teachers",
-        "teachers.storage", "teachers.families", "teachers.catalogue", "eval", "eval.protocols",
+        "distill", "distill.config", "distill.data", "students", "students.architecture",
+        "students.export", "students.routing", "teachers", "teachers.reduced", "teachers.storage",
+        "teachers.families", "teachers.catalogue", "eval", "eval.protocols",
     },
     "distill.early_stop": {
         "distill", "distill.config", "distill.data", "distill.sampling", "students",
         "students.export", "teachers", "teachers.storage",
     },
     "distill.pairs": {
-        "distill", "distill.config", "distill.data", "distill.sampling", "eval.shapes", "teachers",
-        "teachers.storage",
+        "distill", "distill.config", "distill.data", "distill.data.conditions", "distill.sampling",
+        "eval.shapes", "teachers", "teachers.storage",
     },
     "distill.publish": {"distill", "students.export", "teachers", "teachers.storage", "eval"},
     "distill.report": {"distill", "distill.config", "distill.publish", "teachers", "eval"},
@@ -127,21 +137,24 @@ MAY: dict[str, set[str]] = {
     },
     "distill.training": {
         "distill", "distill.rewards", "distill.objectives", "distill.objectives.distribution",
-        "distill.config", "distill.data", "distill.data.expansion", "distill.sampling",
-        "distill.early_stop", "distill.pairs", "distill.publish", "distill.report", "students",
-        "students.architecture", "students.export",
+        "distill.config", "distill.data", "distill.data.conditions", "distill.data.expansion",
+        "distill.sampling", "distill.early_stop", "distill.pairs", "distill.publish",
+        "distill.report", "students",
+        "students.architecture", "students.quantisation", "students.export",
         "teachers", "teachers.storage", "teachers.families", "eval", "eval.shapes",
         "eval.protocols",
     },
     "distill.planning": {
         "distill", "distill.objectives", "distill.config", "distill.data", "distill.sampling",
-        "distill.training", "students", "students.architecture", "students.export", "teachers",
-        "teachers.storage", "teachers.families", "teachers.catalogue", "teachers.diagnosis", "eval",
+        "distill.publish", "distill.training", "students", "students.architecture",
+        "students.quantisation", "students.export", "teachers", "teachers.storage",
+        "teachers.families", "teachers.catalogue", "teachers.diagnosis", "eval", "eval.protocols",
     },
     "distill.evaluation": {
-        "distill", "distill.config", "distill.data", "distill.sampling", "distill.publish",
-        "distill.report", "distill.training", "students", "students.export", "teachers",
-        "teachers.storage", "teachers.adapters", "teachers.catalogue", "eval", "eval.shapes",
+        "distill", "distill.config", "distill.data", "distill.data.conditions", "distill.pairs",
+        "distill.sampling", "distill.publish", "distill.report", "distill.training", "students",
+        "students.export", "students.routing", "teachers", "teachers.storage",
+        "teachers.adapters", "teachers.catalogue", "eval", "eval.shapes",
         "eval.metrics", "eval.protocols",
     },
     "distill.averaging": {
@@ -153,8 +166,8 @@ MAY: dict[str, set[str]] = {
         "distill", "distill.objectives.adversarial", "distill.objectives.smaller",
         "distill.config", "distill.data",
         "distill.sampling", "distill.publish", "distill.training", "distill.evaluation",
-        "distill.planning", "students.architecture",
-        "students.export", "teachers", "teachers.storage", "teachers.families",
+        "distill.planning", "students", "students.architecture",
+        "students.export", "teachers", "teachers.reduced", "teachers.storage", "teachers.families",
         "teachers.catalogue", "eval", "eval.shapes", "eval.protocols",
     },
     "distill.tuning": {

@@ -177,6 +177,20 @@ def test_shallow_evaluations_count_for_their_part_of_the_work(
     assert found["evaluations"] == pytest.approx(whole + sampler.shallow_share * shallow)
 
 
+def test_layers_that_inherit_save_their_part_of_the_work(digits):
+    """Two layers save less than all inner levels do, and the figure has their share."""
+    middle = ("mid_block.resnets.0", "mid_block.resnets.1")
+    samplers = [
+        Baseline(solver="ddim", cache=2, inherit=names).sampler(recipe("digits"), digits, LABELS, 4)
+        for names in ((), middle)
+    ]
+    all_inner, two = (s(LABELS, 0) for s in samplers)
+    assert two.costs["whole_evaluations"] == two.costs["shallow_evaluations"] == 2
+    assert all_inner.costs["evaluations"] < two.costs["evaluations"] < 4
+    assert not torch.equal(two.images, all_inner.images)
+    assert "2 layers inherited 2" in Baseline(solver="ddim", cache=2, inherit=middle).name
+
+
 def test_every_walk_begins_with_a_whole_evaluation(digits, monkeypatch):
     """What one batch kept is not read in the next: the pictures do not depend on the batch size."""
     sampler = Baseline(solver="ddim", cache=2).sampler(recipe("digits"), digits, LABELS, 3)

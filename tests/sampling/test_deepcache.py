@@ -5,7 +5,9 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from distill.sampling.deepcache import DeepCache, deep_part
+from distill.evaluation.subject import baseline_of
+from students.architecture.units import units
+from teachers.reduced.deepcache import DeepCache, deep_part
 from tests.helpers.refusals import refused
 
 LEVELS = (32, 32, 64)
@@ -131,3 +133,68 @@ def test_networks_without_a_level_to_keep_are_refused():
         deep_part(plain(down=("DownBlock2D",)))
     with refused("cache", "SkipDownBlock2D"):
         deep_part(plain(down=("SkipDownBlock2D", "DownBlock2D")))
+
+
+# single layers that inherit
+
+
+def residual(network):
+    """Two of a network's residual layers, one after the other where it has an attention there."""
+    names = [*units(network)]
+    return [names[0], names[-1]]
+
+
+@torch.no_grad()
+def test_with_an_interval_of_one_no_layer_inherits(network):
+    some = [inputs(network, seed) for seed in range(3)]
+    want = [network(*v).sample for v in some]
+    with DeepCache(network, 1, residual(network)) as kept:
+        found = [network(*v).sample for v in some]
+    assert all(map(torch.equal, found, want)) and kept.shallow == 0
+
+
+@torch.no_grad()
+def test_a_layer_adds_in_a_shallow_call_what_it_added_in_the_whole_one(network):
+    """By hand, with hooks that put input + (output - input of the first call) in its place."""
+    chosen, some = residual(network), [inputs(network, seed) for seed in range(2)]
+    added, ran = {}, []
+
+    def record(name):
+        def hook(module, args, kwargs, output):
+            added[name] = (output[0] if isinstance(output, tuple) else output) - args[0]
+
+        return hook
+
+    def put(name):
+        def hook(module, args, kwargs, output):
+            out = args[0] + added[name]
+            return (out,) if isinstance(output, tuple) else out
+
+        return hook
+
+    want = []
+    for make, v in zip((record, put), some, strict=True):
+        hooks = [network.get_submodule(n).register_forward_hook(make(n), with_kwargs=True)
+                 for n in chosen]  # fmt: skip
+        want.append(network(*v).sample)
+        for hook in hooks:
+            hook.remove()
+    whole = network(*some[1]).sample
+    for name in chosen:
+        for m in network.get_submodule(name).modules():
+            m.register_forward_hook(lambda *_: ran.append(1)) if isinstance(m, nn.Linear) else None
+    with DeepCache(network, 2, chosen) as kept:
+        found = [network(*v).sample for v in some[:1]]
+        ran.clear()
+        found.append(network(*some[1]).sample)
+    assert not ran and (kept.whole, kept.shallow) == (2, 2)
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+    assert not torch.allclose(found[1], whole, atol=1e-3)
+    assert torch.equal(network(*some[1]).sample, whole)
+
+
+def test_a_layer_that_cannot_inherit_is_refused():
+    with refused("inherit", "'mid_block'", "no layer that can go"):
+        DeepCache(plain(), 2, ["mid_block"])
+    with refused("eval", "cache: 2 or more with inherit"):
+        baseline_of({"solver": "ddim", "inherit": ["mid_block.resnets.0"]})

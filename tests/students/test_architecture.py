@@ -125,19 +125,22 @@ def test_a_cost_is_the_error_of_the_networks_own_output(text):
         assert torch.equal(network.call(x_t, t, cond, None), whole)  # nothing stays skipped
 
 
-def published_dit(folders):
-    """A DiT whose blocks have one embedding, as published ones have."""
-    backbone = load(folders("dit")).denoiser.backbone
-    first = backbone.transformer_blocks[0].norm1.emb.state_dict()
-    for block in backbone.transformer_blocks:
-        block.norm1.emb.load_state_dict(first)
-    return backbone
-
-
 def test_blocks_of_a_transformer_are_units(folders):
-    backbone = published_dit(folders)
-    found = units(backbone)
-    assert [*found] == [f"transformer_blocks.{i}" for i in range(len(found))] and found
+    backbone = load(folders("dit")).denoiser.backbone
+    count = len(backbone.transformer_blocks)
+    names = [f"transformer_blocks.{i}" for i in range(count)]
+    assert [*units(backbone)] == names[1:]  # the output layer reads the first one's embedding,
+    alike = published_dit(backbone)
+    assert [*units(alike)] == names  # which in published networks is that of all
+
+
+def published_dit(backbone):
+    """A copy of a DiT whose blocks have one embedding, as published ones."""
+    copy = deepcopy(backbone)
+    first = copy.transformer_blocks[0].norm1.emb.state_dict()
+    for block in copy.transformer_blocks:
+        block.norm1.emb.load_state_dict(first)
+    return copy
 
 
 SD15, SDXL = (
@@ -235,7 +238,7 @@ def test_what_a_stock_config_can_say_stays_stock(folders):
     whole_middle = [*MIDDLE, "mid_block.attentions.0"]
     assert stock_form(backbone, whole_middle) == ({"mid_block_type": None}, [], {})
     assert stock_form(backbone, MIDDLE) == ({}, MIDDLE, {})
-    dit = published_dit(folders)
+    dit = published_dit(load(folders("dit")).denoiser.backbone)
     made = changed(dit, {}, {}, ["transformer_blocks.0"])
     assert type(made) is type(dit) and made.config.num_layers == dit.config.num_layers - 1
     old, new = dit.state_dict(), made.state_dict()
@@ -437,6 +440,12 @@ def test_a_smaller_student_of_a_run_starts_the_next_one(tmp_path):
         ({"architecture": {"remove": MIDDLE}}, {"adapters": {}}, "student.architecture"),
         ({"architecture": {}}, {}, "student.architecture"),
         ({"architecture": {"remove": MIDDLE * 2}}, {}, "student.architecture.remove"),
+        ({"architecture": {"haar": True}}, {}, "student.architecture.haar"),
+        (
+            {"architecture": {"fresh": True, "remove": MIDDLE, "noise": 2}},
+            {},
+            "student.architecture.noise",
+        ),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(student, more, key):

@@ -85,7 +85,7 @@ def test_a_folder_needs_no_code_of_ours_and_says_what_is_in_it(tmp_path):
     )  # fmt: skip
     ours = sample_student(student, teacher, [0] * 3, 5).double().sum().item()
     assert float(out.stdout) == pytest.approx(ours, rel=1e-5), out.stderr
-    assert "copy of the teacher's own source" in (tmp_path / "student" / "README.md").read_text()
+    assert "copy of the network's own source" in (tmp_path / "student" / "README.md").read_text()
 
 
 def test_commands_for_diffusers_students_name_the_sampler(tmp_path):

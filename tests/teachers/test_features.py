@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from distill.sampling.deepcache import DeepCache
 from students.adapter_layers import using
 from students.checkpointing import checkpointing
 from students.critic import Critic, image_stream
@@ -20,6 +19,7 @@ from teachers.denoiser import Guided, Network, Reparametrised
 from teachers.features import changed, tapped
 from teachers.guidance import Interval, SkipLayerGuided
 from teachers.process import Karras, Linear
+from teachers.reduced.deepcache import DeepCache
 from teachers.teacher import Teacher
 from tests.helpers import families, families_a, families_b
 

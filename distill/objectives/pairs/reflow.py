@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import expm1
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,8 @@ class Reflow(KD):
     beta: Fraction = 0.0  # share of new noise in the stored noise; 1 is an independent pair
     anneal_steps: NonNegativeInt = 0  # steps in which beta falls to 0; 0: it stays
     distil_from: NonNegativeInt | None = None  # the first step of the distillation after reflow
+
+    between_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

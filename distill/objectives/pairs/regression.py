@@ -17,18 +17,21 @@ from distill.objectives.losses import huber, mean_square
 from eval.metrics.perceptual import lpips_network
 from teachers.errors import UserError
 
-Distance = Literal["square", "huber", "lpips"]
+Distance = Literal["square", "huber", "absolute", "lpips"]
 SIDE = 224  # pixels to which LPIPS sees smaller images resized
 
 
 def distances(x: Tensor, target: Tensor, kind: Distance, huber_c: float | None = None) -> Tensor:
     """The distance of x to its target, both (B, ...): (B,).
 
-    square: |Δ|² averaged over dimensions. huber: √(|Δ|² + c²) - c of the whole sample, divided by
-    the number of dimensions d; c is 0.00054 √d unless it is given. lpips: its value.
+    square: |Δ|² averaged over dimensions. absolute: |Δ| averaged over them. huber: √(|Δ|² + c²) - c
+    of the whole sample, divided by the number of dimensions d; c is 0.00054 √d unless it is given.
+    lpips: its value.
     """
     if kind == "square":
         return mean_square(x, target)
+    if kind == "absolute":
+        return (x - target).abs().flatten(1).mean(1)
     if kind == "lpips":
         return lpips(x, target)
     d = x[0].numel()

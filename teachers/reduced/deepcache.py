@@ -1,14 +1,17 @@
 """DeepCache (arXiv:2312.00858): keep the output of a UNet's deep part and use it in the next calls.
 
+A-SDM (arXiv:2406.00210) chooses single layers instead, which inherit from the last whole call: in
+shallow calls a named layer adds what it added then, and all others run.
+
 The inner levels of a UNet change little from one sampling step to the next. Of every `interval`
 calls one is whole; the others are shallow: they run only the outermost level, which reads the deep
 output of the last whole call. The paper may also cut inside a level; here the cut is between
-levels.
+levels. What was kept may pass through a `Feedback` in each shallow call (ILF, arXiv:2501.13107).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 from teachers.errors import UserError
 from teachers.features import blocks_of, hooked, replaced
+from teachers.reduced.feedback import inner_blocks
 
 
 class DeepCache(AbstractContextManager["DeepCache"]):
@@ -27,17 +31,35 @@ class DeepCache(AbstractContextManager["DeepCache"]):
 
     Args:
         interval: Calls from one whole call to the next; with 1 every call is whole.
+        feedback: From the kept output (B, C, ...) and the embedding (B, D) of a shallow call's time
+            to what this call reads, and keeps; by default the kept output.
+        units: Names of residual layers that are kept in place of the inner levels. What a layer
+            adds to its input is kept, so that a shallow call's own input passes through.
 
     Raises:
-        UserError: the network is not such a UNet, has one level, or its deep blocks are compiled.
+        UserError: the network is not such a UNet, has one level, or its deep blocks are compiled;
+            or it has no such units.
     """
 
-    def __init__(self, backbone: nn.Module, interval: int) -> None:
-        self.backbone, self.interval = backbone, interval
-        stand_ins, last = deep_part(backbone)
-        deep = blocks_of(backbone, [*stand_ins, last], "DeepCache")
-        self._deep = [(deep[name], forward) for name, forward in stand_ins.items()]
-        self.last = deep[last]
+    def __init__(
+        self,
+        backbone: nn.Module,
+        interval: int,
+        feedback: Callable[..., Tensor] | None = None,
+        units: Sequence[str] = (),
+    ) -> None:
+        self.backbone, self.interval, self.feedback = backbone, interval, feedback
+        self._added: dict[nn.Module, Tensor] = {}
+        self.last: nn.Module | None = None
+        if units:
+            kept = blocks_of(backbone, units, "inherit").values()
+            self._deep = [(unit, self._inheriting(unit)) for unit in kept]
+        else:
+            stand_ins, last = deep_part(backbone)
+            deep = blocks_of(backbone, [*stand_ins, last], "DeepCache")
+            self._deep = [(deep[name], forward) for name, forward in stand_ins.items()]
+            self.last = deep[last]
+            self._deep.append((self.last, self._carry))
         self.whole, self.shallow = 0, 0  # samples
         self._calls, self._deep_output = 0, None
         self._hooks, self._replaced = ExitStack(), ExitStack()
@@ -45,13 +67,18 @@ class DeepCache(AbstractContextManager["DeepCache"]):
     def __enter__(self) -> DeepCache:
         self._calls, self._deep_output = 0, None
         self._hooks.enter_context(hooked(self.backbone, self._end, self._begin, always=True))
-        self._hooks.enter_context(hooked(self.last, self._keep))
+        if self.last is not None:
+            self._hooks.enter_context(hooked(self.last, self._keep))
+            return self
+        for unit, _ in self._deep:
+            self._hooks.enter_context(hooked(unit, self._keep_added))
         return self
 
     def __exit__(self, *why: object) -> None:
         self._replaced.close()
         self._hooks.close()
         self._deep_output = None
+        self._added.clear()
 
     def _begin(self, backbone: nn.Module, args: tuple[Any, ...]) -> None:
         whole = self._calls % self.interval == 0
@@ -62,13 +89,33 @@ class DeepCache(AbstractContextManager["DeepCache"]):
         self.shallow += len(args[0])
         for block, stand_in in self._deep:
             self._replaced.enter_context(replaced(block, stand_in))
-        self._replaced.enter_context(replaced(self.last, lambda *_, **__: self._deep_output))
 
     def _end(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         self._replaced.close()
 
+    def _carry(self, hidden_states: Tensor, skips: Any = (), temb: Any = None, **_: Any) -> Any:
+        if self.feedback is not None:
+            self._deep_output = self.feedback(self._deep_output, temb)
+        return self._deep_output
+
     def _keep(self, block: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
         self._deep_output = output
+
+    def _keep_added(self, unit: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+        if (self._calls - 1) % self.interval == 0:  # the calls of a whole one
+            x = args[0] if args else kwargs["hidden_states"]
+            self._added[unit] = (output[0] if isinstance(output, tuple) else output) - x
+
+    def _inheriting(self, unit: nn.Module) -> Callable[..., Any]:
+        """The forward of a unit in a shallow call."""
+
+        def forward(
+            hidden_states: Tensor, *_: Any, return_dict: bool = True, **__: Any
+        ) -> Tensor | tuple[Tensor]:
+            out = hidden_states + self._added[unit]
+            return out if return_dict else (out,)
+
+        return forward
 
 
 # Blocks with one call signature, which return one skip connection for each resnet and downsampler.
@@ -102,26 +149,4 @@ def deep_part(backbone: nn.Module) -> tuple[dict[str, Callable[..., Any]], str]:
         raise UserError(
             "cache: the UNet has one level, and nothing deeper to keep; leave cache out"
         )
-    samplers = range(len(down[0].downsamplers or ()))
-    stand_ins: dict[str, Callable[..., Any]] = {}
-    stand_ins |= {f"down_blocks.0.downsamplers.{i}": same for i in samplers}
-    stand_ins |= {f"down_blocks.{i}": same_and_skips(down[i]) for i in range(1, len(down))}
-    if backbone.mid_block is not None:
-        stand_ins["mid_block"] = same
-    stand_ins |= {f"up_blocks.{i}": same for i in range(len(up) - 2)}
-    return stand_ins, f"up_blocks.{len(up) - 2}"
-
-
-def same(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    """The forward of a block that returns its input."""
-    return hidden_states
-
-
-def same_and_skips(block: Any) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
-    """The forward of a down block that returns its input, also as skip connections no one reads."""
-    count = len(block.resnets) + len(block.downsamplers or ())
-
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return hidden_states, (hidden_states,) * count
-
-    return forward
+    return inner_blocks(backbone)
