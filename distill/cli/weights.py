@@ -117,16 +117,16 @@ def compress(
     from distill.planning import compress as planning
     from teachers.catalogue.loading import load
 
-    settings = override({}, config or [])
+    names, settings = remove or [], override({}, config or [])
     more = {"by": by, "evolve": evolve, "repeat": repeat}
-    planning.check_request(keep, remove or [], settings, **more)
+    planning.check_request(keep, names, settings, **more)
     planning.check_folder(out)
     lines = planning.lines_of(prompts)
     options = {} if null_label is None else {"null_label": null_label}
     loaded = load(teacher, **options)
     loaded.denoiser.to(device())
     with spinner("measuring what every layer is worth"):
-        made = planning.compress(loaded, out, keep, remove or [], settings, lines, seed, **more)
+        made = planning.compress(loaded, out, keep, names, settings, lines, seed, **more)
     for table in planning.tables(made):
         console.print(table)
     print_line(planning.summary(made, out))

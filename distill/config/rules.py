@@ -118,13 +118,9 @@ def format_of_no_student(recipe: Recipe) -> str | None:
     return f"student.format: {_objective(recipe)} makes no few-step student; remove it"
 
 
-def empty_architecture(recipe: Recipe) -> str | None:
+def unset_haar(recipe: Recipe) -> str | None:
     if (a := recipe.student.architecture) is None:
         return None
-    if a.network is None and not (
-        a.config or a.remove or a.change or a.haar or a.decoder_times > 1
-    ):
-        return "student.architecture: it changes nothing; give config, remove or change"
     if a.haar and not a.fresh:
         return (
             "student.architecture.haar: the first and last layers have coefficients in place of "
@@ -132,6 +128,16 @@ def empty_architecture(recipe: Recipe) -> str | None:
         )
     if a.noise and not a.haar:
         return "student.architecture.noise: only networks with haar read it; set haar, or remove it"
+    return None
+
+
+def empty_architecture(recipe: Recipe) -> str | None:
+    if (a := recipe.student.architecture) is None:
+        return None
+    if a.network is None and not (
+        a.config or a.remove or a.change or a.haar or a.decoder_times > 1
+    ):
+        return "student.architecture: it changes nothing; give config, remove or change"
     if repeated := [n for n in a.remove if a.remove.count(n) > 1]:
         return f"student.architecture.remove: {cut(repeated[0])!r} is there twice; name it once"
     return None
@@ -820,6 +826,7 @@ RULES: tuple[Callable[[Recipe], str | None], ...] = (  # checked in this order
     format_under_adapters,
     format_of_no_student,
     empty_architecture,
+    unset_haar,
     one_pass_of_other_times,
     network_beside_changes,
     trained_quantised_weights,

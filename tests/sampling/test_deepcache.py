@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from distill.evaluation.subject import baseline_of
-from students.architecture.units import units
+from students.architecture.units import check_units, units
 from teachers.reduced.deepcache import DeepCache, deep_part
 from tests.helpers.refusals import refused
 
@@ -183,7 +183,7 @@ def test_a_layer_adds_in_a_shallow_call_what_it_added_in_the_whole_one(network):
     for name in chosen:
         for m in network.get_submodule(name).modules():
             m.register_forward_hook(lambda *_: ran.append(1)) if isinstance(m, nn.Linear) else None
-    with DeepCache(network, 2, chosen) as kept:
+    with DeepCache(network, 2, units=chosen) as kept:
         found = [network(*v).sample for v in some[:1]]
         ran.clear()
         found.append(network(*some[1]).sample)
@@ -195,6 +195,6 @@ def test_a_layer_adds_in_a_shallow_call_what_it_added_in_the_whole_one(network):
 
 def test_a_layer_that_cannot_inherit_is_refused():
     with refused("inherit", "'mid_block'", "no layer that can go"):
-        DeepCache(plain(), 2, ["mid_block"])
+        check_units(plain(), ["mid_block"], "inherit")
     with refused("eval", "cache: 2 or more with inherit"):
         baseline_of({"solver": "ddim", "inherit": ["mid_block.resnets.0"]})
