@@ -2607,7 +2607,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "teachers/solver.py",
         "found[place] = x_t",
         "found.setdefault(place, x_t)",
-        "students/test_dsno.py::test_states_are_those_of_the_ode_at_quadratic_times",
+        "students/test_dsno.py::test_of_heuns_two_calls_at_a_time_the_state_is_the_second",
     ),
     fault(
         "a prompt of two students' words that goes by the last",

@@ -17,7 +17,7 @@ from teachers import load
 from teachers.analytic import Gaussian
 from teachers.denoiser import PREDICTIONS
 from teachers.process import Karras, Linear, Trig
-from teachers.solver import quadratic_times, solve_through
+from teachers.solver import heun_step, quadratic_times, solve_through
 from tests.helpers.refusals import refused
 from tests.helpers.toys import recipe_tree
 
@@ -145,6 +145,19 @@ def test_states_are_those_of_the_ode_at_quadratic_times(process, method):
     for k, t in enumerate([0.5625, 0.25, 0.0625]):
         torch.testing.assert_close(kept(path[:, k], t), kept(start, 1.0), atol=0.05, rtol=0.02)
     assert not gaussian._forward_pre_hooks
+
+
+def test_of_heuns_two_calls_at_a_time_the_state_is_the_second():
+    gaussian = Gaussian(torch.ones(2, dtype=D), torch.full((2,), 0.25, dtype=D), Linear())
+    z = noise_of(5, (2,)).double()
+    _, path = solve_through(gaussian, z, 2, "heun", None, 4)
+    times = [torch.full((5,), t, dtype=D) for t in (1.0, 0.5625, 0.5, 0.25, 0.0625)]
+    x_t = Linear().step(z, gaussian(z, times[0]), times[0], times[1])
+    torch.testing.assert_close(path[:, 0], x_t)
+    for t, s in zip(times[1:3], times[2:4], strict=True):
+        x_t = heun_step(gaussian, x_t, t, s)
+    torch.testing.assert_close(path[:, 1], x_t)
+    torch.testing.assert_close(path[:, 2], heun_step(gaussian, x_t, times[3], times[4]))
 
 
 def test_times_are_quadratic():
