@@ -2453,13 +2453,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "objectives/test_ilf.py::test_each_shallow_step_carries_on_what_the_one_before_it_made",
     ),
     fault(
-        "inner levels that are carried on from the whole call alone",
-        "teachers/reduced/deepcache.py",
-        "self._deep_output = self.feedback(self._deep_output, temb)",
-        "return self.feedback(self._deep_output, temb)",
-        "objectives/test_ilf.py::test_each_shallow_step_carries_on_what_the_one_before_it_made",
-    ),
-    fault(
         "feedback that learns x̂ with equal weight at all times",
         "distill/objectives/smaller/ilf.py",
         "error = self.teacher.weight(t) * mean_square(found, whole)",

@@ -94,9 +94,8 @@ class DeepCache(AbstractContextManager["DeepCache"]):
         self._replaced.close()
 
     def _carry(self, hidden_states: Tensor, skips: Any = (), temb: Any = None, **_: Any) -> Any:
-        if self.feedback is not None:
-            self._deep_output = self.feedback(self._deep_output, temb)
-        return self._deep_output
+        kept = self._deep_output
+        return kept if self.feedback is None else self.feedback(kept, temb)  # `_keep` keeps it
 
     def _keep(self, block: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
         self._deep_output = output

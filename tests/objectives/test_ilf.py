@@ -168,10 +168,7 @@ def tree_of(**keys):
     }
 
 
-@pytest.mark.slow
 def test_what_is_taught_is_a_pipeline_that_brings_its_network(teacher, tmp_path):
-    """Trains three steps and draws from the folder in another process, which takes half a minute
-    of imports."""
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(tree_of()))
     summary = teach(str(file), tmp_path / "run", [], False)
