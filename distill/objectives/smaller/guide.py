@@ -87,7 +87,7 @@ class ControlGuide(Auxiliary):
             )
         if network.dtype != torch.float32:
             raise UserError(
-                "teacher.precision: a guide learns beside weights of 32 bits; set fp32, or remove it"
+                "teacher.precision: a guide learns beside float32 weights; set fp32, or remove it"
             )
         return cls(network.twin(Beside(network, controlnet_of(network)), network.schedule))
 
