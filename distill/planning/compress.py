@@ -92,10 +92,11 @@ def compress(
         UserError: there are no such layers or settings, or the teacher is no folder of a pipeline.
     """
     network = source_of(teacher)
-    names = list(prompts) or prompts_of(teacher)
-    if classes := teacher.codec.classes:
-        names = list(prompts) or [*range(classes)]
-    states = score.calibration(teacher, [names[i % len(names)] for i in range(SAMPLES)], seed)
+    states, config, change = (
+        states_of(teacher, prompts, seed),
+        {**(config or {})},
+        {**(change or {})},
+    )
     check_units(network.backbone, remove, "--remove")
     scores, gone = [] if change else score.scored(teacher, states), [*remove]
     total, saves = savings(teacher, scores, by)
@@ -103,17 +104,23 @@ def compress(
     if keep is not None:
         pick = partial(score.evolved, network, states) if evolve else cheapest
         gone = score.chosen(scores, total, keep, saves, again, pick)
-    forms = {**(change or {}), **{name: {"kind": "repeat"} for name in again}}
+    forms = {**change, **{name: {"kind": "repeat"} for name in again}}
     cost = score.cost_without(network, gone, states) if gone and not (config or change) else None
     about = {
-        "teacher": teacher.source, "keep": keep, "remove": gone, "config": dict(config or {}),
-        "change": dict(change or {}), "cost": cost, "units": [asdict(u) for u in scores],
+        "teacher": teacher.source, "keep": keep, "remove": gone, "config": config,
+        "change": change, "cost": cost, "units": [asdict(u) for u in scores],
         "seed": seed, "by": by, "evolve": evolve, "repeat": again, "saves": saves,
     }  # fmt: skip
-    made = score.save(teacher, folder, dict(config or {}), gone, about, forms)
+    made = score.save(teacher, folder, config, gone, about, forms)
     twin = network.twin(made.to(next(network.parameters()).device).eval(), network.schedule)
     sizes = [size(teacher, v) for v in (network, twin)]
-    return Compressed(scores, gone, dict(config or {}), cost, *sizes, again)
+    return Compressed(scores, gone, config, cost, *sizes, again)
+
+
+def states_of(teacher: Teacher, prompts: Sequence[Any], seed: int) -> score.Calibration:
+    """The states that costs are measured at, as `compress` has the arguments."""
+    names = [*prompts] or [*range(teacher.codec.classes or 0)] or prompts_of(teacher)
+    return score.calibration(teacher, [names[i % len(names)] for i in range(SAMPLES)], seed)
 
 
 @torch.no_grad()
