@@ -51,7 +51,8 @@ class Generator(nn.Module):
         grids: Mapping[int, Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
-        self.denoiser, self.times, self.renoise = denoiser, tuple(times), renoise
+        self.denoiser, self.times = denoiser, tuple(times)
+        self.renoise: Renoise | float = renoise
         self.floor, self.start = floor, start
         self.gamma: float | None = None
         if not self.times or any(s >= t for t, s in zip(times, times[1:], strict=False)):

@@ -1,4 +1,4 @@
-"""The names that recipes can use: objectives, recipes, teachers, metrics and protocols."""
+"""The names that recipes can use: objectives, students, recipes, teachers, metrics, protocols."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def objectives() -> dict[str, str]:
         k: f"{description(v)}{papers.get(k, '')} {NEEDS[data_needs(v)]}"
         for k, v in OBJECTIVES.items()
     }
+
+
+def students() -> dict[str, str]:
+    from distill.config.systems import SYSTEMS
+
+    return {k: f"{v.does} arXiv:{v.arxiv}. Recipe {v.recipe}." for k, v in SYSTEMS.items()}
 
 
 def data_needs(kind: type[Objective]) -> str:
@@ -97,4 +103,4 @@ def protocols() -> dict[str, str]:
     return {k: sentence(v.__doc__ or "") for k, v in PROTOCOLS.items()}
 
 
-KINDS = {f.__name__: f for f in (objectives, recipes, teachers, metrics, protocols)}
+KINDS = {f.__name__: f for f in (objectives, students, recipes, teachers, metrics, protocols)}

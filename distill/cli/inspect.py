@@ -188,10 +188,12 @@ def plan(
 def listing(
     what: Annotated[
         str | None,
-        typer.Argument(help="objectives, recipes, teachers, metrics or protocols; default: all."),
+        typer.Argument(
+            help="objectives, students, recipes, teachers, metrics or protocols; default: all."
+        ),
     ] = None,
 ):
-    """List the objectives, recipes, teachers, metrics and protocols that recipes can name."""
+    """List objectives, systems of students, recipes, teachers, metrics and protocols."""
     from distill.cli.catalogue import KINDS as kinds
     from distill.console import out as console
     from teachers.errors import UserError, nearest

@@ -113,8 +113,8 @@ def compress(
     }  # fmt: skip
     made = score.save(teacher, folder, config, gone, about, forms)
     twin = network.twin(made.to(next(network.parameters()).device).eval(), network.schedule)
-    sizes = [size(teacher, v) for v in (network, twin)]
-    return Compressed(scores, gone, config, cost, *sizes, again)
+    before, after = (size(teacher, v) for v in (network, twin))
+    return Compressed(scores, gone, config, cost, before, after, again)
 
 
 def states_of(teacher: Teacher, prompts: Sequence[Any], seed: int) -> score.Calibration:

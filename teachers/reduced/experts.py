@@ -39,7 +39,7 @@ class Experts(nn.Module):
         # one convolution whose groups are the samples
         groups = b * self.groups
         flat = x.reshape(1, -1, *x.shape[2:])
-        settings = (None, self.stride, self.padding, self.dilation, groups)
+        settings: Any = (None, self.stride, self.padding, self.dilation, groups)
         out = F.conv2d(flat, weight.flatten(0, 1), *settings)
         out = out.reshape(b, d, *out.shape[2:])
         return out if self.bias is None else out + (shares @ self.bias)[:, :, None, None]

@@ -85,7 +85,8 @@ def pyramid(layer: Attention, stages: int = 2) -> Pyramid:
         raise ValueError("give a self-attention of a transformer's block, such as one named attn1")
     if not isinstance(stages, int) or isinstance(stages, bool) or not 1 <= stages <= 6:
         raise ValueError("stages: give 1 to 6")
-    value, last = layer.to_v, layer.to_out[0]  # pyright: ignore
+    whole: Any = layer
+    value, last = whole.to_v, whole.to_out[0]
     made = Pyramid(layer.query_dim, stages).to(last.weight)
     with torch.no_grad():
         weight = last.weight @ value.weight / layer.rescale_output_factor
