@@ -18,11 +18,11 @@ def test_the_form_follows_from_the_teacher_and_from_what_is_trained(pipelines):
     assert type(form_of(stock, few_step=False)) is NetworkForm
 
 
-def test_only_stock_students_leave_a_pipeline_and_can_be_adapters(pipelines):
+def test_only_stock_students_leave_a_pipeline_and_only_closed_forms_have_no_adapters(pipelines):
     teacher = load(str(pipelines["edm"]))
     forms = [form_of(teacher), form_of(load("analytic:gaussian")), form_of(teacher, False)]
     assert [form.leaves_pipeline for form in forms] == [True, False, False]
-    assert [form.adapts for form in forms] == [True, False, False]
+    assert [form.adapts for form in forms] == [True, False, True]
 
 
 def test_a_networks_student_is_the_network_itself_and_trains(pipelines):

@@ -82,7 +82,7 @@ class DepthGates(Auxiliary):
                 f"groups, of at most {MOST:,} ways"
             )
         rows = [[float(i in kept) for i in range(of)] for kept in combinations(range(of), keep)]
-        self.register_buffer("ways", torch.tensor(rows, device=device), persistent=False)
+        self.register_buffer("ways", torch.tensor(rows).to(device), persistent=False)
         groups = len(self.units) // of
         self.weights = nn.Parameter(torch.full((groups, count), FIRST, device=device))
 
