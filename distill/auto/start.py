@@ -143,8 +143,10 @@ def needs_data(row: Evidence) -> bool:
 
 
 def family(subject: Subject) -> list[str]:
-    """The shipped recipes of a model's source or else of its family, which train students."""
+    """The shipped recipes of a model's source or else of its family, which train students of few
+    steps and of the teacher's network."""
     names = [name for name in shipped() if name.partition("/")[0] not in ("bench", "teachers")]
+    names = [n for n in names if "architecture" not in read_yaml(find(n)).get("student", {})]
     own = [name for name in names if sources(name) == subject.source]
     folder = subject.family
     return own or [name for name in names if name.partition("/")[0] == folder]
