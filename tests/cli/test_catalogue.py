@@ -8,6 +8,7 @@ from tests.helpers.command_line import called
 
 LISTED = {
     "objectives": "dmd2",
+    "students": "tiue",
     "recipes": "digits/dmd2",
     "teachers": "analytic:ring",
     "metrics": "coverage",
