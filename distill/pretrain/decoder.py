@@ -11,17 +11,13 @@ from typing import Any
 import torch
 
 from distill.config.recipe import Recipe
-from distill.evaluation.finish import summarise
-from distill.files import write
 from distill.objectives.smaller.decoder import LightDecoder
+from distill.pretrain.part import draft_of, teach_part
 from distill.sampling.student_sampler import evaluate_student, timed
 from distill.training import build
-from distill.training.run_folder import release
+from students.architecture.score import folder_of
 from students.export.folder import SIDECAR, load_student
-from teachers.catalogue.loading import find
-from teachers.errors import UserError, clipped
 from teachers.families.base import quiet
-from teachers.teacher import EMBEDDED
 
 NAME = "student"  # the folder, in the run's, of the pipeline with the light decoder
 COMPARED = 64  # latents that the two decoders are compared on
@@ -37,53 +33,29 @@ def teach_decoder(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
     Raises:
         UserError: as `build.build`, or the teacher is no folder of a pipeline.
     """
-    where = folder_of(recipe)
-    run = build.build(recipe, out, resume)
-    run.engine.train()
-    summary: dict[str, Any] = {}
-    if run.engine.accelerator.is_main_process:
+    where = folder_of(recipe.teacher.source, "vae/config.json")
+
+    def finish(run: build.Run) -> dict[str, Any]:
         objective = run.engine.objective
         assert isinstance(objective, LightDecoder)
-        with run.engine.ema.swapped():
-            tiny = objective.decoder.tiny
-            compared = compare(run, tiny)
-            save(tiny, where, out / NAME)
-        summary = {**summarise(run, measure(run, where, out / NAME)), "decoder": compared}
-        write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    run.engine.accelerator.wait_for_everyone()
-    run.engine.accelerator.end_training()
-    release(out)
-    return summary
+        tiny = objective.decoder.tiny
+        compared = compare(run, tiny)
+        save(tiny, where, out / NAME)
+        return {"metrics": measure(run, where, out / NAME), "decoder": compared}
 
-
-def folder_of(recipe: Recipe) -> Path:
-    """The folder of the pipeline whose decoder is replaced.
-
-    Raises:
-        UserError: the teacher is none.
-    """
-    source = recipe.teacher.source
-    where = EMBEDDED.get(source) or find(source)
-    if not (where / "vae" / "config.json").is_file():
-        raise UserError(
-            f"teacher.source: {clipped(source)} is no folder of a pipeline with an autoencoder; "
-            "give a student's folder"
-        )
-    return where
+    return teach_part(recipe, out, resume, finish)
 
 
 def save(tiny: Any, where: Path, folder: Path) -> None:
     """Write a copy of a pipeline's folder in which the autoencoder is the light one."""
-    draft = folder.with_name(f".{folder.name}")
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(where, draft, ignore=shutil.ignore_patterns("vae"))
-    with quiet():
-        tiny.save_pretrained(draft / "vae")
-    index = json.loads((draft / "model_index.json").read_text(encoding="utf-8"))
-    index["vae"] = ["diffusers", type(tiny).__name__]
-    (draft / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
+    with draft_of(folder) as draft:
+        shutil.copytree(where, draft, ignore=shutil.ignore_patterns("vae"))
+        with quiet():
+            tiny.save_pretrained(draft / "vae")
+        file = draft / "model_index.json"
+        index = json.loads(file.read_text(encoding="utf-8"))
+        index["vae"] = ["diffusers", type(tiny).__name__]
+        file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from distill.config.recipe import Recipe
 from distill.config.schema import DiscriminatorSection
-from distill.evaluation.finish import summarise
-from distill.files import write
 from distill.objectives.adversarial.discriminator import Discriminator
+from distill.pretrain.part import teach_part
 from distill.sampling.discriminator import NAME, save
 from distill.sampling.teacher_sampler import evaluate_teacher
 from distill.training import build
-from distill.training.run_folder import release
 
 
 def teach_discriminator(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
@@ -27,28 +24,22 @@ def teach_discriminator(recipe: Recipe, out: Path, resume: bool) -> dict[str, An
     Raises:
         UserError: as `build.build`.
     """
-    run = build.build(recipe, out, resume)
-    run.engine.train()
-    summary: dict[str, Any] = {}
-    if run.engine.accelerator.is_main_process:
+
+    def finish(run: build.Run) -> dict[str, Any]:
         objective = run.engine.objective
         assert isinstance(objective, Discriminator)
-        with run.engine.ema.swapped():
-            save(
-                objective.critic,
-                run.teacher,
-                out / NAME,
-                interval=[objective.times.least, objective.times.most],
-                guidance=recipe.tree()["teacher"]["guidance"],
-                objective=recipe.objective,
-                steps=run.engine.step,
-            )
-        summary = summarise(run, measure(run))
-        write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    run.engine.accelerator.wait_for_everyone()
-    run.engine.accelerator.end_training()
-    release(out)
-    return summary
+        save(
+            objective.critic,
+            run.teacher,
+            out / NAME,
+            interval=[objective.times.least, objective.times.most],
+            guidance=recipe.tree()["teacher"]["guidance"],
+            objective=recipe.objective,
+            steps=run.engine.step,
+        )
+        return {"metrics": measure(run)}
+
+    return teach_part(recipe, out, resume, finish)
 
 
 def measure(run: build.Run) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any
 import torch
 
 from distill.config.recipe import Recipe
-from distill.evaluation.finish import summarise
-from distill.files import write
 from distill.objectives.smaller.ilf import InnerLoopFeedback
-from distill.pretrain.decoder import NAME, folder_of
+from distill.pretrain.decoder import NAME
+from distill.pretrain.part import draft_of, teach_part
 from distill.sampling.teacher_sampler import SolverSampler, shallow_share
 from distill.training import build
-from distill.training.run_folder import release
+from students.architecture.score import folder_of
 from students.export.folder import SIDECAR, ExportError, drawn_elsewhere, prompts_of
 from students.lora import unwrap
 from teachers.errors import UserError
@@ -43,48 +41,38 @@ def teach_feedback(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
         UserError: as `build.build`; or the teacher is no folder of a pipeline, or a student.
         ExportError: diffusers draws other pictures from the folder.
     """
-    where = folder_of(recipe)
+    where = folder_of(recipe.teacher.source, "unet/config.json")
     if (where / SIDECAR).is_file():
         raise UserError(
             "teacher.source: it is a student of few steps, which differ too much to share work; "
             "give its teacher"
         )
-    run = build.build(recipe, out, resume)
-    run.engine.train()
-    summary: dict[str, Any] = {}
-    if run.engine.accelerator.is_main_process:
+
+    def finish(run: build.Run) -> dict[str, Any]:
         objective = run.engine.objective
         assert isinstance(objective, InnerLoopFeedback)
-        with run.engine.ema.swapped():
-            feedback: Any = objective.feedback.carry
-            save(feedback, run.teacher, objective, where, out / NAME)
-            verify(out / NAME, feedback, run.teacher, objective)
-            metrics = measure(run, objective, feedback)
-        summary = summarise(run, metrics)
-        write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    run.engine.accelerator.wait_for_everyone()
-    run.engine.accelerator.end_training()
-    release(out)
-    return summary
+        feedback: Any = objective.feedback.carry
+        save(feedback, run.teacher, objective, where, out / NAME)
+        verify(out / NAME, feedback, run.teacher, objective)
+        return {"metrics": measure(run, objective, feedback)}
+
+    return teach_part(recipe, out, resume, finish)
 
 
 def save(
     feedback: Feedback, teacher: Teacher, objective: InnerLoopFeedback, where: Path, folder: Path
 ) -> None:
     """Write a copy of a pipeline's folder whose network carries its inner levels on."""
-    draft = folder.with_name(f".{folder.name}")
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(where, draft, ignore=shutil.ignore_patterns("unet", *OF_TEACHER))
     before: Any = objective.feedback.unet[0]
     own = {INTERVAL: objective.interval, WIDTH: objective.width}
     made: Any = FeedbackUNet2DConditionModel.from_config({**before.config, **own})
     weights = {f"feedback.{k}": v for k, v in feedback.state_dict().items()}
     made.load_state_dict({**before.state_dict(), **weights})
-    with quiet():
-        made.save_pretrained(draft / "unet")
-    source.write(draft, "unet", made)
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
+    with draft_of(folder) as draft:
+        shutil.copytree(where, draft, ignore=shutil.ignore_patterns("unet", *OF_TEACHER))
+        with quiet():
+            made.save_pretrained(draft / "unet")
+        source.write(draft, "unet", made)
 
 
 @torch.no_grad()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +10,12 @@ import torch
 from PIL import Image
 
 from distill.config.recipe import Recipe
-from distill.evaluation.finish import summarise
-from distill.files import write
 from distill.objectives.smaller.guide import Beside, Guide
+from distill.pretrain.part import draft_of, teach_part
 from distill.sampling.teacher_sampler import evaluate_teacher
 from distill.training import build
-from distill.training.run_folder import release
 from eval.protocols.measure import Protocol
+from students.architecture.units import size_of
 from students.export.folder import TOLERANCE, ExportError, drawn_apart, prompts_of
 from students.export.portable import make_portable
 from students.lora import network_of
@@ -42,24 +38,17 @@ def teach_guide(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
         UserError: as `build.build`.
         ExportError: stock diffusers draws other pictures from the folder.
     """
-    run = build.build(recipe, out, resume)
-    run.engine.train()
-    summary: dict[str, Any] = {}
-    if run.engine.accelerator.is_main_process:
+
+    def finish(run: build.Run) -> dict[str, Any]:
         objective = run.engine.objective
         assert isinstance(objective, Guide)
         controlnet = objective.guide.controlnet
-        with run.engine.ema.swapped():
-            save(run.teacher, controlnet, out / NAME)
-            figures = measure(recipe, run.teacher, controlnet, run.protocol)
+        save(run.teacher, controlnet, out / NAME)
+        metrics = measure(recipe, run.teacher, controlnet, run.protocol)
         weights = {"guide": controlnet, "base": network_of(run.teacher.denoiser).backbone}
-        counts = {k: sum(p.numel() for p in v.parameters()) for k, v in weights.items()}
-        summary = {**summarise(run, figures), "guide": counts}
-        write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    run.engine.accelerator.wait_for_everyone()
-    run.engine.accelerator.end_training()
-    release(out)
-    return summary
+        return {"metrics": metrics, "guide": {k: size_of(v) for k, v in weights.items()}}
+
+    return teach_part(recipe, out, resume, finish)
 
 
 def pipeline(teacher: Teacher, controlnet: Any) -> Any:
@@ -90,22 +79,20 @@ def save(teacher: Teacher, controlnet: Any, folder: Path) -> None:
     """
     pipe, prompts = pipeline(teacher, controlnet), prompts_of(teacher)
     device = next(controlnet.parameters()).device
-    draft = folder.with_name(f".{folder.name}")
-    shutil.rmtree(draft, ignore_errors=True)
-    with quiet():
-        pipe.save_pretrained(draft)
-    make_portable(draft, teacher.codec.folder)
-    open_to_readers(draft)
     pipe.to(device).set_progress_bar_config(disable=True)
-    rng, arguments = torch.Generator().manual_seed(0), arguments_of(teacher, prompts)
-    keys = {"num_inference_steps": CHECKED, "output_type": "pt"}
-    ours = images_of(pipe(generator=rng, **keys, **arguments)).float().cpu()
-    job = {"counts": [CHECKED], "absent": [], "device": device.type, "own": False, "seeded": True}
-    theirs = drawn_apart(draft, job, arguments, "the folder with the guide")[str(CHECKED)]
-    if (worst := (ours - theirs).abs().max().item()) > TOLERANCE:
-        raise ExportError(f"the exported pipeline differs by {worst:.2g} at a pixel's range")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
+    with draft_of(folder) as draft:
+        with quiet():
+            pipe.save_pretrained(draft)
+        make_portable(draft, teacher.codec.folder)
+        open_to_readers(draft)
+        rng, arguments = torch.Generator().manual_seed(0), arguments_of(teacher, prompts)
+        keys = {"num_inference_steps": CHECKED, "output_type": "pt"}
+        ours = images_of(pipe(generator=rng, **keys, **arguments)).float().cpu()
+        job = {"counts": [CHECKED], "absent": [], "device": device.type, "own": False,
+               "seeded": True}  # fmt: skip
+        theirs = drawn_apart(draft, job, arguments, "the folder with the guide")[str(CHECKED)]
+        if (worst := (ours - theirs).abs().max().item()) > TOLERANCE:
+            raise ExportError(f"the exported pipeline differs by {worst:.2g} at a pixel's range")
 
 
 def measure(

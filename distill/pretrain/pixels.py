@@ -78,8 +78,8 @@ def teach(path: str, out: Path, overrides: list[str], resume: bool) -> dict[str,
     if "text_encoder" in tree:
         return teach_pictures(TextRecipe.check(tree, path), out, resume, path)
     if (part := part_of(tree, path)) is not None:
-        recipe, teach_part = part
-        return teach_part(recipe, out, resume)
+        recipe, teach_it = part
+        return teach_it(recipe, out, resume)
     for section in ("network", "scheduler"):
         if not isinstance(tree.get(section), dict):
             raise UserError(f"{path}: {section}: missing; add the section to the teacher recipe")
@@ -133,7 +133,7 @@ def part_of(tree: dict[str, Any], where: str) -> tuple[Recipe, Any] | None:
     if "teacher" not in tree or "network" in tree:
         return None
     recipe = Recipe.check(tree, where)
-    found = [teach_part for kind, teach_part in PARTS.items() if issubclass(recipe.kind, kind)]
+    found = [teach_it for kind, teach_it in PARTS.items() if issubclass(recipe.kind, kind)]
     return (recipe, found[0]) if found else None
 
 

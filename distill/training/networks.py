@@ -143,18 +143,7 @@ def shaped(recipe: Recipe, form: StudentForm) -> StudentForm:
     """
     s, teacher = recipe.student, form.teacher
     if s.architecture is not None and s.network is None:
-        a = s.architecture
-        made = changed_teacher(
-            teacher,
-            a.config,
-            a.rename,
-            a.remove,
-            a.fresh,
-            a.change,
-            a.haar,
-            a.noise,
-            a.decoder_times,
-        )
+        made = changed_teacher(teacher, **s.architecture.model_dump(exclude={"network"}))
         return replace(form, teacher=made)
     if s.init is not None and (backbone := earlier.outline(s.init, teacher)) is not None:
         network = network_of(teacher.denoiser)

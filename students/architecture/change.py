@@ -45,16 +45,14 @@ def changed_teacher(
     config: Change,
     rename: Mapping[str, str],
     remove: Sequence[str],
-    fresh: bool = False,
-    change: Mapping[str, Change] | None = None,
-    haar: bool = False,
-    noise: int = 0,
+    *,
     decoder_times: int = 1,
+    **others: Any,
 ) -> Teacher:
     """The teacher with a network of another architecture: what its students are copies of.
 
     Args:
-        config, rename, remove, fresh, change, haar, noise: As `changed` has them.
+        config, rename, remove, others: As `changed` has them.
         decoder_times: At how many times its decoder runs; with 1, as any network's.
 
     Raises:
@@ -62,9 +60,7 @@ def changed_teacher(
     """
     network = source_of(teacher)
     decoder = {} if decoder_times == 1 else decoder_settings(network, decoder_times)
-    backbone = changed(
-        network.backbone, config, rename, remove, fresh, change, haar, noise, decoder
-    )
+    backbone = changed(network.backbone, config, rename, remove, decoder=decoder, **others)
     twin = network.twin(backbone.requires_grad_(False).eval(), network.schedule)
     return replace(teacher, denoiser=twin)
 
@@ -74,6 +70,7 @@ def changed(
     config: Change,
     rename: Mapping[str, str],
     remove: Sequence[str],
+    *,
     fresh: bool = False,
     change: Mapping[str, Change] | None = None,
     haar: bool = False,

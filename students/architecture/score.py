@@ -245,7 +245,7 @@ def folder_of(source: str, file: str = "model_index.json") -> Path:
     where = EMBEDDED.get(source) or find(source)
     if not (where / file).is_file():
         raise UserError(
-            f"teacher {clipped(source)!r}: it is no folder of a diffusers pipeline; distil it once "
-            "with all of its layers, and give that student"
+            f"teacher {clipped(source)!r}: it is no folder of a diffusers pipeline with a {file}; "
+            "give one that has it, such as a student's"
         )
     return where

@@ -106,5 +106,5 @@ def test_what_is_taught_is_a_stock_student_with_the_light_decoder(teacher, tmp_p
     assert not list((tmp_path / "run").glob(".student*"))
     again = teach(str(file), tmp_path / "run", ["train.steps=4"], True)
     assert again["steps"] == 4
-    with refused("teacher.source", "pipeline"):
+    with refused("teacher 'digits'", "pipeline"):
         teach(str(file), tmp_path / "other", ["teacher.source=digits"], False)
